@@ -1,0 +1,51 @@
+"""Classification Diffusion Models: train, sample, and read log p(x) off one forward pass.
+
+Names are imported on first use, so that `import cdm_fast` and `cdm-fast --help` do not load torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cdm_fast.checkpoint import load as load
+    from cdm_fast.errors import UserError as UserError
+    from cdm_fast.losses import cdm_loss as cdm_loss
+    from cdm_fast.losses import ddm_loss as ddm_loss
+    from cdm_fast.model import CDM as CDM
+    from cdm_fast.model import DDM as DDM
+    from cdm_fast.nn import MLP as MLP
+    from cdm_fast.nn import MLPDenoiser as MLPDenoiser
+    from cdm_fast.nn import UNet as UNet
+    from cdm_fast.nn import UNetDenoiser as UNetDenoiser
+    from cdm_fast.ops import use_backend as use_backend
+    from cdm_fast.sampling import sample as sample
+    from cdm_fast.schedule import NoiseSchedule as NoiseSchedule
+
+_HOME = {
+    "CDM": "cdm_fast.model",
+    "DDM": "cdm_fast.model",
+    "MLP": "cdm_fast.nn",
+    "MLPDenoiser": "cdm_fast.nn",
+    "NoiseSchedule": "cdm_fast.schedule",
+    "UNet": "cdm_fast.nn",
+    "UNetDenoiser": "cdm_fast.nn",
+    "UserError": "cdm_fast.errors",
+    "cdm_loss": "cdm_fast.losses",
+    "ddm_loss": "cdm_fast.losses",
+    "load": "cdm_fast.checkpoint",
+    "sample": "cdm_fast.sampling",
+    "use_backend": "cdm_fast.ops",
+}
+
+__version__ = "0.1.0"
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'cdm_fast' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
