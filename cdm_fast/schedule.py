@@ -1,0 +1,240 @@
+"""Noise schedules: how much data and how much noise every level holds.
+
+Legend: B batch, T the number of noisy levels, L = T+2 levels in all.
+
+One convention for every schedule: x_t = a[t] x_0 + s[t] eps with eps ~ N(0, I). Level 0 is clean data
+(a = 1, s = 0), level T+1 is pure noise (a = 0, s = 1), and the signal-to-noise ratio falls at every level.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cdm_fast.errors import UserError
+
+# Largest beta of one level. Nichol & Dhariwal clip here so that no level erases all signal; the linear
+# schedule needs the same below T = 21, where 1000/T stretches its last beta to 1 and beyond.
+MAX_BETA = 0.999
+
+Spacing = Literal["level", "log_snr"]
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """Signal and noise amplitudes of every level, `x_t = a[t] x_0 + s[t] eps`.
+
+    Build one with `linear`, `uniform`, `ot`, `cosine` or `by_name`. The constructor takes amplitudes of your own.
+
+    Arguments: `name`, what it is called; `a`, `s`, (L,) amplitudes with L >= 3, kept as float64 on the CPU.
+    Raises UserError unless a[0] = s[T+1] = 1, s[0] = a[T+1] = 0, both lie in [0, 1], and a/s falls strictly.
+
+    >>> schedule = NoiseSchedule.uniform(T=3)
+    >>> schedule.num_levels, schedule.s.tolist()
+    (5, [0.0, 0.25, 0.5, 0.75, 1.0])
+    >>> schedule.pairs(3)
+    [(3, 2), (2, 1), (1, 0)]
+    """
+
+    name: str
+    a: Tensor
+    s: Tensor
+
+    def __post_init__(self) -> None:
+        a, s = (table.detach().to("cpu", torch.float64) for table in (self.a, self.s))
+        object.__setattr__(self, "a", a)
+        object.__setattr__(self, "s", s)
+        _check_amplitudes(self.name, a, s)
+
+    @property
+    def num_levels(self) -> int:
+        """L = T+2: clean data, T noisy levels, pure noise."""
+        return len(self.a)
+
+    @property
+    def T(self) -> int:
+        """The noisiest level that still holds signal; samplers start here."""
+        return self.num_levels - 2
+
+    @property
+    def log_snr(self) -> Tensor:
+        """(L,) `log(a^2 / s^2)`, from +inf at level 0 down to -inf at level T+1."""
+        return 2 * (self.a.log() - self.s.log())
+
+    @property
+    def sigma(self) -> Tensor:
+        """(L,) `s / a`, the noise of `x_t / a_t`, from 0 at level 0 up to +inf at level T+1."""
+        return self.s / self.a
+
+    @classmethod
+    def by_name(cls, name: str, T: int) -> "NoiseSchedule":
+        """The schedule called `name`, one of `SCHEDULES`, with T noisy levels; UserError for another name."""
+        if name not in SCHEDULES:
+            raise UserError(f"unknown noise schedule {name!r}: choose one of {', '.join(SCHEDULES)}")
+        return SCHEDULES[name](T)
+
+    @classmethod
+    def linear(cls, T: int) -> "NoiseSchedule":
+        """DDPM: beta rises linearly, 1e-4 to 0.02 at T = 1000; other T scale it by 1000/T, clipped at 0.999.
+
+        Source: arXiv 2006.11239, section 4. Raises UserError unless T is an integer of at least 1.
+        """
+        T = _check_T(T)
+        return _variance_preserving("linear", torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T))
+
+    @classmethod
+    def cosine(cls, T: int) -> "NoiseSchedule":
+        """Signal power follows a squared cosine, every beta clipped at 0.999.
+
+        `a_t^2 = f(t)/f(0)`, `f(t) = cos^2((t/T + 0.008)/1.008 * pi/2)`: arXiv 2102.09672, eq. 17.
+        Raises UserError unless T is an integer of at least 1.
+        """
+        T = _check_T(T)
+        f = ((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * (math.pi / 2)).cos() ** 2
+        return _variance_preserving("cosine", 1 - f[1:] / f[:-1])
+
+    @classmethod
+    def uniform(cls, T: int) -> "NoiseSchedule":
+        """Noise amplitude even in level, `s = t/(T+1)`, `a = sqrt(1 - s^2)`: the levels of CDM (arXiv 2402.10095).
+
+        Raises UserError unless T is an integer of at least 1.
+        """
+        s = torch.arange(_check_T(T) + 2, dtype=torch.float64) / (T + 1)
+        return cls("uniform", ((1 - s) * (1 + s)).sqrt(), s)
+
+    @classmethod
+    def ot(cls, T: int) -> "NoiseSchedule":
+        """Straight lines from data to noise, `s = t/(T+1)`, `a = 1 - s`: flow matching, arXiv 2210.02747.
+
+        Raises UserError unless T is an integer of at least 1.
+        """
+        s = torch.arange(_check_T(T) + 2, dtype=torch.float64) / (T + 1)
+        return cls("ot", 1 - s, s)
+
+    def levels(
+        self,
+        level: int | Tensor,  # (B,) int64, or one level for all
+        like: Tensor,  # (B, ...)
+    ) -> Tensor:
+        """`level` as a (B,) int64 tensor on `like`'s device.
+
+        Raises UserError for a wrong dtype or shape, and for a level outside 0..T+1 (of a tensor on the CPU: the
+        value of one on an accelerator is not read, that would stall the device).
+        """
+        batch = like.shape[0]
+        if isinstance(level, int):
+            self._check_range(level, level)
+            return torch.full((batch,), level, dtype=torch.int64, device=like.device)
+        if level.dtype != torch.int64 or level.shape != (batch,):
+            raise UserError(
+                f"level is {level.dtype} of shape {tuple(level.shape)}: pass an int or int64 of shape ({batch},)"
+            )
+        if level.device.type == "cpu" and batch:
+            self._check_range(int(level.min()), int(level.max()))
+        return level.to(like.device)
+
+    def gather(
+        self,
+        level: int | Tensor,  # (B,) int64, or one level for all
+        like: Tensor,  # (B, ...)
+    ) -> tuple[Tensor, Tensor]:
+        """`a[level]` and `s[level]`, each (B, 1, ..., 1) in `like`'s dtype and on its device.
+
+        Raises UserError as `levels` does.
+        """
+        index = self.levels(level, like)
+        shape = (-1,) + (1,) * (like.dim() - 1)
+        a, s = (
+            table.to(like.device, like.dtype).index_select(0, index).view(shape) for table in (self.a, self.s)
+        )
+        return a, s
+
+    def pairs(self, steps: int, spacing: Spacing = "level") -> list[tuple[int, int]]:
+        """The `(t, t_prev)` of a sampler's steps, from level T down to level 0.
+
+        `spacing="level"` spreads them evenly over the level index; `"log_snr"` evenly over `log(a/s)` between
+        levels T and 1, as far as whole levels allow, with a last step from 1 to 0.
+        Raises UserError unless 1 <= steps <= T.
+        """
+        if not isinstance(steps, int) or not 1 <= steps <= self.T:
+            raise UserError(
+                f"steps is {steps!r}: choose an integer from 1 to T = {self.T}, the schedule's levels"
+            )
+        grid = [*GRIDS[spacing](self, steps), 0]
+        return list(zip(grid[:-1], grid[1:], strict=True))
+
+    def _check_range(self, lowest: int, highest: int) -> None:
+        if lowest < 0 or highest >= self.num_levels:
+            wrong = lowest if lowest < 0 else highest
+            raise UserError(f"level {wrong} does not exist: levels run from 0 (data) to {self.T + 1} (noise)")
+
+
+SCHEDULES: dict[str, Callable[[int], NoiseSchedule]] = {
+    "linear": NoiseSchedule.linear,
+    "uniform": NoiseSchedule.uniform,
+    "ot": NoiseSchedule.ot,
+    "cosine": NoiseSchedule.cosine,
+}
+
+
+def _check_T(T: int) -> int:
+    if isinstance(T, bool) or not isinstance(T, int) or T < 1:
+        raise UserError(f"T is {T!r}: the number of noisy levels must be an integer of at least 1")
+    return T
+
+
+def _check_amplitudes(name: str, a: Tensor, s: Tensor) -> None:
+    def require(holds: bool, rule: str) -> None:
+        if not holds:
+            raise UserError(f"noise schedule {name!r} is not valid: {rule}")
+
+    require(
+        a.dim() == 1 and a.shape == s.shape and len(a) >= 3,
+        "a and s must be vectors of one length, 3 or more",
+    )
+    require(bool(a[0] == 1) and bool(s[0] == 0), "level 0 is clean data and needs a = 1, s = 0")
+    require(bool(a[-1] == 0) and bool(s[-1] == 1), "level T+1 is pure noise and needs a = 0, s = 1")
+    inside = ((a >= 0) & (a <= 1) & (s >= 0) & (s <= 1)).all()
+    require(bool(inside), "a and s must lie in [0, 1]")
+    log_ratio = a.log() - s.log()
+    require(
+        bool((log_ratio[1:] < log_ratio[:-1]).all()), "the signal-to-noise ratio must fall at every level"
+    )
+
+
+def _variance_preserving(
+    name: str,
+    beta: Tensor,  # (T,) float64, variance added between levels t-1 and t
+) -> NoiseSchedule:
+    # Summing log(1 - beta) keeps s exact near data, where 1 - prod(1 - beta) would cancel.
+    log_signal = torch.log1p(-beta.clamp(max=MAX_BETA)).cumsum(0)  # log a_t^2, t = 1..T
+    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    a = torch.cat([one, (0.5 * log_signal).exp(), zero])
+    s = torch.cat([zero, (-torch.expm1(log_signal)).sqrt(), one])
+    return NoiseSchedule(name, a, s)
+
+
+def _grid_even_in_level(schedule: NoiseSchedule, steps: int) -> list[int]:
+    T = schedule.T
+    return [(2 * T * (steps - i) + steps) // (2 * steps) for i in range(steps)]  # T (1 - i/steps), rounded
+
+
+def _grid_even_in_log_snr(schedule: NoiseSchedule, steps: int) -> list[int]:
+    """`steps` strictly decreasing levels >= 1: the nearest to an even grid of log-SNR, moved apart where they meet."""
+    T, log_snr = schedule.T, schedule.log_snr[1:-1]  # of levels 1..T
+    wanted = torch.linspace(float(log_snr[-1]), float(log_snr[0]), steps, dtype=torch.float64)
+    grid: list[int] = []
+    for i, value in enumerate(wanted):
+        nearest = 1 + int((log_snr - value).abs().argmin())
+        below = grid[-1] - 1 if grid else T
+        grid.append(max(min(nearest, below), steps - i))
+    return grid
+
+
+GRIDS: dict[str, Callable[[NoiseSchedule, int], list[int]]] = {
+    "level": _grid_even_in_level,
+    "log_snr": _grid_even_in_log_snr,
+}
