@@ -27,7 +27,7 @@ Spacing = Literal["level", "log_snr"]
 class NoiseSchedule:
     """Signal and noise amplitudes of every level, `x_t = a[t] x_0 + s[t] eps`.
 
-    Build one with `linear`, `uniform`, `ot`, `cosine` or `by_name`. The constructor takes amplitudes of your own.
+    Build one with `linear`, `uniform`, `ot`, `cosine` or `by_name`; the constructor takes your own amplitudes.
 
     Arguments: `name`, what it is called; `a`, `s`, (L,) amplitudes with L >= 3, kept as float64 on the CPU.
     Raises UserError unless a[0] = s[T+1] = 1, s[0] = a[T+1] = 0, both lie in [0, 1], and a/s falls strictly.
@@ -98,7 +98,7 @@ class NoiseSchedule:
 
     @classmethod
     def uniform(cls, T: int) -> "NoiseSchedule":
-        """Noise amplitude even in level, `s = t/(T+1)`, `a = sqrt(1 - s^2)`: the levels of CDM (arXiv 2402.10095).
+        """Noise amplitude even in level: `s = t/(T+1)`, `a = sqrt(1 - s^2)` (CDM, arXiv 2402.10095).
 
         Raises UserError unless T is an integer of at least 1.
         """
@@ -121,8 +121,8 @@ class NoiseSchedule:
     ) -> Tensor:
         """`level` as a (B,) int64 tensor on `like`'s device.
 
-        Raises UserError for a wrong dtype or shape, and for a level outside 0..T+1 (of a tensor on the CPU: the
-        value of one on an accelerator is not read, that would stall the device).
+        Raises UserError for a wrong dtype or shape, and for a level outside 0..T+1 (of a tensor on the CPU:
+        the value of one on an accelerator is not read, that would stall the device).
         """
         batch = like.shape[0]
         if isinstance(level, int):
@@ -130,7 +130,7 @@ class NoiseSchedule:
             return torch.full((batch,), level, dtype=torch.int64, device=like.device)
         if level.dtype != torch.int64 or level.shape != (batch,):
             raise UserError(
-                f"level is {level.dtype} of shape {tuple(level.shape)}: pass an int or int64 of shape ({batch},)"
+                f"level is {level.dtype} of shape {tuple(level.shape)}: pass int64 ({batch},) or an int"
             )
         if level.device.type == "cpu" and batch:
             self._check_range(int(level.min()), int(level.max()))
@@ -147,9 +147,8 @@ class NoiseSchedule:
         """
         index = self.levels(level, like)
         shape = (-1,) + (1,) * (like.dim() - 1)
-        a, s = (
-            table.to(like.device, like.dtype).index_select(0, index).view(shape) for table in (self.a, self.s)
-        )
+        tables = (table.to(like.device, like.dtype) for table in (self.a, self.s))
+        a, s = (table.index_select(0, index).view(shape) for table in tables)
         return a, s
 
     def pairs(self, steps: int, spacing: Spacing = "level") -> list[tuple[int, int]]:
@@ -160,9 +159,7 @@ class NoiseSchedule:
         Raises UserError unless 1 <= steps <= T.
         """
         if not isinstance(steps, int) or not 1 <= steps <= self.T:
-            raise UserError(
-                f"steps is {steps!r}: choose an integer from 1 to T = {self.T}, the schedule's levels"
-            )
+            raise UserError(f"steps is {steps!r}: choose an integer from 1 to T = {self.T}")
         grid = [*GRIDS[spacing](self, steps), 0]
         return list(zip(grid[:-1], grid[1:], strict=True))
 
@@ -193,16 +190,14 @@ def _check_amplitudes(name: str, a: Tensor, s: Tensor) -> None:
 
     require(
         a.dim() == 1 and a.shape == s.shape and len(a) >= 3,
-        "a and s must be vectors of one length, 3 or more",
+        "a and s must be vectors of one length >= 3",
     )
     require(bool(a[0] == 1) and bool(s[0] == 0), "level 0 is clean data and needs a = 1, s = 0")
     require(bool(a[-1] == 0) and bool(s[-1] == 1), "level T+1 is pure noise and needs a = 0, s = 1")
     inside = ((a >= 0) & (a <= 1) & (s >= 0) & (s <= 1)).all()
     require(bool(inside), "a and s must lie in [0, 1]")
     log_ratio = a.log() - s.log()
-    require(
-        bool((log_ratio[1:] < log_ratio[:-1]).all()), "the signal-to-noise ratio must fall at every level"
-    )
+    require(bool((log_ratio[1:] < log_ratio[:-1]).all()), "a/s must fall at every level")
 
 
 def _variance_preserving(
@@ -223,7 +218,7 @@ def _grid_even_in_level(schedule: NoiseSchedule, steps: int) -> list[int]:
 
 
 def _grid_even_in_log_snr(schedule: NoiseSchedule, steps: int) -> list[int]:
-    """`steps` strictly decreasing levels >= 1: the nearest to an even grid of log-SNR, moved apart where they meet."""
+    """`steps` strictly decreasing levels >= 1: nearest to an even grid of log-SNR, moved apart where equal."""
     T, log_snr = schedule.T, schedule.log_snr[1:-1]  # of levels 1..T
     wanted = torch.linspace(float(log_snr[-1]), float(log_snr[0]), steps, dtype=torch.float64)
     grid: list[int] = []
