@@ -1,0 +1,158 @@
+"""What all benchmarks share: options, the device and versions in the JSON, and the interleaved comparison.
+
+    pytest benchmarks/ --benchmark-only [--small] [--threads N] [--device cpu|cuda] [--benchmark-json FILE]
+
+A ratio is only reported for two functions timed in turns in one process: on a shared machine, figures taken
+minutes apart differ by more than most of what is measured here.
+"""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+# A timed round lasts at least this long; shorter calls are repeated within the round.
+MIN_ROUND_SECONDS = 0.02
+
+_lines: list[str] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("cdm_fast benchmarks")
+    group.addoption("--small", action="store_true", help="small sizes, few rounds: a smoke run, no figures")
+    group.addoption("--threads", type=int, default=None, help="CPU threads (default: torch's own choice)")
+    group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: cpu)")
+    group.addoption("--rounds", type=int, default=None, help="rounds of each comparison (default: 15)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    threads = config.getoption("--threads")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: this torch sees no CUDA device; leave the option out")
+
+
+@pytest.fixture(scope="session")
+def small(request: pytest.FixtureRequest) -> bool:
+    """True in a smoke run: benchmarks choose sizes that take milliseconds."""
+    return bool(request.config.getoption("--small"))
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device chosen with --device."""
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture
+def compare(request: pytest.FixtureRequest, device: torch.device, small: bool) -> Callable[..., None]:
+    """compare(benchmark, candidate, baseline, check, rounds=None).
+
+    Runs `check(candidate(), baseline())`, which raises when the answers differ; then times both in turns,
+    synchronising inside the timed call. The table of pytest-benchmark shows the candidate; `extra_info` holds
+    candidate_ms, baseline_ms (medians of one call), ratio (baseline / candidate, of medians), the lower and
+    upper quartile of the ratio round by round, calls_per_round, rounds, threads.
+    """
+
+    def run(
+        benchmark: Any,
+        candidate: Callable[[], Any],
+        baseline: Callable[[], Any],
+        check: Callable[[Any, Any], None],
+        rounds: int | None = None,
+    ) -> None:
+        check(candidate(), baseline())
+        if benchmark.disabled:
+            benchmark(candidate)
+            return
+        rounds = 2 if small else rounds or request.config.getoption("--rounds") or 15
+        calls = max(_calls_per_round(candidate, device), _calls_per_round(baseline, device))
+        baseline_seconds: list[float] = []
+        candidate_seconds: list[float] = []
+        # pytest-benchmark calls `setup` untimed before each round of the candidate: the baseline's turn.
+        benchmark.pedantic(
+            lambda: candidate_seconds.append(_seconds_per_call(candidate, calls, device)),
+            setup=lambda: baseline_seconds.append(_seconds_per_call(baseline, calls, device)),
+            rounds=rounds,
+        )
+        benchmark.extra_info.update(_summary(candidate_seconds, baseline_seconds))
+        benchmark.extra_info.update(calls_per_round=calls, rounds=rounds, threads=torch.get_num_threads())
+        _lines.append(_line(request.node.name, benchmark.extra_info))
+
+    return run
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _seconds_per_call(function: Callable[[], Any], calls: int, device: torch.device) -> float:
+    _synchronise(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    _synchronise(device)
+    return (time.perf_counter() - start) / calls
+
+
+def _calls_per_round(function: Callable[[], Any], device: torch.device) -> int:
+    seconds = min(_seconds_per_call(function, 1, device) for _ in range(2))
+    return max(1, min(1000, round(MIN_ROUND_SECONDS / max(seconds, 1e-6))))
+
+
+def _summary(candidate: list[float], baseline: list[float]) -> dict[str, float]:
+    ratios = [b / c for b, c in zip(baseline, candidate, strict=True)]
+    lower, _, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+    candidate_median, baseline_median = statistics.median(candidate), statistics.median(baseline)
+    return {
+        "candidate_ms": 1e3 * candidate_median,
+        "baseline_ms": 1e3 * baseline_median,
+        "ratio": baseline_median / candidate_median,
+        "ratio_lower_quartile": lower,
+        "ratio_upper_quartile": upper,
+    }
+
+
+def _line(name: str, info: dict[str, Any]) -> str:
+    return (
+        f"{name}: {info['candidate_ms']:.3f} ms, baseline {info['baseline_ms']:.3f} ms, "
+        f"ratio {info['ratio']:.2f} ({info['ratio_lower_quartile']:.2f}-{info['ratio_upper_quartile']:.2f}), "
+        f"{info['threads']} threads"
+    )
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if not _lines:
+        return
+    terminalreporter.section("candidate against baseline, timed in turns")
+    for line in _lines:
+        terminalreporter.write_line(line)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    """Adds the device and the versions that a figure depends on to pytest-benchmark's JSON."""
+    machine_info["cdm_fast"] = {
+        "device": config.getoption("--device"),
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "small": bool(config.getoption("--small")),
+    }

@@ -1,0 +1,111 @@
+"""What all tests share: the one tolerance table, the kernel accuracy rule, NaN poisoning, and seeding.
+
+Everything is a session-scoped fixture, so that it can be used inside hypothesis tests as well.
+"""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+# Relative error that two computations of the same quantity may show, per dtype of the computation: the one
+# table. An op's test asks `assert_kernel_accurate` first; this is for whole networks and end-to-end numbers.
+TOLERANCE: dict[torch.dtype, float] = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-5,
+    torch.float16: 4e-3,
+    torch.bfloat16: 3e-2,
+}
+
+# A kernel may lose twice what plain PyTorch loses in the same dtype, and this many ulps of the largest value.
+ERROR_FACTOR = 2.0
+FLOOR_ULPS = 4.0
+
+
+def _relative_error(got: Tensor, expected: Tensor) -> float:
+    """||got - expected|| / ||expected|| in fp64; the plain norm of got where expected is 0."""
+    difference = (got.detach().double() - expected.detach().double()).norm()
+    size = expected.detach().double().norm()
+    return float(difference / size) if size > 0 else float(difference)
+
+
+def _assert_kernel_accurate(got: Tensor, plain: Tensor, truth: Tensor, what: str = "output") -> None:
+    """Asserts max|got - truth| <= 2 max|plain - truth| + 4 ulps of max|truth|.
+
+    got: the kernel's result; plain: PyTorch's in the same dtype and on the same device; truth: in fp64.
+    """
+    assert got.shape == truth.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
+    assert got.dtype == plain.dtype, f"{what}: dtype {got.dtype}, expected {plain.dtype}"
+    assert bool(torch.isfinite(got).all()), f"{what}: NaN or infinity in the kernel's result"
+    if got.numel() == 0:
+        return
+    exact = truth.detach().double().cpu()
+    error = float((got.detach().double().cpu() - exact).abs().max())
+    plain_error = float((plain.detach().double().cpu() - exact).abs().max())
+    ulp = torch.finfo(got.dtype).eps * float(exact.abs().max())
+    allowed = ERROR_FACTOR * plain_error + FLOOR_ULPS * ulp
+    message = f"{what}: error {error:.3e}, plain PyTorch's {plain_error:.3e}, allowed {allowed:.3e}"
+    assert error <= allowed, message
+
+
+def _poisoned(
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Tensor:
+    """A tensor full of NaN, for a kernel to fill: an element it forgets is then seen."""
+    return torch.empty(shape, dtype=dtype, memory_format=memory_format).fill_(float("nan"))
+
+
+@pytest.fixture(scope="session")
+def tolerance() -> dict[torch.dtype, float]:
+    """Allowed relative error by dtype."""
+    return TOLERANCE
+
+
+@pytest.fixture(scope="session")
+def relative_error() -> Callable[[Tensor, Tensor], float]:
+    """relative_error(got, expected): norm of the difference over the norm of the expected tensor."""
+    return _relative_error
+
+
+@pytest.fixture(scope="session")
+def assert_kernel_accurate() -> Callable[..., None]:
+    """assert_kernel_accurate(got, plain, truth, what="output"): the accuracy rule that every kernel obeys."""
+    return _assert_kernel_accurate
+
+
+@pytest.fixture(scope="session")
+def poisoned() -> Callable[..., Tensor]:
+    """poisoned(*shape, dtype=, memory_format=): a NaN-filled tensor."""
+    return _poisoned
+
+
+@pytest.fixture
+def poison_empty() -> Iterator[None]:
+    """While active, every uninitialised tensor (torch.empty and kin, in C++ too) is full of NaN."""
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    was_warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(was_deterministic, warn_only=was_warn_only)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Tests draw from torch's global generator; each starts from the same state."""
+    torch.manual_seed(0)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
