@@ -1,0 +1,55 @@
+# The two commands: `make train` and `make test`. The others are for developers.
+# Everything runs in .venv, which is made on first use and again when the package's build inputs change.
+#   make train ARGS="--steps 500"      options for the command behind a target
+#   make PYTHON=python3.12 test        another interpreter
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+NATIVE := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h)
+
+.PHONY: train test install lint types format bench wheel clean
+
+train: $(INSTALLED)
+	$(BIN)/cdm-fast train $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(ARGS)
+
+install: $(INSTALLED)
+
+# torch first: setup.py compiles the extension against the torch that it finds, and leaves it out without one.
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	    "cdm_fast needs Python 3.11 or newer, this is " + sys.version.split()[0] + \
+	    ": name another with make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
+
+bench: $(INSTALLED)
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)
+
+# Without isolation: the build requirements are among the development extras.
+wheel: $(INSTALLED)
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info cdm_fast/*.so
