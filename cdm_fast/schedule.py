@@ -27,7 +27,7 @@ Spacing = Literal["level", "log_snr"]
 class NoiseSchedule:
     """Signal and noise amplitudes of every level, `x_t = a[t] x_0 + s[t] eps`.
 
-    Build one with `linear`, `uniform`, `ot`, `cosine` or `by_name`; the constructor takes your own amplitudes.
+    Build one with `linear`, `uniform`, `ot`, `cosine` or `by_name`; the constructor takes any amplitudes.
 
     Arguments: `name`, what it is called; `a`, `s`, (L,) amplitudes with L >= 3, kept as float64 on the CPU.
     Raises UserError unless a[0] = s[T+1] = 1, s[0] = a[T+1] = 0, both lie in [0, 1], and a/s falls strictly.
@@ -218,7 +218,7 @@ def _grid_even_in_level(schedule: NoiseSchedule, steps: int) -> list[int]:
 
 
 def _grid_even_in_log_snr(schedule: NoiseSchedule, steps: int) -> list[int]:
-    """`steps` strictly decreasing levels >= 1: nearest to an even grid of log-SNR, moved apart where equal."""
+    """`steps` strictly decreasing levels >= 1: nearest to an even grid in log-SNR, moved apart if equal."""
     T, log_snr = schedule.T, schedule.log_snr[1:-1]  # of levels 1..T
     wanted = torch.linspace(float(log_snr[-1]), float(log_snr[0]), steps, dtype=torch.float64)
     grid: list[int] = []
