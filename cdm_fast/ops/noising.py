@@ -1,0 +1,121 @@
+"""From data to a noisy image in one pass: x_t = a[level] x_0 + s[level] eps.
+
+B batch, L = T+2 noise levels; an image is (B, ...), its elements numbered in contiguous (B, C, H, W) order.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cdm_fast.ops import _checks
+from cdm_fast.ops.philox import Stream, check_seed, philox_flip, philox_normal, philox_uniform
+
+
+class NoisingResult(NamedTuple):
+    """What `noising` returns: the noisy image, the noise in it, and the image that was noised."""
+
+    x_t: Tensor  # like x_0, in the dtype asked for
+    eps: Tensor  # like x_0, fp32 (fp64 for fp64 images); the tensor given, when one was
+    x0: Tensor  # like x_0, fp32 (fp64 for fp64 images), in [-1, 1], flipped where x_t is
+
+
+def noising_reference(
+    x0: Tensor,  # (B, ...)
+    level: Tensor,  # (B,) int64
+    a: Tensor,  # (L,)
+    s: Tensor,  # (L,)
+    seed: Tensor | None = None,  # (2,) int64
+    *,
+    eps: Tensor | None = None,
+    num_grey_levels: int | None = None,
+    flip: bool = False,
+    dtype: torch.dtype | None = None,
+) -> NoisingResult:
+    """The specification of `noising` in plain PyTorch; see there."""
+    compute = torch.float64 if x0.dtype == torch.float64 else torch.float32
+    per_image = (-1,) + (1,) * (x0.dim() - 1)
+    clean = x0.to(compute)
+    if flip:
+        coin = philox_flip(seed, x0.shape[0]).reshape(per_image)
+        clean = torch.where(coin, clean.flip(-1), clean)
+    if num_grey_levels is not None:
+        clean = (clean + philox_uniform(seed, x0.shape, Stream.DEQUANTISATION)) * (
+            2.0 / num_grey_levels
+        ) - 1.0
+    noise = philox_normal(seed, x0.shape).to(compute) if eps is None else eps
+    a_t, s_t = (table.to(compute).index_select(0, level).reshape(per_image) for table in (a, s))
+    x_t = a_t * clean + s_t * noise.to(compute)
+    return NoisingResult(x_t.to(dtype or (compute if num_grey_levels else x0.dtype)), noise, clean)
+
+
+def noising(
+    x0: Tensor,  # (B, ...)
+    level: Tensor,  # (B,) int64
+    a: Tensor,  # (L,)
+    s: Tensor,  # (L,)
+    seed: Tensor | None = None,  # (2,) int64
+    *,
+    eps: Tensor | None = None,
+    num_grey_levels: int | None = None,
+    flip: bool = False,
+    dtype: torch.dtype | None = None,
+) -> NoisingResult:
+    """x_t = a[level] x_0 + s[level] eps, with everything that leads to it, in one pass over the images.
+
+    x0: float images in [-1, 1], or uint8 ones with values below `num_grey_levels` = N, which become
+        2 (u + U) / N - 1 with U uniform in [0, 1).
+    level: noise level per image, 0..L-1.
+    a, s: the schedule's tables, fp32 or fp64; constants, they carry no gradient.
+    seed: (seed, offset) on the device of x0; decides the noise (unless `eps` is given), U and the flips, each
+        from its own Philox stream, so that `philox_normal(seed, x0.shape)` is the noise again.
+    eps: the noise, when it is not to be drawn.
+    flip: mirror each image along its last axis with probability 1/2; noise and U belong to the mirrored image.
+    dtype: of x_t; by default that of x0, fp32 for uint8.
+
+    All arithmetic is in fp32 (fp64 for fp64 images). Differentiable with respect to x0 and eps.
+    Raises TypeError or ValueError, naming the argument, for what does not fit the above. Source: DDPM eq. 4.
+    """
+    _check(x0, level, a, s, seed, eps, num_grey_levels, flip, dtype)
+    _checks.check_index_range("level", level, 0, a.shape[0])
+    return noising_reference(
+        x0, level, a, s, seed, eps=eps, num_grey_levels=num_grey_levels, flip=flip, dtype=dtype
+    )
+
+
+def _check(
+    x0: Tensor,
+    level: Tensor,
+    a: Tensor,
+    s: Tensor,
+    seed: Tensor | None,
+    eps: Tensor | None,
+    num_grey_levels: int | None,
+    flip: bool,
+    dtype: torch.dtype | None,
+) -> None:
+    _checks.check_tensor("x0", x0, dtypes=(torch.uint8, *_checks.FLOATING))
+    _checks.check_batch("x0", x0)
+    device = x0.device
+    _checks.check_tensor("level", level, dtypes=(torch.int64,), shape=(x0.shape[0],), device=device)
+    _checks.check_tensor("a", a, dtypes=(torch.float32, torch.float64), shape=(None,), device=device)
+    _checks.check_tensor("s", s, dtypes=(a.dtype,), shape=(a.shape[0],), device=device)
+    if a.requires_grad or s.requires_grad:
+        raise ValueError("a, s: expected tables without gradient; they are constants of the schedule")
+    if eps is not None:
+        _checks.check_tensor("eps", eps, dtypes=_checks.FLOATING, shape=tuple(x0.shape), device=device)
+    if (x0.dtype == torch.uint8) != (num_grey_levels is not None):
+        raise ValueError(
+            f"num_grey_levels: expected an int for uint8 images and None for float ones, "
+            f"got {num_grey_levels} for {x0.dtype}"
+        )
+    if num_grey_levels is not None and not 2 <= num_grey_levels <= 256:
+        raise ValueError(f"num_grey_levels: expected 2..256, got {num_grey_levels}")
+    if dtype is not None and dtype not in _checks.FLOATING:
+        raise TypeError(f"dtype: expected a floating dtype for x_t, got {dtype}")
+    if seed is not None:
+        check_seed(seed, device)
+    elif eps is None or flip or num_grey_levels is not None:
+        raise ValueError("seed: expected a tensor (seed, offset), got None, and there is something to draw")
