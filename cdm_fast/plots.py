@@ -1,0 +1,159 @@
+"""The pictures of a run: loss curves, level confusion matrix, denoising error per level.
+
+Figures are matplotlib objects drawn by Agg, never pyplot: no display, no global state, no leak in a long run.
+
+# L = T+2 noise levels, N bins of neighbouring levels
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+
+from cdm_fast.errors import UserError
+from cdm_fast.files import atomic_path
+
+# Panels of the loss picture: key in log.jsonl -> (title, logarithmic axis).
+LOSS_PANELS = {
+    "loss": ("training loss", True),
+    "ce": ("cross-entropy over levels [nats]", False),
+    "mse": ("denoising error, mean (eps_hat - eps)^2", True),
+    "bits_per_dim": ("validation, bits/dim (unaudited)", False),
+}
+
+
+def read_log(
+    path: str | Path,  # log.jsonl of a run
+) -> list[dict[str, Any]]:
+    """The records of a JSON-lines log, oldest first; a torn last line (a killed run) is left out.
+
+    Raises UserError when the file is missing, or names the first line that is not a JSON object.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path}: {error.strerror}; give a run directory that was trained"
+        ) from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}, line {number}: not JSON ({error.msg}); delete that line") from error
+        if not isinstance(record, dict):
+            raise UserError(f"{path}, line {number}: not a JSON object; delete that line")
+        records.append(record)
+    return records
+
+
+def series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """(steps, values) of the records that hold a finite number under `key`."""
+    points = [
+        (float(record["step"]), float(record[key]))
+        for record in records
+        if "step" in record and isinstance(record.get(key), int | float) and math.isfinite(record[key])
+    ]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def write_losses(records: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
+    """Loss curves of a log's records, one panel per quantity that was logged, as a PNG under `path`.
+
+    Raises UserError when no record holds any of `LOSS_PANELS`.
+    """
+    curves = {key: series(records, key) for key in LOSS_PANELS}
+    curves = {key: curve for key, curve in curves.items() if curve[0]}
+    if not curves:
+        raise UserError(f"nothing to draw in {path}: the log holds no {', '.join(LOSS_PANELS)}; train first")
+    figure, panels = _figure(len(curves))
+    for axes, (key, (steps, values)) in zip(panels, curves.items(), strict=True):
+        title, logarithmic = LOSS_PANELS[key]
+        axes.plot(steps, values, linewidth=1.2, marker="." if len(steps) < 20 else "")
+        if logarithmic and min(values) > 0:
+            axes.set_yscale("log")
+        _label(axes, title, "step")
+    return _write(figure, path)
+
+
+def write_confusion(
+    confusion: ArrayLike,  # (N, N): row = true level, column = posterior mass over predicted levels
+    path: str | Path,
+    num_levels: int | None = None,  # L, for the axes; default N
+) -> Path:
+    """The mean level posterior by true level (rows sum to 1), as a PNG under `path`.
+
+    A good classifier of the noise level shows a narrow band on the diagonal: neighbouring levels can hardly
+    be told apart, distant ones can. Colours follow the square root, or the off-diagonal would be invisible.
+    Raises ValueError for anything but a square matrix.
+    """
+    matrix = np.asarray(confusion, dtype=np.float64)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"confusion has shape {matrix.shape}: expected a square matrix (true, predicted)")
+    last = (num_levels or len(matrix)) - 1
+    figure, (axes,) = _figure(1, height=4.6)
+    image = axes.imshow(
+        matrix,
+        origin="lower",
+        extent=(-0.5, last + 0.5, -0.5, last + 0.5),
+        norm=PowerNorm(0.5, vmin=0),
+        cmap="viridis",
+        interpolation="nearest",
+    )
+    figure.colorbar(image, ax=axes, label="posterior mass")
+    _label(axes, "mean level posterior", "predicted level", "true level (0 = data)")
+    return _write(figure, path)
+
+
+def write_level_mse(
+    level: ArrayLike,  # (N,) levels
+    mse: ArrayLike,  # (N,) mean squared error of eps_hat at each, in units of the noise variance
+    path: str | Path,
+) -> Path:
+    """The denoising error per noise level, as a PNG under `path`.
+
+    The dashed line at 1 is what eps_hat = 0 would score: all noise left in. Raises ValueError for unequal
+    lengths.
+    """
+    levels, errors = np.asarray(level, dtype=np.float64), np.asarray(mse, dtype=np.float64)
+    if levels.shape != errors.shape or levels.ndim != 1:
+        raise ValueError(f"level has shape {levels.shape}, mse {errors.shape}: expected two (N,) vectors")
+    figure, (axes,) = _figure(1)
+    axes.axhline(1.0, color="grey", linestyle="--", linewidth=0.8)
+    axes.plot(levels, errors, marker=".", linewidth=1.2)
+    if np.nanmin(errors, initial=1.0) > 0:
+        axes.set_yscale("log")
+    _label(axes, "denoising error, mean (eps_hat - eps)^2", "level (0 = data)")
+    return _write(figure, path)
+
+
+def _figure(num_panels: int, height: float = 3.2) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(4.8 * num_panels, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(1, num_panels, squeeze=False)[0])
+
+
+def _label(axes: Axes, title: str, x: str, y: str | None = None) -> None:
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(x)
+    if y is None:
+        axes.grid(alpha=0.3)
+    else:
+        axes.set_ylabel(y)
+
+
+def _write(figure: Figure, path: str | Path) -> Path:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    return Path(path)

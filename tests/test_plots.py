@@ -1,0 +1,105 @@
+"""The pictures show what they were given, and are never half-written."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cdm_fast import plots
+from cdm_fast.errors import UserError
+from cdm_fast.files import atomic_path
+
+RECORDS = [{"step": step, "loss": 1.0 / step, "ce": 5.0 - step, "mse": 0.5 / step} for step in (1, 2, 3)]
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        image.load()
+        return np.asarray(image.convert("RGB"), dtype=np.int64)
+
+
+def test_read_log_leaves_out_a_torn_last_line(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps(record) + "\n" for record in RECORDS) + '{"step": 4, "lo')
+    assert plots.read_log(log) == RECORDS
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        pytest.param('{"step": 1}\nnonsense\n{"step": 2}\n', "line 2: not JSON", id="not-json"),
+        pytest.param('[1, 2]\n{"step": 2}\n', "line 1: not a JSON object", id="not-an-object"),
+        pytest.param(None, "cannot read", id="missing"),
+    ],
+)
+def test_read_log_names_the_bad_line(tmp_path, content, message):
+    log = tmp_path / "log.jsonl"
+    if content is not None:
+        log.write_text(content)
+    with pytest.raises(UserError, match=message):
+        plots.read_log(log)
+
+
+def test_series_skips_what_is_absent_or_not_finite():
+    records = [
+        {"step": 1, "loss": 2},
+        {"step": 2},
+        {"step": 3, "loss": float("nan")},
+        {"step": 4, "loss": 0.5},
+    ]
+    assert plots.series(records, "loss") == ([1.0, 4.0], [2.0, 0.5])
+
+
+def test_losses_draw_one_panel_per_logged_quantity(tmp_path):
+    three = pixels(plots.write_losses(RECORDS, tmp_path / "three.png"))
+    one = pixels(plots.write_losses([{"step": 1, "loss": 1.0}], tmp_path / "one.png"))
+    assert three.shape[1] == pytest.approx(3 * one.shape[1], abs=3)
+    assert three.std() > 0
+
+
+def test_losses_without_any_curve_say_so(tmp_path):
+    with pytest.raises(UserError, match="train first"):
+        plots.write_losses([{"step": 1}], tmp_path / "loss.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_confusion_puts_level_zero_at_the_lower_left(tmp_path):
+    corner = np.zeros((4, 4))
+    corner[0, 0] = 1.0
+    picture = pixels(plots.write_confusion(corner, tmp_path / "confusion.png", num_levels=12))
+    bright = (picture[..., 0] > 200) & (picture[..., 1] > 200) & (picture[..., 2] < 100)  # viridis' yellow
+    rows, columns = np.nonzero(bright[:, : picture.shape[1] // 2])
+    assert rows.size and rows.min() > picture.shape[0] / 2
+    assert columns.max() < picture.shape[1] / 2
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3)], ids=str)
+def test_confusion_refuses_what_is_not_square(tmp_path, shape):
+    with pytest.raises(ValueError, match="square"):
+        plots.write_confusion(np.ones(shape), tmp_path / "confusion.png")
+
+
+def test_level_mse_is_drawn_and_checks_lengths(tmp_path):
+    assert pixels(plots.write_level_mse([1, 2, 3], [0.9, 0.3, 0.1], tmp_path / "mse.png")).std() > 0
+    with pytest.raises(ValueError, match="two \\(N,\\) vectors"):
+        plots.write_level_mse([1, 2], [1.0], tmp_path / "mse.png")
+
+
+def test_atomic_path_keeps_the_old_file_when_writing_fails(tmp_path):
+    target = tmp_path / "picture.png"
+    target.write_bytes(b"old")
+    with pytest.raises(RuntimeError, match="interrupted"), atomic_path(target) as temporary:
+        temporary.write_bytes(b"half")
+        raise RuntimeError("interrupted")
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_atomic_path_turns_a_refusal_of_the_system_into_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match="cannot write .*picture.png"),
+        atomic_path(tmp_path / "file" / "picture.png"),
+    ):
+        pass
