@@ -1,0 +1,203 @@
+"""Which code runs an op: the only file that knows what is built, installed and present.
+
+An op is written up to four times: "reference" (plain PyTorch, anywhere), "cpp" (C++, CPU), "cuda" (CUDA
+C++), "triton" (GPUs, or CPU tensors under Triton's interpreter). `declare` records which of them an op has,
+`resolve` picks one. "auto", the default, takes the fastest that works for the tensor at hand.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
+
+# What "auto" tries, per device type, fastest first; "reference" is what is left.
+_FASTEST_FIRST = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
+
+_HOW_TO_BUILD = (
+    "install a C++ compiler, then `CDM_FAST_REQUIRE_EXT=1 pip install --no-build-isolation -e .`, "
+    "which stops and says why if the build fails"
+)
+
+
+class Coverage(NamedTuple):
+    """Where one backend of one op works."""
+
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+
+
+class Choice(NamedTuple):
+    """One line of `describe`: what "auto" runs for an op on a device, and why."""
+
+    op: str
+    device: str
+    backend: str
+    reason: str
+
+
+_coverage: dict[str, dict[str, Coverage]] = {}
+_selected = "auto"
+
+
+def declare(op: str, **backends: Coverage) -> None:
+    """Records which kernels an op has, e.g. `declare("noising", cpp=Coverage("cpu", (torch.float32,)))`."""
+    _coverage[op] = backends
+
+
+def set_backend(name: str) -> None:
+    """Selects the backend of every op, for the whole process, until the next call.
+
+    name: one of `BACKENDS`; anything else raises ValueError. A backend that cannot run here raises
+    RuntimeError, which says how to get it.
+    """
+    global _selected
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    reason = missing(name)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
+    _selected = name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """`with use_backend("reference"): ...` selects a backend for the block; see `set_backend`."""
+    before = _selected
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(before)
+
+
+def selected_backend() -> str:
+    """The name given to `set_backend` or `use_backend`; "auto" to begin with."""
+    return _selected
+
+
+def resolve(op: str, tensor: Tensor) -> str:
+    """The backend that runs `op` on a tensor like this one: "reference", "cpp", "cuda" or "triton".
+
+    Under a backend chosen by name, an op that has no kernel of that kind at all takes the one "auto" would
+    take. Raises RuntimeError if the kernel exists but not for the tensor's device or dtype.
+    """
+    return _resolve(op, _selected, tensor.device.type, tensor.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _resolve(op: str, selected: str, device: str, dtype: torch.dtype) -> str:
+    if selected == "reference":
+        return selected
+    if selected != "auto" and selected in _coverage[op]:
+        obstacle = _obstacle(op, selected, device, dtype)
+        if obstacle is not None:
+            raise RuntimeError(f"{op}: backend {selected!r} was asked for, but {obstacle}")
+        return selected
+    for backend in _FASTEST_FIRST.get(device, ()):
+        if backend in _coverage[op] and _obstacle(op, backend, device, dtype) is None:
+            return backend
+    return "reference"
+
+
+def _obstacle(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why a kernel that exists cannot take this device and dtype, or None if it can."""
+    coverage = _coverage[op][backend]
+    on_device = device == coverage.device or (backend == "triton" and device == "cpu" and _interpreting())
+    if not on_device:
+        return f"it runs on {coverage.device} tensors, got one on {device}"
+    if dtype not in coverage.dtypes:
+        return f"it takes {', '.join(map(str, coverage.dtypes))}, got {dtype}"
+    return missing(backend)
+
+
+def missing(backend: str) -> str | None:
+    """Why no op can run on this backend here and how to change that, or None if it can."""
+    if backend in ("cpp", "cuda"):
+        return _missing_extension(cuda=backend == "cuda")
+    if backend == "triton":
+        return _missing_triton()
+    return None
+
+
+def _missing_extension(cuda: bool) -> str | None:
+    extension = _extension()
+    if isinstance(extension, ImportError):
+        return f"the extension cdm_fast._C does not load ({extension}); {_HOW_TO_BUILD}"
+    if not cuda:
+        return None
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if not extension.build_info()["cuda"]:
+        return "the extension was built without CUDA; reinstall beside a CUDA torch and an nvcc of its major"
+    return None
+
+
+def _missing_triton() -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed; `pip install 'cdm_fast[triton]'`"
+    if not torch.cuda.is_available() and not _interpreting():
+        return (
+            "torch sees no CUDA device; TRITON_INTERPRET=1 in the environment runs the kernels on CPU, slowly"
+        )
+    return None
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+_loaded: ModuleType | ImportError | None = None
+
+
+def _extension() -> ModuleType | ImportError:
+    """The module cdm_fast._C, loaded at first need (which registers its ops), or why it does not load."""
+    global _loaded
+    if _loaded is None:
+        try:
+            from cdm_fast import _C
+
+            _loaded = _C
+        except ImportError as error:
+            _loaded = error
+    return _loaded
+
+
+def cpu_capability() -> str | None:
+    """Instruction set of the C++ kernels: "baseline", "avx2" or "avx512"; None without the extension."""
+    extension = _extension()
+    return None if isinstance(extension, ImportError) else extension.cpu_capability()
+
+
+def build_info() -> dict[str, object] | None:
+    """How the extension was built (`cuda`, `compiler`, `torch_target_version`); None without it."""
+    extension = _extension()
+    return None if isinstance(extension, ImportError) else extension.build_info()
+
+
+def describe() -> list[Choice]:
+    """What "auto" runs for a float32 tensor, per op and device of this machine, and why (for `doctor`)."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return [_choice(op, device) for op in sorted(_coverage) for device in devices]
+
+
+def _choice(op: str, device: str) -> Choice:
+    backend = _resolve(op, "auto", device, torch.float32)
+    if backend == "cpp":
+        return Choice(op, device, backend, f"C++ kernel, {cpu_capability()} instructions")
+    if backend != "reference":
+        return Choice(op, device, backend, "the fastest that works here")
+    reasons = [
+        f"{name}: {_obstacle(op, name, device, torch.float32)}"
+        for name in _FASTEST_FIRST[device]
+        if name in _coverage[op]
+    ]
+    return Choice(op, device, backend, "; ".join(reasons) or f"there is no {device} kernel of this op")
