@@ -5,6 +5,7 @@ Figures are matplotlib objects drawn by Agg, never pyplot: no display, no global
 # L = T+2 noise levels, N bins of neighbouring levels
 """
 
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from cdm_fast.errors import UserError
-from cdm_fast.files import atomic_path
+from cdm_fast.files import write_atomically
 
 # Panels of the loss picture: key in log.jsonl -> (title, logarithmic axis).
 LOSS_PANELS = {
@@ -111,7 +112,7 @@ def write_confusion(
         cmap="viridis",
         interpolation="nearest",
     )
-    figure.colorbar(image, ax=axes, label="posterior mass")
+    figure.colorbar(image, ax=axes, label="posterior mass", shrink=0.7)
     _label(axes, "mean level posterior", "predicted level", "true level (0 = data)")
     return _write(figure, path)
 
@@ -154,6 +155,6 @@ def _label(axes: Axes, title: str, x: str, y: str | None = None) -> None:
 
 
 def _write(figure: Figure, path: str | Path) -> Path:
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-    return Path(path)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
+    return write_atomically(path, png.getvalue())

@@ -1,6 +1,8 @@
 """The pictures show what they were given, and are never half-written."""
 
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from PIL import Image
 
 from cdm_fast import plots
 from cdm_fast.errors import UserError
-from cdm_fast.files import atomic_path
+from cdm_fast.files import write_atomically
 
 RECORDS = [{"step": step, "loss": 1.0 / step, "ce": 5.0 - step, "mse": 0.5 / step} for step in (1, 2, 3)]
 
@@ -86,20 +88,25 @@ def test_level_mse_is_drawn_and_checks_lengths(tmp_path):
         plots.write_level_mse([1, 2], [1.0], tmp_path / "mse.png")
 
 
-def test_atomic_path_keeps_the_old_file_when_writing_fails(tmp_path):
+def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_beside_it(tmp_path, monkeypatch):
     target = tmp_path / "picture.png"
     target.write_bytes(b"old")
-    with pytest.raises(RuntimeError, match="interrupted"), atomic_path(target) as temporary:
-        temporary.write_bytes(b"half")
-        raise RuntimeError("interrupted")
+
+    def no_space(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(UserError, match="cannot write .*picture.png: No space left on device; make room"):
+        write_atomically(target, b"new")
     assert target.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_atomic_path_turns_a_refusal_of_the_system_into_one_line(tmp_path):
+def test_a_file_in_the_place_of_a_folder_is_one_clear_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with (
-        pytest.raises(UserError, match="cannot write .*picture.png"),
-        atomic_path(tmp_path / "file" / "picture.png"),
-    ):
-        pass
+    with pytest.raises(UserError, match="cannot write .*picture.png"):
+        write_atomically(tmp_path / "file" / "picture.png", b"new")
+
+
+def test_missing_folders_are_made(tmp_path):
+    assert write_atomically(tmp_path / "a" / "b.bin", b"new").read_bytes() == b"new"
