@@ -156,10 +156,12 @@ class NoiseSchedule:
 
         `spacing="level"` spreads them evenly over the level index; `"log_snr"` evenly over `log(a/s)` between
         levels T and 1, as far as whole levels allow, with a last step from 1 to 0.
-        Raises UserError unless 1 <= steps <= T.
+        Raises UserError unless 1 <= steps <= T, and for an unknown spacing.
         """
         if not isinstance(steps, int) or not 1 <= steps <= self.T:
             raise UserError(f"steps is {steps!r}: choose an integer from 1 to T = {self.T}")
+        if spacing not in GRIDS:
+            raise UserError(f"unknown spacing {spacing!r}: choose one of {', '.join(GRIDS)}")
         grid = [*GRIDS[spacing](self, steps), 0]
         return list(zip(grid[:-1], grid[1:], strict=True))
 

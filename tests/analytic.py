@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from cdm_fast.model import Denoiser
 from cdm_fast.schedule import NoiseSchedule
 
 
@@ -36,6 +37,10 @@ class GaussianMixture(nn.Module):
     @property
     def dim(self) -> int:
         return self.means.shape[1]
+
+    def component(self, index: int) -> "GaussianMixture":
+        """One component as a density of its own: the law of x_0 given the label `index`."""
+        return GaussianMixture.gaussian(self.means[index], self.covariances[index])
 
     def components_log_prob(self, x: Tensor, a: Tensor, s: Tensor) -> Tensor:
         """(B, L, M) `log N(x; a means, a^2 covariances + s^2 I)` for x (B, d) and amplitudes a, s (L,)."""
@@ -126,7 +131,7 @@ Density = GaussianMixture | UniformPixels
 class ExactNetwork(nn.Module):
     """The network that a CDM would become with perfect training on `density`.
 
-    forward(x (B, d) or (B, C, H, W), label None or (B,)) returns (B, L) `log p_t(x) + log p(t) + c(x)` with an
+    forward(x (B, d) or (B, C, H, W), label None or (B,)) returns (B, L) `log p_t(x) + log p(t) + c(x)` for an
     arbitrary `c`, on which no result of a model may depend.
     """
 
@@ -142,6 +147,26 @@ class ExactNetwork(nn.Module):
         flat = x.flatten(1)
         constant = 0.3 * (flat**2).sum(1, keepdim=True) + flat.sin().sum(1, keepdim=True)
         return self.density.log_prob(flat, self.a, self.s, label) + self.log_prior + constant
+
+
+class ExactDenoiser(Denoiser):
+    """The exact denoiser alone, one level at a time: what a sampler sees of a perfect model, cheaply.
+
+    `x` is (B, d); a label asks for a mixture's component.
+    """
+
+    def __init__(self, density: Density, schedule: NoiseSchedule) -> None:
+        super().__init__(density, schedule, input_shape=(density.dim,))
+
+    def denoise(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
+        level = int(self.schedule.levels(level, x)[0])
+        if label is None:
+            return eps_hat(self.network, self.schedule, x, level)
+        each = [
+            eps_hat(self.network.component(int(k)), self.schedule, x[i : i + 1], level)
+            for i, k in enumerate(label)
+        ]
+        return torch.cat(each)
 
 
 def log_posterior(
