@@ -2,13 +2,24 @@
 
 from cdm_fast.ops._backend import set_backend, use_backend
 from cdm_fast.ops.attention import attention, attention_vjp
+from cdm_fast.ops.denoise import denoise_epilogue, denoise_loss, denoise_x0, head_cotangent
 from cdm_fast.ops.group_norm_silu import group_norm_silu, group_norm_silu_vjp
+from cdm_fast.ops.noise_level_ce import level_logits, log_posterior, noise_level_ce
+from cdm_fast.ops.noising import noising
 
 __all__ = [
     "attention",
     "attention_vjp",
+    "denoise_epilogue",
+    "denoise_loss",
+    "denoise_x0",
     "group_norm_silu",
     "group_norm_silu_vjp",
+    "head_cotangent",
+    "level_logits",
+    "log_posterior",
+    "noise_level_ce",
+    "noising",
     "set_backend",
     "use_backend",
 ]

@@ -1,0 +1,71 @@
+"""The training losses: cross-entropy over noise levels plus denoising error, and denoising error alone.
+
+# B batch, L = T+2 noise levels
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cdm_fast.model import CDM, DDM, Denoiser
+from cdm_fast.ops import denoise_loss, noise_level_ce
+
+
+class LossTerms(NamedTuple):
+    """Scalars of one batch: `loss` to minimise, `mse` of eps_hat per value, `ce` in nats (None for a DDM)."""
+
+    loss: Tensor
+    mse: Tensor
+    ce: Tensor | None
+
+
+def cdm_loss(
+    model: CDM,
+    x0: Tensor,  # (B, ...) clean data, in [-1, 1] for images
+    level: Tensor | None = None,  # (B,) int64
+    eps: Tensor | None = None,  # like x0
+    label: Tensor | None = None,  # (B,) int64
+    ce_weight: float = 1e-3,
+    mse_weight: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> LossTerms:
+    """`ce_weight CE(f(x_t), t) + mse_weight mean((eps_hat - eps)^2)` (CDM Alg. 1).
+
+    Levels (from the model's p(t)) and noise are drawn, from `generator` if given, where they are not given.
+    The cross-entropy alone gives a bad denoiser; the squared error alone leaves the likelihood open by a
+    constant per level; both can be switched off by their weights.
+    """
+    if level is None:
+        level = model.draw_levels(len(x0), generator)
+    eps, x_t = _noised(model, x0, level, eps, generator)
+    logits, grad_x = model.logits_and_ratio_gradient(x_t, level, label)
+    ce = noise_level_ce(logits, level)[0].mean()
+    mse = denoise_loss(grad_x, x_t, model.s[level].to(x_t.dtype), eps).sum() / x_t.numel()
+    return LossTerms(ce_weight * ce + mse_weight * mse, mse, ce)
+
+
+def ddm_loss(
+    model: DDM,
+    x0: Tensor,  # (B, ...) clean data, in [-1, 1] for images
+    level: Tensor | None = None,  # (B,) int64
+    eps: Tensor | None = None,  # like x0
+    label: Tensor | None = None,  # (B,) int64
+    generator: torch.Generator | None = None,
+) -> LossTerms:
+    """`mean((eps_hat - eps)^2)` with levels drawn evenly from 1..T (DDPM eq. 14)."""
+    if level is None:
+        level = torch.randint(1, model.schedule.T + 1, (len(x0),), device=x0.device, generator=generator)
+    eps, x_t = _noised(model, x0, level, eps, generator)
+    mse = (model.denoise(x_t, level, label) - eps).square().mean()
+    return LossTerms(mse, mse, None)
+
+
+def _noised(
+    model: Denoiser, x0: Tensor, level: Tensor, eps: Tensor | None, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """`(eps, x_t = a x0 + s eps)`."""
+    if eps is None:
+        eps = torch.empty_like(x0).normal_(generator=generator)
+    a, s = model.amplitudes(level, x0)
+    return eps, a * x0 + s * eps

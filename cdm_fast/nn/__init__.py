@@ -1,0 +1,7 @@
+"""Networks whose input gradient is a forward computation, and the plain denoisers to compare them with."""
+
+from cdm_fast.nn.mlp import MLP, MLPDenoiser
+from cdm_fast.nn.network import AdjointNetwork
+from cdm_fast.nn.unet import UNet, UNetDenoiser
+
+__all__ = ["MLP", "AdjointNetwork", "MLPDenoiser", "UNet", "UNetDenoiser"]

@@ -1,0 +1,339 @@
+"""Layers that know their own adjoint.
+
+Every layer maps `x` to `(y, residuals)`, and its `adjoint(residuals, g)` returns the gradient of `<g, y>`
+with respect to `x`, written out as an ordinary forward computation. A loss that contains an input gradient is
+then a first-order function of the parameters: no autograd call inside the loss, no double backward.
+
+Residuals hold only what the adjoint reads; convolutions and linear layers need none.
+
+# B batch, C channels, H W pixels, N = H*W tokens, G groups, K classes, E embedding width
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cdm_fast.ops import attention, attention_vjp, group_norm_silu, group_norm_silu_vjp
+
+Residuals = Any  # whatever a layer's own adjoint reads: a tensor, a tuple, or None
+
+
+def full_precision(x: Tensor) -> torch.autocast:
+    """A region in which autocast leaves fp32 computations in fp32."""
+    return torch.autocast(device_type=x.device.type, enabled=False)
+
+
+def to_trunk_dtype(x: Tensor) -> Tensor:
+    """`x` in the dtype that autocast has chosen for matrix products here, or unchanged without autocast."""
+    if torch.is_autocast_enabled(x.device.type):
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+class Layer(nn.Module):
+    """A map with an adjoint."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Residuals]:
+        raise NotImplementedError
+
+    def adjoint(self, residuals: Residuals, g: Tensor) -> Tensor:
+        """Gradient of `<g, y>` with respect to the layer's input."""
+        raise NotImplementedError
+
+
+def run(layers: Sequence[Layer], x: Tensor) -> tuple[Tensor, list[Residuals]]:
+    """Apply `layers` one after the other, keeping what their adjoints need."""
+    residuals = []
+    for layer in layers:
+        x, kept = layer(x)
+        residuals.append(kept)
+    return x, residuals
+
+
+def run_adjoint(layers: Sequence[Layer], residuals: list[Residuals], g: Tensor) -> Tensor:
+    """The adjoint of `run`: the layers' adjoints in reverse order."""
+    for layer, kept in zip(reversed(layers), reversed(residuals), strict=True):
+        g = layer.adjoint(kept, g)
+    return g
+
+
+class Linear(nn.Linear):
+    """`y = x W^T + b`; adjoint `g W`."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return F.linear(x, self.weight, self.bias), None
+
+    def adjoint(self, residuals: None, g: Tensor) -> Tensor:
+        return F.linear(g, self.weight.t())
+
+
+class SiLU(Layer):
+    """`y = x sigmoid(x)`; adjoint `g sigmoid(x) (1 + x (1 - sigmoid(x)))`."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return F.silu(x), x
+
+    def adjoint(self, residuals: Tensor, g: Tensor) -> Tensor:
+        gate = torch.sigmoid(residuals)
+        return g * (gate * (1 + residuals * (1 - gate)))
+
+
+class Conv2d(nn.Conv2d):
+    """Convolution with square kernel, stride 1 and "same" padding; the adjoint is the transposed convolution.
+
+    Args:
+        in_channels, out_channels: C before and after.
+        kernel_size: 1 or 3.
+        exact: compute in the parameters' precision even under autocast. The first convolution needs it: bf16
+            rounding of `x_t` is as large as the smallest noise level.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int = 3, exact: bool = False
+    ) -> None:
+        self.pad = kernel_size // 2
+        super().__init__(in_channels, out_channels, kernel_size, padding=self.pad)
+        self.exact = exact
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        if not self.exact:
+            return F.conv2d(x, self.weight, self.bias, padding=self.pad), None
+        with full_precision(x):
+            y = F.conv2d(x.to(self.weight.dtype), self.weight, self.bias, padding=self.pad)
+        return to_trunk_dtype(y), None
+
+    def adjoint(self, residuals: None, g: Tensor) -> Tensor:
+        if not self.exact:
+            return F.conv_transpose2d(g, self.weight, padding=self.pad)
+        with full_precision(g):
+            return F.conv_transpose2d(g.to(self.weight.dtype), self.weight, padding=self.pad)
+
+
+class Downsample(Layer):
+    """Halve H and W: pad right and below by one pixel, then a 3x3 convolution of stride 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return self.conv(F.pad(x, (0, 1, 0, 1))), None
+
+    def adjoint(self, residuals: None, g: Tensor) -> Tensor:
+        height, width = 2 * g.shape[2], 2 * g.shape[3]
+        padded = F.conv_transpose2d(g, self.conv.weight, stride=2)
+        return padded[:, :, :height, :width]
+
+
+class Upsample(Layer):
+    """Double H and W: each pixel becomes 2x2, then a 3x3 convolution. The adjoint ends in sums over 2x2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = Conv2d(channels, channels)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+    def adjoint(self, residuals: None, g: Tensor) -> Tensor:
+        return F.avg_pool2d(self.conv.adjoint(None, g), 2, divisor_override=1)
+
+
+class GroupNorm(Layer):
+    """GroupNorm with affine parameters, then (unless `silu=False`) SiLU and dropout, as one op.
+
+    Args:
+        channels: C.
+        num_groups: G, a divisor of C.
+        silu: apply `x sigmoid(x)` to the normalised input.
+        dropout: probability of zeroing an output while training. The mask is a function of a seed drawn from
+            torch's global generator, so forward and adjoint see the same one and nothing is stored.
+    """
+
+    def __init__(self, channels: int, num_groups: int, silu: bool = True, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.num_groups = num_groups
+        self.silu = silu
+        self.dropout = dropout
+        self.eps = 1e-6
+
+    def _dropout_seed(self, x: Tensor) -> Tensor | None:
+        if not (self.training and self.dropout > 0):
+            return None
+        return torch.randint(2**62, (2,), device=x.device)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Residuals]:
+        seed = self._dropout_seed(x)
+        rate = 0.0 if seed is None else self.dropout
+        y, mean, rstd = group_norm_silu(
+            x, self.weight, self.bias, self.num_groups, self.eps, silu=self.silu, dropout=rate, seed=seed
+        )
+        return y, (x, mean, rstd, seed)
+
+    def adjoint(self, residuals: Residuals, g: Tensor) -> Tensor:
+        x, mean, rstd, seed = residuals
+        rate = 0.0 if seed is None else self.dropout
+        return group_norm_silu_vjp(
+            g,
+            x,
+            self.weight,
+            self.bias,
+            mean,
+            rstd,
+            self.num_groups,
+            silu=self.silu,
+            dropout=rate,
+            seed=seed,
+        )
+
+
+def tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) as (B, N, C): a view when `x` is channels-last."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def pixels(x: Tensor, height: int, width: int) -> Tensor:
+    """(B, N, C) as a channels-last (B, C, H, W): the inverse of `tokens`."""
+    return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+class AttentionBlock(Layer):
+    """Single-head self-attention over all pixels, with a residual connection; 1x1 q, k, v and output."""
+
+    def __init__(self, channels: int, num_groups: int) -> None:
+        super().__init__()
+        self.norm = GroupNorm(channels, num_groups, silu=False)
+        self.q = Conv2d(channels, channels, kernel_size=1)
+        self.k = Conv2d(channels, channels, kernel_size=1)
+        self.v = Conv2d(channels, channels, kernel_size=1)
+        self.proj_out = Conv2d(channels, channels, kernel_size=1)
+        self.scale = channels**-0.5
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Residuals]:
+        normed, norm_residuals = self.norm(x)
+        q, k, v = (tokens(layer(normed)[0]) for layer in (self.q, self.k, self.v))
+        out, lse = attention(q, k, v, self.scale)
+        y, _ = self.proj_out(pixels(out, *x.shape[2:]))
+        return x + y, (norm_residuals, q, k, v, out, lse)
+
+    def adjoint(self, residuals: Residuals, g: Tensor) -> Tensor:
+        norm_residuals, q, k, v, out, lse = residuals
+        height, width = g.shape[2:]
+        g_out = tokens(self.proj_out.adjoint(None, g))
+        grads = attention_vjp(g_out, q, k, v, out, lse, self.scale)
+        g_q, g_k, g_v = (
+            layer.adjoint(None, pixels(grad, height, width))
+            for layer, grad in zip((self.q, self.k, self.v), grads, strict=True)
+        )
+        return g + self.norm.adjoint(norm_residuals, g_q + g_k + g_v)
+
+
+class ResnetBlock(Layer):
+    """norm-SiLU-conv3x3-(+ embedding)-norm-SiLU-dropout-conv3x3, plus the input (through 1x1 if C changes).
+
+    Args:
+        in_channels, out_channels: C before and after.
+        num_groups: G of both norms.
+        dropout: after the second SiLU.
+        embedding_width: E of the class or time embedding, or None for a block without one.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_groups: int,
+        dropout: float = 0.0,
+        embedding_width: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm1 = GroupNorm(in_channels, num_groups)
+        self.conv1 = Conv2d(in_channels, out_channels)
+        if embedding_width is not None:
+            self.temb_proj = nn.Linear(embedding_width, out_channels)
+        self.norm2 = GroupNorm(out_channels, num_groups, dropout=dropout)
+        self.conv2 = Conv2d(out_channels, out_channels)
+        if in_channels != out_channels:
+            self.nin_shortcut = Conv2d(in_channels, out_channels, kernel_size=1)
+        self.has_shortcut = in_channels != out_channels
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> tuple[Tensor, Residuals]:
+        """`x` (B, C, H, W); `embedding` (B, E), already through its SiLU, or None."""
+        h, norm1_residuals = self.norm1(x)
+        h, _ = self.conv1(h)
+        if embedding is not None:
+            h = h + self.temb_proj(embedding).to(h.dtype)[:, :, None, None]
+        h, norm2_residuals = self.norm2(h)
+        h, _ = self.conv2(h)
+        shortcut = self.nin_shortcut(x)[0] if self.has_shortcut else x
+        return shortcut + h, (norm1_residuals, norm2_residuals)
+
+    def adjoint(self, residuals: Residuals, g: Tensor) -> Tensor:
+        norm1_residuals, norm2_residuals = residuals
+        h = self.norm2.adjoint(norm2_residuals, self.conv2.adjoint(None, g))
+        h = self.norm1.adjoint(norm1_residuals, self.conv1.adjoint(None, h))
+        shortcut = self.nin_shortcut.adjoint(None, g) if self.has_shortcut else g
+        return shortcut + h
+
+
+class ConvMeanPool(Conv2d):
+    """A 3x3 convolution followed by the mean over all pixels, without computing the convolution.
+
+    The mean of a zero-padded convolution reads its input only through one sum per kernel tap: the sum of the
+    pixels which that tap ever touches, that is all of them but a border row and column. So nine pooled
+    vectors times the kernel give the exact result, and the adjoint is nine constant spatial patterns.
+    """
+
+    def _touched(self, x: Tensor) -> Tensor:
+        """(9, N): 1/N where the tap reads the pixel, else 0."""
+        rows, columns = (_touched_positions(size, x) for size in x.shape[2:])
+        return (rows[:, None, :, None] * columns[None, :, None, :]).reshape(9, -1) / (x.shape[2] * x.shape[3])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Residuals]:  # type: ignore[override]
+        """(B, C, H, W) -> (B, D) in the parameters' precision, D = out_channels."""
+        touched = self._touched(x)
+        with full_precision(x):
+            pooled = touched @ tokens(x).to(touched.dtype)  # (B, 9, C)
+            kernel = self.weight.permute(0, 2, 3, 1).flatten(1)  # (D, 9 C)
+            return F.linear(pooled.flatten(1), kernel, self.bias), (touched, x.shape, x.dtype)
+
+    def adjoint(self, residuals: Residuals, g: Tensor) -> Tensor:
+        touched, (_, channels, height, width), dtype = residuals
+        with full_precision(g):
+            kernel = self.weight.permute(0, 2, 3, 1).flatten(1)
+            per_tap = (g @ kernel).unflatten(1, (9, channels))
+            return pixels((touched.t() @ per_tap).to(dtype), height, width)
+
+
+def _touched_positions(size: int, like: Tensor) -> Tensor:
+    """(3, size): whether tap -1, 0, +1 of a padded kernel ever reads each position of a row of pixels."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    position = torch.arange(size, device=like.device)
+    # Tap k reads position p for the output p - k, which must lie inside the image.
+    reads = [(position - k >= 0) & (position - k < size) for k in (-1, 0, 1)]
+    return torch.stack(reads).to(dtype)
+
+
+class CumulativeHead(nn.Linear):
+    """Features to one logit per level: `f = cumsum(W h + b)`, computed as `h cumsum(W)^T + cumsum(b)`.
+
+    The cotangent of `F(x,t) = f[T+1] - f[t]` at the features is a difference of two rows of `cumsum(W)`.
+    """
+
+    def cumulated(self) -> tuple[Tensor, Tensor]:
+        """`(W_c (L, D), b_c (L,))`."""
+        return self.weight.cumsum(0), self.bias.cumsum(0)
+
+    def logits(self, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Logits (B, L) of features (B, D) under cumulated parameters, in the parameters' precision."""
+        with full_precision(h):
+            return F.linear(h, weight, bias)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(B, D) -> logits (B, L)."""
+        return self.logits(h, *self.cumulated())

@@ -1,0 +1,361 @@
+"""The CDM paper's U-Net, as a noise-level classifier with an adjoint and as a plain noise predictor.
+
+Parameter names are those of the paper's public checkpoints.
+
+# B batch, C channels, H W pixels, L = T+2 noise levels, K classes, E embedding width
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cdm_fast.errors import UserError
+from cdm_fast.nn.layers import (
+    AttentionBlock,
+    Conv2d,
+    ConvMeanPool,
+    CumulativeHead,
+    Downsample,
+    GroupNorm,
+    Layer,
+    ResnetBlock,
+    Upsample,
+    full_precision,
+    run_adjoint,
+)
+from cdm_fast.nn.network import AdjointNetwork
+
+
+class Resolution(nn.Module):
+    """The blocks of one resolution on one side of the U-Net, with their attentions and its change of size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.ModuleList()
+        self.attn = nn.ModuleList()
+        self.downsample: Downsample | None = None
+        self.upsample: Upsample | None = None
+
+    def stages(self) -> list[list[Layer]]:
+        """Each block with its attention, where this resolution has one."""
+        stages = (
+            [list(stage) for stage in zip(self.block, self.attn, strict=True)]
+            if self.attn
+            else [[block] for block in self.block]
+        )
+        return cast(list[list[Layer]], stages)
+
+
+class Middle(nn.Module):
+    """Block, attention, block at the lowest resolution."""
+
+    def __init__(self, channels: int, num_groups: int, dropout: float, embedding_width: int | None) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, num_groups, dropout, embedding_width)
+        self.attn_1 = AttentionBlock(channels, num_groups)
+        self.block_2 = ResnetBlock(channels, channels, num_groups, dropout, embedding_width)
+
+    def stage(self) -> list[Layer]:
+        return [self.block_1, self.attn_1, self.block_2]
+
+
+class Embedding(nn.Module):
+    """linear - SiLU - linear, to a width of 4 base channels (E)."""
+
+    def __init__(self, base_channels: int) -> None:
+        super().__init__()
+        width = 4 * base_channels
+        self.dense = nn.ModuleList([nn.Linear(base_channels, width), nn.Linear(width, width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, base channels) -> (B, E), through the SiLU that every block applies to it."""
+        return F.silu(self.dense[1](F.silu(self.dense[0](x))))
+
+
+def run_stage(stage: list[Layer], x: Tensor, embedding: Tensor | None) -> tuple[Tensor, list[Any]]:
+    """Apply the layers of one stage; only residual blocks see the embedding."""
+    residuals = []
+    for layer in stage:
+        x, kept = layer(x, embedding) if isinstance(layer, ResnetBlock) else layer(x)
+        residuals.append(kept)
+    return x, residuals
+
+
+class UNetTrunk(nn.Module):
+    """Everything of the U-Net but its head: image (B, C, H, W) -> feature map (B, base, H, W).
+
+    Args:
+        image_size: H = W; divisible by 2 once per resolution after the first.
+        channels: C of the image.
+        base_channels: width at full resolution; divisible by `num_groups`.
+        multipliers: width of each resolution in units of `base_channels`.
+        blocks_per_level: residual blocks per resolution on the way down (one more on the way up).
+        attention_resolutions: sizes H at which every block is followed by attention (the middle always is).
+        dropout: in every residual block.
+        num_classes: K for a class-conditional network (with one extra null class), else None.
+        num_groups: G of every GroupNorm; 32 in the paper.
+
+    Raises:
+        UserError: a size that the resolutions cannot divide, or widths that the groups cannot.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        channels: int,
+        base_channels: int,
+        multipliers: Sequence[int],
+        blocks_per_level: int,
+        attention_resolutions: Sequence[int],
+        dropout: float,
+        num_classes: int | None,
+        num_groups: int,
+        timed: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_sizes(image_size, base_channels, multipliers, num_groups)
+        self.input_shape: tuple[int, ...] = (channels, image_size, image_size)
+        self.base_channels = base_channels
+        self.num_classes = num_classes
+        self.timed = timed
+        embedded = timed or num_classes is not None
+        embedding_width = 4 * base_channels if embedded else None
+        if embedded:
+            self.temb = Embedding(base_channels)
+        if num_classes is not None:
+            self.label_emb = nn.Embedding(num_classes + 1, base_channels)
+
+        def block(before: int, after: int) -> ResnetBlock:
+            return ResnetBlock(before, after, num_groups, dropout, embedding_width)
+
+        self.conv_in = Conv2d(channels, base_channels, exact=True)
+        widths = [base_channels * multiplier for multiplier in multipliers]
+        sizes = [image_size >> i for i in range(len(widths))]
+        width = base_channels
+        skips = [width]
+        self.down = nn.ModuleList()
+        for i, (size, level_width) in enumerate(zip(sizes, widths, strict=True)):
+            down = Resolution()
+            for _ in range(blocks_per_level):
+                down.block.append(block(width, level_width))
+                width = level_width
+                skips.append(width)
+                if size in attention_resolutions:
+                    down.attn.append(AttentionBlock(width, num_groups))
+            if i + 1 < len(widths):
+                down.downsample = Downsample(width)
+                skips.append(width)
+            self.down.append(down)
+        self.mid = Middle(width, num_groups, dropout, embedding_width)
+        self.up_widths: list[list[int]] = []  # (from below, skip connection) of every stage on the way up
+        ups: list[Resolution] = []
+        for i, (size, level_width) in reversed(list(enumerate(zip(sizes, widths, strict=True)))):
+            up = Resolution()
+            for _ in range(blocks_per_level + 1):
+                self.up_widths.append([width, skips.pop()])
+                up.block.append(block(sum(self.up_widths[-1]), level_width))
+                width = level_width
+                if size in attention_resolutions:
+                    up.attn.append(AttentionBlock(width, num_groups))
+            if i > 0:
+                up.upsample = Upsample(width)
+            ups.append(up)
+        self.up = nn.ModuleList(reversed(ups))
+        self.norm_out = GroupNorm(width, num_groups)
+        self.out_channels = width
+
+    def down_stages(self) -> Iterator[list[Layer]]:
+        """The stages on the way down after `conv_in`; the output of each is kept for a skip connection."""
+        for down in cast(Iterable[Resolution], self.down):
+            yield from down.stages()
+            if down.downsample is not None:
+                yield [down.downsample]
+
+    def up_stages(self) -> Iterator[list[Layer]]:
+        """The stages on the way up; each takes one skip connection, concatenated to its input."""
+        for up in reversed(list(cast(Iterable[Resolution], self.up))):
+            *stages, last = up.stages()
+            yield from stages
+            yield last if up.upsample is None else [*last, up.upsample]
+
+    def embedding(self, label: Tensor | None, time: Tensor | None, batch: int) -> Tensor | None:
+        """(B, E) from the time and the class (the null class where there is no label), or None."""
+        if not self.timed and self.num_classes is None:
+            if label is not None:
+                raise ValueError("label= was given, but the network was built without num_classes")
+            return None
+        device = self.conv_in.weight.device
+        terms = []
+        if self.timed and time is not None:
+            terms.append(sinusoids(time, self.base_channels).to(self.conv_in.weight.dtype))
+        if self.num_classes is not None:
+            if label is None:
+                label = torch.full((batch,), self.num_classes, device=device)
+            terms.append(self.label_emb(label))
+        return self.temb(sum(terms[1:], start=terms[0]))
+
+    def run(
+        self, x: Tensor, embedding: Tensor | None, keep_residuals: bool = True
+    ) -> tuple[Tensor, list[Any]]:
+        """`x` (B, C, H, W) -> (B, base, H, W), and the residuals of every stage in the order they ran.
+
+        Without `keep_residuals` the list is empty and each stage's memory is free as soon as it has run.
+        """
+        h, _ = self.conv_in(x)
+        skips, residuals = [h], []
+
+        def apply(stage: list[Layer], h: Tensor) -> Tensor:
+            h, kept = run_stage(stage, h, embedding)
+            if keep_residuals:
+                residuals.append(kept)
+            return h
+
+        for stage in self.down_stages():
+            h = apply(stage, h)
+            skips.append(h)
+        h = apply(self.mid.stage(), h)
+        for stage in self.up_stages():
+            h = apply(stage, torch.cat([h, skips.pop()], dim=1))
+        return apply([self.norm_out], h), residuals
+
+    def run_adjoint(self, residuals: list[Any], g: Tensor) -> Tensor:
+        """The adjoint of `run`: gradient of `<g, run(x)>` with respect to `x`."""
+        residuals = list(residuals)
+        g = run_adjoint([self.norm_out], residuals.pop(), g)
+        skip_grads = []
+        for stage, widths in zip(reversed(list(self.up_stages())), reversed(self.up_widths), strict=True):
+            g, skip_grad = run_adjoint(stage, residuals.pop(), g).split_with_sizes(widths, dim=1)
+            skip_grads.append(skip_grad)
+        g = run_adjoint(self.mid.stage(), residuals.pop(), g)
+        for stage in reversed(list(self.down_stages())):
+            g = run_adjoint(stage, residuals.pop(), g + skip_grads.pop())
+        return self.conv_in.adjoint(None, g + skip_grads.pop())
+
+
+class UNet(UNetTrunk, AdjointNetwork):
+    """The CDM paper's noise-level classifier (arXiv 2402.10095): U-Net, mean over pixels, cumulated logits.
+
+    `UNet(32, 3, 1002, 128, (1, 2, 2, 2), 2, (16,), dropout=0.1)` is its CIFAR-10 network, 33.4 M parameters.
+
+    Args:
+        num_levels: L = T+2, `schedule.num_levels`.
+        image_size and the others: see `UNetTrunk`.
+
+    Raises:
+        UserError: sizes that do not fit together; the message names them.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        channels: int,
+        num_levels: int,
+        base_channels: int = 128,
+        multipliers: Sequence[int] = (1, 2, 2, 2),
+        blocks_per_level: int = 2,
+        attention_resolutions: Sequence[int] = (16,),
+        dropout: float = 0.0,
+        num_classes: int | None = None,
+        num_groups: int = 32,
+    ) -> None:
+        super().__init__(
+            image_size,
+            channels,
+            base_channels,
+            multipliers,
+            blocks_per_level,
+            attention_resolutions,
+            dropout,
+            num_classes,
+            num_groups,
+        )
+        self.conv_out = ConvMeanPool(self.out_channels, 2 * base_channels)
+        self.linear_layer = CumulativeHead(2 * base_channels, num_levels)
+
+    def features(
+        self, x: Tensor, label: Tensor | None = None, keep_residuals: bool = True
+    ) -> tuple[Tensor, Any]:
+        """`x` (B, C, H, W) -> pooled features (B, 2 base channels) in fp32 or wider, and residuals."""
+        _check_input(x, self.input_shape)
+        h, trunk_residuals = self.run(x, self.embedding(label, None, len(x)), keep_residuals)
+        h, pool_residuals = self.conv_out(h)
+        return h, (trunk_residuals, pool_residuals)
+
+    def adjoint(self, residuals: Any, g: Tensor) -> Tensor:
+        trunk_residuals, pool_residuals = residuals
+        return self.run_adjoint(trunk_residuals, self.conv_out.adjoint(pool_residuals, g))
+
+
+class UNetDenoiser(UNetTrunk):
+    """The same trunk as a plain diffusion model's noise predictor: level in, eps_hat out (arXiv 2006.11239).
+
+    Args:
+        image_size and the others: see `UNetTrunk`.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        channels: int,
+        base_channels: int = 128,
+        multipliers: Sequence[int] = (1, 2, 2, 2),
+        blocks_per_level: int = 2,
+        attention_resolutions: Sequence[int] = (16,),
+        dropout: float = 0.0,
+        num_classes: int | None = None,
+        num_groups: int = 32,
+    ) -> None:
+        super().__init__(
+            image_size,
+            channels,
+            base_channels,
+            multipliers,
+            blocks_per_level,
+            attention_resolutions,
+            dropout,
+            num_classes,
+            num_groups,
+            timed=True,
+        )
+        self.conv_out = Conv2d(self.out_channels, channels, exact=True)
+
+    def forward(self, x: Tensor, level: Tensor, label: Tensor | None = None) -> Tensor:
+        """`x` (B, C, H, W), `level` (B,) -> eps_hat like `x`."""
+        _check_input(x, self.input_shape)
+        h, _ = self.run(x, self.embedding(label, level, len(x)), keep_residuals=False)
+        with full_precision(h):
+            return self.conv_out(h)[0]
+
+
+def sinusoids(position: Tensor, width: int) -> Tensor:
+    """(B,) -> (B, width): sines and cosines of `position` at geometric wavelengths up to 10,000 (DDPM)."""
+    half = width // 2
+    exponent = torch.arange(half, device=position.device) / max(half - 1, 1)
+    angle = position[:, None] * torch.exp(-math.log(10_000) * exponent)
+    return F.pad(torch.cat([angle.sin(), angle.cos()], dim=1), (0, width - 2 * half))
+
+
+def _check_input(x: Tensor, shape: tuple[int, ...]) -> None:
+    if x.shape[1:] != shape:
+        raise ValueError(
+            f"the network takes images of shape (B, {', '.join(map(str, shape))}), not {tuple(x.shape)}"
+        )
+
+
+def _check_sizes(image_size: int, base_channels: int, multipliers: Sequence[int], num_groups: int) -> None:
+    halvings = len(multipliers) - 1
+    if halvings < 0:
+        raise UserError("multipliers is empty: give one width multiplier per resolution, such as (1, 2, 2)")
+    if image_size % 2**halvings:
+        raise UserError(
+            f"image size {image_size} cannot be halved {halvings} times, as {len(multipliers)} multipliers "
+            f"ask: use a multiple of {2**halvings} or fewer multipliers"
+        )
+    if base_channels % num_groups:
+        raise UserError(
+            f"base_channels {base_channels} is not a multiple of num_groups {num_groups}: change one of them"
+        )
