@@ -108,7 +108,7 @@ class UniformPixels(nn.Module):
         log_upper, log_lower = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
         smooth = log_upper + torch.log(-torch.expm1(log_lower - log_upper)) - (safe_a * self.width).log()
         normal = -0.5 * (x**2 + math.log(2 * math.pi))
-        flat = torch.where(distance <= self.width / 2, -math.log(self.width), -math.inf)
+        flat = torch.where(distance <= self.width / 2, x.new_tensor(-math.log(self.width)), -math.inf)
         return torch.where(pure, normal, torch.where(clean, flat, smooth))
 
     def score(self, x: Tensor, a: float, s: float) -> Tensor:
@@ -117,7 +117,7 @@ class UniformPixels(nn.Module):
             return -x
         upper, lower = (x + a * self.width / 2) / s, (x - a * self.width / 2) / s
         bell = torch.exp(-0.5 * upper**2) - torch.exp(-0.5 * lower**2)
-        mass = torch.exp(self.pixels_log_prob(x, torch.tensor(a), torch.tensor(s))) * (a * self.width)
+        mass = torch.exp(self.pixels_log_prob(x, x.new_tensor(a), x.new_tensor(s))) * (a * self.width)
         return bell / (math.sqrt(2 * math.pi) * s * mass)
 
     def sample(self, num: int, generator: torch.Generator) -> Tensor:
