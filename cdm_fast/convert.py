@@ -1,0 +1,218 @@
+"""Checkpoints of the CDM paper's public code as run directories.
+
+Such a file is a dict with `ema_model_state_dict` and `model_state_dict`; its U-Net has the parameter names of
+`cdm_fast.nn.UNet`, perhaps behind a `module.` of data-parallel training. The architecture is read off the
+tensors' shapes. It is loaded with `weights_only=True`: a pickle that wants to run code is refused.
+
+# L = T+2 noise levels, D pooled features, K classes
+"""
+
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from cdm_fast.build import build_model
+from cdm_fast.checkpoint import Checkpoint, create_run, require_new, snapshot
+from cdm_fast.config import PRESETS, ImageShape, NetworkConfig, RunConfig, ScheduleConfig
+from cdm_fast.errors import UserError
+
+State = Mapping[str, Tensor]
+
+# The paper's networks attend where the feature maps have this many pixels a side.
+USUAL_ATTENTION_RESOLUTION = 16
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What `convert` made: the run directory, its config, and what the file could not tell."""
+
+    run: Path
+    config: RunConfig
+    num_parameters: int
+    assumed: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The facts as JSON values, for `--json`."""
+        return {
+            "run": str(self.run),
+            "num_parameters": self.num_parameters,
+            "image_size": self.config.image.size,
+            "channels": self.config.image.channels,
+            "schedule": self.config.schedule.schedule,
+            "T": self.config.schedule.T,
+            "base_channels": self.config.network.base_channels,
+            "multipliers": list(self.config.network.multipliers),
+            "attention_resolutions": list(self.config.network.attention_resolutions),
+            "num_classes": self.config.image.num_classes,
+            "assumed": list(self.assumed),
+        }
+
+
+def convert(
+    file: str | Path,
+    out: str | Path,
+    *,
+    schedule: Literal["linear", "uniform", "ot", "cosine"] = "linear",
+    image_size: int | None = None,
+) -> Converted:
+    """Turns a checkpoint of the paper's public code into the run directory `out`.
+
+    file: the `.pt` file; out: a directory that does not exist yet; schedule: what it was trained with, which
+    no tensor tells ("ot": the flow-matching variety, whose levels run the other way round); image_size: in
+    pixels, by default the one at which the network attends at 16x16, as the paper's do.
+    Raises UserError for a file that is missing, damaged, wants to execute code, or holds another network, for
+    an image size that cannot be guessed or does not fit, and when `out` exists.
+    """
+    require_new(out)
+    weights = {part: _with_levels_from_data(state, schedule) for part, state in read_public(file).items()}
+    config, assumed = infer_config(weights["ema"], schedule, image_size, str(file))
+    # build_model draws weights; the caller's random numbers should not notice.
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(config)
+    tensors: dict[str, State] = {"optimizer": {}}
+    for part, state in weights.items():
+        _require_match(state, model.network.state_dict(), str(file))
+        model.network.load_state_dict(state)
+        tensors[part] = snapshot(model)
+    create_run(out, config, Checkpoint(tensors, {"step": 0}))
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Converted(Path(out), config, num_parameters, assumed)
+
+
+def read_public(file: str | Path) -> dict[str, dict[str, Tensor]]:
+    """The `model` and `ema` weights of a public checkpoint, without `module.` prefixes, on the CPU.
+
+    Raises UserError that names the file when it is missing, damaged, not plain tensors, or of another format.
+    """
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror or error}; name a checkpoint file") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{file} is no plain checkpoint: it is damaged, or wants to execute code, and was refused;"
+            " save its state_dicts alone with torch.save"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{file} is damaged or no torch checkpoint; fetch it again") from error
+    keys = {"model": "model_state_dict", "ema": "ema_model_state_dict"}
+    if not isinstance(content, dict) or not set(keys.values()) <= content.keys():
+        raise UserError(
+            f"{file} holds no {' and '.join(keys.values())}; convert takes the CDM paper's public format"
+        )
+    return {part: _plain_state(content[key], f"{file}: {key}") for part, key in keys.items()}
+
+
+def infer_config(
+    state: State,
+    schedule: Literal["linear", "uniform", "ot", "cosine"],
+    image_size: int | None,
+    where: str,
+) -> tuple[RunConfig, tuple[str, ...]]:
+    """The config that the tensors' shapes describe, and the assumptions made where they say nothing.
+
+    Raises UserError that begins with `where` when a tensor is missing that every such network has, or when
+    the image size is neither given nor to be guessed.
+    """
+    base_channels, channels = _shape(state, "conv_in.weight", where)[:2]
+    num_resolutions = _count(state, r"down\.(\d+)\.", where)
+    widths = [_shape(state, f"down.{i}.block.0.conv1.weight", where)[0] for i in range(num_resolutions)]
+    attention = [i for i in range(num_resolutions) if f"down.{i}.attn.0.q.weight" in state]
+    num_levels = _shape(state, "linear_layer.weight", where)[0]
+    if any(width % base_channels for width in widths) or num_levels < 3:
+        raise UserError(
+            f"{where}: widths {widths} over {base_channels} and {num_levels} levels are not those of a CDM"
+        )
+    classes = _shape(state, "label_emb.weight", where)[0] - 1 if "label_emb.weight" in state else None
+    assumed = [f"schedule {schedule}", "256 grey levels"]
+    if image_size is None:
+        image_size = _usual_image_size(attention, where)
+        assumed.append(f"image size {image_size}")
+    paper = PRESETS["celeba64" if image_size == 64 else "cifar10"]
+    network = NetworkConfig(
+        base_channels=base_channels,
+        multipliers=tuple(width // base_channels for width in widths),
+        blocks_per_level=_count(state, r"down\.0\.block\.(\d+)\.", where),
+        attention_resolutions=tuple(image_size >> i for i in attention),
+        dropout=paper.network.dropout,
+        conditioning="none" if classes is None else "embedding",
+    )
+    image = ImageShape(size=image_size, channels=channels, num_grey_levels=256, num_classes=classes)
+    levels = ScheduleConfig(schedule=schedule, T=num_levels - 2)
+    return replace(paper, image=image, network=network, schedule=levels), tuple(assumed)
+
+
+def _usual_image_size(attention: list[int], where: str) -> int:
+    """The size of images that are 16x16 at the one resolution with attention (0 is the full resolution)."""
+    if len(attention) != 1:
+        raise UserError(
+            f"{where}: the network attends at {len(attention)} resolutions, so the size of its images cannot"
+            " be guessed; give --image-size"
+        )
+    return USUAL_ATTENTION_RESOLUTION << attention[0]
+
+
+def _with_levels_from_data(state: State, schedule: str) -> State:
+    """The weights with outputs in our order of levels, data first.
+
+    The flow-matching checkpoints count from noise to data: with N outputs, logit i is their level at time
+    i/(N-1), `x = (i/(N-1)) x_0 + (1 - (1 - sigma_min) i/(N-1)) eps`, which is our `ot` level t = N-1-i with
+    T = N-2, but for sigma_min = 1e-4. The head cumulates its outputs, f_i = r_0 + ... + r_i, so reversing f
+    takes r'_0 = r_0 + ... + r_{N-1} (the former last logit) and r'_t = -r_{N-t}.
+    """
+    if schedule != "ot":
+        return state
+    names = [name for name in ("linear_layer.weight", "linear_layer.bias") if name in state]
+    return {**state, **{name: _reversed_increments(state[name]) for name in names}}
+
+
+def _reversed_increments(r: Tensor) -> Tensor:
+    """Increments (L, ...) whose cumulative sum is that of `r` in reversed order."""
+    total = r.sum(dim=0, keepdim=True, dtype=torch.float64).to(r.dtype)
+    return torch.cat([total, -r[1:].flip(0)])
+
+
+def _plain_state(state: Any, where: str) -> dict[str, Tensor]:
+    """A state_dict of finite fp32 tensors under names without `module.`."""
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{where} is no dict of tensors; convert takes the CDM paper's public format")
+    plain = {name.removeprefix("module."): value.float() for name, value in state.items()}
+    for name, value in plain.items():
+        if not torch.isfinite(value).all():
+            raise UserError(
+                f"{where}: {name} holds NaN or infinity; the file is damaged or its training diverged"
+            )
+    return plain
+
+
+def _require_match(state: State, expected: State, where: str) -> None:
+    """Raises UserError for the first tensor that does not belong to the network that was inferred."""
+    for name in sorted(expected.keys() | state.keys()):
+        ours, theirs = (tuple(side[name].shape) if name in side else "absent" for side in (expected, state))
+        if ours != theirs:
+            raise UserError(
+                f"{where}: {name} is {theirs}, and {ours} in the network that its other tensors describe;"
+                " convert takes the CDM paper's U-Net only"
+            )
+
+
+def _shape(state: State, name: str, where: str) -> torch.Size:
+    if name not in state or state[name].dim() == 0:
+        raise UserError(f"{where}: no tensor {name}; convert takes the CDM paper's U-Net only")
+    return state[name].shape
+
+
+def _count(state: State, pattern: str, where: str) -> int:
+    """How many indices 0, 1, ... the names that match `pattern` run through."""
+    found = {int(match[1]) for name in state if (match := re.match(pattern, name))}
+    if found != set(range(len(found))) or not found:
+        raise UserError(
+            f"{where}: no complete set of tensors {pattern}; convert takes the CDM paper's U-Net only"
+        )
+    return len(found)

@@ -1,0 +1,237 @@
+"""Checkpoints of the public code become runs that compute the same function."""
+
+import math
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+
+from cdm_fast import UNet, load
+from cdm_fast.convert import convert, infer_config, read_public
+from cdm_fast.errors import UserError
+
+SIZE, CHANNELS, LEVELS, BASE, MULTIPLIERS, BLOCKS = 8, 2, 7, 32, (1, 2), 1
+
+
+def make_state(num_classes=None, seed=0):
+    """Random weights under the public names; norms and biases are not left at 1 and 0."""
+    torch.manual_seed(seed)
+    network = UNet(SIZE, CHANNELS, LEVELS, BASE, MULTIPLIERS, BLOCKS, (SIZE // 2,), 0.0, num_classes)
+    return {name: value + 0.1 * torch.randn_like(value) for name, value in network.state_dict().items()}
+
+
+def save_public(path, state, ema=None, prefix=""):
+    """A file as the public code writes it."""
+    content = {
+        "epoch": 3,
+        "model_state_dict": {prefix + name: value for name, value in state.items()},
+        "ema_model_state_dict": {prefix + name: value for name, value in (ema or state).items()},
+        "optimizer_state_dict": {"state": {}, "param_groups": [{"lr": 1e-4, "params": [0]}]},
+        "loss": 0.03,
+    }
+    torch.save(content, path)
+    return path
+
+
+def public_logits(w, x, label=None):
+    """The public network from the paper's description, on raw tensors: logits (B, N), cumulated."""
+
+    def conv(name, x, **options):
+        return F.conv2d(x, w[f"{name}.weight"], w[f"{name}.bias"], **options)
+
+    def linear(name, x):
+        return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+
+    def norm(name, x):
+        return F.group_norm(x, 32, w[f"{name}.weight"], w[f"{name}.bias"], eps=1e-6)
+
+    def block(name, x):
+        h = conv(f"{name}.conv1", F.silu(norm(f"{name}.norm1", x)), padding=1)
+        if embedding is not None:
+            h = h + linear(f"{name}.temb_proj", F.silu(embedding))[:, :, None, None]
+        h = conv(f"{name}.conv2", F.silu(norm(f"{name}.norm2", h)), padding=1)
+        return h + (conv(f"{name}.nin_shortcut", x) if f"{name}.nin_shortcut.weight" in w else x)
+
+    def attend(name, x):
+        q, k, v = (conv(f"{name}.{part}", norm(f"{name}.norm", x)).flatten(2) for part in "qkv")
+        weights = (q.transpose(1, 2) @ k / math.sqrt(x.shape[1])).softmax(dim=2)  # (B, from, to)
+        return x + conv(f"{name}.proj_out", (v @ weights.transpose(1, 2)).view_as(x))
+
+    def stage(side, level, index, x):
+        x = block(f"{side}.{level}.block.{index}", x)
+        return (
+            attend(f"{side}.{level}.attn.{index}", x) if f"{side}.{level}.attn.{index}.q.weight" in w else x
+        )
+
+    embedding = None
+    if label is not None:
+        embedding = linear("temb.dense.1", F.silu(linear("temb.dense.0", w["label_emb.weight"][label])))
+    last = len(MULTIPLIERS) - 1
+    skips = [conv("conv_in", x, padding=1)]
+    for level in range(last + 1):
+        for index in range(BLOCKS):
+            skips.append(stage("down", level, index, skips[-1]))
+        if level < last:
+            skips.append(conv(f"down.{level}.downsample.conv", F.pad(skips[-1], (0, 1, 0, 1)), stride=2))
+    h = block("mid.block_2", attend("mid.attn_1", block("mid.block_1", skips[-1])))
+    for level in range(last, -1, -1):
+        for index in range(BLOCKS + 1):
+            h = stage("up", level, index, torch.cat([h, skips.pop()], dim=1))
+        if level > 0:
+            h = conv(f"up.{level}.upsample.conv", F.interpolate(h, scale_factor=2, mode="nearest"), padding=1)
+    h = conv("conv_out", F.silu(norm("norm_out", h)), padding=1).mean(dim=(2, 3))
+    return linear("linear_layer", h).cumsum(dim=1)
+
+
+@pytest.fixture
+def images():
+    return torch.randn(3, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("prefix", ["", "module."], ids=["plain", "data-parallel"])
+def test_logits_agree_with_the_public_network(tmp_path, images, relative_error, tolerance, prefix):
+    raw, ema = make_state(seed=0), make_state(seed=1)
+    file = save_public(tmp_path / "cdm.pt", raw, ema, prefix)
+    convert(file, tmp_path / "run", image_size=SIZE)
+    with torch.no_grad():
+        for weights, state in (("ema", ema), ("raw", raw)):
+            logits = load(tmp_path / "run", weights=weights).logits(images)
+            assert relative_error(logits, public_logits(state, images)) < tolerance[torch.float32]
+
+
+def test_class_conditional_logits_agree(tmp_path, images, relative_error, tolerance):
+    state = make_state(num_classes=4)
+    converted = convert(save_public(tmp_path / "cdm.pt", state), tmp_path / "run", image_size=SIZE)
+    assert converted.config.image.num_classes == 4
+    label = torch.tensor([0, 3, 4])  # 4 is the null class
+    with torch.no_grad():
+        logits = load(tmp_path / "run").logits(images, label)
+    assert relative_error(logits, public_logits(state, images, label)) < tolerance[torch.float32]
+
+
+def test_flow_matching_levels_are_turned_round(tmp_path, images, relative_error, tolerance):
+    state = make_state()
+    convert(save_public(tmp_path / "cdm.pt", state), tmp_path / "run", schedule="ot", image_size=SIZE)
+    model = load(tmp_path / "run")
+    with torch.no_grad():
+        logits = model.logits(images)
+    assert relative_error(logits, public_logits(state, images).flip(1)) < tolerance[torch.float32]
+    # Their time of level t, i/(N-1) with i = N-1-t: x = time x_0 + (1 - (1 - sigma_min) time) eps.
+    time = torch.arange(LEVELS - 1, -1, -1, dtype=torch.float64) / (LEVELS - 1)
+    torch.testing.assert_close(model.schedule.a, time)
+    assert (model.schedule.s - (1 - (1 - 1e-4) * time)).abs().max() <= 1.0001e-4
+
+
+def test_the_papers_networks_are_recognised():
+    sizes = {"cifar10": (32, (1, 2, 2, 2)), "celeba64": (64, (1, 2, 2, 2, 4))}
+    for image_size, multipliers in sizes.values():
+        with torch.device("meta"):
+            state = UNet(image_size, 3, 1002, 128, multipliers, 2, (16,)).state_dict()
+        config, assumed = infer_config(state, "linear", None, "file")
+        assert (config.image.size, config.image.channels, config.schedule.T) == (image_size, 3, 1000)
+        assert (config.network.base_channels, config.network.multipliers) == (128, multipliers)
+        assert (config.network.blocks_per_level, config.network.attention_resolutions) == (2, (16,))
+        assert f"image size {image_size}" in assumed
+
+
+def test_the_report_says_what_was_assumed(tmp_path):
+    file = save_public(tmp_path / "cdm.pt", make_state())
+    report = convert(file, tmp_path / "run", schedule="uniform", image_size=SIZE).to_json()
+    assert report["num_parameters"] == sum(value.numel() for value in make_state().values())
+    assert (report["T"], report["schedule"], report["num_classes"]) == (LEVELS - 2, "uniform", None)
+    assert report["assumed"] == ["schedule uniform", "256 grey levels"]
+
+
+def test_converting_leaves_the_callers_random_numbers_alone(tmp_path):
+    file = save_public(tmp_path / "cdm.pt", make_state())
+    before = torch.get_rng_state()
+    convert(file, tmp_path / "run", image_size=SIZE)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Malicious:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def drop(name):
+    return lambda state: {key: value for key, value in state.items() if key != name}
+
+
+def replace(name, value):
+    return lambda state: {**state, name: value}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        pytest.param(drop("conv_in.weight"), "no tensor conv_in.weight", id="no-conv-in"),
+        pytest.param(drop("down.0.block.0.norm1.bias"), "norm1.bias is absent", id="a-tensor-is-missing"),
+        pytest.param(replace("extra", torch.ones(1)), "extra is \\(1,\\), and absent", id="an-extra-tensor"),
+        pytest.param(
+            replace("mid.block_1.conv1.bias", torch.ones(3)), "conv1.bias is \\(3,\\)", id="wrong-shape"
+        ),
+        pytest.param(
+            replace("norm_out.weight", torch.full((BASE,), math.nan)), "norm_out.weight holds NaN", id="nan"
+        ),
+        pytest.param(replace("norm_out.weight", [1.0]), "no dict of tensors", id="not-a-tensor"),
+    ],
+)
+def test_another_network_is_named_in_one_line(tmp_path, damage, message):
+    file = save_public(tmp_path / "cdm.pt", damage(make_state()))
+    with pytest.raises(UserError, match=message) as caught:
+        convert(file, tmp_path / "run", image_size=SIZE)
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def write_truncated(path):
+    save_public(path, make_state())
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        pytest.param(lambda path: None, "cannot read", id="missing"),
+        pytest.param(lambda path: path.write_bytes(b""), "damaged", id="empty"),
+        pytest.param(lambda path: path.write_text("not a checkpoint"), "damaged", id="text"),
+        pytest.param(write_truncated, "damaged", id="truncated"),
+        pytest.param(lambda path: torch.save(Malicious(), path), "wants to execute code", id="executes-code"),
+        pytest.param(
+            lambda path: torch.save({"weights": {}}, path), "holds no model_state_dict", id="other-keys"
+        ),
+        pytest.param(
+            lambda path: safetensors.torch.save_file(make_state(), path), "damaged", id="safetensors"
+        ),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_line(tmp_path, capsys, write, message):
+    file = tmp_path / "cdm.pt"
+    write(file)
+    with pytest.raises(UserError, match=message) as caught:
+        read_public(file)
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_an_image_size_that_cannot_be_guessed_is_asked_for(tmp_path):
+    with torch.device("meta"):
+        state = UNet(SIZE, CHANNELS, LEVELS, BASE, MULTIPLIERS, BLOCKS, ()).state_dict()
+    with pytest.raises(UserError, match="attends at 0 resolutions.*give --image-size"):
+        infer_config(state, "linear", None, "file")
+
+
+def test_an_image_size_that_does_not_fit_is_refused(tmp_path):
+    file = save_public(tmp_path / "cdm.pt", make_state())
+    with pytest.raises(UserError, match="9x9"):
+        convert(file, tmp_path / "run", image_size=9)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_existing_directory_is_not_touched(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious").write_text("")
+    with pytest.raises(UserError, match="exists already"):
+        convert(save_public(tmp_path / "cdm.pt", make_state()), tmp_path / "run", image_size=SIZE)
