@@ -69,11 +69,11 @@ def head_cotangent(
 
     weight_c: the head's cumulated weight; N = L rows, or the (L-1) K + 1 rows of a joint head.
     level: 0..L-1.
-    class_weight: for a joint head, how much z[level, c] counts in f: one-hot for class c,
-        softmax_c z[level] for the marginal, (1 + w) one-hot - w softmax for guidance w. None is K = 1, weight 1.
+    class_weight: for a joint head, how much z[level, c] counts in f: one-hot for class c, softmax_c z[level]
+        for the marginal, (1 + w) one-hot - w softmax for guidance w. None is K = 1, weight 1.
 
-    Returns weight_c's dtype. Differentiable once with respect to weight_c and class_weight, deterministically.
-    Raises TypeError or ValueError, naming the argument, for what does not fit the above. Source: CDM Thm 3.1.
+    Returns weight_c's dtype. Differentiable once with respect to weight_c and class_weight, the same bits
+    every time. Raises TypeError or ValueError, naming the argument, for what does not fit the above. Source: CDM Thm 3.1.
     """
     _check_cotangent(weight_c, level, class_weight)
     num_classes = 1 if class_weight is None else class_weight.shape[1]
@@ -88,7 +88,8 @@ def denoise_epilogue(
 ) -> Tensor:  # (B, ...)
     """eps_hat = s_t (grad_x + x), in one pass.
 
-    grad_x: the gradient of F; x: the noisy image x_t; s_t: the schedule's s at each image's level, a constant.
+    grad_x: the gradient of F; x: the noisy image x_t; s_t: the schedule's s at each image's level: a
+    constant.
     Floating dtypes may differ; computed in fp32 (fp64 if one is), returned in the wider of the two dtypes.
     Differentiable once with respect to grad_x and x (the reference: to any order). Raises TypeError or
     ValueError, naming the argument, for another shape, dtype or device. Source: CDM Thm 3.1.
@@ -105,7 +106,7 @@ def denoise_x0(
 ) -> Tensor:  # (B, ...)
     """x0_hat = (x - s_t eps_hat) / a_t with eps_hat = s_t (grad_x + x), in one pass.
 
-    Arguments, dtypes, derivatives and errors as in `denoise_epilogue`; a_t is the schedule's a at each image's
+    Arguments, dtypes, derivatives and errors as in `denoise_epilogue`; a_t is the schedule's a at the image's
     level. Infinite or NaN where a_t = 0: pure noise has no x_0. Source: CDM Thm 3.1.
     """
     _check_images(grad_x, x, a_t=a_t, s_t=s_t)

@@ -1,7 +1,7 @@
 """Cross-entropy over noise levels (and classes), and the log-ratio that the likelihood is read from.
 
 B batch, L = T+2 noise levels, K classes. Logits come as (B, L); as joint logits (B, (T+1) K + 1), entry
-`t K + c` for class c at level t <= T and one entry for pure noise, which belongs to no class; or as (B, L, K).
+`t K + c` for class c at level t <= T and one entry for pure noise, which has no class; or as (B, L, K).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def noise_level_ce(
     label: Tensor | None = None,  # (B,) int64
     num_classes: int = 1,
 ) -> NoiseLevelCE:
-    """Cross-entropy of the true (level, class) pair under a softmax over all pairs, and its log-ratio to noise.
+    """Cross-entropy of the true (level, class) among all pairs, and the log-ratio of the pair to pure noise.
 
     With `f_true` = z[level, label], or logsumexp_c z[level, c] without a label or at level T+1,
 
@@ -76,8 +76,8 @@ def noise_level_ce(
     label: 0..K-1, or -1 for an image without a label; None means -1 throughout.
     num_classes: K; 1 for plain logits (B, L). For logits (B, L, K) their last size.
 
-    Differentiable once with respect to the logits (the reference: to any order). Raises TypeError or ValueError,
-    naming the argument, for what does not fit the above. Source: CDM Alg. 1 and Thm 3.2.
+    Differentiable once with respect to the logits (the reference: to any order). Raises TypeError or
+    ValueError, naming the argument, for what does not fit the above. Source: CDM Alg. 1 and Thm 3.2.
     """
     num_levels, num_classes = _check(logits, level, label, num_classes)
     _checks.check_index_range("level", level, 0, num_levels)

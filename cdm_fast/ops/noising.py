@@ -72,7 +72,7 @@ def noising(
     seed: (seed, offset) on the device of x0; decides the noise (unless `eps` is given), U and the flips, each
         from its own Philox stream, so that `philox_normal(seed, x0.shape)` is the noise again.
     eps: the noise, when it is not to be drawn.
-    flip: mirror each image along its last axis with probability 1/2; noise and U belong to the mirrored image.
+    flip: mirror each image along its last axis with probability 1/2; noise and U are the mirrored image's.
     dtype: of x_t; by default that of x0, fp32 for uint8.
 
     All arithmetic is in fp32 (fp64 for fp64 images). Differentiable with respect to x0 and eps.

@@ -27,8 +27,8 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
-# log(1 + f) = f - f^2/2 + f^3 P(f) on [sqrt(1/2) - 1, sqrt(2) - 1], to 9e-9; csrc/philox.h and kernels/noising.py
-# hold the same constants. sin(pi/2 x) = x S(x^2) and cos(pi/2 x) = 1 + x^2 C(x^2) on [-1/2, 1/2], to 3e-8.
+# log(1 + f) = f - f^2/2 + f^3 P(f) on [sqrt(1/2) - 1, sqrt(2) - 1], to 9e-9. csrc/philox.h holds
+# the same constants. sin(pi/2 x) = x S(x^2) and cos(pi/2 x) = 1 + x^2 C(x^2) on [-1/2, 1/2], to 3e-8.
 LOG_COEFFICIENTS = (
     0.333333283662796,
     -0.25000298023223877,
@@ -52,6 +52,7 @@ class Stream(IntEnum):
     DEQUANTISATION = 1
     FLIP = 2
     DROPOUT = 3
+    SAMPLING = 4
 
 
 def philox4x32_10(
@@ -125,7 +126,8 @@ def box_muller(word_u: Tensor, word_v: Tensor) -> tuple[Tensor, Tensor]:
     """Two independent standard normals from two words: fp32 tensors of the words' shape."""
     # float(word) rounds, so u lies in [2^-33, 1]: its logarithm is finite and at most 0.
     u = word_u.to(torch.float32) * 2.0**-32 + 2.0**-33
-    radius = (-2.0 * _log(u)).sqrt()
+    # PyTorch's fp32 root is not always correctly rounded; the root of a wider number is, once rounded.
+    radius = (-2.0 * _log(u)).double().sqrt().to(torch.float32)
     cos, sin = _cos_sin(word_v)
     return radius * cos, radius * sin
 
