@@ -1,0 +1,21 @@
+"""Image data: sources -> uint8 tensors, pinned splits, reproducible batches, pictures in and out.
+
+No reader here unpickles, executes or extracts anything, and none allocates what a header merely promises:
+sizes are checked against the bytes that are there, and against the limits in `reading`, first.
+"""
+
+from cdm_fast.data.load import ImageData, load_data
+from cdm_fast.data.order import batch_indices
+from cdm_fast.data.pictures import read_image, write_grid
+from cdm_fast.data.pixels import dequantize, flip, quantize
+
+__all__ = [
+    "ImageData",
+    "batch_indices",
+    "dequantize",
+    "flip",
+    "load_data",
+    "quantize",
+    "read_image",
+    "write_grid",
+]

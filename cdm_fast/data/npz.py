@@ -1,0 +1,129 @@
+"""Reader of .npz files: numpy arrays in a zip file, taken apart here so that nothing can be unpickled."""
+
+# N images, C channels, H W pixels
+
+import math
+import re
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdm_fast.data.pictures import Pixels
+from cdm_fast.data.reading import MAX_DATA_BYTES, bad, open_zip, read_member
+from cdm_fast.data.source import Part, Source, array_part, check_labels, make_source
+
+# The header that numpy writes before an array of plain numbers. Anything else is refused, not evaluated.
+_HEADER = re.compile(
+    rb"\{'descr': '([<>|=][buif]\d{1,2})', 'fortran_order': (True|False), 'shape': \(([\d, ]{0,200})\), \}\s*"
+)
+_MAGIC = b"\x93NUMPY"
+_FLOAT_SLACK = 0.1  # in grey levels; k/255 in half precision is off by up to 0.06
+
+
+def read_npz(path: Path) -> Source:
+    """Arrays saved by `numpy.savez` or `savez_compressed`.
+
+    Keys: `images` (and `labels`), or `x_train`, `x_test` (and `y_train`, `y_test`); optionally
+    `num_grey_levels` (a whole number 2..256, default 256). Images are (N,H,W), (N,H,W,C) or (N,C,H,W) with
+    C 1 or 3: whole numbers 0..num_grey_levels-1, or floats k/255 in [0,1]. Raises UserError for others.
+    """
+    with open_zip(path) as archive:
+        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+
+        def get(key: str) -> NDArray | None:
+            return _read_array(path, archive, members[key]) if key in members else None
+
+        keys = {"train": ("images", "labels")}
+        if "images" not in members:
+            keys = {"train": ("x_train", "y_train"), "test": ("x_test", "y_test")}
+        num_grey_levels = _grey_levels(path, get("num_grey_levels"))
+        parts: dict[str, Part] = {}
+        for split, (images_key, labels_key) in keys.items():
+            name = f"{path}:{images_key}"
+            images = get(images_key)
+            if images is None:
+                found = ", ".join(sorted(members)[:8]) or "none"
+                raise bad(name, f"no such array (there is {found}); save images, or x_train and x_test")
+            pixels = _as_uint8(name, _channels_first(name, images))
+            labels = check_labels(f"{path}:{labels_key}", get(labels_key), len(pixels))
+            parts[split] = array_part(name, pixels, labels, num_grey_levels)
+    return make_source(path, parts, num_grey_levels=num_grey_levels)
+
+
+def _read_array(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray:
+    """One array of plain numbers; UserError if it is not as numpy writes it (format versions 1 and 2)."""
+    name = f"{path}:{info.filename.removesuffix('.npy')}"
+    content = read_member(path, archive, info, MAX_DATA_BYTES)
+    start = 10 if content[6:7] == b"\x01" else 12
+    if not content.startswith((_MAGIC + b"\x01", _MAGIC + b"\x02")) or len(content) < start:
+        raise bad(name, "is not a numpy array; save it with numpy.savez")
+    (length,) = struct.unpack("<H" if start == 10 else "<I", content[8:start])
+    header = content[start : start + min(length, 10_000)]
+    found = _HEADER.fullmatch(header)
+    if found is None:
+        kind = "pickled objects, which are never loaded" if b"|O" in header else "no plain numbers"
+        raise bad(name, f"holds {kind}; save an array of type uint8")
+    try:
+        dtype = np.dtype(found[1].decode())
+        shape = tuple(int(axis) for axis in found[3].replace(b",", b" ").split())
+        body = len(content) - start - length
+        if math.prod(shape) * dtype.itemsize != body:
+            raise bad(name, f"is truncated: shape {shape} of {dtype} in {body} bytes; save it again")
+        flat = np.frombuffer(content, dtype, offset=start + length)
+        return flat.reshape(shape, order="F" if found[2] == b"True" else "C")
+    except (TypeError, OverflowError):
+        raise bad(name, f"has a type or shape that numpy refuses ({found[1].decode()}); save uint8") from None
+
+
+def _grey_levels(path: Path, value: NDArray | None) -> int:
+    if value is None:
+        return 256
+    if value.size != 1 or value.dtype.kind not in "iu" or not 2 <= int(value.item()) <= 256:
+        raise bad(
+            f"{path}:num_grey_levels", "is not one whole number from 2 to 256; save one, or leave it out"
+        )
+    return int(value.item())
+
+
+def _channels_first(name: str, images: NDArray) -> NDArray:
+    """(N,H,W), (N,H,W,C) or (N,C,H,W) -> (N,C,H,W); UserError if it could be none or two of them."""
+    if images.ndim == 3:
+        return images[:, None]
+    if images.ndim != 4:
+        raise bad(name, f"has shape {images.shape}; save images as (N,H,W), (N,H,W,C) or (N,C,H,W)")
+    first, last = images.shape[1] in (1, 3), images.shape[3] in (1, 3)
+    if first == last:
+        why = "may be channels first or last" if first else "has no axis of 1 or 3 channels"
+        raise bad(name, f"shape {images.shape} {why}; save (N,H,W), or C = 1 or 3 on one side only")
+    return images if first else images.transpose(0, 3, 1, 2)
+
+
+def _as_uint8(name: str, images: NDArray) -> Pixels:
+    """Whole numbers 0..255, or floats k/255, as uint8; UserError if that would change a value."""
+    if images.dtype == np.uint8 or images.size == 0:
+        return images.astype(np.uint8, copy=False)
+    if images.dtype.kind == "b":
+        raise bad(name, "has type bool; save uint8 and num_grey_levels = 2")
+    if images.dtype.kind == "f":
+        return _from_floats(name, images)
+    if images.min() < 0 or images.max() > 255:
+        raise bad(
+            name, f"holds values from {images.min()} to {images.max()}; save grey levels 0 to 255 as uint8"
+        )
+    return images.astype(np.uint8)
+
+
+def _from_floats(name: str, images: NDArray) -> Pixels:
+    finite = np.isfinite(images)
+    if not finite.all():
+        worst = tuple(np.argwhere(~finite)[0])
+        raise bad(name, f"image {worst[0]} holds {images[worst]}; remove NaN and infinite values")
+    scaled = images.astype(np.float64) * 255
+    levels = np.rint(scaled)
+    if levels.min() < 0 or levels.max() > 255 or np.abs(scaled - levels).max() > _FLOAT_SLACK:
+        span = f"{images.min():g} to {images.max():g}"
+        raise bad(name, f"holds floats from {span} that are not k/255 in [0, 1]; save grey levels as uint8")
+    return levels.astype(np.uint8)

@@ -1,0 +1,64 @@
+"""Between grey levels and the numbers a model sees, and the flip."""
+
+# B images, C channels, H W pixels, N grey levels (0..N-1)
+
+import torch
+from torch import Tensor
+
+from cdm_fast.errors import UserError
+
+
+def dequantize(images: Tensor, num_grey_levels: int, noise: Tensor | torch.Generator) -> Tensor:
+    """Spread each grey level u over its interval: x = 2 (u + noise)/N - 1, noise ~ U[0,1).
+
+    The density of x and the probability of u then differ by the constant log2(N/2) bits per dimension.
+
+    Args:
+        images: (..., H, W) uint8 in 0..N-1.
+        num_grey_levels: N, 2..256.
+        noise: of the shape of `images`, in [0,1), or a generator on their device to draw it from.
+
+    Returns: float32 like `images`, in [-1, 1].
+    Raises UserError if images are not uint8, hold a level above N-1, or the noise has another shape.
+    Source: Theis et al., arXiv 1511.01844, section 3.1.
+    """
+    _check_levels(images, num_grey_levels)
+    if isinstance(noise, torch.Generator):
+        noise = torch.rand(images.shape, generator=noise, device=images.device)
+    if noise.shape != images.shape:
+        raise UserError(
+            f"noise of shape {tuple(noise.shape)} for images of shape {tuple(images.shape)}; make them equal"
+        )
+    return (images + noise.float()).mul_(2 / num_grey_levels).sub_(1)
+
+
+def quantize(x: Tensor, num_grey_levels: int) -> Tensor:
+    """The grey level whose interval holds x, clamped to the range: floor(N (x+1)/2); inverse of `dequantize`.
+
+    Args: x: float, in [-1, 1] up to overshoot of a sampler; num_grey_levels: N, 2..256. Returns uint8 like x.
+    Raises UserError if x holds NaN.
+    """
+    if torch.isnan(x).any():
+        raise UserError(
+            f"{int(torch.isnan(x).sum())} of {x.numel()} pixel values are NaN; the model has diverged"
+        )
+    levels = (x.float() + 1) * (num_grey_levels / 2)
+    return levels.floor().clamp(0, num_grey_levels - 1).to(torch.uint8)
+
+
+def flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror each of (B,C,H,W) images of any dtype left-right with probability 1/2."""
+    chosen = torch.rand(len(images), generator=generator, device=generator.device) < 0.5
+    return torch.where(chosen.to(images.device)[:, None, None, None], images.flip(-1), images)
+
+
+def _check_levels(images: Tensor, num_grey_levels: int) -> None:
+    if images.dtype != torch.uint8:
+        raise UserError(f"images of dtype {images.dtype}; grey levels are torch.uint8")
+    if not 2 <= num_grey_levels <= 256:
+        raise UserError(f"{num_grey_levels} grey levels; uint8 images have 2 to 256")
+    # With 256 levels every uint8 is in range; that common case pays no pass over the data, no sync on a GPU.
+    if num_grey_levels < 256 and images.numel() and int(images.max()) >= num_grey_levels:
+        raise UserError(
+            f"grey level {int(images.max())} in images that have {num_grey_levels} levels (0 is the first)"
+        )

@@ -1,0 +1,142 @@
+"""Bounded reading of files, and of the zip container that hostile input likes best."""
+
+import lzma
+import os
+import stat
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from cdm_fast.errors import UserError
+
+MAX_DATA_BYTES = 2**34  # of pixels in one split, in memory: ImageNet at 64x64 is 2**33.9
+MAX_PICTURE_BYTES = 2**26  # of one compressed picture file
+
+# Compressed data may expand freely up to the first figure; beyond it, by no more than the factor. Deflate
+# reaches 1032, which no images worth learning from come near (Fashion-MNIST: 1.8).
+FREE_EXPANSION_BYTES = 2**26
+MAX_EXPANSION = 200
+
+_ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    OSError,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+    IndexError,
+    struct.error,
+)
+
+
+def bad(name: object, problem: str) -> UserError:
+    """The error `NAME: PROBLEM`, on one line whatever characters the file name or the problem hold."""
+    text = str(name)
+    text = text if text.isprintable() else repr(text)
+    return UserError(f"{text}: {' '.join(problem.split())}")
+
+
+def check_size(name: object, num_bytes: int, packed_bytes: int | None = None) -> None:
+    """Raise UserError if `num_bytes` are too many to hold, or absurd for `packed_bytes` compressed ones."""
+    if num_bytes > MAX_DATA_BYTES:
+        raise bad(
+            name, f"would take {num_bytes} bytes of memory, above the limit of {MAX_DATA_BYTES}; split it up"
+        )
+    if packed_bytes is not None and num_bytes > max(FREE_EXPANSION_BYTES, MAX_EXPANSION * packed_bytes):
+        raise bad(
+            name,
+            f"{packed_bytes} compressed bytes claim to hold {num_bytes}, as a decompression bomb does; "
+            "store it uncompressed if it is genuine",
+        )
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+    """Open a regular file for reading; UserError if missing, unreadable, or a device, pipe or folder."""
+    try:
+        # Without O_NONBLOCK, opening a named pipe would wait for a writer for ever.
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        descriptor = os.open(path, flags)
+    except FileNotFoundError:
+        raise bad(path, "no such file; check the path") from None
+    except (OSError, ValueError) as error:
+        raise bad(
+            path, f"cannot be opened ({error_text(error)}); check the path and its permissions"
+        ) from None
+    with os.fdopen(descriptor, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise bad(path, "is not a regular file; give the path of a file")
+        yield stream
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes; UserError otherwise."""
+    with open_regular(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > limit:
+            raise bad(path, f"has {size} bytes, above the limit of {limit}; make it smaller")
+        try:
+            return stream.read(limit)
+        except OSError as error:
+            raise bad(path, f"cannot be read ({error_text(error)}); copy it again") from None
+
+
+def error_text(error: BaseException) -> str:
+    """A library's exception as a few words without its file name."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+@contextmanager
+def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
+    """Open a zip container (also .npz); UserError if the file is missing or its directory is damaged."""
+    with open_regular(path) as stream:
+        try:
+            archive = zipfile.ZipFile(stream)
+        except _ZIP_ERRORS as error:
+            raise bad(
+                path, f"is not a whole zip file ({error_text(error)}); copy or create it again"
+            ) from None
+        with archive:
+            yield archive
+
+
+def check_member(path: Path, info: zipfile.ZipInfo) -> None:
+    """Raise UserError if a zip entry is encrypted, a link, leads out of it, or is packed in a rare way."""
+    name = f"{path}/{info.filename}"
+    parts = PurePosixPath(info.filename).parts
+    if info.filename.startswith("/") or ".." in parts or "\\" in info.filename or ":" in info.filename[:2]:
+        raise bad(name, "leads out of the zip file; create the zip again with relative names")
+    if stat.S_ISLNK(info.external_attr >> 16):
+        raise bad(name, "is a symbolic link; create the zip again with the files themselves")
+    if info.flag_bits & 1:
+        raise bad(name, "is encrypted; create the zip again without a password")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise bad(name, "is packed with a rare method; create the zip again with deflate or none")
+
+
+def read_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, limit: int) -> bytes:
+    """The content of one zip entry of at most `limit` bytes; UserError if damaged, hostile or too large."""
+    check_member(path, info)
+    name = f"{path}/{info.filename}"
+    check_size(name, info.file_size, info.compress_size)
+    if info.file_size > limit:
+        raise bad(name, f"has {info.file_size} bytes, above the limit of {limit}; make it smaller")
+    try:
+        with archive.open(info) as stream:
+            content = stream.read(info.file_size)
+            stream.read(1)  # reaching the end makes zipfile verify the checksum
+    except _ZIP_ERRORS as error:
+        raise bad(name, f"is damaged ({error_text(error)}); copy or create the zip again") from None
+    if len(content) != info.file_size:
+        raise bad(
+            name, f"is truncated: {len(content)} bytes of {info.file_size}; copy or create the zip again"
+        )
+    return content

@@ -1,0 +1,101 @@
+"""What a reader hands over: the splits its source ships, checked, with pixels decoded on demand."""
+
+# n chosen images, C channels, H W pixels, K classes
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdm_fast.data.order import Indices
+from cdm_fast.data.pictures import MAX_SIDE, Pixels, reshape
+from cdm_fast.data.reading import bad
+
+SPLITS = ("train", "validation", "test")
+MAX_CLASSES = 2**16
+
+
+@dataclass(frozen=True)
+class Part:
+    """One split that a source ships.
+
+    `read(indices, image_size, channels)` gives the chosen images, (n,C,H,W) uint8; None keeps what they have.
+    """
+
+    count: int
+    labels: Indices | None  # (count,)
+    read: Callable[[Indices, int | None, int | None], Pixels]
+    shape: tuple[int, ...] | None = None  # (C,H,W), if known before reading
+
+
+@dataclass(frozen=True)
+class Source:
+    """A readable data set: the parts it ships ("train" always, "validation" and "test" perhaps)."""
+
+    name: str
+    parts: dict[str, Part]
+    num_grey_levels: int
+    num_classes: int | None
+
+
+def array_part(name: object, images: Pixels, labels: Indices | None, num_grey_levels: int = 256) -> Part:
+    """A part in memory; (N,C,H,W) uint8, C 1 or 3. Raises UserError if empty, too large or out of range."""
+    if 0 in images.shape:
+        raise bad(name, f"holds no images (shape {images.shape}); give at least one")
+    if max(images.shape[2:]) > MAX_SIDE:
+        height, width = images.shape[2:]
+        raise bad(name, f"holds images of {width}x{height} pixels; scale them down to {MAX_SIDE} a side")
+    if num_grey_levels < 256 and images.max() >= num_grey_levels:
+        raise bad(
+            name, f"holds grey level {images.max()}; {num_grey_levels} levels end at {num_grey_levels - 1}"
+        )
+
+    def read(indices: Indices, image_size: int | None, channels: int | None) -> Pixels:
+        return reshape(np.ascontiguousarray(images[indices]), num_grey_levels, image_size, channels)
+
+    return Part(len(images), labels, read, images.shape[1:])
+
+
+def check_labels(name: object, labels: NDArray | None, count: int) -> Indices | None:
+    """Labels as (count,) int64; UserError if they are of another number or type, or out of range."""
+    if labels is None:
+        return None
+    labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    if labels.dtype.kind not in "iu":
+        raise bad(name, f"holds labels of type {labels.dtype}; save them as whole numbers (int64)")
+    if labels.shape != (count,):
+        raise bad(name, f"holds labels of shape {labels.shape} for {count} images; give one label an image")
+    outside = (labels < 0) | (labels >= MAX_CLASSES)
+    if outside.any():
+        index = int(np.argmax(outside))
+        raise bad(name, f"label {labels[index]} of image {index} is out of range; number the classes from 0")
+    return labels.astype(np.int64)
+
+
+def make_source(
+    name: object, parts: dict[str, Part], num_grey_levels: int = 256, num_classes: int | None = None
+) -> Source:
+    """A source whose parts agree: images of one shape, all labelled or none, and labels below K.
+
+    `num_classes`: K if the format fixes it; otherwise it is one more than the highest training label.
+    Raises UserError for differing shapes, a label of K or more, or labels in some parts only.
+    """
+    train = parts["train"]
+    if train.labels is None:
+        num_classes = None
+    elif num_classes is None:
+        num_classes = int(train.labels.max()) + 1
+    for split, part in parts.items():
+        if part.shape != train.shape:
+            raise bad(name, f"{split} images have shape {part.shape}, train {train.shape}; make them equal")
+        if (part.labels is None) != (train.labels is None):
+            raise bad(name, f"only one of train and {split} has labels; give both or neither")
+        if part.labels is not None and num_classes is not None and part.labels.max() >= num_classes:
+            index = int(part.labels.argmax())
+            raise bad(
+                name,
+                f"label {part.labels[index]} of {split} image {index} is out of range; "
+                f"the {num_classes} training classes are 0 to {num_classes - 1}",
+            )
+    return Source(str(name), parts, num_grey_levels, num_classes)
