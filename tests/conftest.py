@@ -4,6 +4,7 @@ Everything is a session-scoped fixture, so that it can be used inside hypothesis
 """
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,6 +98,10 @@ def poison_empty() -> Iterator[None]:
 def _seeded() -> None:
     """Tests draw from torch's global generator; each starts from the same state."""
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--wheel", type=Path, help="check this wheel instead of building a pure Python one")
 
 
 def pytest_configure(config: pytest.Config) -> None:
