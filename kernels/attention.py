@@ -1,0 +1,571 @@
+"""Triton kernels of attention, of its vector-Jacobian product (VJP), and of the derivative of the VJP.
+
+B batch, N tokens, C channels, h heads, D = C/h channels per head. Rows are query tokens, columns key tokens.
+
+No N x N matrix reaches memory: a program holds one tile of it at a time and recomputes the probabilities from
+`lse`. A head may be wider than what fits beside a tile (D = 256, 512): inner products over D are summed chunk
+by chunk, and the channels of a result are split over programs.
+
+Tiles: `p` probabilities; `grad_x` the gradient of x in the VJP; `x_dot` the tangent of x along (u_q, u_k, u_v).
+The equations are in `cdm_fast/ops/attention.py`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+class Blocks(NamedTuple):
+    """How a kernel cuts its work."""
+
+    chunk: int  # channels of one step of an inner product
+    out_width: int  # channels of the result that one program computes
+    block: int  # tokens of the result that one program computes
+    step: int  # tokens of the other side per iteration
+    warps: int
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, num_heads: int, out: Tensor, lse: Tensor
+) -> None:
+    """Fills out (B, N, C) and lse (B, h, N) fp32. All contiguous; fp32, bf16 or fp16; N, D of any size."""
+    _launch(_forward_kernel, 1, _sizes(q, num_heads), (q, k, v, out, lse), scale)
+
+
+def attention_vjp(
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    num_heads: int,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+) -> None:
+    """Fills grad_q, grad_k, grad_v (B, N, C), given what `attention` filled. All contiguous."""
+    sizes = _sizes(q, num_heads)
+    delta = _row_dot(g, out, sizes)
+    _launch(_vjp_rows_kernel, 1, sizes, (g, q, k, v, lse, delta, grad_q), scale)
+    _launch(_vjp_columns_kernel, 2, sizes, (g, q, k, v, lse, delta, grad_k, grad_v), scale)
+
+
+def attention_vjp_vjp(
+    u_q: Tensor,
+    u_k: Tensor,
+    u_v: Tensor,
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    num_heads: int,
+    grad_g: Tensor,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+) -> None:
+    """Fills the gradients of `<u_q, grad_q> + <u_k, grad_k> + <u_v, grad_v>` of the VJP. All contiguous."""
+    sizes = _sizes(q, num_heads)
+    inputs = (u_q, u_k, u_v, g, q, k, v, lse)
+    mean = torch.empty_like(lse)
+    _launch(_out_dot_kernel, 1, sizes, (u_q, u_k, u_v, q, k, v, lse, mean, grad_g), scale)
+    delta, delta_dot = _row_dot(g, out, sizes), _row_dot(g, grad_g, sizes)
+    statistics = (mean, delta, delta_dot)
+    _launch(_vjp_vjp_rows_kernel, 1, sizes, (*inputs, *statistics, grad_q), scale)
+    _launch(_vjp_vjp_columns_kernel, 2, sizes, (*inputs, *statistics, grad_k, grad_v), scale)
+
+
+def _sizes(q: Tensor, num_heads: int) -> tuple[int, int, int, int]:
+    """(B, N, h, D)"""
+    return q.shape[0], q.shape[1], num_heads, q.shape[2] // num_heads
+
+
+def choose_blocks(width: int, dtype: torch.dtype, results: int) -> Blocks:
+    """How to cut the work for heads of D = width in a kernel that sums `results` tensors.
+
+    Chosen so that nothing spills on sm_80, sm_90 and sm_100, by the assembler's report.
+    """
+    padded = max(16, triton.next_power_of_2(width))
+    if dtype == torch.float32:  # multiplied without tensor cores, from registers
+        return Blocks(chunk=16, out_width=min(padded, 64), block=32, step=16, warps=4)
+    out_width = min(padded, 256)
+    block, warps = (64 if results == 1 else 32), (8 if out_width > 64 else 4)
+    return Blocks(chunk=min(padded, 64), out_width=out_width, block=block, step=32, warps=warps)
+
+
+def _launch(
+    kernel: triton.JITFunction,
+    results: int,
+    sizes: tuple[int, int, int, int],
+    tensors: tuple[Tensor, ...],
+    scale: float,
+) -> None:
+    batch, num_tokens, num_heads, width = sizes
+    blocks = choose_blocks(width, tensors[0].dtype, results)
+    num_blocks = triton.cdiv(num_tokens, blocks.block)
+    grid = (num_blocks * batch * num_heads, triton.cdiv(width, blocks.out_width))
+    kernel[grid](
+        *tensors,
+        scale,
+        num_tokens,
+        num_blocks,
+        num_heads,
+        WIDTH=width,
+        CHUNK=blocks.chunk,
+        OUT_WIDTH=blocks.out_width,
+        BLOCK=blocks.block,
+        STEP=blocks.step,
+        num_warps=blocks.warps,
+        num_stages=2,
+    )
+
+
+def _row_dot(x: Tensor, y: Tensor, sizes: tuple[int, int, int, int]) -> Tensor:
+    """sum over a head's channels of x y: (B, h, N) fp32."""
+    batch, num_tokens, num_heads, width = sizes
+    result = torch.empty(batch, num_heads, num_tokens, dtype=torch.float32, device=x.device)
+    num_blocks = triton.cdiv(num_tokens, 16)
+    grid = (num_blocks * batch * num_heads,)
+    padded = triton.next_power_of_2(width)
+    _row_dot_kernel[grid](
+        x, y, result, num_tokens, num_blocks, num_heads, WIDTH=width, PADDED=padded, BLOCK=16
+    )
+    return result
+
+
+@triton.jit
+def _load_tile(
+    pointer: tl.tensor,
+    tokens: tl.tensor,
+    channels: tl.tensor,
+    num_tokens: int,
+    stride: int,
+    WIDTH: tl.constexpr,
+) -> tl.tensor:
+    """pointer[tokens, channels], zero outside."""
+    inside = (tokens[:, None] < num_tokens) & (channels[None, :] < WIDTH)
+    return tl.load(pointer + tokens[:, None] * stride + channels[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _store_tile(
+    pointer: tl.tensor,
+    tile: tl.tensor,
+    tokens: tl.tensor,
+    channels: tl.tensor,
+    num_tokens: int,
+    stride: int,
+    WIDTH: tl.constexpr,
+) -> None:
+    """pointer[tokens, channels] = tile, but for what is outside."""
+    inside = (tokens[:, None] < num_tokens) & (channels[None, :] < WIDTH)
+    tl.store(
+        pointer + tokens[:, None] * stride + channels[None, :], tile.to(pointer.dtype.element_ty), mask=inside
+    )
+
+
+@triton.jit
+def _dot(x: tl.tensor, y: tl.tensor, tile: tl.tensor) -> tl.tensor:
+    """tile + x y, summed in fp32. Operands of fp32 are not rounded to tf32."""
+    if (
+        _INTERPRETED
+    ):  # Triton's interpreter multiplies the bit patterns of bf16; fp32 holds the same products.
+        x = x.to(tl.float32)
+        y = y.to(tl.float32)
+    return tl.dot(x, y, tile, input_precision="ieee")
+
+
+@triton.jit
+def _add_inner(
+    tile: tl.tensor,
+    x: tl.tensor,
+    y: tl.tensor,
+    x_tokens: tl.tensor,
+    y_tokens: tl.tensor,
+    num_tokens: int,
+    stride: int,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+) -> tl.tensor:
+    """tile + x[x_tokens] y[y_tokens]^T"""
+    for start in range(0, WIDTH, CHUNK):
+        channels = start + tl.arange(0, CHUNK)
+        x_tile = _load_tile(x, x_tokens, channels, num_tokens, stride, WIDTH)
+        y_tile = _load_tile(y, y_tokens, channels, num_tokens, stride, WIDTH)
+        tile = _dot(x_tile, tl.trans(y_tile), tile)
+    return tile
+
+
+@triton.jit
+def _add_product(
+    result: tl.tensor,
+    tile: tl.tensor,
+    x: tl.tensor,
+    tokens: tl.tensor,
+    channels: tl.tensor,
+    num_tokens: int,
+    stride: int,
+    WIDTH: tl.constexpr,
+) -> tl.tensor:
+    """result + tile x[tokens, channels]"""
+    x_tile = _load_tile(x, tokens, channels, num_tokens, stride, WIDTH)
+    return _dot(tile.to(x_tile.dtype), x_tile, result)
+
+
+@triton.jit
+def _tangents(
+    p: tl.tensor,
+    scores_dot: tl.tensor,
+    grad_p: tl.tensor,
+    grad_p_dot: tl.tensor,
+    mean: tl.tensor,
+    delta: tl.tensor,
+    delta_dot: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """(p_dot, grad_scores, grad_scores_dot); statistics of rows come shaped for broadcasting."""
+    p_dot = p * (scores_dot - mean)
+    centred = grad_p - delta
+    return p_dot, p * centred, p_dot * centred + p * (grad_p_dot - delta_dot)
+
+
+@triton.jit
+def _place(num_blocks: int, num_tokens: int, num_heads: int, WIDTH: tl.constexpr) -> tuple[int, int, int]:
+    """This program's block of tokens, and its head's offsets into (B, h, N) and (B, N, C)."""
+    block = tl.program_id(0) % num_blocks
+    head = (tl.program_id(0) // num_blocks).to(tl.int64)
+    first_channel = (head // num_heads) * num_tokens * num_heads * WIDTH + (head % num_heads) * WIDTH
+    return block, head * num_tokens, first_channel
+
+
+@triton.jit
+def _row_dot_kernel(
+    x: tl.tensor,
+    y: tl.tensor,
+    result: tl.tensor,
+    num_tokens: int,
+    num_blocks: int,
+    num_heads: int,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    block, first_row, first = _place(num_blocks, num_tokens, num_heads, WIDTH)
+    rows = block * BLOCK + tl.arange(0, BLOCK)
+    channels = tl.arange(0, PADDED)
+    stride = num_heads * WIDTH
+    x_tile = _load_tile(x + first, rows, channels, num_tokens, stride, WIDTH).to(tl.float32)
+    y_tile = _load_tile(y + first, rows, channels, num_tokens, stride, WIDTH).to(tl.float32)
+    tl.store(result + first_row + rows, tl.sum(x_tile * y_tile, 1), mask=rows < num_tokens)
+
+
+@triton.jit
+def _forward_kernel(
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    out: tl.tensor,
+    lse: tl.tensor,
+    scale: float,
+    num_tokens: int,
+    num_blocks: int,
+    num_heads: int,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    OUT_WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+) -> None:
+    """Softmax with a running maximum and sum, so that each column is visited once."""
+    block, first_row, first = _place(num_blocks, num_tokens, num_heads, WIDTH)
+    q, k, v, out = q + first, k + first, v + first, out + first
+    stride = num_heads * WIDTH
+    rows = block * BLOCK + tl.arange(0, BLOCK)
+    channels = tl.program_id(1) * OUT_WIDTH + tl.arange(0, OUT_WIDTH)
+    top = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    result = tl.zeros((BLOCK, OUT_WIDTH), tl.float32)
+    for start in range(0, num_tokens, STEP):
+        columns = start + tl.arange(0, STEP)
+        scores = tl.zeros((BLOCK, STEP), tl.float32)
+        scores = _add_inner(scores, q, k, rows, columns, num_tokens, stride, WIDTH, CHUNK)
+        scores = tl.where(columns[None, :] < num_tokens, scores * (scale * _LOG2_E), float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        p = tl.exp2(scores - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(p, 1)
+        result = _add_product(result * shrink[:, None], p, v, columns, channels, num_tokens, stride, WIDTH)
+        top = new_top
+    _store_tile(out, result / total[:, None], rows, channels, num_tokens, stride, WIDTH)
+    if tl.program_id(1) == 0:
+        tl.store(lse + first_row + rows, (top + tl.log2(total)) / _LOG2_E, mask=rows < num_tokens)
+
+
+@triton.jit
+def _vjp_rows_kernel(
+    g: tl.tensor,
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    lse: tl.tensor,
+    delta: tl.tensor,
+    grad_q: tl.tensor,
+    scale: float,
+    num_tokens: int,
+    num_blocks: int,
+    num_heads: int,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    OUT_WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+) -> None:
+    """grad_q of one block of rows."""
+    block, first_row, first = _place(num_blocks, num_tokens, num_heads, WIDTH)
+    g, q, k, v, grad_q = g + first, q + first, k + first, v + first, grad_q + first
+    stride = num_heads * WIDTH
+    rows = block * BLOCK + tl.arange(0, BLOCK)
+    channels = tl.program_id(1) * OUT_WIDTH + tl.arange(0, OUT_WIDTH)
+    lse_rows = tl.load(lse + first_row + rows, mask=rows < num_tokens, other=float("inf"))[:, None]
+    delta_rows = tl.load(delta + first_row + rows, mask=rows < num_tokens, other=0.0)[:, None]
+    result = tl.zeros((BLOCK, OUT_WIDTH), tl.float32)
+    for start in range(0, num_tokens, STEP):
+        columns = start + tl.arange(0, STEP)
+        zeros = tl.zeros((BLOCK, STEP), tl.float32)
+        scores = _add_inner(zeros, q, k, rows, columns, num_tokens, stride, WIDTH, CHUNK)
+        p = tl.exp2((scores * scale - lse_rows) * _LOG2_E)
+        p = tl.where(columns[None, :] < num_tokens, p, 0.0)
+        grad_p = _add_inner(zeros, g, v, rows, columns, num_tokens, stride, WIDTH, CHUNK)
+        grad_scores = p * (grad_p - delta_rows)
+        result = _add_product(result, grad_scores, k, columns, channels, num_tokens, stride, WIDTH)
+    _store_tile(grad_q, result * scale, rows, channels, num_tokens, stride, WIDTH)
+
+
+@triton.jit
+def _vjp_columns_kernel(
+    g: tl.tensor,
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    lse: tl.tensor,
+    delta: tl.tensor,
+    grad_k: tl.tensor,
+    grad_v: tl.tensor,
+    scale: float,
+    num_tokens: int,
+    num_blocks: int,
+    num_heads: int,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    OUT_WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+) -> None:
+    """grad_k and grad_v of one block of columns. Tiles are transposed: (columns, rows)."""
+    block, first_row, first = _place(num_blocks, num_tokens, num_heads, WIDTH)
+    g, q, k, v = g + first, q + first, k + first, v + first
+    stride = num_heads * WIDTH
+    columns = block * BLOCK + tl.arange(0, BLOCK)
+    channels = tl.program_id(1) * OUT_WIDTH + tl.arange(0, OUT_WIDTH)
+    result_k = tl.zeros((BLOCK, OUT_WIDTH), tl.float32)
+    result_v = tl.zeros((BLOCK, OUT_WIDTH), tl.float32)
+    for start in range(0, num_tokens, STEP):
+        rows = start + tl.arange(0, STEP)
+        # Rows that do not exist have no probability, because their lse is infinite.
+        lse_rows = tl.load(lse + first_row + rows, mask=rows < num_tokens, other=float("inf"))[None, :]
+        delta_rows = tl.load(delta + first_row + rows, mask=rows < num_tokens, other=0.0)[None, :]
+        zeros = tl.zeros((BLOCK, STEP), tl.float32)
+        scores = _add_inner(zeros, k, q, columns, rows, num_tokens, stride, WIDTH, CHUNK)
+        p = tl.exp2((scores * scale - lse_rows) * _LOG2_E)
+        result_v = _add_product(result_v, p, g, rows, channels, num_tokens, stride, WIDTH)
+        grad_p = _add_inner(zeros, v, g, columns, rows, num_tokens, stride, WIDTH, CHUNK)
+        grad_scores = p * (grad_p - delta_rows)
+        result_k = _add_product(result_k, grad_scores, q, rows, channels, num_tokens, stride, WIDTH)
+    _store_tile(grad_k + first, result_k * scale, columns, channels, num_tokens, stride, WIDTH)
+    _store_tile(grad_v + first, result_v, columns, channels, num_tokens, stride, WIDTH)
+
+
+@triton.jit
+def _out_dot_kernel(
+    u_q: tl.tensor,
+    u_k: tl.tensor,
+    u_v: tl.tensor,
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    lse: tl.tensor,
+    mean: tl.tensor,
+    out_dot: tl.tensor,
+    scale: float,
+    num_tokens: int,
+    num_blocks: int,
+    num_heads: int,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    OUT_WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+) -> None:
+    """mean and out_dot of one block of rows.
+
+    Two passes over the columns: `sum p scores_dot v - mean out` would need one, and cancel badly where the
+    scores move together.
+    """
+    block, first_row, first = _place(num_blocks, num_tokens, num_heads, WIDTH)
+    u_q, u_k, u_v, q, k, v = u_q + first, u_k + first, u_v + first, q + first, k + first, v + first
+    stride = num_heads * WIDTH
+    rows = block * BLOCK + tl.arange(0, BLOCK)
+    channels = tl.program_id(1) * OUT_WIDTH + tl.arange(0, OUT_WIDTH)
+    lse_rows = tl.load(lse + first_row + rows, mask=rows < num_tokens, other=float("inf"))[:, None]
+    mean_rows = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, num_tokens, STEP):
+        columns = start + tl.arange(0, STEP)
+        zeros = tl.zeros((BLOCK, STEP), tl.float32)
+        scores = _add_inner(zeros, q, k, rows, columns, num_tokens, stride, WIDTH, CHUNK)
+        p = tl.exp2((scores * scale - lse_rows) * _LOG2_E)
+        p = tl.where(columns[None, :] < num_tokens, p, 0.0)
+        scores_dot = _add_inner(zeros, u_q, k, rows, columns, num_tokens, stride, WIDTH, CHUNK)
+        scores_dot = _add_inner(scores_dot, q, u_k, rows, columns, num_tokens, stride, WIDTH, CHUNK)
+        mean_rows += tl.sum(p * scores_dot, 1)
+    mean_rows = mean_rows * scale
+    result = tl.zeros((BLOCK, OUT_WIDTH), tl.float32)
+    for start in range(0, num_tokens, STEP):
+        columns = start + tl.arange(0, STEP)
+        zeros = tl.zeros((BLOCK, STEP), tl.float32)
+        scores = _add_inner(zeros, q, k, rows, columns, num_tokens, stride, WIDTH, CHUNK)
+        p = tl.exp2((scores * scale - lse_rows) * _LOG2_E)
+        p = tl.where(columns[None, :] < num_tokens, p, 0.0)
+        scores_dot = _add_inner(zeros, u_q, k, rows, columns, num_tokens, stride, WIDTH, CHUNK)
+        scores_dot = _add_inner(scores_dot, q, u_k, rows, columns, num_tokens, stride, WIDTH, CHUNK) * scale
+        p_dot = p * (scores_dot - mean_rows[:, None])
+        result = _add_product(result, p_dot, v, columns, channels, num_tokens, stride, WIDTH)
+        result = _add_product(result, p, u_v, columns, channels, num_tokens, stride, WIDTH)
+    _store_tile(out_dot + first, result, rows, channels, num_tokens, stride, WIDTH)
+    if tl.program_id(1) == 0:
+        tl.store(mean + first_row + rows, mean_rows, mask=rows < num_tokens)
+
+
+@triton.jit
+def _vjp_vjp_rows_kernel(
+    u_q: tl.tensor,
+    u_k: tl.tensor,
+    u_v: tl.tensor,
+    g: tl.tensor,
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    lse: tl.tensor,
+    mean: tl.tensor,
+    delta: tl.tensor,
+    delta_dot: tl.tensor,
+    grad_q: tl.tensor,
+    scale: float,
+    num_tokens: int,
+    num_blocks: int,
+    num_heads: int,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    OUT_WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+) -> None:
+    """The tangent of grad_q, one block of rows."""
+    block, first_row, first = _place(num_blocks, num_tokens, num_heads, WIDTH)
+    u_q, u_k, u_v, g = u_q + first, u_k + first, u_v + first, g + first
+    q, k, v = q + first, k + first, v + first
+    stride = num_heads * WIDTH
+    rows = block * BLOCK + tl.arange(0, BLOCK)
+    channels = tl.program_id(1) * OUT_WIDTH + tl.arange(0, OUT_WIDTH)
+    exist = rows < num_tokens
+    lse_rows = tl.load(lse + first_row + rows, mask=exist, other=float("inf"))[:, None]
+    mean_rows = tl.load(mean + first_row + rows, mask=exist, other=0.0)[:, None]
+    delta_rows = tl.load(delta + first_row + rows, mask=exist, other=0.0)[:, None]
+    delta_dot_rows = tl.load(delta_dot + first_row + rows, mask=exist, other=0.0)[:, None]
+    result = tl.zeros((BLOCK, OUT_WIDTH), tl.float32)
+    for start in range(0, num_tokens, STEP):
+        columns = start + tl.arange(0, STEP)
+        zeros = tl.zeros((BLOCK, STEP), tl.float32)
+        scores = _add_inner(zeros, q, k, rows, columns, num_tokens, stride, WIDTH, CHUNK)
+        p = tl.exp2((scores * scale - lse_rows) * _LOG2_E)
+        p = tl.where(columns[None, :] < num_tokens, p, 0.0)
+        scores_dot = _add_inner(zeros, u_q, k, rows, columns, num_tokens, stride, WIDTH, CHUNK)
+        scores_dot = _add_inner(scores_dot, q, u_k, rows, columns, num_tokens, stride, WIDTH, CHUNK) * scale
+        grad_p = _add_inner(zeros, g, v, rows, columns, num_tokens, stride, WIDTH, CHUNK)
+        grad_p_dot = _add_inner(zeros, g, u_v, rows, columns, num_tokens, stride, WIDTH, CHUNK)
+        _, grad_scores, grad_scores_dot = _tangents(
+            p, scores_dot, grad_p, grad_p_dot, mean_rows, delta_rows, delta_dot_rows
+        )
+        result = _add_product(result, grad_scores_dot, k, columns, channels, num_tokens, stride, WIDTH)
+        result = _add_product(result, grad_scores, u_k, columns, channels, num_tokens, stride, WIDTH)
+    _store_tile(grad_q + first, result * scale, rows, channels, num_tokens, stride, WIDTH)
+
+
+@triton.jit
+def _vjp_vjp_columns_kernel(
+    u_q: tl.tensor,
+    u_k: tl.tensor,
+    u_v: tl.tensor,
+    g: tl.tensor,
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    lse: tl.tensor,
+    mean: tl.tensor,
+    delta: tl.tensor,
+    delta_dot: tl.tensor,
+    grad_k: tl.tensor,
+    grad_v: tl.tensor,
+    scale: float,
+    num_tokens: int,
+    num_blocks: int,
+    num_heads: int,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    OUT_WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+) -> None:
+    """The tangents of grad_k and grad_v, one block of columns. Tiles are transposed: (columns, rows)."""
+    block, first_row, first = _place(num_blocks, num_tokens, num_heads, WIDTH)
+    u_q, u_k, u_v, g = u_q + first, u_k + first, u_v + first, g + first
+    q, k, v = q + first, k + first, v + first
+    stride = num_heads * WIDTH
+    columns = block * BLOCK + tl.arange(0, BLOCK)
+    channels = tl.program_id(1) * OUT_WIDTH + tl.arange(0, OUT_WIDTH)
+    result_k = tl.zeros((BLOCK, OUT_WIDTH), tl.float32)
+    result_v = tl.zeros((BLOCK, OUT_WIDTH), tl.float32)
+    for start in range(0, num_tokens, STEP):
+        rows = start + tl.arange(0, STEP)
+        exist = rows < num_tokens
+        # Rows that do not exist have no probability, because their lse is infinite.
+        lse_rows = tl.load(lse + first_row + rows, mask=exist, other=float("inf"))[None, :]
+        mean_rows = tl.load(mean + first_row + rows, mask=exist, other=0.0)[None, :]
+        delta_rows = tl.load(delta + first_row + rows, mask=exist, other=0.0)[None, :]
+        delta_dot_rows = tl.load(delta_dot + first_row + rows, mask=exist, other=0.0)[None, :]
+        zeros = tl.zeros((BLOCK, STEP), tl.float32)
+        scores = _add_inner(zeros, k, q, columns, rows, num_tokens, stride, WIDTH, CHUNK)
+        p = tl.exp2((scores * scale - lse_rows) * _LOG2_E)
+        scores_dot = _add_inner(zeros, k, u_q, columns, rows, num_tokens, stride, WIDTH, CHUNK)
+        scores_dot = _add_inner(scores_dot, u_k, q, columns, rows, num_tokens, stride, WIDTH, CHUNK) * scale
+        grad_p = _add_inner(zeros, v, g, columns, rows, num_tokens, stride, WIDTH, CHUNK)
+        grad_p_dot = _add_inner(zeros, u_v, g, columns, rows, num_tokens, stride, WIDTH, CHUNK)
+        p_dot, grad_scores, grad_scores_dot = _tangents(
+            p, scores_dot, grad_p, grad_p_dot, mean_rows, delta_rows, delta_dot_rows
+        )
+        result_v = _add_product(result_v, p_dot, g, rows, channels, num_tokens, stride, WIDTH)
+        result_k = _add_product(result_k, grad_scores_dot, q, rows, channels, num_tokens, stride, WIDTH)
+        result_k = _add_product(result_k, grad_scores, u_q, rows, channels, num_tokens, stride, WIDTH)
+    _store_tile(grad_k + first, result_k * scale, columns, channels, num_tokens, stride, WIDTH)
+    _store_tile(grad_v + first, result_v, columns, channels, num_tokens, stride, WIDTH)
