@@ -162,9 +162,8 @@ def test_uniform_pixels_have_log_prob_minus_log_width(width):
     density = UniformPixels(width, dim=4)
     model = CDM(ExactNetwork(density, schedule), schedule)
     x = density.sample(50, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(
-        model.log_prob(x) / 4, torch.full((50,), -math.log(width), dtype=torch.float64), **EXACT
-    )
+    expected = torch.full((50,), -math.log(width), dtype=torch.float64)
+    torch.testing.assert_close(model.log_prob(x) / 4, expected, **EXACT)
 
 
 # The closed forms themselves.

@@ -1,4 +1,4 @@
-"""Every sampler on exact denoisers: order of convergence, the law of its samples, determinism, and bad input."""
+"""Samplers on exact denoisers: order of convergence, the law of the samples, determinism, bad values."""
 
 import math
 
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from cdm_fast.errors import UserError
-from cdm_fast.model import CDM, Denoiser
-from cdm_fast.sampling import SAMPLERS, ddim, ddpm, dpm_solver_pp_2m, euler_ot, heun, sample
+from cdm_fast.model import CDM
+from cdm_fast.sampling import SAMPLERS, ImageNoise, ddim, ddpm, dpm_solver_pp_2m, euler_ot, heun, sample
 from cdm_fast.schedule import SCHEDULES, NoiseSchedule
 from tests.analytic import (
     ExactDenoiser,
@@ -50,7 +50,7 @@ def errors(sampler, problem, schedule, steps):
 @pytest.mark.parametrize(
     ("sampler", "order", "final_error"),
     [
-        pytest.param(ddim, 1, 0.03, id="ddim"),
+        pytest.param(ddim, 1, 0.05, id="ddim"),
         pytest.param(heun, 2, 0.003, id="heun"),
         pytest.param(dpm_solver_pp_2m, 2, 0.002, id="dpm_solver_pp_2m"),
     ],
@@ -94,7 +94,7 @@ def test_one_step_returns_x0_hat(schedule_name):
 
 
 def reverse_step(schedule, t, t_prev):
-    """q(x_prev | x_t, x_0) = N(to_x0 x_0 + to_x x_t, variance I), by conditioning the joint Gaussian of both levels."""
+    """q(x_prev | x_t, x_0) = N(to_x0 x_0 + to_x x_t, variance I), by conditioning their joint Gaussian."""
     a, a_prev, s, s_prev = schedule.a[t], schedule.a[t_prev], schedule.s[t], schedule.s[t_prev]
     covariance = (a / a_prev) * s_prev**2  # of x_prev and x_t, given x_0
     to_x = covariance / s**2
@@ -108,9 +108,8 @@ def law_of_ddpm(density, schedule, steps):
     mean, covariance = torch.zeros(density.dim, dtype=torch.float64), eye
     for t, t_prev in schedule.pairs(steps):
         a, s = schedule.a[t], schedule.s[t]
-        gain = (
-            a * covariance_0 @ torch.linalg.inv(a**2 * covariance_0 + s**2 * eye)
-        )  # x0_hat = mean_0 + gain (x - a mean_0)
+        # x0_hat = mean_0 + gain (x - a mean_0)
+        gain = a * covariance_0 @ torch.linalg.inv(a**2 * covariance_0 + s**2 * eye)
         to_x0, to_x, variance = reverse_step(schedule, t, t_prev)
         matrix = to_x0 * gain + to_x * eye
         mean = matrix @ mean + to_x0 * (mean_0 - a * gain @ mean_0)
@@ -144,16 +143,15 @@ def test_ancestral_law_with_strided_steps(sampler, steps, schedule_name):
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0], ids="eta-{}".format)
 def test_ddim_reaches_the_data(eta, schedule_name):
     """Any eta, half the levels skipped: mean and covariance of a mixture within sampling error + 2 %."""
-    schedule = NoiseSchedule.by_name(schedule_name, 400)
-    x = sample(ExactDenoiser(MIXTURE, schedule), 20_000, "ddim", 200, seed=3, eta=eta, batch_size=20_000)
+    schedule = NoiseSchedule.by_name(schedule_name, 200)
+    x = sample(ExactDenoiser(MIXTURE, schedule), 10_000, "ddim", 100, seed=3, eta=eta, batch_size=10_000)
     assert_law(x, MIXTURE.mean(), MIXTURE.covariance(), slack=0.02)
     assert float((x < -0.3).double().mean()) == pytest.approx(_mass_below(-0.3), abs=0.02)
 
 
 def _mass_below(value):
-    return float(
-        torch.special.ndtr((value - MIXTURE.means[:, 0]) / MIXTURE.variances[:, 0].sqrt()) @ MIXTURE.weights
-    )
+    deviations = (value - MIXTURE.means[:, 0]) / MIXTURE.variances[:, 0].sqrt()
+    return float(torch.special.ndtr(deviations) @ MIXTURE.weights)
 
 
 # `sample`: seeds, batches, labels, devices, bad values.
@@ -228,21 +226,22 @@ def test_labels_are_per_image(model):
 def test_labels_select_the_component():
     """Samples of a label follow that component's Gaussian."""
     density = random_mixture(dim=2, components=2, seed=4)
-    model = ExactNetwork(density, schedule := NoiseSchedule.uniform(60))
-    x = sample(CDM(model, schedule, input_shape=(2,)), 2000, "dpm_solver_pp_2m", 20, label=1, batch_size=2000)
+    schedule = NoiseSchedule.ot(100)
+    model = CDM(ExactNetwork(density, schedule), schedule, input_shape=(2,))
+    x = sample(model, 2000, "dpm_solver_pp_2m", 20, label=1, batch_size=2000)
     assert_law(x, density.means[1], density.covariances[1], slack=0.03)
 
 
 def test_noise_is_standard_normal_and_independent():
-    """One DDPM step of a model that predicts no data leaves pure noise to look at."""
-
-    class Nothing(Denoiser):
-        def denoise(self, x, level, label=None):
-            return x / self.schedule.s[level]
-
-    schedule = NoiseSchedule.uniform(10)
-    x = sample(Nothing(nn.Identity(), schedule, (101,)), 4000, "ddpm", 1)
-    assert float(x.abs().max()) == 0.0
+    """Moments to the fourth, and no correlation between draws, images or pixels: 5 standard errors."""
+    noise = ImageNoise(3, slice(0, 2000), (7, 5), torch.empty(0, dtype=torch.float64))
+    first, second = noise().flatten(1), noise().flatten(1)
+    limit = 5 / math.sqrt(first.numel())
+    assert abs(float(first.mean())) < limit
+    assert abs(float((first**2).mean()) - 1) < limit * math.sqrt(2)
+    assert abs(float((first**4).mean()) - 3) < limit * math.sqrt(96)
+    for one, other in ((first, second), (first[1:], first[:-1]), (first[:, 1:], first[:, :-1])):
+        assert abs(float((one * other).mean())) < 1.1 * limit
 
 
 @pytest.mark.parametrize(("num", "shape"), [(0, (1, 3, 3)), (1, (2,)), (3, (1,))])
