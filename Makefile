@@ -28,6 +28,8 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@ls cdm_fast/_C.* > /dev/null 2>&1 || \
+	    echo "No C++ kernels were built: ops run on their reference. $(BIN)/cdm-fast doctor tells why."
 	touch $@
 
 lint: $(INSTALLED)

@@ -97,6 +97,12 @@ def test_every_public_name_is_there():
     assert set(cdm_fast.__all__) <= set(dir(cdm_fast))
 
 
+def test_the_example_of_the_readme_runs(capsys):
+    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    exec(compile(example[1], "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip() == "torch.Size([16])"
+
+
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = cdm_fast.nonsense
