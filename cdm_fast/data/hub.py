@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cdm_fast.data.folder import picture_part
-from cdm_fast.data.reading import MAX_PICTURE_BYTES, bad, error_text
+from cdm_fast.data.reading import MAX_PICTURE_BYTES, bad, error_text, read_bytes
 from cdm_fast.data.source import SPLITS, Part, Source, check_labels, make_source
 from cdm_fast.errors import UserError
 
@@ -73,13 +74,12 @@ def _opener(table: Any, column: str, name: str) -> Callable[[], Any]:
     @contextmanager
     def opener() -> Iterator[Callable[[str], bytes]]:
         def fetch(key: str) -> bytes:
-            content = table[int(key)][column]["bytes"]
-            if content is None or len(content) > MAX_PICTURE_BYTES:
-                raise bad(
-                    f"{name}/{key}",
-                    f"has no content of at most {MAX_PICTURE_BYTES} bytes; choose another data set",
-                )
-            return content
+            cell = table[int(key)][column]
+            if cell is None:
+                raise bad(f"{name}/{key}", "holds no image; choose another data set")
+            # A table keeps either the file's content or the path of its local copy.
+            content = cell["bytes"]
+            return read_bytes(Path(cell["path"]), MAX_PICTURE_BYTES) if content is None else content
 
         yield fetch
 

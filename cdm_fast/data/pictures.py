@@ -5,6 +5,7 @@
 import io
 import math
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from cdm_fast.errors import UserError
 from cdm_fast.files import write_atomically
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".pgm", ".ppm", ".pnm"})
-MAX_PIXELS = 2**26  # of one picture before resizing; 4 bytes each while it is decoded
+MAX_PIXELS = 2**25  # of one picture before resizing; 4 bytes each in every copy while it is decoded
 MAX_SIDE = 1024  # of the images a model sees
 
 # Pillow's plug-ins for other formats are not even tried: fewer parsers, fewer holes.
@@ -55,26 +56,24 @@ def decode(content: bytes, name: object, image_size: int | None, channels: int |
     """Decode one 8-bit picture, upright by its EXIF tag, then `reshape` it.
 
     Returns (C,H,W) uint8. Raises UserError, naming `name`, for anything but a whole PNG, JPEG, BMP, WebP or
-    PNM picture of at most 2**26 pixels with 8 bits a channel and no transparency.
+    PNM picture of at most 2**25 pixels with 8 bits a channel and no transparency.
     """
     try:
-        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+        # The warnings that are silenced are of damaged EXIF tags and of sizes that we judge ourselves.
+        with (
+            warnings.catch_warnings(action="ignore"),
+            Image.open(io.BytesIO(content), formats=_FORMATS) as image,
+        ):
             if math.prod(image.size) > MAX_PIXELS:
-                raise bad(
-                    name,
-                    f"has {image.width}x{image.height} pixels, more than {MAX_PIXELS}; scale it down",
-                )
+                raise bad(name, f"has {image.width}x{image.height} pixels, over {MAX_PIXELS}; scale it down")
             ImageOps.exif_transpose(image, in_place=True)
             plain = _grey_or_colour(image, name)
     except UserError:
         raise
+    except Image.UnidentifiedImageError:
+        raise bad(name, "is not a PNG, JPEG, BMP, WebP or PNM picture; convert it to PNG") from None
     except _DECODE_ERRORS as error:
-        reason = (
-            "not a known format" if isinstance(error, Image.UnidentifiedImageError) else error_text(error)
-        )
-        raise bad(
-            name, f"is not a whole PNG, JPEG, BMP, WebP or PNM picture ({reason}); replace it"
-        ) from None
+        raise bad(name, f"is damaged or truncated ({error_text(error)}); replace or remove it") from None
     return _to_array(_fit(plain, image_size, channels))
 
 
