@@ -37,12 +37,12 @@ def start(dim: int, num: int = 16) -> Tensor:
     return torch.randn(num, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def errors(sampler, problem, schedule, steps):
+def errors(sampler, problem, schedule, steps, **options):
     """Largest distance to the exact probability-flow map, for each number of steps."""
     density, flow = PROBLEMS[problem]
     model, x = ExactDenoiser(density, schedule), start(density.dim)
     exact = flow(density, schedule, x, schedule.T)
-    return [float((sampler(model, x, silent, n) - exact).abs().max()) for n in steps]
+    return [float((sampler(model, x, silent, n, **options) - exact).abs().max()) for n in steps]
 
 
 @every_schedule
@@ -61,6 +61,14 @@ def test_order_of_convergence(sampler, order, final_error, problem, schedule_nam
     assert error[-1] < final_error
     measured = math.log(error[0] / error[-1]) / math.log(steps[-1] / steps[0])
     assert order - 0.15 < measured < order + 0.35
+
+
+@every_problem
+def test_multistep_order_on_an_uneven_grid(problem):
+    """Steps of changing log-SNR: the extrapolation has to use the ratio of the last two."""
+    error = errors(dpm_solver_pp_2m, problem, NoiseSchedule.cosine(4096), [32, 128], spacing="level")
+    assert error[-1] < 4e-4
+    assert math.log(error[0] / error[1]) / math.log(4) > 1.85
 
 
 @every_problem
