@@ -80,7 +80,7 @@ class NoiseSchedule:
     def linear(cls, T: int) -> "NoiseSchedule":
         """DDPM: beta rises linearly, 1e-4 to 0.02 at T = 1000; other T scale it by 1000/T, clipped at 0.999.
 
-        Below T = 30 the clipped end keeps almost no signal (a_T = 4e-9 at T = 10): sample from other schedules.
+        Below T = 30 the clipped end keeps almost no signal (a_T = 4e-9 at T = 10): sample from another.
         Source: arXiv 2006.11239, section 4. Raises UserError unless T is an integer of at least 1.
         """
         T = _check_T(T)
