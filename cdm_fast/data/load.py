@@ -55,7 +55,7 @@ def load_data(
             CIFAR-100 folder (binary version), an image folder, a zip of one, or an .npz.
         split: "train", "validation" or "test". Splits that the source does not ship are cut out of its
             training images, stratified by class: 20 % for test, 10 % for validation.
-        image_size: centre-crop and resample to this side; None keeps the size.
+        image_size: resample the shorter side to this and crop the centre; None keeps the size.
         split_seed: which images are cut out; the same seed gives the same ones on every machine.
         channels: 1 or 3 converts to grey or colour; None keeps what the source has.
 

@@ -100,6 +100,7 @@ def _fit(image: Image.Image, image_size: int | None, channels: int | None) -> Im
         image = image.convert("L" if channels == 1 else "RGB")
     if image_size is None or image.size == (image_size, image_size):
         return image
+    # Only the central square is computed; the filter still sees the pixels beside it, as if all were resampled.
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     box = (left, top, left + side, top + side)
@@ -114,8 +115,8 @@ def _to_array(image: Image.Image) -> Pixels:
 def reshape(images: Pixels, num_grey_levels: int, image_size: int | None, channels: int | None) -> Pixels:
     """Give images another size and number of channels; None keeps the one they have.
 
-    Size: the largest central square is resampled (bicubic, antialiased) to S x S, and overshoot cut off at
-    the highest grey level. Channels: grey is repeated; colour becomes its luma (ITU-R 601).
+    Size: the shorter side is resampled to S (bicubic, antialiased), the centre cropped to S x S, and overshoot
+    cut off at the highest grey level. Channels: grey is repeated; colour becomes its luma (ITU-R 601).
 
     Args: images: (B,C,H,W) uint8. Returns (B,C',S,S) uint8 in 0..num_grey_levels-1.
     """
@@ -137,8 +138,8 @@ def reshape(images: Pixels, num_grey_levels: int, image_size: int | None, channe
 def read_image(path: str | Path, image_size: int | None = None, channels: int | None = None) -> Tensor:
     """Read one picture file; (C,H,W) uint8.
 
-    By default it keeps its size and channels; otherwise it is centre-cropped and resampled to `image_size`
-    (which averages noise away: do not resize what is to be denoised) and made grey (1) or colour (3).
+    By default it keeps its size and channels; otherwise it is resampled and cropped to `image_size` (which
+    averages noise away: do not resize what is to be denoised) and made grey (1) or colour (3).
     Raises UserError for a missing, damaged, transparent, 16-bit or oversized picture.
     """
     check_shape(image_size, channels)
