@@ -1,0 +1,79 @@
+"""From a config to the objects it describes: noise schedule, level distribution, network and model.
+
+Legend: L = T+2 noise levels.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cdm_fast.config import Precision, RunConfig, ScheduleConfig, check
+from cdm_fast.errors import UserError
+from cdm_fast.model import CDM, DDM
+from cdm_fast.nn import UNet, UNetDenoiser
+from cdm_fast.schedule import NoiseSchedule
+
+
+def build_schedule(config: ScheduleConfig) -> NoiseSchedule:
+    """The noise schedule of a run."""
+    return NoiseSchedule.by_name(config.schedule, config.T)
+
+
+def level_distribution(config: ScheduleConfig, schedule: NoiseSchedule) -> Tensor:
+    """p(t), (L,) float64, up to a factor: how often training draws each level.
+
+    `uniform`: all alike. `log-snr`: in proportion to the step in log-SNR around the level; the two ends,
+    whose log-SNR is infinite, and their neighbours take the nearest finite step.
+    """
+    if config.level_distribution == "uniform":
+        return torch.ones(schedule.num_levels, dtype=torch.float64)
+    steps = -schedule.log_snr[1:-1].diff()  # between levels 1..T
+    around = torch.cat([steps[:1], (steps[:-1] + steps[1:]) / 2, steps[-1:]])
+    return torch.cat([around[:1], around, around[-1:]])
+
+
+def build_model(config: RunConfig) -> CDM | DDM:
+    """The untrained model of a run, on the CPU, its weights drawn from torch's global generator.
+
+    Raises UserError for a config that cannot work.
+    """
+    check(config)
+    schedule, network = build_schedule(config.schedule), config.network
+    shape: dict[str, Any] = {
+        "image_size": config.image.size,
+        "channels": config.image.channels,
+        "base_channels": network.base_channels,
+        "multipliers": network.multipliers,
+        "blocks_per_level": network.blocks_per_level,
+        "attention_resolutions": network.attention_resolutions,
+        "dropout": network.dropout,
+        "num_classes": config.image.num_classes if network.conditioning == "embedding" else None,
+    }
+    if config.train.objective == "ddm":
+        return DDM(UNetDenoiser(**shape), schedule)
+    prior = level_distribution(config.schedule, schedule)
+    return CDM(UNet(num_levels=schedule.num_levels, **shape), schedule, level_prior=prior)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is a CUDA device or the CPU. UserError when it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device {name} cannot be used here ({str(error).splitlines()[0]}); give cpu"
+        ) from error
+    return device
+
+
+def pick_precision(name: Precision, device: torch.device) -> Precision:
+    """`name`, with "auto" resolved: bf16 where `device` multiplies bf16 matrices in hardware, else fp32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"

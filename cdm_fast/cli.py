@@ -1,0 +1,140 @@
+"""The command line: parses, runs a command, and prints its result. Nothing here imports torch.
+
+Exit status: 0, 2 for anything the user can put right (one line on stderr), 130 for a second Ctrl-C.
+"""
+
+import contextlib
+import io
+import json
+import math
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TextIO, Union
+
+import tyro
+from tyro.conf import subcommand
+
+from cdm_fast.arguments import Command, Convert, Denoise, Doctor, Nll, Plot, Sample, Train
+from cdm_fast.config import preset
+from cdm_fast.errors import UserError
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """The command that the arguments describe; UserError, of one line, when they describe none.
+
+    `--help` prints and exits. The defaults of `train` come from `--preset`, or from the run of `--resume`.
+    """
+    train = _train_defaults(arguments) if arguments[:1] == ["train"] else Train()
+    commands: Any = Union[  # noqa: UP007  (built at run time)
+        Annotated[Train, subcommand("train", default=train)],
+        Annotated[Sample, subcommand("sample")],
+        Annotated[Nll, subcommand("nll")],
+        Annotated[Denoise, subcommand("denoise")],
+        Annotated[Plot, subcommand("plot")],
+        Annotated[Convert, subcommand("convert")],
+        Annotated[Doctor, subcommand("doctor")],
+    ]
+    flat = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(commands, prog="cdm-fast", args=list(arguments), config=flat)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(_one_line(complaint.getvalue())) from None
+
+
+def _train_defaults(arguments: Sequence[str]) -> Train:
+    """`train` as it stands before its own flags are read."""
+    name, run = _value_of("--preset", arguments), _value_of("--resume", arguments)
+    if run is None:
+        return Train(config=preset(name or "digits"))
+    for flag in ("--preset", "--out"):
+        if _value_of(flag, arguments) is not None:
+            raise UserError(f"{flag} makes a new run and --resume {run} continues one; give only one of them")
+    from cdm_fast.checkpoint import read_config  # imports torch
+
+    return Train(resume=Path(run), config=read_config(run))
+
+
+def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    """What follows `flag`, as `--flag value` or `--flag=value`; None when it is not there."""
+    for position, argument in enumerate(arguments):
+        if argument.startswith(f"{flag}="):
+            return argument.removeprefix(f"{flag}=")
+        if argument == flag and position + 1 < len(arguments):
+            return arguments[position + 1]
+    return None
+
+
+_FRAME = "╭╮╰╯│"  # of the boxes in which tyro draws its errors
+_FOOTERS = ("For full helptext", "Argument helptext", "Perhaps you meant")
+
+
+def _one_line(boxed: str) -> str:
+    """tyro's error box as one line."""
+    inside = [line.strip(_FRAME + " ") for line in boxed.splitlines()[1:-1]]
+    sections = " ".join("\n" if set(line) == {"─"} else line for line in inside if line).split("\n")
+    told = [section.strip() for section in sections if not section.strip().startswith(_FOOTERS)]
+    return f"{'; '.join(told).rstrip('.')}; see cdm-fast --help"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status.
+
+    With `--json` stdout is exactly one JSON object, {"error": ...} if the command failed; everything else,
+    the output of libraries included, goes to stderr.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in arguments
+    try:
+        command = parse(arguments)
+        with contextlib.redirect_stdout(sys.stderr), _warnings_of_one_line():
+            from cdm_fast.commands import run  # imports torch
+
+            outcome = run(command)
+    except UserError as error:
+        message = " ".join(str(error).split())
+        print(f"cdm-fast: error: {message}", file=sys.stderr)
+        if as_json:
+            print(json.dumps({"error": message}))
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    print(json.dumps(_finite(outcome.result)) if as_json else "\n".join(outcome.lines))
+    return 0
+
+
+@contextlib.contextmanager
+def _warnings_of_one_line() -> Iterator[None]:
+    """Warnings on stderr as `cdm-fast: warning: MESSAGE`."""
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        print(f"cdm-fast: warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+def _finite(value: Any) -> Any:
+    """A JSON value in which NaN and infinity, which JSON lacks, are null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

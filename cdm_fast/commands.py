@@ -1,0 +1,234 @@
+"""The commands behind the command line: each takes its parsed arguments and returns what to tell."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cdm_fast import arguments, doctor
+from cdm_fast.build import pick_device
+from cdm_fast.checkpoint import load, read_config
+from cdm_fast.config import RunConfig
+from cdm_fast.convert import convert
+from cdm_fast.data import ImageData, dequantize, quantize, read_image, write_grid
+from cdm_fast.errors import UserError
+from cdm_fast.files import write_atomically
+from cdm_fast.likelihood import denoise_blind, evaluate
+from cdm_fast.model import CDM, DDM
+from cdm_fast.report import (
+    class_labels,
+    describe_score,
+    displayable,
+    run_data,
+    write_level_pictures,
+    write_loss_curves,
+)
+from cdm_fast.sampling import sample
+from cdm_fast.train import resume, train
+
+
+class Outcome(NamedTuple):
+    """What a command tells: JSON values for `--json`, lines for a person."""
+
+    result: dict[str, Any]
+    lines: list[str]
+
+
+def run(command: arguments.Command) -> Outcome:
+    """Runs a parsed command; UserError for whatever the user can put right."""
+    return _COMMANDS[type(command)](command)
+
+
+def train_command(command: arguments.Train) -> Outcome:
+    """`cdm-fast train`."""
+    if command.max_time is not None and not command.max_time >= 0:
+        raise UserError(f"--max-time is {command.max_time}; give seconds, 0 or more")
+    options: dict[str, Any] = {"max_time": command.max_time, "device": command.device}
+    if command.resume is not None:
+        summary = resume(command.resume, command.config, **options)
+    else:
+        summary = train(command.config, command.out or Path("runs") / command.preset, **options)
+    lines = [f"{summary['run']}: {_stopped(summary)} after {summary['seconds']:.0f} s of training"]
+    return Outcome(summary, lines + (describe_score(summary) if "bits_per_dim" in summary else []))
+
+
+def _stopped(summary: dict[str, Any]) -> str:
+    progress = f"step {summary['step']} of {summary['steps']}"
+    if summary["stopped"] == "finished":
+        return f"finished, {progress},"
+    cause = {"signal": "a signal", "max_time": "--max-time"}[summary["stopped"]]
+    return f"stopped by {cause} at {progress} (cdm-fast train --resume {summary['run']} continues)"
+
+
+def _load(run: Path, device: str) -> CDM | DDM:
+    return load(run).to(pick_device(device))
+
+
+def sample_command(command: arguments.Sample) -> Outcome:
+    """`cdm-fast sample`."""
+    config = read_config(command.run)
+    name = f"samples-{command.sampler}-{command.steps}-{command.seed}.png"
+    out = command.out or command.run / name
+    if out.suffix not in (".png", ".npz"):
+        raise UserError(f"--out {out}: give a name that ends in .png or .npz")
+    labels = _sample_labels(command, config)
+    model = _load(command.run, command.device)
+    images = sample(
+        model, command.num, command.sampler, command.steps, command.seed, label=labels, eta=command.eta
+    )
+    grey = config.image.num_grey_levels
+    if out.suffix == ".png":
+        write_grid(displayable(images, grey), out)
+    else:
+        _write_npz(out, quantize(images, grey), labels, grey)
+    result = {
+        "run": str(command.run),
+        "out": str(out),
+        "num_images": command.num,
+        "sampler": command.sampler,
+        "steps": command.steps,
+        "seed": command.seed,
+    }
+    return Outcome(result, [f"{command.num} images in {out}"])
+
+
+def _sample_labels(command: arguments.Sample, config: RunConfig) -> Tensor | None:
+    labels = class_labels(config, command.num)
+    if command.label is None:
+        return labels
+    classes = config.image.num_classes
+    if labels is None or classes is None:
+        raise UserError(f"--label {command.label}: {command.run} was trained without classes; leave it out")
+    if not 0 <= command.label < classes:
+        raise UserError(f"--label {command.label}: {command.run} knows the classes 0 to {classes - 1}")
+    return torch.full_like(labels, command.label)
+
+
+def _write_npz(path: Path, images: Tensor, labels: Tensor | None, num_grey_levels: int) -> None:
+    """`images` (N,C,H,W) uint8 as an .npz that `--data` reads: images (N,H,W,C), labels, num_grey_levels."""
+    arrays = {
+        "images": images.permute(0, 2, 3, 1).cpu().numpy(),
+        "num_grey_levels": np.array(num_grey_levels),
+    }
+    if labels is not None:
+        arrays["labels"] = labels.numpy()
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    write_atomically(path, buffer.getvalue())
+
+
+def nll_command(command: arguments.Nll) -> Outcome:
+    """`cdm-fast nll`."""
+    config = read_config(command.run)
+    if command.batch_size < 1:
+        raise UserError(f"--batch-size is {command.batch_size}; give 1 or more")
+    data = run_data(config, command.split, command.data)
+    _require_fit(data, config, command.run)
+    report = evaluate(
+        _load(command.run, command.device),  # type: ignore[arg-type]  # a DDM is refused there
+        data,
+        level=command.level,
+        draws=command.draws,
+        batch_size=command.batch_size,
+        seed=command.seed,
+        protocol=command.protocol,
+    )
+    result = {"run": str(command.run), **report.to_json()}
+    speed = f"{report.images_per_second:.0f} images/s"
+    return Outcome(result, [*describe_score(result), speed])
+
+
+def _require_fit(data: ImageData, config: RunConfig, run: Path) -> None:
+    """UserError unless the images are of the run's kind."""
+    image = config.image
+    found = (*data.images.shape[1:], data.num_grey_levels)
+    wanted = (image.channels, image.size, image.size, image.num_grey_levels)
+    if found != wanted:
+        raise UserError(
+            f"{data.name} holds {_kind(found)}, and {run} was trained on {_kind(wanted)};"
+            " give data of that kind"
+        )
+
+
+def _kind(shape: tuple[int, ...]) -> str:
+    channels, height, width, grey = shape
+    return f"{height}x{width} images of {channels} channel{'s' * (channels > 1)} and {grey} grey levels"
+
+
+def denoise_command(command: arguments.Denoise) -> Outcome:
+    """`cdm-fast denoise`."""
+    config = read_config(command.run)
+    if not command.images:
+        raise UserError("no image to denoise; name one or more image files after the run directory")
+    folder = command.out or command.run / "denoised"
+    targets = [folder / f"{path.stem}.png" for path in command.images]
+    if len(set(targets)) < len(targets):
+        raise UserError("two of the images have the same name; denoise them apart, each into its own --out")
+    noisy = torch.stack([_read_noisy(path, config) for path in command.images])
+    model = _load(command.run, command.device)
+    clean, sigma, level = denoise_blind(model, noisy.to(model.a.device))  # type: ignore[arg-type]  # a DDM is refused
+    for image, target in zip(displayable(clean, config.image.num_grey_levels), targets, strict=True):
+        write_grid(image[None], target)
+    rows = [
+        {"image": str(path), "sigma": noise, "level": t, "out": str(target)}
+        for path, noise, t, target in zip(
+            command.images, sigma.tolist(), level.tolist(), targets, strict=True
+        )
+    ]
+    lines = [
+        f"{r['image']}: sigma {r['sigma']:.4f} of [-1, 1], level {r['level']} -> {r['out']}" for r in rows
+    ]
+    return Outcome({"run": str(command.run), "images": rows}, lines)
+
+
+def _read_noisy(path: Path, config: RunConfig) -> Tensor:
+    """An image file as the model sees it, (C,H,W) in [-1, 1]; UserError if it is of another size."""
+    size = config.image.size
+    image = read_image(path, channels=config.image.channels)
+    if image.shape[1:] != (size, size):
+        height, width = image.shape[1:]
+        raise UserError(
+            f"{path} is {height}x{width} pixels and the run takes {size}x{size}; cut that out of it"
+        )
+    return dequantize(image, 256, torch.full(image.shape, 0.5))
+
+
+def plot_command(command: arguments.Plot) -> Outcome:
+    """`cdm-fast plot`."""
+    config = read_config(command.run)
+    data = run_data(config, command.split)
+    _require_fit(data, config, command.run)
+    model = _load(command.run, command.device)
+    paths = write_level_pictures(model, data, command.run)
+    if (command.run / "log.jsonl").exists():  # a converted run has none
+        paths += write_loss_curves(command.run)
+    return Outcome({"run": str(command.run), "pictures": [str(path) for path in paths]}, [*map(str, paths)])
+
+
+def convert_command(command: arguments.Convert) -> Outcome:
+    """`cdm-fast convert`."""
+    out = command.out or Path("runs") / command.file.stem
+    converted = convert(command.file, out, schedule=command.schedule, image_size=command.image_size)
+    assumed = f"assumed: {', '.join(converted.assumed)}"
+    return Outcome(converted.to_json(), [f"{out}: {converted.num_parameters:,} parameters", assumed])
+
+
+def doctor_command(command: arguments.Doctor) -> Outcome:
+    """`cdm-fast doctor`."""
+    found = doctor.report()
+    return Outcome(found, doctor.render(found).splitlines())
+
+
+_COMMANDS: dict[type, Callable[[Any], Outcome]] = {
+    arguments.Train: train_command,
+    arguments.Sample: sample_command,
+    arguments.Nll: nll_command,
+    arguments.Denoise: denoise_command,
+    arguments.Plot: plot_command,
+    arguments.Convert: convert_command,
+    arguments.Doctor: doctor_command,
+}

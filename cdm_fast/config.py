@@ -1,0 +1,292 @@
+"""The one description of a run: a tree of frozen dataclasses, and the presets as values of it.
+
+The field docstrings are the command line's help, the field names its flags (`batch_size` is `--batch-size`),
+and the tree as JSON is the `config.json` of a run directory. Nothing here imports torch.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+from cdm_fast.errors import UserError
+
+Sampler = Literal["ddpm", "ddim", "dpm_solver_pp_2m", "heun", "euler_ot"]
+Preset = Literal["digits", "fashion-mnist", "cifar10", "celeba64"]
+Objective = Literal["cdm", "ddm"]
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images come from."""
+
+    source: Annotated[str, tyro.conf.arg(name="data")] = "digits"
+    """`digits`, a folder of IDX files (MNIST family), a CIFAR binary folder, an image folder or zip, an .npz,
+    or hf:NAME."""
+    image_size: int | None = None
+    """Crop the centre and resize it to this many pixels; by default the images stay as they are."""
+    split_seed: int = 0
+    """Seed of the train/validation/test split of sources that come without one."""
+    flip: bool = False
+    """Mirror half of the training images left to right."""
+
+
+@dataclass(frozen=True)
+class ImageShape:
+    """What the images are; filled in from the data when a run starts."""
+
+    size: int = 8
+    """Height and width in pixels."""
+    channels: int = 1
+    """1 for grey, 3 for colour."""
+    num_grey_levels: int = 17
+    """Pixels are integers 0..num_grey_levels-1."""
+    num_classes: int | None = 10
+    """Number of classes, or null when the images carry no labels."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The noise levels: x_t = a[t] x_0 + s[t] eps, t = 0..T+1."""
+
+    schedule: Literal["linear", "uniform", "ot", "cosine"] = "uniform"
+    """Shape of a[t] and s[t]."""
+    T: int = 200
+    """Noise levels between clean data and pure noise; the network tells T+2 levels apart."""
+    level_distribution: Literal["uniform", "log-snr"] = "uniform"
+    """How training draws levels: all alike, or evenly in log signal-to-noise ratio."""
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The U-Net."""
+
+    base_channels: int = 64
+    """Channels at full resolution; a multiple of 32."""
+    multipliers: tuple[int, ...] = (1, 2)
+    """Channels at each resolution, in units of the base; every further entry halves the image."""
+    blocks_per_level: int = 2
+    """Residual blocks per resolution on the way down; one more on the way up."""
+    attention_resolutions: tuple[int, ...] = (4,)
+    """Image sizes at which every block is followed by self-attention; the middle always has it."""
+    dropout: float = 0.1
+    """Probability of dropping an activation inside a residual block."""
+    conditioning: Literal["none", "embedding"] = "none"
+    """`embedding` feeds the class label to every block; label dropout also trains the unconditional model."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The objective and the optimizer."""
+
+    objective: Objective = "cdm"
+    """`cdm`: classify the noise level and denoise by its gradient; `ddm`: the plain denoising baseline."""
+    steps: int = 2000
+    """Optimizer steps in all."""
+    batch_size: int = 128
+    """Images per optimizer step."""
+    accumulate: int = 1
+    """Split each batch into this many parts, one after the other, to save memory."""
+    optimizer: Literal["adam", "adamw"] = "adam"
+    """Both in their fused form."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of adamw."""
+    warmup: int = 100
+    """Steps over which the learning rate rises linearly from zero."""
+    decay: Literal["none", "step", "cosine"] = "cosine"
+    """Learning rate after the warm-up: constant, times --decay-factor every --decay-every steps, or a half
+    cosine down to zero at the last step."""
+    decay_every: int = 50000
+    """Steps between two drops of `--decay step`."""
+    decay_factor: float = 0.5
+    """Factor of each drop of `--decay step`."""
+    clip_norm: float = 1.0
+    """Largest norm of the whole gradient; longer ones are shortened to it. 0 turns clipping off."""
+    ema_decay: float = 0.999
+    """Decay of the moving average of the weights, which sampling and scoring use."""
+    ce_weight: float = 1e-3
+    """Weight of the cross-entropy over noise levels (cdm only)."""
+    mse_weight: float = 1.0
+    """Weight of the denoising error (cdm only)."""
+    label_dropout: float = 0.1
+    """Share of the labels replaced by the null class (class-conditional networks only)."""
+    precision: Precision = "auto"
+    """Arithmetic of the network in training; auto is bf16 where the hardware has it for matrices, or fp32."""
+    channels_last: bool = True
+    """Keep images and weights channels-last in memory."""
+    seed: int = 0
+    """Seed of everything random: each draw is a function of (seed, step)."""
+    max_bad_steps: int = 20
+    """Stop after this many steps in a row whose loss or gradient is not finite; each such step is skipped."""
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """What a run writes, and how often."""
+
+    log_every: int = 50
+    """Steps between two lines of log.jsonl; each holds means over the steps since the one before."""
+    save_every: int = 500
+    """Steps between two checkpoints."""
+    keep: int = 2
+    """Newest checkpoints to keep."""
+    sample_every: int = 500
+    """Steps between two sample grids and loss curves; 0: only at the end."""
+    evaluate_every: int = 500
+    """Steps between two validation likelihoods; 0: only at the end, on the test split."""
+    evaluate_images: int = 500
+    """Validation images to score at those intervals; the test split is always scored whole."""
+    draws: int = 3
+    """Dequantisation draws of the final likelihood."""
+    num_samples: int = 64
+    """Images in the sample grid."""
+    sampler: Sampler = "ddim"
+    """Sampler of the sample grid."""
+    sampling_steps: int = 50
+    """Steps of that sampler."""
+    tensorboard: bool = False
+    """Also write TensorBoard events into the run directory (extra: tensorboard)."""
+    wandb: bool = False
+    """Also send the log to Weights & Biases (extra: wandb)."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides what a run computes and writes."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    image: tyro.conf.Suppress[ImageShape] = field(default_factory=ImageShape)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+
+PRESETS: dict[str, RunConfig] = {
+    "digits": RunConfig(),
+    "fashion-mnist": RunConfig(
+        data=DataConfig(source="data/fashion-mnist"),
+        image=ImageShape(size=28, channels=1, num_grey_levels=256, num_classes=10),
+        schedule=ScheduleConfig(T=500),
+        network=NetworkConfig(base_channels=32, multipliers=(1, 2, 2), attention_resolutions=(7,)),
+        train=TrainConfig(steps=4000, batch_size=64, lr=5e-4, warmup=200),
+        output=OutputConfig(draws=1),
+    ),
+    "cifar10": RunConfig(
+        data=DataConfig(source="data/cifar-10-batches-bin", flip=True),
+        image=ImageShape(size=32, channels=3, num_grey_levels=256, num_classes=10),
+        schedule=ScheduleConfig(T=1000),
+        network=NetworkConfig(base_channels=128, multipliers=(1, 2, 2, 2), attention_resolutions=(16,)),
+        train=TrainConfig(steps=500_000, lr=2e-4, warmup=5000, decay="none", ema_decay=0.9999),
+        output=OutputConfig(log_every=100, save_every=5000, sample_every=5000, evaluate_every=25_000),
+    ),
+    "celeba64": RunConfig(
+        data=DataConfig(source="data/celeba", image_size=64, flip=True),
+        image=ImageShape(size=64, channels=3, num_grey_levels=256, num_classes=None),
+        schedule=ScheduleConfig(T=1000),
+        network=NetworkConfig(base_channels=128, multipliers=(1, 2, 2, 2, 4), attention_resolutions=(16,)),
+        train=TrainConfig(steps=500_000, lr=1e-4, warmup=5000, decay="none", ema_decay=0.9999),
+        output=OutputConfig(log_every=100, save_every=5000, sample_every=5000, evaluate_every=25_000),
+    ),
+}
+
+
+def preset(name: str) -> RunConfig:
+    """The preset called `name`; raises UserError naming the known ones."""
+    if name not in PRESETS:
+        raise UserError(f"unknown --preset {name!r}; choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def check(config: RunConfig) -> None:
+    """Raise UserError, naming the flag and its value, for the first setting that cannot work."""
+    for flag, whole, low in _lower_bounds(config):
+        if whole < low:
+            raise UserError(f"--{flag} is {whole}; give {low} or more")
+    for flag, value, below in _unit_interval(config):
+        if not 0.0 <= value <= 1.0 or (below and value == 1.0):
+            raise UserError(f"--{flag} is {value}; give a number from 0 to {'below 1' if below else '1'}")
+    for flag, number in _nonnegative(config):
+        if not 0.0 <= number < float("inf"):  # NaN fails too
+            raise UserError(f"--{flag} is {number}; give a finite number, 0 or more")
+    train, output, source = config.train, config.output, config.data.source
+    if train.batch_size % train.accumulate:
+        raise UserError(
+            f"--accumulate {train.accumulate} does not divide --batch-size {train.batch_size};"
+            " change one of them"
+        )
+    if config.network.conditioning != "none" and config.image.num_classes is None:
+        raise UserError(
+            f"--conditioning {config.network.conditioning} needs labels, and {source} has none;"
+            " give labelled data or --conditioning none"
+        )
+    if output.sampling_steps > config.schedule.T:
+        raise UserError(
+            f"--sampling-steps is {output.sampling_steps}, more than the levels of --T {config.schedule.T};"
+            " give fewer"
+        )
+    if output.sampler == "euler_ot" and config.schedule.schedule != "ot":
+        raise UserError(f"--sampler euler_ot needs --schedule ot, not {config.schedule.schedule}; give ddim")
+    _check_resolutions(config)
+
+
+def _lower_bounds(config: RunConfig) -> list[tuple[str, int, int]]:
+    train, output, network = config.train, config.output, config.network
+    return [
+        ("T", config.schedule.T, 2),
+        ("image-size", config.image.size, 1),
+        ("base-channels", network.base_channels, 1),
+        ("blocks-per-level", network.blocks_per_level, 1),
+        *(("multipliers", multiplier, 1) for multiplier in network.multipliers or (0,)),
+        ("steps", train.steps, 1),
+        ("batch-size", train.batch_size, 1),
+        ("accumulate", train.accumulate, 1),
+        ("warmup", train.warmup, 0),
+        ("decay-every", train.decay_every, 1),
+        ("seed", train.seed, 0),
+        ("split-seed", config.data.split_seed, 0),
+        ("max-bad-steps", train.max_bad_steps, 1),
+        ("log-every", output.log_every, 1),
+        ("save-every", output.save_every, 1),
+        ("keep", output.keep, 1),
+        ("sample-every", output.sample_every, 0),
+        ("evaluate-every", output.evaluate_every, 0),
+        ("evaluate-images", output.evaluate_images, 1),
+        ("draws", output.draws, 1),
+        ("num-samples", output.num_samples, 1),
+        ("sampling-steps", output.sampling_steps, 1),
+    ]
+
+
+def _unit_interval(config: RunConfig) -> list[tuple[str, float, bool]]:
+    return [
+        ("dropout", config.network.dropout, True),
+        ("label-dropout", config.train.label_dropout, False),
+        ("ema-decay", config.train.ema_decay, True),
+        ("decay-factor", config.train.decay_factor, False),
+    ]
+
+
+def _nonnegative(config: RunConfig) -> list[tuple[str, float]]:
+    names = ("lr", "weight_decay", "clip_norm", "ce_weight", "mse_weight")
+    return [(name.replace("_", "-"), getattr(config.train, name)) for name in names]
+
+
+def _check_resolutions(config: RunConfig) -> None:
+    """Each halving must be exact, and attention can only stand where the network passes."""
+    size, halvings = config.image.size, len(config.network.multipliers) - 1
+    if size % 2**halvings:
+        raise UserError(
+            f"images of {size}x{size} cannot be halved {halvings} times, as {halvings + 1} --multipliers ask;"
+            f" give fewer multipliers, or --image-size {max(size // 2**halvings, 1) * 2**halvings}"
+        )
+    resolutions = [size // 2**i for i in range(halvings + 1)]
+    for wanted in config.network.attention_resolutions:
+        if wanted not in resolutions:
+            raise UserError(
+                f"--attention-resolutions {wanted}: this network works at {', '.join(map(str, resolutions))};"
+                " choose among these, or give none"
+            )

@@ -1,0 +1,97 @@
+"""What a run shows: samples, loss curves, level confusion, and its likelihood with the check beside it.
+
+Legend: B images, C channels, H W pixels, N grey levels, K classes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cdm_fast.checkpoint import write_json
+from cdm_fast.config import RunConfig
+from cdm_fast.data import ImageData, load_data, quantize, write_grid
+from cdm_fast.likelihood import evaluate, level_confusion, mse_per_level
+from cdm_fast.model import CDM, DDM
+from cdm_fast.plots import read_log, write_confusion, write_level_mse, write_losses
+from cdm_fast.sampling import sample
+
+
+def run_data(config: RunConfig, split: str, source: str | None = None) -> ImageData:
+    """A split of the run's own data, or of `source` read the same way."""
+    return load_data(source or config.data.source, split, config.data.image_size, config.data.split_seed)
+
+
+def displayable(x: Tensor, num_grey_levels: int) -> Tensor:
+    """Model images (B,C,H,W) in [-1,1] as uint8 0..255: the grey level of each pixel, N-1 being white."""
+    return (quantize(x, num_grey_levels).float() * (255 / (num_grey_levels - 1))).round().to(torch.uint8)
+
+
+def class_labels(config: RunConfig, num: int) -> Tensor | None:
+    """(num,) int64: the classes in turn for a class-conditional run, else None."""
+    if config.network.conditioning == "none" or config.image.num_classes is None:
+        return None
+    return torch.arange(num) % config.image.num_classes
+
+
+def write_samples(model: CDM | DDM, config: RunConfig, run: Path) -> None:
+    """RUN/samples.png: a sheet of samples, always from the same noise, so that sheets compare over time."""
+    output = config.output
+    labels = class_labels(config, output.num_samples)
+    images = sample(model, output.num_samples, output.sampler, output.sampling_steps, seed=0, label=labels)
+    write_grid(displayable(images, config.image.num_grey_levels), run / "samples.png")
+
+
+def write_loss_curves(run: Path) -> list[Path]:
+    """RUN/loss.png, once the log holds a line; returns its path in a list, or none."""
+    records = read_log(run / "log.jsonl")
+    return [write_losses(records, run / "loss.png")] if records else []
+
+
+def write_level_pictures(model: CDM | DDM, data: ImageData, run: Path) -> list[Path]:
+    """RUN/mse.png, and for a CDM RUN/confusion.png; returns their paths."""
+    levels, mse = mse_per_level(model, data)
+    paths = [write_level_mse(levels, mse, run / "mse.png")]
+    if isinstance(model, CDM):
+        _, confusion = level_confusion(model, data)
+        paths.append(write_confusion(confusion, run / "confusion.png", model.schedule.num_levels))
+    return paths
+
+
+def first_images(data: ImageData, count: int) -> ImageData:
+    """The first `count` images of a split, or all if there are fewer."""
+    labels = None if data.labels is None else data.labels[:count]
+    return replace(data, images=data.images[:count], labels=labels)
+
+
+def write_final(model: CDM | DDM, config: RunConfig, validation: ImageData, run: Path) -> dict[str, Any]:
+    """Every picture of a finished run, and for a CDM its test likelihood as RUN/nll.json; returns that."""
+    write_samples(model, config, run)
+    write_level_pictures(model, validation, run)
+    if not isinstance(model, CDM):
+        return {}
+    score = {
+        "run": str(run),
+        **evaluate(model, run_data(config, "test"), draws=config.output.draws).to_json(),
+    }
+    write_json(run / "nll.json", score)
+    return score
+
+
+def describe_score(score: Mapping[str, Any]) -> list[str]:
+    """The keys of a likelihood report as lines for a person."""
+    check = score["ratio_check"]
+    lines = [
+        f"{score['bits_per_dim']:.4f} +- {score['bits_per_dim_stderr']:.4f} bits/dim, unaudited"
+        f" ({score['num_images']} {score['split']} images of {score['data']}, {score['draws']} draws spread"
+        f" {score['draw_spread']:.4f}, level {score['level']}, single pass, {score['protocol']})"
+    ]
+    if check is not None:
+        worst = f"worst {check['worst']:.3f} at level {check['worst_level']}"
+        total = check["sum_bits_per_dim"]
+        shift = "" if total is None else f"; all levels together {total:+.3f} bits/dim"
+        lines.append(f"adjacent-level ratio check, |log mean| in nats (0 is right): {worst}{shift}")
+    return lines

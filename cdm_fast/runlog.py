@@ -1,0 +1,198 @@
+"""What a running training tells: log.jsonl, TensorBoard, Weights & Biases, and the progress display."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cdm_fast.config import RunConfig
+from cdm_fast.config_json import to_json
+from cdm_fast.errors import UserError
+from cdm_fast.files import write_atomically
+
+Numbers = Mapping[str, float | int | str | None]
+
+
+class Sink(Protocol):
+    """Somewhere to send the numbers of a step."""
+
+    def write(self, step: int, numbers: Numbers) -> None:
+        """Takes the numbers of one step."""
+
+    def close(self) -> None:
+        """Flushes what is left."""
+
+
+class JsonLines:
+    """RUN/log.jsonl: one JSON object a line; a number that is not finite is written as null.
+
+    Opening keeps the lines up to `last_step`, so that a resumed run repeats none.
+    Raises UserError when the disk refuses.
+    """
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        self.path = path
+        kept = [line for line in _lines(path) if _step_of(line) <= last_step]
+        write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+        self._file = open(path, "a")
+
+    def write(self, step: int, numbers: Numbers) -> None:
+        """Appends one line."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
+        try:
+            self._file.write(json.dumps({"step": step, **finite}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}; make room and --resume") from error
+
+    def close(self) -> None:
+        """Puts the lines on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(errors="replace").splitlines() if path.exists() else []
+
+
+def _step_of(line: str) -> float:
+    """The step of a log line; infinity for a torn one, which sorts it out."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+class TensorBoard:
+    """TensorBoard event files in the run directory."""
+
+    def __init__(self, run: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run / "tensorboard"))
+
+    def write(self, step: int, numbers: Numbers) -> None:
+        """One scalar per number."""
+        for name, value in numbers.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes the event file."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A Weights & Biases run named after the run directory."""
+
+    def __init__(self, run: Path, config: RunConfig) -> None:
+        import wandb
+
+        facts = to_json(config)
+        name = run.resolve().name
+        self._run = wandb.init(
+            project="cdm-fast", name=name, id=name, dir=str(run), config=facts, resume="allow"
+        )
+
+    def write(self, step: int, numbers: Numbers) -> None:
+        """One row."""
+        self._run.log({k: v for k, v in numbers.items() if isinstance(v, int | float)}, step=step)
+
+    def close(self) -> None:
+        """Uploads what is left."""
+        self._run.finish()
+
+
+def require_extras(config: RunConfig) -> None:
+    """Raises UserError, before anything is written, when a log that the config asks for cannot be had."""
+    for wanted, name in ((config.output.tensorboard, "tensorboard"), (config.output.wandb, "wandb")):
+        if wanted and find_spec(name) is None:
+            raise UserError(f"--{name} needs the {name} package; pip install 'cdm_fast[{name}]'")
+
+
+def open_sinks(run: Path, config: RunConfig, last_step: int) -> list[Sink]:
+    """The log file and what else the config asks for."""
+    sinks: list[Sink] = [JsonLines(run / "log.jsonl", last_step)]
+    if config.output.tensorboard:
+        sinks.append(TensorBoard(run))
+    if config.output.wandb:
+        sinks.append(WeightsAndBiases(run, config))
+    return sinks
+
+
+class Display:
+    """Progress on stderr: a bar with loss, CE, MSE, images/s and ETA on a terminal, plain lines elsewhere.
+
+    A context manager; `due` says when fresh numbers would be seen, so that nobody computes them in vain.
+    """
+
+    _SECONDS_BETWEEN = 1.0
+
+    def __init__(self, start: int, total: int) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._total = total
+        self._shown = 0.0
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(elapsed_when_finished=True, compact=True),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("training", total=total, completed=start, numbers="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def due(self) -> bool:
+        """True once a second on a terminal, never elsewhere."""
+        return self._console.is_terminal and time.monotonic() - self._shown >= self._SECONDS_BETWEEN
+
+    def advance(self, step: int) -> None:
+        """Moves the bar to `step`."""
+        self._bar.update(self._task, completed=step)
+
+    def show(self, step: int, numbers: Numbers) -> None:
+        """Puts the numbers beside the bar."""
+        self._shown = time.monotonic()
+        self._bar.update(self._task, completed=step, numbers=_text(numbers))
+
+    def line(self, step: int, numbers: Numbers) -> None:
+        """Prints the numbers where there is no bar."""
+        if not self._console.is_terminal:
+            self.say(f"step {step}/{self._total}  {_text(numbers)}")
+
+    def say(self, message: str) -> None:
+        """Prints one line above the bar."""
+        self._console.print(message, soft_wrap=True, markup=False)
+
+
+_FORMATS = {
+    "loss": "loss {:.4f}",
+    "ce": "CE {:.3f}",
+    "mse": "MSE {:.4f}",
+    "images_per_second": "{:.0f} images/s",
+}
+
+
+def _text(numbers: Numbers) -> str:
+    known = ((form, numbers.get(key)) for key, form in _FORMATS.items())
+    return "  ".join(form.format(value) for form, value in known if value is not None)

@@ -1,0 +1,131 @@
+"""Everything that changes while a run trains, and its way into a checkpoint and back."""
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cdm_fast.build import build_model
+from cdm_fast.checkpoint import (
+    Checkpoint,
+    restore_optimizer,
+    restore_weights,
+    snapshot,
+    snapshot_optimizer,
+)
+from cdm_fast.config import RunConfig
+from cdm_fast.config_json import digest
+from cdm_fast.errors import UserError
+from cdm_fast.model import CDM, DDM
+from cdm_fast.step import Ema, StepResult, derived_seed, learning_rate, make_optimizer
+
+
+@dataclass
+class TrainingState:
+    """Everything that changes while a run trains, and that a checkpoint holds."""
+
+    model: CDM | DDM
+    ema: Ema
+    optimizer: torch.optim.Optimizer
+    sums: Tensor  # (5,) float64 since the last log line: loss, ce, mse, grad_norm of good steps; how many
+    bad: Tensor  # (3,) int64: bad steps in all, bad steps in a row, the last bad step
+    step: int = 0
+    seconds: float = 0.0  # of training, pictures and scores excluded
+    logged_step: int = 0
+    logged_seconds: float = 0.0
+
+    def record(self, result: StepResult) -> None:
+        """Counts the step that `result` came from; stays on the device."""
+        values = torch.stack([*result[:4], torch.ones_like(result.loss)]).double()
+        self.sums += torch.where(result.bad > 0, 0.0, values)
+        is_bad = result.bad.long()
+        total, row, last = self.bad.unbind()
+        self.bad = torch.stack([total + is_bad, (row + 1) * is_bad, torch.where(is_bad > 0, self.step, last)])
+        self.step += 1
+
+    def numbers(self, config: RunConfig) -> dict[str, float | int]:
+        """Means since the last log line, and counters; waits for the device."""
+        *sums, count = self.sums.tolist()
+        loss, ce, mse, grad_norm = (value / count if count else math.nan for value in sums)
+        images = (self.step - self.logged_step) * config.train.batch_size
+        seconds = self.seconds - self.logged_seconds
+        numbers = {
+            "loss": loss,
+            "mse": mse,
+            "grad_norm": grad_norm,
+            "lr": learning_rate(config.train, max(self.step - 1, 0)),
+            "skipped_steps": int(self.bad[0]),
+            "images_per_second": images / seconds if seconds > 0 else math.nan,
+            "seconds": self.seconds,
+        }
+        return {"ce": ce, **numbers} if config.train.objective == "cdm" else numbers
+
+    def start_interval(self) -> None:
+        """After a log line: means begin anew."""
+        self.sums.zero_()
+        self.logged_step, self.logged_seconds = self.step, self.seconds
+
+
+def new_state(config: RunConfig, device: torch.device) -> TrainingState:
+    """An untrained state; the weights are drawn from the config's seed."""
+    torch.manual_seed(derived_seed(config.train.seed, 0, "weights"))
+    model = build_model(config).to(device)
+    if config.train.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.train()
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
+    bad = torch.tensor([0, 0, -1], device=device)
+    return TrainingState(
+        model, Ema(model, config.train.ema_decay), make_optimizer(config.train, model), sums, bad
+    )
+
+
+def to_checkpoint(state: TrainingState, config: RunConfig) -> Checkpoint:
+    """A copy of the state in host memory."""
+    tensors = {
+        "model": snapshot(state.model),
+        "ema": snapshot(state.ema.model),
+        "optimizer": snapshot_optimizer(state.optimizer, state.model),
+    }
+    facts = {
+        "step": state.step,
+        "seed": config.train.seed,
+        "config_digest": digest(config),
+        "sums": state.sums.tolist(),
+        "bad_steps": state.bad.tolist(),
+        "seconds": state.seconds,
+        "logged_step": state.logged_step,
+        "logged_seconds": state.logged_seconds,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    return Checkpoint(tensors, facts)
+
+
+def from_checkpoint(
+    checkpoint: Checkpoint, config: RunConfig, device: torch.device, where: str
+) -> TrainingState:
+    """The state that `to_checkpoint` copied; UserError when it does not belong to `config`."""
+    facts = checkpoint.state
+    if facts.get("config_digest") != digest(config):
+        raise UserError(f"{where}: its checkpoint belongs to another config.json; restore that one")
+    state = new_state(config, device)
+    restore_weights(state.model, checkpoint.tensors["model"], where)
+    restore_weights(state.ema.model, checkpoint.tensors["ema"], where)
+    restore_optimizer(state.optimizer, state.model, checkpoint.tensors["optimizer"], where)
+    try:
+        state.sums.copy_(torch.tensor(facts["sums"], dtype=torch.float64))
+        state.bad.copy_(torch.tensor(facts["bad_steps"]))
+        state.step, state.seconds = int(facts["step"]), float(facts["seconds"])
+        state.logged_step, state.logged_seconds = int(facts["logged_step"]), float(facts["logged_seconds"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{where}: state.json lacks or garbles {error}; restore it") from error
+    if facts.get("threads") != torch.get_num_threads():
+        warnings.warn(
+            f"resuming with {torch.get_num_threads()} threads a run of {facts.get('threads')}:"
+            " the numbers may differ in their last bits (OMP_NUM_THREADS sets the count)",
+            stacklevel=2,
+        )
+    return state

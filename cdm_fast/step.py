@@ -1,0 +1,181 @@
+"""One training step, and what goes into it: the batch, the loss, the optimizer, the moving average.
+
+Every random draw of step n is a function of (seed, n).
+
+# B batch, C channels, H W pixels, K classes
+"""
+
+import copy
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from cdm_fast.config import RunConfig, TrainConfig
+from cdm_fast.data import ImageData, batch_indices, dequantize, flip
+from cdm_fast.losses import LossTerms, cdm_loss, ddm_loss
+from cdm_fast.model import CDM, DDM
+
+Model = TypeVar("Model", bound=nn.Module)
+LossFunction = Callable[..., LossTerms]  # (model, x0, level, eps, label)
+
+
+class Batch(NamedTuple):
+    """What one step trains on."""
+
+    x0: Tensor  # (B,C,H,W) dequantised, in [-1, 1]
+    level: Tensor  # (B,) int64
+    eps: Tensor  # like x0
+    label: Tensor | None  # (B,) int64, K for "no label"
+
+    def parts(self, count: int) -> Iterator["Batch"]:
+        """The batch in `count` equal parts; `count` must divide B."""
+        pieces = [[None] * count if tensor is None else tensor.chunk(count) for tensor in self]
+        return (Batch(*part) for part in zip(*pieces, strict=True))
+
+
+class Ema(Generic[Model]):
+    """A moving average of a model's weights, kept as a second model in evaluation mode.
+
+    The decay starts low, at (1 + n)/(10 + n) after n updates, so that the initial weights are soon forgotten.
+
+    Args:
+        model: whose weights to follow.
+        decay: the final decay, in [0, 1).
+    """
+
+    def __init__(self, model: Model, decay: float) -> None:
+        self.decay = decay
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self._averages = [parameter.detach() for parameter in self.model.parameters()]
+        self._weights = [parameter.detach() for parameter in model.parameters()]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """average <- decay average + (1 - decay) weights; `step` counts from 0."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
+
+
+class StepResult(NamedTuple):
+    """Scalars of one step, on the device."""
+
+    loss: Tensor
+    ce: Tensor  # nats; 0 for a DDM
+    mse: Tensor
+    grad_norm: Tensor  # of the whole gradient, before clipping
+    bad: Tensor  # 1.0 where loss or gradient was not finite, and the weights were left alone
+
+
+def training_step(
+    model: CDM | DDM,
+    optimizer: torch.optim.Optimizer,  # fused: its `found_inf` holds the step back on the device
+    ema: Ema,
+    batch: Batch,
+    loss_function: LossFunction,
+    *,
+    step: int = 0,
+    clip_norm: float = 0.0,
+    parts: int = 1,
+    precision: str = "fp32",
+) -> StepResult:
+    """One optimizer step: loss, gradient, clipping, update, average. Nothing here waits for the device.
+
+    Args:
+        batch: split into `parts` equal ones whose gradients add up to that of the whole.
+        loss_function: `cdm_loss` or `ddm_loss`, with its weights bound.
+        step: from 0; for the average's warm-up.
+        clip_norm: largest norm of the whole gradient; 0 for any.
+        precision: "bf16" runs the network under autocast.
+
+    A step whose loss or gradient is not finite changes no weight and no moment; its result says `bad`.
+    """
+    optimizer.zero_grad()
+    device = batch.x0.device.type
+    totals = torch.zeros(3, device=batch.x0.device)
+    for part in batch.parts(parts):
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            terms = loss_function(model, *part)
+        (terms.loss / parts).backward()
+        ce = torch.zeros_like(terms.mse) if terms.ce is None else terms.ce
+        totals += torch.stack([terms.loss, ce, terms.mse]).detach() / parts
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    grad_norm = nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
+    bad = (~(torch.isfinite(grad_norm) & torch.isfinite(totals[0]))).float()
+    optimizer.found_inf = bad  # type: ignore[attr-defined]
+    optimizer.step()
+    ema.update(step)
+    loss, ce, mse = totals
+    return StepResult(loss, ce, mse, grad_norm, bad)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The learning rate of a step (from 0): linear warm-up, then constant, step or cosine decay."""
+    rate = config.lr * min(1.0, (step + 1) / max(config.warmup, 1))
+    if config.decay == "step":
+        rate *= config.decay_factor ** (step // config.decay_every)
+    if config.decay == "cosine":
+        rate *= (1 + math.cos(math.pi * min(step / config.steps, 1.0))) / 2
+    return rate
+
+
+def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Fused Adam or AdamW over all weights."""
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    decay = config.weight_decay if config.optimizer == "adamw" else 0.0
+    return kind(model.parameters(), lr=config.lr, weight_decay=decay, fused=True)
+
+
+def make_loss(config: TrainConfig) -> LossFunction:
+    """The loss function of the objective, with its weights bound: f(model, x0, level, eps, label)."""
+    if config.objective == "ddm":
+        return ddm_loss
+
+    def weighted(model: CDM, x0: Tensor, level: Tensor, eps: Tensor, label: Tensor | None) -> LossTerms:
+        return cdm_loss(model, x0, level, eps, label, config.ce_weight, config.mse_weight)
+
+    return weighted
+
+
+def derived_seed(seed: int, step: int, purpose: str) -> int:
+    """A 63-bit seed that depends on nothing but its arguments."""
+    words = hashlib.blake2b(f"{seed} {step} {purpose}".encode(), digest_size=8).digest()
+    return int.from_bytes(words) >> 1
+
+
+def draw_batch(data: ImageData, model: CDM | DDM, config: RunConfig, step: int) -> Batch:
+    """The batch of a step (from 0), a function of (seed, step): images, dequantisation, flips, levels, noise.
+
+    `data` and `model` must be on one device.
+    """
+    train, device = config.train, data.images.device
+    generator = torch.Generator(device).manual_seed(derived_seed(train.seed, step, "batch"))
+    index = batch_indices(len(data.images), train.batch_size, train.seed, step).to(device)
+    x0 = dequantize(data.images[index], data.num_grey_levels, generator)
+    if config.data.flip:
+        x0 = flip(x0, generator)
+    if train.channels_last:
+        x0 = x0.contiguous(memory_format=torch.channels_last)
+    level = _draw_levels(model, train.batch_size, generator)
+    eps = torch.empty_like(x0).normal_(generator=generator)
+    return Batch(x0, level, eps, _draw_labels(data, config, index, generator))
+
+
+def _draw_levels(model: CDM | DDM, num: int, generator: torch.Generator) -> Tensor:
+    """(num,) int64: from a CDM's p(t); evenly from 1..T for a DDM (DDPM eq. 14)."""
+    if isinstance(model, CDM):
+        return model.draw_levels(num, generator)
+    return torch.randint(1, model.schedule.T + 1, (num,), device=generator.device, generator=generator)
+
+
+def _draw_labels(
+    data: ImageData, config: RunConfig, index: Tensor, generator: torch.Generator
+) -> Tensor | None:
+    """The labels (B,) of a class-conditional run, some replaced by the null class K; else None."""
+    if config.network.conditioning == "none" or data.labels is None:
+        return None
+    dropped = torch.rand(len(index), generator=generator, device=index.device) < config.train.label_dropout
+    return data.labels[index].masked_fill(dropped, config.image.num_classes or 0)
