@@ -6,12 +6,21 @@ B batch, L = T+2 noise levels, K classes. Logits come as (B, L); as joint logits
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cdm_fast.ops import _checks
+from cdm_fast.ops import _backend, _checks
+from cdm_fast.ops._backend import Coverage
+from cdm_fast.ops._registry import define, overload
+
+_backend.declare(
+    "noise_level_ce",
+    cpp=Coverage("cpu", (torch.float32, torch.bfloat16, torch.float64)),
+    cuda=Coverage("cuda", (torch.float32, torch.bfloat16, torch.float16)),
+    triton=Coverage("cuda", _checks.FLOATING),
+)
 
 
 class NoiseLevelCE(NamedTuple):
@@ -83,7 +92,79 @@ def noise_level_ce(
     _checks.check_index_range("level", level, 0, num_levels)
     if label is not None:
         _checks.check_index_range("label", label, -1, num_classes)
-    return noise_level_ce_reference(logits, level, label, num_classes)
+    backend = _backend.resolve("noise_level_ce", logits)
+    if backend == "reference":
+        return noise_level_ce_reference(logits, level, label, num_classes)
+    label = None if label is None else label.contiguous()
+    logits, level = logits.flatten(1).contiguous(), level.contiguous()
+    loss, log_ratio, _ = overload("noise_level_ce", backend)(logits, level, label, num_levels, num_classes)
+    return NoiseLevelCE(loss, log_ratio)
+
+
+def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """loss, log_ratio, and the (B, 6) sums that the backward pass reads."""
+    batch, compute = logits.shape[0], torch.promote_types(logits.dtype, torch.float32)
+    loss, log_ratio = (logits.new_empty(batch, dtype=compute) for _ in range(2))
+    return loss, log_ratio, logits.new_empty((batch, 6), dtype=compute)
+
+
+def _triton(
+    logits: Tensor, level: Tensor, label: Tensor | None, num_levels: int, num_classes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    from cdm_fast.kernels import noise_level_ce as kernels
+
+    results = _fake(logits)
+    kernels.forward(logits, level, label, num_levels, num_classes, *results)
+    return results
+
+
+def _triton_backward(
+    logits: Tensor,
+    level: Tensor,
+    label: Tensor | None,
+    num_levels: int,
+    num_classes: int,
+    sums: Tensor,
+    grad_loss: Tensor,
+    grad_log_ratio: Tensor,
+) -> Tensor:
+    from cdm_fast.kernels import noise_level_ce as kernels
+
+    grad = torch.empty_like(logits)
+    kernels.backward(logits, level, label, num_levels, num_classes, sums, grad_loss, grad_log_ratio, grad)
+    return grad
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, level, label, ctx.num_levels, ctx.num_classes = inputs
+    ctx.save_for_backward(logits, level, label, output[2])
+    ctx.mark_non_differentiable(output[2])
+
+
+def _backward(ctx: Any, grad_loss: Tensor, grad_log_ratio: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    gradients = grad_loss.contiguous(), grad_log_ratio.contiguous()
+    logits, level, label, sums = ctx.saved_tensors
+    op = overload("noise_level_ce_backward", ctx.backend)
+    grad = op(logits, level, label, ctx.num_levels, ctx.num_classes, sums, *gradients)
+    return grad, None, None, None, None
+
+
+define(
+    "noise_level_ce",
+    "(Tensor logits, Tensor level, Tensor? label, int num_levels, int num_classes)"
+    " -> (Tensor, Tensor, Tensor)",
+    fake=_fake,
+    triton=_triton,
+    save=_save,
+    backward=_backward,
+)
+define(
+    "noise_level_ce_backward",
+    "(Tensor logits, Tensor level, Tensor? label, int num_levels, int num_classes, Tensor sums,"
+    " Tensor grad_loss, Tensor grad_log_ratio) -> Tensor",
+    fake=lambda logits, *_: torch.empty_like(logits),
+    triton=_triton_backward,
+)
 
 
 def _check(logits: Tensor, level: Tensor, label: Tensor | None, num_classes: int) -> tuple[int, int]:
