@@ -152,6 +152,11 @@ def test_batch_order_is_the_one_written_down():
     assert batch_indices(10**6, 4, 7, 123_456_789).tolist() == [758796, 600722, 412796, 190923]
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_largest_seeds_are_told_apart():
+    assert not torch.equal(batch_indices(50, 50, 2**64 - 1, 0), batch_indices(50, 50, 2**64 - 2, 0))
+
+
 def test_batches_are_mutable_copies():
     batch_indices(10, 4, 0, 0).zero_()
     assert sorted(batch_indices(10, 10, 0, 0).tolist()) == list(range(10))

@@ -2,6 +2,7 @@
 
 # N images, C channels, H W pixels, K classes
 
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from cdm_fast.data.hub import read_hub
 from cdm_fast.data.npz import read_npz
 from cdm_fast.data.order import Indices, split_indices
 from cdm_fast.data.pictures import check_shape
-from cdm_fast.data.reading import bad
+from cdm_fast.data.reading import bad, error_text
 from cdm_fast.data.source import SPLITS, Part, Source
 from cdm_fast.errors import UserError
 
@@ -84,7 +85,12 @@ def _open(source: str | Path) -> Source:
     if isinstance(source, str) and source.startswith("hf:"):
         return read_hub(source.removeprefix("hf:"))
     path = Path(source).expanduser()
-    if path.is_dir():
+    remedy = "give digits, hf:OWNER/NAME, a folder, a .zip or an .npz"
+    try:
+        is_folder = stat.S_ISDIR(path.stat().st_mode)
+    except (OSError, ValueError) as error:
+        raise bad(source, f"cannot be found ({error_text(error)}); {remedy}") from None
+    if is_folder:
         if is_idx_folder(path):
             return read_idx_folder(path)
         return read_cifar_folder(path) if is_cifar_folder(path) else read_image_folder(path)
@@ -92,8 +98,7 @@ def _open(source: str | Path) -> Source:
         return read_npz(path)
     if path.suffix.lower() == ".zip":
         return read_image_zip(path)
-    problem = "is not a data source" if path.exists() else "no such file or folder"
-    raise bad(source, f"{problem}; give digits, hf:OWNER/NAME, a folder, a .zip or an .npz")
+    raise bad(source, f"is a file of no known kind; {remedy}")
 
 
 def _choose(source: Source, split: str, split_seed: int) -> tuple[Part, Indices]:

@@ -2,7 +2,6 @@
 
 # N images, C channels, H W pixels
 
-import math
 import re
 import struct
 import zipfile
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdm_fast.data.pictures import Pixels
-from cdm_fast.data.reading import MAX_DATA_BYTES, bad, open_zip, read_member
+from cdm_fast.data.reading import MAX_DATA_BYTES, bad, error_text, open_zip, read_member
 from cdm_fast.data.source import Part, Source, array_part, check_labels, make_source
 
 # The header that numpy writes before an array of plain numbers. Anything else is refused, not evaluated.
@@ -66,16 +65,15 @@ def _read_array(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> 
     if found is None:
         kind = "pickled objects, which are never loaded" if b"|O" in header else "no plain numbers"
         raise bad(name, f"holds {kind}; save an array of type uint8")
+    shape = tuple(int(axis) for axis in found[3].replace(b",", b" ").split())
     try:
         dtype = np.dtype(found[1].decode())
-        shape = tuple(int(axis) for axis in found[3].replace(b",", b" ").split())
-        body = len(content) - start - length
-        if math.prod(shape) * dtype.itemsize != body:
-            raise bad(name, f"is truncated: shape {shape} of {dtype} in {body} bytes; save it again")
-        flat = np.frombuffer(content, dtype, offset=start + length)
-        return flat.reshape(shape, order="F" if found[2] == b"True" else "C")
-    except (TypeError, OverflowError):
-        raise bad(name, f"has a type or shape that numpy refuses ({found[1].decode()}); save uint8") from None
+        array = np.frombuffer(content, dtype, offset=start + length)
+        return array.reshape(shape, order="F" if found[2] == b"True" else "C")
+    except (TypeError, ValueError, OverflowError) as error:
+        raise bad(
+            name, f"contradicts its header ({error_text(error)}); save it again with numpy.savez"
+        ) from None
 
 
 def _grey_levels(path: Path, value: NDArray | None) -> int:

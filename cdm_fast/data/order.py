@@ -24,7 +24,8 @@ def permutation(count: int, seed: int, purpose: int, number: int) -> Indices:
     """The `number`-th permutation of 0..count-1 for a purpose; (count,) int64, by its arguments alone."""
     if not 0 <= seed < 2**64:
         raise UserError(f"seed {seed} is out of range; give a whole number from 0 to 2**64 - 1")
-    words = np.random.Philox(key=[seed, number], counter=[0, 0, 0, purpose]).random_raw(count)
+    key = np.array([seed, number], np.uint64)  # a list would pass through float64 and merge large seeds
+    words = np.random.Philox(key=key, counter=[0, 0, 0, purpose]).random_raw(count)
     return np.argsort(words, kind="stable").astype(np.int64, copy=False)
 
 

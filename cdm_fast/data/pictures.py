@@ -100,7 +100,7 @@ def _fit(image: Image.Image, image_size: int | None, channels: int | None) -> Im
         image = image.convert("L" if channels == 1 else "RGB")
     if image_size is None or image.size == (image_size, image_size):
         return image
-    # Only the central square is computed; the filter still sees the pixels beside it, as if all were resampled.
+    # Only the central square is computed, but the filter sees the pixels beside it, as if all were.
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     box = (left, top, left + side, top + side)
@@ -115,8 +115,9 @@ def _to_array(image: Image.Image) -> Pixels:
 def reshape(images: Pixels, num_grey_levels: int, image_size: int | None, channels: int | None) -> Pixels:
     """Give images another size and number of channels; None keeps the one they have.
 
-    Size: the shorter side is resampled to S (bicubic, antialiased), the centre cropped to S x S, and overshoot
-    cut off at the highest grey level. Channels: grey is repeated; colour becomes its luma (ITU-R 601).
+    Size: the shorter side is resampled to S (bicubic, antialiased), the centre cropped to S x S, and
+    overshoot cut off at the highest grey level. Channels: grey is repeated, colour becomes its luma (ITU-R
+    601).
 
     Args: images: (B,C,H,W) uint8. Returns (B,C',S,S) uint8 in 0..num_grey_levels-1.
     """
@@ -158,7 +159,7 @@ def write_grid(images: Tensor, path: str | Path, columns: int | None = None) -> 
     Raises UserError for another shape, NaN, or a file that cannot be written.
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
-        raise UserError(f"a sheet needs images of shape (B, 1 or 3, H, W), not {tuple(images.shape)}")
+        raise UserError(f"no sheet of images of shape {tuple(images.shape)}; give (B,C,H,W) with C = 1 or 3")
     if columns is not None and columns < 1:
         raise UserError(f"a sheet of {columns} columns; give 1 or more")
     pixels = images.detach().cpu()

@@ -60,5 +60,5 @@ def _check_levels(images: Tensor, num_grey_levels: int) -> None:
     # With 256 levels every uint8 is in range; that common case pays no pass over the data, no sync on a GPU.
     if num_grey_levels < 256 and images.numel() and int(images.max()) >= num_grey_levels:
         raise UserError(
-            f"grey level {int(images.max())} in images that have {num_grey_levels} levels (0 is the first)"
+            f"grey level {int(images.max())} in images; {num_grey_levels} levels end at {num_grey_levels - 1}"
         )

@@ -60,18 +60,16 @@ def check_size(name: object, num_bytes: int, packed_bytes: int | None = None) ->
 def open_regular(path: Path) -> Iterator[BinaryIO]:
     """Open a regular file for reading; UserError if missing, unreadable, or a device, pipe or folder."""
     try:
-        # Without O_NONBLOCK, opening a named pipe would wait for a writer for ever.
-        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-        descriptor = os.open(path, flags)
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise bad(path, "is not a regular file; give the path of a file")
+        stream = open(path, "rb")
     except FileNotFoundError:
         raise bad(path, "no such file; check the path") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise bad(
             path, f"cannot be opened ({error_text(error)}); check the path and its permissions"
         ) from None
-    with os.fdopen(descriptor, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise bad(path, "is not a regular file; give the path of a file")
+    with stream:
         yield stream
 
 
