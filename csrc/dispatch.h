@@ -39,12 +39,12 @@ void limit_isa(Isa most);
 }  // namespace cdm
 
 #if CDM_X86
-#define CDM_DISPATCH(CALL)                      \
-  switch (cdm::current_isa()) {                 \
-    case cdm::Isa::avx512: isa_avx512::CALL; break; \
-    case cdm::Isa::avx2: isa_avx2::CALL; break; \
-    default: isa_baseline::CALL;                \
+#define CDM_DISPATCH(...)                                  \
+  switch (cdm::current_isa()) {                            \
+    case cdm::Isa::avx512: isa_avx512::__VA_ARGS__; break; \
+    case cdm::Isa::avx2: isa_avx2::__VA_ARGS__; break;     \
+    default: isa_baseline::__VA_ARGS__;                    \
   }
 #else
-#define CDM_DISPATCH(CALL) isa_baseline::CALL
+#define CDM_DISPATCH(...) isa_baseline::__VA_ARGS__
 #endif

@@ -11,11 +11,21 @@ GroupNorm: Wu and He 2018, eq. 1-3; SiLU: u sigmoid(u). With p = g mask silu'(u)
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cdm_fast.ops._backend import Coverage, declare, kernels, resolve
 from cdm_fast.ops.philox import Stream, check_seed, philox_words
+
+declare(
+    "group_norm_silu",
+    cpp=Coverage("cpu", (torch.float64, torch.float32, torch.bfloat16)),
+    cuda=Coverage("cuda", (torch.float32, torch.bfloat16, torch.float16)),
+    triton=Coverage("cuda", (torch.float64, torch.float32, torch.bfloat16, torch.float16)),
+)
 
 
 def group_norm_silu(
@@ -40,7 +50,12 @@ def group_norm_silu(
     Raises TypeError or ValueError for arguments of the wrong dtype, shape, device or range.
     """
     _check(x, weight, bias, num_groups, dropout, seed)
-    return group_norm_silu_reference(x, weight, bias, num_groups, eps, silu=silu, dropout=dropout, seed=seed)
+    backend = resolve("group_norm_silu", x)
+    if backend == "reference":
+        return group_norm_silu_reference(
+            x, weight, bias, num_groups, eps, silu=silu, dropout=dropout, seed=seed
+        )
+    return _forward(x, weight, bias, seed, num_groups, eps, silu, dropout, backend)
 
 
 def group_norm_silu_vjp(
@@ -65,9 +80,12 @@ def group_norm_silu_vjp(
     """
     _check(x, weight, bias, num_groups, dropout, seed)
     _check_cotangent(g, x, mean, rstd, num_groups)
-    return group_norm_silu_vjp_reference(
-        g, x, weight, bias, mean, rstd, num_groups, silu=silu, dropout=dropout, seed=seed
-    )
+    backend = resolve("group_norm_silu", x)
+    if backend == "reference":
+        return group_norm_silu_vjp_reference(
+            g, x, weight, bias, mean, rstd, num_groups, silu=silu, dropout=dropout, seed=seed
+        )
+    return _vjp(g, x, weight, bias, mean, rstd, seed, num_groups, silu, dropout, backend)
 
 
 def group_norm_silu_reference(
@@ -201,3 +219,227 @@ def _check_cotangent(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, num_group
         if statistic.shape != shape or statistic.dtype != dtype or statistic.device != x.device:
             got = f"{tuple(statistic.shape)} {statistic.dtype} on {statistic.device}"
             raise ValueError(f"{name}: expected {shape} {dtype} on {x.device}, got {got}")
+
+
+# Registration. `_forward` and `_vjp` know their first derivative; the two ops that compute these know none,
+# so that a second differentiation raises. All take the backend by name: a derivative runs where its op ran.
+
+
+@torch.library.custom_op("cdm_fast::group_norm_silu", mutates_args=())
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    seed: Tensor | None,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    dropout: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, channels_last = _dense(x)
+    outputs = torch.empty_like(x), *_empty_statistics(x, num_groups)
+    parameters = _parameters(weight, bias, x)
+    run = kernels("group_norm_silu", backend).group_norm_silu_forward
+    run(x, *parameters, seed, *outputs, num_groups, eps, silu, dropout, channels_last)
+    return outputs
+
+
+@_forward.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    seed: Tensor | None,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    dropout: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(_dense(x)[0]), *_empty_statistics(x, num_groups)
+
+
+@torch.library.custom_op("cdm_fast::group_norm_silu_backward", mutates_args=())
+def _backward(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    num_groups: int,
+    silu: bool,
+    dropout: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of <g, y> with respect to x, weight and bias."""
+    x, channels_last = _dense(x)
+    grad_x, grad_weight, grad_bias = torch.empty_like(x), *_empty_grads(x)
+    inputs = _laid_out(g, channels_last), x, *_parameters(weight, bias, x), mean, rstd, seed
+    run = kernels("group_norm_silu", backend).group_norm_silu_vjp
+    run(*inputs, grad_x, grad_weight, grad_bias, num_groups, silu, dropout, channels_last)
+    return grad_x, _shaped(grad_weight, weight), _shaped(grad_bias, bias)
+
+
+@_backward.register_fake
+def _(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    num_groups: int,
+    silu: bool,
+    dropout: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(_dense(x)[0]), _empty_shaped(weight), _empty_shaped(bias)
+
+
+@torch.library.custom_op("cdm_fast::group_norm_silu_vjp", mutates_args=())
+def _vjp(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    num_groups: int,
+    silu: bool,
+    dropout: float,
+    backend: str,
+) -> Tensor:
+    return _backward(g, x, weight, bias, mean, rstd, seed, num_groups, silu, dropout, backend)[0]
+
+
+@_vjp.register_fake
+def _(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    num_groups: int,
+    silu: bool,
+    dropout: float,
+    backend: str,
+) -> Tensor:
+    return torch.empty_like(_dense(x)[0])
+
+
+@torch.library.custom_op("cdm_fast::group_norm_silu_vjp_backward", mutates_args=())
+def _vjp_backward(
+    v: Tensor,
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    num_groups: int,
+    silu: bool,
+    dropout: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of <v, VJP(g, x, weight, bias)> with respect to g, x, weight and bias."""
+    x, channels_last = _dense(x)
+    grad_g, grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.empty_like(x), *_empty_grads(x)
+    cotangents = _laid_out(v, channels_last), _laid_out(g, channels_last)
+    inputs = *cotangents, x, *_parameters(weight, bias, x), mean, rstd, seed
+    run = kernels("group_norm_silu", backend).group_norm_silu_vjp_backward
+    run(*inputs, grad_g, grad_x, grad_weight, grad_bias, num_groups, silu, dropout, channels_last)
+    return grad_g, grad_x, _shaped(grad_weight, weight), _shaped(grad_bias, bias)
+
+
+@_vjp_backward.register_fake
+def _(
+    v: Tensor,
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    num_groups: int,
+    silu: bool,
+    dropout: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dense = _dense(x)[0]
+    return torch.empty_like(dense), torch.empty_like(dense), _empty_shaped(weight), _empty_shaped(bias)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, seed, num_groups, _, silu, dropout, backend = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, weight, bias, mean, rstd, seed)
+    ctx.options = num_groups, silu, dropout, backend
+
+
+def _backward_of_forward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _backward(grad_y, *ctx.saved_tensors, *ctx.options)
+    return *grads, None, None, None, None, None, None
+
+
+def _save_for_vjp_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, num_groups, silu, dropout, backend = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.options = num_groups, silu, dropout, backend
+
+
+def _backward_of_vjp(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _vjp_backward(v, *ctx.saved_tensors, *ctx.options)
+    return *grads, None, None, None, None, None, None, None
+
+
+_forward.register_autograd(_backward_of_forward, setup_context=_save_for_backward)
+_vjp.register_autograd(_backward_of_vjp, setup_context=_save_for_vjp_backward)
+
+
+def _dense(x: Tensor) -> tuple[Tensor, bool]:
+    """x or, if it has gaps, a copy without; and whether its layout is channels-last."""
+    if x.is_contiguous():
+        return x, False
+    if x.movedim(1, -1).is_contiguous():
+        return x, True
+    return x.contiguous(), False
+
+
+def _laid_out(g: Tensor, channels_last: bool) -> Tensor:
+    return g.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else g.contiguous()
+
+
+def _parameters(weight: Tensor, bias: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """weight and bias in the precision of the statistics, both (C,) or both (B, C)."""
+    shape = x.shape[:2] if weight.dim() + bias.dim() > 2 else x.shape[1:2]
+    dtype = _statistics_dtype(x)
+    return weight.to(dtype).expand(shape).contiguous(), bias.to(dtype).expand(shape).contiguous()
+
+
+def _empty_statistics(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    like = x.new_empty(x.shape[0], num_groups, dtype=_statistics_dtype(x))
+    return like, torch.empty_like(like)
+
+
+def _empty_grads(x: Tensor) -> tuple[Tensor, Tensor]:
+    like = x.new_empty(x.shape[:2], dtype=_statistics_dtype(x))
+    return like, torch.empty_like(like)
+
+
+def _shaped(grad: Tensor, parameter: Tensor) -> Tensor:
+    """(B, C) in the precision of the statistics -> like the parameter."""
+    return (grad.sum(0) if parameter.dim() == 1 else grad).to(parameter.dtype)
+
+
+def _empty_shaped(parameter: Tensor) -> Tensor:
+    return torch.empty_like(parameter, memory_format=torch.contiguous_format)
