@@ -1,4 +1,4 @@
-// `noise_level_ce` on CPU: torch.ops.cdm_fast_cpp.noise_level_ce and its backward.
+// `noise_level_ce` on CPU: torch.ops.cdm_fast.noise_level_ce and its backward.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

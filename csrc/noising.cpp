@@ -1,4 +1,4 @@
-// `noising` on CPU: torch.ops.cdm_fast_cpp.noising.
+// `noising` on CPU: torch.ops.cdm_fast.noising.
 #include "contraction.h"
 
 #include <torch/csrc/stable/library.h>
@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
+#include <tuple>
 
 #include "bf16.h"
 #include "dispatch.h"
@@ -42,20 +43,29 @@ void* pointer(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? tensor->data_ptr() : nullptr;
 }
 
-void noising(const Tensor& x0, const Tensor& level, const Tensor& a, const Tensor& s,
-             const std::optional<Tensor>& seed, const std::optional<Tensor>& eps_given,
-             int64_t num_grey_levels, bool flip, const Tensor& x_t, const std::optional<Tensor>& eps_drawn,
-             const std::optional<Tensor>& x0_out) {
+// What was not asked for comes back empty.
+std::tuple<Tensor, Tensor, Tensor> noising(const Tensor& x0, const Tensor& level, const Tensor& a,
+                                           const Tensor& s, const std::optional<Tensor>& seed,
+                                           const std::optional<Tensor>& eps, int64_t num_grey_levels,
+                                           bool flip, ScalarType dtype) {
+  const ScalarType compute = a.scalar_type();
+  const auto like_x0 = [&](ScalarType type, bool wanted) {
+    return wanted ? torch::stable::new_empty(x0, x0.sizes(), type) : torch::stable::new_empty(x0, {0}, type);
+  };
+  const Tensor x_t = like_x0(dtype, true);
+  const Tensor drawn = like_x0(compute, !eps.has_value());
+  const Tensor clean = like_x0(compute, flip || num_grey_levels > 0);
+
   cdm::NoisingArguments arguments{};
   arguments.x0 = x0.data_ptr();
   arguments.level = static_cast<const int64_t*>(level.data_ptr());
   arguments.a = a.data_ptr();
   arguments.s = s.data_ptr();
   arguments.seed = static_cast<const int64_t*>(pointer(seed));
-  arguments.eps_given = pointer(eps_given);
+  arguments.eps_given = pointer(eps);
   arguments.x_t = x_t.data_ptr();
-  arguments.eps_drawn = pointer(eps_drawn);
-  arguments.x0_out = pointer(x0_out);
+  arguments.eps_drawn = drawn.data_ptr();
+  arguments.x0_out = clean.numel() > 0 ? clean.data_ptr() : nullptr;
   arguments.size = x0.numel();
   arguments.image_size = arguments.size / x0.size(0);
   arguments.row = x0.size(x0.dim() - 1);
@@ -63,19 +73,15 @@ void noising(const Tensor& x0, const Tensor& level, const Tensor& a, const Tenso
   arguments.scale = num_grey_levels > 0 ? static_cast<float>(2.0 / static_cast<double>(num_grey_levels)) : 0.0f;
   arguments.flip = flip;
   switch (x0.scalar_type()) {
-    case ScalarType::Byte: return run_float<uint8_t>(arguments, x_t.scalar_type());
-    case ScalarType::BFloat16: return run_float<cdm::bf16>(arguments, x_t.scalar_type());
-    case ScalarType::Double: return run<double, double, double>(arguments);
-    default: return run_float<float>(arguments, x_t.scalar_type());
+    case ScalarType::Byte: run_float<uint8_t>(arguments, dtype); break;
+    case ScalarType::BFloat16: run_float<cdm::bf16>(arguments, dtype); break;
+    case ScalarType::Double: run<double, double, double>(arguments); break;
+    default: run_float<float>(arguments, dtype);
   }
+  return {x_t, drawn, clean};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(cdm_fast_cpp, m) {
-  m.def(
-      "noising(Tensor x0, Tensor level, Tensor a, Tensor s, Tensor? seed, Tensor? eps_given, "
-      "int num_grey_levels, bool flip, Tensor(a!) x_t, Tensor(b!)? eps_drawn, Tensor(c!)? x0_out) -> ()");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(cdm_fast_cpp, CPU, m) { m.impl("noising", TORCH_BOX(&noising)); }
+// The schema is in cdm_fast/ops/noising.py.
+STABLE_TORCH_LIBRARY_IMPL(cdm_fast, CPU, m) { m.impl("noising", TORCH_BOX(&noising)); }

@@ -6,10 +6,21 @@ E[eps | x_t = x] = s_t (grad_x F + x), and x_0 = (x - s_t eps) / a_t.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from cdm_fast.ops import _checks
+from cdm_fast.ops import _backend, _checks
+from cdm_fast.ops._backend import Coverage
+from cdm_fast.ops._registry import define, overload
+
+_backend.declare(
+    "denoise",
+    cpp=Coverage("cpu", (torch.float32, torch.bfloat16, torch.float64)),
+    cuda=Coverage("cuda", (torch.float32, torch.bfloat16, torch.float16)),
+    triton=Coverage("cuda", _checks.FLOATING),
+)
 
 
 def head_cotangent_reference(
@@ -73,12 +84,18 @@ def head_cotangent(
         for the marginal, (1 + w) one-hot - w softmax for guidance w. None is K = 1, weight 1.
 
     Returns weight_c's dtype. Differentiable once with respect to weight_c and class_weight, the same bits
-    every time. Raises TypeError or ValueError, naming the argument, for what does not fit the above. Source: CDM Thm 3.1.
+    every time. Raises TypeError or ValueError, naming the argument, for what does not fit the above.
+    Source: CDM Thm 3.1.
     """
     _check_cotangent(weight_c, level, class_weight)
     num_classes = 1 if class_weight is None else class_weight.shape[1]
     _checks.check_index_range("level", level, 0, (weight_c.shape[0] - 1) // num_classes + 1)
-    return head_cotangent_reference(weight_c, level, class_weight)
+    backend = _backend.resolve("denoise", weight_c)
+    if backend == "reference":
+        return head_cotangent_reference(weight_c, level, class_weight)
+    if class_weight is not None:
+        class_weight = class_weight.to(_compute_dtype(weight_c)).contiguous()
+    return overload("head_cotangent", backend)(weight_c.contiguous(), level.contiguous(), class_weight)
 
 
 def denoise_epilogue(
@@ -95,7 +112,10 @@ def denoise_epilogue(
     ValueError, naming the argument, for another shape, dtype or device. Source: CDM Thm 3.1.
     """
     _check_images(grad_x, x, s_t=s_t)
-    return denoise_epilogue_reference(grad_x, x, s_t)
+    backend = _backend.resolve("denoise", grad_x)
+    if backend == "reference":
+        return denoise_epilogue_reference(grad_x, x, s_t)
+    return overload("denoise_epilogue", backend)(*_ready(grad_x, x, s_t)).to(_output_dtype(grad_x, x))
 
 
 def denoise_x0(
@@ -110,7 +130,10 @@ def denoise_x0(
     level. Infinite or NaN where a_t = 0: pure noise has no x_0. Source: CDM Thm 3.1.
     """
     _check_images(grad_x, x, a_t=a_t, s_t=s_t)
-    return denoise_x0_reference(grad_x, x, a_t, s_t)
+    backend = _backend.resolve("denoise", grad_x)
+    if backend == "reference":
+        return denoise_x0_reference(grad_x, x, a_t, s_t)
+    return overload("denoise_x0", backend)(*_ready(grad_x, x, a_t, s_t)).to(_output_dtype(grad_x, x))
 
 
 def denoise_loss(
@@ -125,7 +148,176 @@ def denoise_loss(
     and eps (the reference: to any order); otherwise as `denoise_epilogue`. Source: CDM Alg. 1.
     """
     _check_images(grad_x, x, s_t=s_t, eps=eps)
-    return denoise_loss_reference(grad_x, x, s_t, eps)
+    backend = _backend.resolve("denoise", grad_x)
+    if backend == "reference":
+        return denoise_loss_reference(grad_x, x, s_t, eps)
+    return overload("denoise_loss", backend)(*_ready(grad_x, x, s_t, eps))
+
+
+def _ready(grad_x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """The arguments as the kernels take them: contiguous, all but grad_x in the dtype of the arithmetic."""
+    compute = torch.float64 if torch.float64 in (grad_x.dtype, others[0].dtype) else torch.float32
+    if compute == torch.float64:
+        grad_x = grad_x.to(compute)
+    return grad_x.contiguous(), *(other.to(compute).contiguous() for other in others)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _launch(name: str, *arguments: Any) -> Any:
+    from cdm_fast.kernels import denoise as kernels
+
+    return getattr(kernels, name)(*arguments)
+
+
+def _triton_epilogue(grad_x: Tensor, x: Tensor, s_t: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    _launch("epilogue", grad_x, x, s_t, out)
+    return out
+
+
+def _triton_x0(grad_x: Tensor, x: Tensor, a_t: Tensor, s_t: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    _launch("clean_image", grad_x, x, a_t, s_t, out)
+    return out
+
+
+def _triton_loss(grad_x: Tensor, x: Tensor, s_t: Tensor, eps: Tensor) -> Tensor:
+    out = torch.empty_like(s_t)
+    _launch("loss", grad_x, x, s_t, eps, out)
+    return out
+
+
+def _triton_loss_backward(grad_x: Tensor, x: Tensor, s_t: Tensor, eps: Tensor, grad_sum: Tensor) -> Tensor:
+    out = torch.empty_like(grad_x)
+    _launch("loss_backward", grad_x, x, s_t, eps, grad_sum, out)
+    return out
+
+
+def _fake_cotangent(weight_c: Tensor, level: Tensor, class_weight: Tensor | None) -> Tensor:
+    return weight_c.new_empty((level.shape[0], weight_c.shape[1]))
+
+
+def _triton_cotangent(weight_c: Tensor, level: Tensor, class_weight: Tensor | None) -> Tensor:
+    out = _fake_cotangent(weight_c, level, class_weight)
+    _launch("cotangent", weight_c, level, class_weight, out)
+    return out
+
+
+def _fake_cotangent_backward(
+    weight_c: Tensor, level: Tensor, class_weight: Tensor | None, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight_c and class_weight (empty without it), in the dtype of the arithmetic."""
+    compute = _compute_dtype(weight_c)
+    num_classes = 0 if class_weight is None else class_weight.shape[1]
+    grad_class_weight = weight_c.new_empty((level.shape[0], num_classes), dtype=compute)
+    return weight_c.new_empty(weight_c.shape, dtype=compute), grad_class_weight
+
+
+def _triton_cotangent_backward(
+    weight_c: Tensor, level: Tensor, class_weight: Tensor | None, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    results = _fake_cotangent_backward(weight_c, level, class_weight, grad)
+    _launch("cotangent_backward", weight_c, level, class_weight, grad, *results)
+    return results
+
+
+def _save_per_image(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    grad_x, *_ = inputs
+    ctx.save_for_backward(*inputs[2:])
+    ctx.dtype = grad_x.dtype
+
+
+def _epilogue_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The op is linear, and training differentiates `denoise_loss` instead: plain PyTorch will do."""
+    s = _per_image(ctx.saved_tensors[0], grad)
+    return (s * grad).to(ctx.dtype), s * grad, None
+
+
+def _x0_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Linear again."""
+    a, s = (_per_image(value, grad) for value in ctx.saved_tensors)
+    return (-s * s / a * grad).to(ctx.dtype), (1 - s * s) / a * grad, None, None
+
+
+def _save_loss(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _loss_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x, x, s_t, eps = ctx.saved_tensors
+    of_grad_x = of_x = of_eps = None
+    if ctx.needs_input_grad[0]:
+        op = overload("denoise_loss_backward", ctx.backend)
+        of_grad_x = op(grad_x, x, s_t, eps, grad.contiguous())
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:  # not in training: x and eps are data
+        s = _per_image(s_t, x)
+        twice_error = 2 * _per_image(grad, x) * (s * (grad_x.to(x.dtype) + x) - eps)
+        of_x, of_eps = s * twice_error, -twice_error
+    return of_grad_x, of_x, None, of_eps
+
+
+def _save_cotangent(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _cotangent_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weight_c, level, class_weight = ctx.saved_tensors
+    op = overload("head_cotangent_backward", ctx.backend)
+    of_weight, of_class_weight = op(weight_c, level, class_weight, grad.contiguous())
+    return of_weight.to(weight_c.dtype), None, None if class_weight is None else of_class_weight
+
+
+def _per_image(value: Tensor, like: Tensor) -> Tensor:
+    return value.reshape((-1,) + (1,) * (like.dim() - 1))
+
+
+define(
+    "head_cotangent",
+    "(Tensor weight_c, Tensor level, Tensor? class_weight) -> Tensor",
+    fake=_fake_cotangent,
+    triton=_triton_cotangent,
+    save=_save_cotangent,
+    backward=_cotangent_backward,
+)
+define(
+    "head_cotangent_backward",
+    "(Tensor weight_c, Tensor level, Tensor? class_weight, Tensor grad) -> (Tensor, Tensor)",
+    fake=_fake_cotangent_backward,
+    triton=_triton_cotangent_backward,
+)
+define(
+    "denoise_epilogue",
+    "(Tensor grad_x, Tensor x, Tensor s_t) -> Tensor",
+    fake=lambda grad_x, x, s_t: torch.empty_like(x),
+    triton=_triton_epilogue,
+    save=_save_per_image,
+    backward=_epilogue_backward,
+)
+define(
+    "denoise_x0",
+    "(Tensor grad_x, Tensor x, Tensor a_t, Tensor s_t) -> Tensor",
+    fake=lambda grad_x, x, a_t, s_t: torch.empty_like(x),
+    triton=_triton_x0,
+    save=_save_per_image,
+    backward=_x0_backward,
+)
+define(
+    "denoise_loss",
+    "(Tensor grad_x, Tensor x, Tensor s_t, Tensor eps) -> Tensor",
+    fake=lambda grad_x, x, s_t, eps: torch.empty_like(s_t),
+    triton=_triton_loss,
+    save=_save_loss,
+    backward=_loss_backward,
+)
+define(
+    "denoise_loss_backward",
+    "(Tensor grad_x, Tensor x, Tensor s_t, Tensor eps, Tensor grad_sum) -> Tensor",
+    fake=lambda grad_x, *_: torch.empty_like(grad_x),
+    triton=_triton_loss_backward,
+)
 
 
 def _check_cotangent(weight_c: Tensor, level: Tensor, class_weight: Tensor | None) -> None:

@@ -5,13 +5,22 @@ B batch, L = T+2 noise levels; an image is (B, ...), its elements numbered in co
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cdm_fast.ops import _checks
+from cdm_fast.ops import _backend, _checks
+from cdm_fast.ops._backend import Coverage
+from cdm_fast.ops._registry import define, overload
 from cdm_fast.ops.philox import Stream, check_seed, philox_flip, philox_normal, philox_uniform
+
+_backend.declare(
+    "noising",
+    cpp=Coverage("cpu", (torch.uint8, torch.float32, torch.bfloat16, torch.float64)),
+    cuda=Coverage("cuda", (torch.uint8, torch.float32, torch.bfloat16, torch.float16)),
+    triton=Coverage("cuda", (torch.uint8, *_checks.FLOATING)),
+)
 
 
 class NoisingResult(NamedTuple):
@@ -80,9 +89,100 @@ def noising(
     """
     _check(x0, level, a, s, seed, eps, num_grey_levels, flip, dtype)
     _checks.check_index_range("level", level, 0, a.shape[0])
-    return noising_reference(
-        x0, level, a, s, seed, eps=eps, num_grey_levels=num_grey_levels, flip=flip, dtype=dtype
+    backend = _backend.resolve("noising", x0)
+    if backend == "reference":
+        return noising_reference(
+            x0, level, a, s, seed, eps=eps, num_grey_levels=num_grey_levels, flip=flip, dtype=dtype
+        )
+    compute = torch.promote_types(torch.float32 if x0.dtype == torch.uint8 else x0.dtype, torch.float32)
+    wanted = dtype or (compute if x0.dtype == torch.uint8 else x0.dtype)
+    stored = wanted if wanted in _STORED[compute] else compute
+    noise = None if eps is None else eps.to(compute).contiguous()
+    x_t, drawn, clean = overload("noising", backend)(
+        x0.contiguous(),
+        level.contiguous(),
+        a.to(compute).contiguous(),
+        s.to(compute).contiguous(),
+        seed,
+        noise,
+        num_grey_levels or 0,
+        flip,
+        stored,
     )
+    returned_x0 = clean if flip or num_grey_levels else x0.to(compute)
+    return NoisingResult(x_t.to(wanted), drawn if eps is None else eps, returned_x0)
+
+
+# Dtypes that the kernels store x_t in, by the dtype of the arithmetic; others are converted afterwards.
+_STORED = {
+    torch.float32: (torch.float32, torch.bfloat16),
+    torch.float64: (torch.float64,),
+}
+
+
+def _fake(
+    x0: Tensor,
+    level: Tensor,
+    a: Tensor,
+    s: Tensor,
+    seed: Tensor | None,
+    eps: Tensor | None,
+    num_grey_levels: int,
+    flip: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x_t, the drawn noise, the image after dequantisation and flip; empty where there is no such thing."""
+    drawn = x0.shape if eps is None else (0,)
+    clean = x0.shape if flip or num_grey_levels else (0,)
+    return (
+        x0.new_empty(x0.shape, dtype=dtype),
+        x0.new_empty(drawn, dtype=a.dtype),
+        x0.new_empty(clean, dtype=a.dtype),
+    )
+
+
+def _triton(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from cdm_fast.kernels import noising as kernels
+
+    results = _fake(*inputs)
+    x0, level, a, s, seed, eps, num_grey_levels, flip, _ = inputs
+    kernels.noising(x0, level, a, s, seed, eps, num_grey_levels, flip, *results)
+    return results
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x0, level, a, s, seed, _, _, ctx.flip, _ = inputs
+    ctx.save_for_backward(level, a, s, seed)
+    ctx.dtype = x0.dtype
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Any, grad_clean: Tensor) -> tuple[Tensor | None, ...]:
+    """x_t is linear in x0 and eps, and few ask for this gradient: plain PyTorch, differentiable again."""
+    level, a, s, seed = ctx.saved_tensors
+    per_image = (-1,) + (1,) * (grad.dim() - 1)
+    grad_x0 = grad_eps = None
+    if ctx.needs_input_grad[0]:
+        grad_x0 = a.index_select(0, level).reshape(per_image) * grad
+        if ctx.flip:
+            grad_x0 = grad_x0 + grad_clean
+            coin = philox_flip(seed, grad.shape[0]).reshape(per_image)
+            grad_x0 = torch.where(coin, grad_x0.flip(-1), grad_x0)
+        grad_x0 = grad_x0.to(ctx.dtype)
+    if ctx.needs_input_grad[5]:
+        grad_eps = s.index_select(0, level).reshape(per_image) * grad
+    return grad_x0, None, None, None, None, grad_eps, None, None, None
+
+
+define(
+    "noising",
+    "(Tensor x0, Tensor level, Tensor a, Tensor s, Tensor? seed, Tensor? eps, int num_grey_levels,"
+    " bool flip, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+    fake=_fake,
+    triton=_triton,
+    save=_save,
+    backward=_backward,
+)
 
 
 def _check(
