@@ -145,7 +145,13 @@ def infer_config(
     )
     image = ImageShape(size=image_size, channels=channels, num_grey_levels=256, num_classes=classes)
     levels = ScheduleConfig(schedule=schedule, T=num_levels - 2)
-    return replace(paper, image=image, network=network, schedule=levels), tuple(assumed)
+    if (
+        schedule == "linear" and levels.T != 1000
+    ):  # their code leaves beta as it is, ours keeps the noise at level T
+        assumed.append(f"beta 1e-4..0.02 times 1000/{levels.T}")
+    output = replace(paper.output, sampling_steps=min(paper.output.sampling_steps, levels.T))
+    config = replace(paper, image=image, network=network, schedule=levels, output=output)
+    return config, tuple(assumed)
 
 
 def _usual_image_size(attention: list[int], where: str) -> int:
