@@ -3,12 +3,18 @@
 Everything is a session-scoped fixture, so that it can be used inside hypothesis tests as well.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+
+# Where there is no GPU, Triton kernels run under the interpreter. Triton decides at its import, which
+# torch.compile and others cause long before the first kernel is wanted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Relative error that two computations of the same quantity may show, per dtype of the computation: the one
 # table. An op's test asks `assert_kernel_accurate` first; this is for whole networks and end-to-end numbers.

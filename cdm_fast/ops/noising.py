@@ -5,7 +5,7 @@ B batch, L = T+2 noise levels; an image is (B, ...), its elements numbered in co
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ def noising_reference(
     compute = torch.float64 if x0.dtype == torch.float64 else torch.float32
     per_image = (-1,) + (1,) * (x0.dim() - 1)
     clean = x0.to(compute)
+    seed = cast(Tensor, seed)  # given wherever something is drawn: `noising` has made sure
     if flip:
         coin = philox_flip(seed, x0.shape[0]).reshape(per_image)
         clean = torch.where(coin, clean.flip(-1), clean)
