@@ -51,14 +51,13 @@ def picture_part(
             def decode_one(key: str) -> Pixels:
                 return decode(fetch(key), f"{name}/{key}", image_size, channels)
 
-            first = (
-                decode_one(keys[0]) if reference is None else reference.read(_FIRST, image_size, channels)[0]
-            )
+            if reference is None:
+                first = decode_one(keys[0])
+            else:
+                first = reference.read(_FIRST, image_size, channels)[0]
             if max(first.shape) > MAX_SIDE:
                 height, width = first.shape[1:]
-                raise bad(
-                    name, f"pictures of {width}x{height} pixels; give an image size, at most {MAX_SIDE}"
-                )
+                raise bad(name, f"holds {width}x{height} pictures; give an image size, at most {MAX_SIDE}")
             check_size(name, len(indices) * first.size)
             out = np.empty((len(indices), *first.shape), np.uint8)
             for row, index in zip(out, indices, strict=True):
@@ -76,9 +75,8 @@ _FIRST: Indices = np.zeros(1, np.int64)
 def _check_like(name: str, pixels: Pixels, first: Pixels) -> None:
     if pixels.shape[1:] != first.shape[1:]:
         height, width = first.shape[1:]
-        raise bad(
-            name, f"is {pixels.shape[2]}x{pixels.shape[1]}, the first is {width}x{height}; give an image size"
-        )
+        own = f"{pixels.shape[2]}x{pixels.shape[1]}"
+        raise bad(name, f"is {own}, the first picture is {width}x{height}; give an image size")
     if len(pixels) > len(first):
         raise bad(name, "is in colour, the first picture is grey; ask for 1 or 3 channels")
 
@@ -166,20 +164,18 @@ def _collect(path: Path, keys: list[str], opener: Opener) -> Source:
 def _classes(path: Path, keys: list[str], depth: int) -> list[str]:
     """Class names in label order: the sub-folders at `depth`, by number if all are numbers, else by name.
 
-    A folder that all pictures share is no class, so one class sub-folder alone gives unlabelled images.
+    One class tells nothing apart, so pictures that all lie in one folder have no labels.
     """
     names = {_class_of(key, depth) for key in keys}
-    if names == {""} or (len(names) == 1 and depth == 0):
+    if len(names) == 1:
         return []
     if "" in names:
         stray = next(key for key in keys if not _class_of(key, depth))
         raise bad(
-            f"{path}/{stray}",
-            "lies beside class sub-folders; move it into one, or all pictures into one folder",
+            f"{path}/{stray}", "lies beside class sub-folders; move it into one, or all into one folder"
         )
-    return sorted(
-        names, key=lambda name: (int(name), name) if all(n.isdecimal() for n in names) else (0, name)
-    )
+    numbered = all(name.isdecimal() and len(name) < 10 for name in names)
+    return sorted(names, key=lambda name: (int(name) if numbered else 0, name))
 
 
 def _class_of(key: str, depth: int) -> str:

@@ -46,7 +46,7 @@ def check_size(name: object, num_bytes: int, packed_bytes: int | None = None) ->
     """Raise UserError if `num_bytes` are too many to hold, or absurd for `packed_bytes` compressed ones."""
     if num_bytes > MAX_DATA_BYTES:
         raise bad(
-            name, f"would take {num_bytes} bytes of memory, above the limit of {MAX_DATA_BYTES}; split it up"
+            name, f"would take {num_bytes} bytes, above the limit of {MAX_DATA_BYTES}; use a part of it"
         )
     if packed_bytes is not None and num_bytes > max(FREE_EXPANSION_BYTES, MAX_EXPANSION * packed_bytes):
         raise bad(
@@ -66,9 +66,7 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
     except FileNotFoundError:
         raise bad(path, "no such file; check the path") from None
     except OSError as error:
-        raise bad(
-            path, f"cannot be opened ({error_text(error)}); check the path and its permissions"
-        ) from None
+        raise bad(path, f"cannot be opened ({error_text(error)}); check its permissions") from None
     with stream:
         yield stream
 
@@ -99,9 +97,7 @@ def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
         try:
             archive = zipfile.ZipFile(stream)
         except _ZIP_ERRORS as error:
-            raise bad(
-                path, f"is not a whole zip file ({error_text(error)}); copy or create it again"
-            ) from None
+            raise bad(path, f"is not a whole zip file ({error_text(error)}); create it again") from None
         with archive:
             yield archive
 
@@ -134,7 +130,5 @@ def read_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, lim
     except _ZIP_ERRORS as error:
         raise bad(name, f"is damaged ({error_text(error)}); copy or create the zip again") from None
     if len(content) != info.file_size:
-        raise bad(
-            name, f"is truncated: {len(content)} bytes of {info.file_size}; copy or create the zip again"
-        )
+        raise bad(name, f"is truncated: {len(content)} bytes of {info.file_size}; create the zip again")
     return content
