@@ -133,6 +133,8 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
     target = folder / f"step-{checkpoint.step:08d}"
     with saving(run):
         folder.mkdir(exist_ok=True)
+        for abandoned in folder.glob(".*.unfinished-*"):  # by a process that was killed
+            shutil.rmtree(abandoned)
         with _directory_in_one_step(target) as unfinished:
             _write_parts(unfinished, checkpoint)
         for old in checkpoint_folders(run)[keep:]:
@@ -224,14 +226,16 @@ def _shape(tensor: Tensor | None) -> str:
 
 def _write_parts(folder: Path, checkpoint: Checkpoint) -> None:
     """The files of one checkpoint, each flushed to the disk, the manifest last."""
-    files = {f"{part}.safetensors": safetensors.torch.save(dict(checkpoint.tensors[part])) for part in PARTS}
-    files["state.json"] = json.dumps(dict(checkpoint.state), indent=2).encode()
-    manifest = {
-        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
-    }
-    files["manifest.json"] = json.dumps(manifest, indent=2).encode()
-    for name, data in files.items():
+    manifest = {}
+
+    def write(name: str, data: bytes) -> None:
         _write_flushed(folder / name, data)
+        manifest[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+    for part in PARTS:  # one at a time: serialised, each is as large as what it holds
+        write(f"{part}.safetensors", safetensors.torch.save(dict(checkpoint.tensors[part])))
+    write("state.json", json.dumps(dict(checkpoint.state), indent=2).encode())
+    _write_flushed(folder / "manifest.json", json.dumps(manifest, indent=2).encode())
 
 
 def _read_parts(folder: Path, parts: Sequence[str]) -> Checkpoint:
@@ -285,8 +289,6 @@ def saving(run: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _directory_in_one_step(target: Path) -> Iterator[Path]:
     """A folder to fill, which takes the name `target` when the block ends, or vanishes when it fails."""
-    for abandoned in target.parent.glob(f".{target.name}.unfinished-*"):  # by a process that was killed
-        shutil.rmtree(abandoned)
     unfinished = target.parent / f".{target.name}.unfinished-{os.getpid()}"
     unfinished.mkdir()
     try:

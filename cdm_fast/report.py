@@ -3,6 +3,7 @@
 Legend: B images, C channels, H W pixels, N grey levels, K classes.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -69,6 +70,7 @@ def first_images(data: ImageData, count: int) -> ImageData:
 
 def write_final(model: CDM | DDM, config: RunConfig, validation: ImageData, run: Path) -> dict[str, Any]:
     """Every picture of a finished run, and for a CDM its test likelihood as RUN/nll.json; returns that."""
+    print("drawing samples and scoring the test images", file=sys.stderr)
     write_samples(model, config, run)
     write_level_pictures(model, validation, run)
     if not isinstance(model, CDM):

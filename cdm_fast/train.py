@@ -7,7 +7,7 @@ uninterrupted one would have taken.
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,27 @@ from cdm_fast.step import LossFunction, derived_seed, draw_batch, learning_rate,
 from cdm_fast.stop import Stopper
 
 
+@dataclass(frozen=True)
+class Session:
+    """A run while it trains: what its steps, pictures and checkpoints are made from."""
+
+    config: RunConfig
+    run: Path
+    state: TrainingState
+    data: ImageData  # training images, on the state's device
+    validation: ImageData  # the first `evaluate_images`
+    sinks: list[Sink]
+
+    def write(self, numbers: Mapping[str, float | int | str | None]) -> None:
+        """Sends the numbers of the present step to every log."""
+        for sink in self.sinks:
+            sink.write(self.state.step, numbers)
+
+    def save(self) -> None:
+        """Writes a checkpoint of the present step."""
+        save_checkpoint(self.run, to_checkpoint(self.state, self.config), self.config.output.keep)
+
+
 def train(
     config: RunConfig,
     out: str | Path,
@@ -42,7 +63,7 @@ def train(
     max_time: float | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Trains a new run into the directory `out` and returns its summary (see `_finish`).
+    """Trains a new run into the directory `out` and returns its summary (see `_summary`).
 
     max_time: stop after so many seconds, with everything saved; device: "auto", "cpu", "cuda", ...
     Raises UserError for bad data or settings, before anything is written; when `out` exists; when the disk
@@ -54,9 +75,10 @@ def train(
     with _own_randomness(place):
         data = run_data(config, "train")
         config = resolve(config, data, place)
+        validation = first_images(run_data(config, "validation"), config.output.evaluate_images)
         state = new_state(config, place)
         create_run(out, config, to_checkpoint(state, config))
-        return _run(config, Path(out), state, data, max_time)
+        return _train(config, Path(out), state, data, validation, max_time)
 
 
 def resume(
@@ -76,28 +98,25 @@ def resume(
     check(config)
     changed = differences(stored, config)
     if changed:
-        raise UserError(
-            f"--resume {run} cannot change {'; '.join(changed)}; leave it, or train anew into another --out"
-        )
+        raise UserError(f"--resume {run} cannot change {'; '.join(changed)}; train into another --out")
     require_extras(config)
     place = pick_device(device)
     with _own_randomness(place):
         data = run_data(config, "train")
         if resolve(config, data, place).image != config.image:
             raise UserError(f"--data {config.data.source} is not what {run} was trained on; give that data")
+        validation = first_images(run_data(config, "validation"), config.output.evaluate_images)
         state = from_checkpoint(load_checkpoint(run), config, place, str(run))
         if config != stored:
             write_config(Path(run), config)
-        return _run(config, Path(run), state, data, max_time)
+        return _train(config, Path(run), state, data, validation, max_time)
 
 
 def resolve(config: RunConfig, data: ImageData, device: torch.device) -> RunConfig:
     """The config with what only data and device tell: image shape, number of classes, precision."""
     _, channels, height, width = data.images.shape
     if height != width:
-        raise UserError(
-            f"{data.name} holds images of {height}x{width}; give --image-size to crop them square"
-        )
+        raise UserError(f"{data.name} holds {height}x{width} images; give --image-size to crop them square")
     config = replace(
         config,
         image=ImageShape(height, channels, data.num_grey_levels, data.num_classes),
@@ -114,48 +133,45 @@ def _own_randomness(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _run(
-    config: RunConfig, run: Path, state: TrainingState, data: ImageData, max_time: float | None
-) -> dict[str, Any]:
-    """Trains to the last step or until stopped, leaves everything on the disk, and returns the summary."""
-    validation = first_images(run_data(config, "validation"), config.output.evaluate_images)
-    sinks = open_sinks(run, config, state.step)
-    try:
-        with Stopper(max_time) as stopper:
-            with Display(state.step, config.train.steps) as display:
-                _loop(config, run, state, data, validation, sinks, display, stopper)
-            stopper.all_saved = True
-            finished = state.step == config.train.steps
-            stopped = "finished" if finished else stopper.reason
-            return _finish(config, run, state, validation, stopped)
-    finally:
-        for sink in sinks:
-            sink.close()
-
-
-def _loop(
+def _train(
     config: RunConfig,
     run: Path,
     state: TrainingState,
     data: ImageData,
     validation: ImageData,
-    sinks: list[Sink],
-    display: Display,
-    stopper: Stopper,
-) -> None:
+    max_time: float | None,
+) -> dict[str, Any]:
+    """Trains to the last step or until stopped, leaves everything on the disk, and returns the summary."""
+    sinks = open_sinks(run, config, state.step)
+    try:
+        session = Session(config, run, state, _on_device(data, state.sums.device), validation, sinks)
+        with Stopper(max_time) as stopper:
+            with Display(state.step, config.train.steps) as display:
+                _loop(session, display, stopper)
+            stopper.all_saved = True
+            stopped = "finished" if state.step == config.train.steps else stopper.reason
+            return _finish(session, stopped)
+    finally:
+        for sink in sinks:
+            sink.close()
+
+
+def _on_device(data: ImageData, device: torch.device) -> ImageData:
+    labels = None if data.labels is None else data.labels.to(device)
+    return replace(data, images=data.images.to(device), labels=labels)
+
+
+def _loop(session: Session, display: Display, stopper: Stopper) -> None:
     """The training loop: steps, and at their intervals log lines, scores, pictures and checkpoints."""
-    device = state.sums.device
-    images = replace(
-        data, images=data.images.to(device), labels=None if data.labels is None else data.labels.to(device)
-    )
-    loss_function, output, saved = make_loss(config.train), config.output, state.step
+    config, state, output = session.config, session.state, session.config.output
+    loss_function, saved = make_loss(config.train), state.step
     while state.step < config.train.steps and not stopper.reason:
         began = time.perf_counter()
-        _one_step(config, state, images, loss_function)
+        _one_step(session, loss_function)
         last = state.step == config.train.steps
         at_log_line = last or state.step % output.log_every == 0
-        if at_log_line or device.type == "cpu":  # elsewhere reading the counters would stall the device
-            _stop_when_diverged(config, run, state)
+        if at_log_line or state.sums.device.type == "cpu":  # elsewhere reading the counters stalls the device
+            _stop_when_diverged(session)
         state.seconds += time.perf_counter() - began
         display.advance(state.step)
         if at_log_line or display.due():
@@ -163,27 +179,29 @@ def _loop(
             display.show(state.step, numbers)
             if at_log_line:
                 display.line(state.step, numbers)
-                _write_all(sinks, state.step, numbers)
+                session.write(numbers)
                 state.start_interval()
-        _intermediate_results(config, run, state, validation, sinks, display)
+        if not last:
+            _intermediate_results(session, display)
         if last or state.step % output.save_every == 0:
-            saved = _save(config, run, state)
+            session.save()
+            saved = state.step
     if saved != state.step:
-        _save(config, run, state)
+        session.save()
 
 
-def _one_step(config: RunConfig, state: TrainingState, data: ImageData, loss_function: LossFunction) -> None:
-    train, step = config.train, state.step
-    torch.manual_seed(derived_seed(train.seed, step, "dropout"))
+def _one_step(session: Session, loss_function: LossFunction) -> None:
+    train, state = session.config.train, session.state
+    torch.manual_seed(derived_seed(train.seed, state.step, "dropout"))
     for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(train, step)
+        group["lr"] = learning_rate(train, state.step)
     result = training_step(
         state.model,
         state.optimizer,
         state.ema,
-        draw_batch(data, state.model, config, step),
+        draw_batch(session.data, state.model, session.config, state.step),
         loss_function,
-        step=step,
+        step=state.step,
         clip_norm=train.clip_norm,
         parts=train.accumulate,
         precision=train.precision,
@@ -191,69 +209,53 @@ def _one_step(config: RunConfig, state: TrainingState, data: ImageData, loss_fun
     state.record(result)
 
 
-def _stop_when_diverged(config: RunConfig, run: Path, state: TrainingState) -> None:
+def _stop_when_diverged(session: Session) -> None:
     """Raises UserError once too many steps in a row were bad; names the (seed, step) to replay."""
-    _, in_a_row, last = state.bad.tolist()
-    if in_a_row >= config.train.max_bad_steps:
+    _, in_a_row, last = session.state.bad.tolist()
+    train = session.config.train
+    if in_a_row >= train.max_bad_steps:
         raise UserError(
-            f"{run}: {in_a_row} steps in a row without a finite loss and gradient, the last at"
-            f" (seed {config.train.seed}, step {last}); train with a lower --lr or --precision fp32"
+            f"{session.run}: {in_a_row} steps in a row without a finite loss and gradient, the last at"
+            f" (seed {train.seed}, step {last}); train with a lower --lr or --precision fp32"
         )
 
 
-def _intermediate_results(
-    config: RunConfig,
-    run: Path,
-    state: TrainingState,
-    validation: ImageData,
-    sinks: list[Sink],
-    display: Display,
-) -> None:
-    """Validation score and pictures, where their intervals end before the last step."""
-    output, step, model = config.output, state.step, state.ema.model
-    if step == config.train.steps:
-        return
+def _intermediate_results(session: Session, display: Display) -> None:
+    """Validation score and pictures, where their intervals end."""
+    output, step, model = session.config.output, session.state.step, session.state.ema.model
     if output.evaluate_every and step % output.evaluate_every == 0 and isinstance(model, CDM):
-        bits_per_dim = evaluate(model, validation, draws=1, check_levels=0).bits_per_dim
-        _write_all(sinks, step, {"split": "validation", "bits_per_dim": bits_per_dim})
+        bits_per_dim = evaluate(model, session.validation, draws=1, check_levels=0).bits_per_dim
+        session.write({"split": "validation", "bits_per_dim": bits_per_dim})
         display.say(f"step {step}: {bits_per_dim:.3f} bits/dim on validation images, unaudited")
     if output.sample_every and step % output.sample_every == 0:
-        write_samples(model, config, run)
+        write_samples(model, session.config, session.run)
+        write_loss_curves(session.run)
+
+
+def _finish(session: Session, stopped: str | None) -> dict[str, Any]:
+    """Final pictures and test score, cut short by a signal, whose sender waits; returns the summary."""
+    model, run = session.state.ema.model, session.run
+    try:
         write_loss_curves(run)
+        score = {} if stopped == "signal" else write_final(model, session.config, session.validation, run)
+    except KeyboardInterrupt:
+        score, stopped = {}, "signal"
+    return {**score, **_summary(session, stopped)}
 
 
-def _write_all(sinks: list[Sink], step: int, numbers: Mapping[str, float | int | str | None]) -> None:
-    for sink in sinks:
-        sink.write(step, numbers)
+def _summary(session: Session, stopped: str | None) -> dict[str, Any]:
+    """run, step, steps, stopped, skipped_steps, seconds (of training) and images_per_second.
 
-
-def _save(config: RunConfig, run: Path, state: TrainingState) -> int:
-    """Writes a checkpoint of this step; returns the step."""
-    save_checkpoint(run, to_checkpoint(state, config), config.output.keep)
-    return state.step
-
-
-def _finish(
-    config: RunConfig, run: Path, state: TrainingState, validation: ImageData, stopped: str | None
-) -> dict[str, Any]:
-    """Final pictures and test score, which a signal cuts short: whoever sent it waits.
-
-    Returns the summary: run, step, steps, stopped ("finished", "max_time" or "signal"), skipped_steps,
-    seconds (of training), images_per_second, and where scored the other keys of nll.json.
+    `stopped` is "finished", "max_time" or "signal". Where the run was scored, the other keys of nll.json are
+    returned beside these.
     """
-    images = state.step * config.train.batch_size
-    summary = {
-        "run": str(run),
+    state, train = session.state, session.config.train
+    return {
+        "run": str(session.run),
         "step": state.step,
-        "steps": config.train.steps,
+        "steps": train.steps,
         "stopped": stopped,
         "skipped_steps": int(state.bad[0]),
         "seconds": state.seconds,
-        "images_per_second": images / state.seconds if state.seconds else None,
+        "images_per_second": state.step * train.batch_size / state.seconds if state.seconds else None,
     }
-    try:
-        write_loss_curves(run)
-        score = write_final(state.ema.model, config, validation, run) if stopped != "signal" else {}
-    except KeyboardInterrupt:
-        return {**summary, "stopped": "signal"}
-    return {**score, **summary}

@@ -1,0 +1,156 @@
+"""The config tree: presets, bounds, JSON, and what a resumed run must keep."""
+
+import dataclasses
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+import torch
+
+from cdm_fast.build import build_model, level_distribution
+from cdm_fast.config import PRESETS, Preset, RunConfig, Sampler, ScheduleConfig, check, preset
+from cdm_fast.config_json import differences, digest, from_json, to_json
+from cdm_fast.errors import UserError
+from cdm_fast.sampling import SAMPLERS
+from cdm_fast.schedule import SCHEDULES, NoiseSchedule
+
+SECTIONS = ("data", "schedule", "network", "train", "output")
+
+
+def changed(section: str, **values: object) -> RunConfig:
+    config = RunConfig()
+    return replace(config, **{section: replace(getattr(config, section), **values)})
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid_and_survive_json(name):
+    check(PRESETS[name])
+    assert from_json(RunConfig, to_json(PRESETS[name])) == PRESETS[name]
+
+
+def test_choices_on_the_command_line_are_those_that_exist():
+    assert get_args(Preset) == tuple(PRESETS)
+    assert set(get_args(Sampler)) == set(SAMPLERS)
+    assert set(get_args(ScheduleConfig.__annotations__["schedule"])) == set(SCHEDULES)
+
+
+def test_flag_names_are_unique():
+    names = [f.name for section in SECTIONS for f in dataclasses.fields(getattr(RunConfig(), section))]
+    assert len(names) == len(set(names))
+
+
+def test_unknown_preset_names_the_known_ones():
+    with pytest.raises(UserError, match="'mnist'.*digits, fashion-mnist, cifar10, celeba64"):
+        preset("mnist")
+
+
+def test_cifar10_preset_is_the_papers_network():
+    model = build_model(PRESETS["cifar10"])
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(33.4e6, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (changed("schedule", T=1), "--T is 1"),
+        (changed("network", base_channels=0), "--base-channels is 0"),
+        (changed("network", multipliers=()), "--multipliers is 0"),
+        (changed("network", multipliers=(1, 2, 2, 2, 2)), "8x8 cannot be halved 4 times"),
+        (changed("network", attention_resolutions=(16,)), "--attention-resolutions 16: .*8, 4"),
+        (changed("network", dropout=1.0), "--dropout is 1.0"),
+        (changed("network", dropout=float("nan")), "--dropout is nan"),
+        (changed("train", steps=0), "--steps is 0"),
+        (changed("train", batch_size=0), "--batch-size is 0"),
+        (changed("train", lr=-1.0), "--lr is -1.0"),
+        (changed("train", lr=float("inf")), "--lr is inf"),
+        (changed("train", ema_decay=1.0), "--ema-decay is 1.0"),
+        (changed("train", seed=-1), "--seed is -1"),
+        (changed("train", accumulate=3), "--accumulate 3 does not divide --batch-size 128"),
+        (changed("output", keep=0), "--keep is 0"),
+        (changed("output", sampling_steps=201), "--sampling-steps is 201, more than the levels of --T 200"),
+        (changed("output", sampler="euler_ot"), "--sampler euler_ot needs --schedule ot"),
+    ],
+    ids=lambda value: None if isinstance(value, RunConfig) else value[:30],
+)
+def test_settings_that_cannot_work_are_named(config, message):
+    with pytest.raises(UserError, match=message):
+        check(config)
+
+
+def test_conditioning_needs_labels():
+    config = changed("network", conditioning="embedding")
+    with pytest.raises(UserError, match="needs labels"):
+        check(replace(config, image=replace(config.image, num_classes=None)))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("train", "steps"), "many", "config: train: steps is 'many'"),
+        (("train", "steps"), True, "config: train: steps is True"),
+        (("train", "lr"), None, "config: train: lr is None"),
+        (("network", "multipliers"), [1, "2"], "config: network: multipliers is '2'"),
+        (("network", "multipliers"), 1, "config: network: multipliers is 1"),
+        (("schedule", "schedule"), "sine", "config: schedule: schedule is 'sine'"),
+        (("train",), [], r"config: train: unexpected or missing \[\]"),
+        (("train", "surprise"), 1, "config: train: unexpected or missing surprise"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else None,
+)
+def test_foreign_json_is_refused_by_name(path, value, message):
+    tree = to_json(RunConfig())
+    place = tree
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises(UserError, match=message):
+        from_json(RunConfig, tree)
+
+
+def test_missing_field_is_named():
+    tree = to_json(RunConfig())
+    del tree["train"]["lr"]
+    with pytest.raises(UserError, match="missing lr"):
+        from_json(RunConfig, tree)
+
+
+def test_whole_numbers_in_json_are_accepted_as_floats():
+    tree = to_json(RunConfig())
+    tree["train"]["lr"] = 1
+    assert from_json(RunConfig, tree).train.lr == 1.0
+
+
+def test_digest_ignores_length_and_output_only():
+    config = RunConfig()
+    longer = changed("train", steps=9)
+    assert digest(config) == digest(longer) == digest(changed("output", keep=5))
+    assert digest(config) != digest(changed("train", lr=0.5))
+    assert differences(config, longer) == []
+    assert differences(config, changed("train", lr=0.5)) == ["lr: 0.001 -> 0.5"]
+
+
+def test_uniform_level_distribution():
+    schedule = NoiseSchedule.uniform(10)
+    assert torch.equal(
+        level_distribution(ScheduleConfig(T=10), schedule), torch.ones(12, dtype=torch.float64)
+    )
+
+
+def test_log_snr_level_distribution_follows_its_steps():
+    config = ScheduleConfig(T=10, level_distribution="log-snr")
+    schedule = NoiseSchedule.uniform(10)
+    p = level_distribution(config, schedule)
+    log_snr = schedule.log_snr
+    assert p.shape == (12,) and bool((p > 0).all())
+    torch.testing.assert_close(p[5], (log_snr[4] - log_snr[6]) / 2)
+    torch.testing.assert_close(p[:2], (log_snr[1] - log_snr[2]).expand(2))
+    torch.testing.assert_close(p[-2:], (log_snr[9] - log_snr[10]).expand(2))
+
+
+def test_level_prior_of_the_model_is_the_sampling_distribution():
+    config = changed("schedule", T=60, level_distribution="log-snr")
+    model = build_model(config)
+    p = level_distribution(config.schedule, model.schedule)
+    torch.testing.assert_close(model.log_level_prior.exp(), p / p.sum())
+    count = torch.bincount(model.draw_levels(20_000), minlength=62) / 20_000
+    assert (count - p / p.sum()).abs().max() < 0.02
