@@ -548,6 +548,13 @@ def test_zip_packed_with_a_rare_method(tmp_path):
     refused(lambda: load_data(tmp_path / "a.zip"), "deflate", name="a.zip/a.png")
 
 
+def test_zip_entries_without_a_name_and_of_folders_are_passed_over(tmp_path):
+    pictures = [(f"a/{index}.png", SAMPLES["a.png"]) for index in range(10)]
+    path = write_zip(tmp_path / "a.zip", [("?nameless", b"x"), ("a/", b""), ("b.png/", b""), *pictures])
+    path.write_bytes(path.read_bytes().replace(b"?nameless", b"\0nameless"))  # names end at a zero byte
+    assert len(load_data(path)) == 7
+
+
 def test_zip_bomb(tmp_path):
     path = write_zip(tmp_path / "a.zip", [("a.png", bytes(70 * 10**6))])
     refused(lambda: load_data(path), "decompression bomb", name="a.zip/a.png")

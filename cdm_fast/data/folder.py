@@ -118,7 +118,7 @@ def read_image_zip(path: Path) -> Source:
     with open_zip(path) as archive:
         for info in archive.infolist():
             check_member(path, info)
-        names = {info.filename for info in archive.infolist() if not info.is_dir()}
+        names = {info.filename for info in archive.infolist() if not info.filename.endswith("/")}
     keys = sorted(
         name
         for name in names
