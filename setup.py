@@ -35,6 +35,7 @@ CXX_FLAGS = [
     "-Wall",
     "-Wno-psabi",  # wide vectors never cross a call that is not inlined
     "-Wno-unknown-pragmas",
+    "-Wno-maybe-uninitialized",  # GCC 12 says it of its own immintrin.h
     f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
 ]
 NVCC_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]

@@ -13,6 +13,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define CDM_X86 1
+#include <immintrin.h>
 #else
 #define CDM_X86 0
 #endif

@@ -18,7 +18,7 @@ using cdm::GroupRange;
 // `count` vectors at offset, offset + step, ... of an image: pixels of one channel, or of a tile of channels.
 struct Run {
   int64_t offset, step, count;
-  int64_t drawn, drawn_step;  // where they are in the item's dropout mask
+  int64_t within, within_step;  // the same in the item's own arrays: the dropout mask, and what is kept
   int64_t channel;            // the first one, counted from the item's first
   int lanes;                  // of each vector that hold data
 };
@@ -53,12 +53,12 @@ struct ChannelsFirst {
     const int64_t filled = a.pixels / lanes;
     const int rest = int(a.pixels % lanes);
     for (int64_t channel = 0; channel < item.channels(); ++channel) {
-      const int64_t offset = (item.begin + channel) * a.pixels, drawn = channel * a.pixels;
+      const int64_t offset = (item.begin + channel) * a.pixels, within = channel * a.pixels;
       for (int64_t first = 0; first < filled; first += kRunLength) {
         const int64_t count = filled - first < kRunLength ? filled - first : kRunLength;
-        f(Run{offset + first * lanes, lanes, count, drawn + first * lanes, lanes, channel, lanes}, Whole{});
+        f(Run{offset + first * lanes, lanes, count, within + first * lanes, lanes, channel, lanes}, Whole{});
       }
-      if (rest) f(Run{offset + filled * lanes, 0, 1, drawn + filled * lanes, 0, channel, rest}, Part{});
+      if (rest) f(Run{offset + filled * lanes, 0, 1, within + filled * lanes, 0, channel, rest}, Part{});
     }
   }
 
@@ -83,11 +83,11 @@ struct ChannelsLast {
     const int64_t width = item.channels(), filled = width / lanes * lanes;
     for (int64_t pixel = 0; pixel < a.pixels; pixel += kRunLength) {
       const int64_t count = a.pixels - pixel < kRunLength ? a.pixels - pixel : kRunLength;
-      const int64_t offset = pixel * a.channels + item.begin, drawn = pixel * width;
+      const int64_t offset = pixel * a.channels + item.begin, within = pixel * width;
       for (int64_t channel = 0; channel < filled; channel += lanes)
-        f(Run{offset + channel, a.channels, count, drawn + channel, width, channel, lanes}, Whole{});
+        f(Run{offset + channel, a.channels, count, within + channel, width, channel, lanes}, Whole{});
       if (filled < width)
-        f(Run{offset + filled, a.channels, count, drawn + filled, width, filled, int(width - filled)}, Part{});
+        f(Run{offset + filled, a.channels, count, within + filled, width, filled, int(width - filled)}, Part{});
     }
   }
 
@@ -146,6 +146,7 @@ struct Worker {
   const int64_t row_length;
   double* const sums;      // kNumSums rows
   Scalar* const rows;      // cdm::kNumRows rows
+  Scalar* const kept;      // per element, from the first pass to the second: g mask silu'(u), or sigmoid(u)
   uint8_t* const mask;     // only with dropout
 
   Worker(const GroupNormSilu& arguments, const GroupRange& range, char* scratch)
@@ -154,7 +155,8 @@ struct Worker {
         row_length(range.channels() + cdm::kRowPadding),
         sums(reinterpret_cast<double*>(scratch)),
         rows(reinterpret_cast<Scalar*>(sums + kNumSums * row_length)),
-        mask(reinterpret_cast<uint8_t*>(rows + cdm::kNumRows * row_length)) {
+        kept(rows + cdm::kNumRows * row_length),
+        mask(reinterpret_cast<uint8_t*>(kept + (arguments.g ? range.channels() * arguments.pixels : 0))) {
     for (int64_t i = 0; i < kNumSums * row_length; ++i) sums[i] = 0;
     const int64_t parameters = item.image * a.parameter_stride + item.begin;
     for (int64_t channel = 0; channel < item.channels(); ++channel) {
@@ -174,7 +176,7 @@ struct Worker {
 
   CDM_INLINE Vec dropped(Vec value, const Run& run, int64_t i) const {
     if (!a.seed) return value;
-    return value * (load_bytes<Vec>(mask + run.drawn + i * run.drawn_step) * Scalar(a.keep_scale));
+    return keep_where(mask + run.within + i * run.within_step, value, Scalar(a.keep_scale));
   }
 
   // Calls f(first channel of the group within the item, index of the group in mean and rstd).
@@ -207,7 +209,7 @@ struct Worker {
       T* y = image(a.out) + run.offset;
       for (int64_t i = 0; i < run.count; ++i) {
         const Vec u = (access.read(x + i * run.step, run.lanes) - mean) * scale + bias;
-        const Vec value = silu ? u * sigmoid(u) : u;
+        const Vec value = silu ? u * sigmoid<T>(u) : u;
         access.write(y + i * run.step, dropped(value, run, i), run.lanes);
       }
     });
@@ -266,14 +268,13 @@ struct Worker {
                 [&](int64_t channel) { return sum(kS1)[channel]; });
     Layout::for_each_run(a, item, [&](const Run& run, auto access) __attribute__((always_inline)) {
       const Vec mean = Layout::per_channel(row(kMean), run), rstd = Layout::per_channel(row(kRstd), run);
-      const Vec weight = Layout::per_channel(row(kWeight), run), bias = Layout::per_channel(row(kBias), run);
+      const Vec weight = Layout::per_channel(row(kWeight), run);
       const Vec mean_p = Layout::per_channel(row(kMeanP), run), mean_px = Layout::per_channel(row(kMeanPX), run);
-      const T *x = image(a.x) + run.offset, *g = image(a.g) + run.offset;
+      const T* x = image(a.x) + run.offset;
       T* grad_x = image(a.out) + run.offset;
       for (int64_t i = 0; i < run.count; ++i) {
         const Vec xhat = (access.read(x + i * run.step, run.lanes) - mean) * rstd;
-        const Vec g_kept = dropped(access.read(g + i * run.step, run.lanes), run, i);
-        const Vec p = weight * times_silu_first(g_kept, weight * xhat + bias);
+        const Vec p = weight * access.read(kept + run.within + i * run.within_step, run.lanes);
         access.write(grad_x + i * run.step, rstd * (p - mean_p - xhat * mean_px), run.lanes);
       }
     });
@@ -288,18 +289,14 @@ struct Worker {
       for (int64_t i = 0; i < run.count; ++i) {
         const Vec xhat = (access.read(x + i * run.step, run.lanes) - mean) * rstd;
         const Vec g_kept = dropped(access.read(g + i * run.step, run.lanes), run, i);
-        const Vec s1 = times_silu_first(g_kept, weight * xhat + bias);
+        const Vec u = weight * xhat + bias, s1 = silu ? g_kept * silu_first(u, sigmoid<T>(u)) : g_kept;
+        access.write(kept + run.within + i * run.within_step, s1, run.lanes);
         sum_s1 += s1;
         sum_s1x += s1 * xhat;
       }
       Layout::add(sum(kS1), run, sum_s1);
       Layout::add(sum(kS1X), run, sum_s1x);
     });
-  }
-
-  static CDM_INLINE Vec times_silu_first(Vec g, Vec u) {
-    if (!silu) return g;
-    return g * silu_first(u, sigmoid(u));
   }
 
   template <class WeightGrad, class BiasGrad>
@@ -333,7 +330,8 @@ struct Worker {
         const Vec g_kept = dropped(access.read(g + at, run.lanes), run, i);
         Vec first = broadcast<Vec>(Scalar(1)), grad_xhat = {};
         if (silu) {
-          const Vec u = weight * xhat + bias, sigmoid_u = sigmoid(u);
+          const Vec u = weight * xhat + bias;
+          const Vec sigmoid_u = access.read(kept + run.within + i * run.within_step, run.lanes);
           first = silu_first(u, sigmoid_u);
           grad_xhat = q_weight * weight * g_kept * silu_second(u, sigmoid_u);
         }
@@ -358,7 +356,8 @@ struct Worker {
         const Vec g_kept = dropped(access.read(g + i * run.step, run.lanes), run, i);
         Vec s1 = g_kept;
         if (silu) {
-          const Vec u = weight * xhat + bias, sigmoid_u = sigmoid(u);
+          const Vec u = weight * xhat + bias, sigmoid_u = sigmoid<T>(u);
+          access.write(kept + run.within + i * run.within_step, sigmoid_u, run.lanes);
           const Vec s2 = g_kept * silu_second(u, sigmoid_u), s2x = s2 * xhat;
           s1 *= silu_first(u, sigmoid_u);
           sum_s2 += s2;
