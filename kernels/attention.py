@@ -6,7 +6,8 @@ No N x N matrix reaches memory: a program holds one tile of it at a time and rec
 `lse`. A head may be wider than what fits beside a tile (D = 256, 512): inner products over D are summed chunk
 by chunk, and the channels of a result are split over programs.
 
-Tiles: `p` probabilities; `grad_x` the gradient of x in the VJP; `x_dot` the tangent of x along (u_q, u_k, u_v).
+Tiles: `p` probabilities; `grad_x` the gradient of x in the VJP; `x_dot` the tangent of x along (u_q, u_k,
+u_v).
 The equations are in `cdm_fast/ops/attention.py`.
 """
 
@@ -60,7 +61,7 @@ def attention_vjp(
     _launch(_vjp_columns_kernel, 2, sizes, (g, q, k, v, lse, delta, grad_k, grad_v), scale)
 
 
-def attention_vjp_vjp(
+def attention_vjp_backward(
     u_q: Tensor,
     u_k: Tensor,
     u_v: Tensor,
@@ -84,8 +85,8 @@ def attention_vjp_vjp(
     _launch(_out_dot_kernel, 1, sizes, (u_q, u_k, u_v, q, k, v, lse, mean, grad_g), scale)
     delta, delta_dot = _row_dot(g, out, sizes), _row_dot(g, grad_g, sizes)
     statistics = (mean, delta, delta_dot)
-    _launch(_vjp_vjp_rows_kernel, 1, sizes, (*inputs, *statistics, grad_q), scale)
-    _launch(_vjp_vjp_columns_kernel, 2, sizes, (*inputs, *statistics, grad_k, grad_v), scale)
+    _launch(_vjp_backward_rows_kernel, 1, sizes, (*inputs, *statistics, grad_q), scale)
+    _launch(_vjp_backward_columns_kernel, 2, sizes, (*inputs, *statistics, grad_k, grad_v), scale)
 
 
 def _sizes(q: Tensor, num_heads: int) -> tuple[int, int, int, int]:
@@ -458,7 +459,7 @@ def _out_dot_kernel(
 
 
 @triton.jit
-def _vjp_vjp_rows_kernel(
+def _vjp_backward_rows_kernel(
     u_q: tl.tensor,
     u_k: tl.tensor,
     u_v: tl.tensor,
@@ -513,7 +514,7 @@ def _vjp_vjp_rows_kernel(
 
 
 @triton.jit
-def _vjp_vjp_columns_kernel(
+def _vjp_backward_columns_kernel(
     u_q: tl.tensor,
     u_k: tl.tensor,
     u_v: tl.tensor,

@@ -21,14 +21,16 @@ def define(
     *,
     fake: Callable[..., Any],
     triton: Callable[..., Any],
+    cpu: Callable[..., Any] | None = None,
     save: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> None:
     """Defines `cdm_fast::{name}` and `cdm_fast::{name}_triton`, both with the schema "(...) -> ...".
 
-    fake: returns empty results of the right shapes. triton: the launcher. save(ctx, inputs, output) and
-    backward(ctx, *grads) as in `torch.library.register_autograd`; without them the op has no derivative, and
-    asking for one raises RuntimeError. Inside them, `ctx.backend` is the backend to pass on to `overload`.
+    fake: returns empty results of the right shapes. triton: the launcher. cpu: the CPU implementation of an
+    op that is composed in Python. save(ctx, inputs, output) and backward(ctx, *grads) as in
+    `torch.library.register_autograd`; without them the op has no derivative, and asking for one raises
+    RuntimeError. Inside them, `ctx.backend` is the backend to pass on to `overload`.
     """
     for backend in ("native", "triton"):
         full_name = _full_name(name, backend)
@@ -41,6 +43,8 @@ def define(
             lib=_library,
         )
     _library.impl(_full_name(name, "triton"), triton, "CompositeExplicitAutograd")
+    if cpu is not None:
+        _library.impl(_full_name(name, "native"), cpu, "CPU")
 
 
 def overload(name: str, backend: str) -> Callable[..., Any]:
