@@ -25,12 +25,12 @@ enum class Isa { baseline, avx2, avx512 };
 // The best set that this processor has.
 inline Isa detect_isa() {
 #if CDM_X86
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return Isa::avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return Isa::avx512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
 #endif
-  return Isa::baseline;
+    return Isa::baseline;
 }
 
 // The set that the kernels use: the best one, unless a test has asked for a lesser one.
@@ -40,12 +40,17 @@ void limit_isa(Isa most);
 }  // namespace cdm
 
 #if CDM_X86
-#define CDM_DISPATCH(...)                                  \
-  switch (cdm::current_isa()) {                            \
-    case cdm::Isa::avx512: isa_avx512::__VA_ARGS__; break; \
-    case cdm::Isa::avx2: isa_avx2::__VA_ARGS__; break;     \
-    default: isa_baseline::__VA_ARGS__;                    \
-  }
+#define CDM_DISPATCH(...)              \
+    switch (cdm::current_isa()) {      \
+        case cdm::Isa::avx512:         \
+            isa_avx512::__VA_ARGS__;   \
+            break;                     \
+        case cdm::Isa::avx2:           \
+            isa_avx2::__VA_ARGS__;     \
+            break;                     \
+        default:                       \
+            isa_baseline::__VA_ARGS__; \
+    }
 #else
 #define CDM_DISPATCH(...) isa_baseline::__VA_ARGS__
 #endif

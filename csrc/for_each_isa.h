@@ -13,17 +13,18 @@
 
 #if defined(__clang__)
 #define CDM_TARGET_BEGIN_AVX2 \
-  _Pragma("clang attribute push(__attribute__((target(\"avx2,fma,f16c\"))), apply_to = function)")
-#define CDM_TARGET_BEGIN_AVX512                                                                         \
-  _Pragma(                                                                                              \
-      "clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c\"))), " \
-      "apply_to = function)")
+    _Pragma("clang attribute push(__attribute__((target(\"avx2,fma,f16c\"))), apply_to = function)")
+#define CDM_TARGET_BEGIN_AVX512                                                                \
+    _Pragma(                                                                                   \
+        "clang attribute "                                                                     \
+        "push(__attribute__((target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c\"))), " \
+        "apply_to = function)")
 #define CDM_TARGET_END _Pragma("clang attribute pop")
 #else
 #define CDM_TARGET_BEGIN_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c\")")
-#define CDM_TARGET_BEGIN_AVX512  \
-  _Pragma("GCC push_options")    \
-  _Pragma("GCC target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512\")")
+#define CDM_TARGET_BEGIN_AVX512 \
+    _Pragma("GCC push_options") \
+        _Pragma("GCC target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512\")")
 #define CDM_TARGET_END _Pragma("GCC pop_options")
 #endif
 

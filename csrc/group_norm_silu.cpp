@@ -24,121 +24,125 @@ using cdm::GroupRange;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kCacheBytes = 512 * 1024;   // what the tensors of one range may occupy
+constexpr int64_t kCacheBytes = 512 * 1024;  // what the tensors of one range may occupy
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kMinElementsPerThread = 16 * 1024;
 
 // Number of groups in a range: whole cache lines when channels-last, no more than fit the cache, and enough
 // ranges to keep the threads busy.
 int64_t groups_per_range(const GroupNormSilu& a, int64_t element_size, int64_t kept_size) {
-  const int64_t channels_per_group = a.channels / a.groups;
-  const int64_t line = kLineBytes / element_size;
-  const int64_t smallest =
-      a.channels_last ? std::min(a.groups, std::lcm(channels_per_group, line) / channels_per_group) : 1;
-  const int64_t tensors = a.v ? 5 : a.g ? 3 : 2;
-  const int64_t element_bytes = tensors * element_size + (a.g ? kept_size : 0);
-  const int64_t fit = kCacheBytes / (channels_per_group * a.pixels * element_bytes);
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t fair = a.groups * a.batch / threads;
-  const int64_t wanted = std::min({fit, fair, a.groups});
-  return std::max(smallest, wanted / smallest * smallest);
+    const int64_t channels_per_group = a.channels / a.groups;
+    const int64_t line = kLineBytes / element_size;
+    const int64_t smallest =
+        a.channels_last ? std::min(a.groups, std::lcm(channels_per_group, line) / channels_per_group) : 1;
+    const int64_t tensors = a.v ? 5 : a.g ? 3 : 2;
+    const int64_t element_bytes = tensors * element_size + (a.g ? kept_size : 0);
+    const int64_t fit = kCacheBytes / (channels_per_group * a.pixels * element_bytes);
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t fair = a.groups * a.batch / threads;
+    const int64_t wanted = std::min({fit, fair, a.groups});
+    return std::max(smallest, wanted / smallest * smallest);
 }
 
 // Scratch memory that a thread keeps between calls: fresh pages would cost as much as the work on them.
 char* thread_scratch(int64_t bytes) {
-  thread_local std::unique_ptr<double[]> memory;
-  thread_local int64_t size = 0;
-  if (size < bytes) {
-    memory.reset(new double[bytes / sizeof(double) + 1]);
-    size = bytes;
-  }
-  return reinterpret_cast<char*>(memory.get());
+    thread_local std::unique_ptr<double[]> memory;
+    thread_local int64_t size = 0;
+    if (size < bytes) {
+        memory.reset(new double[bytes / sizeof(double) + 1]);
+        size = bytes;
+    }
+    return reinterpret_cast<char*>(memory.get());
 }
 
 template <class T>
 void run(const GroupNormSilu& a) {
-  const int64_t channels_per_group = a.channels / a.groups;
-  constexpr int64_t kept_size = sizeof(typename isa_baseline::Math<T>::Scalar);
-  const int64_t range_groups = groups_per_range(a, sizeof(T), kept_size);
-  const int64_t ranges = (a.groups + range_groups - 1) / range_groups;
-  const int64_t channels = range_groups * channels_per_group;
-  const int64_t elements = channels * a.pixels;
-  const int64_t scratch_bytes =
-      (channels + cdm::kRowPadding) * int64_t(sizeof(double)) * (isa_baseline::kNumSums + cdm::kNumRows) +
-      (a.g ? elements * kept_size : 0) + (a.seed ? elements + cdm::kRowPadding : 0);
-  const int64_t grain = std::max<int64_t>(1, kMinElementsPerThread / elements);
-  torch::stable::parallel_for(0, a.batch * ranges, grain, [&](int64_t begin, int64_t end) {
-    char* scratch = thread_scratch(scratch_bytes);
-    for (int64_t index = begin; index < end; ++index) {
-      const int64_t first = index % ranges * channels;
-      const GroupRange range{index / ranges, first, std::min(first + channels, a.channels)};
-      CDM_DISPATCH(group_norm_silu_item<T>(a, range, scratch));
-    }
-  });
+    const int64_t channels_per_group = a.channels / a.groups;
+    constexpr int64_t kept_size = sizeof(typename isa_baseline::Math<T>::Scalar);
+    const int64_t range_groups = groups_per_range(a, sizeof(T), kept_size);
+    const int64_t ranges = (a.groups + range_groups - 1) / range_groups;
+    const int64_t channels = range_groups * channels_per_group;
+    const int64_t elements = channels * a.pixels;
+    const int64_t scratch_bytes =
+        (channels + cdm::kRowPadding) * int64_t(sizeof(double)) * (isa_baseline::kNumSums + cdm::kNumRows) +
+        (a.g ? elements * kept_size : 0) + (a.seed ? elements + cdm::kRowPadding : 0);
+    const int64_t grain = std::max<int64_t>(1, kMinElementsPerThread / elements);
+    torch::stable::parallel_for(0, a.batch * ranges, grain, [&](int64_t begin, int64_t end) {
+        char* scratch = thread_scratch(scratch_bytes);
+        for (int64_t index = begin; index < end; ++index) {
+            const int64_t first = index % ranges * channels;
+            const GroupRange range{index / ranges, first, std::min(first + channels, a.channels)};
+            CDM_DISPATCH(group_norm_silu_item<T>(a, range, scratch));
+        }
+    });
 }
 
 void run_for_dtype(const GroupNormSilu& a, ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Double: return run<double>(a);
-    case ScalarType::Float: return run<float>(a);
-    case ScalarType::BFloat16: return run<cdm::bf16>(a);
-    default: STD_TORCH_CHECK(false, "group_norm_silu: the CPU kernels take float64, float32 and bfloat16");
-  }
+    switch (dtype) {
+        case ScalarType::Double:
+            return run<double>(a);
+        case ScalarType::Float:
+            return run<float>(a);
+        case ScalarType::BFloat16:
+            return run<cdm::bf16>(a);
+        default:
+            STD_TORCH_CHECK(false, "group_norm_silu: the CPU kernels take float64, float32 and bfloat16");
+    }
 }
 
 // Everything that the three entry points have in common.
 GroupNormSilu common(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
                      const Tensor& rstd, const std::optional<Tensor>& seed, int64_t num_groups, bool silu,
                      double dropout, bool channels_last) {
-  GroupNormSilu a = {};
-  a.x = x.data_ptr();
-  a.weight = weight.data_ptr();
-  a.bias = bias.data_ptr();
-  a.mean = mean.data_ptr();
-  a.rstd = rstd.data_ptr();
-  a.seed = dropout > 0 ? static_cast<const int64_t*>(seed->data_ptr()) : nullptr;
-  a.batch = x.size(0);
-  a.channels = x.size(1);
-  a.pixels = x.numel() / (a.batch * a.channels);
-  a.groups = num_groups;
-  a.parameter_stride = weight.dim() == 2 ? a.channels : 0;
-  a.drop_threshold = static_cast<uint32_t>(dropout * 4294967296.0);
-  a.keep_scale = 1 / (1 - dropout);
-  a.channels_last = channels_last;
-  a.silu = silu;
-  return a;
+    GroupNormSilu a = {};
+    a.x = x.data_ptr();
+    a.weight = weight.data_ptr();
+    a.bias = bias.data_ptr();
+    a.mean = mean.data_ptr();
+    a.rstd = rstd.data_ptr();
+    a.seed = dropout > 0 ? static_cast<const int64_t*>(seed->data_ptr()) : nullptr;
+    a.batch = x.size(0);
+    a.channels = x.size(1);
+    a.pixels = x.numel() / (a.batch * a.channels);
+    a.groups = num_groups;
+    a.parameter_stride = weight.dim() == 2 ? a.channels : 0;
+    a.drop_threshold = static_cast<uint32_t>(dropout * 4294967296.0);
+    a.keep_scale = 1 / (1 - dropout);
+    a.channels_last = channels_last;
+    a.silu = silu;
+    return a;
 }
 
 void forward(Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> seed, Tensor y, Tensor mean,
              Tensor rstd, int64_t num_groups, double eps, bool silu, double dropout, bool channels_last) {
-  GroupNormSilu a = common(x, weight, bias, mean, rstd, seed, num_groups, silu, dropout, channels_last);
-  a.eps = eps;
-  a.out = y.data_ptr();
-  run_for_dtype(a, x.scalar_type());
+    GroupNormSilu a = common(x, weight, bias, mean, rstd, seed, num_groups, silu, dropout, channels_last);
+    a.eps = eps;
+    a.out = y.data_ptr();
+    run_for_dtype(a, x.scalar_type());
 }
 
 void vjp(Tensor g, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, std::optional<Tensor> seed,
          Tensor grad_x, Tensor grad_weight, Tensor grad_bias, int64_t num_groups, bool silu, double dropout,
          bool channels_last) {
-  GroupNormSilu a = common(x, weight, bias, mean, rstd, seed, num_groups, silu, dropout, channels_last);
-  a.g = g.data_ptr();
-  a.out = grad_x.data_ptr();
-  a.grad_weight = grad_weight.data_ptr();
-  a.grad_bias = grad_bias.data_ptr();
-  run_for_dtype(a, x.scalar_type());
+    GroupNormSilu a = common(x, weight, bias, mean, rstd, seed, num_groups, silu, dropout, channels_last);
+    a.g = g.data_ptr();
+    a.out = grad_x.data_ptr();
+    a.grad_weight = grad_weight.data_ptr();
+    a.grad_bias = grad_bias.data_ptr();
+    run_for_dtype(a, x.scalar_type());
 }
 
 void vjp_backward(Tensor v, Tensor g, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd,
                   std::optional<Tensor> seed, Tensor grad_g, Tensor grad_x, Tensor grad_weight,
                   Tensor grad_bias, int64_t num_groups, bool silu, double dropout, bool channels_last) {
-  GroupNormSilu a = common(x, weight, bias, mean, rstd, seed, num_groups, silu, dropout, channels_last);
-  a.g = g.data_ptr();
-  a.v = v.data_ptr();
-  a.out = grad_x.data_ptr();
-  a.grad_g = grad_g.data_ptr();
-  a.grad_weight = grad_weight.data_ptr();
-  a.grad_bias = grad_bias.data_ptr();
-  run_for_dtype(a, x.scalar_type());
+    GroupNormSilu a = common(x, weight, bias, mean, rstd, seed, num_groups, silu, dropout, channels_last);
+    a.g = g.data_ptr();
+    a.v = v.data_ptr();
+    a.out = grad_x.data_ptr();
+    a.grad_g = grad_g.data_ptr();
+    a.grad_weight = grad_weight.data_ptr();
+    a.grad_bias = grad_bias.data_ptr();
+    run_for_dtype(a, x.scalar_type());
 }
 
 }  // namespace
@@ -146,22 +150,22 @@ void vjp_backward(Tensor v, Tensor g, Tensor x, Tensor weight, Tensor bias, Tens
 // The outputs are given by the caller. Image tensors are dense, all in one layout; weight and bias are both
 // (C) or both (B, C), contiguous, in the dtype of the statistics.
 STABLE_TORCH_LIBRARY_FRAGMENT(cdm_fast_cpp, m) {
-  m.def(
-      "group_norm_silu_forward(Tensor x, Tensor weight, Tensor bias, Tensor? seed, Tensor(a!) y, "
-      "Tensor(b!) mean, Tensor(c!) rstd, int num_groups, float eps, bool silu, float dropout, "
-      "bool channels_last) -> ()");
-  m.def(
-      "group_norm_silu_vjp(Tensor g, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, "
-      "Tensor? seed, Tensor(a!) grad_x, Tensor(b!) grad_weight, Tensor(c!) grad_bias, int num_groups, "
-      "bool silu, float dropout, bool channels_last) -> ()");
-  m.def(
-      "group_norm_silu_vjp_backward(Tensor v, Tensor g, Tensor x, Tensor weight, Tensor bias, Tensor mean, "
-      "Tensor rstd, Tensor? seed, Tensor(a!) grad_g, Tensor(b!) grad_x, Tensor(c!) grad_weight, "
-      "Tensor(d!) grad_bias, int num_groups, bool silu, float dropout, bool channels_last) -> ()");
+    m.def(
+        "group_norm_silu_forward(Tensor x, Tensor weight, Tensor bias, Tensor? seed, Tensor(a!) y, "
+        "Tensor(b!) mean, Tensor(c!) rstd, int num_groups, float eps, bool silu, float dropout, "
+        "bool channels_last) -> ()");
+    m.def(
+        "group_norm_silu_vjp(Tensor g, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, "
+        "Tensor? seed, Tensor(a!) grad_x, Tensor(b!) grad_weight, Tensor(c!) grad_bias, int num_groups, "
+        "bool silu, float dropout, bool channels_last) -> ()");
+    m.def(
+        "group_norm_silu_vjp_backward(Tensor v, Tensor g, Tensor x, Tensor weight, Tensor bias, Tensor mean, "
+        "Tensor rstd, Tensor? seed, Tensor(a!) grad_g, Tensor(b!) grad_x, Tensor(c!) grad_weight, "
+        "Tensor(d!) grad_bias, int num_groups, bool silu, float dropout, bool channels_last) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cdm_fast_cpp, CPU, m) {
-  m.impl("group_norm_silu_forward", TORCH_BOX(&forward));
-  m.impl("group_norm_silu_vjp", TORCH_BOX(&vjp));
-  m.impl("group_norm_silu_vjp_backward", TORCH_BOX(&vjp_backward));
+    m.impl("group_norm_silu_forward", TORCH_BOX(&forward));
+    m.impl("group_norm_silu_vjp", TORCH_BOX(&vjp));
+    m.impl("group_norm_silu_vjp_backward", TORCH_BOX(&vjp_backward));
 }

@@ -10,30 +10,30 @@ namespace cdm {
 // Tensors and sizes of one call. Images are (batch, channels, pixels), or (batch, pixels, channels) when
 // channels_last; parameters, statistics and their gradients are in the precision of the statistics.
 struct GroupNormSilu {
-  const void* x;
-  const void* g;       // cotangent of y; not in the forward pass
-  const void* v;       // cotangent of the VJP's result; only in the derivative of the VJP
-  const void* weight;  // (channels) or (batch, channels)
-  const void* bias;
-  void* mean;  // (batch, groups)
-  void* rstd;
-  void* out;          // y, grad_x of the VJP, or grad_x of its derivative
-  void* grad_g;       // like x; only in the derivative of the VJP
-  void* grad_weight;  // (batch, channels); not in the forward pass
-  void* grad_bias;
-  const int64_t* seed;  // (seed, offset), or null: no dropout
-  int64_t batch, channels, pixels, groups;
-  int64_t parameter_stride;  // from one image's weight to the next: 0 or channels
-  double eps;
-  uint32_t drop_threshold;
-  double keep_scale;  // 1 / (1 - dropout)
-  bool channels_last, silu;
+    const void* x;
+    const void* g;       // cotangent of y; not in the forward pass
+    const void* v;       // cotangent of the VJP's result; only in the derivative of the VJP
+    const void* weight;  // (channels) or (batch, channels)
+    const void* bias;
+    void* mean;  // (batch, groups)
+    void* rstd;
+    void* out;          // y, grad_x of the VJP, or grad_x of its derivative
+    void* grad_g;       // like x; only in the derivative of the VJP
+    void* grad_weight;  // (batch, channels); not in the forward pass
+    void* grad_bias;
+    const int64_t* seed;  // (seed, offset), or null: no dropout
+    int64_t batch, channels, pixels, groups;
+    int64_t parameter_stride;  // from one image's weight to the next: 0 or channels
+    double eps;
+    uint32_t drop_threshold;
+    double keep_scale;  // 1 / (1 - dropout)
+    bool channels_last, silu;
 };
 
 // Groups of one image, as a range of channels.
 struct GroupRange {
-  int64_t image, begin, end;
-  int64_t channels() const { return end - begin; }
+    int64_t image, begin, end;
+    int64_t channels() const { return end - begin; }
 };
 
 // Scratch memory of a range on the CPU: rows of per-channel numbers, which vectors read a little beyond.
@@ -51,12 +51,12 @@ namespace CDM_ISA {
 // First and second derivative of silu(u) = u sigmoid(u).
 template <class V>
 CDM_SHARED V silu_first(V u, V sigmoid_u) {
-  return sigmoid_u + u * (sigmoid_u * (1 - sigmoid_u));
+    return sigmoid_u + u * (sigmoid_u * (1 - sigmoid_u));
 }
 
 template <class V>
 CDM_SHARED V silu_second(V u, V sigmoid_u) {
-  return sigmoid_u * (1 - sigmoid_u) * (2 + u * (1 - 2 * sigmoid_u));
+    return sigmoid_u * (1 - sigmoid_u) * (2 + u * (1 - 2 * sigmoid_u));
 }
 
 // Sums over the pixels of one channel, with s1 = g mask silu'(u) and s2 = g mask silu''(u). The VJP needs
@@ -67,37 +67,37 @@ constexpr int kNumVjpSums = 2;
 // Means over a group, of p = weight s1, of v, and of products with xhat.
 template <class S>
 struct GroupMeans {
-  S p, px, v, vx, v_p;
+    S p, px, v, vx, v_p;
 };
 
 // What the last pass of the VJP's derivative subtracts: grad_x = rstd (grad_xhat - constant - xhat slope).
 template <class S>
 struct GradXhat {
-  S constant, slope;
+    S constant, slope;
 };
 
 // Derivatives of <v, VJP> with respect to a channel's bias and, in two parts, its weight: through u, and
 // through the factor weight in p.
 template <class S>
 struct ChannelGrads {
-  S bias, weight_through_u, weight_direct;
+    S bias, weight_through_u, weight_direct;
 };
 
 template <class S>
 CDM_SHARED ChannelGrads<S> channel_grads(const S* sum, S weight, S rstd, const GroupMeans<S>& mean) {
-  const S scale = weight * rstd;
-  return {scale * (sum[kVS2] - mean.v * sum[kS2] - mean.vx * sum[kS2X]),
-          scale * (sum[kVS2X] - mean.v * sum[kS2X] - mean.vx * sum[kS2XX]),
-          rstd * (sum[kVS1] - mean.v * sum[kS1] - mean.vx * sum[kS1X])};
+    const S scale = weight * rstd;
+    return {scale * (sum[kVS2] - mean.v * sum[kS2] - mean.vx * sum[kS2X]),
+            scale * (sum[kVS2X] - mean.v * sum[kS2X] - mean.vx * sum[kS2XX]),
+            rstd * (sum[kVS1] - mean.v * sum[kS1] - mean.vx * sum[kS1X])};
 }
 
 // mean_t, mean_tx: group means of weight times channel_grads' bias and weight_through_u.
 template <class S>
 CDM_SHARED GradXhat<S> grad_xhat_means(S mean_t, S mean_tx, S rstd, const GroupMeans<S>& mean) {
-  // <v, VJP> / n, whose derivative through rstd is -rstd xhat times it.
-  const S value = rstd * (mean.v_p - mean.p * mean.v - mean.px * mean.vx);
-  return {mean_t - rstd * (mean.px * mean.v + mean.vx * mean.p),
-          mean_tx - 2 * rstd * mean.px * mean.vx + value};
+    // <v, VJP> / n, whose derivative through rstd is -rstd xhat times it.
+    const S value = rstd * (mean.v_p - mean.p * mean.v - mean.px * mean.vx);
+    return {mean_t - rstd * (mean.px * mean.v + mean.vx * mean.p),
+            mean_tx - 2 * rstd * mean.px * mean.vx + value};
 }
 
 }  // namespace CDM_ISA

@@ -1,8 +1,8 @@
 // CPU kernels of `group_norm_silu`, compiled once per instruction set (for_each_isa.h).
 //
-// A work item is a range of groups of one image, small enough to stay in the cache between its passes. Vectors
-// lie along the pixels (images stored channel by channel) or across the channels (channels-last); apart from
-// how a vector is found in memory, and how it meets per-channel numbers, both are the same code.
+// A work item is a range of groups of one image, small enough to stay in the cache between its passes.
+// Vectors lie along the pixels (images stored channel by channel) or across the channels (channels-last);
+// apart from how a vector is found in memory, and how it meets per-channel numbers, both are the same code.
 
 #include "vec_body.h"
 
@@ -17,10 +17,10 @@ using cdm::GroupRange;
 
 // `count` vectors at offset, offset + step, ... of an image: pixels of one channel, or of a tile of channels.
 struct Run {
-  int64_t offset, step, count;
-  int64_t within, within_step;  // the same in the item's own arrays: the dropout mask, and what is kept
-  int64_t channel;            // the first one, counted from the item's first
-  int lanes;                  // of each vector that hold data
+    int64_t offset, step, count;
+    int64_t within, within_step;  // the same in the item's own arrays: the dropout mask, and what is kept
+    int64_t channel;              // the first one, counted from the item's first
+    int lanes;                    // of each vector that hold data
 };
 
 // Runs are at most this long: the partial sums of a run are kept in the precision of the statistics.
@@ -28,412 +28,442 @@ constexpr int64_t kRunLength = 64;
 
 // How the vectors of a run are read and written: filled with data, or only their first lanes.
 struct Whole {
-  template <class T>
-  static CDM_INLINE typename Math<T>::Vec read(const T* p, int) { return load(p); }
-  template <class T>
-  static CDM_INLINE void write(T* p, typename Math<T>::Vec v, int) { store(p, v); }
+    template <class T>
+    static CDM_INLINE typename Math<T>::Vec read(const T* p, int) {
+        return load(p);
+    }
+    template <class T>
+    static CDM_INLINE void write(T* p, typename Math<T>::Vec v, int) {
+        store(p, v);
+    }
 };
 
 struct Part {
-  template <class T>
-  static CDM_INLINE typename Math<T>::Vec read(const T* p, int lanes) { return load_some(p, lanes); }
-  template <class T>
-  static CDM_INLINE void write(T* p, typename Math<T>::Vec v, int lanes) { store_some(p, v, lanes); }
+    template <class T>
+    static CDM_INLINE typename Math<T>::Vec read(const T* p, int lanes) {
+        return load_some(p, lanes);
+    }
+    template <class T>
+    static CDM_INLINE void write(T* p, typename Math<T>::Vec v, int lanes) {
+        store_some(p, v, lanes);
+    }
 };
 
 // (channels, pixels): a run lies in one channel.
 template <class T>
 struct ChannelsFirst {
-  using Scalar = typename Math<T>::Scalar;
-  using Vec = typename Math<T>::Vec;
+    using Scalar = typename Math<T>::Scalar;
+    using Vec = typename Math<T>::Vec;
 
-  template <class F>
-  static CDM_INLINE void for_each_run(const GroupNormSilu& a, const GroupRange& item, F f) {
-    constexpr int lanes = lanes_of<T>();
-    const int64_t filled = a.pixels / lanes;
-    const int rest = int(a.pixels % lanes);
-    for (int64_t channel = 0; channel < item.channels(); ++channel) {
-      const int64_t offset = (item.begin + channel) * a.pixels, within = channel * a.pixels;
-      for (int64_t first = 0; first < filled; first += kRunLength) {
-        const int64_t count = filled - first < kRunLength ? filled - first : kRunLength;
-        f(Run{offset + first * lanes, lanes, count, within + first * lanes, lanes, channel, lanes}, Whole{});
-      }
-      if (rest) f(Run{offset + filled * lanes, 0, 1, within + filled * lanes, 0, channel, rest}, Part{});
+    template <class F>
+    static CDM_INLINE void for_each_run(const GroupNormSilu& a, const GroupRange& item, F f) {
+        constexpr int lanes = lanes_of<T>();
+        const int64_t filled = a.pixels / lanes;
+        const int rest = int(a.pixels % lanes);
+        for (int64_t channel = 0; channel < item.channels(); ++channel) {
+            const int64_t offset = (item.begin + channel) * a.pixels, within = channel * a.pixels;
+            for (int64_t first = 0; first < filled; first += kRunLength) {
+                const int64_t count = filled - first < kRunLength ? filled - first : kRunLength;
+                f(Run{offset + first * lanes, lanes, count, within + first * lanes, lanes, channel, lanes},
+                  Whole{});
+            }
+            if (rest)
+                f(Run{offset + filled * lanes, 0, 1, within + filled * lanes, 0, channel, rest}, Part{});
+        }
     }
-  }
 
-  static CDM_INLINE Vec per_channel(const Scalar* values, const Run& run) {
-    return broadcast<Vec>(values[run.channel]);
-  }
+    static CDM_INLINE Vec per_channel(const Scalar* values, const Run& run) {
+        return broadcast<Vec>(values[run.channel]);
+    }
 
-  static CDM_INLINE void add(double* sums, const Run& run, Vec partial) {
-    sums[run.channel] += sum_lanes<T>(partial, run.lanes);
-  }
+    static CDM_INLINE void add(double* sums, const Run& run, Vec partial) {
+        sums[run.channel] += sum_lanes<T>(partial, run.lanes);
+    }
 };
 
 // (pixels, channels): a run goes through the pixels of as many channels as a vector has lanes.
 template <class T>
 struct ChannelsLast {
-  using Scalar = typename Math<T>::Scalar;
-  using Vec = typename Math<T>::Vec;
+    using Scalar = typename Math<T>::Scalar;
+    using Vec = typename Math<T>::Vec;
 
-  template <class F>
-  static CDM_INLINE void for_each_run(const GroupNormSilu& a, const GroupRange& item, F f) {
-    constexpr int lanes = lanes_of<T>();
-    const int64_t width = item.channels(), filled = width / lanes * lanes;
-    for (int64_t pixel = 0; pixel < a.pixels; pixel += kRunLength) {
-      const int64_t count = a.pixels - pixel < kRunLength ? a.pixels - pixel : kRunLength;
-      const int64_t offset = pixel * a.channels + item.begin, within = pixel * width;
-      for (int64_t channel = 0; channel < filled; channel += lanes)
-        f(Run{offset + channel, a.channels, count, within + channel, width, channel, lanes}, Whole{});
-      if (filled < width)
-        f(Run{offset + filled, a.channels, count, within + filled, width, filled, int(width - filled)}, Part{});
+    template <class F>
+    static CDM_INLINE void for_each_run(const GroupNormSilu& a, const GroupRange& item, F f) {
+        constexpr int lanes = lanes_of<T>();
+        const int64_t width = item.channels(), filled = width / lanes * lanes;
+        for (int64_t pixel = 0; pixel < a.pixels; pixel += kRunLength) {
+            const int64_t count = a.pixels - pixel < kRunLength ? a.pixels - pixel : kRunLength;
+            const int64_t offset = pixel * a.channels + item.begin, within = pixel * width;
+            for (int64_t channel = 0; channel < filled; channel += lanes)
+                f(Run{offset + channel, a.channels, count, within + channel, width, channel, lanes}, Whole{});
+            if (filled < width)
+                f(Run{offset + filled, a.channels, count, within + filled, width, filled,
+                      int(width - filled)},
+                  Part{});
+        }
     }
-  }
 
-  static CDM_INLINE Vec per_channel(const Scalar* values, const Run& run) { return load(values + run.channel); }
+    static CDM_INLINE Vec per_channel(const Scalar* values, const Run& run) {
+        return load(values + run.channel);
+    }
 
-  static CDM_INLINE void add(double* sums, const Run& run, Vec partial) {
-    Scalar part[lanes_of<T>()];
-    store(part, partial);
-    for (int lane = 0; lane < run.lanes; ++lane) sums[run.channel + lane] += part[lane];
-  }
+    static CDM_INLINE void add(double* sums, const Run& run, Vec partial) {
+        Scalar part[lanes_of<T>()];
+        store(part, partial);
+        for (int lane = 0; lane < run.lanes; ++lane) sums[run.channel + lane] += part[lane];
+    }
 };
 
-// Fills the item's dropout mask, 1 = kept, in the order of its data. Element i of the channels-last order takes
-// word i % 4 of block i / 4 of the DROPOUT stream (cdm_fast/ops/philox.py).
+// Fills the item's dropout mask, 1 = kept, in the order of its data. Element i of the channels-last order
+// takes word i % 4 of block i / 4 of the DROPOUT stream (cdm_fast/ops/philox.py).
 static void draw_mask(const GroupNormSilu& a, const GroupRange& item, uint8_t* mask) {
-  const cdm::PhiloxKey key = cdm::philox_key(a.seed[0], a.seed[1]);
-  const uint32_t threshold = a.drop_threshold;
-  const int64_t width = item.channels(), first = item.image * a.pixels * a.channels + item.begin;
-  const int64_t pixel_step = a.channels_last ? width : 1, channel_step = a.channels_last ? 1 : a.pixels;
-  if (a.channels % 4 || item.begin % 4 || width % 4) {
-    for (int64_t pixel = 0; pixel < a.pixels; ++pixel)
-      for (int64_t channel = 0; channel < width; ++channel) {
-        const int64_t index = first + pixel * a.channels + channel;
-        const cdm::Philox4 words = cdm::philox_block(key, cdm::kDropout, uint32_t(index / 4));
-        mask[pixel * pixel_step + channel * channel_step] =
-            cdm::philox_word(words, int(index % 4)) >= threshold;
-      }
-    return;
-  }
-  for (int64_t channel = 0; channel < width; channel += 4) {
-    uint8_t* out = mask + channel * channel_step;
-    const uint32_t block = uint32_t((first + channel) / 4), block_step = uint32_t(a.channels / 4);
-#pragma omp simd
-    for (int32_t pixel = 0; pixel < int32_t(a.pixels); ++pixel) {
-      const cdm::Philox4 words =
-          cdm::philox_block(key, cdm::kDropout, block + uint32_t(pixel) * block_step);
-      out[pixel * pixel_step] = words.x >= threshold;
-      out[pixel * pixel_step + channel_step] = words.y >= threshold;
-      out[pixel * pixel_step + 2 * channel_step] = words.z >= threshold;
-      out[pixel * pixel_step + 3 * channel_step] = words.w >= threshold;
+    const cdm::PhiloxKey key = cdm::philox_key(a.seed[0], a.seed[1]);
+    const uint32_t threshold = a.drop_threshold;
+    const int64_t width = item.channels(), first = item.image * a.pixels * a.channels + item.begin;
+    const int64_t pixel_step = a.channels_last ? width : 1, channel_step = a.channels_last ? 1 : a.pixels;
+    if (a.channels % 4 || item.begin % 4 || width % 4) {
+        for (int64_t pixel = 0; pixel < a.pixels; ++pixel)
+            for (int64_t channel = 0; channel < width; ++channel) {
+                const int64_t index = first + pixel * a.channels + channel;
+                const cdm::Philox4 words = cdm::philox_block(key, cdm::kDropout, uint32_t(index / 4));
+                mask[pixel * pixel_step + channel * channel_step] =
+                    cdm::philox_word(words, int(index % 4)) >= threshold;
+            }
+        return;
     }
-  }
+    for (int64_t channel = 0; channel < width; channel += 4) {
+        uint8_t* out = mask + channel * channel_step;
+        const uint32_t block = uint32_t((first + channel) / 4), block_step = uint32_t(a.channels / 4);
+#pragma omp simd
+        for (int32_t pixel = 0; pixel < int32_t(a.pixels); ++pixel) {
+            const cdm::Philox4 words =
+                cdm::philox_block(key, cdm::kDropout, block + uint32_t(pixel) * block_step);
+            out[pixel * pixel_step] = words.x >= threshold;
+            out[pixel * pixel_step + channel_step] = words.y >= threshold;
+            out[pixel * pixel_step + 2 * channel_step] = words.z >= threshold;
+            out[pixel * pixel_step + 3 * channel_step] = words.w >= threshold;
+        }
+    }
 }
 
 // One work item of any of the three kernels: where its data are, and its scratch memory.
 template <class T, class Layout, bool silu>
 struct Worker {
-  using Scalar = typename Math<T>::Scalar;
-  using Vec = typename Math<T>::Vec;
+    using Scalar = typename Math<T>::Scalar;
+    using Vec = typename Math<T>::Vec;
 
-  // Per-channel numbers that the passes read, one row each.
-  enum Row { kMean, kRstd, kWeight, kBias, kMeanP, kMeanPX, kMeanV, kMeanVX, kConstant, kSlope };
+    // Per-channel numbers that the passes read, one row each.
+    enum Row { kMean, kRstd, kWeight, kBias, kMeanP, kMeanPX, kMeanV, kMeanVX, kConstant, kSlope };
 
-  const GroupNormSilu& a;
-  const GroupRange item;
-  const int64_t row_length;
-  double* const sums;      // kNumSums rows
-  Scalar* const rows;      // cdm::kNumRows rows
-  Scalar* const kept;      // per element, from the first pass to the second: g mask silu'(u), or sigmoid(u)
-  uint8_t* const mask;     // only with dropout
+    const GroupNormSilu& a;
+    const GroupRange item;
+    const int64_t row_length;
+    double* const sums;   // kNumSums rows
+    Scalar* const rows;   // cdm::kNumRows rows
+    Scalar* const kept;   // per element, from the first pass to the second: g mask silu'(u), or sigmoid(u)
+    uint8_t* const mask;  // only with dropout
 
-  Worker(const GroupNormSilu& arguments, const GroupRange& range, char* scratch)
-      : a(arguments),
-        item(range),
-        row_length(range.channels() + cdm::kRowPadding),
-        sums(reinterpret_cast<double*>(scratch)),
-        rows(reinterpret_cast<Scalar*>(sums + kNumSums * row_length)),
-        kept(rows + cdm::kNumRows * row_length),
-        mask(reinterpret_cast<uint8_t*>(kept + (arguments.g ? range.channels() * arguments.pixels : 0))) {
-    for (int64_t i = 0; i < kNumSums * row_length; ++i) sums[i] = 0;
-    const int64_t parameters = item.image * a.parameter_stride + item.begin;
-    for (int64_t channel = 0; channel < item.channels(); ++channel) {
-      row(kWeight)[channel] = static_cast<const Scalar*>(a.weight)[parameters + channel];
-      row(kBias)[channel] = static_cast<const Scalar*>(a.bias)[parameters + channel];
-    }
-    if (a.seed) draw_mask(a, item, mask);
-  }
-
-  Scalar* row(Row which) const { return rows + which * row_length; }
-  double* sum(int which) const { return sums + which * row_length; }
-  const T* image(const void* tensor) const { return static_cast<const T*>(tensor) + image_offset(); }
-  T* image(void* tensor) const { return static_cast<T*>(tensor) + image_offset(); }
-  int64_t image_offset() const { return item.image * a.channels * a.pixels; }
-  int64_t channels_per_group() const { return a.channels / a.groups; }
-  double group_size() const { return double(channels_per_group() * a.pixels); }
-
-  CDM_INLINE Vec dropped(Vec value, const Run& run, int64_t i) const {
-    if (!a.seed) return value;
-    return keep_where(mask + run.within + i * run.within_step, value, Scalar(a.keep_scale));
-  }
-
-  // Calls f(first channel of the group within the item, index of the group in mean and rstd).
-  template <class F>
-  CDM_INLINE void for_each_group(F f) const {
-    for (int64_t channel = 0; channel < item.channels(); channel += channels_per_group())
-      f(channel, item.image * a.groups + (item.begin + channel) / channels_per_group());
-  }
-
-  void fill(Row which, int64_t channel, double value) const {
-    for (int64_t i = 0; i < channels_per_group(); ++i) row(which)[channel + i] = Scalar(value);
-  }
-
-  void load_statistics() const {
-    for_each_group([&](int64_t channel, int64_t group) {
-      fill(kMean, channel, static_cast<const Scalar*>(a.mean)[group]);
-      fill(kRstd, channel, static_cast<const Scalar*>(a.rstd)[group]);
-    });
-  }
-
-  // ---- forward ----
-
-  void forward() const {
-    compute_statistics();
-    Layout::for_each_run(a, item, [&](const Run& run, auto access) __attribute__((always_inline)) {
-      const Vec mean = Layout::per_channel(row(kMean), run), rstd = Layout::per_channel(row(kRstd), run);
-      const Vec weight = Layout::per_channel(row(kWeight), run), bias = Layout::per_channel(row(kBias), run);
-      const Vec scale = weight * rstd;
-      const T* x = image(a.x) + run.offset;
-      T* y = image(a.out) + run.offset;
-      for (int64_t i = 0; i < run.count; ++i) {
-        const Vec u = (access.read(x + i * run.step, run.lanes) - mean) * scale + bias;
-        const Vec value = silu ? u * sigmoid<T>(u) : u;
-        access.write(y + i * run.step, dropped(value, run, i), run.lanes);
-      }
-    });
-  }
-
-  // Mean first, squares around it second: the data are in the cache, and nothing cancels.
-  void compute_statistics() const {
-    Layout::for_each_run(a, item, [&](const Run& run, auto access) __attribute__((always_inline)) {
-      const T* x = image(a.x) + run.offset;
-      Vec total = {};
-      for (int64_t i = 0; i < run.count; ++i) total += access.read(x + i * run.step, run.lanes);
-      Layout::add(sum(0), run, total);
-    });
-    for_each_group([&](int64_t channel, int64_t) { fill(kMean, channel, group_sum(0, channel) / group_size()); });
-    Layout::for_each_run(a, item, [&](const Run& run, auto access) __attribute__((always_inline)) {
-      const Vec mean = Layout::per_channel(row(kMean), run);
-      const T* x = image(a.x) + run.offset;
-      Vec total = {};
-      for (int64_t i = 0; i < run.count; ++i) {
-        const Vec centred = access.read(x + i * run.step, run.lanes) - mean;
-        total += centred * centred;
-      }
-      Layout::add(sum(1), run, total);
-    });
-    for_each_group([&](int64_t channel, int64_t group) {
-      const double rstd = 1 / __builtin_sqrt(group_sum(1, channel) / group_size() + a.eps);
-      static_cast<Scalar*>(a.mean)[group] = row(kMean)[channel];
-      static_cast<Scalar*>(a.rstd)[group] = Scalar(rstd);
-      fill(kRstd, channel, rstd);
-    });
-  }
-
-  double group_sum(int which, int64_t channel) const {
-    double total = 0;
-    for (int64_t i = 0; i < channels_per_group(); ++i) total += sum(which)[channel + i];
-    return total;
-  }
-
-  double weighted_group_mean(int which, int64_t channel) const {
-    double total = 0;
-    for (int64_t i = 0; i < channels_per_group(); ++i)
-      total += row(kWeight)[channel + i] * sum(which)[channel + i];
-    return total / group_size();
-  }
-
-  // ---- VJP: grad_x, grad_weight, grad_bias from g ----
-
-  void vjp() const {
-    load_statistics();
-    sum_vjp();
-    for_each_group([&](int64_t channel, int64_t) {
-      fill(kMeanP, channel, weighted_group_mean(kS1, channel));
-      fill(kMeanPX, channel, weighted_group_mean(kS1X, channel));
-    });
-    store_grads([&](int64_t channel) { return sum(kS1X)[channel]; },
-                [&](int64_t channel) { return sum(kS1)[channel]; });
-    Layout::for_each_run(a, item, [&](const Run& run, auto access) __attribute__((always_inline)) {
-      const Vec mean = Layout::per_channel(row(kMean), run), rstd = Layout::per_channel(row(kRstd), run);
-      const Vec weight = Layout::per_channel(row(kWeight), run);
-      const Vec mean_p = Layout::per_channel(row(kMeanP), run), mean_px = Layout::per_channel(row(kMeanPX), run);
-      const T* x = image(a.x) + run.offset;
-      T* grad_x = image(a.out) + run.offset;
-      for (int64_t i = 0; i < run.count; ++i) {
-        const Vec xhat = (access.read(x + i * run.step, run.lanes) - mean) * rstd;
-        const Vec p = weight * access.read(kept + run.within + i * run.within_step, run.lanes);
-        access.write(grad_x + i * run.step, rstd * (p - mean_p - xhat * mean_px), run.lanes);
-      }
-    });
-  }
-
-  void sum_vjp() const {
-    Layout::for_each_run(a, item, [&](const Run& run, auto access) __attribute__((always_inline)) {
-      const Vec mean = Layout::per_channel(row(kMean), run), rstd = Layout::per_channel(row(kRstd), run);
-      const Vec weight = Layout::per_channel(row(kWeight), run), bias = Layout::per_channel(row(kBias), run);
-      const T *x = image(a.x) + run.offset, *g = image(a.g) + run.offset;
-      Vec sum_s1 = {}, sum_s1x = {};
-      for (int64_t i = 0; i < run.count; ++i) {
-        const Vec xhat = (access.read(x + i * run.step, run.lanes) - mean) * rstd;
-        const Vec g_kept = dropped(access.read(g + i * run.step, run.lanes), run, i);
-        const Vec u = weight * xhat + bias, s1 = silu ? g_kept * silu_first(u, sigmoid<T>(u)) : g_kept;
-        access.write(kept + run.within + i * run.within_step, s1, run.lanes);
-        sum_s1 += s1;
-        sum_s1x += s1 * xhat;
-      }
-      Layout::add(sum(kS1), run, sum_s1);
-      Layout::add(sum(kS1X), run, sum_s1x);
-    });
-  }
-
-  template <class WeightGrad, class BiasGrad>
-  CDM_INLINE void store_grads(WeightGrad weight_grad, BiasGrad bias_grad) const {
-    const int64_t first = item.image * a.channels + item.begin;
-    for (int64_t channel = 0; channel < item.channels(); ++channel) {
-      static_cast<Scalar*>(a.grad_weight)[first + channel] = Scalar(weight_grad(channel));
-      static_cast<Scalar*>(a.grad_bias)[first + channel] = Scalar(bias_grad(channel));
-    }
-  }
-
-  // ---- derivative of the VJP: grad_g, grad_x, grad_weight, grad_bias from v ----
-
-  void vjp_backward() const {
-    load_statistics();
-    sum_vjp_backward();
-    for_each_group([&](int64_t channel, int64_t group) { finish_group(channel, group); });
-    Layout::for_each_run(a, item, [&](const Run& run, auto access) __attribute__((always_inline)) {
-      const Vec mean = Layout::per_channel(row(kMean), run), rstd = Layout::per_channel(row(kRstd), run);
-      const Vec weight = Layout::per_channel(row(kWeight), run), bias = Layout::per_channel(row(kBias), run);
-      const Vec mean_v = Layout::per_channel(row(kMeanV), run), mean_vx = Layout::per_channel(row(kMeanVX), run);
-      const Vec mean_px = Layout::per_channel(row(kMeanPX), run);
-      const Vec constant = Layout::per_channel(row(kConstant), run), slope = Layout::per_channel(row(kSlope), run);
-      const T *x = image(a.x) + run.offset, *g = image(a.g) + run.offset, *v = image(a.v) + run.offset;
-      T *grad_x = image(a.out) + run.offset, *grad_g = image(a.grad_g) + run.offset;
-      for (int64_t i = 0; i < run.count; ++i) {
-        const int64_t at = i * run.step;
-        const Vec xhat = (access.read(x + at, run.lanes) - mean) * rstd;
-        const Vec upstream = access.read(v + at, run.lanes);
-        const Vec q_weight = rstd * weight * (upstream - mean_v - xhat * mean_vx);
-        const Vec g_kept = dropped(access.read(g + at, run.lanes), run, i);
-        Vec first = broadcast<Vec>(Scalar(1)), grad_xhat = {};
-        if (silu) {
-          const Vec u = weight * xhat + bias;
-          const Vec sigmoid_u = access.read(kept + run.within + i * run.within_step, run.lanes);
-          first = silu_first(u, sigmoid_u);
-          grad_xhat = q_weight * weight * g_kept * silu_second(u, sigmoid_u);
+    Worker(const GroupNormSilu& arguments, const GroupRange& range, char* scratch)
+        : a(arguments),
+          item(range),
+          row_length(range.channels() + cdm::kRowPadding),
+          sums(reinterpret_cast<double*>(scratch)),
+          rows(reinterpret_cast<Scalar*>(sums + kNumSums * row_length)),
+          kept(rows + cdm::kNumRows * row_length),
+          mask(reinterpret_cast<uint8_t*>(kept + (arguments.g ? range.channels() * arguments.pixels : 0))) {
+        for (int64_t i = 0; i < kNumSums * row_length; ++i) sums[i] = 0;
+        const int64_t parameters = item.image * a.parameter_stride + item.begin;
+        for (int64_t channel = 0; channel < item.channels(); ++channel) {
+            row(kWeight)[channel] = static_cast<const Scalar*>(a.weight)[parameters + channel];
+            row(kBias)[channel] = static_cast<const Scalar*>(a.bias)[parameters + channel];
         }
-        grad_xhat -= rstd * (upstream * mean_px + weight * g_kept * first * mean_vx);
-        access.write(grad_g + at, dropped(q_weight * first, run, i), run.lanes);
-        access.write(grad_x + at, rstd * (grad_xhat - constant - xhat * slope), run.lanes);
-      }
-    });
-  }
-
-  void sum_vjp_backward() const {
-    Layout::for_each_run(a, item, [&](const Run& run, auto access) __attribute__((always_inline)) {
-      const Vec mean = Layout::per_channel(row(kMean), run), rstd = Layout::per_channel(row(kRstd), run);
-      const Vec weight = Layout::per_channel(row(kWeight), run), bias = Layout::per_channel(row(kBias), run);
-      const T *x = image(a.x) + run.offset, *g = image(a.g) + run.offset, *v = image(a.v) + run.offset;
-      Vec sum_s1 = {}, sum_s1x = {}, sum_v = {}, sum_vx = {}, sum_vs1 = {};
-      Vec sum_s2 = {}, sum_s2x = {}, sum_s2xx = {}, sum_vs2 = {}, sum_vs2x = {};
-      for (int64_t i = 0; i < run.count; ++i) {
-        // Lanes beyond the data hold g = v = 0, so they add nothing to what is summed here.
-        const Vec xhat = (access.read(x + i * run.step, run.lanes) - mean) * rstd;
-        const Vec upstream = access.read(v + i * run.step, run.lanes);
-        const Vec g_kept = dropped(access.read(g + i * run.step, run.lanes), run, i);
-        Vec s1 = g_kept;
-        if (silu) {
-          const Vec u = weight * xhat + bias, sigmoid_u = sigmoid<T>(u);
-          access.write(kept + run.within + i * run.within_step, sigmoid_u, run.lanes);
-          const Vec s2 = g_kept * silu_second(u, sigmoid_u), s2x = s2 * xhat;
-          s1 *= silu_first(u, sigmoid_u);
-          sum_s2 += s2;
-          sum_s2x += s2x;
-          sum_s2xx += s2x * xhat;
-          sum_vs2 += upstream * s2;
-          sum_vs2x += upstream * s2x;
-        }
-        sum_s1 += s1;
-        sum_s1x += s1 * xhat;
-        sum_v += upstream;
-        sum_vx += upstream * xhat;
-        sum_vs1 += upstream * s1;
-      }
-      Layout::add(sum(kS1), run, sum_s1);
-      Layout::add(sum(kS1X), run, sum_s1x);
-      Layout::add(sum(kV), run, sum_v);
-      Layout::add(sum(kVX), run, sum_vx);
-      Layout::add(sum(kVS1), run, sum_vs1);
-      if (!silu) return;
-      Layout::add(sum(kS2), run, sum_s2);
-      Layout::add(sum(kS2X), run, sum_s2x);
-      Layout::add(sum(kS2XX), run, sum_s2xx);
-      Layout::add(sum(kVS2), run, sum_vs2);
-      Layout::add(sum(kVS2X), run, sum_vs2x);
-    });
-  }
-
-  // From the sums of a group's channels: its means, the gradients of its parameters, and what the last pass needs.
-  void finish_group(int64_t channel, int64_t group) const {
-    const double rstd = row(kRstd)[channel];
-    const GroupMeans<double> mean = {weighted_group_mean(kS1, channel), weighted_group_mean(kS1X, channel),
-                                     group_sum(kV, channel) / group_size(), group_sum(kVX, channel) / group_size(),
-                                     weighted_group_mean(kVS1, channel)};
-    double mean_t = 0, mean_tx = 0;
-    for (int64_t i = channel; i < channel + channels_per_group(); ++i) {
-      double channel_sums[kNumSums];
-      for (int which = 0; which < kNumSums; ++which) channel_sums[which] = sum(which)[i];
-      const double weight = row(kWeight)[i];
-      const ChannelGrads<double> grads = channel_grads(channel_sums, weight, rstd, mean);
-      mean_t += weight * grads.bias / group_size();
-      mean_tx += weight * grads.weight_through_u / group_size();
-      const int64_t out = item.image * a.channels + item.begin + i;
-      static_cast<Scalar*>(a.grad_weight)[out] = Scalar(grads.weight_through_u + grads.weight_direct);
-      static_cast<Scalar*>(a.grad_bias)[out] = Scalar(grads.bias);
+        if (a.seed) draw_mask(a, item, mask);
     }
-    const GradXhat<double> grad_xhat = grad_xhat_means(mean_t, mean_tx, rstd, mean);
-    fill(kMeanPX, channel, mean.px);
-    fill(kMeanV, channel, mean.v);
-    fill(kMeanVX, channel, mean.vx);
-    fill(kConstant, channel, grad_xhat.constant);
-    fill(kSlope, channel, grad_xhat.slope);
-  }
+
+    Scalar* row(Row which) const { return rows + which * row_length; }
+    double* sum(int which) const { return sums + which * row_length; }
+    const T* image(const void* tensor) const { return static_cast<const T*>(tensor) + image_offset(); }
+    T* image(void* tensor) const { return static_cast<T*>(tensor) + image_offset(); }
+    int64_t image_offset() const { return item.image * a.channels * a.pixels; }
+    int64_t channels_per_group() const { return a.channels / a.groups; }
+    double group_size() const { return double(channels_per_group() * a.pixels); }
+
+    CDM_INLINE Vec dropped(Vec value, const Run& run, int64_t i) const {
+        if (!a.seed) return value;
+        return keep_where(mask + run.within + i * run.within_step, value, Scalar(a.keep_scale));
+    }
+
+    // Calls f(first channel of the group within the item, index of the group in mean and rstd).
+    template <class F>
+    CDM_INLINE void for_each_group(F f) const {
+        for (int64_t channel = 0; channel < item.channels(); channel += channels_per_group())
+            f(channel, item.image * a.groups + (item.begin + channel) / channels_per_group());
+    }
+
+    void fill(Row which, int64_t channel, double value) const {
+        for (int64_t i = 0; i < channels_per_group(); ++i) row(which)[channel + i] = Scalar(value);
+    }
+
+    void load_statistics() const {
+        for_each_group([&](int64_t channel, int64_t group) {
+            fill(kMean, channel, static_cast<const Scalar*>(a.mean)[group]);
+            fill(kRstd, channel, static_cast<const Scalar*>(a.rstd)[group]);
+        });
+    }
+
+    // ---- forward ----
+
+    void forward() const {
+        compute_statistics();
+        Layout::for_each_run(a, item, [&](const Run& run, auto access) __attribute__((always_inline)) {
+            const Vec mean = Layout::per_channel(row(kMean), run),
+                      rstd = Layout::per_channel(row(kRstd), run);
+            const Vec weight = Layout::per_channel(row(kWeight), run),
+                      bias = Layout::per_channel(row(kBias), run);
+            const Vec scale = weight * rstd;
+            const T* x = image(a.x) + run.offset;
+            T* y = image(a.out) + run.offset;
+            for (int64_t i = 0; i < run.count; ++i) {
+                const Vec u = (access.read(x + i * run.step, run.lanes) - mean) * scale + bias;
+                const Vec value = silu ? u * sigmoid<T>(u) : u;
+                access.write(y + i * run.step, dropped(value, run, i), run.lanes);
+            }
+        });
+    }
+
+    // Mean first, squares around it second: the data are in the cache, and nothing cancels.
+    void compute_statistics() const {
+        Layout::for_each_run(a, item, [&](const Run& run, auto access) __attribute__((always_inline)) {
+            const T* x = image(a.x) + run.offset;
+            Vec total = {};
+            for (int64_t i = 0; i < run.count; ++i) total += access.read(x + i * run.step, run.lanes);
+            Layout::add(sum(0), run, total);
+        });
+        for_each_group(
+            [&](int64_t channel, int64_t) { fill(kMean, channel, group_sum(0, channel) / group_size()); });
+        Layout::for_each_run(a, item, [&](const Run& run, auto access) __attribute__((always_inline)) {
+            const Vec mean = Layout::per_channel(row(kMean), run);
+            const T* x = image(a.x) + run.offset;
+            Vec total = {};
+            for (int64_t i = 0; i < run.count; ++i) {
+                const Vec centred = access.read(x + i * run.step, run.lanes) - mean;
+                total += centred * centred;
+            }
+            Layout::add(sum(1), run, total);
+        });
+        for_each_group([&](int64_t channel, int64_t group) {
+            const double rstd = 1 / __builtin_sqrt(group_sum(1, channel) / group_size() + a.eps);
+            static_cast<Scalar*>(a.mean)[group] = row(kMean)[channel];
+            static_cast<Scalar*>(a.rstd)[group] = Scalar(rstd);
+            fill(kRstd, channel, rstd);
+        });
+    }
+
+    double group_sum(int which, int64_t channel) const {
+        double total = 0;
+        for (int64_t i = 0; i < channels_per_group(); ++i) total += sum(which)[channel + i];
+        return total;
+    }
+
+    double weighted_group_mean(int which, int64_t channel) const {
+        double total = 0;
+        for (int64_t i = 0; i < channels_per_group(); ++i)
+            total += row(kWeight)[channel + i] * sum(which)[channel + i];
+        return total / group_size();
+    }
+
+    // ---- VJP: grad_x, grad_weight, grad_bias from g ----
+
+    void vjp() const {
+        load_statistics();
+        sum_vjp();
+        for_each_group([&](int64_t channel, int64_t) {
+            fill(kMeanP, channel, weighted_group_mean(kS1, channel));
+            fill(kMeanPX, channel, weighted_group_mean(kS1X, channel));
+        });
+        store_grads([&](int64_t channel) { return sum(kS1X)[channel]; },
+                    [&](int64_t channel) { return sum(kS1)[channel]; });
+        Layout::for_each_run(a, item, [&](const Run& run, auto access) __attribute__((always_inline)) {
+            const Vec mean = Layout::per_channel(row(kMean), run),
+                      rstd = Layout::per_channel(row(kRstd), run);
+            const Vec weight = Layout::per_channel(row(kWeight), run);
+            const Vec mean_p = Layout::per_channel(row(kMeanP), run),
+                      mean_px = Layout::per_channel(row(kMeanPX), run);
+            const T* x = image(a.x) + run.offset;
+            T* grad_x = image(a.out) + run.offset;
+            for (int64_t i = 0; i < run.count; ++i) {
+                const Vec xhat = (access.read(x + i * run.step, run.lanes) - mean) * rstd;
+                const Vec p = weight * access.read(kept + run.within + i * run.within_step, run.lanes);
+                access.write(grad_x + i * run.step, rstd * (p - mean_p - xhat * mean_px), run.lanes);
+            }
+        });
+    }
+
+    void sum_vjp() const {
+        Layout::for_each_run(a, item, [&](const Run& run, auto access) __attribute__((always_inline)) {
+            const Vec mean = Layout::per_channel(row(kMean), run),
+                      rstd = Layout::per_channel(row(kRstd), run);
+            const Vec weight = Layout::per_channel(row(kWeight), run),
+                      bias = Layout::per_channel(row(kBias), run);
+            const T *x = image(a.x) + run.offset, *g = image(a.g) + run.offset;
+            Vec sum_s1 = {}, sum_s1x = {};
+            for (int64_t i = 0; i < run.count; ++i) {
+                const Vec xhat = (access.read(x + i * run.step, run.lanes) - mean) * rstd;
+                const Vec g_kept = dropped(access.read(g + i * run.step, run.lanes), run, i);
+                const Vec u = weight * xhat + bias,
+                          s1 = silu ? g_kept * silu_first(u, sigmoid<T>(u)) : g_kept;
+                access.write(kept + run.within + i * run.within_step, s1, run.lanes);
+                sum_s1 += s1;
+                sum_s1x += s1 * xhat;
+            }
+            Layout::add(sum(kS1), run, sum_s1);
+            Layout::add(sum(kS1X), run, sum_s1x);
+        });
+    }
+
+    template <class WeightGrad, class BiasGrad>
+    CDM_INLINE void store_grads(WeightGrad weight_grad, BiasGrad bias_grad) const {
+        const int64_t first = item.image * a.channels + item.begin;
+        for (int64_t channel = 0; channel < item.channels(); ++channel) {
+            static_cast<Scalar*>(a.grad_weight)[first + channel] = Scalar(weight_grad(channel));
+            static_cast<Scalar*>(a.grad_bias)[first + channel] = Scalar(bias_grad(channel));
+        }
+    }
+
+    // ---- derivative of the VJP: grad_g, grad_x, grad_weight, grad_bias from v ----
+
+    void vjp_backward() const {
+        load_statistics();
+        sum_vjp_backward();
+        for_each_group([&](int64_t channel, int64_t group) { finish_group(channel, group); });
+        Layout::for_each_run(a, item, [&](const Run& run, auto access) __attribute__((always_inline)) {
+            const Vec mean = Layout::per_channel(row(kMean), run),
+                      rstd = Layout::per_channel(row(kRstd), run);
+            const Vec weight = Layout::per_channel(row(kWeight), run),
+                      bias = Layout::per_channel(row(kBias), run);
+            const Vec mean_v = Layout::per_channel(row(kMeanV), run),
+                      mean_vx = Layout::per_channel(row(kMeanVX), run);
+            const Vec mean_px = Layout::per_channel(row(kMeanPX), run);
+            const Vec constant = Layout::per_channel(row(kConstant), run),
+                      slope = Layout::per_channel(row(kSlope), run);
+            const T *x = image(a.x) + run.offset, *g = image(a.g) + run.offset, *v = image(a.v) + run.offset;
+            T *grad_x = image(a.out) + run.offset, *grad_g = image(a.grad_g) + run.offset;
+            for (int64_t i = 0; i < run.count; ++i) {
+                const int64_t at = i * run.step;
+                const Vec xhat = (access.read(x + at, run.lanes) - mean) * rstd;
+                const Vec upstream = access.read(v + at, run.lanes);
+                const Vec q_weight = rstd * weight * (upstream - mean_v - xhat * mean_vx);
+                const Vec g_kept = dropped(access.read(g + at, run.lanes), run, i);
+                Vec first = broadcast<Vec>(Scalar(1)), grad_xhat = {};
+                if (silu) {
+                    const Vec u = weight * xhat + bias;
+                    const Vec sigmoid_u = access.read(kept + run.within + i * run.within_step, run.lanes);
+                    first = silu_first(u, sigmoid_u);
+                    grad_xhat = q_weight * weight * g_kept * silu_second(u, sigmoid_u);
+                }
+                grad_xhat -= rstd * (upstream * mean_px + weight * g_kept * first * mean_vx);
+                access.write(grad_g + at, dropped(q_weight * first, run, i), run.lanes);
+                access.write(grad_x + at, rstd * (grad_xhat - constant - xhat * slope), run.lanes);
+            }
+        });
+    }
+
+    void sum_vjp_backward() const {
+        Layout::for_each_run(a, item, [&](const Run& run, auto access) __attribute__((always_inline)) {
+            const Vec mean = Layout::per_channel(row(kMean), run),
+                      rstd = Layout::per_channel(row(kRstd), run);
+            const Vec weight = Layout::per_channel(row(kWeight), run),
+                      bias = Layout::per_channel(row(kBias), run);
+            const T *x = image(a.x) + run.offset, *g = image(a.g) + run.offset, *v = image(a.v) + run.offset;
+            Vec sum_s1 = {}, sum_s1x = {}, sum_v = {}, sum_vx = {}, sum_vs1 = {};
+            Vec sum_s2 = {}, sum_s2x = {}, sum_s2xx = {}, sum_vs2 = {}, sum_vs2x = {};
+            for (int64_t i = 0; i < run.count; ++i) {
+                // Lanes beyond the data hold g = v = 0, so they add nothing to what is summed here.
+                const Vec xhat = (access.read(x + i * run.step, run.lanes) - mean) * rstd;
+                const Vec upstream = access.read(v + i * run.step, run.lanes);
+                const Vec g_kept = dropped(access.read(g + i * run.step, run.lanes), run, i);
+                Vec s1 = g_kept;
+                if (silu) {
+                    const Vec u = weight * xhat + bias, sigmoid_u = sigmoid<T>(u);
+                    access.write(kept + run.within + i * run.within_step, sigmoid_u, run.lanes);
+                    const Vec s2 = g_kept * silu_second(u, sigmoid_u), s2x = s2 * xhat;
+                    s1 *= silu_first(u, sigmoid_u);
+                    sum_s2 += s2;
+                    sum_s2x += s2x;
+                    sum_s2xx += s2x * xhat;
+                    sum_vs2 += upstream * s2;
+                    sum_vs2x += upstream * s2x;
+                }
+                sum_s1 += s1;
+                sum_s1x += s1 * xhat;
+                sum_v += upstream;
+                sum_vx += upstream * xhat;
+                sum_vs1 += upstream * s1;
+            }
+            Layout::add(sum(kS1), run, sum_s1);
+            Layout::add(sum(kS1X), run, sum_s1x);
+            Layout::add(sum(kV), run, sum_v);
+            Layout::add(sum(kVX), run, sum_vx);
+            Layout::add(sum(kVS1), run, sum_vs1);
+            if (!silu) return;
+            Layout::add(sum(kS2), run, sum_s2);
+            Layout::add(sum(kS2X), run, sum_s2x);
+            Layout::add(sum(kS2XX), run, sum_s2xx);
+            Layout::add(sum(kVS2), run, sum_vs2);
+            Layout::add(sum(kVS2X), run, sum_vs2x);
+        });
+    }
+
+    // From the sums of a group's channels: its means, the gradients of its parameters, and what the last pass
+    // needs.
+    void finish_group(int64_t channel, int64_t group) const {
+        const double rstd = row(kRstd)[channel];
+        const GroupMeans<double> mean = {
+            weighted_group_mean(kS1, channel), weighted_group_mean(kS1X, channel),
+            group_sum(kV, channel) / group_size(), group_sum(kVX, channel) / group_size(),
+            weighted_group_mean(kVS1, channel)};
+        double mean_t = 0, mean_tx = 0;
+        for (int64_t i = channel; i < channel + channels_per_group(); ++i) {
+            double channel_sums[kNumSums];
+            for (int which = 0; which < kNumSums; ++which) channel_sums[which] = sum(which)[i];
+            const double weight = row(kWeight)[i];
+            const ChannelGrads<double> grads = channel_grads(channel_sums, weight, rstd, mean);
+            mean_t += weight * grads.bias / group_size();
+            mean_tx += weight * grads.weight_through_u / group_size();
+            const int64_t out = item.image * a.channels + item.begin + i;
+            static_cast<Scalar*>(a.grad_weight)[out] = Scalar(grads.weight_through_u + grads.weight_direct);
+            static_cast<Scalar*>(a.grad_bias)[out] = Scalar(grads.bias);
+        }
+        const GradXhat<double> grad_xhat = grad_xhat_means(mean_t, mean_tx, rstd, mean);
+        fill(kMeanPX, channel, mean.px);
+        fill(kMeanV, channel, mean.v);
+        fill(kMeanVX, channel, mean.vx);
+        fill(kConstant, channel, grad_xhat.constant);
+        fill(kSlope, channel, grad_xhat.slope);
+    }
 };
 
 template <class T, class Layout, bool silu>
 static void run_worker(const GroupNormSilu& a, const GroupRange& item, char* scratch) {
-  const Worker<T, Layout, silu> worker(a, item, scratch);
-  if (a.v) {
-    worker.vjp_backward();
-  } else if (a.g) {
-    worker.vjp();
-  } else {
-    worker.forward();
-  }
+    const Worker<T, Layout, silu> worker(a, item, scratch);
+    if (a.v) {
+        worker.vjp_backward();
+    } else if (a.g) {
+        worker.vjp();
+    } else {
+        worker.forward();
+    }
 }
 
 // The forward pass, the VJP if there is a g, or the VJP's derivative if there is a v, on one range of groups.
 template <class T>
 static void group_norm_silu_item(const GroupNormSilu& a, const GroupRange& item, char* scratch) {
-  if (a.channels_last) {
-    if (a.silu) return run_worker<T, ChannelsLast<T>, true>(a, item, scratch);
-    return run_worker<T, ChannelsLast<T>, false>(a, item, scratch);
-  }
-  if (a.silu) return run_worker<T, ChannelsFirst<T>, true>(a, item, scratch);
-  return run_worker<T, ChannelsFirst<T>, false>(a, item, scratch);
+    if (a.channels_last) {
+        if (a.silu) return run_worker<T, ChannelsLast<T>, true>(a, item, scratch);
+        return run_worker<T, ChannelsLast<T>, false>(a, item, scratch);
+    }
+    if (a.silu) return run_worker<T, ChannelsFirst<T>, true>(a, item, scratch);
+    return run_worker<T, ChannelsFirst<T>, false>(a, item, scratch);
 }
 
 }  // namespace CDM_ISA

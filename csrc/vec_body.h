@@ -21,42 +21,57 @@ typedef uint16_t HalfU __attribute__((vector_size(CDM_VECTOR_BYTES / 2)));
 typedef double VecD __attribute__((vector_size(CDM_VECTOR_BYTES)));
 
 // Storage type -> type and vector of the arithmetic.
-template <class T> struct Math;
-template <> struct Math<float> { using Scalar = float; using Vec = VecF; };
-template <> struct Math<double> { using Scalar = double; using Vec = VecD; };
-template <> struct Math<cdm::bf16> { using Scalar = float; using Vec = VecF; };
+template <class T>
+struct Math;
+template <>
+struct Math<float> {
+    using Scalar = float;
+    using Vec = VecF;
+};
+template <>
+struct Math<double> {
+    using Scalar = double;
+    using Vec = VecD;
+};
+template <>
+struct Math<cdm::bf16> {
+    using Scalar = float;
+    using Vec = VecF;
+};
 
 template <class T>
-constexpr int lanes_of() { return CDM_VECTOR_BYTES / int(sizeof(typename Math<T>::Scalar)); }
+constexpr int lanes_of() {
+    return CDM_VECTOR_BYTES / int(sizeof(typename Math<T>::Scalar));
+}
 
 template <class To, class From>
 CDM_INLINE To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
-  To to;
-  __builtin_memcpy(&to, &from, sizeof(to));
-  return to;
+    static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+    To to;
+    __builtin_memcpy(&to, &from, sizeof(to));
+    return to;
 }
 
 CDM_INLINE VecF load(const float* p) {
-  VecF v;
-  __builtin_memcpy(&v, p, sizeof(v));
-  return v;
+    VecF v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    return v;
 }
 
 CDM_INLINE VecD load(const double* p) {
-  VecD v;
-  __builtin_memcpy(&v, p, sizeof(v));
-  return v;
+    VecD v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    return v;
 }
 
 CDM_INLINE VecF load(const cdm::bf16* p) {
 #if CDM_AVX512
-  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  return bit_cast<VecF>(_mm512_slli_epi32(bits, 16));
+    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return bit_cast<VecF>(_mm512_slli_epi32(bits, 16));
 #else
-  HalfU bits;
-  __builtin_memcpy(&bits, p, sizeof(bits));
-  return bit_cast<VecF>(__builtin_convertvector(bits, VecU) << 16);
+    HalfU bits;
+    __builtin_memcpy(&bits, p, sizeof(bits));
+    return bit_cast<VecF>(__builtin_convertvector(bits, VecU) << 16);
 #endif
 }
 
@@ -65,140 +80,151 @@ CDM_INLINE void store(double* p, VecD v) { __builtin_memcpy(p, &v, sizeof(v)); }
 
 // Rounds to nearest, ties to even; a NaN stays a (quiet) NaN.
 CDM_INLINE void store(cdm::bf16* p, VecF v) {
-  const VecU bits = bit_cast<VecU>(v);
-  const VecU rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  const VecU kept = (v == v ? rounded : bits | 0x400000u) >> 16;
+    const VecU bits = bit_cast<VecU>(v);
+    const VecU rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    const VecU kept = (v == v ? rounded : bits | 0x400000u) >> 16;
 #if CDM_AVX512
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bit_cast<__m512i>(kept)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bit_cast<__m512i>(kept)));
 #else
-  const HalfU half = __builtin_convertvector(kept, HalfU);
-  __builtin_memcpy(p, &half, sizeof(half));
+    const HalfU half = __builtin_convertvector(kept, HalfU);
+    __builtin_memcpy(p, &half, sizeof(half));
 #endif
 }
 
 // The first `lanes` elements; the rest of the vector is 0 (load) or left alone in memory (store).
 template <class T>
 CDM_INLINE typename Math<T>::Vec load_some(const T* p, int lanes) {
-  T buffer[lanes_of<T>()] = {};
-  for (int lane = 0; lane < lanes; ++lane) buffer[lane] = p[lane];
-  return load(buffer);
+    T buffer[lanes_of<T>()] = {};
+    for (int lane = 0; lane < lanes; ++lane) buffer[lane] = p[lane];
+    return load(buffer);
 }
 
 template <class T>
 CDM_INLINE void store_some(T* p, typename Math<T>::Vec v, int lanes) {
-  T buffer[lanes_of<T>()];
-  store(buffer, v);
-  for (int lane = 0; lane < lanes; ++lane) p[lane] = buffer[lane];
+    T buffer[lanes_of<T>()];
+    store(buffer, v);
+    for (int lane = 0; lane < lanes; ++lane) p[lane] = buffer[lane];
 }
 
 template <class Vec, class Scalar>
-CDM_INLINE Vec broadcast(Scalar value) { return Vec{} + value; }
+CDM_INLINE Vec broadcast(Scalar value) {
+    return Vec{} + value;
+}
 
 // e^x for fp32, relative error below 2^-22 where the result is a normal number; the argument is clamped to
 // [-87.3, 88.3], and NaN stays NaN. x = n ln 2 + r, |r| <= ln(2)/2; e^r by its Taylor polynomial of degree 7.
 CDM_INLINE VecF exp(VecF x) {
-  x = x > 88.3f ? broadcast<VecF>(88.3f) : x;
-  x = x < -87.3f ? broadcast<VecF>(-87.3f) : x;
-  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  const VecF shifted = x * 1.44269504f + magic;
-  const VecF n = shifted - magic;
-  const VecF r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  VecF p = r * (1.0f / 5040) + (1.0f / 720);
-  p = p * r + (1.0f / 120);
-  p = p * r + (1.0f / 24);
-  p = p * r + (1.0f / 6);
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  const VecI exponent = (bit_cast<VecI>(shifted) << 23) + 0x3f800000;
-  return p * bit_cast<VecF>(exponent);
+    x = x > 88.3f ? broadcast<VecF>(88.3f) : x;
+    x = x < -87.3f ? broadcast<VecF>(-87.3f) : x;
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+    const VecF shifted = x * 1.44269504f + magic;
+    const VecF n = shifted - magic;
+    const VecF r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+    VecF p = r * (1.0f / 5040) + (1.0f / 720);
+    p = p * r + (1.0f / 120);
+    p = p * r + (1.0f / 24);
+    p = p * r + (1.0f / 6);
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    const VecI exponent = (bit_cast<VecI>(shifted) << 23) + 0x3f800000;
+    return p * bit_cast<VecF>(exponent);
 }
 
 CDM_INLINE VecD exp(VecD x) {
-  VecD y = {};
-  for (int lane = 0; lane < lanes_of<double>(); ++lane) y[lane] = __builtin_exp(x[lane]);
-  return y;
+    VecD y = {};
+    for (int lane = 0; lane < lanes_of<double>(); ++lane) y[lane] = __builtin_exp(x[lane]);
+    return y;
 }
 
-// 1 / (1 + e^-u) in the precision that T needs: relative error below 2^-22 for fp32 and 2^-13 for bf16, as long
-// as the result is a normal number; libm's for fp64. NaN stays NaN.
+// 1 / (1 + e^-u) in the precision that T needs: relative error below 2^-22 for fp32 and 2^-13 for bf16, as
+// long as the result is a normal number; libm's for fp64. NaN stays NaN.
 //
 // e^-u = 2^t = 2^floor(t) 2^r, t = -u log2(e); 2^r on [0, 1) by minimax polynomials (Lawson's iteration).
 template <class T>
 CDM_INLINE VecF exp2_fraction(VecF r) {
-  if (sizeof(T) == 2) {
-    VecF p = r * 0.013534167781472206f + 0.052011460065841675f;
-    p = p * r + 0.2414427548646927f;
-    p = p * r + 0.6930038332939148f;
-    return p * r + 1.0000026226043701f;
-  }
-  VecF p = r * 0.0018775766948238015f + 0.00898933969438076f;
-  p = p * r + 0.05582631751894951f;
-  p = p * r + 0.24015361070632935f;
-  p = p * r + 0.6931530833244324f;
-  return p * r + 0.9999999403953552f;
+    if (sizeof(T) == 2) {
+        VecF p = r * 0.013534167781472206f + 0.052011460065841675f;
+        p = p * r + 0.2414427548646927f;
+        p = p * r + 0.6930038332939148f;
+        return p * r + 1.0000026226043701f;
+    }
+    VecF p = r * 0.0018775766948238015f + 0.00898933969438076f;
+    p = p * r + 0.05582631751894951f;
+    p = p * r + 0.24015361070632935f;
+    p = p * r + 0.6931530833244324f;
+    return p * r + 0.9999999403953552f;
 }
 
 #if CDM_AVX512
 
 template <class T>
 CDM_INLINE VecF sigmoid(VecF u) {
-  // Beyond 2^126 the reciprocal would be zero times infinity; this order of the operands keeps a NaN.
-  const __m512 t = _mm512_min_ps(_mm512_set1_ps(126.0f), u * -1.44269504f);
-  constexpr int fraction = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
-  const VecF power = _mm512_scalef_ps(exp2_fraction<T>(_mm512_reduce_ps(t, fraction)), t);
-  const VecF denominator = 1 + power, estimate = _mm512_rcp14_ps(denominator);
-  if (sizeof(T) == 2) return estimate;
-  return estimate * (2 - denominator * estimate);  // Newton's step
+    // Beyond 2^126 the reciprocal would be zero times infinity; this order of the operands keeps a NaN.
+    const __m512 t = _mm512_min_ps(_mm512_set1_ps(126.0f), u * -1.44269504f);
+    constexpr int fraction = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+    const VecF power = _mm512_scalef_ps(exp2_fraction<T>(_mm512_reduce_ps(t, fraction)), t);
+    const VecF denominator = 1 + power, estimate = _mm512_rcp14_ps(denominator);
+    if (sizeof(T) == 2) return estimate;
+    return estimate * (2 - denominator * estimate);  // Newton's step
 }
 
 #else
 
 template <class T>
 CDM_INLINE VecF sigmoid(VecF u) {
-  VecF t = u * -1.44269504f;
-  t = t > 126.0f ? broadcast<VecF>(126.0f) : t;
-  t = t < -126.0f ? broadcast<VecF>(-126.0f) : t;
-  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  const VecF shifted = (t - 0.5f) + magic, r = t - (shifted - magic);
-  const VecI exponent = (bit_cast<VecI>(shifted) << 23) + 0x3f800000;
-  return 1 / (1 + exp2_fraction<T>(r) * bit_cast<VecF>(exponent));
+    VecF t = u * -1.44269504f;
+    t = t > 126.0f ? broadcast<VecF>(126.0f) : t;
+    t = t < -126.0f ? broadcast<VecF>(-126.0f) : t;
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+    const VecF shifted = (t - 0.5f) + magic, r = t - (shifted - magic);
+    const VecI exponent = (bit_cast<VecI>(shifted) << 23) + 0x3f800000;
+    return 1 / (1 + exp2_fraction<T>(r) * bit_cast<VecF>(exponent));
 }
 
 #endif
 
 template <class T>
 CDM_INLINE VecD sigmoid(VecD u) {
-  return 1 / (1 + exp(-u));
+    return 1 / (1 + exp(-u));
 }
 
 // value * factor where the byte is not 0, value * 0 elsewhere.
 CDM_INLINE VecF keep_where(const uint8_t* bytes, VecF value, float factor) {
 #if CDM_AVX512
-  const __m128i kept = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
-  return value * _mm512_maskz_mov_ps(_mm_test_epi8_mask(kept, kept), _mm512_set1_ps(factor));
+    const __m128i kept = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
+    return value * _mm512_maskz_mov_ps(_mm_test_epi8_mask(kept, kept), _mm512_set1_ps(factor));
 #else
-  VecF factors = {};
-  for (int lane = 0; lane < lanes_of<float>(); ++lane) factors[lane] = bytes[lane];
-  return value * (factors * factor);
+    VecF factors = {};
+    for (int lane = 0; lane < lanes_of<float>(); ++lane) factors[lane] = bytes[lane];
+    return value * (factors * factor);
 #endif
 }
 
 CDM_INLINE VecD keep_where(const uint8_t* bytes, VecD value, double factor) {
-  VecD factors = {};
-  for (int lane = 0; lane < lanes_of<double>(); ++lane) factors[lane] = bytes[lane];
-  return value * (factors * factor);
+    VecD factors = {};
+    for (int lane = 0; lane < lanes_of<double>(); ++lane) factors[lane] = bytes[lane];
+    return value * (factors * factor);
 }
 
 // Sum of the first `lanes` lanes.
 template <class T>
 CDM_INLINE typename Math<T>::Scalar sum_lanes(typename Math<T>::Vec v, int lanes) {
-  typename Math<T>::Scalar part[lanes_of<T>()];
-  __builtin_memcpy(part, &v, sizeof(v));
-  for (int lane = lanes; lane < lanes_of<T>(); ++lane) part[lane] = 0;
-  for (int width = lanes_of<T>() / 2; width > 0; width /= 2)
-    for (int lane = 0; lane < width; ++lane) part[lane] += part[lane + width];
-  return part[0];
+#if CDM_AVX512
+    const uint32_t mask = (1u << lanes) - 1;
+    if constexpr (lanes_of<T>() == 16) {
+        return _mm512_mask_reduce_add_ps(__mmask16(mask), v);
+    } else {
+        return _mm512_mask_reduce_add_pd(__mmask8(mask), v);
+    }
+#else
+    typename Math<T>::Scalar part[lanes_of<T>()];
+    __builtin_memcpy(part, &v, sizeof(v));
+    for (int lane = lanes; lane < lanes_of<T>(); ++lane) part[lane] = 0;
+    for (int width = lanes_of<T>() / 2; width > 0; width /= 2)
+        for (int lane = 0; lane < width; ++lane) part[lane] += part[lane + width];
+    return part[0];
+#endif
 }
 
 }  // namespace CDM_ISA

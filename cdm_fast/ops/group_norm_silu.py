@@ -238,26 +238,11 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, channels_last = _dense(x)
-    outputs = torch.empty_like(x), *_empty_statistics(x, num_groups)
+    outputs = torch.empty_like(x), *_empty_pair(x, num_groups)
     parameters = _parameters(weight, bias, x)
     run = kernels("group_norm_silu", backend).group_norm_silu_forward
     run(x, *parameters, seed, *outputs, num_groups, eps, silu, dropout, channels_last)
     return outputs
-
-
-@_forward.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    seed: Tensor | None,
-    num_groups: int,
-    eps: float,
-    silu: bool,
-    dropout: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(_dense(x)[0]), *_empty_statistics(x, num_groups)
 
 
 @torch.library.custom_op("cdm_fast::group_norm_silu_backward", mutates_args=())
@@ -275,29 +260,10 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of <g, y> with respect to x, weight and bias."""
-    x, channels_last = _dense(x)
-    grad_x, grad_weight, grad_bias = torch.empty_like(x), *_empty_grads(x)
-    inputs = _laid_out(g, channels_last), x, *_parameters(weight, bias, x), mean, rstd, seed
-    run = kernels("group_norm_silu", backend).group_norm_silu_vjp
-    run(*inputs, grad_x, grad_weight, grad_bias, num_groups, silu, dropout, channels_last)
+    grad_x, grad_weight, grad_bias = _run_vjp(
+        g, x, weight, bias, mean, rstd, seed, num_groups, silu, dropout, backend
+    )
     return grad_x, _shaped(grad_weight, weight), _shaped(grad_bias, bias)
-
-
-@_backward.register_fake
-def _(
-    g: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    seed: Tensor | None,
-    num_groups: int,
-    silu: bool,
-    dropout: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(_dense(x)[0]), _empty_shaped(weight), _empty_shaped(bias)
 
 
 @torch.library.custom_op("cdm_fast::group_norm_silu_vjp", mutates_args=())
@@ -314,24 +280,7 @@ def _vjp(
     dropout: float,
     backend: str,
 ) -> Tensor:
-    return _backward(g, x, weight, bias, mean, rstd, seed, num_groups, silu, dropout, backend)[0]
-
-
-@_vjp.register_fake
-def _(
-    g: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    seed: Tensor | None,
-    num_groups: int,
-    silu: bool,
-    dropout: float,
-    backend: str,
-) -> Tensor:
-    return torch.empty_like(_dense(x)[0])
+    return _run_vjp(g, x, weight, bias, mean, rstd, seed, num_groups, silu, dropout, backend)[0]
 
 
 @torch.library.custom_op("cdm_fast::group_norm_silu_vjp_backward", mutates_args=())
@@ -351,7 +300,8 @@ def _vjp_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of <v, VJP(g, x, weight, bias)> with respect to g, x, weight and bias."""
     x, channels_last = _dense(x)
-    grad_g, grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.empty_like(x), *_empty_grads(x)
+    grad_g, grad_x = torch.empty_like(x), torch.empty_like(x)
+    grad_weight, grad_bias = _empty_pair(x, x.shape[1])
     cotangents = _laid_out(v, channels_last), _laid_out(g, channels_last)
     inputs = *cotangents, x, *_parameters(weight, bias, x), mean, rstd, seed
     run = kernels("group_norm_silu", backend).group_norm_silu_vjp_backward
@@ -359,9 +309,7 @@ def _vjp_backward(
     return grad_g, grad_x, _shaped(grad_weight, weight), _shaped(grad_bias, bias)
 
 
-@_vjp_backward.register_fake
-def _(
-    v: Tensor,
+def _run_vjp(
     g: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -373,37 +321,60 @@ def _(
     silu: bool,
     dropout: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The VJP and, per image, the gradients of weight and bias that come with it."""
+    x, channels_last = _dense(x)
+    outputs = torch.empty_like(x), *_empty_pair(x, x.shape[1])
+    inputs = _laid_out(g, channels_last), x, *_parameters(weight, bias, x), mean, rstd, seed
+    run = kernels("group_norm_silu", backend).group_norm_silu_vjp
+    run(*inputs, *outputs, num_groups, silu, dropout, channels_last)
+    return outputs
+
+
+@_forward.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, seed: Tensor | None, num_groups: int, *_: Any) -> Any:
+    return torch.empty_like(_dense(x)[0]), *_empty_pair(x, num_groups)
+
+
+@_backward.register_fake
+def _(g: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> Any:
+    return torch.empty_like(_dense(x)[0]), _empty_shaped(weight), _empty_shaped(bias)
+
+
+@_vjp.register_fake
+def _(g: Tensor, x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(_dense(x)[0])
+
+
+@_vjp_backward.register_fake
+def _(v: Tensor, g: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> Any:
     dense = _dense(x)[0]
     return torch.empty_like(dense), torch.empty_like(dense), _empty_shaped(weight), _empty_shaped(bias)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, seed, num_groups, _, silu, dropout, backend = inputs
+def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, seed, num_groups, _, *options = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(x, weight, bias, mean, rstd, seed)
-    ctx.options = num_groups, silu, dropout, backend
+    ctx.options = num_groups, *options
 
 
-def _backward_of_forward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _backward(grad_y, *ctx.saved_tensors, *ctx.options)
-    return *grads, None, None, None, None, None, None
+def _differentiate_forward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    return *_backward(grad_y, *ctx.saved_tensors, *ctx.options), *(None,) * 6
 
 
-def _save_for_vjp_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, num_groups, silu, dropout, backend = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.options = num_groups, silu, dropout, backend
+def _save_vjp(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:7])
+    ctx.options = inputs[7:]
 
 
-def _backward_of_vjp(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _vjp_backward(v, *ctx.saved_tensors, *ctx.options)
-    return *grads, None, None, None, None, None, None, None
+def _differentiate_vjp(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+    return *_vjp_backward(v, *ctx.saved_tensors, *ctx.options), *(None,) * 7
 
 
-_forward.register_autograd(_backward_of_forward, setup_context=_save_for_backward)
-_vjp.register_autograd(_backward_of_vjp, setup_context=_save_for_vjp_backward)
+_forward.register_autograd(_differentiate_forward, setup_context=_save_forward)
+_vjp.register_autograd(_differentiate_vjp, setup_context=_save_vjp)
 
 
 def _dense(x: Tensor) -> tuple[Tensor, bool]:
@@ -426,14 +397,10 @@ def _parameters(weight: Tensor, bias: Tensor, x: Tensor) -> tuple[Tensor, Tensor
     return weight.to(dtype).expand(shape).contiguous(), bias.to(dtype).expand(shape).contiguous()
 
 
-def _empty_statistics(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    like = x.new_empty(x.shape[0], num_groups, dtype=_statistics_dtype(x))
-    return like, torch.empty_like(like)
-
-
-def _empty_grads(x: Tensor) -> tuple[Tensor, Tensor]:
-    like = x.new_empty(x.shape[:2], dtype=_statistics_dtype(x))
-    return like, torch.empty_like(like)
+def _empty_pair(x: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Two uninitialised (B, columns) tensors in the precision of the statistics."""
+    shape, dtype = (x.shape[0], columns), _statistics_dtype(x)
+    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
 
 
 def _shaped(grad: Tensor, parameter: Tensor) -> Tensor:
