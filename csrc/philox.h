@@ -11,8 +11,10 @@
 
 #if defined(__CUDACC__)
 #define CDM_HD __host__ __device__ __forceinline__
+#define CDM_UNROLL _Pragma("unroll")
 #else
 #define CDM_HD inline __attribute__((always_inline))
+#define CDM_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 namespace cdm {
@@ -33,7 +35,7 @@ CDM_HD PhiloxKey philox_key(int64_t seed, int64_t offset) {
 }
 
 CDM_HD Philox4 philox4x32_10(Philox4 counter, uint32_t key_0, uint32_t key_1) {
-#pragma GCC unroll 10
+  CDM_UNROLL
   for (int round = 0; round < 10; ++round) {
     const uint64_t product_0 = static_cast<uint64_t>(0xD2511F53u) * counter.x;
     const uint64_t product_1 = static_cast<uint64_t>(0xCD9E8D57u) * counter.z;

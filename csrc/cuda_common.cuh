@@ -1,0 +1,97 @@
+// What the CUDA kernels share: 16-byte packs, conversions to the arithmetic's fp32, streams, launches.
+#pragma once
+
+#ifndef USE_CUDA
+#define USE_CUDA  // declares the stream functions of the stable ABI
+#endif
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
+namespace cdm {
+
+using Tensor = torch::stable::Tensor;
+using torch::headeronly::ScalarType;
+
+__device__ __forceinline__ float widen(float value) { return value; }
+__device__ __forceinline__ float widen(uint8_t value) { return static_cast<float>(value); }
+__device__ __forceinline__ float widen(__half value) { return __half2float(value); }
+__device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+__device__ __forceinline__ void narrow(float value, float* out) { *out = value; }
+__device__ __forceinline__ void narrow(float value, __half* out) { *out = __float2half_rn(value); }
+__device__ __forceinline__ void narrow(float value, __nv_bfloat16* out) { *out = __float2bfloat16_rn(value); }
+
+// Consecutive elements that move together: at most 16 bytes in one access.
+template <typename T, int count>
+struct alignas(sizeof(T) * count < 16 ? sizeof(T) * count : 16) Pack {
+  T at[count];
+};
+
+template <int count, typename T>
+__device__ __forceinline__ Pack<T, count> load_pack(const T* p) {
+  return *reinterpret_cast<const Pack<T, count>*>(p);
+}
+
+template <int count, typename T>
+__device__ __forceinline__ void store_pack(T* p, const Pack<T, count>& pack) {
+  *reinterpret_cast<Pack<T, count>*>(p) = pack;
+}
+
+// Sum over the threads of a block, in a fixed order; the result is right in thread 0. `shared` holds 32 floats.
+__device__ __forceinline__ float block_sum(float value, float* shared) {
+  for (int lane = 16; lane > 0; lane /= 2) value += __shfl_down_sync(~0u, value, lane);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
+  __syncthreads();
+  value = threadIdx.x < blockDim.x / 32 ? shared[threadIdx.x] : 0.0f;
+  if (threadIdx.x < 32)
+    for (int lane = 16; lane > 0; lane /= 2) value += __shfl_down_sync(~0u, value, lane);
+  __syncthreads();
+  return value;
+}
+
+// Whether 16-byte accesses may start at each of these pointers (null ones are not used).
+inline bool are_aligned(std::initializer_list<const void*> pointers) {
+  for (const void* pointer : pointers)
+    if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) return false;
+  return true;
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The stream that PyTorch uses now on the tensor's device.
+inline cudaStream_t stream_of(const Tensor& tensor) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+inline void check_launch(const char* name) {
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
+}
+
+// Calls f(a value of the C++ type of `type`): fp32, bf16 or fp16.
+template <typename F>
+void with_float_type(ScalarType type, const F& f) {
+  switch (type) {
+    case ScalarType::BFloat16: return f(__nv_bfloat16());
+    case ScalarType::Half: return f(__half());
+    default: return f(float());
+  }
+}
+
+}  // namespace cdm
