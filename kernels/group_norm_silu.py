@@ -1,0 +1,410 @@
+"""Triton kernels of GroupNorm + SiLU + dropout: forward, VJP, and the derivative of the VJP.
+
+`cdm_fast/ops/group_norm_silu.py` is the specification, docs/group_norm_silu.md derives the formulas. A
+program takes one or more whole groups of one image and goes over their pixels twice: once for the sums, once
+for the result. Its tile has three axes: group, channel of the group, pixel.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cdm_fast.ops import philox
+
+_DROPOUT = tl.constexpr(int(philox.Stream.DROPOUT))
+
+_TILE = 1024
+_LINE_BYTES = 128  # what neighbouring channels should fill, when channels-last
+
+
+def group_norm_silu_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    seed: Tensor | None,
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    dropout: float,
+    channels_last: bool,
+) -> None:
+    """Fills y, mean and rstd. Images are dense, all in one layout; parameters as in the C++ op."""
+    grid, sizes = _geometry(x, weight, num_groups, channels_last)
+    inputs = x, weight, bias, _pointer(seed, x)
+    _forward_kernel[grid](*inputs, y, mean, rstd, eps, **sizes, silu=silu, dropout=dropout)
+
+
+def group_norm_silu_vjp(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    grad_x: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    num_groups: int,
+    silu: bool,
+    dropout: float,
+    channels_last: bool,
+) -> None:
+    """Fills grad_x and, per image, grad_weight and grad_bias (B, C)."""
+    grid, sizes = _geometry(x, weight, num_groups, channels_last)
+    inputs = g, x, weight, bias, mean, rstd, _pointer(seed, x)
+    _vjp_kernel[grid](*inputs, grad_x, grad_weight, grad_bias, **sizes, silu=silu, dropout=dropout)
+
+
+def group_norm_silu_vjp_backward(
+    v: Tensor,
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    grad_g: Tensor,
+    grad_x: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    num_groups: int,
+    silu: bool,
+    dropout: float,
+    channels_last: bool,
+) -> None:
+    """Fills grad_g, grad_x and, per image, grad_weight and grad_bias (B, C)."""
+    grid, sizes = _geometry(x, weight, num_groups, channels_last)
+    inputs = v, g, x, weight, bias, mean, rstd, _pointer(seed, x)
+    outputs = grad_g, grad_x, grad_weight, grad_bias
+    _vjp_backward_kernel[grid](*inputs, *outputs, **sizes, silu=silu, dropout=dropout)
+
+
+def _geometry(
+    x: Tensor, weight: Tensor, num_groups: int, channels_last: bool
+) -> tuple[tuple[int, ...], dict[str, int]]:
+    batch, channels = x.shape[:2]
+    pixels = x.numel() // (batch * channels)
+    group_channels = channels // num_groups
+    channel_tile = triton.next_power_of_2(group_channels)
+    groups_tile = 1
+    if channels_last:
+        line = max(1, _LINE_BYTES // x.element_size() // channel_tile)
+        groups_tile = min(triton.next_power_of_2(num_groups), line)
+    pixel_tile = max(1, min(triton.next_power_of_2(pixels), _TILE // (channel_tile * groups_tile)))
+    sizes = {
+        "channels": channels,
+        "pixels": pixels,
+        "groups": num_groups,
+        "parameter_stride": channels if weight.dim() == 2 else 0,
+        "channel_step": 1 if channels_last else pixels,
+        "pixel_step": channels if channels_last else 1,
+        "groups_tile": groups_tile,
+        "channel_tile": channel_tile,
+        "pixel_tile": pixel_tile,
+    }
+    return (batch * triton.cdiv(num_groups, groups_tile),), sizes
+
+
+def _pointer(seed: Tensor | None, x: Tensor) -> Tensor:
+    """A kernel without dropout is given any pointer; it does not read it."""
+    return x if seed is None else seed
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    seed_ptr: tl.tensor,
+    y_ptr: tl.tensor,
+    mean_ptr: tl.tensor,
+    rstd_ptr: tl.tensor,
+    eps: float,
+    channels: int,
+    pixels: int,
+    groups: int,
+    parameter_stride: int,
+    channel_step: int,
+    pixel_step: int,
+    groups_tile: tl.constexpr,
+    channel_tile: tl.constexpr,
+    pixel_tile: tl.constexpr,
+    silu: tl.constexpr,
+    dropout: tl.constexpr,
+) -> None:
+    image, group, channel, present = _place(channels, groups, groups_tile, channel_tile)
+    base = image * channels * pixels + channel * channel_step
+    compute = mean_ptr.dtype.element_ty
+    group_channels = channels // groups
+
+    # Tiles are merged by their own mean and squares around it (Chan, Golub, LeVeque 1979): nothing cancels.
+    mean = tl.zeros((groups_tile, 1, 1), compute)
+    squares = tl.zeros((groups_tile, 1, 1), compute)
+    for start in range(0, pixels, pixel_tile):
+        pixel, inside = _pixels(start, pixels, present, pixel_tile)
+        x = tl.load(x_ptr + base + pixel * pixel_step, mask=inside, other=0).to(compute)
+        seen = (start * group_channels).to(compute)
+        size = (tl.minimum(pixel_tile, pixels - start) * group_channels).to(compute)
+        tile_mean = _sum(x) / size
+        centred = tl.where(inside, x - tile_mean, 0)
+        difference = tile_mean - mean
+        mean += difference * (size / (seen + size))
+        squares += _sum(centred * centred) + difference * difference * (seen * size / (seen + size))
+    rstd = 1 / tl.sqrt(squares / (pixels * group_channels).to(compute) + eps)
+    at = image * groups + group
+    tl.store(mean_ptr + at, mean, mask=group < groups)
+    tl.store(rstd_ptr + at, rstd, mask=group < groups)
+
+    weight = tl.load(weight_ptr + image * parameter_stride + channel, mask=present, other=0)
+    bias = tl.load(bias_ptr + image * parameter_stride + channel, mask=present, other=0)
+    for start in range(0, pixels, pixel_tile):
+        pixel, inside = _pixels(start, pixels, present, pixel_tile)
+        x = tl.load(x_ptr + base + pixel * pixel_step, mask=inside, other=0).to(compute)
+        y = weight * ((x - mean) * rstd) + bias
+        if silu:
+            y = y * tl.sigmoid(y)
+        if dropout > 0:
+            y = _dropped(y, seed_ptr, image, pixel, channel, pixels, channels, dropout)
+        tl.store(y_ptr + base + pixel * pixel_step, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _vjp_kernel(
+    g_ptr: tl.tensor,
+    x_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    mean_ptr: tl.tensor,
+    rstd_ptr: tl.tensor,
+    seed_ptr: tl.tensor,
+    grad_x_ptr: tl.tensor,
+    grad_weight_ptr: tl.tensor,
+    grad_bias_ptr: tl.tensor,
+    channels: int,
+    pixels: int,
+    groups: int,
+    parameter_stride: int,
+    channel_step: int,
+    pixel_step: int,
+    groups_tile: tl.constexpr,
+    channel_tile: tl.constexpr,
+    pixel_tile: tl.constexpr,
+    silu: tl.constexpr,
+    dropout: tl.constexpr,
+) -> None:
+    image, group, channel, present = _place(channels, groups, groups_tile, channel_tile)
+    base = image * channels * pixels + channel * channel_step
+    compute = mean_ptr.dtype.element_ty
+    mean = tl.load(mean_ptr + image * groups + group, mask=group < groups, other=0)
+    rstd = tl.load(rstd_ptr + image * groups + group, mask=group < groups, other=0)
+    weight = tl.load(weight_ptr + image * parameter_stride + channel, mask=present, other=0)
+    bias = tl.load(bias_ptr + image * parameter_stride + channel, mask=present, other=0)
+
+    sum_s1 = tl.zeros((groups_tile, channel_tile, pixel_tile), compute)
+    sum_s1x = tl.zeros((groups_tile, channel_tile, pixel_tile), compute)
+    for start in range(0, pixels, pixel_tile):
+        pixel, inside = _pixels(start, pixels, present, pixel_tile)
+        at = base + pixel * pixel_step
+        xhat = (tl.load(x_ptr + at, mask=inside, other=0).to(compute) - mean) * rstd
+        s1 = tl.load(g_ptr + at, mask=inside, other=0).to(compute)
+        if dropout > 0:
+            s1 = _dropped(s1, seed_ptr, image, pixel, channel, pixels, channels, dropout)
+        if silu:
+            s1 = s1 * _silu_first(weight * xhat + bias)
+        sum_s1 += s1
+        sum_s1x += s1 * xhat
+    channel_s1 = tl.sum(sum_s1, axis=2, keep_dims=True)
+    channel_s1x = tl.sum(sum_s1x, axis=2, keep_dims=True)
+    tl.store(grad_bias_ptr + image * channels + channel, channel_s1, mask=present)
+    tl.store(grad_weight_ptr + image * channels + channel, channel_s1x, mask=present)
+
+    size = (pixels * (channels // groups)).to(compute)
+    mean_p = _sum(weight * channel_s1) / size
+    mean_px = _sum(weight * channel_s1x) / size
+    for start in range(0, pixels, pixel_tile):
+        pixel, inside = _pixels(start, pixels, present, pixel_tile)
+        at = base + pixel * pixel_step
+        xhat = (tl.load(x_ptr + at, mask=inside, other=0).to(compute) - mean) * rstd
+        p = weight * tl.load(g_ptr + at, mask=inside, other=0).to(compute)
+        if dropout > 0:
+            p = _dropped(p, seed_ptr, image, pixel, channel, pixels, channels, dropout)
+        if silu:
+            p = p * _silu_first(weight * xhat + bias)
+        grad_x = rstd * (p - mean_p - xhat * mean_px)
+        tl.store(grad_x_ptr + at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _vjp_backward_kernel(
+    v_ptr: tl.tensor,
+    g_ptr: tl.tensor,
+    x_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    mean_ptr: tl.tensor,
+    rstd_ptr: tl.tensor,
+    seed_ptr: tl.tensor,
+    grad_g_ptr: tl.tensor,
+    grad_x_ptr: tl.tensor,
+    grad_weight_ptr: tl.tensor,
+    grad_bias_ptr: tl.tensor,
+    channels: int,
+    pixels: int,
+    groups: int,
+    parameter_stride: int,
+    channel_step: int,
+    pixel_step: int,
+    groups_tile: tl.constexpr,
+    channel_tile: tl.constexpr,
+    pixel_tile: tl.constexpr,
+    silu: tl.constexpr,
+    dropout: tl.constexpr,
+) -> None:
+    image, group, channel, present = _place(channels, groups, groups_tile, channel_tile)
+    base = image * channels * pixels + channel * channel_step
+    compute = mean_ptr.dtype.element_ty
+    mean = tl.load(mean_ptr + image * groups + group, mask=group < groups, other=0)
+    rstd = tl.load(rstd_ptr + image * groups + group, mask=group < groups, other=0)
+    weight = tl.load(weight_ptr + image * parameter_stride + channel, mask=present, other=0)
+    bias = tl.load(bias_ptr + image * parameter_stride + channel, mask=present, other=0)
+
+    # Sums over a channel's pixels, with s1 = g mask silu'(u) and s2 = g mask silu''(u).
+    nothing = tl.zeros((groups_tile, channel_tile, pixel_tile), compute)
+    sum_s1, sum_s1x, sum_v, sum_vx, sum_vs1 = nothing, nothing, nothing, nothing, nothing
+    sum_s2, sum_s2x, sum_s2xx, sum_vs2, sum_vs2x = nothing, nothing, nothing, nothing, nothing
+    for start in range(0, pixels, pixel_tile):
+        pixel, inside = _pixels(start, pixels, present, pixel_tile)
+        at = base + pixel * pixel_step
+        xhat = (tl.load(x_ptr + at, mask=inside, other=0).to(compute) - mean) * rstd
+        v = tl.load(v_ptr + at, mask=inside, other=0).to(compute)
+        s1 = tl.load(g_ptr + at, mask=inside, other=0).to(compute)
+        if dropout > 0:
+            s1 = _dropped(s1, seed_ptr, image, pixel, channel, pixels, channels, dropout)
+        if silu:
+            u = weight * xhat + bias
+            s2 = s1 * _silu_second(u)
+            s1 = s1 * _silu_first(u)
+            sum_s2 += s2
+            sum_s2x += s2 * xhat
+            sum_s2xx += s2 * xhat * xhat
+            sum_vs2 += v * s2
+            sum_vs2x += v * s2 * xhat
+        sum_s1 += s1
+        sum_s1x += s1 * xhat
+        sum_v += v
+        sum_vx += v * xhat
+        sum_vs1 += v * s1
+    s1 = tl.sum(sum_s1, axis=2, keep_dims=True)
+    s1x = tl.sum(sum_s1x, axis=2, keep_dims=True)
+    vs1 = tl.sum(sum_vs1, axis=2, keep_dims=True)
+
+    size = (pixels * (channels // groups)).to(compute)
+    mean_p, mean_px, mean_vp = _sum(weight * s1) / size, _sum(weight * s1x) / size, _sum(weight * vs1) / size
+    mean_v, mean_vx = _sum(sum_v) / size, _sum(sum_vx) / size
+    grad_bias = s1 * 0
+    grad_weight = s1 * 0
+    if silu:
+        s2x = tl.sum(sum_s2x, axis=2, keep_dims=True)
+        t = tl.sum(sum_vs2 - mean_v * sum_s2, axis=2, keep_dims=True) - mean_vx * s2x
+        tx = tl.sum(sum_vs2x - mean_vx * sum_s2xx, axis=2, keep_dims=True) - mean_v * s2x
+        grad_bias = weight * rstd * t
+        grad_weight = weight * rstd * tx
+    # <v, VJP> / n, whose derivative through rstd is -rstd xhat times it.
+    value = rstd * (mean_vp - mean_p * mean_v - mean_px * mean_vx)
+    constant = _sum(weight * grad_bias) / size - rstd * (mean_px * mean_v + mean_vx * mean_p)
+    slope = _sum(weight * grad_weight) / size - 2 * rstd * mean_px * mean_vx + value
+    grad_weight += rstd * (vs1 - mean_v * s1 - mean_vx * s1x)
+    tl.store(grad_bias_ptr + image * channels + channel, grad_bias, mask=present)
+    tl.store(grad_weight_ptr + image * channels + channel, grad_weight, mask=present)
+
+    for start in range(0, pixels, pixel_tile):
+        pixel, inside = _pixels(start, pixels, present, pixel_tile)
+        at = base + pixel * pixel_step
+        xhat = (tl.load(x_ptr + at, mask=inside, other=0).to(compute) - mean) * rstd
+        v = tl.load(v_ptr + at, mask=inside, other=0).to(compute)
+        g = tl.load(g_ptr + at, mask=inside, other=0).to(compute)
+        grad_g = rstd * weight * (v - mean_v - xhat * mean_vx)
+        grad_xhat = -rstd * v * mean_px
+        if dropout > 0:
+            g = _dropped(g, seed_ptr, image, pixel, channel, pixels, channels, dropout)
+        if silu:
+            u = weight * xhat + bias
+            grad_xhat += grad_g * weight * g * _silu_second(u)
+            g = g * _silu_first(u)
+            grad_g = grad_g * _silu_first(u)
+        grad_xhat -= rstd * weight * g * mean_vx
+        if dropout > 0:
+            grad_g = _dropped(grad_g, seed_ptr, image, pixel, channel, pixels, channels, dropout)
+        grad_x = rstd * (grad_xhat - constant - xhat * slope)
+        tl.store(grad_g_ptr + at, grad_g.to(grad_g_ptr.dtype.element_ty), mask=inside)
+        tl.store(grad_x_ptr + at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _place(channels: int, groups: int, groups_tile: tl.constexpr, channel_tile: tl.constexpr) -> tuple:
+    """(image, groups (g, 1, 1), channels (g, c, 1), which of these exist) of this program."""
+    blocks = tl.cdiv(groups, groups_tile)
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    group = tl.program_id(0) % blocks * groups_tile + tl.arange(0, groups_tile)[:, None, None]
+    within = tl.arange(0, channel_tile)[None, :, None]
+    group_channels = channels // groups
+    present = (group < groups) & (within < group_channels)
+    return image, group, group * group_channels + within, present
+
+
+@triton.jit
+def _pixels(start: int, pixels: int, present: tl.tensor, pixel_tile: tl.constexpr) -> tuple:
+    """(pixels (1, 1, p) from `start`, which elements of the tile exist)."""
+    pixel = start + tl.arange(0, pixel_tile)[None, None, :]
+    return pixel, present & (pixel < pixels)
+
+
+@triton.jit
+def _sum(x: tl.tensor) -> tl.tensor:
+    """Sum over channels and pixels, group by group: (g, 1, 1)."""
+    return tl.sum(tl.sum(x, axis=2, keep_dims=True), axis=1, keep_dims=True)
+
+
+@triton.jit
+def _silu_first(u: tl.tensor) -> tl.tensor:
+    s = tl.sigmoid(u)
+    return s + u * (s * (1 - s))
+
+
+@triton.jit
+def _silu_second(u: tl.tensor) -> tl.tensor:
+    s = tl.sigmoid(u)
+    return s * (1 - s) * (2 + u * (1 - 2 * s))
+
+
+@triton.jit
+def _dropped(
+    value: tl.tensor,
+    seed_ptr: tl.tensor,
+    image: tl.tensor,
+    pixel: tl.tensor,
+    channel: tl.tensor,
+    pixels: int,
+    channels: int,
+    dropout: tl.constexpr,
+) -> tl.tensor:
+    """value times the dropout mask: word i % 4 of block i / 4, i counted in channels-last order."""
+    index = (image * pixels + pixel) * channels + channel
+    block = (index // 4).to(tl.uint32)
+    seed = tl.load(seed_ptr).to(tl.uint64)
+    offset = tl.load(seed_ptr + 1).to(tl.uint64)
+    low, high = (offset & 0xFFFFFFFF).to(tl.uint32), (offset >> 32).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, block, block * 0 + _DROPOUT, block * 0 + low, block * 0 + high, 10)
+    which = index % 4
+    word = tl.where(which == 0, w0, tl.where(which == 1, w1, tl.where(which == 2, w2, w3)))
+    threshold: tl.constexpr = dropout * 2**32
+    scale: tl.constexpr = 1 / (1 - dropout)
+    kept = word >= tl.full((), threshold, tl.uint32)
+    return value * tl.where(kept, tl.full((), scale, value.dtype), tl.full((), 0, value.dtype))
