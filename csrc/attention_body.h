@@ -86,7 +86,7 @@ static void attention_softmax(const cdm::AttentionTile& a, int64_t first, int64_
         for_each_vector<T>(a.columns, [&](int64_t j, int lanes) {
             const Vec weight = exp_of(load_part(row + j, lanes) * scale - top);
             store(scratch + j, weight);
-            sum += lanes == lanes_of<T>() ? weight : keep<T>(weight, lanes);
+            sum += keep<T>(weight, lanes);
         });
         const Scalar total = sum_lanes<T>(sum, lanes_of<T>());
         const Scalar share = 1 / total;
@@ -97,6 +97,9 @@ static void attention_softmax(const cdm::AttentionTile& a, int64_t first, int64_
 }
 
 // scores -> p; grad_p -> grad_scores.
+//
+// Probabilities from lse alone miss a sum of one by an ulp of lse, and then grad_scores misses a sum of zero,
+// which shows where all keys share a large component. So a row's sum divides them again.
 template <class T>
 static void attention_vjp(const cdm::AttentionTile& a, int64_t first, int64_t last,
                           typename Math<T>::Scalar* scratch) {
@@ -107,15 +110,17 @@ static void attention_vjp(const cdm::AttentionTile& a, int64_t first, int64_t la
         T* scores = static_cast<T*>(a.scores) + i * a.columns;
         T* grad_p = static_cast<T*>(a.grad_p) + i * a.columns;
         const Scalar lse = static_cast<const Scalar*>(a.lse)[i];
-        Vec sum{};
+        Vec sum{}, sum_grad{};
         for_each_vector<T>(a.columns, [&](int64_t j, int lanes) {
-            const Vec p = exp_of(load_part(scores + j, lanes) * scale - lse);
+            const Vec p = keep<T>(exp_of(load_part(scores + j, lanes) * scale - lse), lanes);
             store(scratch + j, p);
-            sum += p * load_part(grad_p + j, lanes);
+            sum += p;
+            sum_grad += p * load_part(grad_p + j, lanes);
         });
-        const Scalar delta = sum_lanes<T>(sum, lanes_of<T>());
+        const Scalar share = 1 / sum_lanes<T>(sum, lanes_of<T>());
+        const Scalar delta = share * sum_lanes<T>(sum_grad, lanes_of<T>());
         for_each_vector<T>(a.columns, [&](int64_t j, int lanes) {
-            const Vec p = load(scratch + j);
+            const Vec p = load(scratch + j) * share;
             store_part(scores + j, p, lanes);
             store_part(grad_p + j, scale * p * (load_part(grad_p + j, lanes) - delta), lanes);
         });
@@ -135,24 +140,25 @@ static void attention_vjp_backward(const cdm::AttentionTile& a, int64_t first, i
         T* grad_p = static_cast<T*>(a.grad_p) + i * a.columns;
         T* grad_p_dot = static_cast<T*>(a.grad_p_dot) + i * a.columns;
         const Scalar lse = static_cast<const Scalar*>(a.lse)[i];
-        Vec sum_dot{}, sum_grad{}, sum_grad_dot{};
+        Vec sum{}, sum_dot{}, sum_grad{}, sum_grad_dot{};
         for_each_vector<T>(a.columns, [&](int64_t j, int lanes) {
-            const Vec p = exp_of(load_part(scores + j, lanes) * scale - lse);
+            const Vec p = keep<T>(exp_of(load_part(scores + j, lanes) * scale - lse), lanes);
             store(scratch + j, p);
+            sum += p;
             sum_dot += p * load_part(scores_dot + j, lanes);
             sum_grad += p * load_part(grad_p + j, lanes);
             sum_grad_dot += p * load_part(grad_p_dot + j, lanes);
         });
-        const Scalar mean = scale * sum_lanes<T>(sum_dot, lanes_of<T>());
-        const Scalar delta = sum_lanes<T>(sum_grad, lanes_of<T>());
+        const Scalar share = 1 / sum_lanes<T>(sum, lanes_of<T>());
+        const Scalar mean = share * scale * sum_lanes<T>(sum_dot, lanes_of<T>());
+        const Scalar delta = share * sum_lanes<T>(sum_grad, lanes_of<T>());
         for_each_vector<T>(a.columns, [&](int64_t j, int lanes) {
             const Vec p_dot = load(scratch + j) * (load_part(scores_dot + j, lanes) * scale - mean);
-            const Vec product = p_dot * (load_part(grad_p + j, lanes) - delta);
-            sum_grad_dot += lanes == lanes_of<T>() ? product : keep<T>(product, lanes);
+            sum_grad_dot += p_dot * (load_part(grad_p + j, lanes) - delta);
         });
-        const Scalar delta_dot = sum_lanes<T>(sum_grad_dot, lanes_of<T>());
+        const Scalar delta_dot = share * sum_lanes<T>(sum_grad_dot, lanes_of<T>());
         for_each_vector<T>(a.columns, [&](int64_t j, int lanes) {
-            const Vec p = load(scratch + j);
+            const Vec p = load(scratch + j) * share;
             const Vec p_dot = p * (load_part(scores_dot + j, lanes) * scale - mean);
             const Vec centred = load_part(grad_p + j, lanes) - delta;
             const Vec changed = p_dot * centred + p * (load_part(grad_p_dot + j, lanes) - delta_dot);

@@ -227,6 +227,16 @@ def _add_product(
 
 
 @triton.jit
+def _probabilities(scores: tl.tensor, lse: tl.tensor, scale: float) -> tl.tensor:
+    """exp(scale scores - lse), with scores rounded as the forward kernel rounds them.
+
+    Else a row of grad_scores misses its sum of zero by more than it need, which shows in grad_q where all
+    keys share a large component. The rounding of lse adds a factor common to a row, harmless there.
+    """
+    return tl.exp2(scores * (scale * _LOG2_E) - lse * _LOG2_E)
+
+
+@triton.jit
 def _tangents(
     p: tl.tensor,
     scores_dot: tl.tensor,
@@ -346,7 +356,7 @@ def _vjp_rows_kernel(
         columns = start + tl.arange(0, STEP)
         zeros = tl.zeros((BLOCK, STEP), tl.float32)
         scores = _add_inner(zeros, q, k, rows, columns, num_tokens, stride, WIDTH, CHUNK)
-        p = tl.exp2((scores * scale - lse_rows) * _LOG2_E)
+        p = _probabilities(scores, lse_rows, scale)
         p = tl.where(columns[None, :] < num_tokens, p, 0.0)
         grad_p = _add_inner(zeros, g, v, rows, columns, num_tokens, stride, WIDTH, CHUNK)
         grad_scores = p * (grad_p - delta_rows)
@@ -389,7 +399,7 @@ def _vjp_columns_kernel(
         delta_rows = tl.load(delta + first_row + rows, mask=rows < num_tokens, other=0.0)[None, :]
         zeros = tl.zeros((BLOCK, STEP), tl.float32)
         scores = _add_inner(zeros, k, q, columns, rows, num_tokens, stride, WIDTH, CHUNK)
-        p = tl.exp2((scores * scale - lse_rows) * _LOG2_E)
+        p = _probabilities(scores, lse_rows, scale)
         result_v = _add_product(result_v, p, g, rows, channels, num_tokens, stride, WIDTH)
         grad_p = _add_inner(zeros, v, g, columns, rows, num_tokens, stride, WIDTH, CHUNK)
         grad_scores = p * (grad_p - delta_rows)
@@ -431,29 +441,32 @@ def _out_dot_kernel(
     channels = tl.program_id(1) * OUT_WIDTH + tl.arange(0, OUT_WIDTH)
     lse_rows = tl.load(lse + first_row + rows, mask=rows < num_tokens, other=float("inf"))[:, None]
     mean_rows = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)  # 1, but for the rounding of lse
     for start in range(0, num_tokens, STEP):
         columns = start + tl.arange(0, STEP)
         zeros = tl.zeros((BLOCK, STEP), tl.float32)
         scores = _add_inner(zeros, q, k, rows, columns, num_tokens, stride, WIDTH, CHUNK)
-        p = tl.exp2((scores * scale - lse_rows) * _LOG2_E)
+        p = _probabilities(scores, lse_rows, scale)
         p = tl.where(columns[None, :] < num_tokens, p, 0.0)
         scores_dot = _add_inner(zeros, u_q, k, rows, columns, num_tokens, stride, WIDTH, CHUNK)
         scores_dot = _add_inner(scores_dot, q, u_k, rows, columns, num_tokens, stride, WIDTH, CHUNK)
         mean_rows += tl.sum(p * scores_dot, 1)
-    mean_rows = mean_rows * scale
+        total += tl.sum(p, 1)
+    total = tl.where(rows < num_tokens, total, 1.0)
+    mean_rows = mean_rows * scale / total
     result = tl.zeros((BLOCK, OUT_WIDTH), tl.float32)
     for start in range(0, num_tokens, STEP):
         columns = start + tl.arange(0, STEP)
         zeros = tl.zeros((BLOCK, STEP), tl.float32)
         scores = _add_inner(zeros, q, k, rows, columns, num_tokens, stride, WIDTH, CHUNK)
-        p = tl.exp2((scores * scale - lse_rows) * _LOG2_E)
+        p = _probabilities(scores, lse_rows, scale)
         p = tl.where(columns[None, :] < num_tokens, p, 0.0)
         scores_dot = _add_inner(zeros, u_q, k, rows, columns, num_tokens, stride, WIDTH, CHUNK)
         scores_dot = _add_inner(scores_dot, q, u_k, rows, columns, num_tokens, stride, WIDTH, CHUNK) * scale
         p_dot = p * (scores_dot - mean_rows[:, None])
         result = _add_product(result, p_dot, v, columns, channels, num_tokens, stride, WIDTH)
         result = _add_product(result, p, u_v, columns, channels, num_tokens, stride, WIDTH)
-    _store_tile(out_dot + first, result, rows, channels, num_tokens, stride, WIDTH)
+    _store_tile(out_dot + first, result / total[:, None], rows, channels, num_tokens, stride, WIDTH)
     if tl.program_id(1) == 0:
         tl.store(mean + first_row + rows, mean_rows, mask=rows < num_tokens)
 
@@ -499,7 +512,7 @@ def _vjp_backward_rows_kernel(
         columns = start + tl.arange(0, STEP)
         zeros = tl.zeros((BLOCK, STEP), tl.float32)
         scores = _add_inner(zeros, q, k, rows, columns, num_tokens, stride, WIDTH, CHUNK)
-        p = tl.exp2((scores * scale - lse_rows) * _LOG2_E)
+        p = _probabilities(scores, lse_rows, scale)
         p = tl.where(columns[None, :] < num_tokens, p, 0.0)
         scores_dot = _add_inner(zeros, u_q, k, rows, columns, num_tokens, stride, WIDTH, CHUNK)
         scores_dot = _add_inner(scores_dot, q, u_k, rows, columns, num_tokens, stride, WIDTH, CHUNK) * scale
@@ -557,7 +570,7 @@ def _vjp_backward_columns_kernel(
         delta_dot_rows = tl.load(delta_dot + first_row + rows, mask=exist, other=0.0)[None, :]
         zeros = tl.zeros((BLOCK, STEP), tl.float32)
         scores = _add_inner(zeros, k, q, columns, rows, num_tokens, stride, WIDTH, CHUNK)
-        p = tl.exp2((scores * scale - lse_rows) * _LOG2_E)
+        p = _probabilities(scores, lse_rows, scale)
         scores_dot = _add_inner(zeros, k, u_q, columns, rows, num_tokens, stride, WIDTH, CHUNK)
         scores_dot = _add_inner(scores_dot, u_k, q, columns, rows, num_tokens, stride, WIDTH, CHUNK) * scale
         grad_p = _add_inner(zeros, v, g, columns, rows, num_tokens, stride, WIDTH, CHUNK)
