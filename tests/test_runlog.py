@@ -1,0 +1,106 @@
+"""Logs: JSON lines that survive a crash, the optional services, and the progress display."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from cdm_fast.config import OutputConfig, RunConfig
+from cdm_fast.errors import UserError
+from cdm_fast.runlog import Display, JsonLines, open_sinks
+
+
+def test_lines_beyond_the_checkpoint_and_torn_ones_are_dropped(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 2, "lo')
+    log = JsonLines(path, last_step=2)
+    log.write(3, {"loss": 0.5})
+    log.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1},
+        {"step": 2},
+        {"step": 3, "loss": 0.5},
+    ]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+def test_what_is_not_finite_is_null(tmp_path, value):
+    log = JsonLines(tmp_path / "log.jsonl", last_step=0)
+    log.write(1, {"loss": value, "split": "validation"})
+    log.close()
+    assert json.loads((tmp_path / "log.jsonl").read_text()) == {
+        "step": 1,
+        "loss": None,
+        "split": "validation",
+    }
+
+
+def test_full_disk_is_told(tmp_path):
+    (tmp_path / "log.jsonl").write_text("")
+    log = JsonLines(tmp_path / "log.jsonl", last_step=0)
+    log._file = open("/dev/full", "w")  # noqa: SIM115  (every write fails as on a full disk)
+    with pytest.raises(UserError, match="log.jsonl: No space left on device"):
+        log.write(1, {"loss": 1.0})
+
+
+class Recorder:
+    """Stands for the writer of an optional service."""
+
+    def __init__(self, *arguments, **options):
+        self.arguments, self.options, self.calls = arguments, options, []
+
+    def __getattr__(self, name):
+        return lambda *arguments, **options: self.calls.append((name, arguments, options))
+
+
+def config(**output):
+    return replace(RunConfig(), output=OutputConfig(**output))
+
+
+def test_tensorboard_gets_the_numbers(tmp_path, monkeypatch):
+    module = SimpleNamespace(SummaryWriter=Recorder)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    _, board = open_sinks(tmp_path, config(tensorboard=True), 0)
+    board.write(7, {"loss": 0.5, "split": "validation"})
+    board.close()
+    assert board._writer.arguments == (str(tmp_path / "tensorboard"),)
+    assert board._writer.calls == [("add_scalar", ("loss", 0.5, 7), {}), ("close", (), {})]
+
+
+def test_wandb_gets_the_numbers_under_the_name_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=Recorder))
+    _, service = open_sinks(tmp_path / "digits", config(wandb=True), 0)
+    service.write(7, {"loss": 0.5, "split": "validation"})
+    service.close()
+    assert service._run.options["name"] == "digits"
+    assert service._run.options["config"]["train"]["lr"] == 1e-3
+    assert service._run.calls == [("log", ({"loss": 0.5},), {"step": 7}), ("finish", (), {})]
+
+
+NUMBERS = {"loss": 0.5, "ce": 3.0, "mse": 0.25, "images_per_second": 123.4, "lr": 1e-3}
+
+
+def test_plain_lines_where_there_is_no_terminal(capsys):
+    with Display(0, 10) as display:
+        display.show(1, NUMBERS)
+        display.line(5, NUMBERS)
+        assert not display.due()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "step 5/10  loss 0.5000  CE 3.000  MSE 0.2500  123 images/s\n"
+
+
+def test_bar_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "160")
+    with Display(0, 10) as display:
+        assert display.due()
+        display.show(4, {**NUMBERS, "ce": None})
+        display.line(4, NUMBERS)
+        assert not display.due()
+    err = capsys.readouterr().err
+    assert "loss 0.5000  MSE 0.2500  123 images/s" in err and "ETA" in err
+    assert "step 4/10" not in err
