@@ -15,7 +15,7 @@ from cdm_fast.ops import philox
 
 _DROPOUT = tl.constexpr(int(philox.Stream.DROPOUT))
 
-_TILE = 1024
+_TILE = 512  # elements: with ten sums per element, more would spill
 _LINE_BYTES = 128  # what neighbouring channels should fill, when channels-last
 
 
@@ -36,7 +36,7 @@ def group_norm_silu_forward(
     """Fills y, mean and rstd. Images are dense, all in one layout; parameters as in the C++ op."""
     grid, sizes = _geometry(x, weight, num_groups, channels_last)
     inputs = x, weight, bias, _pointer(seed, x)
-    _forward_kernel[grid](*inputs, y, mean, rstd, eps, **sizes, silu=silu, dropout=dropout)
+    _forward_kernel[grid](*inputs, y, mean, rstd, eps, **sizes, silu=silu, **_dropout(dropout))
 
 
 def group_norm_silu_vjp(
@@ -58,7 +58,7 @@ def group_norm_silu_vjp(
     """Fills grad_x and, per image, grad_weight and grad_bias (B, C)."""
     grid, sizes = _geometry(x, weight, num_groups, channels_last)
     inputs = g, x, weight, bias, mean, rstd, _pointer(seed, x)
-    _vjp_kernel[grid](*inputs, grad_x, grad_weight, grad_bias, **sizes, silu=silu, dropout=dropout)
+    _vjp_kernel[grid](*inputs, grad_x, grad_weight, grad_bias, **sizes, silu=silu, **_dropout(dropout))
 
 
 def group_norm_silu_vjp_backward(
@@ -83,7 +83,7 @@ def group_norm_silu_vjp_backward(
     grid, sizes = _geometry(x, weight, num_groups, channels_last)
     inputs = v, g, x, weight, bias, mean, rstd, _pointer(seed, x)
     outputs = grad_g, grad_x, grad_weight, grad_bias
-    _vjp_backward_kernel[grid](*inputs, *outputs, **sizes, silu=silu, dropout=dropout)
+    _vjp_backward_kernel[grid](*inputs, *outputs, **sizes, silu=silu, **_dropout(dropout))
 
 
 def _geometry(
@@ -112,6 +112,11 @@ def _geometry(
     return (batch * triton.cdiv(num_groups, groups_tile),), sizes
 
 
+def _dropout(dropout: float) -> dict[str, float]:
+    """The compile-time constants of dropout; threshold 0 means none."""
+    return {"drop_threshold": int(dropout * 2**32), "keep_scale": 1 / (1 - dropout)}
+
+
 def _pointer(seed: Tensor | None, x: Tensor) -> Tensor:
     """A kernel without dropout is given any pointer; it does not read it."""
     return x if seed is None else seed
@@ -137,7 +142,8 @@ def _forward_kernel(
     channel_tile: tl.constexpr,
     pixel_tile: tl.constexpr,
     silu: tl.constexpr,
-    dropout: tl.constexpr,
+    drop_threshold: tl.constexpr,
+    keep_scale: tl.constexpr,
 ) -> None:
     image, group, channel, present = _place(channels, groups, groups_tile, channel_tile)
     base = image * channels * pixels + channel * channel_step
@@ -170,8 +176,8 @@ def _forward_kernel(
         y = weight * ((x - mean) * rstd) + bias
         if silu:
             y = y * tl.sigmoid(y)
-        if dropout > 0:
-            y = _dropped(y, seed_ptr, image, pixel, channel, pixels, channels, dropout)
+        if drop_threshold > 0:
+            y = _dropped(y, seed_ptr, image, pixel, channel, pixels, channels, drop_threshold, keep_scale)
         tl.store(y_ptr + base + pixel * pixel_step, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -197,7 +203,8 @@ def _vjp_kernel(
     channel_tile: tl.constexpr,
     pixel_tile: tl.constexpr,
     silu: tl.constexpr,
-    dropout: tl.constexpr,
+    drop_threshold: tl.constexpr,
+    keep_scale: tl.constexpr,
 ) -> None:
     image, group, channel, present = _place(channels, groups, groups_tile, channel_tile)
     base = image * channels * pixels + channel * channel_step
@@ -214,8 +221,8 @@ def _vjp_kernel(
         at = base + pixel * pixel_step
         xhat = (tl.load(x_ptr + at, mask=inside, other=0).to(compute) - mean) * rstd
         s1 = tl.load(g_ptr + at, mask=inside, other=0).to(compute)
-        if dropout > 0:
-            s1 = _dropped(s1, seed_ptr, image, pixel, channel, pixels, channels, dropout)
+        if drop_threshold > 0:
+            s1 = _dropped(s1, seed_ptr, image, pixel, channel, pixels, channels, drop_threshold, keep_scale)
         if silu:
             s1 = s1 * _silu_first(weight * xhat + bias)
         sum_s1 += s1
@@ -233,8 +240,8 @@ def _vjp_kernel(
         at = base + pixel * pixel_step
         xhat = (tl.load(x_ptr + at, mask=inside, other=0).to(compute) - mean) * rstd
         p = weight * tl.load(g_ptr + at, mask=inside, other=0).to(compute)
-        if dropout > 0:
-            p = _dropped(p, seed_ptr, image, pixel, channel, pixels, channels, dropout)
+        if drop_threshold > 0:
+            p = _dropped(p, seed_ptr, image, pixel, channel, pixels, channels, drop_threshold, keep_scale)
         if silu:
             p = p * _silu_first(weight * xhat + bias)
         grad_x = rstd * (p - mean_p - xhat * mean_px)
@@ -265,7 +272,8 @@ def _vjp_backward_kernel(
     channel_tile: tl.constexpr,
     pixel_tile: tl.constexpr,
     silu: tl.constexpr,
-    dropout: tl.constexpr,
+    drop_threshold: tl.constexpr,
+    keep_scale: tl.constexpr,
 ) -> None:
     image, group, channel, present = _place(channels, groups, groups_tile, channel_tile)
     base = image * channels * pixels + channel * channel_step
@@ -285,8 +293,8 @@ def _vjp_backward_kernel(
         xhat = (tl.load(x_ptr + at, mask=inside, other=0).to(compute) - mean) * rstd
         v = tl.load(v_ptr + at, mask=inside, other=0).to(compute)
         s1 = tl.load(g_ptr + at, mask=inside, other=0).to(compute)
-        if dropout > 0:
-            s1 = _dropped(s1, seed_ptr, image, pixel, channel, pixels, channels, dropout)
+        if drop_threshold > 0:
+            s1 = _dropped(s1, seed_ptr, image, pixel, channel, pixels, channels, drop_threshold, keep_scale)
         if silu:
             u = weight * xhat + bias
             s2 = s1 * _silu_second(u)
@@ -332,16 +340,18 @@ def _vjp_backward_kernel(
         g = tl.load(g_ptr + at, mask=inside, other=0).to(compute)
         grad_g = rstd * weight * (v - mean_v - xhat * mean_vx)
         grad_xhat = -rstd * v * mean_px
-        if dropout > 0:
-            g = _dropped(g, seed_ptr, image, pixel, channel, pixels, channels, dropout)
+        if drop_threshold > 0:
+            g = _dropped(g, seed_ptr, image, pixel, channel, pixels, channels, drop_threshold, keep_scale)
         if silu:
             u = weight * xhat + bias
             grad_xhat += grad_g * weight * g * _silu_second(u)
             g = g * _silu_first(u)
             grad_g = grad_g * _silu_first(u)
         grad_xhat -= rstd * weight * g * mean_vx
-        if dropout > 0:
-            grad_g = _dropped(grad_g, seed_ptr, image, pixel, channel, pixels, channels, dropout)
+        if drop_threshold > 0:
+            grad_g = _dropped(
+                grad_g, seed_ptr, image, pixel, channel, pixels, channels, drop_threshold, keep_scale
+            )
         grad_x = rstd * (grad_xhat - constant - xhat * slope)
         tl.store(grad_g_ptr + at, grad_g.to(grad_g_ptr.dtype.element_ty), mask=inside)
         tl.store(grad_x_ptr + at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
@@ -393,7 +403,8 @@ def _dropped(
     channel: tl.tensor,
     pixels: int,
     channels: int,
-    dropout: tl.constexpr,
+    drop_threshold: tl.constexpr,
+    keep_scale: tl.constexpr,
 ) -> tl.tensor:
     """value times the dropout mask: word i % 4 of block i / 4, i counted in channels-last order."""
     index = (image * pixels + pixel) * channels + channel
@@ -404,7 +415,5 @@ def _dropped(
     w0, w1, w2, w3 = tl.philox(seed, block, block * 0 + _DROPOUT, block * 0 + low, block * 0 + high, 10)
     which = index % 4
     word = tl.where(which == 0, w0, tl.where(which == 1, w1, tl.where(which == 2, w2, w3)))
-    threshold: tl.constexpr = dropout * 2**32
-    scale: tl.constexpr = 1 / (1 - dropout)
-    kept = word >= tl.full((), threshold, tl.uint32)
-    return value * tl.where(kept, tl.full((), scale, value.dtype), tl.full((), 0, value.dtype))
+    kept = word >= tl.full((), drop_threshold, tl.uint32)
+    return value * tl.where(kept, tl.full((), keep_scale, value.dtype), tl.full((), 0, value.dtype))
