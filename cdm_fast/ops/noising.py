@@ -97,7 +97,7 @@ def noising(
         )
     compute = torch.promote_types(torch.float32 if x0.dtype == torch.uint8 else x0.dtype, torch.float32)
     wanted = dtype or (compute if x0.dtype == torch.uint8 else x0.dtype)
-    stored = wanted if wanted in _STORED[compute] else compute
+    stored = wanted if _stores(backend, compute, wanted) else compute
     noise = None if eps is None else eps.to(compute).contiguous()
     x_t, drawn, clean = overload("noising", backend)(
         x0.contiguous(),
@@ -114,11 +114,11 @@ def noising(
     return NoisingResult(x_t.to(wanted), drawn if eps is None else eps, returned_x0)
 
 
-# Dtypes that the kernels store x_t in, by the dtype of the arithmetic; others are converted afterwards.
-_STORED = {
-    torch.float32: (torch.float32, torch.bfloat16),
-    torch.float64: (torch.float64,),
-}
+def _stores(backend: str, compute: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether the kernels write x_t in this dtype; else it is converted afterwards."""
+    if compute == torch.float64:
+        return dtype == compute
+    return dtype in (compute, torch.bfloat16) or (dtype == torch.float16 and backend != "cpp")
 
 
 def _fake(
