@@ -62,7 +62,7 @@ class ScheduleConfig:
 class NetworkConfig:
     """The U-Net."""
 
-    base_channels: int = 64
+    base_channels: int = 32
     """Channels at full resolution; a multiple of 32."""
     multipliers: tuple[int, ...] = (1, 2)
     """Channels at each resolution, in units of the base; every further entry halves the image."""
@@ -82,7 +82,7 @@ class TrainConfig:
 
     objective: Objective = "cdm"
     """`cdm`: classify the noise level and denoise by its gradient; `ddm`: the plain denoising baseline."""
-    steps: int = 2000
+    steps: int = 1000
     """Optimizer steps in all."""
     batch_size: int = 128
     """Images per optimizer step."""
@@ -171,7 +171,7 @@ PRESETS: dict[str, RunConfig] = {
         data=DataConfig(source="data/fashion-mnist"),
         image=ImageShape(size=28, channels=1, num_grey_levels=256, num_classes=10),
         schedule=ScheduleConfig(T=500),
-        network=NetworkConfig(base_channels=32, multipliers=(1, 2, 2), attention_resolutions=(7,)),
+        network=NetworkConfig(multipliers=(1, 2, 2), attention_resolutions=(7,)),
         train=TrainConfig(steps=4000, batch_size=64, lr=5e-4, warmup=200),
         output=OutputConfig(draws=1),
     ),
@@ -218,6 +218,8 @@ def check(config: RunConfig) -> None:
             f"--accumulate {train.accumulate} does not divide --batch-size {train.batch_size};"
             " change one of them"
         )
+    if train.objective == "cdm" and train.ce_weight == train.mse_weight == 0:
+        raise UserError("--ce-weight and --mse-weight are both 0, so nothing is trained; raise one of them")
     if config.network.conditioning != "none" and config.image.num_classes is None:
         raise UserError(
             f"--conditioning {config.network.conditioning} needs labels, and {source} has none;"

@@ -66,6 +66,7 @@ def test_cifar10_preset_is_the_papers_network():
         (changed("train", ema_decay=1.0), "--ema-decay is 1.0"),
         (changed("train", seed=-1), "--seed is -1"),
         (changed("train", accumulate=3), "--accumulate 3 does not divide --batch-size 128"),
+        (changed("train", ce_weight=0.0, mse_weight=0.0), "both 0"),
         (changed("output", keep=0), "--keep is 0"),
         (changed("output", sampling_steps=201), "--sampling-steps is 201, more than the levels of --T 200"),
         (changed("output", sampler="euler_ot"), "--sampler euler_ot needs --schedule ot"),
