@@ -48,6 +48,7 @@ def build_model(config: RunConfig) -> CDM | DDM:
         "blocks_per_level": network.blocks_per_level,
         "attention_resolutions": network.attention_resolutions,
         "dropout": network.dropout,
+        "num_groups": network.num_groups,
         "num_classes": config.image.num_classes if network.conditioning == "embedding" else None,
     }
     if config.train.objective == "ddm":
@@ -76,4 +77,5 @@ def pick_precision(name: Precision, device: torch.device) -> Precision:
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
+    has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if has_bf16 else "fp32"

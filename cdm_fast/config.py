@@ -63,13 +63,15 @@ class NetworkConfig:
     """The U-Net."""
 
     base_channels: int = 32
-    """Channels at full resolution; a multiple of 32."""
+    """Channels at full resolution; a multiple of the number of groups."""
     multipliers: tuple[int, ...] = (1, 2)
     """Channels at each resolution, in units of the base; every further entry halves the image."""
     blocks_per_level: int = 2
     """Residual blocks per resolution on the way down; one more on the way up."""
     attention_resolutions: tuple[int, ...] = (4,)
     """Image sizes at which every block is followed by self-attention; the middle always has it."""
+    num_groups: int = 32
+    """Groups of every GroupNorm."""
     dropout: float = 0.1
     """Probability of dropping an activation inside a residual block."""
     conditioning: Literal["none", "embedding"] = "none"
@@ -166,13 +168,16 @@ class RunConfig:
 
 
 PRESETS: dict[str, RunConfig] = {
-    "digits": RunConfig(),
+    "digits": RunConfig(
+        network=NetworkConfig(num_groups=8, dropout=0.2),
+        train=TrainConfig(optimizer="adamw", lr=2e-3, weight_decay=0.05, ema_decay=0.995, ce_weight=0.01),
+    ),
     "fashion-mnist": RunConfig(
         data=DataConfig(source="data/fashion-mnist"),
         image=ImageShape(size=28, channels=1, num_grey_levels=256, num_classes=10),
         schedule=ScheduleConfig(T=500),
-        network=NetworkConfig(multipliers=(1, 2, 2), attention_resolutions=(7,)),
-        train=TrainConfig(steps=4000, batch_size=64, lr=5e-4, warmup=200),
+        network=NetworkConfig(multipliers=(1, 2, 2), attention_resolutions=(7,), num_groups=8),
+        train=TrainConfig(steps=4000, batch_size=64, lr=1e-3, warmup=200, ce_weight=0.01),
         output=OutputConfig(draws=1),
     ),
     "cifar10": RunConfig(
@@ -242,6 +247,7 @@ def _lower_bounds(config: RunConfig) -> list[tuple[str, int, int]]:
         ("image-size", config.image.size, 1),
         ("base-channels", network.base_channels, 1),
         ("blocks-per-level", network.blocks_per_level, 1),
+        ("num-groups", network.num_groups, 1),
         *(("multipliers", multiplier, 1) for multiplier in network.multipliers or (0,)),
         ("steps", train.steps, 1),
         ("batch-size", train.batch_size, 1),

@@ -146,7 +146,7 @@ def evaluate(
 
 @torch.no_grad()
 def ratio_check(
-    model: CDM, data: ImageData, max_levels: int = 256, num_images: int = 256, seed: int = 0
+    model: CDM, data: ImageData, max_levels: int = 256, num_images: int = 128, seed: int = 0
 ) -> RatioCheck:
     """Mean ratio of neighbouring levels' densities on noised images of `data`; see `RatioCheck`.
 
