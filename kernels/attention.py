@@ -6,9 +6,8 @@ No N x N matrix reaches memory: a program holds one tile of it at a time and rec
 `lse`. A head may be wider than what fits beside a tile (D = 256, 512): inner products over D are summed chunk
 by chunk, and the channels of a result are split over programs.
 
-Tiles: `p` probabilities; `grad_x` the gradient of x in the VJP; `x_dot` the tangent of x along (u_q, u_k,
-u_v).
-The equations are in `cdm_fast/ops/attention.py`.
+Tiles are named as in the equations of `cdm_fast/ops/attention.py`: `p` probabilities, `grad_x` the gradient
+of x in the VJP, `x_dot` the tangent of x along (u_q, u_k, u_v).
 """
 
 from __future__ import annotations
