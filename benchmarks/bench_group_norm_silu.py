@@ -1,0 +1,72 @@
+"""group_norm_silu against F.group_norm + F.silu and autograd, at the shapes of the 33.4 M network.
+
+Timed: y, the adjoint <g, y> -> grad_x, and the gradients of both with respect to g, x, weight and bias. All
+parameters are fp32 for the op and of the images' dtype for PyTorch, as autocast would have them.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cdm_fast.ops import group_norm_silu, group_norm_silu_vjp
+
+GROUPS, EPS = 32, 1e-6
+SHAPES = [
+    (8, 128, 32, 32),
+    (8, 384, 32, 32),
+    (8, 256, 16, 16),
+    (8, 512, 16, 16),
+    (8, 256, 8, 8),
+    (8, 256, 4, 4),
+]
+LAYOUTS = {"nchw": torch.contiguous_format, "channels-last": torch.channels_last}
+# Both sides round to the dtype at different places: this is a check of the answer, the op's tests are exact.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+
+def _fused(x, weight, bias, g, grad_y, v):
+    y, mean, rstd = group_norm_silu(x, weight, bias, GROUPS, EPS)
+    grad_x = group_norm_silu_vjp(g, x, weight, bias, mean, rstd, GROUPS)
+    return y, grad_x, *torch.autograd.grad((y, grad_x), (g, x, weight, bias), (grad_y, v))
+
+
+def _plain(x, weight, bias, g, grad_y, v):
+    y = F.silu(F.group_norm(x, GROUPS, weight, bias, EPS))
+    (grad_x,) = torch.autograd.grad(y, x, g, create_graph=True)
+    return y, grad_x, *torch.autograd.grad((y, grad_x), (g, x, weight, bias), (grad_y, v))
+
+
+def _check(dtype):
+    def check(got, expected):
+        for ours, theirs in zip(got, expected, strict=True):
+            difference = (ours.double() - theirs.double()).norm() / theirs.double().norm()
+            assert difference < TOLERANCE[dtype], float(difference)
+
+    return check
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def test_group_norm_silu(benchmark, compare, device, small, shape, dtype, layout):
+    if small:
+        shape = (2, *shape[1:])
+    torch.manual_seed(0)
+    images = [
+        torch.randn(shape).to(device, dtype, memory_format=LAYOUTS[layout]).requires_grad_() for _ in range(4)
+    ]
+    x, g, grad_y, v = images
+    weight, bias = (
+        (1 + 0.1 * torch.randn(shape[1], device=device)),
+        0.1 * torch.randn(shape[1], device=device),
+    )
+    ours = [parameter.detach().requires_grad_() for parameter in (weight, bias)]
+    theirs = [parameter.detach().to(dtype).requires_grad_() for parameter in (weight, bias)]
+    cotangents = g, grad_y.detach(), v.detach()
+    compare(
+        benchmark,
+        lambda: _fused(x, *ours, *cotangents),
+        lambda: _plain(x, *theirs, *cotangents),
+        _check(dtype),
+    )
+    benchmark.extra_info.update(shape=list(shape), dtype=str(dtype), layout=layout)

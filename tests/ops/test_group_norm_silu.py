@@ -1,0 +1,386 @@
+"""group_norm_silu: against PyTorch, fp64 and double backward; every backend; dropout's mask; bad input."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+
+from cdm_fast.ops import _backend, group_norm_silu, group_norm_silu_vjp, use_backend
+from cdm_fast.ops.group_norm_silu import dropout_mask
+from cdm_fast.ops.philox import Stream, philox_words
+
+EPS = 1e-5
+SEED = torch.tensor([2024, 7])
+# (B, C, *spatial), groups
+CASES = {
+    "odd": ((2, 6, 3, 5), 2),
+    "one-group": ((1, 30, 7, 9), 1),
+    "aligned": ((2, 64, 4, 4), 32),
+    "group-of-12": ((1, 36, 6, 7), 3),
+    "tokens": ((2, 8, 11), 4),
+    "vectors": ((3, 24), 2),
+}
+LARGE_CASES = {"network": ((2, 128, 16, 16), 32), "long": ((1, 4, 70, 33), 1), "wide": ((1, 384, 9, 9), 32)}
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+NAMES = ("y", "mean", "rstd", "y/x", "y/weight", "y/bias", "vjp", "vjp/g", "vjp/x", "vjp/weight", "vjp/bias")
+
+
+def _inputs(shape, dtype, channels_last=False, per_image=False):
+    """x, g, v, grad_y and weight, bias; x is far from centred, which loses digits in careless statistics."""
+    images = [torch.randn(shape, dtype=torch.float64) for _ in range(4)]
+    images[0] = 3 * images[0] + 5
+    if channels_last:
+        images = [image.movedim(1, -1).contiguous().movedim(-1, 1) for image in images]
+    parameters = [torch.randn(shape[:2] if per_image else shape[1], dtype=torch.float64) for _ in range(2)]
+    return [tensor.to(dtype) for tensor in images + parameters]
+
+
+def _all_quantities(inputs, groups, **options):
+    """The op, its VJP, and the gradients of both, in the order of NAMES."""
+    x, g, v, grad_y, weight, bias = inputs
+    x, g, weight, bias = (tensor.detach().requires_grad_() for tensor in (x, g, weight, bias))
+    y, mean, rstd = group_norm_silu(x, weight, bias, groups, EPS, **options)
+    of_y = torch.autograd.grad(y, (x, weight, bias), grad_y)
+    vjp = group_norm_silu_vjp(g, x, weight, bias, mean, rstd, groups, **options)
+    of_vjp = torch.autograd.grad(vjp, (g, x, weight, bias), v, materialize_grads=True)
+    return [tensor.detach() for tensor in (y, mean, rstd, *of_y, vjp, *of_vjp)]
+
+
+def _assert_accurate(got, plain, truth, assert_kernel_accurate):
+    for name, ours, theirs, exact in zip(NAMES, got, plain, truth, strict=True):
+        if ours.dtype == torch.float64:
+            torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+        else:
+            assert_kernel_accurate(ours, theirs, exact, name)
+
+
+def _check(backend, inputs, groups, assert_kernel_accurate, **options):
+    with use_backend(backend):
+        got = _all_quantities(inputs, groups, **options)
+    with use_backend("reference"):
+        plain = _all_quantities(inputs, groups, **options)
+        truth = _all_quantities([tensor.double() for tensor in inputs], groups, **options)
+    _assert_accurate(got, plain, truth, assert_kernel_accurate)
+    return got
+
+
+@pytest.mark.parametrize("silu", [True, False], ids=["silu", "plain"])
+@pytest.mark.parametrize(("shape", "groups"), CASES.values(), ids=CASES.keys())
+def test_reference_is_group_norm_then_silu(shape, groups, silu):
+    x, g, v, _, weight, bias = _inputs(shape, torch.float64)
+    x, g, weight, bias = (tensor.requires_grad_() for tensor in (x, g, weight, bias))
+    expected = F.group_norm(x, groups, weight, bias, EPS)
+    expected = F.silu(expected) if silu else expected
+    (expected_vjp,) = torch.autograd.grad(expected, x, g, create_graph=True)
+    with use_backend("reference"):
+        y, mean, rstd = group_norm_silu(x, weight, bias, groups, EPS, silu=silu)
+        vjp = group_norm_silu_vjp(g, x, weight, bias, mean, rstd, groups, silu=silu)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(vjp, expected_vjp)
+    leaves = (g, x, weight, bias)
+    of_vjp = torch.autograd.grad(vjp, leaves, v, materialize_grads=True)
+    of_expected = torch.autograd.grad(expected_vjp, leaves, v, materialize_grads=True)
+    for ours, theirs in zip(of_vjp, of_expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["keep", "drop"])
+@pytest.mark.parametrize("silu", [True, False], ids=["silu", "plain"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize(("shape", "groups"), CASES.values(), ids=CASES.keys())
+def test_cpp(
+    needs_cpp, poison_empty, assert_kernel_accurate, shape, groups, dtype, channels_last, silu, dropout
+):
+    inputs = _inputs(shape, dtype, channels_last, per_image=silu and len(shape) == 4)
+    _check("cpp", inputs, groups, assert_kernel_accurate, silu=silu, dropout=dropout, seed=SEED)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize(("shape", "groups"), LARGE_CASES.values(), ids=LARGE_CASES.keys())
+def test_cpp_where_work_is_divided(
+    needs_cpp, poison_empty, assert_kernel_accurate, shape, groups, dtype, channels_last
+):
+    _check(
+        "cpp", _inputs(shape, dtype, channels_last), groups, assert_kernel_accurate, dropout=0.1, seed=SEED
+    )
+
+
+@pytest.mark.parametrize("capability", ["baseline", "avx2"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_cpp_on_lesser_processors(needs_cpp, assert_kernel_accurate, capability, dtype):
+    from cdm_fast import _C
+
+    best = _C.cpu_capability()
+    _C.limit_cpu_capability(capability)
+    try:
+        for channels_last in (False, True):
+            inputs = _inputs((2, 24, 5, 7), dtype, channels_last)
+            _check("cpp", inputs, 4, assert_kernel_accurate, dropout=0.3, seed=SEED)
+    finally:
+        _C.limit_cpu_capability(best)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("options", [{}, {"silu": False}, {"dropout": 0.3, "seed": SEED}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=DTYPES.keys())
+def test_triton_interpreted(
+    needs_triton, poison_empty, dtype, options, channels_last, relative_error, tolerance
+):
+    # The interpreter rounds towards zero when it stores bf16: the accuracy rule of kernels is not for it.
+    inputs = _inputs((1, 12, 5, 7), dtype, channels_last, per_image=True)
+    with use_backend("triton"):
+        got = _all_quantities(inputs, 4, **options)
+    with use_backend("reference"):
+        truth = _all_quantities([tensor.double() for tensor in inputs], 4, **options)
+    for name, ours, exact in zip(NAMES, got, truth, strict=True):
+        assert relative_error(ours, exact) < tolerance[dtype], name
+
+
+def test_outputs_are_like_the_input_in_dtype_and_layout(backend):
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 8, 4, 6).to(torch.bfloat16).to(memory_format=memory_format)
+        weight, bias = torch.ones(8), torch.zeros(8)
+        y, mean, rstd = group_norm_silu(x, weight, bias, 2)
+        vjp = group_norm_silu_vjp(torch.randn_like(x), x, weight, bias, mean, rstd, 2)
+        for result in (y, vjp):
+            assert result.dtype == torch.bfloat16
+            assert result.is_contiguous(memory_format=memory_format)
+        assert mean.shape == rstd.shape == (2, 2)
+        assert mean.dtype == rstd.dtype == torch.float32
+
+
+def test_strided_inputs_and_mixed_layouts_give_the_same(backend):
+    x, g, _, _, weight, bias = _inputs((2, 6, 4, 10), torch.float64)
+    y, mean, rstd = group_norm_silu(x, weight, bias, 3)
+    vjp = group_norm_silu_vjp(g, x, weight, bias, mean, rstd, 3)
+    strided = torch.stack((x, x), -1)[..., 0]
+    g_last = g.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(group_norm_silu(strided, weight, bias, 3)[0], y)
+    torch.testing.assert_close(group_norm_silu_vjp(g_last, strided, weight, bias, mean, rstd, 3), vjp)
+
+
+def test_one_weight_per_channel_and_one_bias_per_image(backend):
+    x, g, _, _, weight, _ = _inputs((2, 6, 3, 3), torch.float64)
+    bias = torch.randn(2, 6, dtype=torch.float64).requires_grad_()
+    weight.requires_grad_()
+    both = [tensor.detach().expand(2, 6).requires_grad_() for tensor in (weight, bias)]
+    y = group_norm_silu(x, weight, bias, 3)[0]
+    expected = group_norm_silu(x, *both, 3)[0]
+    torch.testing.assert_close(y, expected)
+    grads = torch.autograd.grad(y, (weight, bias), g)
+    grads_of_both = torch.autograd.grad(expected, both, g)
+    torch.testing.assert_close(grads[0], grads_of_both[0].sum(0))
+    torch.testing.assert_close(grads[1], grads_of_both[1])
+
+
+def test_gradcheck_of_the_op_and_of_its_vjp(needs_cpp):
+    x, g, _, _, weight, bias = _inputs((2, 4, 3, 2), torch.float64)
+    leaves = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+
+    def vjp(g, x, weight, bias):
+        _, mean, rstd = group_norm_silu(x, weight, bias, 2, dropout=0.2, seed=SEED)
+        return group_norm_silu_vjp(g, x, weight, bias, mean, rstd, 2, dropout=0.2, seed=SEED)
+
+    with use_backend("cpp"):
+        assert gradcheck(lambda *tensors: group_norm_silu(*tensors, 2)[0], leaves)
+        assert gradcheck(vjp, (g.requires_grad_(), *leaves))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    groups=st.integers(1, 5),
+    group_channels=st.integers(1, 9),
+    height=st.integers(1, 9),
+    width=st.integers(2, 20),
+    channels_last=st.booleans(),
+)
+def test_any_shape(
+    needs_cpp, relative_error, tolerance, batch, groups, group_channels, height, width, channels_last
+):
+    # In a group of two, xhat is 1 and -1 whatever x is: every gradient is rounding error and has no accuracy.
+    assume(group_channels * height * width >= 16)
+    inputs = _inputs((batch, groups * group_channels, height, width), torch.float32, channels_last)
+    with use_backend("cpp"):
+        got = _all_quantities(inputs, groups)
+    with use_backend("reference"):
+        truth = _all_quantities([tensor.double() for tensor in inputs], groups)
+    for name, ours, exact in zip(NAMES, got, truth, strict=True):
+        assert relative_error(ours, exact) < tolerance[torch.float32], name
+
+
+def test_the_result_does_not_depend_on_the_number_of_threads(needs_cpp):
+    inputs = _inputs((3, 64, 16, 16), torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            with use_backend("cpp"):
+                results.append(_all_quantities(inputs, 32))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, three) for one, three in zip(*results, strict=True))
+
+
+def test_the_dropout_mask_is_philox_in_channels_last_order(backend):
+    x, _, _, _, weight, bias = _inputs((2, 8, 3, 3), torch.float32)
+    kept = group_norm_silu(x, weight, bias, 2, dropout=0.25, seed=SEED)[0]
+    whole = group_norm_silu(x, weight, bias, 2)[0]
+    words = philox_words(SEED, x.numel(), Stream.DROPOUT).reshape(2, 3, 3, 8).movedim(-1, 1)
+    expected = torch.where(words >= 2**30, whole / 0.75, 0)
+    torch.testing.assert_close(kept, expected)
+    torch.testing.assert_close(dropout_mask(x, 0.25, SEED), torch.where(words >= 2**30, 1 / 0.75, 0.0))
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.5])
+def test_dropout_keeps_the_share_it_should(dropout):
+    mask = dropout_mask(torch.empty(64, 64, 8, 8), dropout, SEED)
+    share = (mask != 0).double().mean()
+    assert abs(share - (1 - dropout)) < 5 * (dropout * (1 - dropout) / mask.numel()) ** 0.5
+
+
+def test_a_second_derivative_raises(needs_cpp):
+    x, g, v, grad_y, weight, bias = _inputs((2, 4, 3, 2), torch.float64)
+    x.requires_grad_()
+    with use_backend("cpp"):
+        y, mean, rstd = group_norm_silu(x, weight, bias, 2)
+        vjp = group_norm_silu_vjp(g, x, weight, bias, mean, rstd, 2)
+        for result, cotangent in ((y, grad_y), (vjp, v)):
+            (grad,) = torch.autograd.grad(result, x, cotangent, create_graph=True)
+            with pytest.raises(RuntimeError, match="autograd"):
+                grad.sum().backward()
+
+
+def test_statistics_carry_no_gradient(backend):
+    x = torch.randn(1, 4, 2, 2, requires_grad=True)
+    _, mean, rstd = group_norm_silu(x, torch.ones(4), torch.zeros(4), 2)
+    assert not mean.requires_grad and not rstd.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # NumPy, under Triton's interpreter
+def test_nan_and_huge_values(backend):
+    x = torch.randn(2, 4, 4, 5)
+    x[0, 0, 1, 1] = float("nan")
+    y = group_norm_silu(x, torch.ones(4), torch.zeros(4), 2)[0]
+    assert y[0, :2].isnan().all()
+    assert y[0, 2:].isfinite().all() and y[1].isfinite().all()
+    # u reaches +-1e30 times 2: silu is u above and 0 below, its derivative 1 and 0.
+    weight = torch.full((4,), 1e30)
+    y, mean, rstd = group_norm_silu(x[1:], weight, torch.zeros(4), 2)
+    u = F.group_norm(x[1:], 2, weight, None, 1e-6)
+    torch.testing.assert_close(y, u.clamp(min=0))
+    assert group_norm_silu_vjp(x[1:], x[1:], weight, weight, mean, rstd, 2).isfinite().all()
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_opcheck(needs_cpp, dynamic):
+    from cdm_fast.ops.group_norm_silu import _backward, _forward, _vjp, _vjp_backward
+
+    x, g, v, _, weight, bias = _inputs((2, 4, 3, 2), torch.float64)
+    _, mean, rstd = group_norm_silu(x, weight, bias, 2)
+    leaves = [tensor.requires_grad_() for tensor in (g, x, weight, bias)]
+    g, x, weight, bias = leaves
+    options = (SEED, 2, True, 0.2, "cpp")
+    utilities = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if dynamic:
+        utilities = ["test_aot_dispatch_dynamic"]
+    forward = (x, weight, bias, SEED, 2, EPS, True, 0.2, "cpp")
+    torch.library.opcheck(_forward, forward, test_utils=utilities)
+    torch.library.opcheck(_vjp, (*leaves, mean, rstd, *options), test_utils=utilities)
+    if not dynamic:
+        detached = [tensor.detach() for tensor in leaves]
+        torch.library.opcheck(_backward, (*detached, mean, rstd, *options), test_utils=utilities)
+        torch.library.opcheck(_vjp_backward, (v, *detached, mean, rstd, *options), test_utils=utilities)
+
+
+def test_compiles_as_one_graph(needs_cpp):
+    x, g, _, _, weight, bias = _inputs((2, 8, 3, 3), torch.float32)
+
+    def adjoint(x, g, weight, bias):
+        y, mean, rstd = group_norm_silu(x, weight, bias, 2)
+        return y, group_norm_silu_vjp(g, x, weight, bias, mean, rstd, 2)
+
+    with use_backend("cpp"):
+        compiled = torch.compile(adjoint, fullgraph=True, backend="aot_eager")
+        for ours, expected in zip(compiled(x, g, weight, bias), adjoint(x, g, weight, bias), strict=True):
+            torch.testing.assert_close(ours, expected)
+
+
+def test_the_reference_works_under_functional_transforms():
+    x, g, _, _, weight, bias = _inputs((2, 4, 3, 2), torch.float64)
+    with use_backend("reference"):
+        y, mean, rstd = group_norm_silu(x, weight, bias, 2)
+        expected = group_norm_silu_vjp(g, x, weight, bias, mean, rstd, 2)
+        grad = torch.func.grad(lambda x: (g * group_norm_silu(x, weight, bias, 2)[0]).sum())(x)
+    torch.testing.assert_close(grad, expected)
+
+
+BAD_INPUT = {
+    "integer-x": ({"x": torch.ones(2, 4, 3, dtype=torch.int64)}, TypeError, "x: expected a floating-point"),
+    "one-dimension": ({"x": torch.ones(4)}, ValueError, "x: expected a non-empty"),
+    "empty-batch": ({"x": torch.ones(0, 4, 3)}, ValueError, "x: expected a non-empty"),
+    "groups": ({"num_groups": 3}, ValueError, "num_groups: expected a divisor of x's 4 channels, got 3"),
+    "no-groups": ({"num_groups": 0}, ValueError, "num_groups: expected a divisor"),
+    "weight-shape": ({"weight": torch.ones(5)}, ValueError, r"weight: expected shape \(4,\) or \(2, 4\)"),
+    "bias-dtype": ({"bias": torch.ones(4, dtype=torch.int32)}, TypeError, "bias: expected a floating-point"),
+    "weight-device": (
+        {"weight": torch.ones(4, device="meta")},
+        ValueError,
+        "weight: expected it on x's device",
+    ),
+    "dropout-one": ({"dropout": 1.0, "seed": SEED}, ValueError, r"dropout: .* in \[0, 1\), got 1.0"),
+    "no-seed": ({"dropout": 0.5}, ValueError, "seed: dropout > 0 needs"),
+    "seed-shape": ({"dropout": 0.5, "seed": SEED[:1]}, ValueError, "seed: expected shape"),
+    "seed-dtype": ({"dropout": 0.5, "seed": SEED.int()}, TypeError, "seed: expected an int64"),
+}
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_INPUT.values(), ids=BAD_INPUT.keys())
+def test_bad_input(backend, change, error, message):
+    arguments = {"x": torch.randn(2, 4, 3), "weight": torch.ones(4), "bias": torch.zeros(4), "num_groups": 2}
+    with pytest.raises(error, match=message):
+        group_norm_silu(**(arguments | change))
+
+
+BAD_COTANGENT = {
+    "g-shape": ({"g": torch.randn(2, 4, 4)}, "g: expected a tensor like x"),
+    "g-dtype": ({"g": torch.randn(2, 4, 3, dtype=torch.float64)}, "g: expected a tensor like x"),
+    "mean-shape": ({"mean": torch.zeros(2, 4)}, r"mean: expected \(2, 2\)"),
+    "rstd-dtype": ({"rstd": torch.ones(2, 2, dtype=torch.bfloat16)}, "rstd: expected .*float32"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_COTANGENT.values(), ids=BAD_COTANGENT.keys())
+def test_bad_cotangent(backend, change, message):
+    arguments = {
+        "g": torch.randn(2, 4, 3),
+        "x": torch.randn(2, 4, 3),
+        "weight": torch.ones(4),
+        "bias": torch.zeros(4),
+        "mean": torch.zeros(2, 2),
+        "rstd": torch.ones(2, 2),
+        "num_groups": 2,
+    }
+    with pytest.raises(ValueError, match=message):
+        group_norm_silu_vjp(**(arguments | change))
+
+
+@pytest.fixture(scope="module")
+def needs_cpp():
+    _skip_without("cpp")
+
+
+@pytest.fixture(scope="module")
+def needs_triton():
+    _skip_without("triton")
+
+
+def _skip_without(name):
+    reason = _backend.missing(name)
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")

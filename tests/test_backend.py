@@ -1,0 +1,158 @@
+"""Backends: what is chosen, what a name demands, and that the choice is undone."""
+
+import pytest
+import torch
+
+from cdm_fast.ops import _backend, set_backend, use_backend
+
+CPU_FLOAT = torch.empty(1)
+CPU_HALF = torch.empty(1, dtype=torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def _restore():
+    before = _backend.selected_backend()
+    yield
+    set_backend(before)
+
+
+@pytest.fixture
+def no_extension(monkeypatch):
+    """As if cdm_fast._C had not been built."""
+    monkeypatch.setattr(_backend, "_loaded", ImportError("No module named 'cdm_fast._C'"))
+
+
+def test_auto_takes_cpp_on_the_cpu():
+    if _backend.missing("cpp"):
+        pytest.skip("the extension is not built")
+    assert _backend.selected_backend() == "auto"
+    assert _backend.resolve("group_norm_silu", CPU_FLOAT) == "cpp"
+
+
+def test_auto_takes_the_reference_where_no_kernel_fits():
+    assert _backend.resolve("group_norm_silu", CPU_HALF) == "reference"
+
+
+def test_auto_takes_the_reference_without_the_extension(no_extension):
+    assert _backend.resolve("group_norm_silu", CPU_FLOAT) == "reference"
+    assert _backend.cpu_capability() is None
+    assert _backend.build_info() is None
+
+
+def test_a_named_backend_that_is_missing_raises_and_says_how_to_get_it(no_extension):
+    with pytest.raises(RuntimeError, match="cannot run here: .*_C does not load.*pip install"):
+        set_backend("cpp")
+    assert _backend.selected_backend() == "auto"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_without_a_device_raises():
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run here"):
+        set_backend("cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_triton_without_a_device_needs_its_interpreter(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "TRITON_INTERPRET=1" in _backend.missing("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert _backend.missing("triton") is None
+    with use_backend("triton"):
+        assert _backend.resolve("group_norm_silu", CPU_FLOAT) == "triton"
+
+
+def test_triton_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(_backend, "find_spec", lambda name: None)
+    assert "pip install" in _backend.missing("triton")
+
+
+def test_a_named_backend_refuses_a_dtype_it_has_no_kernel_for():
+    if _backend.missing("cpp"):
+        pytest.skip("the extension is not built")
+    with use_backend("cpp"), pytest.raises(RuntimeError, match="group_norm_silu: .*'cpp'.*got torch.float16"):
+        _backend.resolve("group_norm_silu", CPU_HALF)
+
+
+def test_an_op_without_such_a_kernel_takes_what_auto_would(monkeypatch):
+    monkeypatch.setitem(_backend._coverage, "imagined", {})
+    monkeypatch.setattr(_backend, "missing", lambda backend: None)
+    with use_backend("cuda"):
+        assert _backend.resolve("imagined", CPU_FLOAT) == "reference"
+
+
+@pytest.mark.parametrize("name", ["", "cpu", "Reference", "numpy"])
+def test_an_unknown_name_raises(name):
+    with pytest.raises(ValueError, match="expected one of auto, reference, cpp, cuda, triton, got"):
+        set_backend(name)
+
+
+def test_use_backend_is_undone_also_after_an_error():
+    with pytest.raises(KeyError), use_backend("reference"):
+        assert _backend.resolve("group_norm_silu", CPU_FLOAT) == "reference"
+        raise KeyError
+    assert _backend.selected_backend() == "auto"
+
+
+def test_use_backend_nests():
+    with use_backend("reference"):
+        with use_backend("auto"):
+            assert _backend.selected_backend() == "auto"
+        assert _backend.selected_backend() == "reference"
+
+
+def test_describe_has_a_row_per_op_and_says_why(no_extension):
+    rows = [row for row in _backend.describe() if row.device == "cpu"]
+    assert {row.op for row in rows} >= {"group_norm_silu", "noising", "noise_level_ce", "denoise"}
+    assert all(row.backend == "reference" and row.reason for row in rows)
+    row = next(row for row in rows if row.op == "group_norm_silu")
+    assert "does not load" in row.reason
+
+
+def test_describe_names_the_instruction_set():
+    if _backend.missing("cpp"):
+        pytest.skip("the extension is not built")
+    row = next(row for row in _backend.describe() if (row.op, row.device) == ("group_norm_silu", "cpu"))
+    assert row.backend == "cpp" and _backend.cpu_capability() in row.reason
+
+
+@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
+def test_the_instruction_set_can_be_limited(name):
+    if _backend.missing("cpp"):
+        pytest.skip("the extension is not built")
+    from cdm_fast import _C
+
+    order = ["baseline", "avx2", "avx512"]
+    best = _C.cpu_capability()
+    try:
+        _C.limit_cpu_capability(name)
+        assert order.index(_C.cpu_capability()) == min(order.index(name), order.index(best))
+        with pytest.raises(ValueError, match="baseline, avx2 or avx512, got 'sse'"):
+            _C.limit_cpu_capability("sse")
+    finally:
+        _C.limit_cpu_capability(best)
+
+
+def test_a_compiled_function_follows_the_selected_backend(monkeypatch):
+    from cdm_fast.ops import group_norm_silu
+
+    if _backend.missing("cpp"):
+        pytest.skip("the extension is not built")
+    graphs = []
+
+    def collect(graph, _):
+        graphs.append(graph.print_readable(print_output=False))
+        return graph.forward
+
+    compiled = torch.compile(
+        lambda x: group_norm_silu(x, torch.ones(4), torch.zeros(4), 2)[0], fullgraph=True, backend=collect
+    )
+    x = torch.randn(1, 4, 2, 2)
+    results = []
+    for name in ("cpp", "reference", "cpp"):
+        with use_backend(name):
+            results.append(compiled(x))
+    assert len(graphs) == 2
+    assert "cdm_fast.group_norm_silu" in graphs[0] and "cdm_fast.group_norm_silu" not in graphs[1]
+    torch.testing.assert_close(results[0], results[1])
+    assert torch.equal(results[0], results[2])
