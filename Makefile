@@ -8,7 +8,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-NATIVE := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h)
+NATIVE := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.h)
 
 .PHONY: train test install lint types format bench wheel clean
 

@@ -140,6 +140,7 @@ def infer_config(
         multipliers=tuple(width // base_channels for width in widths),
         blocks_per_level=_count(state, r"down\.0\.block\.(\d+)\.", where),
         attention_resolutions=tuple(image_size >> i for i in attention),
+        num_groups=32,
         dropout=paper.network.dropout,
         conditioning="none" if classes is None else "embedding",
     )

@@ -37,61 +37,64 @@ __device__ __forceinline__ void narrow(float value, __nv_bfloat16* out) { *out =
 // Consecutive elements that move together: at most 16 bytes in one access.
 template <typename T, int count>
 struct alignas(sizeof(T) * count < 16 ? sizeof(T) * count : 16) Pack {
-  T at[count];
+    T at[count];
 };
 
 template <int count, typename T>
 __device__ __forceinline__ Pack<T, count> load_pack(const T* p) {
-  return *reinterpret_cast<const Pack<T, count>*>(p);
+    return *reinterpret_cast<const Pack<T, count>*>(p);
 }
 
 template <int count, typename T>
 __device__ __forceinline__ void store_pack(T* p, const Pack<T, count>& pack) {
-  *reinterpret_cast<Pack<T, count>*>(p) = pack;
+    *reinterpret_cast<Pack<T, count>*>(p) = pack;
 }
 
-// Sum over the threads of a block, in a fixed order; the result is right in thread 0. `shared` holds 32 floats.
+// Sum over the threads of a block, in a fixed order; the result is right in thread 0. `shared` holds 32
+// floats.
 __device__ __forceinline__ float block_sum(float value, float* shared) {
-  for (int lane = 16; lane > 0; lane /= 2) value += __shfl_down_sync(~0u, value, lane);
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
-  __syncthreads();
-  value = threadIdx.x < blockDim.x / 32 ? shared[threadIdx.x] : 0.0f;
-  if (threadIdx.x < 32)
     for (int lane = 16; lane > 0; lane /= 2) value += __shfl_down_sync(~0u, value, lane);
-  __syncthreads();
-  return value;
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
+    __syncthreads();
+    value = threadIdx.x < blockDim.x / 32 ? shared[threadIdx.x] : 0.0f;
+    if (threadIdx.x < 32)
+        for (int lane = 16; lane > 0; lane /= 2) value += __shfl_down_sync(~0u, value, lane);
+    __syncthreads();
+    return value;
 }
 
 // Whether 16-byte accesses may start at each of these pointers (null ones are not used).
 inline bool are_aligned(std::initializer_list<const void*> pointers) {
-  for (const void* pointer : pointers)
-    if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) return false;
-  return true;
+    for (const void* pointer : pointers)
+        if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) return false;
+    return true;
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The stream that PyTorch uses now on the tensor's device.
 inline cudaStream_t stream_of(const Tensor& tensor) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device(), &stream));
-  return static_cast<cudaStream_t>(stream);
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device(), &stream));
+    return static_cast<cudaStream_t>(stream);
 }
 
 inline void check_launch(const char* name) {
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
+    const cudaError_t error = cudaGetLastError();
+    if (error != cudaSuccess) throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
 }
 
 // Calls f(a value of the C++ type of `type`): fp32, bf16 or fp16.
 template <typename F>
 void with_float_type(ScalarType type, const F& f) {
-  switch (type) {
-    case ScalarType::BFloat16: return f(__nv_bfloat16());
-    case ScalarType::Half: return f(__half());
-    default: return f(float());
-  }
+    switch (type) {
+        case ScalarType::BFloat16:
+            return f(__nv_bfloat16());
+        case ScalarType::Half:
+            return f(__half());
+        default:
+            return f(float());
+    }
 }
 
 }  // namespace cdm

@@ -8,19 +8,19 @@ using namespace cdm;
 // e^x for x <= 0 (softmax terms): relative error below 2^-21, at least 1e-38; NaN stays NaN. Two operations
 // fewer than `exp`'s clamping, and a polynomial of degree 6 fitted on [-ln(2)/2, ln(2)/2] to 2e-9.
 CDM_INLINE VecF exp_falling(VecF x) {
-  const VecF lowest = broadcast<VecF>(-87.0f);
-  x = x < lowest ? lowest : x;
-  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  const VecF shifted = x * 1.44269504f + magic;
-  const VecF n = shifted - magic;
-  const VecF r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  VecF p = r * 0.0013976f + 0.0083345f;
-  p = p * r + 0.0416666f;
-  p = p * r + 0.1666667f;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  return bit_cast<VecF>(bit_cast<VecI>(p) + (bit_cast<VecI>(shifted) << 23));
+    const VecF lowest = broadcast<VecF>(-87.0f);
+    x = x < lowest ? lowest : x;
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+    const VecF shifted = x * 1.44269504f + magic;
+    const VecF n = shifted - magic;
+    const VecF r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+    VecF p = r * 0.0013976f + 0.0083345f;
+    p = p * r + 0.0416666f;
+    p = p * r + 0.1666667f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return bit_cast<VecF>(bit_cast<VecI>(p) + (bit_cast<VecI>(shifted) << 23));
 }
 CDM_INLINE VecD exp_falling(VecD x) { return exp(x); }
 
@@ -28,126 +28,131 @@ CDM_INLINE VecD exp_falling(VecD x) { return exp(x); }
 // 0 for those and `value` for the `fresh` last ones.
 template <class Vec>
 CDM_INLINE Vec keep_last(Vec value, int fresh) {
-  constexpr int lanes = int(sizeof(Vec) / sizeof(value[0]));
-  Vec kept{};
-  for (int lane = 0; lane < lanes; ++lane) kept[lane] = lane >= lanes - fresh ? value[lane] : 0;
-  return kept;
+    constexpr int lanes = int(sizeof(Vec) / sizeof(value[0]));
+    Vec kept{};
+    for (int lane = 0; lane < lanes; ++lane) kept[lane] = lane >= lanes - fresh ? value[lane] : 0;
+    return kept;
 }
 
 template <class T>
 static typename Math<T>::Scalar maximum_of(const T* z, int64_t size) {
-  using Vec = typename Math<T>::Vec;
-  using Scalar = typename Math<T>::Scalar;
-  constexpr int lanes = lanes_of<T>();
-  Scalar best = widen(z[0]);
-  if (size < lanes) {
-    for (int64_t i = 1; i < size; ++i) best = widen(z[i]) > best ? widen(z[i]) : best;
+    using Vec = typename Math<T>::Vec;
+    using Scalar = typename Math<T>::Scalar;
+    constexpr int lanes = lanes_of<T>();
+    Scalar best = widen(z[0]);
+    if (size < lanes) {
+        for (int64_t i = 1; i < size; ++i) best = widen(z[i]) > best ? widen(z[i]) : best;
+        return best;
+    }
+    Vec most = load(z + size - lanes);
+    for (int64_t i = 0; i + lanes <= size; i += lanes) {
+        const Vec v = load(z + i);
+        most = v > most ? v : most;
+    }
+    for (int lane = 0; lane < lanes; ++lane) best = most[lane] > best ? most[lane] : best;
     return best;
-  }
-  Vec most = load(z + size - lanes);
-  for (int64_t i = 0; i + lanes <= size; i += lanes) {
-    const Vec v = load(z + i);
-    most = v > most ? v : most;
-  }
-  for (int lane = 0; lane < lanes; ++lane) best = most[lane] > best ? most[lane] : best;
-  return best;
 }
 
 template <class T>
 static LogSum<typename Math<T>::Scalar> log_sum_of(const T* row, LogitRange range) {
-  using Vec = typename Math<T>::Vec;
-  using Scalar = typename Math<T>::Scalar;
-  constexpr int lanes = lanes_of<T>();
-  const T* z = row + range.begin;
-  const int64_t size = range.end - range.begin;
-  if (size == 1) return {widen(z[0]), Scalar(0)};
-  const Scalar maximum = maximum_of(z, size);
-  Vec sum{};
-  int64_t i = 0;
-  for (; i + lanes <= size; i += lanes) sum += exp_falling(load(z + i) - maximum);
-  const int rest = int(size - i);
-  if (rest > 0 && size >= lanes) sum += keep_last(exp_falling(load(z + size - lanes) - maximum), rest);
-  Scalar total = sum_lanes<T>(sum, lanes);
-  if (size < lanes) total = sum_lanes<T>(exp_falling(load_some(z, rest) - maximum), rest);
-  return {maximum, Scalar(__builtin_log(double(total)))};
+    using Vec = typename Math<T>::Vec;
+    using Scalar = typename Math<T>::Scalar;
+    constexpr int lanes = lanes_of<T>();
+    const T* z = row + range.begin;
+    const int64_t size = range.end - range.begin;
+    if (size == 1) return {widen(z[0]), Scalar(0)};
+    const Scalar maximum = maximum_of(z, size);
+    Vec sum{};
+    int64_t i = 0;
+    for (; i + lanes <= size; i += lanes) sum += exp_falling(load(z + i) - maximum);
+    const int rest = int(size - i);
+    if (rest > 0 && size >= lanes) sum += keep_last(exp_falling(load(z + size - lanes) - maximum), rest);
+    Scalar total = sum_lanes<T>(sum, lanes);
+    if (size < lanes) total = sum_lanes<T>(exp_falling(load_some(z, rest) - maximum), rest);
+    return {maximum, Scalar(__builtin_log(double(total)))};
 }
 
 template <class T>
 static void level_ce_forward(const LevelCEArguments& p, int64_t first, int64_t last) {
-  using Scalar = typename Math<T>::Scalar;
-  for (int64_t b = first; b < last; ++b) {
-    const T* z = static_cast<const T*>(p.logits) + b * p.num_logits;
-    Scalar* sums = static_cast<Scalar*>(p.sums) + 6 * b;
-    const LogitRange range = true_logits(p, p.level[b], p.label == nullptr ? -1 : p.label[b]);
-    const Scalar nan = Scalar(__builtin_nan(""));
-    LogSum<Scalar> all = log_sum_of(z, LogitRange{0, p.num_logits});
-    LogSum<Scalar> truth = {nan, nan};
-    if (range.end > range.begin) truth = log_sum_of(z, range);
-    else all = truth;
-    const LogSum<Scalar> noise = log_sum_of(z, noise_logits(p));
-    static_cast<Scalar*>(p.loss)[b] = log_quotient(all, truth);
-    static_cast<Scalar*>(p.log_ratio)[b] = log_quotient(truth, noise);
-    const Scalar row[6] = {all.maximum,     all.log_sum,   truth.maximum,
-                           truth.log_sum,   noise.maximum, noise.log_sum};
-    for (int i = 0; i < 6; ++i) sums[i] = row[i];
-  }
+    using Scalar = typename Math<T>::Scalar;
+    for (int64_t b = first; b < last; ++b) {
+        const T* z = static_cast<const T*>(p.logits) + b * p.num_logits;
+        Scalar* sums = static_cast<Scalar*>(p.sums) + 6 * b;
+        const LogitRange range = true_logits(p, p.level[b], p.label == nullptr ? -1 : p.label[b]);
+        const Scalar nan = Scalar(__builtin_nan(""));
+        LogSum<Scalar> all = log_sum_of(z, LogitRange{0, p.num_logits});
+        LogSum<Scalar> truth = {nan, nan};
+        if (range.end > range.begin)
+            truth = log_sum_of(z, range);
+        else
+            all = truth;
+        const LogSum<Scalar> noise = log_sum_of(z, noise_logits(p));
+        static_cast<Scalar*>(p.loss)[b] = log_quotient(all, truth);
+        static_cast<Scalar*>(p.log_ratio)[b] = log_quotient(truth, noise);
+        const Scalar row[6] = {all.maximum,   all.log_sum,   truth.maximum,
+                               truth.log_sum, noise.maximum, noise.log_sum};
+        for (int i = 0; i < 6; ++i) sums[i] = row[i];
+    }
 }
 
 // weight * softmax over some range
 template <class Scalar>
 struct Term {
-  Scalar weight;
-  LogSum<Scalar> sum;
+    Scalar weight;
+    LogSum<Scalar> sum;
 };
 
 template <class Vec, class Scalar>
 CDM_INLINE Vec sum_of_terms(Vec z, const Term<Scalar>* terms, int num_terms) {
-  Vec sum{};
-  for (int k = 0; k < num_terms; ++k)
-    sum += terms[k].weight * exp_falling((z - terms[k].sum.maximum) - terms[k].sum.log_sum);
-  return sum;
+    Vec sum{};
+    for (int k = 0; k < num_terms; ++k)
+        sum += terms[k].weight * exp_falling((z - terms[k].sum.maximum) - terms[k].sum.log_sum);
+    return sum;
 }
 
 // grad[j] = sum over terms of weight exp(z[j] - logsumexp), for j in a range.
 template <class T, int num_terms>
-static void store_terms(const T* row, T* row_grad, LogitRange range, const Term<typename Math<T>::Scalar>* terms) {
-  constexpr int lanes = lanes_of<T>();
-  const T* z = row + range.begin;
-  T* grad = row_grad + range.begin;
-  const int64_t size = range.end - range.begin;
-  if (size < lanes) {
-    const int rest = int(size);
-    store_some(grad, sum_of_terms(load_some(z, rest), terms, num_terms), rest);
-    return;
-  }
-  for (int64_t j = 0; j + lanes <= size; j += lanes)
-    store(grad + j, sum_of_terms(load(z + j), terms, num_terms));
-  store(grad + size - lanes, sum_of_terms(load(z + size - lanes), terms, num_terms));
+static void store_terms(const T* row, T* row_grad, LogitRange range,
+                        const Term<typename Math<T>::Scalar>* terms) {
+    constexpr int lanes = lanes_of<T>();
+    const T* z = row + range.begin;
+    T* grad = row_grad + range.begin;
+    const int64_t size = range.end - range.begin;
+    if (size < lanes) {
+        const int rest = int(size);
+        store_some(grad, sum_of_terms(load_some(z, rest), terms, num_terms), rest);
+        return;
+    }
+    for (int64_t j = 0; j + lanes <= size; j += lanes)
+        store(grad + j, sum_of_terms(load(z + j), terms, num_terms));
+    store(grad + size - lanes, sum_of_terms(load(z + size - lanes), terms, num_terms));
 }
 
 template <class T>
 static void level_ce_backward(const LevelCEArguments& p, int64_t first, int64_t last) {
-  using Scalar = typename Math<T>::Scalar;
-  for (int64_t b = first; b < last; ++b) {
-    const T* z = static_cast<const T*>(p.logits) + b * p.num_logits;
-    T* grad = static_cast<T*>(p.grad_logits) + b * p.num_logits;
-    const Scalar* sums = static_cast<const Scalar*>(p.sums) + 6 * b;
-    const Scalar g_loss = p.grad_loss == nullptr ? 0 : static_cast<const Scalar*>(p.grad_loss)[b];
-    const Scalar g_ratio = p.grad_log_ratio == nullptr ? 0 : static_cast<const Scalar*>(p.grad_log_ratio)[b];
-    const Term<Scalar> all{g_loss, {sums[0], sums[1]}};
-    const Term<Scalar> truth{g_ratio - g_loss, {sums[2], sums[3]}};
-    const Term<Scalar> noise{-g_ratio, {sums[4], sums[5]}};
-    const LogitRange range = true_logits(p, p.level[b], p.label == nullptr ? -1 : p.label[b]);
-    const LogitRange noise_range = noise_logits(p);
-    store_terms<T, 1>(z, grad, LogitRange{0, p.num_logits}, &all);
-    const Term<Scalar> at_truth[2] = {all, truth}, at_noise[2] = {all, noise}, at_both[3] = {all, truth, noise};
-    if (range.begin == noise_range.begin) {
-      store_terms<T, 3>(z, grad, range, at_both);
-    } else {
-      store_terms<T, 2>(z, grad, range, at_truth);
-      store_terms<T, 2>(z, grad, noise_range, at_noise);
+    using Scalar = typename Math<T>::Scalar;
+    for (int64_t b = first; b < last; ++b) {
+        const T* z = static_cast<const T*>(p.logits) + b * p.num_logits;
+        T* grad = static_cast<T*>(p.grad_logits) + b * p.num_logits;
+        const Scalar* sums = static_cast<const Scalar*>(p.sums) + 6 * b;
+        const Scalar g_loss = p.grad_loss == nullptr ? 0 : static_cast<const Scalar*>(p.grad_loss)[b];
+        const Scalar g_ratio =
+            p.grad_log_ratio == nullptr ? 0 : static_cast<const Scalar*>(p.grad_log_ratio)[b];
+        const Term<Scalar> all{g_loss, {sums[0], sums[1]}};
+        const Term<Scalar> truth{g_ratio - g_loss, {sums[2], sums[3]}};
+        const Term<Scalar> noise{-g_ratio, {sums[4], sums[5]}};
+        const LogitRange range = true_logits(p, p.level[b], p.label == nullptr ? -1 : p.label[b]);
+        const LogitRange noise_range = noise_logits(p);
+        store_terms<T, 1>(z, grad, LogitRange{0, p.num_logits}, &all);
+        const Term<Scalar> at_truth[2] = {all, truth}, at_noise[2] = {all, noise},
+                           at_both[3] = {all, truth, noise};
+        if (range.begin == noise_range.begin) {
+            store_terms<T, 3>(z, grad, range, at_both);
+        } else {
+            store_terms<T, 2>(z, grad, range, at_truth);
+            store_terms<T, 2>(z, grad, noise_range, at_noise);
+        }
     }
-  }
 }
 
 }  // namespace CDM_ISA

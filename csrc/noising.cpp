@@ -18,35 +18,39 @@ using cdm::Tensor;
 
 template <typename In, typename Out, typename Compute>
 void run(const cdm::NoisingArguments& arguments) {
-  constexpr int64_t chunk = isa_baseline::kChunk;
-  torch::stable::parallel_for(
-      0, (arguments.size + chunk - 1) / chunk, 16, [&](int64_t first, int64_t last) {
-        CDM_DISPATCH(noising_range<In, Out, Compute>(arguments, first, last));
-      });
+    constexpr int64_t chunk = isa_baseline::kChunk;
+    torch::stable::parallel_for(0, (arguments.size + chunk - 1) / chunk, 16,
+                                [&](int64_t first, int64_t last) {
+                                    CDM_DISPATCH(noising_range<In, Out, Compute>(arguments, first, last));
+                                });
 }
 
 template <typename In>
 void run_float(const cdm::NoisingArguments& arguments, ScalarType out) {
-  if (out == ScalarType::BFloat16)
-    run<In, cdm::bf16, float>(arguments);
-  else
-    run<In, float, float>(arguments);
+    if (out == ScalarType::BFloat16)
+        run<In, cdm::bf16, float>(arguments);
+    else
+        run<In, float, float>(arguments);
 }
 
 void launch(const cdm::NoisingArguments& arguments, ScalarType in, ScalarType out) {
-  switch (in) {
-    case ScalarType::Byte: return run_float<uint8_t>(arguments, out);
-    case ScalarType::BFloat16: return run_float<cdm::bf16>(arguments, out);
-    case ScalarType::Double: return run<double, double, double>(arguments);
-    default: return run_float<float>(arguments, out);
-  }
+    switch (in) {
+        case ScalarType::Byte:
+            return run_float<uint8_t>(arguments, out);
+        case ScalarType::BFloat16:
+            return run_float<cdm::bf16>(arguments, out);
+        case ScalarType::Double:
+            return run<double, double, double>(arguments);
+        default:
+            return run_float<float>(arguments, out);
+    }
 }
 
 std::tuple<Tensor, Tensor, Tensor> noising(const Tensor& x0, const Tensor& level, const Tensor& a,
                                            const Tensor& s, const std::optional<Tensor>& seed,
                                            const std::optional<Tensor>& eps, int64_t num_grey_levels,
                                            bool flip, ScalarType dtype) {
-  return cdm::noising_op(x0, level, a, s, seed, eps, num_grey_levels, flip, dtype, launch);
+    return cdm::noising_op(x0, level, a, s, seed, eps, num_grey_levels, flip, dtype, launch);
 }
 
 }  // namespace

@@ -7,32 +7,32 @@ namespace cdm {
 
 // A pixel of N grey levels in [-1, 1): 2 (u + U) / N - 1. scale = 2 / N.
 CDM_HD float dequantised(float pixel, float uniform, float scale) {
-  return strict_add(strict_mul(strict_add(pixel, uniform), scale), -1.0f);
+    return strict_add(strict_mul(strict_add(pixel, uniform), scale), -1.0f);
 }
 
 CDM_HD float noised(float a_t, float x0, float s_t, float eps) {
-  return strict_add(strict_mul(a_t, x0), strict_mul(s_t, eps));
+    return strict_add(strict_mul(a_t, x0), strict_mul(s_t, eps));
 }
 CDM_HD double noised(double a_t, double x0, double s_t, double eps) { return a_t * x0 + s_t * eps; }
 
-// One call: pointers to contiguous tensors, null where a thing is not asked for. "Compute" is float, or double
-// for double images.
+// One call: pointers to contiguous tensors, null where a thing is not asked for. "Compute" is float, or
+// double for double images.
 struct NoisingArguments {
-  const void* x0;          // (B, ...) unsigned char, float, bfloat16 or double
-  const int64_t* level;    // (B,)
-  const void* a;           // (L,) Compute
-  const void* s;           // (L,) Compute
-  const int64_t* seed;     // (2,)
-  const void* eps_given;   // (B, ...) Compute; null: drawn
-  void* x_t;               // (B, ...)
-  void* eps_drawn;         // (B, ...) Compute
-  void* x0_out;            // (B, ...) Compute
-  int64_t size;            // elements in all
-  int64_t image_size;      // elements of an image
-  int64_t row;             // elements of its last axis
-  int64_t num_levels;
-  float scale;             // 2 / grey levels; 0 for images that are not dequantised
-  bool flip;
+    const void* x0;         // (B, ...) unsigned char, float, bfloat16 or double
+    const int64_t* level;   // (B,)
+    const void* a;          // (L,) Compute
+    const void* s;          // (L,) Compute
+    const int64_t* seed;    // (2,)
+    const void* eps_given;  // (B, ...) Compute; null: drawn
+    void* x_t;              // (B, ...)
+    void* eps_drawn;        // (B, ...) Compute
+    void* x0_out;           // (B, ...) Compute
+    int64_t size;           // elements in all
+    int64_t image_size;     // elements of an image
+    int64_t row;            // elements of its last axis
+    int64_t num_levels;
+    float scale;  // 2 / grey levels; 0 for images that are not dequantised
+    bool flip;
 };
 
 }  // namespace cdm
