@@ -16,6 +16,9 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Programs that tests start as processes of their own; collecting doctests would import them.
+collect_ignore_glob = ["ops/compile_*.py"]
+
 # Relative error that two computations of the same quantity may show, per dtype of the computation: the one
 # table. An op's test asks `assert_kernel_accurate` first; this is for whole networks and end-to-end numbers.
 TOLERANCE: dict[torch.dtype, float] = {
