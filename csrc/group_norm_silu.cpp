@@ -1,17 +1,15 @@
 // `group_norm_silu` on the CPU: registration, and how a call is cut into work for the threads.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <numeric>
-#include <optional>
 
 #include "bf16.h"
 #include "dispatch.h"
 #include "group_norm_silu.h"
+#include "group_norm_silu_op.h"
 #include "philox.h"
 
 #define CDM_BODY "group_norm_silu_body.h"
@@ -56,7 +54,7 @@ char* thread_scratch(int64_t bytes) {
 }
 
 template <class T>
-void run(const GroupNormSilu& a) {
+void run_ranges(const GroupNormSilu& a) {
     const int64_t channels_per_group = a.channels / a.groups;
     constexpr int64_t kept_size = sizeof(typename isa_baseline::Math<T>::Scalar);
     const int64_t range_groups = groups_per_range(a, sizeof(T), kept_size);
@@ -77,78 +75,23 @@ void run(const GroupNormSilu& a) {
     });
 }
 
-void run_for_dtype(const GroupNormSilu& a, ScalarType dtype) {
-    switch (dtype) {
-        case ScalarType::Double:
-            return run<double>(a);
-        case ScalarType::Float:
-            return run<float>(a);
-        case ScalarType::BFloat16:
-            return run<cdm::bf16>(a);
-        default:
-            STD_TORCH_CHECK(false, "group_norm_silu: the CPU kernels take float64, float32 and bfloat16");
+struct Launch {
+    static void run(const GroupNormSilu& a, ScalarType dtype, const Tensor&) {
+        switch (dtype) {
+            case ScalarType::Double:
+                return run_ranges<double>(a);
+            case ScalarType::Float:
+                return run_ranges<float>(a);
+            case ScalarType::BFloat16:
+                return run_ranges<cdm::bf16>(a);
+            default:
+                STD_TORCH_CHECK(false, "group_norm_silu: the CPU kernels take float64, float32 and bfloat16");
+        }
     }
-}
-
-// Everything that the three entry points have in common.
-GroupNormSilu common(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
-                     const Tensor& rstd, const std::optional<Tensor>& seed, int64_t num_groups, bool silu,
-                     double dropout, bool channels_last) {
-    GroupNormSilu a = {};
-    a.x = x.data_ptr();
-    a.weight = weight.data_ptr();
-    a.bias = bias.data_ptr();
-    a.mean = mean.data_ptr();
-    a.rstd = rstd.data_ptr();
-    a.seed = dropout > 0 ? static_cast<const int64_t*>(seed->data_ptr()) : nullptr;
-    a.batch = x.size(0);
-    a.channels = x.size(1);
-    a.pixels = x.numel() / (a.batch * a.channels);
-    a.groups = num_groups;
-    a.parameter_stride = weight.dim() == 2 ? a.channels : 0;
-    a.drop_threshold = static_cast<uint32_t>(dropout * 4294967296.0);
-    a.keep_scale = 1 / (1 - dropout);
-    a.channels_last = channels_last;
-    a.silu = silu;
-    return a;
-}
-
-void forward(Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> seed, Tensor y, Tensor mean,
-             Tensor rstd, int64_t num_groups, double eps, bool silu, double dropout, bool channels_last) {
-    GroupNormSilu a = common(x, weight, bias, mean, rstd, seed, num_groups, silu, dropout, channels_last);
-    a.eps = eps;
-    a.out = y.data_ptr();
-    run_for_dtype(a, x.scalar_type());
-}
-
-void vjp(Tensor g, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, std::optional<Tensor> seed,
-         Tensor grad_x, Tensor grad_weight, Tensor grad_bias, int64_t num_groups, bool silu, double dropout,
-         bool channels_last) {
-    GroupNormSilu a = common(x, weight, bias, mean, rstd, seed, num_groups, silu, dropout, channels_last);
-    a.g = g.data_ptr();
-    a.out = grad_x.data_ptr();
-    a.grad_weight = grad_weight.data_ptr();
-    a.grad_bias = grad_bias.data_ptr();
-    run_for_dtype(a, x.scalar_type());
-}
-
-void vjp_backward(Tensor v, Tensor g, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd,
-                  std::optional<Tensor> seed, Tensor grad_g, Tensor grad_x, Tensor grad_weight,
-                  Tensor grad_bias, int64_t num_groups, bool silu, double dropout, bool channels_last) {
-    GroupNormSilu a = common(x, weight, bias, mean, rstd, seed, num_groups, silu, dropout, channels_last);
-    a.g = g.data_ptr();
-    a.v = v.data_ptr();
-    a.out = grad_x.data_ptr();
-    a.grad_g = grad_g.data_ptr();
-    a.grad_weight = grad_weight.data_ptr();
-    a.grad_bias = grad_bias.data_ptr();
-    run_for_dtype(a, x.scalar_type());
-}
+};
 
 }  // namespace
 
-// The outputs are given by the caller. Image tensors are dense, all in one layout; weight and bias are both
-// (C) or both (B, C), contiguous, in the dtype of the statistics.
 STABLE_TORCH_LIBRARY_FRAGMENT(cdm_fast_cpp, m) {
     m.def(
         "group_norm_silu_forward(Tensor x, Tensor weight, Tensor bias, Tensor? seed, Tensor(a!) y, "
@@ -164,8 +107,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cdm_fast_cpp, m) {
         "Tensor(d!) grad_bias, int num_groups, bool silu, float dropout, bool channels_last) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(cdm_fast_cpp, CPU, m) {
-    m.impl("group_norm_silu_forward", TORCH_BOX(&forward));
-    m.impl("group_norm_silu_vjp", TORCH_BOX(&vjp));
-    m.impl("group_norm_silu_vjp_backward", TORCH_BOX(&vjp_backward));
-}
+CDM_IMPLEMENT_GROUP_NORM_SILU(CPU, Launch)

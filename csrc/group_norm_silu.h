@@ -33,7 +33,7 @@ struct GroupNormSilu {
 // Groups of one image, as a range of channels.
 struct GroupRange {
     int64_t image, begin, end;
-    int64_t channels() const { return end - begin; }
+    constexpr int64_t channels() const { return end - begin; }
 };
 
 // Scratch memory of a range on the CPU: rows of per-channel numbers, which vectors read a little beyond.
