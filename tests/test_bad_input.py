@@ -205,7 +205,7 @@ def test_bad_data(tmp_path, make):
         (["--schedule", "sine"], ["'sine'", "'uniform'"]),
         (["--lr", "nan"], ["--lr is nan"]),
         (["--dropout", "1.5"], ["--dropout is 1.5"]),
-        (["--base-channels", "40"], ["40", "32"]),
+        (["--base-channels", "36", "--num-groups", "32"], ["base_channels 36", "num_groups 32"]),
         (["--attention-resolutions", "5"], ["--attention-resolutions 5"]),
         (["--sampling-steps", "100", "--T", "50"], ["--sampling-steps is 100", "--T 50"]),
         (["--batch-size", "10", "--accumulate", "3"], ["--accumulate 3"]),
@@ -217,8 +217,8 @@ def test_bad_data(tmp_path, make):
     ids=lambda value: " ".join(value) if value[0].startswith("--") else None,
 )
 def test_bad_training_flags(tmp_path, flags, told):
-    out = [] if "--resume" in flags else ["--out", tmp_path / "new"]
-    refused(tmp_path, ["train", *out, *flags], *told)
+    new = [] if "--resume" in flags else [*FLAGS, "--out", tmp_path / "new"]
+    refused(tmp_path, ["train", *new, *flags], *told)
 
 
 def test_unknown_command(tmp_path):

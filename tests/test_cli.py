@@ -7,7 +7,6 @@ import resource
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from PIL import Image
 from cdm_fast.cli import main, parse
 from cdm_fast.config import PRESETS
 from cdm_fast.data import load_data
-from tests.tiny_run import CLASSES, FLAGS, GREY_LEVELS, tiny_config, write_images
+from tests.tiny_run import CLASSES, FLAGS, GREY_LEVELS, with_settings, write_images
 
 COMMANDS = ("train", "sample", "nll", "denoise", "plot", "convert", "doctor")
 
@@ -89,9 +88,8 @@ def test_flags_override_the_preset():
     assert config.network.base_channels == PRESETS["cifar10"].network.base_channels
 
 
-def test_flags_describe_the_tiny_run():
-    config = parse(["train", "--data", "images.npz", *FLAGS]).config
-    assert config == replace(tiny_config("images.npz"), image=config.image)
+def test_every_kind_of_flag_arrives():
+    assert parse(["train", *FLAGS]).config == with_settings(PRESETS["digits"])
 
 
 def test_train_summary(trained):

@@ -202,9 +202,10 @@ def stop_after(monkeypatch, steps):
     monkeypatch.setattr(module.Stopper, "reason", reason)
 
 
-def resumable(images):
+def resumable(images, precision):
     """A run with everything that could break exactness: dropout, flips, classes, parts, mid-epoch stops."""
-    config = tiny_config(images, accumulate=2, clip_norm=0.5, optimizer="adamw", weight_decay=0.01)
+    settings = {"accumulate": 2, "clip_norm": 0.5, "optimizer": "adamw", "weight_decay": 0.01}
+    config = tiny_config(images, precision=precision, **settings)
     return replace(
         config,
         data=replace(config.data, flip=True),
@@ -213,9 +214,13 @@ def resumable(images):
     )
 
 
-@pytest.mark.parametrize("steps_before", [0, 1, 3, 5])
-def test_resumed_run_is_bitwise_the_uninterrupted_one(quick, tmp_path, images, monkeypatch, steps_before):
-    config = resumable(images)
+@pytest.mark.parametrize(
+    ("steps_before", "precision"), [(0, "fp32"), (1, "bf16"), (3, "fp32"), (5, "bf16"), (5, "fp32")]
+)
+def test_resumed_run_is_bitwise_the_uninterrupted_one(
+    quick, tmp_path, images, monkeypatch, steps_before, precision
+):
+    config = resumable(images, precision)
     train(config, tmp_path / "whole", device="cpu")
     with monkeypatch.context() as patched:
         stop_after(patched, steps_before)
@@ -376,6 +381,7 @@ def test_training_leaves_the_callers_random_numbers_alone(quick, tmp_path, confi
 
 
 def test_config_is_resolved_from_the_data(quick, tmp_path, config):
+    config = replace(config, train=replace(config.train, precision="auto"))
     train(
         replace(config, image=replace(config.image, size=4, num_classes=None)), tmp_path / "run", device="cpu"
     )

@@ -6,25 +6,50 @@ from typing import Any
 
 import numpy as np
 
-from cdm_fast.config import (
-    DataConfig,
-    ImageShape,
-    NetworkConfig,
-    OutputConfig,
-    RunConfig,
-    ScheduleConfig,
-    TrainConfig,
-)
+from cdm_fast.config import ImageShape, RunConfig
 
 GREY_LEVELS = 17
 CLASSES = 3
 
-# The same settings as flags, for the command line.
-FLAGS = (
-    "--T 8 --base-channels 32 --multipliers 1 --blocks-per-level 1 --attention-resolutions --steps 6 "
-    "--batch-size 8 --warmup 2 --log-every 2 --save-every 3 --sample-every 0 --evaluate-every 0 "
-    "--evaluate-images 8 --draws 2 --num-samples 4 --sampling-steps 4"
-).split()
+SETTINGS: dict[str, dict[str, Any]] = {
+    "schedule": {"T": 8},
+    "network": {
+        "base_channels": 32,
+        "multipliers": (1,),
+        "blocks_per_level": 1,
+        "attention_resolutions": (),
+    },
+    "train": {"steps": 6, "batch_size": 8, "warmup": 2, "precision": "fp32"},
+    "output": {
+        "log_every": 2,
+        "save_every": 3,
+        "sample_every": 0,
+        "evaluate_every": 0,
+        "evaluate_images": 8,
+        "draws": 2,
+        "num_samples": 4,
+        "sampling_steps": 4,
+    },
+}
+
+
+def with_settings(config: RunConfig) -> RunConfig:
+    """A config with `SETTINGS` in place of its own."""
+    sections = {name: replace(getattr(config, name), **values) for name, values in SETTINGS.items()}
+    return replace(config, **sections)
+
+
+def as_flags(settings: dict[str, dict[str, Any]]) -> list[str]:
+    """Settings as they are written on the command line."""
+    flags: list[str] = []
+    for values in settings.values():
+        for name, value in values.items():
+            words = value if isinstance(value, tuple) else (value,)
+            flags += [f"--{name.replace('_', '-')}", *map(str, words)]
+    return flags
+
+
+FLAGS = as_flags(SETTINGS)
 
 
 def write_images(path: Path, count: int = 48, **arrays: Any) -> Path:
@@ -45,23 +70,11 @@ def write_images(path: Path, count: int = 48, **arrays: Any) -> Path:
 
 
 def tiny_config(data: Path, **train: Any) -> RunConfig:
-    """The run of `FLAGS` on the images in `data`; `train` replaces fields of its TrainConfig."""
-    return RunConfig(
-        data=DataConfig(source=str(data)),
+    """The run of `SETTINGS` on the images in `data`; `train` replaces fields of its TrainConfig."""
+    config = with_settings(RunConfig())
+    return replace(
+        config,
+        data=replace(config.data, source=str(data)),
         image=ImageShape(8, 1, GREY_LEVELS, CLASSES),
-        schedule=ScheduleConfig(T=8),
-        network=NetworkConfig(
-            base_channels=32, multipliers=(1,), blocks_per_level=1, attention_resolutions=()
-        ),
-        train=replace(TrainConfig(steps=6, batch_size=8, warmup=2), **train),
-        output=OutputConfig(
-            log_every=2,
-            save_every=3,
-            sample_every=0,
-            evaluate_every=0,
-            evaluate_images=8,
-            draws=2,
-            num_samples=4,
-            sampling_steps=4,
-        ),
+        train=replace(config.train, **train),
     )
