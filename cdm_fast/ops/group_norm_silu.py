@@ -11,6 +11,8 @@ GroupNorm: Wu and He 2018, eq. 1-3; SiLU: u sigmoid(u). With p = g mask silu'(u)
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cdm_fast.ops._backend import Coverage, declare, kernels, resolve
+from cdm_fast.ops._registry import define, overload
 from cdm_fast.ops.philox import Stream, check_seed, philox_words
 
 declare(
@@ -55,7 +58,8 @@ def group_norm_silu(
         return group_norm_silu_reference(
             x, weight, bias, num_groups, eps, silu=silu, dropout=dropout, seed=seed
         )
-    return _forward(x, weight, bias, seed, num_groups, eps, silu, dropout, backend)
+    op = overload("group_norm_silu", backend)
+    return op(x, weight, bias, seed, num_groups, silu, dropout, eps)
 
 
 def group_norm_silu_vjp(
@@ -85,7 +89,8 @@ def group_norm_silu_vjp(
         return group_norm_silu_vjp_reference(
             g, x, weight, bias, mean, rstd, num_groups, silu=silu, dropout=dropout, seed=seed
         )
-    return _vjp(g, x, weight, bias, mean, rstd, seed, num_groups, silu, dropout, backend)
+    op = overload("group_norm_silu_vjp", backend)
+    return op(g, x, weight, bias, mean, rstd, seed, num_groups, silu, dropout)
 
 
 def group_norm_silu_reference(
@@ -221,32 +226,31 @@ def _check_cotangent(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, num_group
             raise ValueError(f"{name}: expected {shape} {dtype} on {x.device}, got {got}")
 
 
-# Registration. `_forward` and `_vjp` know their first derivative; the two ops that compute these know none,
-# so that a second differentiation raises. All take the backend by name: a derivative runs where its op ran.
+# Registration. The op and its VJP know their first derivative; the two ops that compute these know none, so
+# that a second differentiation raises. The kernels of all languages fill outputs that are allocated here.
 
 
-@torch.library.custom_op("cdm_fast::group_norm_silu", mutates_args=())
 def _forward(
+    backend: str,
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
     seed: Tensor | None,
     num_groups: int,
-    eps: float,
     silu: bool,
     dropout: float,
-    backend: str,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, channels_last = _dense(x)
     outputs = torch.empty_like(x), *_empty_pair(x, num_groups)
-    parameters = _parameters(weight, bias, x)
+    inputs = x, *_parameters(weight, bias, x), seed
     run = kernels("group_norm_silu", backend).group_norm_silu_forward
-    run(x, *parameters, seed, *outputs, num_groups, eps, silu, dropout, channels_last)
+    run(*inputs, *outputs, num_groups, eps, silu, dropout, channels_last)
     return outputs
 
 
-@torch.library.custom_op("cdm_fast::group_norm_silu_backward", mutates_args=())
-def _backward(
+def _vjp(
+    backend: str,
     g: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -257,34 +261,26 @@ def _backward(
     num_groups: int,
     silu: bool,
     dropout: float,
-    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of <g, y> with respect to x, weight and bias."""
-    grad_x, grad_weight, grad_bias = _run_vjp(
-        g, x, weight, bias, mean, rstd, seed, num_groups, silu, dropout, backend
-    )
+    """The VJP and, per image, the gradients of weight and bias that come with it."""
+    x, channels_last = _dense(x)
+    outputs = torch.empty_like(x), *_empty_pair(x, x.shape[1])
+    inputs = _laid_out(g, channels_last), x, *_parameters(weight, bias, x), mean, rstd, seed
+    run = kernels("group_norm_silu", backend).group_norm_silu_vjp
+    run(*inputs, *outputs, num_groups, silu, dropout, channels_last)
+    return outputs
+
+
+def _backward(
+    backend: str, g: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of <g, y> with respect to x, weight and bias; arguments as in `_vjp`."""
+    grad_x, grad_weight, grad_bias = _vjp(backend, g, x, weight, bias, *rest)
     return grad_x, _shaped(grad_weight, weight), _shaped(grad_bias, bias)
 
 
-@torch.library.custom_op("cdm_fast::group_norm_silu_vjp", mutates_args=())
-def _vjp(
-    g: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    seed: Tensor | None,
-    num_groups: int,
-    silu: bool,
-    dropout: float,
-    backend: str,
-) -> Tensor:
-    return _run_vjp(g, x, weight, bias, mean, rstd, seed, num_groups, silu, dropout, backend)[0]
-
-
-@torch.library.custom_op("cdm_fast::group_norm_silu_vjp_backward", mutates_args=())
 def _vjp_backward(
+    backend: str,
     v: Tensor,
     g: Tensor,
     x: Tensor,
@@ -296,9 +292,8 @@ def _vjp_backward(
     num_groups: int,
     silu: bool,
     dropout: float,
-    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of <v, VJP(g, x, weight, bias)> with respect to g, x, weight and bias."""
+    """Gradients of <v, VJP> with respect to g, x, weight and bias."""
     x, channels_last = _dense(x)
     grad_g, grad_x = torch.empty_like(x), torch.empty_like(x)
     grad_weight, grad_bias = _empty_pair(x, x.shape[1])
@@ -309,59 +304,17 @@ def _vjp_backward(
     return grad_g, grad_x, _shaped(grad_weight, weight), _shaped(grad_bias, bias)
 
 
-def _run_vjp(
-    g: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    seed: Tensor | None,
-    num_groups: int,
-    silu: bool,
-    dropout: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The VJP and, per image, the gradients of weight and bias that come with it."""
-    x, channels_last = _dense(x)
-    outputs = torch.empty_like(x), *_empty_pair(x, x.shape[1])
-    inputs = _laid_out(g, channels_last), x, *_parameters(weight, bias, x), mean, rstd, seed
-    run = kernels("group_norm_silu", backend).group_norm_silu_vjp
-    run(*inputs, *outputs, num_groups, silu, dropout, channels_last)
-    return outputs
-
-
-@_forward.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, seed: Tensor | None, num_groups: int, *_: Any) -> Any:
-    return torch.empty_like(_dense(x)[0]), *_empty_pair(x, num_groups)
-
-
-@_backward.register_fake
-def _(g: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> Any:
-    return torch.empty_like(_dense(x)[0]), _empty_shaped(weight), _empty_shaped(bias)
-
-
-@_vjp.register_fake
-def _(g: Tensor, x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(_dense(x)[0])
-
-
-@_vjp_backward.register_fake
-def _(v: Tensor, g: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> Any:
-    dense = _dense(x)[0]
-    return torch.empty_like(dense), torch.empty_like(dense), _empty_shaped(weight), _empty_shaped(bias)
-
-
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, seed, num_groups, _, *options = inputs
+    x, weight, bias, seed, *options, _ = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(x, weight, bias, mean, rstd, seed)
-    ctx.options = num_groups, *options
+    ctx.options = options
 
 
 def _differentiate_forward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return *_backward(grad_y, *ctx.saved_tensors, *ctx.options), *(None,) * 6
+    backward = overload("group_norm_silu_backward", ctx.backend)
+    return *backward(grad_y, *ctx.saved_tensors, *ctx.options), *(None,) * 5
 
 
 def _save_vjp(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -370,11 +323,51 @@ def _save_vjp(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate_vjp(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-    return *_vjp_backward(v, *ctx.saved_tensors, *ctx.options), *(None,) * 7
+    backward = overload("group_norm_silu_vjp_backward", ctx.backend)
+    return *backward(v, *ctx.saved_tensors, *ctx.options), *(None,) * 6
 
 
-_forward.register_autograd(_differentiate_forward, setup_context=_save_forward)
-_vjp.register_autograd(_differentiate_vjp, setup_context=_save_vjp)
+def _define(name: str, schema: str, run: Callable[..., Any], **parts: Callable[..., Any]) -> None:
+    native, triton = partial(run, "cpp"), partial(run, "triton")
+    define(name, schema, cpu=native, cuda=native, triton=triton, **parts)
+
+
+_PARAMETERS = "Tensor x, Tensor weight, Tensor bias, "
+_OPTIONS = "Tensor? seed, int num_groups, bool silu, float dropout"
+_SAVED = "Tensor mean, Tensor rstd, " + _OPTIONS
+_define(
+    "group_norm_silu",
+    f"({_PARAMETERS}{_OPTIONS}, float eps) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    fake=lambda x, weight, bias, seed, groups, *_: (_empty_dense(x), *_empty_pair(x, groups)),
+    save=_save_forward,
+    backward=_differentiate_forward,
+)
+_define(
+    "group_norm_silu_backward",
+    f"(Tensor g, {_PARAMETERS}{_SAVED}) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    fake=lambda g, x, weight, bias, *_: (_empty_dense(x), _empty_shaped(weight), _empty_shaped(bias)),
+)
+_define(
+    "group_norm_silu_vjp",
+    f"(Tensor g, {_PARAMETERS}{_SAVED}) -> Tensor",
+    lambda *inputs: _vjp(*inputs)[0],
+    fake=lambda g, x, *_: _empty_dense(x),
+    save=_save_vjp,
+    backward=_differentiate_vjp,
+)
+_define(
+    "group_norm_silu_vjp_backward",
+    f"(Tensor v, Tensor g, {_PARAMETERS}{_SAVED}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _vjp_backward,
+    fake=lambda v, g, x, weight, bias, *_: (
+        _empty_dense(x),
+        _empty_dense(x),
+        _empty_shaped(weight),
+        _empty_shaped(bias),
+    ),
+)
 
 
 def _dense(x: Tensor) -> tuple[Tensor, bool]:
@@ -406,6 +399,10 @@ def _empty_pair(x: Tensor, columns: int) -> tuple[Tensor, Tensor]:
 def _shaped(grad: Tensor, parameter: Tensor) -> Tensor:
     """(B, C) in the precision of the statistics -> like the parameter."""
     return (grad.sum(0) if parameter.dim() == 1 else grad).to(parameter.dtype)
+
+
+def _empty_dense(x: Tensor) -> Tensor:
+    return torch.empty_like(_dense(x)[0])
 
 
 def _empty_shaped(parameter: Tensor) -> Tensor:

@@ -252,7 +252,7 @@ def test_a_second_derivative_raises(needs_cpp):
         vjp = group_norm_silu_vjp(g, x, weight, bias, mean, rstd, 2)
         for result, cotangent in ((y, grad_y), (vjp, v)):
             (grad,) = torch.autograd.grad(result, x, cotangent, create_graph=True)
-            with pytest.raises(RuntimeError, match="autograd"):
+            with pytest.raises(RuntimeError, match="has no derivative"):
                 grad.sum().backward()
 
 
@@ -277,25 +277,16 @@ def test_nan_and_huge_values(backend):
     assert group_norm_silu_vjp(x[1:], x[1:], weight, weight, mean, rstd, 2).isfinite().all()
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_opcheck(needs_cpp, dynamic):
-    from cdm_fast.ops.group_norm_silu import _backward, _forward, _vjp, _vjp_backward
-
+def test_opcheck(needs_cpp):
     x, g, v, _, weight, bias = _inputs((2, 4, 3, 2), torch.float64)
     _, mean, rstd = group_norm_silu(x, weight, bias, 2)
-    leaves = [tensor.requires_grad_() for tensor in (g, x, weight, bias)]
-    g, x, weight, bias = leaves
-    options = (SEED, 2, True, 0.2, "cpp")
-    utilities = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    if dynamic:
-        utilities = ["test_aot_dispatch_dynamic"]
-    forward = (x, weight, bias, SEED, 2, EPS, True, 0.2, "cpp")
-    torch.library.opcheck(_forward, forward, test_utils=utilities)
-    torch.library.opcheck(_vjp, (*leaves, mean, rstd, *options), test_utils=utilities)
-    if not dynamic:
-        detached = [tensor.detach() for tensor in leaves]
-        torch.library.opcheck(_backward, (*detached, mean, rstd, *options), test_utils=utilities)
-        torch.library.opcheck(_vjp_backward, (v, *detached, mean, rstd, *options), test_utils=utilities)
+    inputs, saved = (x, weight, bias), (mean, rstd, SEED, 2, True, 0.2)
+    leaves = [tensor.detach().requires_grad_() for tensor in (g, *inputs)]
+    ops = torch.ops.cdm_fast
+    torch.library.opcheck(ops.group_norm_silu.default, (*leaves[1:], SEED, 2, True, 0.2, EPS))
+    torch.library.opcheck(ops.group_norm_silu_vjp.default, (*leaves, *saved))
+    torch.library.opcheck(ops.group_norm_silu_backward.default, (g, *inputs, *saved))
+    torch.library.opcheck(ops.group_norm_silu_vjp_backward.default, (v, g, *inputs, *saved))
 
 
 def test_compiles_as_one_graph(needs_cpp):
