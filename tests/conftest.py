@@ -5,6 +5,7 @@ Everything is a session-scoped fixture, so that it can be used inside hypothesis
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -40,8 +41,10 @@ def _relative_error(got: Tensor, expected: Tensor) -> float:
     return float(difference / size) if size > 0 else float(difference)
 
 
-def _assert_kernel_accurate(got: Tensor, plain: Tensor, truth: Tensor, what: str = "output") -> None:
-    """Asserts max|got - truth| <= 2 max|plain - truth| + 4 ulps of max|truth|.
+def _assert_kernel_accurate(
+    got: Tensor, plain: Tensor, truth: Tensor, what: str = "output", factor: float = ERROR_FACTOR
+) -> None:
+    """Asserts max|got - truth| <= factor max|plain - truth| + 4 ulps of max|truth|.
 
     got: the kernel's result; plain: PyTorch's in the same dtype and on the same device; truth: in fp64.
     """
@@ -54,7 +57,7 @@ def _assert_kernel_accurate(got: Tensor, plain: Tensor, truth: Tensor, what: str
     error = float((got.detach().double().cpu() - exact).abs().max())
     plain_error = float((plain.detach().double().cpu() - exact).abs().max())
     ulp = torch.finfo(got.dtype).eps * float(exact.abs().max())
-    allowed = ERROR_FACTOR * plain_error + FLOOR_ULPS * ulp
+    allowed = factor * plain_error + FLOOR_ULPS * ulp
     message = f"{what}: error {error:.3e}, plain PyTorch's {plain_error:.3e}, allowed {allowed:.3e}"
     assert error <= allowed, message
 
@@ -81,9 +84,9 @@ def relative_error() -> Callable[[Tensor, Tensor], float]:
 
 
 @pytest.fixture(scope="session")
-def assert_kernel_accurate() -> Callable[..., None]:
+def assert_kernel_accurate(request: pytest.FixtureRequest) -> Callable[..., None]:
     """assert_kernel_accurate(got, plain, truth, what="output"): the accuracy rule that every kernel obeys."""
-    return _assert_kernel_accurate
+    return partial(_assert_kernel_accurate, factor=request.config.getoption("--error-factor"))
 
 
 @pytest.fixture(scope="session")
@@ -110,6 +113,10 @@ def _seeded() -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    # The sanitizer job gives more: what it compiles is not vectorised, and one long sum rounds worse than 16.
+    parser.addoption(
+        "--error-factor", type=float, default=ERROR_FACTOR, help="kernel error over PyTorch's own"
+    )
     parser.addoption("--wheel", type=Path, help="check this wheel instead of building a pure Python one")
 
 
