@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cdm_fast.errors import UserError
 from cdm_fast.nn import AdjointNetwork
 from cdm_fast.ops import denoise_epilogue, use_backend
+from cdm_fast.ops._checks import may_read
 from cdm_fast.schedule import NoiseSchedule
 
 
@@ -61,7 +62,7 @@ class Denoiser(nn.Module):
             UserError: at level T+1, where nothing of the data is left.
         """
         level = self.schedule.levels(level, x)
-        if level.device.type == "cpu" and bool((level == self.schedule.T + 1).any()):
+        if may_read(level) and bool((level == self.schedule.T + 1).any()):
             raise UserError(f"level {self.schedule.T + 1} is pure noise: x0 cannot be predicted from it")
         a, s = self.amplitudes(level, x)
         return (x - s * self.denoise(x, level, label)) / a
@@ -73,7 +74,7 @@ class Denoiser(nn.Module):
             UserError: at level 0 of a plain denoiser, where s = 0.
         """
         level = self.schedule.levels(level, x)
-        if level.device.type == "cpu" and bool((level == 0).any()):
+        if may_read(level) and bool((level == 0).any()):
             raise UserError(
                 "level 0 holds no noise, and a plain denoiser has no score there: use level 1 or above"
             )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cdm_fast.errors import UserError
+from cdm_fast.ops._checks import may_read
 
 # Largest beta of one level. Nichol & Dhariwal clip here so that no level erases all signal; the linear
 # schedule needs the same below T = 21, where 1000/T stretches its last beta to 1 and beyond.
@@ -122,8 +123,8 @@ class NoiseSchedule:
     ) -> Tensor:
         """`level` as a (B,) int64 tensor on `like`'s device.
 
-        Raises UserError for a wrong dtype or shape, and for a level outside 0..T+1 (of a tensor on the CPU:
-        the value of one on an accelerator is not read, that would stall the device).
+        Raises UserError for a wrong dtype or shape, and for a level outside 0..T+1 (of a tensor on the CPU
+        and outside a compiled graph: reading values on an accelerator would stall it).
         """
         batch = like.shape[0]
         if isinstance(level, int):
@@ -133,7 +134,7 @@ class NoiseSchedule:
             raise UserError(
                 f"level is {level.dtype} of shape {tuple(level.shape)}: pass int64 ({batch},) or an int"
             )
-        if level.device.type == "cpu" and batch:
+        if may_read(level):
             self._check_range(int(level.min()), int(level.max()))
         return level.to(like.device)
 

@@ -94,7 +94,6 @@ def resolve(op: str, tensor: Tensor) -> str:
     return _resolve(op, _selected, tensor.device.type, tensor.dtype)
 
 
-@torch.compiler.assume_constant_result
 def _resolve(op: str, selected: str, device: str, dtype: torch.dtype) -> str:
     if selected == "reference":
         return selected
@@ -107,6 +106,11 @@ def _resolve(op: str, selected: str, device: str, dtype: torch.dtype) -> str:
         if backend in _coverage[op] and _obstacle(op, backend, device, dtype) is None:
             return backend
     return "reference"
+
+
+# What `torch.compiler.assume_constant_result` sets, without its import of the compiler (1.5 s): a compiled
+# graph takes the choice as it stands when it is traced.
+_resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _obstacle(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:

@@ -45,11 +45,16 @@ def check_batch(name: str, value: Tensor) -> None:
         raise ValueError(f"{name}: expected at least one example (B, ...), got shape {tuple(value.shape)}")
 
 
+def may_read(value: Tensor) -> bool:
+    """Whether a check may look at values: they exist, no graph is traced, no device must be waited for."""
+    if torch.compiler.is_compiling() or value.is_meta or value.numel() == 0:
+        return False
+    return value.device.type == "cpu" or os.environ.get("CDM_FAST_CHECKED") == "1"
+
+
 def check_index_range(name: str, index: Tensor, low: int, high: int) -> None:
-    """Raises ValueError unless low <= index < high everywhere; looks only where that needs no wait."""
-    if torch.compiler.is_compiling() or index.is_meta:
-        return
-    if index.device.type != "cpu" and os.environ.get("CDM_FAST_CHECKED") != "1":
+    """Raises ValueError unless low <= index < high everywhere; looks only where `may_read` allows it."""
+    if not may_read(index):
         return
     smallest, largest = (int(value) for value in index.aminmax())
     if smallest < low or largest >= high:
