@@ -46,8 +46,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& l
 }
 
 Tensor backward(const Tensor& logits, const Tensor& level, const std::optional<Tensor>& label,
-                int64_t num_levels, int64_t num_classes, const Tensor& sums, const Tensor& grad_loss,
-                const Tensor& grad_log_ratio) {
+                int64_t num_levels, int64_t num_classes, const Tensor& sums,
+                const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_log_ratio) {
     const auto launch = [](const cdm::LevelCEArguments& arguments, ScalarType type) {
         switch (type) {
             case ScalarType::Double:

@@ -122,8 +122,8 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const LevelCEArgumen
     RowGradient row;
     row.truth = true_logits(p, p.level[b], p.label == nullptr ? -1 : p.label[b]);
     row.noise = noise_logits(p);
-    row.g_loss = static_cast<const float*>(p.grad_loss)[b];
-    row.g_ratio = static_cast<const float*>(p.grad_log_ratio)[b];
+    row.g_loss = p.grad_loss == nullptr ? 0.0f : static_cast<const float*>(p.grad_loss)[b];
+    row.g_ratio = p.grad_log_ratio == nullptr ? 0.0f : static_cast<const float*>(p.grad_log_ratio)[b];
 #pragma unroll
     for (int i = 0; i < 6; ++i) row.sums[i] = static_cast<const float*>(p.sums)[6 * b + i];
 
@@ -162,8 +162,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& l
 }
 
 Tensor backward(const Tensor& logits, const Tensor& level, const std::optional<Tensor>& label,
-                int64_t num_levels, int64_t num_classes, const Tensor& sums, const Tensor& grad_loss,
-                const Tensor& grad_log_ratio) {
+                int64_t num_levels, int64_t num_classes, const Tensor& sums,
+                const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_log_ratio) {
     const torch::stable::accelerator::DeviceGuard guard(logits.get_device());
     const cudaStream_t stream = stream_of(logits);
     const auto launch = [&](const LevelCEArguments& arguments, ScalarType type) {

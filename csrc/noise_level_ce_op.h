@@ -53,11 +53,12 @@ std::tuple<Tensor, Tensor, Tensor> level_ce_op(const Tensor& logits, const Tenso
 template <typename Launch>
 Tensor level_ce_backward_op(const Tensor& logits, const Tensor& level, const std::optional<Tensor>& label,
                             int64_t num_levels, int64_t num_classes, const Tensor& sums,
-                            const Tensor& grad_loss, const Tensor& grad_log_ratio, const Launch& launch) {
+                            const std::optional<Tensor>& grad_loss,
+                            const std::optional<Tensor>& grad_log_ratio, const Launch& launch) {
     const Tensor grad_logits = torch::stable::empty_like(logits);
     LevelCEArguments arguments = level_ce_arguments(logits, level, label, num_levels, num_classes, sums);
-    arguments.grad_loss = grad_loss.data_ptr();
-    arguments.grad_log_ratio = grad_log_ratio.data_ptr();
+    arguments.grad_loss = grad_loss.has_value() ? grad_loss->data_ptr() : nullptr;
+    arguments.grad_log_ratio = grad_log_ratio.has_value() ? grad_log_ratio->data_ptr() : nullptr;
     arguments.grad_logits = grad_logits.data_ptr();
     launch(arguments, logits.scalar_type());
     return grad_logits;

@@ -52,11 +52,11 @@ def backward(
     num_levels: int,
     num_classes: int,
     sums: Tensor,
-    grad_loss: Tensor,
-    grad_log_ratio: Tensor,
+    grad_loss: Tensor | None,
+    grad_log_ratio: Tensor | None,
     grad_logits: Tensor,
 ) -> None:
-    """Fills grad_logits like logits, given the sums of `forward`. All contiguous."""
+    """Fills grad_logits like logits, given the sums of `forward`. All contiguous; no gradient means 0."""
     batch, num_logits = logits.shape
     block = _block(num_logits)
     _backward_kernel[(batch, triton.cdiv(num_logits, block))](
@@ -64,13 +64,15 @@ def backward(
         level,
         level if label is None else label,
         sums,
-        grad_loss,
-        grad_log_ratio,
+        sums if grad_loss is None else grad_loss,
+        sums if grad_log_ratio is None else grad_log_ratio,
         grad_logits,
         num_logits,
         num_levels,
         num_classes,
         labelled=label is not None,
+        loss_used=grad_loss is not None,
+        log_ratio_used=grad_log_ratio is not None,
         block=block,
         num_warps=_warps(block),
     )
@@ -175,6 +177,8 @@ def _backward_kernel(
     num_levels: int,
     num_classes: int,
     labelled: tl.constexpr,
+    loss_used: tl.constexpr,
+    log_ratio_used: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
     b = tl.program_id(0).to(tl.int64)
@@ -183,8 +187,9 @@ def _backward_kernel(
     label = tl.load(label_ptr + b) if labelled else level * 0 - 1
     begin, end = _true_range(level, label, num_logits, num_levels, num_classes)
     sums = sums_ptr + 6 * b
-    grad_loss = tl.load(grad_loss_ptr + b)
-    grad_log_ratio = tl.load(grad_log_ratio_ptr + b)
+    zero = tl.zeros((), compute)
+    grad_loss = tl.load(grad_loss_ptr + b) if loss_used else zero
+    grad_log_ratio = tl.load(grad_log_ratio_ptr + b) if log_ratio_used else zero
 
     index = tl.program_id(1) * block + tl.arange(0, block)
     inside = index < num_logits

@@ -125,8 +125,8 @@ def _triton_backward(
     num_levels: int,
     num_classes: int,
     sums: Tensor,
-    grad_loss: Tensor,
-    grad_log_ratio: Tensor,
+    grad_loss: Tensor | None,
+    grad_log_ratio: Tensor | None,
 ) -> Tensor:
     from cdm_fast.kernels import noise_level_ce as kernels
 
@@ -139,10 +139,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     logits, level, label, ctx.num_levels, ctx.num_classes = inputs
     ctx.save_for_backward(logits, level, label, output[2])
     ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_loss: Tensor, grad_log_ratio: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    gradients = grad_loss.contiguous(), grad_log_ratio.contiguous()
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """grads: of loss, log_ratio and the sums, which have none; None where nothing depends on the output."""
+    gradients = (None if grad is None else grad.contiguous() for grad in grads[:2])
     logits, level, label, sums = ctx.saved_tensors
     op = overload("noise_level_ce_backward", ctx.backend)
     grad = op(logits, level, label, ctx.num_levels, ctx.num_classes, sums, *gradients)
@@ -161,7 +163,7 @@ define(
 define(
     "noise_level_ce_backward",
     "(Tensor logits, Tensor level, Tensor? label, int num_levels, int num_classes, Tensor sums,"
-    " Tensor grad_loss, Tensor grad_log_ratio) -> Tensor",
+    " Tensor? grad_loss, Tensor? grad_log_ratio) -> Tensor",
     fake=lambda logits, *_: torch.empty_like(logits),
     triton=_triton_backward,
 )

@@ -163,6 +163,18 @@ def test_gradient_is_the_derivative(kernels, case):
         )
 
 
+@pytest.mark.parametrize("name", ["loss", "log_ratio"])
+def test_the_gradient_of_one_output_alone(kernels, name):
+    logits, level, label, num_classes = _case(*CASES["joint"])
+    logits.requires_grad_()
+    gradients = []
+    for backend in ("reference", kernels):
+        with use_backend(backend):
+            output = getattr(noise_level_ce(logits, level, label, num_classes), name)
+            gradients.append(torch.autograd.grad(output.sum(), logits)[0])
+    torch.testing.assert_close(*gradients)
+
+
 def test_a_second_derivative_exists_in_the_reference_and_raises_in_the_kernels(backend):
     logits, level, _, _ = _case(2, 5, 1, False)
     logits.requires_grad_()

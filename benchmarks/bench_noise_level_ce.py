@@ -1,0 +1,53 @@
+"""noise_level_ce with its gradient against cross_entropy and gather: plain logits (128, 1002), and joint ones."""
+
+import torch
+import torch.nn.functional as F
+
+from cdm_fast.ops import use_backend
+from cdm_fast.ops.noise_level_ce import noise_level_ce
+
+
+def _check(candidate, baseline):
+    for got, expected in zip(candidate, baseline, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def _with_gradient(function, logits, cotangents):
+    loss, log_ratio = function(logits)
+    (gradient,) = torch.autograd.grad((loss, log_ratio), logits, cotangents)
+    return loss.detach(), log_ratio.detach(), gradient
+
+
+def test_level_logits(benchmark, compare, small, device):
+    batch, num_levels = (16, 102) if small else (128, 1002)
+    logits = torch.randn(batch, num_levels, device=device, requires_grad=True)
+    level = torch.randint(0, num_levels, (batch,), device=device)
+    cotangents = torch.full((batch,), 1e-3 / batch, device=device), torch.randn(batch, device=device)
+
+    def plain(logits):
+        log_ratio = logits.gather(1, level[:, None]).squeeze(1) - logits[:, -1]
+        return F.cross_entropy(logits, level, reduction="none"), log_ratio
+
+    compare(
+        benchmark,
+        lambda: _with_gradient(lambda z: noise_level_ce(z, level), logits, cotangents),
+        lambda: _with_gradient(plain, logits, cotangents),
+        _check,
+    )
+
+
+def test_joint_logits(benchmark, compare, small, device):
+    batch, num_levels, num_classes = (16, 52, 10) if small else (128, 1002, 10)
+    logits = torch.randn(batch, (num_levels - 1) * num_classes + 1, device=device, requires_grad=True)
+    level = torch.randint(0, num_levels, (batch,), device=device)
+    label = torch.randint(-1, num_classes, (batch,), device=device)
+    cotangents = torch.full((batch,), 1e-3 / batch, device=device), torch.randn(batch, device=device)
+
+    def fused(logits):
+        return noise_level_ce(logits, level, label, num_classes)
+
+    def plain():
+        with use_backend("reference"):
+            return _with_gradient(fused, logits, cotangents)
+
+    compare(benchmark, lambda: _with_gradient(fused, logits, cotangents), plain, _check)
