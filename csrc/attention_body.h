@@ -3,31 +3,6 @@
 
 namespace CDM_ISA {
 
-// e^x, relative error below 2^-22 where |x| < 87; beyond that the argument is clamped, and NaN stays NaN.
-// x = n ln 2 + r with |r| <= ln(2)/2, and e^r by its Taylor polynomial of degree 7.
-CDM_INLINE VecF exp_of(VecF x) {
-    x = x > 87.0f ? broadcast<VecF>(87.0f) : x;
-    x = x < -87.0f ? broadcast<VecF>(-87.0f) : x;
-    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-    const VecF shifted = x * 1.44269504f + magic;
-    const VecF n = shifted - magic;
-    const VecF r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
-    VecF p = r * (1.0f / 5040) + (1.0f / 720);
-    p = p * r + (1.0f / 120);
-    p = p * r + (1.0f / 24);
-    p = p * r + (1.0f / 6);
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    return p * bit_cast<VecF>((bit_cast<VecI>(shifted) << 23) + 0x3f800000);
-}
-
-CDM_INLINE VecD exp_of(VecD x) {
-    VecD result = {};
-    for (int lane = 0; lane < lanes_of<double>(); ++lane) result[lane] = __builtin_exp(x[lane]);
-    return result;
-}
-
 // Calls f(column, lanes) for every vector of a row; the last may be short.
 template <class T, class F>
 CDM_INLINE void for_each_vector(int64_t columns, F f) {
@@ -84,7 +59,7 @@ static void attention_softmax(const cdm::AttentionTile& a, int64_t first, int64_
         const Scalar top = largest(row, a.columns, scale);
         Vec sum{};
         for_each_vector<T>(a.columns, [&](int64_t j, int lanes) {
-            const Vec weight = exp_of(load_part(row + j, lanes) * scale - top);
+            const Vec weight = exp(load_part(row + j, lanes) * scale - top);
             store(scratch + j, weight);
             sum += keep<T>(weight, lanes);
         });
@@ -112,7 +87,7 @@ static void attention_vjp(const cdm::AttentionTile& a, int64_t first, int64_t la
         const Scalar lse = static_cast<const Scalar*>(a.lse)[i];
         Vec sum{}, sum_grad{};
         for_each_vector<T>(a.columns, [&](int64_t j, int lanes) {
-            const Vec p = keep<T>(exp_of(load_part(scores + j, lanes) * scale - lse), lanes);
+            const Vec p = keep<T>(exp(load_part(scores + j, lanes) * scale - lse), lanes);
             store(scratch + j, p);
             sum += p;
             sum_grad += p * load_part(grad_p + j, lanes);
@@ -142,7 +117,7 @@ static void attention_vjp_backward(const cdm::AttentionTile& a, int64_t first, i
         const Scalar lse = static_cast<const Scalar*>(a.lse)[i];
         Vec sum{}, sum_dot{}, sum_grad{}, sum_grad_dot{};
         for_each_vector<T>(a.columns, [&](int64_t j, int lanes) {
-            const Vec p = keep<T>(exp_of(load_part(scores + j, lanes) * scale - lse), lanes);
+            const Vec p = keep<T>(exp(load_part(scores + j, lanes) * scale - lse), lanes);
             store(scratch + j, p);
             sum += p;
             sum_dot += p * load_part(scores_dot + j, lanes);
