@@ -37,4 +37,5 @@ def test_peak_memory(benchmark, small, variant):
 
     candidate = benchmark.pedantic(lambda: measure(variant), rounds=1)
     baseline = measure("plain")
-    benchmark.extra_info.update(candidate_mb=candidate, baseline_mb=baseline, ratio=candidate / max(baseline, 1.0))
+    ratio = candidate / max(baseline, 1.0)
+    benchmark.extra_info.update(candidate_mb=candidate, baseline_mb=baseline, ratio=ratio)

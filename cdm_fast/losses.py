@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cdm_fast.model import CDM, DDM, Denoiser
-from cdm_fast.ops import denoise_loss, noise_level_ce
+from cdm_fast.ops import denoise_loss, noise_level_ce, noising
 
 
 class LossTerms(NamedTuple):
@@ -18,6 +18,15 @@ class LossTerms(NamedTuple):
     loss: Tensor
     mse: Tensor
     ce: Tensor | None
+
+
+class Noised(NamedTuple):
+    """A batch of noised inputs and what was done to them."""
+
+    x_t: Tensor  # (B, ...)
+    eps: Tensor  # like x_t
+    level: Tensor  # (B,) int64
+    label: Tensor | None = None  # (B,) int64
 
 
 def cdm_loss(
@@ -38,7 +47,12 @@ def cdm_loss(
     """
     if level is None:
         level = model.draw_levels(len(x0), generator)
-    eps, x_t = _noised(model, x0, level, eps, generator)
+    return noised_cdm_loss(model, _noised(model, x0, level, eps, label, generator), ce_weight, mse_weight)
+
+
+def noised_cdm_loss(model: CDM, batch: Noised, ce_weight: float = 1e-3, mse_weight: float = 1.0) -> LossTerms:
+    """`cdm_loss` of inputs that are noised already."""
+    x_t, eps, level, label = batch
     logits, grad_x = model.logits_and_ratio_gradient(x_t, level, label)
     ce = noise_level_ce(logits, level)[0].mean()
     mse = denoise_loss(grad_x, x_t, model.s[level].to(x_t.dtype), eps).sum() / x_t.numel()
@@ -55,17 +69,30 @@ def ddm_loss(
 ) -> LossTerms:
     """`mean((eps_hat - eps)^2)` with levels drawn evenly from 1..T (DDPM eq. 14)."""
     if level is None:
-        level = torch.randint(1, model.schedule.T + 1, (len(x0),), device=x0.device, generator=generator)
-    eps, x_t = _noised(model, x0, level, eps, generator)
+        level = model.draw_levels(len(x0), generator)
+    return noised_ddm_loss(model, _noised(model, x0, level, eps, label, generator))
+
+
+def noised_ddm_loss(model: DDM, batch: Noised) -> LossTerms:
+    """`ddm_loss` of inputs that are noised already."""
+    x_t, eps, level, label = batch
     mse = (model.denoise(x_t, level, label) - eps).square().mean()
     return LossTerms(mse, mse, None)
 
 
+def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """A (2,) int64 Philox key `(seed, offset)` for `noising`."""
+    return torch.randint(2**62, (2,), device=device, generator=generator)
+
+
 def _noised(
-    model: Denoiser, x0: Tensor, level: Tensor, eps: Tensor | None, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
-    """`(eps, x_t = a x0 + s eps)`."""
-    if eps is None:
-        eps = torch.empty_like(x0).normal_(generator=generator)
-    a, s = model.amplitudes(level, x0)
-    return eps, a * x0 + s * eps
+    model: Denoiser,
+    x0: Tensor,
+    level: Tensor,
+    eps: Tensor | None,
+    label: Tensor | None,
+    generator: torch.Generator | None,
+) -> Noised:
+    seed = draw_seed(x0.device, generator) if eps is None else None
+    x_t, eps, _ = noising(x0, level, model.a, model.s, seed, eps=eps)
+    return Noised(x_t, eps, level, label)

@@ -84,6 +84,10 @@ class Denoiser(nn.Module):
 class DDM(Denoiser):
     """A plain denoising diffusion model: `network(x, level, label)` predicts the noise (arXiv 2006.11239)."""
 
+    def draw_levels(self, num: int, generator: torch.Generator | None = None) -> Tensor:
+        """(num,) int64 levels, evenly from 1..T (DDPM eq. 14)."""
+        return torch.randint(1, self.schedule.T + 1, (num,), device=self.a.device, generator=generator)
+
     def denoise(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
         return self.network(x, self.schedule.levels(level, x), label)
 

@@ -9,32 +9,26 @@ import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from cdm_fast.config import RunConfig, TrainConfig
-from cdm_fast.data import ImageData, batch_indices, dequantize, flip
-from cdm_fast.losses import LossTerms, cdm_loss, ddm_loss
+from cdm_fast.data import ImageData, batch_indices
+from cdm_fast.losses import LossTerms, Noised, draw_seed, noised_cdm_loss, noised_ddm_loss
 from cdm_fast.model import CDM, DDM
+from cdm_fast.ops import noising
 
 Model = TypeVar("Model", bound=nn.Module)
-LossFunction = Callable[..., LossTerms]  # (model, x0, level, eps, label)
+LossFunction = Callable[..., LossTerms]  # (model, batch)
 
 
-class Batch(NamedTuple):
-    """What one step trains on."""
-
-    x0: Tensor  # (B,C,H,W) dequantised, in [-1, 1]
-    level: Tensor  # (B,) int64
-    eps: Tensor  # like x0
-    label: Tensor | None  # (B,) int64, K for "no label"
-
-    def parts(self, count: int) -> Iterator["Batch"]:
-        """The batch in `count` equal parts; `count` must divide B."""
-        pieces = [[None] * count if tensor is None else tensor.chunk(count) for tensor in self]
-        return (Batch(*part) for part in zip(*pieces, strict=True))
+def parts_of(batch: Noised, count: int) -> Iterator[Noised]:
+    """The batch in `count` equal parts; `count` must divide B."""
+    pieces = [[None] * count if tensor is None else tensor.chunk(count) for tensor in batch]
+    return (Noised(*part) for part in zip(*pieces, strict=True))
 
 
 class Ema(Generic[Model]):
@@ -74,7 +68,7 @@ def training_step(
     model: CDM | DDM,
     optimizer: torch.optim.Optimizer,  # fused: its `found_inf` holds the step back on the device
     ema: Ema,
-    batch: Batch,
+    batch: Noised,
     loss_function: LossFunction,
     *,
     step: int = 0,
@@ -86,7 +80,7 @@ def training_step(
 
     Args:
         batch: split into `parts` equal ones whose gradients add up to that of the whole.
-        loss_function: `cdm_loss` or `ddm_loss`, with its weights bound.
+        loss_function: see `make_loss`.
         step: from 0; for the average's warm-up.
         clip_norm: largest norm of the whole gradient; 0 for any.
         precision: "bf16" runs the network under autocast.
@@ -94,11 +88,11 @@ def training_step(
     A step whose loss or gradient is not finite changes no weight and no moment; its result says `bad`.
     """
     optimizer.zero_grad()
-    device = batch.x0.device.type
-    totals = torch.zeros(3, device=batch.x0.device)
-    for part in batch.parts(parts):
+    device = batch.x_t.device.type
+    totals = torch.zeros(3, device=batch.x_t.device)
+    for part in parts_of(batch, parts):
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-            terms = loss_function(model, *part)
+            terms = loss_function(model, part)
         (terms.loss / parts).backward()
         ce = torch.zeros_like(terms.mse) if terms.ce is None else terms.ce
         totals += torch.stack([terms.loss, ce, terms.mse]).detach() / parts
@@ -130,14 +124,10 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
 
 
 def make_loss(config: TrainConfig) -> LossFunction:
-    """The loss function of the objective, with its weights bound: f(model, x0, level, eps, label)."""
+    """The loss function of the objective, with its weights bound: f(model, batch)."""
     if config.objective == "ddm":
-        return ddm_loss
-
-    def weighted(model: CDM, x0: Tensor, level: Tensor, eps: Tensor, label: Tensor | None) -> LossTerms:
-        return cdm_loss(model, x0, level, eps, label, config.ce_weight, config.mse_weight)
-
-    return weighted
+        return noised_ddm_loss
+    return partial(noised_cdm_loss, ce_weight=config.ce_weight, mse_weight=config.mse_weight)
 
 
 def derived_seed(seed: int, step: int, purpose: str) -> int:
@@ -146,7 +136,7 @@ def derived_seed(seed: int, step: int, purpose: str) -> int:
     return int.from_bytes(words) >> 1
 
 
-def draw_batch(data: ImageData, model: CDM | DDM, config: RunConfig, step: int) -> Batch:
+def draw_batch(data: ImageData, model: CDM | DDM, config: RunConfig, step: int) -> Noised:
     """The batch of a step (from 0), a function of (seed, step): images, dequantisation, flips, levels, noise.
 
     `data` and `model` must be on one device.
@@ -154,21 +144,19 @@ def draw_batch(data: ImageData, model: CDM | DDM, config: RunConfig, step: int) 
     train, device = config.train, data.images.device
     generator = torch.Generator(device).manual_seed(derived_seed(train.seed, step, "batch"))
     index = batch_indices(len(data.images), train.batch_size, train.seed, step).to(device)
-    x0 = dequantize(data.images[index], data.num_grey_levels, generator)
-    if config.data.flip:
-        x0 = flip(x0, generator)
+    level = model.draw_levels(train.batch_size, generator)
+    x_t, eps, _ = noising(
+        data.images[index],
+        level,
+        model.a,
+        model.s,
+        draw_seed(device, generator),
+        num_grey_levels=data.num_grey_levels,
+        flip=config.data.flip,
+    )
     if train.channels_last:
-        x0 = x0.contiguous(memory_format=torch.channels_last)
-    level = _draw_levels(model, train.batch_size, generator)
-    eps = torch.empty_like(x0).normal_(generator=generator)
-    return Batch(x0, level, eps, _draw_labels(data, config, index, generator))
-
-
-def _draw_levels(model: CDM | DDM, num: int, generator: torch.Generator) -> Tensor:
-    """(num,) int64: from a CDM's p(t); evenly from 1..T for a DDM (DDPM eq. 14)."""
-    if isinstance(model, CDM):
-        return model.draw_levels(num, generator)
-    return torch.randint(1, model.schedule.T + 1, (num,), device=generator.device, generator=generator)
+        x_t, eps = (x.contiguous(memory_format=torch.channels_last) for x in (x_t, eps))
+    return Noised(x_t, eps, level, _draw_labels(data, config, index, generator))
 
 
 def _draw_labels(

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from PIL import Image
 
-from cdm_fast.data import batch_indices, dequantize, flip, load_data, quantize, read_image, write_grid
+from cdm_fast.data import batch_indices, dequantize, load_data, quantize, read_image, write_grid
 from cdm_fast.data.order import split_indices
 
 SPLITS = ("train", "validation", "test")
@@ -183,15 +183,6 @@ def test_dequantize_fills_each_interval_and_quantize_inverts_it(num_grey_levels)
 
 def test_quantize_clamps_what_a_sampler_overshoots():
     assert quantize(torch.tensor([-3.0, -1.0, 1.0, 3.0]), 17).tolist() == [0, 0, 16, 16]
-
-
-def test_flip_mirrors_about_half_and_is_repeatable():
-    images = torch.arange(200 * 6, dtype=torch.int32).view(200, 1, 2, 3)
-    flipped = flip(images, torch.Generator().manual_seed(0))
-    mirrored = (flipped != images).flatten(1).any(1)
-    assert 70 <= int(mirrored.sum()) <= 130
-    assert torch.equal(flipped[mirrored], images[mirrored].flip(-1))
-    assert torch.equal(flipped, flip(images, torch.Generator().manual_seed(0)))
 
 
 # ---------------------------------------------------------------- readers: what is written is read back

@@ -7,13 +7,12 @@ sizes are checked against the bytes that are there, and against the limits in `r
 from cdm_fast.data.load import ImageData, load_data
 from cdm_fast.data.order import batch_indices
 from cdm_fast.data.pictures import read_image, write_grid
-from cdm_fast.data.pixels import dequantize, flip, quantize
+from cdm_fast.data.pixels import dequantize, quantize
 
 __all__ = [
     "ImageData",
     "batch_indices",
     "dequantize",
-    "flip",
     "load_data",
     "quantize",
     "read_image",

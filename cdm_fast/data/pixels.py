@@ -1,4 +1,4 @@
-"""Between grey levels and the numbers a model sees, and the flip."""
+"""Between grey levels and the numbers a model sees."""
 
 # B images, C channels, H W pixels, N grey levels (0..N-1)
 
@@ -44,12 +44,6 @@ def quantize(x: Tensor, num_grey_levels: int) -> Tensor:
         )
     levels = (x.float() + 1) * (num_grey_levels / 2)
     return levels.floor().clamp(0, num_grey_levels - 1).to(torch.uint8)
-
-
-def flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror each of (B,C,H,W) images of any dtype left-right with probability 1/2."""
-    chosen = torch.rand(len(images), generator=generator, device=generator.device) < 0.5
-    return torch.where(chosen.to(images.device)[:, None, None, None], images.flip(-1), images)
 
 
 def _check_levels(images: Tensor, num_grey_levels: int) -> None:
