@@ -1,0 +1,42 @@
+"""The training loss, the denoiser and the likelihood compile as one graph each and keep their numbers."""
+
+import pytest
+import torch
+
+from cdm_fast import CDM, MLP, NoiseSchedule, UNet, cdm_loss
+
+SCHEDULE = NoiseSchedule.uniform(T=10)
+NETWORKS = {
+    "unet": lambda: UNet(8, 1, SCHEDULE.num_levels, 8, (1, 2), 1, (4,), num_groups=4),
+    "mlp": lambda: MLP(6, SCHEDULE.num_levels, hidden=16, depth=1),
+}
+
+
+@pytest.fixture(params=NETWORKS)
+def model(request):
+    torch.compiler.reset()
+    return CDM(NETWORKS[request.param](), SCHEDULE)
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+def test_training_loss_is_one_graph(model, relative_error, tolerance):
+    x0 = torch.rand(4, *model.input_shape)
+    level, eps = torch.tensor([0, 3, 10, 11]), torch.randn_like(x0)
+    expected = gradients(model, cdm_loss(model, x0, level, eps).loss)
+    compiled = torch.compile(
+        lambda x0, level, eps: cdm_loss(model, x0, level, eps).loss, fullgraph=True, backend="aot_eager"
+    )
+    assert relative_error(gradients(model, compiled(x0, level, eps)), expected) < tolerance[torch.float32]
+
+
+@torch.no_grad()
+def test_denoiser_and_likelihood_are_one_graph(model, relative_error, tolerance):
+    x, level = torch.randn(4, *model.input_shape), torch.tensor([1, 3, 10, 11])
+    for function in (model.denoise, model.log_prob):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        assert relative_error(compiled(x, level), function(x, level)) < tolerance[torch.float32]
