@@ -1,4 +1,4 @@
-"""noise_level_ce with its gradient against cross_entropy and gather: plain logits (128, 1002), and joint ones."""
+"""noise_level_ce with its gradient against cross_entropy and gather: plain logits (128, 1002), joint ones."""
 
 import torch
 import torch.nn.functional as F
