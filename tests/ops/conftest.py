@@ -1,6 +1,6 @@
 """What the tests of the ops share: the backends that run on CPU tensors, one test each."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -24,3 +24,11 @@ def kernels(request: pytest.FixtureRequest) -> str:
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
     return request.param
+
+
+@pytest.fixture
+def limit_isa() -> Iterator[Callable[[str], None]]:
+    """limit_isa("baseline" | "avx2" | "avx512"): the C++ kernels use at most these instructions in the test."""
+    extension = pytest.importorskip("cdm_fast._C", reason="the extension is not built", exc_type=ImportError)
+    yield extension.limit_cpu_capability
+    extension.limit_cpu_capability("avx512")

@@ -55,6 +55,20 @@ def test_kernels_are_as_accurate_as_the_reference(kernels, poison_empty, assert_
         assert_kernel_accurate(*values, name)
 
 
+@pytest.mark.parametrize("most", ["baseline", "avx2"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_lesser_instruction_sets_are_as_accurate(limit_isa, assert_kernel_accurate, most, dtype):
+    arguments = _case(*CASES["longer-than-a-block"], dtype=dtype)
+    with use_backend("reference"):
+        plain = _values_and_gradient(*arguments)
+        truth = _values_and_gradient(arguments[0].double(), *arguments[1:])
+    limit_isa(most)
+    with use_backend("cpp"):
+        got = _values_and_gradient(*arguments)
+    for name, *values in zip(("loss", "log_ratio", "gradient"), got, plain, truth, strict=True):
+        assert_kernel_accurate(*values, name)
+
+
 def test_plain_logits_are_cross_entropy(backend):
     logits, level, _, _ = _case(5, 12, 1, False)
     result = noise_level_ce(logits, level)

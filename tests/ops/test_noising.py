@@ -65,7 +65,9 @@ def test_kernels_equal_the_reference(kernels, poison_empty, shape, dtype, out_dt
     torch.testing.assert_close(got.x0, expected.x0, rtol=0, atol=1e-6)
 
 
-def test_the_cpp_kernels_give_the_same_bits_as_the_reference():
+@pytest.mark.parametrize("most", ["baseline", "avx2", "avx512"])
+def test_the_cpp_kernels_give_the_same_bits_as_the_reference_with_every_instruction_set(most, limit_isa):
+    limit_isa(most)
     x0 = _images((4, 3, 32, 32), torch.uint8)
     with use_backend("reference"):
         expected = noising(x0, _levels(4), A, S, SEED, num_grey_levels=256, flip=True)
