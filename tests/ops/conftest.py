@@ -28,7 +28,7 @@ def kernels(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def limit_isa() -> Iterator[Callable[[str], None]]:
-    """limit_isa("baseline" | "avx2" | "avx512"): the C++ kernels use at most these instructions in the test."""
+    """limit_isa("baseline" | "avx2" | "avx512"): the most that the C++ kernels may use in the test."""
     extension = pytest.importorskip("cdm_fast._C", reason="the extension is not built", exc_type=ImportError)
     yield extension.limit_cpu_capability
     extension.limit_cpu_capability("avx512")
