@@ -73,6 +73,7 @@ def test_attention_with_gradients(benchmark, compare, device, small, shape, dtyp
             peak = peak_in_own_process(function, shape, dtype, device)
             benchmark.extra_info[f"{function}_peak_mib"] = peak
     compare(benchmark, lambda: candidate(*tensors), lambda: baseline(*tensors), check)
+    benchmark.extra_info["shape"] = list(shape)
 
 
 def main():

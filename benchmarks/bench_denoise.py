@@ -36,6 +36,7 @@ def test_squared_error(benchmark, compare, small, device, dtype):
         lambda: _with_gradient(plain, grad_x, cotangent),
         _check,
     )
+    benchmark.extra_info["shape"] = list(shape)
 
 
 def test_head_cotangent(benchmark, compare, small, device):
@@ -54,3 +55,4 @@ def test_head_cotangent(benchmark, compare, small, device):
         lambda: _with_gradient(plain, weight, cotangent),
         _check,
     )
+    benchmark.extra_info.update(shape=list(weight.shape), dtype="fp32")

@@ -34,6 +34,7 @@ def test_level_logits(benchmark, compare, small, device):
         lambda: _with_gradient(plain, logits, cotangents),
         _check,
     )
+    benchmark.extra_info.update(shape=list(logits.shape), dtype="fp32")
 
 
 def test_joint_logits(benchmark, compare, small, device):
@@ -51,3 +52,4 @@ def test_joint_logits(benchmark, compare, small, device):
             return _with_gradient(fused, logits, cotangents)
 
     compare(benchmark, lambda: _with_gradient(fused, logits, cotangents), plain, _check)
+    benchmark.extra_info.update(shape=list(logits.shape), dtype="fp32")

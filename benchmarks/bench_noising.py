@@ -36,6 +36,7 @@ def test_float_images(benchmark, compare, small, device):
         return _per_image(a, level) * x0 + _per_image(s, level) * eps, eps
 
     compare(benchmark, lambda: noising(x0, level, a, s, seed), plain, _check_law)
+    benchmark.extra_info.update(shape=list(x0.shape), dtype="fp32")
 
 
 def test_uint8_images(benchmark, compare, small, device):
@@ -51,3 +52,4 @@ def test_uint8_images(benchmark, compare, small, device):
     compare(
         benchmark, lambda: noising(x0, level, a, s, seed, num_grey_levels=256, flip=True), plain, _check_law
     )
+    benchmark.extra_info.update(shape=list(x0.shape), dtype="uint8")

@@ -6,15 +6,16 @@ A ratio is only reported for two functions timed in turns in one process: on a s
 minutes apart differ by more than most of what is measured here.
 """
 
-import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from benchmarks.environment import facts
 
 # A timed round lasts at least this long; shorter calls are repeated within the round.
 MIN_ROUND_SECONDS = 0.02
@@ -136,23 +137,17 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line(line)
 
 
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+def _command(config: pytest.Config) -> str:
+    """The command line without where its JSON went."""
+    line = " ".join(["pytest", *config.invocation_params.args])
+    return re.sub(r" --benchmark-json[ =]\S+", "", line)
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """Adds the device and the versions that a figure depends on to pytest-benchmark's JSON."""
+    """Adds what a figure depends on to pytest-benchmark's JSON, and takes the machine's name out."""
+    machine_info.pop("node", None)
     machine_info["cdm_fast"] = {
-        "device": config.getoption("--device"),
-        "cpu": _cpu_name(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
+        **facts(config.getoption("--device")),
         "small": bool(config.getoption("--small")),
+        "command": _command(config),
     }

@@ -2,7 +2,7 @@
 
 Run as a program, it measures one step's peak memory in a process of its own:
 
-    python -m benchmarks.train_steps plain|adjoint-fp32|adjoint-bf16 [--small]
+    python -m benchmarks.train_steps plain|adjoint-fp32|adjoint-bf16 cpu|cuda [--small]
 """
 
 import resource
@@ -17,19 +17,23 @@ from cdm_fast import CDM, NoiseSchedule, UNet, cdm_loss
 
 CIFAR10 = (32, 3, 1002, 128, (1, 2, 2, 2), 2, (16,))  # the paper's network, 33.4 M parameters
 SMALL = (16, 3, 52, 32, (1, 2), 1, (8,))
+BATCH_SIZE = {"cpu": 8, "cuda": 128}  # the paper's on a GPU
 
 
 class Batch:
-    """One pinned batch for every variant: x0, eps, level, x_t and s_t."""
+    """One pinned batch for every variant: x0, eps, level, x_t and s_t, drawn on the CPU for any device."""
 
-    def __init__(self, sizes: tuple, batch_size: int, schedule: NoiseSchedule) -> None:
+    def __init__(self, sizes: tuple, device: torch.device, schedule: NoiseSchedule) -> None:
+        batch_size = BATCH_SIZE[device.type]
         generator = torch.Generator().manual_seed(0)
         shape = (batch_size, sizes[1], sizes[0], sizes[0])
         self.x0 = torch.rand(shape, generator=generator) * 2 - 1
         self.eps = torch.randn(shape, generator=generator)
         self.level = torch.randint(1, schedule.T + 1, (batch_size,), generator=generator)
-        a, self.s_t = schedule.gather(self.level, self.x0)
-        self.x_t = a * self.x0 + self.s_t * self.eps
+        a, s_t = schedule.gather(self.level, self.x0)
+        x_t = a * self.x0 + s_t * self.eps
+        self.x0, self.eps, self.level = (x.to(device) for x in (self.x0, self.eps, self.level))
+        self.x_t, self.s_t = x_t.to(device), s_t.to(device)
 
 
 class Steps:
@@ -37,19 +41,19 @@ class Steps:
 
     Args:
         small: a tiny network instead of the 33.4 M one.
-        batch_size: B.
+        device: where it runs, with `BATCH_SIZE` images at a time.
     """
 
-    def __init__(self, small: bool, batch_size: int) -> None:
+    def __init__(self, small: bool, device: torch.device) -> None:
         sizes = SMALL if small else CIFAR10
         self.schedule = NoiseSchedule.uniform(T=sizes[2] - 2)
-        self.batch = Batch(sizes, batch_size, self.schedule)
-        self.sizes = sizes
+        self.batch = Batch(sizes, device, self.schedule)
+        self.sizes, self.device = sizes, device
 
     def plain(self) -> Callable[[], Tensor]:
         """fp32, eager, denoiser by `autograd.grad(create_graph=True)`, materialised attention."""
         torch.manual_seed(0)
-        network, batch = PlainUNet(*self.sizes), self.batch
+        network, batch = PlainUNet(*self.sizes).to(self.device), self.batch
         return gradient_step(
             network, lambda: double_backward_loss(network, batch.x_t, batch.eps, batch.s_t, batch.level)
         )
@@ -60,11 +64,12 @@ class Steps:
         network, batch = UNet(*self.sizes), self.batch
         torch.manual_seed(0)
         network.load_state_dict(PlainUNet(*self.sizes).state_dict())
-        model = CDM(network.to(memory_format=torch.channels_last), self.schedule)
+        network = network.to(memory_format=torch.channels_last)
+        model = CDM(network, self.schedule).to(self.device)
         x0, eps = (x.to(memory_format=torch.channels_last) for x in (batch.x0, batch.eps))
 
         def loss() -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
                 return cdm_loss(model, x0, batch.level, eps).loss
 
         return gradient_step(network, loss)
@@ -88,14 +93,16 @@ VARIANTS: dict[str, Callable[[Steps], Callable[[], Tensor]]] = {
 }
 
 
-def peak_megabytes(variant: str, small: bool) -> float:
-    """Growth of this process's peak resident memory while the variant is built and runs three steps."""
+def peak_mib(variant: str, small: bool, device: torch.device) -> float:
+    """Memory by which building the variant and three steps of it raise the peak, in MiB (CPU: resident)."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step = VARIANTS[variant](Steps(small, batch_size=8))
+    step = VARIANTS[variant](Steps(small, device))
     for _ in range(3):
         step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
 
 
 if __name__ == "__main__":
-    print(peak_megabytes(sys.argv[1], "--small" in sys.argv[2:]))
+    print(peak_mib(sys.argv[1], "--small" in sys.argv[3:], torch.device(sys.argv[2])))
