@@ -171,6 +171,7 @@ PRESETS: dict[str, RunConfig] = {
     "digits": RunConfig(
         network=NetworkConfig(num_groups=8, dropout=0.2),
         train=TrainConfig(optimizer="adamw", lr=2e-3, weight_decay=0.05, ema_decay=0.995, ce_weight=0.01),
+        output=OutputConfig(evaluate_every=250),
     ),
     "fashion-mnist": RunConfig(
         data=DataConfig(source="data/fashion-mnist"),
