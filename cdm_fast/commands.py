@@ -14,7 +14,7 @@ from cdm_fast.build import pick_device
 from cdm_fast.checkpoint import load, read_config
 from cdm_fast.config import RunConfig
 from cdm_fast.convert import convert
-from cdm_fast.data import ImageData, dequantize, quantize, read_image, write_grid
+from cdm_fast.data import ImageData, quantize, read_image, write_grid, write_image
 from cdm_fast.errors import UserError
 from cdm_fast.files import write_atomically
 from cdm_fast.likelihood import denoise_blind, evaluate
@@ -23,6 +23,7 @@ from cdm_fast.report import (
     class_labels,
     describe_score,
     displayable,
+    from_display,
     run_data,
     write_level_pictures,
     write_loss_curves,
@@ -70,6 +71,8 @@ def _load(run: Path, device: str) -> CDM | DDM:
 
 def sample_command(command: arguments.Sample) -> Outcome:
     """`cdm-fast sample`."""
+    if command.num < 1:
+        raise UserError(f"--num is {command.num}; give 1 or more")
     config = read_config(command.run)
     name = f"samples-{command.sampler}-{command.steps}-{command.seed}.png"
     out = command.out or command.run / name
@@ -172,7 +175,7 @@ def denoise_command(command: arguments.Denoise) -> Outcome:
     model = _load(command.run, command.device)
     clean, sigma, level = denoise_blind(model, noisy.to(model.a.device))  # type: ignore[arg-type]  # a DDM is refused
     for image, target in zip(displayable(clean, config.image.num_grey_levels), targets, strict=True):
-        write_grid(image[None], target)
+        write_image(image, target)
     rows = [
         {"image": str(path), "sigma": noise, "level": t, "out": str(target)}
         for path, noise, t, target in zip(
@@ -194,7 +197,7 @@ def _read_noisy(path: Path, config: RunConfig) -> Tensor:
         raise UserError(
             f"{path} is {height}x{width} pixels and the run takes {size}x{size}; cut that out of it"
         )
-    return dequantize(image, 256, torch.full(image.shape, 0.5))
+    return from_display(image, config.image.num_grey_levels)
 
 
 def plot_command(command: arguments.Plot) -> Outcome:

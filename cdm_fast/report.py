@@ -31,6 +31,15 @@ def displayable(x: Tensor, num_grey_levels: int) -> Tensor:
     return (quantize(x, num_grey_levels).float() * (255 / (num_grey_levels - 1))).round().to(torch.uint8)
 
 
+def from_display(pixels: Tensor, num_grey_levels: int) -> Tensor:
+    """uint8 0..255 as model images in [-1, 1]: the inverse of `displayable`, between grey levels too.
+
+    `x = 2 (u + 1/2)/N - 1` with `u = (N-1) pixel/255`: black and white are the middles of the outermost
+    intervals.
+    """
+    return (pixels.float() * ((num_grey_levels - 1) / 255) + 0.5) * (2 / num_grey_levels) - 1
+
+
 def class_labels(config: RunConfig, num: int) -> Tensor | None:
     """(num,) int64: the classes in turn for a class-conditional run, else None."""
     if config.network.conditioning == "none" or config.image.num_classes is None:

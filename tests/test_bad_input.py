@@ -288,7 +288,7 @@ def test_missing_checkpoint_to_convert(tmp_path):
     ("flags", "told"),
     [
         (["--steps", "9"], ["9", "T = 8"]),
-        (["--num", "0"], ["0"]),
+        (["--num", "0"], ["--num is 0"]),
         (["--eta", "2"], ["eta", "2"]),
         (["--label", "1"], ["--label 1", "without classes"]),
         (["--sampler", "euler_ot", "--steps", "2"], ["euler_ot"]),

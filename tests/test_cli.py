@@ -167,7 +167,7 @@ def test_denoise_estimates_sigma_and_writes_images(trained, tmp_path):
         str(tmp_path / "clean" / n) for n in ("one.png", "two.png")
     ]
     assert all(row["sigma"] >= 0 and 0 <= row["level"] <= 8 for row in result["images"])
-    assert (tmp_path / "clean" / "two.png").exists()
+    assert Image.open(tmp_path / "clean" / "two.png").size == (8, 8)
 
 
 def test_plot_draws_every_picture(trained):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from PIL import Image
 
-from cdm_fast.data import batch_indices, dequantize, load_data, quantize, read_image, write_grid
+from cdm_fast.data import batch_indices, dequantize, load_data, quantize, read_image, write_grid, write_image
 from cdm_fast.data.order import split_indices
 
 SPLITS = ("train", "validation", "test")
@@ -458,6 +458,13 @@ def test_sheet_of_bytes_keeps_their_values(tmp_path):
     images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 1, 64, 64) * 50
     write_grid(images, tmp_path / "sheet.png")
     assert read_image(tmp_path / "sheet.png")[0, 34::66, 34::66].tolist() == [[0, 50, 100], [150, 200, 255]]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_one_picture_comes_back_pixel_for_pixel(tmp_path, channels):
+    image = torch.randint(0, 256, (channels, 5, 7), dtype=torch.uint8)
+    write_image(image, tmp_path / "deep" / "picture.png")
+    assert torch.equal(read_image(tmp_path / "deep" / "picture.png"), image)
 
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it

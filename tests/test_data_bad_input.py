@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cdm_fast.data import batch_indices, dequantize, load_data, quantize, read_image, write_grid
+from cdm_fast.data import batch_indices, dequantize, load_data, quantize, read_image, write_grid, write_image
 from cdm_fast.data.reading import MAX_DATA_BYTES
 from cdm_fast.errors import UserError
 
@@ -618,6 +618,12 @@ def test_nan_is_not_drawn(tmp_path):
 @pytest.mark.parametrize("shape", [(4, 4), (1, 2, 4, 4), (0, 1, 4, 4), (1, 1, 0, 4)], ids=str)
 def test_sheet_of_no_images(tmp_path, shape):
     refused(lambda: write_grid(torch.zeros(shape), tmp_path / "a.png"), str(shape))
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (2, 4, 4), (1, 0, 4), (1, 1, 4, 4)], ids=str)
+def test_picture_of_no_image(tmp_path, shape):
+    refused(lambda: write_image(torch.zeros(shape, dtype=torch.uint8), tmp_path / "a.png"), str(shape))
+    refused(lambda: write_image(torch.zeros(1, 4, 4), tmp_path / "a.png"), "torch.float32")
 
 
 def test_sheet_that_cannot_be_written(tmp_path):

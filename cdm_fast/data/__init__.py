@@ -6,7 +6,7 @@ sizes are checked against the bytes that are there, and against the limits in `r
 
 from cdm_fast.data.load import ImageData, load_data
 from cdm_fast.data.order import batch_indices
-from cdm_fast.data.pictures import read_image, write_grid
+from cdm_fast.data.pictures import read_image, write_grid, write_image
 from cdm_fast.data.pixels import dequantize, quantize
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "quantize",
     "read_image",
     "write_grid",
+    "write_image",
 ]

@@ -163,9 +163,25 @@ def write_grid(images: Tensor, path: str | Path, columns: int | None = None) -> 
     if columns is not None and columns < 1:
         raise UserError(f"a sheet of {columns} columns; give 1 or more")
     pixels = images.detach().cpu()
-    sheet = _sheet(pixels if pixels.dtype == torch.uint8 else quantize(pixels, 256), columns)
+    _write_png(_sheet(pixels if pixels.dtype == torch.uint8 else quantize(pixels, 256), columns), path)
+
+
+def write_image(image: Tensor, path: str | Path) -> None:
+    """Write one image (C,H,W) uint8, C 1 or 3, as a PNG of its own size, atomically.
+
+    Raises UserError for another shape or dtype, and for a file that cannot be written.
+    """
+    if image.ndim != 3 or image.shape[0] not in (1, 3) or 0 in image.shape or image.dtype != torch.uint8:
+        raise UserError(
+            f"no picture of {image.dtype} of shape {tuple(image.shape)}; give uint8 (C,H,W) with C = 1 or 3"
+        )
+    _write_png(image.cpu(), path)
+
+
+def _write_png(pixels: Tensor, path: str | Path) -> None:
+    """(C,H,W) uint8 on the CPU as a PNG file."""
     picture = Image.fromarray(
-        sheet[0].numpy() if len(sheet) == 1 else sheet.permute(1, 2, 0).contiguous().numpy()
+        pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).contiguous().numpy()
     )
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
