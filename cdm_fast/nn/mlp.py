@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdm_fast.errors import UserError
+from cdm_fast.nn.labels import class_index
 from cdm_fast.nn.layers import CumulativeHead, Layer, Linear, SiLU, full_precision, run_adjoint
 from cdm_fast.nn.network import AdjointNetwork
 from cdm_fast.nn.unet import sinusoids
@@ -83,10 +84,7 @@ class MLP(AdjointNetwork):
         self, x: Tensor, label: Tensor | None = None, keep_residuals: bool = True
     ) -> tuple[Tensor, Any]:
         """`x` (B, d) -> (B, W + num_squares) and residuals, which are small enough to keep always."""
-        if x.shape[1:] != self.input_shape:
-            raise ValueError(
-                f"the network takes vectors of shape (B, {self.input_shape[0]}), not {tuple(x.shape)}"
-            )
+        _check_input(x, self.input_shape)
         embedding = self._embedding(label, len(x))
         h, _ = self.linear_in(x)
         residuals = []
@@ -108,13 +106,8 @@ class MLP(AdjointNetwork):
         return self.linear_in.adjoint(None, h) + from_squares
 
     def _embedding(self, label: Tensor | None, batch: int) -> Tensor | None:
-        if self.num_classes is None:
-            if label is not None:
-                raise ValueError("label= was given, but the network was built without num_classes")
-            return None
-        if label is None:
-            label = torch.full((batch,), self.num_classes, device=self.linear_in.weight.device)
-        return F.silu(self.label_emb(label))
+        index = class_index(label, self.num_classes, batch, self.linear_in.weight.device)
+        return None if index is None else F.silu(self.label_emb(index))
 
 
 class MLPDenoiser(nn.Module):
@@ -138,14 +131,20 @@ class MLPDenoiser(nn.Module):
 
     def forward(self, x: Tensor, level: Tensor, label: Tensor | None = None) -> Tensor:
         """`x` (B, d), `level` (B,) -> eps_hat (B, d)."""
+        _check_input(x, self.input_shape)
         embedding = self.time(sinusoids(level, self.linear_in.out_features).to(x.dtype))
-        if self.num_classes is not None:
-            null = torch.full((len(x),), self.num_classes, device=x.device)
-            embedding = embedding + self.label_emb(null if label is None else label)
+        index = class_index(label, self.num_classes, len(x), x.device)
+        if index is not None:
+            embedding = embedding + self.label_emb(index)
         h, _ = self.linear_in(x)
         for block in self.blocks:
             h, _ = block(h, F.silu(embedding))
         return self.linear_out(F.silu(h))[0]
+
+
+def _check_input(x: Tensor, shape: tuple[int, ...]) -> None:
+    if x.shape[1:] != shape:
+        raise UserError(f"the network takes vectors of shape (B, {shape[0]}), not {tuple(x.shape)}")
 
 
 def _check_widths(dim: int, hidden: int, depth: int) -> None:

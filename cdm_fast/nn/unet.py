@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdm_fast.errors import UserError
+from cdm_fast.nn.labels import class_index
 from cdm_fast.nn.layers import (
     AttentionBlock,
     Conv2d,
@@ -121,7 +122,6 @@ class UNetTrunk(nn.Module):
         self.input_shape: tuple[int, ...] = (channels, image_size, image_size)
         self.base_channels = base_channels
         self.num_classes = num_classes
-        self.timed = timed
         embedded = timed or num_classes is not None
         embedding_width = 4 * base_channels if embedded else None
         if embedded:
@@ -184,19 +184,14 @@ class UNetTrunk(nn.Module):
 
     def embedding(self, label: Tensor | None, time: Tensor | None, batch: int) -> Tensor | None:
         """(B, E) from the time and the class (the null class where there is no label), or None."""
-        if not self.timed and self.num_classes is None:
-            if label is not None:
-                raise ValueError("label= was given, but the network was built without num_classes")
-            return None
-        device = self.conv_in.weight.device
+        weight = self.conv_in.weight
+        index = class_index(label, self.num_classes, batch, weight.device)
         terms = []
-        if self.timed and time is not None:
-            terms.append(sinusoids(time, self.base_channels).to(self.conv_in.weight.dtype))
-        if self.num_classes is not None:
-            if label is None:
-                label = torch.full((batch,), self.num_classes, device=device)
-            terms.append(self.label_emb(label))
-        return self.temb(sum(terms[1:], start=terms[0]))
+        if time is not None:
+            terms.append(sinusoids(time, self.base_channels).to(weight.dtype))
+        if index is not None:
+            terms.append(self.label_emb(index))
+        return self.temb(sum(terms[1:], start=terms[0])) if terms else None
 
     def run(
         self, x: Tensor, embedding: Tensor | None, keep_residuals: bool = True
@@ -341,7 +336,7 @@ def sinusoids(position: Tensor, width: int) -> Tensor:
 
 def _check_input(x: Tensor, shape: tuple[int, ...]) -> None:
     if x.shape[1:] != shape:
-        raise ValueError(
+        raise UserError(
             f"the network takes images of shape (B, {', '.join(map(str, shape))}), not {tuple(x.shape)}"
         )
 
