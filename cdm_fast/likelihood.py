@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cdm_fast.data import ImageData, dequantize
 from cdm_fast.errors import UserError
-from cdm_fast.model import CDM, Denoiser
+from cdm_fast.model import CDM, Denoiser, measures
 
 Protocol = Literal["dequantized", "paper"]
 
@@ -79,7 +79,7 @@ class LikelihoodReport:
         return fields
 
 
-@torch.no_grad()
+@measures
 def evaluate(
     model: CDM,
     data: ImageData,
@@ -114,8 +114,6 @@ def evaluate(
     device = model.a.device
     dim = data.images[0].numel()
     offset = math.log2(data.num_grey_levels / 2)
-    was_training = model.training
-    model.eval()
     start = time.perf_counter()
     bits = torch.empty(draws, len(data.images), dtype=torch.float64)
     for draw in range(draws):
@@ -128,7 +126,6 @@ def evaluate(
     if check_levels is None:
         check_levels = 256 if model.schedule.T < 256 else 64
     check = ratio_check(model, data, check_levels, seed=seed) if check_levels else None
-    model.train(was_training)
     per_image = bits.mean(dim=0)
     return LikelihoodReport(
         bits_per_dim=float(per_image.mean()),
@@ -148,7 +145,7 @@ def evaluate(
     )
 
 
-@torch.no_grad()
+@measures
 def ratio_check(
     model: CDM, data: ImageData, max_levels: int = 256, num_images: int = 128, seed: int = 0
 ) -> RatioCheck:
@@ -181,7 +178,7 @@ def ratio_check(
     )
 
 
-@torch.no_grad()
+@measures
 def estimate_level(model: CDM, y: Tensor, batch_size: int = 256) -> tuple[Tensor, Tensor]:
     """The noise of `y = x_0 + sigma n`, by maximum likelihood over levels: `(level (n,) int64, sigma (n,))`.
 
@@ -204,7 +201,7 @@ def estimate_level(model: CDM, y: Tensor, batch_size: int = 256) -> tuple[Tensor
     return level, model.schedule.sigma.to(y.device, y.dtype)[level]
 
 
-@torch.no_grad()
+@measures
 def denoise_blind(model: CDM, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Denoise `y = x_0 + sigma n` of unknown sigma: `(x0_hat like y, sigma (n,), level (n,) int64)`."""
     level, sigma = estimate_level(model, y)
@@ -212,7 +209,7 @@ def denoise_blind(model: CDM, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return model.predict_x0(a * y, level), sigma, level
 
 
-@torch.no_grad()
+@measures
 def mse_per_level(
     model: Denoiser, data: ImageData, max_levels: int = 25, num_images: int = 128, seed: int = 0
 ) -> tuple[list[int], list[float]]:
@@ -229,7 +226,7 @@ def mse_per_level(
     return levels, errors
 
 
-@torch.no_grad()
+@measures
 def level_confusion(
     model: CDM, data: ImageData, bins: int = 25, num_images: int = 64, seed: int = 0
 ) -> tuple[Tensor, Tensor]:

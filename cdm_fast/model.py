@@ -4,6 +4,9 @@
 """
 
 import math
+from collections.abc import Callable
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +16,29 @@ from cdm_fast.nn import AdjointNetwork
 from cdm_fast.ops import denoise_epilogue, use_backend
 from cdm_fast.ops._checks import may_read
 from cdm_fast.schedule import NoiseSchedule
+
+Model = TypeVar("Model", bound=nn.Module)
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def measures(
+    function: Callable[Concatenate[Model, Arguments], Result],
+) -> Callable[Concatenate[Model, Arguments], Result]:
+    """For a function that only reads its model: no gradients, dropout off, every module's mode put back."""
+
+    @wraps(function)
+    def run(model: Model, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            with torch.no_grad():
+                return function(model, *args, **kwargs)
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    return run
 
 
 class Denoiser(nn.Module):

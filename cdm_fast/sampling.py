@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cdm_fast.errors import UserError
-from cdm_fast.model import Denoiser
+from cdm_fast.model import Denoiser, measures
 from cdm_fast.ops.philox import Stream, box_muller, philox4x32_10
 from cdm_fast.schedule import Spacing
 
@@ -164,7 +164,7 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-@torch.no_grad()
+@measures
 def sample(
     model: Denoiser,
     num: int,
@@ -194,18 +194,13 @@ def sample(
     _check_range("seed", seed, 0, bits=64)
     prototype = next(p for p in chain(model.parameters(), model.buffers()) if p.is_floating_point())
     labels = _labels(label, num, prototype.device)
-    was_training = model.training
-    model.eval()
-    try:
-        images = [prototype.new_empty((0, *shape))]
-        for start in range(0, num, batch_size):
-            batch = slice(start, min(start + batch_size, num))
-            noise = ImageNoise(seed, batch, shape, prototype)
-            label_b = None if labels is None else labels[batch]
-            images.append(run(model, noise(), noise, steps, label_b))
-        return torch.cat(images)
-    finally:
-        model.train(was_training)
+    images = [prototype.new_empty((0, *shape))]
+    for start in range(0, num, batch_size):
+        batch = slice(start, min(start + batch_size, num))
+        noise = ImageNoise(seed, batch, shape, prototype)
+        label_b = None if labels is None else labels[batch]
+        images.append(run(model, noise(), noise, steps, label_b))
+    return torch.cat(images)
 
 
 class ImageNoise:

@@ -215,10 +215,13 @@ def test_global_random_state_is_left_alone(model):
     assert torch.equal(sample(model, 4, "ddpm", steps=5), first)
 
 
-def test_dropout_is_off_and_mode_comes_back(model):
+def test_dropout_is_off_and_every_mode_comes_back(model):
     model.train()
     first = sample(model, 4, steps=5)
     assert model.training and model.network.dropout.training
+    model.network.dropout.eval()  # a frozen part of a network in training
+    sample(model, 4, steps=5)
+    assert model.training and model.network.training and not model.network.dropout.training
     model.eval()
     assert torch.equal(sample(model, 4, steps=5), first)
     assert not model.training
