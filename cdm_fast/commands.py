@@ -1,6 +1,7 @@
 """The commands behind the command line: each takes its parsed arguments and returns what to tell."""
 
 import io
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,9 +81,11 @@ def sample_command(command: arguments.Sample) -> Outcome:
         raise UserError(f"--out {out}: give a name that ends in .png or .npz")
     labels = _sample_labels(command, config)
     model = _load(command.run, command.device)
+    began = time.perf_counter()
     images = sample(
         model, command.num, command.sampler, command.steps, command.seed, label=labels, eta=command.eta
     )
+    seconds = time.perf_counter() - began
     grey = config.image.num_grey_levels
     if out.suffix == ".png":
         write_grid(displayable(images, grey), out)
@@ -95,8 +98,10 @@ def sample_command(command: arguments.Sample) -> Outcome:
         "sampler": command.sampler,
         "steps": command.steps,
         "seed": command.seed,
+        "seconds": seconds,
+        "images_per_second": command.num / seconds,
     }
-    return Outcome(result, [f"{command.num} images in {out}"])
+    return Outcome(result, [f"{command.num} images in {out}, drawn in {seconds:.1f} s"])
 
 
 def _sample_labels(command: arguments.Sample, config: RunConfig) -> Tensor | None:

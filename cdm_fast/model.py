@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cdm_fast.errors import UserError
 from cdm_fast.nn import AdjointNetwork
-from cdm_fast.ops import denoise_epilogue, use_backend
+from cdm_fast.ops import denoise_epilogue, denoise_x0, log_posterior, use_backend
 from cdm_fast.ops._checks import may_read
 from cdm_fast.schedule import NoiseSchedule
 
@@ -87,11 +87,16 @@ class Denoiser(nn.Module):
         Raises:
             UserError: at level T+1, where nothing of the data is left.
         """
+        level = self._levels_with_data(level, x)
+        a, s = self.amplitudes(level, x)
+        return (x - s * self.denoise(x, level, label)) / a
+
+    def _levels_with_data(self, level: int | Tensor, x: Tensor) -> Tensor:
+        """`level` as (B,) int64; UserError where it is T+1."""
         level = self.schedule.levels(level, x)
         if may_read(level) and bool((level == self.schedule.T + 1).any()):
             raise UserError(f"level {self.schedule.T + 1} is pure noise: x0 cannot be predicted from it")
-        a, s = self.amplitudes(level, x)
-        return (x - s * self.denoise(x, level, label)) / a
+        return level
 
     def score(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
         """`grad_x log p_t(x) = -eps_hat / s` (Tweedie), like `x`.
@@ -161,7 +166,7 @@ class CDM(Denoiser):
 
     def log_posterior(self, x: Tensor, label: Tensor | None = None) -> Tensor:
         """`log p(t | x)` in nats under the training's p(t), (B, L)."""
-        return self.logits(x, label).log_softmax(dim=1)
+        return log_posterior(self.logits(x, label))
 
     def draw_levels(self, num: int, generator: torch.Generator | None = None) -> Tensor:
         """(num,) int64 levels from p(t)."""
@@ -187,6 +192,11 @@ class CDM(Denoiser):
     def denoise(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
         level = self.schedule.levels(level, x)
         return denoise_epilogue(self.ratio_gradient(x, level, label), x, self.s[level].to(x.dtype))
+
+    def predict_x0(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
+        level = self._levels_with_data(level, x)
+        a, s = (table[level].to(x.dtype) for table in (self.a, self.s))
+        return denoise_x0(self.ratio_gradient(x, level, label), x, a, s)
 
     def score(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
         """`grad_x log p_t(x) = -(grad_x F + x)`, like `x`, at every level, 0 and T+1 included."""

@@ -34,10 +34,10 @@ from cdm_fast.nn.network import AdjointNetwork
 class Resolution(nn.Module):
     """The blocks of one resolution on one side of the U-Net, with their attentions and its change of size."""
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: list[ResnetBlock], attentions: list[AttentionBlock]) -> None:
         super().__init__()
-        self.block = nn.ModuleList()
-        self.attn = nn.ModuleList()
+        self.block = nn.ModuleList(blocks)
+        self.attn = nn.ModuleList(attentions)
         self.downsample: Downsample | None = None
         self.upsample: Upsample | None = None
 
@@ -129,41 +129,37 @@ class UNetTrunk(nn.Module):
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes + 1, base_channels)
 
-        def block(before: int, after: int) -> ResnetBlock:
-            return ResnetBlock(before, after, num_groups, dropout, embedding_width)
+        def resolution(size: int, widths: list[tuple[int, int]]) -> Resolution:
+            attends = size in attention_resolutions
+            blocks = [ResnetBlock(*pair, num_groups, dropout, embedding_width) for pair in widths]
+            return Resolution(blocks, [AttentionBlock(after, num_groups) for _, after in widths if attends])
 
         self.conv_in = Conv2d(channels, base_channels, exact=True)
         widths = [base_channels * multiplier for multiplier in multipliers]
-        sizes = [image_size >> i for i in range(len(widths))]
-        width = base_channels
-        skips = [width]
+        last = len(widths) - 1
+        width, skips = base_channels, [base_channels]
         self.down = nn.ModuleList()
-        for i, (size, level_width) in enumerate(zip(sizes, widths, strict=True)):
-            down = Resolution()
-            for _ in range(blocks_per_level):
-                down.block.append(block(width, level_width))
-                width = level_width
-                skips.append(width)
-                if size in attention_resolutions:
-                    down.attn.append(AttentionBlock(width, num_groups))
-            if i + 1 < len(widths):
-                down.downsample = Downsample(width)
-                skips.append(width)
+        for i, after in enumerate(widths):
+            befores = [width] + [after] * (blocks_per_level - 1)
+            down = resolution(image_size >> i, [(before, after) for before in befores])
+            skips += [after] * blocks_per_level
+            if i < last:
+                down.downsample = Downsample(after)
+                skips.append(after)
             self.down.append(down)
+            width = after
         self.mid = Middle(width, num_groups, dropout, embedding_width)
         self.up_widths: list[list[int]] = []  # (from below, skip connection) of every stage on the way up
         ups: list[Resolution] = []
-        for i, (size, level_width) in reversed(list(enumerate(zip(sizes, widths, strict=True)))):
-            up = Resolution()
-            for _ in range(blocks_per_level + 1):
-                self.up_widths.append([width, skips.pop()])
-                up.block.append(block(sum(self.up_widths[-1]), level_width))
-                width = level_width
-                if size in attention_resolutions:
-                    up.attn.append(AttentionBlock(width, num_groups))
+        for i, after in reversed(list(enumerate(widths))):
+            befores = [width] + [after] * blocks_per_level
+            pairs = [[before, skips.pop()] for before in befores]
+            up = resolution(image_size >> i, [(sum(pair), after) for pair in pairs])
             if i > 0:
-                up.upsample = Upsample(width)
+                up.upsample = Upsample(after)
+            self.up_widths += pairs
             ups.append(up)
+            width = after
         self.up = nn.ModuleList(reversed(ups))
         self.norm_out = GroupNorm(width, num_groups)
         self.out_channels = width
