@@ -4,6 +4,7 @@ from cdm_fast.ops._backend import set_backend, use_backend
 from cdm_fast.ops.attention import attention, attention_vjp
 from cdm_fast.ops.denoise import denoise_epilogue, denoise_loss, denoise_x0, head_cotangent
 from cdm_fast.ops.group_norm_silu import group_norm_silu, group_norm_silu_vjp
+from cdm_fast.ops.head_noise_level_ce import head_noise_level_ce
 from cdm_fast.ops.noise_level_ce import level_logits, log_posterior, noise_level_ce
 from cdm_fast.ops.noising import noising
 
@@ -16,6 +17,7 @@ __all__ = [
     "group_norm_silu",
     "group_norm_silu_vjp",
     "head_cotangent",
+    "head_noise_level_ce",
     "level_logits",
     "log_posterior",
     "noise_level_ce",

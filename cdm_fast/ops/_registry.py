@@ -24,7 +24,7 @@ def define(
     schema: str,
     *,
     fake: Callable[..., Any],
-    triton: Callable[..., Any],
+    triton: Callable[..., Any] | None = None,
     cpu: Callable[..., Any] | None = None,
     cuda: Callable[..., Any] | None = None,
     save: Callable[..., None] | None = None,
@@ -32,12 +32,12 @@ def define(
 ) -> None:
     """Defines `cdm_fast::{name}` and `cdm_fast::{name}_triton`, both with the schema "(...) -> ...".
 
-    fake: returns empty results of the right shapes. triton: the launcher. cpu, cuda: the implementation of an
-    op that is composed in Python, per device. save(ctx, inputs, output) and backward(ctx, *grads) as in
-    `torch.library.register_autograd`; without them the op has no derivative, and asking for one raises
-    RuntimeError. Inside them, `ctx.backend` is the backend to pass on to `overload`.
+    fake: returns empty results of the right shapes. triton: the launcher; without one there is no op for it.
+    cpu, cuda: the implementation of an op that is composed in Python, per device. save(ctx, inputs, output)
+    and backward(ctx, *grads) as in `torch.library.register_autograd`; without them the op has no derivative,
+    and asking for one raises RuntimeError. Inside them, `ctx.backend` is what to pass on to `overload`.
     """
-    for backend in ("native", "triton"):
+    for backend in ("native",) if triton is None else ("native", "triton"):
         full_name = _full_name(name, backend)
         _library.define(full_name + schema)
         torch.library.register_fake(f"cdm_fast::{full_name}", fake, lib=_library)
@@ -45,7 +45,8 @@ def define(
         autograd = _autograd_kernel(op, backend, save, backward or _no_derivative(name))
         _library.impl(full_name, autograd, "Autograd")
         _autograd_kernels[full_name] = autograd
-    _library.impl(_full_name(name, "triton"), triton, "CompositeExplicitAutograd")
+    if triton is not None:
+        _library.impl(_full_name(name, "triton"), triton, "CompositeExplicitAutograd")
     for device, implementation in (("CPU", cpu), ("CUDA", cuda)):
         if implementation is not None:
             _library.impl(_full_name(name, "native"), implementation, device)

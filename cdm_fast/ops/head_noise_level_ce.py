@@ -1,0 +1,238 @@
+"""`noise_level_ce` of a linear head, from its features, without ever holding all of its logits.
+
+B batch, D features, L = T+2 noise levels, K classes, N = (L-1) K + 1 rows of the head: row `t K + c` is for
+class c at level t <= T, the last for pure noise. All logits z are taken relative to pure noise's, so that the
+log-ratio can be read off, pure noise itself counts exp(0), and what is common to all cancels.
+
+The rows are visited in blocks of whole levels. Forward keeps one running log-sum-exp per image; backward
+computes each block's logits again. The products are the library's on every device.
+
+It saves memory, not time: the logits are multiplied out twice. With gradients, B = 128, D = 256, L = 1002,
+fp32, against the head followed by `noise_level_ce` (2 threads of an AMD EPYC, Zen 5, torch 2.13; pytest
+benchmarks/bench_head_noise_level_ce.py --benchmark-only --threads 2), peak memory beyond the gradients:
+
+    K              1      10     100    1000
+    here, MiB      1.5    12     12     13
+    one by one     0.5    4.9    49     489
+    speed          0.6    0.7    0.75   not timed    (1 is as fast)
+
+The speed is that of idle cores; busy ones were seen to lower it to 0.2, since it waits for its threads more
+often. So it pays where memory is short, from some 30 classes on; a head of one class never needs it. No GPU
+has been measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cdm_fast.ops import _backend, _checks
+from cdm_fast.ops._registry import define, overload
+from cdm_fast.ops.noise_level_ce import NoiseLevelCE, noise_level_ce_reference
+
+# Logits that exist at a time, unless one level of a batch has more. On CPU, 2^18 to 2^21 are equally fast; on
+# a GPU each block costs a dozen launches.
+BLOCK_ELEMENTS = 1 << 20
+
+
+def head_noise_level_ce_reference(
+    h: Tensor,  # (B, D)
+    weight_c: Tensor,  # (N, D)
+    bias_c: Tensor,  # (N,)
+    level: Tensor,  # (B,) int64
+    label: Tensor | None = None,  # (B,) int64
+    num_classes: int = 1,
+) -> NoiseLevelCE:
+    """The specification of `head_noise_level_ce` in plain PyTorch; see there."""
+    with torch.autocast(h.device.type, enabled=False):
+        logits = F.linear(_wide(h), _wide(weight_c), _wide(bias_c))
+        return noise_level_ce_reference(logits, level, label, num_classes)
+
+
+def head_noise_level_ce(
+    h: Tensor,  # (B, D)
+    weight_c: Tensor,  # (N, D)
+    bias_c: Tensor,  # (N,)
+    level: Tensor,  # (B,) int64
+    label: Tensor | None = None,  # (B,) int64
+    num_classes: int = 1,
+) -> NoiseLevelCE:
+    """`noise_level_ce(h @ weight_c.T + bias_c, level, label, num_classes)` in memory for one block of logits.
+
+    h: features; fp32, bf16, fp16 or fp64. weight_c, bias_c: the head's cumulated parameters, of h's dtype.
+    level: 0..L-1.
+    label: 0..K-1, or -1 for an image without a label; None means -1 throughout.
+    num_classes: K; N - 1 must be a multiple of it.
+
+    Computed in fp32 (fp64 for fp64). Differentiable once with respect to h, weight_c and bias_c
+    (use_backend("reference"): to any order). Raises TypeError or ValueError, naming the argument, for what
+    does not fit the above. Source: CDM Alg. 1 and Thm 3.2.
+    """
+    num_levels = _check(h, weight_c, bias_c, level, label, num_classes)
+    _checks.check_index_range("level", level, 0, num_levels)
+    if label is not None:
+        _checks.check_index_range("label", label, -1, num_classes)
+    if _backend.selected_backend() == "reference":
+        return head_noise_level_ce_reference(h, weight_c, bias_c, level, label, num_classes)
+    label = torch.full_like(level, -1) if label is None else label
+    op = overload("head_noise_level_ce", "native")
+    loss, log_ratio, _ = op(h, weight_c, bias_c, level, label, num_classes)
+    return NoiseLevelCE(loss, log_ratio)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _forward(
+    h: Tensor, weight_c: Tensor, bias_c: Tensor, level: Tensor, label: Tensor, num_classes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss, log_ratio, and log_total (B,): the log-sum-exp of all z."""
+    with torch.autocast(h.device.type, enabled=False):
+        h = _wide(h)
+        noise = _noise_logit(h, weight_c, bias_c)
+        is_noise = level == (len(weight_c) - 1) // num_classes
+        log_ratio = torch.where(is_noise, 0.0, torch.nan).to(h.dtype)  # NaN stays at a level out of range
+        log_total = torch.zeros_like(noise)
+        for first_level, rows in _blocks(len(h), len(weight_c), num_classes):
+            z = _block_logits(h, weight_c, bias_c, rows, noise)
+            true, _, inside = _true_logits(z, level - first_level, label, num_classes)
+            log_ratio = torch.where(inside, _log_ratio(true, label), log_ratio)
+            log_total = torch.logaddexp(log_total, z.logsumexp(1))
+        return log_total - log_ratio, log_ratio, log_total
+
+
+def _backward_blocks(
+    h: Tensor,
+    weight_c: Tensor,
+    bias_c: Tensor,
+    level: Tensor,
+    label: Tensor,
+    num_classes: int,
+    log_total: Tensor,
+    grad_loss: Tensor,
+    grad_log_ratio: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients with respect to h, weight_c and bias_c; log_total as `_forward` returned it."""
+    with torch.autocast(h.device.type, enabled=False):
+        features, dtype = _wide(h), h.dtype
+        noise = _noise_logit(features, weight_c, bias_c)
+        grad_weight, grad_bias = torch.empty_like(weight_c), torch.empty_like(bias_c)
+        grad_true = grad_log_ratio - grad_loss
+        is_noise = level == (len(weight_c) - 1) // num_classes
+        grad_noise = grad_loss * torch.exp(-log_total) - grad_log_ratio + torch.where(is_noise, grad_true, 0)
+        grad_h = grad_noise[:, None] * _wide(weight_c[-1])
+        grad_weight[-1], grad_bias[-1] = grad_noise @ features, grad_noise.sum()
+        for first_level, rows in _blocks(len(h), len(weight_c), num_classes):
+            z = _block_logits(features, weight_c, bias_c, rows, noise)
+            true, place, inside = _true_logits(z, level - first_level, label, num_classes)
+            share = _class_shares(true, label) * torch.where(inside, grad_true, 0)[:, None]
+            grad_z = z.sub_(log_total[:, None]).exp_().mul_(grad_loss[:, None])
+            grad_z.unflatten(1, (-1, num_classes)).scatter_add_(1, place, share[:, None])
+            grad_h.addmm_(grad_z, _wide(weight_c[rows]))
+            grad_weight[rows], grad_bias[rows] = grad_z.T @ features, grad_z.sum(0)
+        return grad_h.to(dtype), grad_weight, grad_bias
+
+
+def _noise_logit(h: Tensor, weight_c: Tensor, bias_c: Tensor) -> Tensor:
+    """(B,): the logit of pure noise, by the last row."""
+    return torch.mv(h, _wide(weight_c[-1])) + _wide(bias_c[-1])
+
+
+def _blocks(batch: int, num_rows: int, num_classes: int) -> Iterator[tuple[int, slice]]:
+    """(first level, rows) of each block of whole levels; pure noise is in none of them."""
+    levels = max(1, BLOCK_ELEMENTS // (batch * num_classes))
+    for first_row in range(0, num_rows - 1, levels * num_classes):
+        last_row = min(first_row + levels * num_classes, num_rows - 1)
+        yield first_row // num_classes, slice(first_row, last_row)
+
+
+def _block_logits(h: Tensor, weight_c: Tensor, bias_c: Tensor, rows: slice, noise: Tensor) -> Tensor:
+    """(B, rows): z of a block."""
+    return torch.addmm(_wide(bias_c[rows]), h, _wide(weight_c[rows]).T).sub_(noise[:, None])
+
+
+def _true_logits(z: Tensor, level: Tensor, label: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The logits (B, K) of each image's level, their place (B, 1, K) in the block, and whether it is there.
+
+    level: relative to the block's first. A copy: z may be overwritten afterwards.
+    """
+    z = z.unflatten(1, (-1, num_classes))
+    inside = (level >= 0) & (level < z.shape[1]) & (label < num_classes)
+    place = level.clamp(0, z.shape[1] - 1)[:, None, None].expand(-1, 1, num_classes)
+    return z.gather(1, place).squeeze(1), place, inside
+
+
+def _log_ratio(true: Tensor, label: Tensor) -> Tensor:
+    """(B,): z[level, label], or logsumexp_c z[level, c] where there is no label."""
+    labelled = true.gather(1, label.clamp(0, true.shape[1] - 1)[:, None]).squeeze(1)
+    return torch.where(label >= 0, labelled, true.logsumexp(1))
+
+
+def _class_shares(true: Tensor, label: Tensor) -> Tensor:
+    """(B, K): the derivative of `_log_ratio`, one-hot or softmax_c z[level, c]."""
+    one_hot = torch.arange(true.shape[1], device=label.device) == label[:, None]
+    return torch.where(label[:, None] >= 0, one_hot.to(true.dtype), true.softmax(1))
+
+
+def _fake(h: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    compute = torch.promote_types(h.dtype, torch.float32)
+    loss, log_ratio, log_total = (h.new_empty(len(h), dtype=compute) for _ in range(3))
+    return loss, log_ratio, log_total
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.num_classes = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.mark_non_differentiable(output[2])
+
+
+def _backward(ctx: Any, grad_loss: Tensor, grad_log_ratio: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    *inputs, log_total = ctx.saved_tensors
+    op = overload("head_noise_level_ce_backward", ctx.backend)
+    gradients = op(*inputs, ctx.num_classes, log_total, grad_loss, grad_log_ratio)
+    return *gradients, None, None, None
+
+
+define(
+    "head_noise_level_ce",
+    "(Tensor h, Tensor weight_c, Tensor bias_c, Tensor level, Tensor label, int num_classes)"
+    " -> (Tensor, Tensor, Tensor)",
+    fake=_fake,
+    cpu=_forward,
+    cuda=_forward,
+    save=_save,
+    backward=_backward,
+)
+define(
+    "head_noise_level_ce_backward",
+    "(Tensor h, Tensor weight_c, Tensor bias_c, Tensor level, Tensor label, int num_classes,"
+    " Tensor log_total, Tensor grad_loss, Tensor grad_log_ratio) -> (Tensor, Tensor, Tensor)",
+    fake=lambda h, weight_c, bias_c, *_: tuple(torch.empty_like(x) for x in (h, weight_c, bias_c)),
+    cpu=_backward_blocks,
+    cuda=_backward_blocks,
+)
+
+
+def _check(
+    h: Tensor, weight_c: Tensor, bias_c: Tensor, level: Tensor, label: Tensor | None, num_classes: int
+) -> int:
+    """Returns L; raises as `head_noise_level_ce` says."""
+    _checks.check_tensor("h", h, dtypes=_checks.FLOATING, shape=(None, None))
+    _checks.check_batch("h", h)
+    device, dtypes = h.device, (h.dtype,)
+    _checks.check_tensor("weight_c", weight_c, dtypes=dtypes, shape=(None, h.shape[1]), device=device)
+    num_rows = weight_c.shape[0]
+    if num_classes < 1 or num_rows < 2 or (num_rows - 1) % num_classes != 0:
+        raise ValueError(
+            f"weight_c: expected (L-1) K + 1 rows with num_classes K = {num_classes}, got {num_rows}"
+        )
+    _checks.check_tensor("bias_c", bias_c, dtypes=dtypes, shape=(num_rows,), device=device)
+    for name, value in (("level", level), ("label", label)):
+        if value is not None:
+            _checks.check_tensor(name, value, dtypes=(torch.int64,), shape=(h.shape[0],), device=device)
+    return (num_rows - 1) // num_classes + 1
