@@ -2,6 +2,8 @@
 
 Timed: y, the adjoint <g, y> -> grad_x, and the gradients of both with respect to g, x, weight and bias. All
 parameters are fp32 for the op and of the images' dtype for PyTorch, as autocast would have them.
+
+Besides, the op on two pieces that lie apart against the op on their concatenation, the copy included.
 """
 
 import pytest
@@ -19,6 +21,7 @@ SHAPES = [
     (8, 256, 8, 8),
     (8, 256, 4, 4),
 ]
+SPLIT_SHAPES = [(8, 256, 128, 32, 32), (8, 256, 256, 16, 16)]  # B, channels of the two pieces, H, W
 LAYOUTS = {"nchw": torch.contiguous_format, "channels-last": torch.channels_last}
 # Both sides round to the dtype at different places: this is a check of the answer, the op's tests are exact.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -69,4 +72,44 @@ def test_group_norm_silu(benchmark, compare, device, small, shape, dtype, layout
         lambda: _plain(x, *theirs, *cotangents),
         _check(dtype),
     )
+    benchmark.extra_info["shape"] = list(shape)
+
+
+def _in_two(x, skip, weight, bias, g, grad_y, v, v_skip):
+    y, mean, rstd = group_norm_silu(x, weight, bias, GROUPS, EPS, skip=skip)
+    grads = group_norm_silu_vjp(g, x, weight, bias, mean, rstd, GROUPS, skip=skip)
+    leaves = g, x, skip, weight, bias
+    return y, *grads, *torch.autograd.grad((y, *grads), leaves, (grad_y, v, v_skip))
+
+
+def _concatenated(x, skip, weight, bias, g, grad_y, v, v_skip):
+    whole = torch.cat((x, skip), 1)
+    y, mean, rstd = group_norm_silu(whole, weight, bias, GROUPS, EPS)
+    grads = group_norm_silu_vjp(g, whole, weight, bias, mean, rstd, GROUPS).split(
+        (x.shape[1], skip.shape[1]), 1
+    )
+    leaves = g, x, skip, weight, bias
+    return y, *grads, *torch.autograd.grad((y, *grads), leaves, (grad_y, v, v_skip))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", SPLIT_SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def test_group_norm_silu_in_two_pieces(benchmark, compare, device, small, shape, dtype, layout):
+    batch, first, second, *spatial = shape
+    if small:
+        batch = 2
+    torch.manual_seed(0)
+
+    def image(channels):
+        return torch.randn(batch, channels, *spatial).to(device, dtype, memory_format=LAYOUTS[layout])
+
+    channels = first + second
+    x, skip, g = (image(width).requires_grad_() for width in (first, second, channels))
+    weight, bias = (
+        parameter.to(device).requires_grad_()
+        for parameter in (1 + 0.1 * torch.randn(channels), 0.1 * torch.randn(channels))
+    )
+    inputs = x, skip, weight, bias, g, image(channels), image(first), image(second)
+    compare(benchmark, lambda: _in_two(*inputs), lambda: _concatenated(*inputs), _check(dtype))
     benchmark.extra_info["shape"] = list(shape)

@@ -33,7 +33,7 @@ int64_t groups_per_range(const GroupNormSilu& a, int64_t element_size, int64_t k
     const int64_t line = kLineBytes / element_size;
     const int64_t smallest =
         a.channels_last ? std::min(a.groups, std::lcm(channels_per_group, line) / channels_per_group) : 1;
-    const int64_t tensors = a.v ? 5 : a.g ? 3 : 2;
+    const int64_t tensors = a.v.at[0] ? 5 : a.g ? 3 : 2;
     const int64_t element_bytes = tensors * element_size + (a.g ? kept_size : 0);
     const int64_t fit = kCacheBytes / (channels_per_group * a.pixels * element_bytes);
     const int64_t threads = torch::stable::get_num_threads();
@@ -94,17 +94,18 @@ struct Launch {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(cdm_fast_cpp, m) {
     m.def(
-        "group_norm_silu_forward(Tensor x, Tensor weight, Tensor bias, Tensor? seed, Tensor(a!) y, "
-        "Tensor(b!) mean, Tensor(c!) rstd, int num_groups, float eps, bool silu, float dropout, "
-        "bool channels_last) -> ()");
+        "group_norm_silu_forward(Tensor x, Tensor? skip, Tensor weight, Tensor bias, Tensor? seed, "
+        "Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd, int num_groups, float eps, bool silu, "
+        "float dropout, bool channels_last) -> ()");
     m.def(
-        "group_norm_silu_vjp(Tensor g, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, "
-        "Tensor? seed, Tensor(a!) grad_x, Tensor(b!) grad_weight, Tensor(c!) grad_bias, int num_groups, "
-        "bool silu, float dropout, bool channels_last) -> ()");
-    m.def(
-        "group_norm_silu_vjp_backward(Tensor v, Tensor g, Tensor x, Tensor weight, Tensor bias, Tensor mean, "
-        "Tensor rstd, Tensor? seed, Tensor(a!) grad_g, Tensor(b!) grad_x, Tensor(c!) grad_weight, "
+        "group_norm_silu_vjp(Tensor g, Tensor x, Tensor? skip, Tensor weight, Tensor bias, Tensor mean, "
+        "Tensor rstd, Tensor? seed, Tensor(a!) grad_x, Tensor(b!)? grad_skip, Tensor(c!) grad_weight, "
         "Tensor(d!) grad_bias, int num_groups, bool silu, float dropout, bool channels_last) -> ()");
+    m.def(
+        "group_norm_silu_vjp_backward(Tensor v, Tensor? v_skip, Tensor g, Tensor x, Tensor? skip, "
+        "Tensor weight, Tensor bias, Tensor mean, Tensor rstd, Tensor? seed, Tensor(a!) grad_g, "
+        "Tensor(b!) grad_x, Tensor(c!)? grad_skip, Tensor(d!) grad_weight, Tensor(e!) grad_bias, "
+        "int num_groups, bool silu, float dropout, bool channels_last) -> ()");
 }
 
 CDM_IMPLEMENT_GROUP_NORM_SILU(CPU, Launch)

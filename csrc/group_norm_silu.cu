@@ -241,7 +241,7 @@ struct Worker {
     }
 
     __device__ __forceinline__ Values normalised(const Place& at) const {
-        const Values x = load(a.x, at.offset), mean = per_channel(kMean, at.channel),
+        const Values x = load(a.x.at[0], at.offset), mean = per_channel(kMean, at.channel),
                      rstd = per_channel(kRstd, at.channel);
         Values xhat;
 #pragma unroll
@@ -264,20 +264,20 @@ struct Worker {
                 y.at[i] = silu ? u * sigmoid(u) : u;
             }
             drop(y, at);
-            store(a.out, at.offset, y);
+            store(a.y, at.offset, y);
         });
     }
 
     // Mean first, squares around it second, so that nothing cancels.
     __device__ __forceinline__ void compute_statistics() const {
         reduce<1>([&](const Place& at, auto& partial) {
-            const Values x = load(a.x, at.offset);
+            const Values x = load(a.x.at[0], at.offset);
 #pragma unroll
             for (int i = 0; i < pack; ++i) partial[0][i % Layout::kLanes] += x.at[i];
         });
         for_each_group([&](int channel, int64_t) { fill(kMean, channel, group_mean(0, channel)); });
         reduce<1>([&](const Place& at, auto& partial) {
-            const Values x = load(a.x, at.offset), mean = per_channel(kMean, at.channel);
+            const Values x = load(a.x.at[0], at.offset), mean = per_channel(kMean, at.channel);
 #pragma unroll
             for (int i = 0; i < pack; ++i) {
                 const float centred = x.at[i] - mean.at[i];
@@ -342,7 +342,7 @@ struct Worker {
             for (int i = 0; i < pack; ++i)
                 grad_x.at[i] =
                     rstd.at[i] * (weight.at[i] * grad_x.at[i] - mean_p.at[i] - xhat.at[i] * mean_px.at[i]);
-            store(a.out, at.offset, grad_x);
+            store(a.grad_x.at[0], at.offset, grad_x);
         });
     }
 
@@ -357,7 +357,7 @@ struct Worker {
 
     template <class Partial>
     __device__ __forceinline__ void add_to_sums(const Place& at, Partial& partial) const {
-        const Values xhat = normalised(at), v = load(a.v, at.offset);
+        const Values xhat = normalised(at), v = load(a.v.at[0], at.offset);
         const Values weight = per_channel(kWeight, at.channel), bias = per_channel(kBias, at.channel);
         Values g = load(a.g, at.offset);
         drop(g, at);
@@ -411,7 +411,7 @@ struct Worker {
     }
 
     __device__ __forceinline__ void write_gradients(const Place& at) const {
-        const Values xhat = normalised(at), v = load(a.v, at.offset);
+        const Values xhat = normalised(at), v = load(a.v.at[0], at.offset);
         const Values weight = per_channel(kWeight, at.channel), bias = per_channel(kBias, at.channel);
         const Values rstd = per_channel(kRstd, at.channel), mean_px = per_channel(kMeanPX, at.channel);
         const Values mean_v = per_channel(kMeanV, at.channel), mean_vx = per_channel(kMeanVX, at.channel);
@@ -435,7 +435,7 @@ struct Worker {
         }
         drop(grad_g, at);
         store(a.grad_g, at.offset, grad_g);
-        store(a.out, at.offset, grad_x);
+        store(a.grad_x.at[0], at.offset, grad_x);
     }
 };
 
@@ -482,7 +482,7 @@ void launch(const GroupNormSilu& a, cudaStream_t stream) {
 
 template <typename T, class Layout, int pack, bool silu>
 void choose_task(const GroupNormSilu& a, cudaStream_t stream) {
-    if (a.v != nullptr) return launch<T, Layout, pack, silu, Task::vjp_backward>(a, stream);
+    if (a.v.at[0] != nullptr) return launch<T, Layout, pack, silu, Task::vjp_backward>(a, stream);
     if (a.g != nullptr) return launch<T, Layout, pack, silu, Task::vjp>(a, stream);
     launch<T, Layout, pack, silu, Task::forward>(a, stream);
 }
@@ -501,13 +501,17 @@ void choose_layout(const GroupNormSilu& a, cudaStream_t stream) {
 
 struct Launch {
     static void run(const GroupNormSilu& a, ScalarType dtype, const Tensor& x) {
+        if (a.x.at[1] != nullptr)
+            throw std::runtime_error(
+                "group_norm_silu: the CUDA kernels take one x; concatenate it with skip");
         const torch::stable::accelerator::DeviceGuard guard(x.get_device());
         const cudaStream_t stream = stream_of(x);
         with_float_type(dtype, [&](auto element) {
             using T = decltype(element);
             constexpr int pack = 16 / sizeof(T);
             const int64_t contiguous = a.channels_last ? a.channels : a.pixels;
-            if (contiguous % pack == 0 && are_aligned({a.x, a.g, a.v, a.out, a.grad_g}))
+            if (contiguous % pack == 0 &&
+                are_aligned({a.x.at[0], a.g, a.v.at[0], a.y, a.grad_x.at[0], a.grad_g}))
                 return choose_layout<T, pack>(a, stream);
             choose_layout<T, 1>(a, stream);
         });

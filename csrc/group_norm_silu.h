@@ -7,27 +7,44 @@
 
 namespace cdm {
 
+// An image tensor whose channels lie in one piece or in two, as those of a concatenation do.
+struct Pieces {
+    void* at[2];
+};
+
+// One of the two: the channels [begin, end) of the whole.
+struct Piece {
+    int64_t index, begin, end;
+    constexpr int64_t channels() const { return end - begin; }
+};
+
 // Tensors and sizes of one call. Images are (batch, channels, pixels), or (batch, pixels, channels) when
 // channels_last; parameters, statistics and their gradients are in the precision of the statistics.
 struct GroupNormSilu {
-    const void* x;
+    Pieces x;
     const void* g;       // cotangent of y; not in the forward pass
-    const void* v;       // cotangent of the VJP's result; only in the derivative of the VJP
+    Pieces v;            // cotangent of the VJP's result; only in the derivative of the VJP
     const void* weight;  // (channels) or (batch, channels)
     const void* bias;
     void* mean;  // (batch, groups)
     void* rstd;
-    void* out;          // y, grad_x of the VJP, or grad_x of its derivative
-    void* grad_g;       // like x; only in the derivative of the VJP
+    void* y;            // only in the forward pass
+    Pieces grad_x;      // of the VJP, or of its derivative
+    void* grad_g;       // like g; only in the derivative of the VJP
     void* grad_weight;  // (batch, channels); not in the forward pass
     void* grad_bias;
     const int64_t* seed;  // (seed, offset), or null: no dropout
     int64_t batch, channels, pixels, groups;
+    int64_t split;             // channels of the first piece of x, v and grad_x: all, if there is no second
     int64_t parameter_stride;  // from one image's weight to the next: 0 or channels
     double eps;
     uint32_t drop_threshold;
     double keep_scale;  // 1 / (1 - dropout)
     bool channels_last, silu;
+
+    constexpr Piece piece_of(int64_t channel) const {
+        return channel < split ? Piece{0, 0, split} : Piece{1, split, channels};
+    }
 };
 
 // Groups of one image, as a range of channels.

@@ -14,10 +14,15 @@ namespace CDM_ISA {
 
 using cdm::GroupNormSilu;
 using cdm::GroupRange;
+using cdm::Piece;
+using cdm::Pieces;
 
-// `count` vectors at offset, offset + step, ... of an image: pixels of one channel, or of a tile of channels.
+// `count` vectors at offset, offset + step, ... of a tensor: pixels of one channel, or of a tile of channels.
+// All channels of a run lie in one piece of the tensors that may have two.
 struct Run {
-    int64_t offset, step, count;
+    int64_t count;
+    int64_t offset, step;
+    int64_t piece, piece_offset, piece_step;  // the same in that piece
     int64_t within, within_step;  // the same in the item's own arrays: the dropout mask, and what is kept
     int64_t channel;              // the first one, counted from the item's first
     int lanes;                    // of each vector that hold data
@@ -61,14 +66,24 @@ struct ChannelsFirst {
         const int64_t filled = a.pixels / lanes;
         const int rest = int(a.pixels % lanes);
         for (int64_t channel = 0; channel < item.channels(); ++channel) {
-            const int64_t offset = (item.begin + channel) * a.pixels, within = channel * a.pixels;
-            for (int64_t first = 0; first < filled; first += kRunLength) {
-                const int64_t count = filled - first < kRunLength ? filled - first : kRunLength;
-                f(Run{offset + first * lanes, lanes, count, within + first * lanes, lanes, channel, lanes},
-                  Whole{});
-            }
-            if (rest)
-                f(Run{offset + filled * lanes, 0, 1, within + filled * lanes, 0, channel, rest}, Part{});
+            const Piece piece = a.piece_of(item.begin + channel);
+            const int64_t of_piece = item.image * piece.channels() + item.begin + channel - piece.begin;
+            const auto run = [&](int64_t count, int64_t first, int lanes_filled) {
+                const int64_t pixel = first * lanes;
+                return Run{count,
+                           (item.image * a.channels + item.begin + channel) * a.pixels + pixel,
+                           lanes,
+                           piece.index,
+                           of_piece * a.pixels + pixel,
+                           lanes,
+                           channel * a.pixels + pixel,
+                           lanes,
+                           channel,
+                           lanes_filled};
+            };
+            for (int64_t first = 0; first < filled; first += kRunLength)
+                f(run(filled - first < kRunLength ? filled - first : kRunLength, first, lanes), Whole{});
+            if (rest) f(run(1, filled, rest), Part{});
         }
     }
 
@@ -90,17 +105,31 @@ struct ChannelsLast {
     template <class F>
     static CDM_INLINE void for_each_run(const GroupNormSilu& a, const GroupRange& item, F f) {
         constexpr int lanes = lanes_of<T>();
-        const int64_t width = item.channels(), filled = width / lanes * lanes;
         for (int64_t pixel = 0; pixel < a.pixels; pixel += kRunLength) {
-            const int64_t count = a.pixels - pixel < kRunLength ? a.pixels - pixel : kRunLength;
-            const int64_t offset = pixel * a.channels + item.begin, within = pixel * width;
-            for (int64_t channel = 0; channel < filled; channel += lanes)
-                f(Run{offset + channel, a.channels, count, within + channel, width, channel, lanes}, Whole{});
-            if (filled < width)
-                f(Run{offset + filled, a.channels, count, within + filled, width, filled,
-                      int(width - filled)},
-                  Part{});
+            for (int64_t channel = item.begin; channel < item.end;) {
+                const Piece piece = a.piece_of(channel);
+                const int64_t end = item.end < piece.end ? item.end : piece.end;
+                for (; channel + lanes <= end; channel += lanes)
+                    f(run_at(a, item, piece, pixel, channel, lanes), Whole{});
+                if (channel < end) f(run_at(a, item, piece, pixel, channel, int(end - channel)), Part{});
+                channel = end;
+            }
         }
+    }
+
+    static CDM_INLINE Run run_at(const GroupNormSilu& a, const GroupRange& item, const Piece& piece,
+                                 int64_t pixel, int64_t channel, int lanes) {
+        const int64_t at = item.image * a.pixels + pixel, width = item.channels();
+        return Run{a.pixels - pixel < kRunLength ? a.pixels - pixel : kRunLength,
+                   at * a.channels + channel,
+                   a.channels,
+                   piece.index,
+                   at * piece.channels() + channel - piece.begin,
+                   piece.channels(),
+                   pixel * width + channel - item.begin,
+                   width,
+                   channel - item.begin,
+                   lanes};
     }
 
     static CDM_INLINE Vec per_channel(const Scalar* values, const Run& run) {
@@ -182,9 +211,13 @@ struct Worker {
 
     Scalar* row(Row which) const { return rows + which * row_length; }
     double* sum(int which) const { return sums + which * row_length; }
-    const T* image(const void* tensor) const { return static_cast<const T*>(tensor) + image_offset(); }
-    T* image(void* tensor) const { return static_cast<T*>(tensor) + image_offset(); }
-    int64_t image_offset() const { return item.image * a.channels * a.pixels; }
+    static const T* start(const void* whole, const Run& run) {
+        return static_cast<const T*>(whole) + run.offset;
+    }
+    static T* start(void* whole, const Run& run) { return static_cast<T*>(whole) + run.offset; }
+    static T* start(const Pieces& tensor, const Run& run) {
+        return static_cast<T*>(tensor.at[run.piece]) + run.piece_offset;
+    }
     int64_t channels_per_group() const { return a.channels / a.groups; }
     double group_size() const { return double(channels_per_group() * a.pixels); }
 
@@ -221,10 +254,10 @@ struct Worker {
             const Vec weight = Layout::per_channel(row(kWeight), run),
                       bias = Layout::per_channel(row(kBias), run);
             const Vec scale = weight * rstd;
-            const T* x = image(a.x) + run.offset;
-            T* y = image(a.out) + run.offset;
+            const T* x = start(a.x, run);
+            T* y = start(a.y, run);
             for (int64_t i = 0; i < run.count; ++i) {
-                const Vec u = (access.read(x + i * run.step, run.lanes) - mean) * scale + bias;
+                const Vec u = (access.read(x + i * run.piece_step, run.lanes) - mean) * scale + bias;
                 const Vec value = silu ? u * sigmoid<T>(u) : u;
                 access.write(y + i * run.step, dropped(value, run, i), run.lanes);
             }
@@ -234,19 +267,19 @@ struct Worker {
     // Mean first, squares around it second: the data are in the cache, and nothing cancels.
     void compute_statistics() const {
         Layout::for_each_run(a, item, [&](const Run& run, auto access) __attribute__((always_inline)) {
-            const T* x = image(a.x) + run.offset;
+            const T* x = start(a.x, run);
             Vec total = {};
-            for (int64_t i = 0; i < run.count; ++i) total += access.read(x + i * run.step, run.lanes);
+            for (int64_t i = 0; i < run.count; ++i) total += access.read(x + i * run.piece_step, run.lanes);
             Layout::add(sum(0), run, total);
         });
         for_each_group(
             [&](int64_t channel, int64_t) { fill(kMean, channel, group_sum(0, channel) / group_size()); });
         Layout::for_each_run(a, item, [&](const Run& run, auto access) __attribute__((always_inline)) {
             const Vec mean = Layout::per_channel(row(kMean), run);
-            const T* x = image(a.x) + run.offset;
+            const T* x = start(a.x, run);
             Vec total = {};
             for (int64_t i = 0; i < run.count; ++i) {
-                const Vec centred = access.read(x + i * run.step, run.lanes) - mean;
+                const Vec centred = access.read(x + i * run.piece_step, run.lanes) - mean;
                 total += centred * centred;
             }
             Layout::add(sum(1), run, total);
@@ -289,12 +322,12 @@ struct Worker {
             const Vec weight = Layout::per_channel(row(kWeight), run);
             const Vec mean_p = Layout::per_channel(row(kMeanP), run),
                       mean_px = Layout::per_channel(row(kMeanPX), run);
-            const T* x = image(a.x) + run.offset;
-            T* grad_x = image(a.out) + run.offset;
+            const T* x = start(a.x, run);
+            T* grad_x = start(a.grad_x, run);
             for (int64_t i = 0; i < run.count; ++i) {
-                const Vec xhat = (access.read(x + i * run.step, run.lanes) - mean) * rstd;
+                const Vec xhat = (access.read(x + i * run.piece_step, run.lanes) - mean) * rstd;
                 const Vec p = weight * access.read(kept + run.within + i * run.within_step, run.lanes);
-                access.write(grad_x + i * run.step, rstd * (p - mean_p - xhat * mean_px), run.lanes);
+                access.write(grad_x + i * run.piece_step, rstd * (p - mean_p - xhat * mean_px), run.lanes);
             }
         });
     }
@@ -305,10 +338,10 @@ struct Worker {
                       rstd = Layout::per_channel(row(kRstd), run);
             const Vec weight = Layout::per_channel(row(kWeight), run),
                       bias = Layout::per_channel(row(kBias), run);
-            const T *x = image(a.x) + run.offset, *g = image(a.g) + run.offset;
+            const T *x = start(a.x, run), *g = start(a.g, run);
             Vec sum_s1 = {}, sum_s1x = {};
             for (int64_t i = 0; i < run.count; ++i) {
-                const Vec xhat = (access.read(x + i * run.step, run.lanes) - mean) * rstd;
+                const Vec xhat = (access.read(x + i * run.piece_step, run.lanes) - mean) * rstd;
                 const Vec g_kept = dropped(access.read(g + i * run.step, run.lanes), run, i);
                 const Vec u = weight * xhat + bias,
                           s1 = silu ? g_kept * silu_first(u, sigmoid<T>(u)) : g_kept;
@@ -346,12 +379,12 @@ struct Worker {
             const Vec mean_px = Layout::per_channel(row(kMeanPX), run);
             const Vec constant = Layout::per_channel(row(kConstant), run),
                       slope = Layout::per_channel(row(kSlope), run);
-            const T *x = image(a.x) + run.offset, *g = image(a.g) + run.offset, *v = image(a.v) + run.offset;
-            T *grad_x = image(a.out) + run.offset, *grad_g = image(a.grad_g) + run.offset;
+            const T *x = start(a.x, run), *g = start(a.g, run), *v = start(a.v, run);
+            T *grad_x = start(a.grad_x, run), *grad_g = start(a.grad_g, run);
             for (int64_t i = 0; i < run.count; ++i) {
-                const int64_t at = i * run.step;
-                const Vec xhat = (access.read(x + at, run.lanes) - mean) * rstd;
-                const Vec upstream = access.read(v + at, run.lanes);
+                const int64_t at = i * run.step, piece_at = i * run.piece_step;
+                const Vec xhat = (access.read(x + piece_at, run.lanes) - mean) * rstd;
+                const Vec upstream = access.read(v + piece_at, run.lanes);
                 const Vec q_weight = rstd * weight * (upstream - mean_v - xhat * mean_vx);
                 const Vec g_kept = dropped(access.read(g + at, run.lanes), run, i);
                 Vec first = broadcast<Vec>(Scalar(1)), grad_xhat = {};
@@ -363,7 +396,7 @@ struct Worker {
                 }
                 grad_xhat -= rstd * (upstream * mean_px + weight * g_kept * first * mean_vx);
                 access.write(grad_g + at, dropped(q_weight * first, run, i), run.lanes);
-                access.write(grad_x + at, rstd * (grad_xhat - constant - xhat * slope), run.lanes);
+                access.write(grad_x + piece_at, rstd * (grad_xhat - constant - xhat * slope), run.lanes);
             }
         });
     }
@@ -374,13 +407,13 @@ struct Worker {
                       rstd = Layout::per_channel(row(kRstd), run);
             const Vec weight = Layout::per_channel(row(kWeight), run),
                       bias = Layout::per_channel(row(kBias), run);
-            const T *x = image(a.x) + run.offset, *g = image(a.g) + run.offset, *v = image(a.v) + run.offset;
+            const T *x = start(a.x, run), *g = start(a.g, run), *v = start(a.v, run);
             Vec sum_s1 = {}, sum_s1x = {}, sum_v = {}, sum_vx = {}, sum_vs1 = {};
             Vec sum_s2 = {}, sum_s2x = {}, sum_s2xx = {}, sum_vs2 = {}, sum_vs2x = {};
             for (int64_t i = 0; i < run.count; ++i) {
                 // Lanes beyond the data hold g = v = 0, so they add nothing to what is summed here.
-                const Vec xhat = (access.read(x + i * run.step, run.lanes) - mean) * rstd;
-                const Vec upstream = access.read(v + i * run.step, run.lanes);
+                const Vec xhat = (access.read(x + i * run.piece_step, run.lanes) - mean) * rstd;
+                const Vec upstream = access.read(v + i * run.piece_step, run.lanes);
                 const Vec g_kept = dropped(access.read(g + i * run.step, run.lanes), run, i);
                 Vec s1 = g_kept;
                 if (silu) {
@@ -446,7 +479,7 @@ struct Worker {
 template <class T, class Layout, bool silu>
 static void run_worker(const GroupNormSilu& a, const GroupRange& item, char* scratch) {
     const Worker<T, Layout, silu> worker(a, item, scratch);
-    if (a.v) {
+    if (a.v.at[0]) {
         worker.vjp_backward();
     } else if (a.g) {
         worker.vjp();

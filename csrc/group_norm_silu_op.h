@@ -2,7 +2,8 @@
 //
 // A backend gives a struct `Launch` with `static void run(const GroupNormSilu&, ScalarType, const Tensor&
 // x)`. All outputs are given by the caller. Image tensors are dense and of one layout; weight and bias are
-// both (C) or both (B, C), contiguous, in the dtype of the statistics.
+// both (C) or both (B, C), contiguous, in the dtype of the statistics. A tensor named skip holds the channels
+// that follow those of the one before it.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -20,34 +21,39 @@ using torch::stable::Tensor;
 
 template <class Launch>
 struct GroupNormSiluOps {
-    static void forward(Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> seed, Tensor y,
-                        Tensor mean, Tensor rstd, int64_t num_groups, double eps, bool silu, double dropout,
-                        bool channels_last) {
-        GroupNormSilu a = common(x, weight, bias, mean, rstd, seed, num_groups, silu, dropout, channels_last);
+    static void forward(Tensor x, std::optional<Tensor> skip, Tensor weight, Tensor bias,
+                        std::optional<Tensor> seed, Tensor y, Tensor mean, Tensor rstd, int64_t num_groups,
+                        double eps, bool silu, double dropout, bool channels_last) {
+        GroupNormSilu a =
+            common(x, skip, weight, bias, mean, rstd, seed, num_groups, silu, dropout, channels_last);
         a.eps = eps;
-        a.out = y.data_ptr();
+        a.y = y.data_ptr();
         Launch::run(a, x.scalar_type(), x);
     }
 
-    static void vjp(Tensor g, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd,
-                    std::optional<Tensor> seed, Tensor grad_x, Tensor grad_weight, Tensor grad_bias,
-                    int64_t num_groups, bool silu, double dropout, bool channels_last) {
-        GroupNormSilu a = common(x, weight, bias, mean, rstd, seed, num_groups, silu, dropout, channels_last);
+    static void vjp(Tensor g, Tensor x, std::optional<Tensor> skip, Tensor weight, Tensor bias, Tensor mean,
+                    Tensor rstd, std::optional<Tensor> seed, Tensor grad_x, std::optional<Tensor> grad_skip,
+                    Tensor grad_weight, Tensor grad_bias, int64_t num_groups, bool silu, double dropout,
+                    bool channels_last) {
+        GroupNormSilu a =
+            common(x, skip, weight, bias, mean, rstd, seed, num_groups, silu, dropout, channels_last);
         a.g = g.data_ptr();
-        a.out = grad_x.data_ptr();
+        a.grad_x = pieces(grad_x, grad_skip);
         a.grad_weight = grad_weight.data_ptr();
         a.grad_bias = grad_bias.data_ptr();
         Launch::run(a, x.scalar_type(), x);
     }
 
-    static void vjp_backward(Tensor v, Tensor g, Tensor x, Tensor weight, Tensor bias, Tensor mean,
-                             Tensor rstd, std::optional<Tensor> seed, Tensor grad_g, Tensor grad_x,
-                             Tensor grad_weight, Tensor grad_bias, int64_t num_groups, bool silu,
-                             double dropout, bool channels_last) {
-        GroupNormSilu a = common(x, weight, bias, mean, rstd, seed, num_groups, silu, dropout, channels_last);
+    static void vjp_backward(Tensor v, std::optional<Tensor> v_skip, Tensor g, Tensor x,
+                             std::optional<Tensor> skip, Tensor weight, Tensor bias, Tensor mean, Tensor rstd,
+                             std::optional<Tensor> seed, Tensor grad_g, Tensor grad_x,
+                             std::optional<Tensor> grad_skip, Tensor grad_weight, Tensor grad_bias,
+                             int64_t num_groups, bool silu, double dropout, bool channels_last) {
+        GroupNormSilu a =
+            common(x, skip, weight, bias, mean, rstd, seed, num_groups, silu, dropout, channels_last);
         a.g = g.data_ptr();
-        a.v = v.data_ptr();
-        a.out = grad_x.data_ptr();
+        a.v = pieces(v, v_skip);
+        a.grad_x = pieces(grad_x, grad_skip);
         a.grad_g = grad_g.data_ptr();
         a.grad_weight = grad_weight.data_ptr();
         a.grad_bias = grad_bias.data_ptr();
@@ -55,20 +61,26 @@ struct GroupNormSiluOps {
     }
 
   private:
+    static Pieces pieces(const Tensor& first, const std::optional<Tensor>& second) {
+        return {{first.data_ptr(), second ? second->data_ptr() : nullptr}};
+    }
+
     // What the three entry points have in common.
-    static GroupNormSilu common(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
-                                const Tensor& rstd, const std::optional<Tensor>& seed, int64_t num_groups,
-                                bool silu, double dropout, bool channels_last) {
+    static GroupNormSilu common(const Tensor& x, const std::optional<Tensor>& skip, const Tensor& weight,
+                                const Tensor& bias, const Tensor& mean, const Tensor& rstd,
+                                const std::optional<Tensor>& seed, int64_t num_groups, bool silu,
+                                double dropout, bool channels_last) {
         GroupNormSilu a = {};
-        a.x = x.data_ptr();
+        a.x = pieces(x, skip);
         a.weight = weight.data_ptr();
         a.bias = bias.data_ptr();
         a.mean = mean.data_ptr();
         a.rstd = rstd.data_ptr();
         a.seed = dropout > 0 ? static_cast<const int64_t*>(seed->data_ptr()) : nullptr;
         a.batch = x.size(0);
-        a.channels = x.size(1);
-        a.pixels = x.numel() / (a.batch * a.channels);
+        a.split = x.size(1);
+        a.channels = a.split + (skip ? skip->size(1) : 0);
+        a.pixels = x.numel() / (a.batch * a.split);
         a.groups = num_groups;
         a.parameter_stride = weight.dim() == 2 ? a.channels : 0;
         a.drop_threshold = static_cast<uint32_t>(dropout * 4294967296.0);

@@ -21,6 +21,7 @@ _LINE_BYTES = 128  # what neighbouring channels should fill, when channels-last
 
 def group_norm_silu_forward(
     x: Tensor,
+    skip: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     seed: Tensor | None,
@@ -33,21 +34,26 @@ def group_norm_silu_forward(
     dropout: float,
     channels_last: bool,
 ) -> None:
-    """Fills y, mean and rstd. Images are dense, all in one layout; parameters as in the C++ op."""
-    grid, sizes = _geometry(x, weight, num_groups, channels_last)
-    inputs = x, weight, bias, _pointer(seed, x)
+    """Fills y, mean and rstd. Images are dense, all in one layout; parameters as in the C++ op.
+
+    skip: the channels that follow those of x, if any.
+    """
+    grid, sizes = _geometry(x, skip, weight, num_groups, channels_last)
+    inputs = x, _pointer(skip, x), weight, bias, _pointer(seed, x)
     _forward_kernel[grid](*inputs, y, mean, rstd, eps, **sizes, silu=silu, **_dropout(dropout))
 
 
 def group_norm_silu_vjp(
     g: Tensor,
     x: Tensor,
+    skip: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     mean: Tensor,
     rstd: Tensor,
     seed: Tensor | None,
     grad_x: Tensor,
+    grad_skip: Tensor | None,
     grad_weight: Tensor,
     grad_bias: Tensor,
     num_groups: int,
@@ -55,16 +61,19 @@ def group_norm_silu_vjp(
     dropout: float,
     channels_last: bool,
 ) -> None:
-    """Fills grad_x and, per image, grad_weight and grad_bias (B, C)."""
-    grid, sizes = _geometry(x, weight, num_groups, channels_last)
-    inputs = g, x, weight, bias, mean, rstd, _pointer(seed, x)
-    _vjp_kernel[grid](*inputs, grad_x, grad_weight, grad_bias, **sizes, silu=silu, **_dropout(dropout))
+    """Fills grad_x, grad_skip and, per image, grad_weight and grad_bias (B, C)."""
+    grid, sizes = _geometry(x, skip, weight, num_groups, channels_last)
+    inputs = g, x, _pointer(skip, x), weight, bias, mean, rstd, _pointer(seed, x)
+    outputs = grad_x, _pointer(grad_skip, x), grad_weight, grad_bias
+    _vjp_kernel[grid](*inputs, *outputs, **sizes, silu=silu, **_dropout(dropout))
 
 
 def group_norm_silu_vjp_backward(
     v: Tensor,
+    v_skip: Tensor | None,
     g: Tensor,
     x: Tensor,
+    skip: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     mean: Tensor,
@@ -72,6 +81,7 @@ def group_norm_silu_vjp_backward(
     seed: Tensor | None,
     grad_g: Tensor,
     grad_x: Tensor,
+    grad_skip: Tensor | None,
     grad_weight: Tensor,
     grad_bias: Tensor,
     num_groups: int,
@@ -79,18 +89,19 @@ def group_norm_silu_vjp_backward(
     dropout: float,
     channels_last: bool,
 ) -> None:
-    """Fills grad_g, grad_x and, per image, grad_weight and grad_bias (B, C)."""
-    grid, sizes = _geometry(x, weight, num_groups, channels_last)
-    inputs = v, g, x, weight, bias, mean, rstd, _pointer(seed, x)
-    outputs = grad_g, grad_x, grad_weight, grad_bias
+    """Fills grad_g, grad_x, grad_skip and, per image, grad_weight and grad_bias (B, C)."""
+    grid, sizes = _geometry(x, skip, weight, num_groups, channels_last)
+    inputs = v, _pointer(v_skip, x), g, x, _pointer(skip, x), weight, bias, mean, rstd, _pointer(seed, x)
+    outputs = grad_g, grad_x, _pointer(grad_skip, x), grad_weight, grad_bias
     _vjp_backward_kernel[grid](*inputs, *outputs, **sizes, silu=silu, **_dropout(dropout))
 
 
 def _geometry(
-    x: Tensor, weight: Tensor, num_groups: int, channels_last: bool
+    x: Tensor, skip: Tensor | None, weight: Tensor, num_groups: int, channels_last: bool
 ) -> tuple[tuple[int, ...], dict[str, int]]:
-    batch, channels = x.shape[:2]
-    pixels = x.numel() // (batch * channels)
+    batch, split = x.shape[:2]
+    channels = split if skip is None else split + skip.shape[1]
+    pixels = x.numel() // (batch * split)
     group_channels = channels // num_groups
     channel_tile = triton.next_power_of_2(group_channels)
     groups_tile = 1
@@ -100,6 +111,7 @@ def _geometry(
     pixel_tile = max(1, min(triton.next_power_of_2(pixels), _TILE // (channel_tile * groups_tile)))
     sizes = {
         "channels": channels,
+        "split": split,
         "pixels": pixels,
         "groups": num_groups,
         "parameter_stride": channels if weight.dim() == 2 else 0,
@@ -108,6 +120,8 @@ def _geometry(
         "groups_tile": groups_tile,
         "channel_tile": channel_tile,
         "pixel_tile": pixel_tile,
+        "in_two": skip is not None,
+        "channels_last": channels_last,
     }
     return (batch * triton.cdiv(num_groups, groups_tile),), sizes
 
@@ -117,14 +131,15 @@ def _dropout(dropout: float) -> dict[str, float]:
     return {"drop_threshold": int(dropout * 2**32), "keep_scale": 1 / (1 - dropout)}
 
 
-def _pointer(seed: Tensor | None, x: Tensor) -> Tensor:
-    """A kernel without dropout is given any pointer; it does not read it."""
-    return x if seed is None else seed
+def _pointer(optional: Tensor | None, x: Tensor) -> Tensor:
+    """For a tensor that is not there, a kernel is given any pointer; it does not use it."""
+    return x if optional is None else optional
 
 
 @triton.jit
 def _forward_kernel(
     x_ptr: tl.tensor,
+    skip_ptr: tl.tensor,
     weight_ptr: tl.tensor,
     bias_ptr: tl.tensor,
     seed_ptr: tl.tensor,
@@ -133,6 +148,7 @@ def _forward_kernel(
     rstd_ptr: tl.tensor,
     eps: float,
     channels: int,
+    split: int,
     pixels: int,
     groups: int,
     parameter_stride: int,
@@ -141,12 +157,16 @@ def _forward_kernel(
     groups_tile: tl.constexpr,
     channel_tile: tl.constexpr,
     pixel_tile: tl.constexpr,
+    in_two: tl.constexpr,
+    channels_last: tl.constexpr,
     silu: tl.constexpr,
     drop_threshold: tl.constexpr,
     keep_scale: tl.constexpr,
 ) -> None:
     image, group, channel, present = _place(channels, groups, groups_tile, channel_tile)
     base = image * channels * pixels + channel * channel_step
+    shape = channels, split, pixels, pixel_step
+    x_at, piece_step = _piece(x_ptr, skip_ptr, base, image, channel, shape, in_two, channels_last)
     compute = mean_ptr.dtype.element_ty
     group_channels = channels // groups
 
@@ -155,7 +175,7 @@ def _forward_kernel(
     squares = tl.zeros((groups_tile, 1, 1), compute)
     for start in range(0, pixels, pixel_tile):
         pixel, inside = _pixels(start, pixels, present, pixel_tile)
-        x = tl.load(x_ptr + base + pixel * pixel_step, mask=inside, other=0).to(compute)
+        x = tl.load(x_at + pixel * piece_step, mask=inside, other=0).to(compute)
         seen = (start * group_channels).to(compute)
         size = (tl.minimum(pixel_tile, pixels - start) * group_channels).to(compute)
         tile_mean = _sum(x) / size
@@ -172,7 +192,7 @@ def _forward_kernel(
     bias = tl.load(bias_ptr + image * parameter_stride + channel, mask=present, other=0)
     for start in range(0, pixels, pixel_tile):
         pixel, inside = _pixels(start, pixels, present, pixel_tile)
-        x = tl.load(x_ptr + base + pixel * pixel_step, mask=inside, other=0).to(compute)
+        x = tl.load(x_at + pixel * piece_step, mask=inside, other=0).to(compute)
         y = weight * ((x - mean) * rstd) + bias
         if silu:
             y = y * tl.sigmoid(y)
@@ -185,15 +205,18 @@ def _forward_kernel(
 def _vjp_kernel(
     g_ptr: tl.tensor,
     x_ptr: tl.tensor,
+    skip_ptr: tl.tensor,
     weight_ptr: tl.tensor,
     bias_ptr: tl.tensor,
     mean_ptr: tl.tensor,
     rstd_ptr: tl.tensor,
     seed_ptr: tl.tensor,
     grad_x_ptr: tl.tensor,
+    grad_skip_ptr: tl.tensor,
     grad_weight_ptr: tl.tensor,
     grad_bias_ptr: tl.tensor,
     channels: int,
+    split: int,
     pixels: int,
     groups: int,
     parameter_stride: int,
@@ -202,12 +225,17 @@ def _vjp_kernel(
     groups_tile: tl.constexpr,
     channel_tile: tl.constexpr,
     pixel_tile: tl.constexpr,
+    in_two: tl.constexpr,
+    channels_last: tl.constexpr,
     silu: tl.constexpr,
     drop_threshold: tl.constexpr,
     keep_scale: tl.constexpr,
 ) -> None:
     image, group, channel, present = _place(channels, groups, groups_tile, channel_tile)
     base = image * channels * pixels + channel * channel_step
+    shape = channels, split, pixels, pixel_step
+    x_at, piece_step = _piece(x_ptr, skip_ptr, base, image, channel, shape, in_two, channels_last)
+    grad_x_at, _ = _piece(grad_x_ptr, grad_skip_ptr, base, image, channel, shape, in_two, channels_last)
     compute = mean_ptr.dtype.element_ty
     mean = tl.load(mean_ptr + image * groups + group, mask=group < groups, other=0)
     rstd = tl.load(rstd_ptr + image * groups + group, mask=group < groups, other=0)
@@ -219,7 +247,7 @@ def _vjp_kernel(
     for start in range(0, pixels, pixel_tile):
         pixel, inside = _pixels(start, pixels, present, pixel_tile)
         at = base + pixel * pixel_step
-        xhat = (tl.load(x_ptr + at, mask=inside, other=0).to(compute) - mean) * rstd
+        xhat = (tl.load(x_at + pixel * piece_step, mask=inside, other=0).to(compute) - mean) * rstd
         s1 = tl.load(g_ptr + at, mask=inside, other=0).to(compute)
         if drop_threshold > 0:
             s1 = _dropped(s1, seed_ptr, image, pixel, channel, pixels, channels, drop_threshold, keep_scale)
@@ -238,21 +266,23 @@ def _vjp_kernel(
     for start in range(0, pixels, pixel_tile):
         pixel, inside = _pixels(start, pixels, present, pixel_tile)
         at = base + pixel * pixel_step
-        xhat = (tl.load(x_ptr + at, mask=inside, other=0).to(compute) - mean) * rstd
+        xhat = (tl.load(x_at + pixel * piece_step, mask=inside, other=0).to(compute) - mean) * rstd
         p = weight * tl.load(g_ptr + at, mask=inside, other=0).to(compute)
         if drop_threshold > 0:
             p = _dropped(p, seed_ptr, image, pixel, channel, pixels, channels, drop_threshold, keep_scale)
         if silu:
             p = p * _silu_first(weight * xhat + bias)
         grad_x = rstd * (p - mean_p - xhat * mean_px)
-        tl.store(grad_x_ptr + at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+        tl.store(grad_x_at + pixel * piece_step, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _vjp_backward_kernel(
     v_ptr: tl.tensor,
+    v_skip_ptr: tl.tensor,
     g_ptr: tl.tensor,
     x_ptr: tl.tensor,
+    skip_ptr: tl.tensor,
     weight_ptr: tl.tensor,
     bias_ptr: tl.tensor,
     mean_ptr: tl.tensor,
@@ -260,9 +290,11 @@ def _vjp_backward_kernel(
     seed_ptr: tl.tensor,
     grad_g_ptr: tl.tensor,
     grad_x_ptr: tl.tensor,
+    grad_skip_ptr: tl.tensor,
     grad_weight_ptr: tl.tensor,
     grad_bias_ptr: tl.tensor,
     channels: int,
+    split: int,
     pixels: int,
     groups: int,
     parameter_stride: int,
@@ -271,12 +303,18 @@ def _vjp_backward_kernel(
     groups_tile: tl.constexpr,
     channel_tile: tl.constexpr,
     pixel_tile: tl.constexpr,
+    in_two: tl.constexpr,
+    channels_last: tl.constexpr,
     silu: tl.constexpr,
     drop_threshold: tl.constexpr,
     keep_scale: tl.constexpr,
 ) -> None:
     image, group, channel, present = _place(channels, groups, groups_tile, channel_tile)
     base = image * channels * pixels + channel * channel_step
+    shape = channels, split, pixels, pixel_step
+    x_at, piece_step = _piece(x_ptr, skip_ptr, base, image, channel, shape, in_two, channels_last)
+    v_at, _ = _piece(v_ptr, v_skip_ptr, base, image, channel, shape, in_two, channels_last)
+    grad_x_at, _ = _piece(grad_x_ptr, grad_skip_ptr, base, image, channel, shape, in_two, channels_last)
     compute = mean_ptr.dtype.element_ty
     mean = tl.load(mean_ptr + image * groups + group, mask=group < groups, other=0)
     rstd = tl.load(rstd_ptr + image * groups + group, mask=group < groups, other=0)
@@ -290,8 +328,8 @@ def _vjp_backward_kernel(
     for start in range(0, pixels, pixel_tile):
         pixel, inside = _pixels(start, pixels, present, pixel_tile)
         at = base + pixel * pixel_step
-        xhat = (tl.load(x_ptr + at, mask=inside, other=0).to(compute) - mean) * rstd
-        v = tl.load(v_ptr + at, mask=inside, other=0).to(compute)
+        xhat = (tl.load(x_at + pixel * piece_step, mask=inside, other=0).to(compute) - mean) * rstd
+        v = tl.load(v_at + pixel * piece_step, mask=inside, other=0).to(compute)
         s1 = tl.load(g_ptr + at, mask=inside, other=0).to(compute)
         if drop_threshold > 0:
             s1 = _dropped(s1, seed_ptr, image, pixel, channel, pixels, channels, drop_threshold, keep_scale)
@@ -335,8 +373,8 @@ def _vjp_backward_kernel(
     for start in range(0, pixels, pixel_tile):
         pixel, inside = _pixels(start, pixels, present, pixel_tile)
         at = base + pixel * pixel_step
-        xhat = (tl.load(x_ptr + at, mask=inside, other=0).to(compute) - mean) * rstd
-        v = tl.load(v_ptr + at, mask=inside, other=0).to(compute)
+        xhat = (tl.load(x_at + pixel * piece_step, mask=inside, other=0).to(compute) - mean) * rstd
+        v = tl.load(v_at + pixel * piece_step, mask=inside, other=0).to(compute)
         g = tl.load(g_ptr + at, mask=inside, other=0).to(compute)
         grad_g = rstd * weight * (v - mean_v - xhat * mean_vx)
         grad_xhat = -rstd * v * mean_px
@@ -354,7 +392,7 @@ def _vjp_backward_kernel(
             )
         grad_x = rstd * (grad_xhat - constant - xhat * slope)
         tl.store(grad_g_ptr + at, grad_g.to(grad_g_ptr.dtype.element_ty), mask=inside)
-        tl.store(grad_x_ptr + at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+        tl.store(grad_x_at + pixel * piece_step, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -367,6 +405,31 @@ def _place(channels: int, groups: int, groups_tile: tl.constexpr, channel_tile: 
     group_channels = channels // groups
     present = (group < groups) & (within < group_channels)
     return image, group, group * group_channels + within, present
+
+
+@triton.jit
+def _piece(
+    first_ptr: tl.tensor,
+    second_ptr: tl.tensor,
+    base: tl.tensor,
+    image: tl.tensor,
+    channel: tl.tensor,
+    shape: tl.tuple,
+    in_two: tl.constexpr,
+    channels_last: tl.constexpr,
+) -> tuple:
+    """(pointers to the channels' first pixels, step between pixels) in a tensor of one piece or two."""
+    channels, split, pixels, pixel_step = shape
+    pointer, step = first_ptr + base, pixel_step
+    if in_two:
+        in_first = channel < split
+        width = tl.where(in_first, split, channels - split)
+        within = tl.where(in_first, channel, channel - split)
+        start = image * width * pixels + (within if channels_last else within * pixels)
+        pointer = tl.where(in_first, first_ptr + start, second_ptr + start)
+        if channels_last:
+            step = width
+    return pointer, step
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from typing import overload as typed
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,8 @@ declare(
     triton=Coverage("cuda", (torch.float64, torch.float32, torch.bfloat16, torch.float16)),
 )
 
+_READ_TWO_PIECES = ("cpp", "triton")  # backends whose kernels take x and skip where they lie
+
 
 def group_norm_silu(
     x: Tensor,  # (B, C, *spatial), contiguous or channels-last
@@ -41,6 +44,7 @@ def group_norm_silu(
     silu: bool = True,
     dropout: float = 0.0,
     seed: Tensor | None = None,  # (2,) int64: (seed, offset)
+    skip: Tensor | None = None,  # (B, C2, *spatial)
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`mask silu(weight (x - mean) rstd + bias)`, statistics per image and group: returns (y, mean, rstd).
 
@@ -50,20 +54,56 @@ def group_norm_silu(
     element's index in channels-last order. y: like x. mean, rstd: (B, G) in fp32 (fp64 for fp64), constants
     to autograd.
 
+    skip: the input is then cat((x, skip), 1), of C + C2 channels, and so are weight, bias and y; a group may
+    have channels of both. The "cpp" and "triton" kernels read the two where they lie; the other backends
+    concatenate them first, with the same result.
+
     Raises TypeError or ValueError for arguments of the wrong dtype, shape, device or range.
     """
-    _check(x, weight, bias, num_groups, dropout, seed)
+    _check(x, skip, weight, bias, num_groups, dropout, seed)
     backend = resolve("group_norm_silu", x)
+    if skip is not None and backend not in _READ_TWO_PIECES:
+        x, skip = torch.cat((x, skip), 1), None
     if backend == "reference":
         return group_norm_silu_reference(
             x, weight, bias, num_groups, eps, silu=silu, dropout=dropout, seed=seed
         )
     op = overload("group_norm_silu", backend)
-    return op(x, weight, bias, seed, num_groups, silu, dropout, eps)
+    return op(x, skip, weight, bias, seed, num_groups, silu, dropout, eps)
 
 
+@typed
 def group_norm_silu_vjp(
-    g: Tensor,  # like x
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    num_groups: int,
+    *,
+    silu: bool = ...,
+    dropout: float = ...,
+    seed: Tensor | None = ...,
+    skip: None = ...,
+) -> Tensor: ...
+@typed
+def group_norm_silu_vjp(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    num_groups: int,
+    *,
+    silu: bool = ...,
+    dropout: float = ...,
+    seed: Tensor | None = ...,
+    skip: Tensor,
+) -> tuple[Tensor, Tensor]: ...
+def group_norm_silu_vjp(
+    g: Tensor,  # like y
     x: Tensor,  # (B, C, *spatial)
     weight: Tensor,  # (C,) or (B, C)
     bias: Tensor,  # (C,) or (B, C)
@@ -74,23 +114,30 @@ def group_norm_silu_vjp(
     silu: bool = True,
     dropout: float = 0.0,
     seed: Tensor | None = None,
-) -> Tensor:
+    skip: Tensor | None = None,  # (B, C2, *spatial)
+) -> Tensor | tuple[Tensor, Tensor]:
     """Gradient of `<g, group_norm_silu(x, ...)[0]>` with respect to x: a tensor like x.
 
     mean, rstd: as `group_norm_silu` returned them for this x. The result is differentiable once with respect
     to g, x, weight and bias; mean and rstd count as functions of x there, and get no gradient of their own.
+    With skip: the gradients with respect to x and to skip, tensors like these.
 
     Raises TypeError or ValueError for arguments of the wrong dtype, shape, device or range.
     """
-    _check(x, weight, bias, num_groups, dropout, seed)
-    _check_cotangent(g, x, mean, rstd, num_groups)
+    _check(x, skip, weight, bias, num_groups, dropout, seed)
+    _check_cotangent(g, x, skip, mean, rstd, num_groups)
     backend = resolve("group_norm_silu", x)
+    if skip is not None and backend not in _READ_TWO_PIECES:
+        inputs = g, torch.cat((x, skip), 1), weight, bias, mean, rstd, num_groups
+        grad = group_norm_silu_vjp(*inputs, silu=silu, dropout=dropout, seed=seed)
+        return grad[:, : x.shape[1]], grad[:, x.shape[1] :]
     if backend == "reference":
         return group_norm_silu_vjp_reference(
             g, x, weight, bias, mean, rstd, num_groups, silu=silu, dropout=dropout, seed=seed
         )
     op = overload("group_norm_silu_vjp", backend)
-    return op(g, x, weight, bias, mean, rstd, seed, num_groups, silu, dropout)
+    grad_x, grad_skip = op(g, x, skip, weight, bias, mean, rstd, seed, num_groups, silu, dropout)
+    return grad_x if skip is None else (grad_x, grad_skip)
 
 
 def group_norm_silu_reference(
@@ -188,17 +235,25 @@ def _with_value(function_of_x: Tensor, value: Tensor) -> Tensor:
 
 
 def _check(
-    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, dropout: float, seed: Tensor | None
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    dropout: float,
+    seed: Tensor | None,
 ) -> None:
     if not x.is_floating_point():
         raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
     if x.dim() < 2 or x.numel() == 0:
         raise ValueError(f"x: expected a non-empty (B, C, *spatial) tensor, got shape {tuple(x.shape)}")
-    batch, channels = x.shape[:2]
+    if skip is not None:
+        _check_skip(skip, x)
+    batch, channels = _whole_shape(x, skip)[:2]
     if num_groups < 1 or channels % num_groups:
-        raise ValueError(f"num_groups: expected a divisor of x's {channels} channels, got {num_groups}")
+        raise ValueError(f"num_groups: expected a divisor of the {channels} channels, got {num_groups}")
     for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter.shape not in ((channels,), (batch, channels)):
+        if parameter.shape != (channels,) and parameter.shape != (batch, channels):
             expected = f"({channels},) or ({batch}, {channels})"
             raise ValueError(f"{name}: expected shape {expected}, got {tuple(parameter.shape)}")
         if not parameter.is_floating_point():
@@ -213,11 +268,22 @@ def _check(
         check_seed(seed, x.device)
 
 
-def _check_cotangent(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, num_groups: int) -> None:
-    if g.shape != x.shape or g.dtype != x.dtype or g.device != x.device:
-        expected = f"{tuple(x.shape)} {x.dtype} on {x.device}"
+def _check_skip(skip: Tensor, x: Tensor) -> None:
+    whole = x.dim() == skip.dim() and x.shape[0] == skip.shape[0] and x.shape[2:] == skip.shape[2:]
+    if not whole or skip.shape[1] == 0 or skip.dtype != x.dtype or skip.device != x.device:
+        expected = f"a tensor like x, {tuple(x.shape)} {x.dtype} on {x.device}, but for its channels"
+        got = f"{tuple(skip.shape)} {skip.dtype} on {skip.device}"
+        raise ValueError(f"skip: expected {expected}, got {got}")
+
+
+def _check_cotangent(
+    g: Tensor, x: Tensor, skip: Tensor | None, mean: Tensor, rstd: Tensor, num_groups: int
+) -> None:
+    whole = _whole_shape(x, skip)
+    if g.shape != whole or g.dtype != x.dtype or g.device != x.device:
+        expected = f"{tuple(whole)} {x.dtype} on {x.device}"
         raise ValueError(
-            f"g: expected a tensor like x, {expected}, got {tuple(g.shape)} {g.dtype} on {g.device}"
+            f"g: expected a tensor like y, {expected}, got {tuple(g.shape)} {g.dtype} on {g.device}"
         )
     shape, dtype = (x.shape[0], num_groups), _statistics_dtype(x)
     for name, statistic in (("mean", mean), ("rstd", rstd)):
@@ -228,11 +294,13 @@ def _check_cotangent(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, num_group
 
 # Registration. The op and its VJP know their first derivative; the two ops that compute these know none, so
 # that a second differentiation raises. The kernels of all languages fill outputs that are allocated here.
+# What belongs to skip is None where there is none.
 
 
 def _forward(
     backend: str,
     x: Tensor,
+    skip: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     seed: Tensor | None,
@@ -242,8 +310,9 @@ def _forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, channels_last = _dense(x)
-    outputs = torch.empty_like(x), *_empty_pair(x, num_groups)
-    inputs = x, *_parameters(weight, bias, x), seed
+    skip = _laid_out(skip, channels_last)
+    outputs = _empty_whole(x, skip), *_empty_pair(x, num_groups)
+    inputs = x, skip, *_parameters(weight, bias, x), seed
     run = kernels("group_norm_silu", backend).group_norm_silu_forward
     run(*inputs, *outputs, num_groups, eps, silu, dropout, channels_last)
     return outputs
@@ -253,6 +322,7 @@ def _vjp(
     backend: str,
     g: Tensor,
     x: Tensor,
+    skip: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     mean: Tensor,
@@ -261,29 +331,32 @@ def _vjp(
     num_groups: int,
     silu: bool,
     dropout: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The VJP and, per image, the gradients of weight and bias that come with it."""
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """The VJP's two parts and, per image, the gradients of weight and bias that come with it."""
     x, channels_last = _dense(x)
-    outputs = torch.empty_like(x), *_empty_pair(x, x.shape[1])
-    inputs = _laid_out(g, channels_last), x, *_parameters(weight, bias, x), mean, rstd, seed
+    skip = _laid_out(skip, channels_last)
+    outputs = torch.empty_like(x), _empty_like(skip), *_empty_pair(x, weight.shape[-1])
+    inputs = _laid_out(g, channels_last), x, skip, *_parameters(weight, bias, x), mean, rstd, seed
     run = kernels("group_norm_silu", backend).group_norm_silu_vjp
     run(*inputs, *outputs, num_groups, silu, dropout, channels_last)
     return outputs
 
 
 def _backward(
-    backend: str, g: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of <g, y> with respect to x, weight and bias; arguments as in `_vjp`."""
-    grad_x, grad_weight, grad_bias = _vjp(backend, g, x, weight, bias, *rest)
-    return grad_x, _shaped(grad_weight, weight), _shaped(grad_bias, bias)
+    backend: str, g: Tensor, x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Gradients of <g, y> with respect to x, skip, weight and bias; arguments as in `_vjp`."""
+    grad_x, grad_skip, grad_weight, grad_bias = _vjp(backend, g, x, skip, weight, bias, *rest)
+    return grad_x, grad_skip, _shaped(grad_weight, weight), _shaped(grad_bias, bias)
 
 
 def _vjp_backward(
     backend: str,
     v: Tensor,
+    v_skip: Tensor | None,
     g: Tensor,
     x: Tensor,
+    skip: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     mean: Tensor,
@@ -292,23 +365,24 @@ def _vjp_backward(
     num_groups: int,
     silu: bool,
     dropout: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of <v, VJP> with respect to g, x, weight and bias."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """Gradients of <v, VJP> with respect to g, x, skip, weight and bias."""
     x, channels_last = _dense(x)
-    grad_g, grad_x = torch.empty_like(x), torch.empty_like(x)
-    grad_weight, grad_bias = _empty_pair(x, x.shape[1])
-    cotangents = _laid_out(v, channels_last), _laid_out(g, channels_last)
-    inputs = *cotangents, x, *_parameters(weight, bias, x), mean, rstd, seed
+    skip = _laid_out(skip, channels_last)
+    cotangents = (_laid_out(tensor, channels_last) for tensor in (v, v_skip, g))
+    gradients = _empty_whole(x, skip), torch.empty_like(x), _empty_like(skip)
+    grad_weight, grad_bias = _empty_pair(x, weight.shape[-1])
+    inputs = *cotangents, x, skip, *_parameters(weight, bias, x), mean, rstd, seed
     run = kernels("group_norm_silu", backend).group_norm_silu_vjp_backward
-    run(*inputs, grad_g, grad_x, grad_weight, grad_bias, num_groups, silu, dropout, channels_last)
-    return grad_g, grad_x, _shaped(grad_weight, weight), _shaped(grad_bias, bias)
+    run(*inputs, *gradients, grad_weight, grad_bias, num_groups, silu, dropout, channels_last)
+    return *gradients, _shaped(grad_weight, weight), _shaped(grad_bias, bias)
 
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, seed, *options, _ = inputs
+    x, skip, weight, bias, seed, *options, _ = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(x, weight, bias, mean, rstd, seed)
+    ctx.save_for_backward(x, skip, weight, bias, mean, rstd, seed)
     ctx.options = options
 
 
@@ -317,14 +391,14 @@ def _differentiate_forward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor
     return *backward(grad_y, *ctx.saved_tensors, *ctx.options), *(None,) * 5
 
 
-def _save_vjp(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:7])
-    ctx.options = inputs[7:]
+def _save_vjp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+    ctx.save_for_backward(*inputs[:8])
+    ctx.options = inputs[8:]
 
 
-def _differentiate_vjp(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate_vjp(ctx: Any, v: Tensor, v_skip: Tensor | None) -> tuple[Tensor | None, ...]:
     backward = overload("group_norm_silu_vjp_backward", ctx.backend)
-    return *backward(v, *ctx.saved_tensors, *ctx.options), *(None,) * 6
+    return *backward(v, v_skip, *ctx.saved_tensors, *ctx.options), *(None,) * 6
 
 
 def _define(name: str, schema: str, run: Callable[..., Any], **parts: Callable[..., Any]) -> None:
@@ -332,38 +406,43 @@ def _define(name: str, schema: str, run: Callable[..., Any], **parts: Callable[.
     define(name, schema, cpu=native, cuda=native, triton=triton, **parts)
 
 
-_PARAMETERS = "Tensor x, Tensor weight, Tensor bias, "
+_PARAMETERS = "Tensor x, Tensor? skip, Tensor weight, Tensor bias, "
 _OPTIONS = "Tensor? seed, int num_groups, bool silu, float dropout"
 _SAVED = "Tensor mean, Tensor rstd, " + _OPTIONS
 _define(
     "group_norm_silu",
     f"({_PARAMETERS}{_OPTIONS}, float eps) -> (Tensor, Tensor, Tensor)",
     _forward,
-    fake=lambda x, weight, bias, seed, groups, *_: (_empty_dense(x), *_empty_pair(x, groups)),
+    fake=lambda x, skip, weight, bias, seed, groups, *_: (_empty_whole(x, skip), *_empty_pair(x, groups)),
     save=_save_forward,
     backward=_differentiate_forward,
 )
 _define(
     "group_norm_silu_backward",
-    f"(Tensor g, {_PARAMETERS}{_SAVED}) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor g, {_PARAMETERS}{_SAVED}) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
-    fake=lambda g, x, weight, bias, *_: (_empty_dense(x), _empty_shaped(weight), _empty_shaped(bias)),
+    fake=lambda g, x, skip, weight, bias, *_: (
+        *_empty_pieces(x, skip),
+        _empty_shaped(weight),
+        _empty_shaped(bias),
+    ),
 )
 _define(
     "group_norm_silu_vjp",
-    f"(Tensor g, {_PARAMETERS}{_SAVED}) -> Tensor",
-    lambda *inputs: _vjp(*inputs)[0],
-    fake=lambda g, x, *_: _empty_dense(x),
+    f"(Tensor g, {_PARAMETERS}{_SAVED}) -> (Tensor, Tensor)",
+    lambda *inputs: _vjp(*inputs)[:2],
+    fake=lambda g, x, skip, *_: _empty_pieces(x, skip),
     save=_save_vjp,
     backward=_differentiate_vjp,
 )
 _define(
     "group_norm_silu_vjp_backward",
-    f"(Tensor v, Tensor g, {_PARAMETERS}{_SAVED}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor v, Tensor? v_skip, Tensor g, {_PARAMETERS}{_SAVED})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _vjp_backward,
-    fake=lambda v, g, x, weight, bias, *_: (
-        _empty_dense(x),
-        _empty_dense(x),
+    fake=lambda v, v_skip, g, x, skip, weight, bias, *_: (
+        _empty_whole(x, skip),
+        *_empty_pieces(x, skip),
         _empty_shaped(weight),
         _empty_shaped(bias),
     ),
@@ -379,13 +458,22 @@ def _dense(x: Tensor) -> tuple[Tensor, bool]:
     return x.contiguous(), False
 
 
-def _laid_out(g: Tensor, channels_last: bool) -> Tensor:
-    return g.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else g.contiguous()
+def _laid_out(tensor: Tensor | None, channels_last: bool) -> Tensor | None:
+    if tensor is None:
+        return None
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else tensor.contiguous()
+
+
+def _whole_shape(x: Tensor, skip: Tensor | None) -> torch.Size:
+    """The shape of cat((x, skip), 1)."""
+    if skip is None:
+        return x.shape
+    return torch.Size((x.shape[0], x.shape[1] + skip.shape[1], *x.shape[2:]))
 
 
 def _parameters(weight: Tensor, bias: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """weight and bias in the precision of the statistics, both (C,) or both (B, C)."""
-    shape = x.shape[:2] if weight.dim() + bias.dim() > 2 else x.shape[1:2]
+    shape = (x.shape[0], weight.shape[-1]) if weight.dim() + bias.dim() > 2 else weight.shape[-1:]
     dtype = _statistics_dtype(x)
     return weight.to(dtype).expand(shape).contiguous(), bias.to(dtype).expand(shape).contiguous()
 
@@ -401,8 +489,25 @@ def _shaped(grad: Tensor, parameter: Tensor) -> Tensor:
     return (grad.sum(0) if parameter.dim() == 1 else grad).to(parameter.dtype)
 
 
-def _empty_dense(x: Tensor) -> Tensor:
-    return torch.empty_like(_dense(x)[0])
+def _empty_whole(x: Tensor, skip: Tensor | None) -> Tensor:
+    """An uninitialised y, laid out like x."""
+    x, channels_last = _dense(x)
+    if skip is None:
+        return torch.empty_like(x)
+    batch, channels, *spatial = _whole_shape(x, skip)
+    if channels_last:
+        return x.new_empty(batch, *spatial, channels).movedim(-1, 1)
+    return x.new_empty(batch, channels, *spatial)
+
+
+def _empty_pieces(x: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Uninitialised gradients of x and skip, laid out like x."""
+    x, channels_last = _dense(x)
+    return torch.empty_like(x), _empty_like(_laid_out(skip, channels_last))
+
+
+def _empty_like(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else torch.empty_like(tensor)
 
 
 def _empty_shaped(parameter: Tensor) -> Tensor:

@@ -98,13 +98,19 @@ def denoise(kernels: Any) -> None:
 
 def group_norm_silu(kernels: Any) -> None:
     x, stats = empty(4, 256, 16, 16, dtype=torch.bfloat16), (empty(4, 32), empty(4, 32))
-    parameters, gradients = (empty(256), empty(256)), (empty(4, 256), empty(4, 256))
-    for channels_last, dropout, seed in ((False, 0.0, None), (True, 0.1, SEED)):
-        options = (True, dropout, channels_last)
-        kernels.group_norm_silu_forward(x, *parameters, seed, x, *stats, 32, 1e-6, *options)
-        kernels.group_norm_silu_vjp(x, x, *parameters, *stats, seed, x, *gradients, 32, *options)
+    skip = empty(4, 128, 16, 16, dtype=torch.bfloat16)
+    parameters, gradients = (empty(384), empty(384)), (empty(4, 384), empty(4, 384))
+    for second, channels_last, dropout, seed in (
+        (None, False, 0.0, None),
+        (None, True, 0.1, SEED),
+        (skip, False, 0.0, None),
+        (skip, True, 0.0, None),
+    ):
+        inputs, options = (x, second, *parameters), (True, dropout, channels_last)
+        kernels.group_norm_silu_forward(*inputs, seed, x, *stats, 32, 1e-6, *options)
+        kernels.group_norm_silu_vjp(x, *inputs, *stats, seed, x, second, *gradients, 32, *options)
         kernels.group_norm_silu_vjp_backward(
-            x, x, x, *parameters, *stats, seed, x, x, *gradients, 32, *options
+            x, second, x, *inputs, *stats, seed, x, x, second, *gradients, 32, *options
         )
 
 

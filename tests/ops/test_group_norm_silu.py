@@ -23,6 +23,14 @@ CASES = {
     "vectors": ((3, 24), 2),
 }
 LARGE_CASES = {"network": ((2, 128, 16, 16), 32), "long": ((1, 4, 70, 33), 1), "wide": ((1, 384, 9, 9), 32)}
+# (B, C, *spatial), groups, channels of the first of two pieces
+SPLIT_CASES = {
+    "within-a-group": ((2, 9, 3, 5), 3, 5),
+    "one-group": ((1, 30, 7, 9), 1, 1),
+    "vectors-and-rest": ((2, 96, 4, 5), 32, 64),
+    "between-groups": ((2, 64, 4, 4), 2, 32),
+    "vectors": ((3, 24), 2, 17),
+}
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 NAMES = ("y", "mean", "rstd", "y/x", "y/weight", "y/bias", "vjp", "vjp/g", "vjp/x", "vjp/weight", "vjp/bias")
 
@@ -46,6 +54,31 @@ def _all_quantities(inputs, groups, **options):
     vjp = group_norm_silu_vjp(g, x, weight, bias, mean, rstd, groups, **options)
     of_vjp = torch.autograd.grad(vjp, (g, x, weight, bias), v, materialize_grads=True)
     return [tensor.detach() for tensor in (y, mean, rstd, *of_y, vjp, *of_vjp)]
+
+
+def _pieces(tensor, split):
+    """The two parts of a tensor along its channels, each a dense tensor of the same layout."""
+    if tensor.is_contiguous():
+        return [tensor[:, :split].contiguous(), tensor[:, split:].contiguous()]
+    return [
+        piece.movedim(1, -1).contiguous().movedim(-1, 1) for piece in (tensor[:, :split], tensor[:, split:])
+    ]
+
+
+def _all_quantities_in_two(inputs, groups, split, **options):
+    """As `_all_quantities`, with x, v and the gradients of x in two pieces."""
+    x, g, v, grad_y, weight, bias = inputs
+    x, skip = (piece.requires_grad_() for piece in _pieces(x, split))
+    g, weight, bias = (tensor.detach().requires_grad_() for tensor in (g, weight, bias))
+    options["skip"] = skip
+    y, mean, rstd = group_norm_silu(x, weight, bias, groups, EPS, **options)
+    grad_x, grad_skip, *of_y = torch.autograd.grad(y, (x, skip, weight, bias), grad_y)
+    vjp = group_norm_silu_vjp(g, x, weight, bias, mean, rstd, groups, **options)
+    leaves = g, x, skip, weight, bias
+    of_g, of_x, of_skip, *of_vjp = torch.autograd.grad(vjp, leaves, _pieces(v, split), materialize_grads=True)
+    joined = [torch.cat(pair, 1) for pair in ((grad_x, grad_skip), vjp, (of_x, of_skip))]
+    results = y, mean, rstd, joined[0], *of_y, joined[1], of_g, joined[2], *of_vjp
+    return [tensor.detach() for tensor in results]
 
 
 def _assert_accurate(got, plain, truth, assert_kernel_accurate):
@@ -140,6 +173,39 @@ def test_triton_interpreted(
         assert relative_error(ours, exact) < tolerance[dtype], name
 
 
+TWO_PIECES = {
+    f"{backend}-{case}": (backend, *arguments)
+    for backend in ("reference", "cpp")
+    for case, arguments in SPLIT_CASES.items()
+} | {"triton-within-a-group": ("triton", *SPLIT_CASES["within-a-group"])}  # interpreted: slow
+
+
+@pytest.mark.parametrize("options", [{}, {"silu": False}, {"dropout": 0.3, "seed": SEED}], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize(("name", "shape", "groups", "split"), TWO_PIECES.values(), ids=TWO_PIECES.keys())
+def test_two_pieces_give_what_their_concatenation_gives(
+    poison_empty, name, shape, groups, split, dtype, channels_last, options
+):
+    _skip_without(name)
+    inputs = _inputs(shape, dtype, channels_last, per_image=split == 5)
+    with use_backend(name):
+        got = _all_quantities_in_two(inputs, groups, split, **options)
+        expected = _all_quantities(inputs, groups, **options)
+    for quantity, ours, theirs in zip(NAMES, got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, msg=lambda m, q=quantity: f"{q}: {m}")
+
+
+def test_two_pieces_of_different_layouts(backend):
+    x, g, _, _, weight, bias = _inputs((2, 9, 4, 5), torch.float64)
+    y, mean, rstd = group_norm_silu(x, weight, bias, 3)
+    vjp = group_norm_silu_vjp(g, x, weight, bias, mean, rstd, 3)
+    x, skip = x[:, :5].to(memory_format=torch.channels_last), x[:, 5:]
+    torch.testing.assert_close(group_norm_silu(x, weight, bias, 3, skip=skip)[0], y)
+    pair = group_norm_silu_vjp(g, x, weight, bias, mean, rstd, 3, skip=skip)
+    torch.testing.assert_close(torch.cat(pair, 1), vjp)
+
+
 def test_outputs_are_like_the_input_in_dtype_and_layout(backend):
     for memory_format in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(2, 8, 4, 6).to(torch.bfloat16).to(memory_format=memory_format)
@@ -187,6 +253,22 @@ def test_gradcheck_of_the_op_and_of_its_vjp(needs_cpp):
 
     with use_backend("cpp"):
         assert gradcheck(lambda *tensors: group_norm_silu(*tensors, 2)[0], leaves)
+        assert gradcheck(vjp, (g.requires_grad_(), *leaves))
+
+
+def test_gradcheck_in_two_pieces(needs_cpp):
+    x, g, _, _, weight, bias = _inputs((2, 6, 3, 2), torch.float64)
+    leaves = [tensor.requires_grad_() for tensor in (*_pieces(x, 4), weight, bias)]
+
+    def op(x, skip, weight, bias):
+        return group_norm_silu(x, weight, bias, 2, skip=skip)
+
+    def vjp(g, x, skip, weight, bias):
+        _, mean, rstd = op(x, skip, weight, bias)
+        return group_norm_silu_vjp(g, x, weight, bias, mean, rstd, 2, skip=skip)
+
+    with use_backend("cpp"):
+        assert gradcheck(lambda *tensors: op(*tensors)[0], leaves)
         assert gradcheck(vjp, (g.requires_grad_(), *leaves))
 
 
@@ -277,28 +359,40 @@ def test_nan_and_huge_values(backend):
     assert group_norm_silu_vjp(x[1:], x[1:], weight, weight, mean, rstd, 2).isfinite().all()
 
 
-def test_opcheck(needs_cpp):
+@pytest.mark.parametrize("split", [None, 3], ids=["one", "two"])
+def test_opcheck(needs_cpp, split):
     x, g, v, _, weight, bias = _inputs((2, 4, 3, 2), torch.float64)
     _, mean, rstd = group_norm_silu(x, weight, bias, 2)
-    inputs, saved = (x, weight, bias), (mean, rstd, SEED, 2, True, 0.2)
-    leaves = [tensor.detach().requires_grad_() for tensor in (g, *inputs)]
+    (x, skip), (v, v_skip) = (
+        ((x, None), (v, None)) if split is None else (_pieces(x, split), _pieces(v, split))
+    )
+    inputs, saved = (x, skip, weight, bias), (mean, rstd, SEED, 2, True, 0.2)
+    leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in (g, *inputs)]
     ops = torch.ops.cdm_fast
     torch.library.opcheck(ops.group_norm_silu.default, (*leaves[1:], SEED, 2, True, 0.2, EPS))
     torch.library.opcheck(ops.group_norm_silu_vjp.default, (*leaves, *saved))
     torch.library.opcheck(ops.group_norm_silu_backward.default, (g, *inputs, *saved))
-    torch.library.opcheck(ops.group_norm_silu_vjp_backward.default, (v, g, *inputs, *saved))
+    torch.library.opcheck(ops.group_norm_silu_vjp_backward.default, (v, v_skip, g, *inputs, *saved))
 
 
-def test_compiles_as_one_graph(needs_cpp):
+@pytest.mark.parametrize("split", [None, 3], ids=["one", "two"])
+def test_compiles_as_one_graph(needs_cpp, split):
     x, g, _, _, weight, bias = _inputs((2, 8, 3, 3), torch.float32)
+    x, skip = (x, None) if split is None else _pieces(x, split)
+    leaves = [tensor.requires_grad_() for tensor in (x, g, weight, bias)]
 
-    def adjoint(x, g, weight, bias):
-        y, mean, rstd = group_norm_silu(x, weight, bias, 2)
-        return y, group_norm_silu_vjp(g, x, weight, bias, mean, rstd, 2)
+    def loss(x, g, weight, bias):
+        y, mean, rstd = group_norm_silu(x, weight, bias, 2, skip=skip)
+        vjp = group_norm_silu_vjp(g, x, weight, bias, mean, rstd, 2, skip=skip)
+        return y.square().sum() + (vjp if split is None else torch.cat(vjp, 1)).square().sum()
 
     with use_backend("cpp"):
-        compiled = torch.compile(adjoint, fullgraph=True, backend="aot_eager")
-        for ours, expected in zip(compiled(x, g, weight, bias), adjoint(x, g, weight, bias), strict=True):
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        for ours, expected in zip(
+            torch.autograd.grad(compiled(*leaves), leaves),
+            torch.autograd.grad(loss(*leaves), leaves),
+            strict=True,
+        ):
             torch.testing.assert_close(ours, expected)
 
 
@@ -315,7 +409,7 @@ BAD_INPUT = {
     "integer-x": ({"x": torch.ones(2, 4, 3, dtype=torch.int64)}, TypeError, "x: expected a floating-point"),
     "one-dimension": ({"x": torch.ones(4)}, ValueError, "x: expected a non-empty"),
     "empty-batch": ({"x": torch.ones(0, 4, 3)}, ValueError, "x: expected a non-empty"),
-    "groups": ({"num_groups": 3}, ValueError, "num_groups: expected a divisor of x's 4 channels, got 3"),
+    "groups": ({"num_groups": 3}, ValueError, "num_groups: expected a divisor of the 4 channels, got 3"),
     "no-groups": ({"num_groups": 0}, ValueError, "num_groups: expected a divisor"),
     "weight-shape": ({"weight": torch.ones(5)}, ValueError, r"weight: expected shape \(4,\) or \(2, 4\)"),
     "bias-dtype": ({"bias": torch.ones(4, dtype=torch.int32)}, TypeError, "bias: expected a floating-point"),
@@ -324,6 +418,11 @@ BAD_INPUT = {
         ValueError,
         "weight: expected it on x's device",
     ),
+    "skip-batch": ({"skip": torch.ones(1, 4, 3)}, ValueError, "skip: expected a tensor like x"),
+    "skip-spatial": ({"skip": torch.ones(2, 4, 3, 1)}, ValueError, "skip: expected a tensor like x"),
+    "skip-dtype": ({"skip": torch.ones(2, 4, 3).double()}, ValueError, "skip: .*float32 .*got .*float64"),
+    "skip-empty": ({"skip": torch.ones(2, 0, 3)}, ValueError, "skip: expected a tensor like x"),
+    "skip-weight": ({"skip": torch.ones(2, 2, 3)}, ValueError, r"weight: expected shape \(6,\) or"),
     "dropout-one": ({"dropout": 1.0, "seed": SEED}, ValueError, r"dropout: .* in \[0, 1\), got 1.0"),
     "no-seed": ({"dropout": 0.5}, ValueError, "seed: dropout > 0 needs"),
     "seed-shape": ({"dropout": 0.5, "seed": SEED[:1]}, ValueError, "seed: expected shape"),
@@ -339,8 +438,8 @@ def test_bad_input(backend, change, error, message):
 
 
 BAD_COTANGENT = {
-    "g-shape": ({"g": torch.randn(2, 4, 4)}, "g: expected a tensor like x"),
-    "g-dtype": ({"g": torch.randn(2, 4, 3, dtype=torch.float64)}, "g: expected a tensor like x"),
+    "g-shape": ({"g": torch.randn(2, 4, 4)}, "g: expected a tensor like y"),
+    "g-dtype": ({"g": torch.randn(2, 4, 3, dtype=torch.float64)}, "g: expected a tensor like y"),
     "mean-shape": ({"mean": torch.zeros(2, 4)}, r"mean: expected \(2, 2\)"),
     "rstd-dtype": ({"rstd": torch.ones(2, 2, dtype=torch.bfloat16)}, "rstd: expected .*float32"),
 }
