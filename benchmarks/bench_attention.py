@@ -1,7 +1,7 @@
 """attention: forward, VJP and gradients of the VJP, against softmax(q k^T) v with autograd double backward.
 
-Peak memory of either is measured in a process of its own (CPU: growth of the resident set) and stored in
-`extra_info` as candidate_peak_mib and baseline_peak_mib. As a program, this file prints that figure:
+Peak memory of either is stored in `extra_info` as candidate_peak_mib and baseline_peak_mib; on the CPU it is
+the growth of the resident set of a process of its own. As a program, this file prints that figure:
 
     python benchmarks/bench_attention.py candidate|baseline BATCH TOKENS CHANNELS DTYPE DEVICE THREADS
 """
@@ -40,6 +40,9 @@ def baseline(u_q, u_k, u_v, g, q, k, v):
     return out, *gradients, *torch.autograd.grad(gradients, (g, q, k, v), (u_q, u_k, u_v))
 
 
+FUNCTIONS = {"candidate": candidate, "baseline": baseline}
+
+
 def check(got, expected):
     for value, other in zip(got, expected, strict=True):
         error = float((value - other).detach().double().norm() / other.detach().double().norm())
@@ -49,6 +52,7 @@ def check(got, expected):
 def peak_mib(function, tensors, device):
     """Memory in MiB by which one call raises the peak."""
     if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function(*tensors)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
@@ -58,7 +62,10 @@ def peak_mib(function, tensors, device):
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
 
 
-def peak_in_own_process(function, shape, dtype, device):
+def measured_peak_mib(function, tensors, dtype, device):
+    if device.type == "cuda":
+        return peak_mib(FUNCTIONS[function], tensors, device)
+    shape = tensors[0].shape
     arguments = [function, *map(str, shape), dtype, device.type, str(torch.get_num_threads())]
     return float(subprocess.check_output([sys.executable, __file__, *arguments]))
 
@@ -70,7 +77,7 @@ def test_attention_with_gradients(benchmark, compare, device, small, shape, dtyp
     tensors = inputs(shape, DTYPES[dtype], device)
     if not small:
         for function in ("candidate", "baseline"):
-            peak = peak_in_own_process(function, shape, dtype, device)
+            peak = measured_peak_mib(function, tensors, dtype, device)
             benchmark.extra_info[f"{function}_peak_mib"] = peak
     compare(benchmark, lambda: candidate(*tensors), lambda: baseline(*tensors), check)
     benchmark.extra_info["shape"] = list(shape)
@@ -81,7 +88,7 @@ def main():
     torch.set_num_threads(int(threads))
     device = torch.device(device)
     tensors = inputs(tuple(map(int, sizes)), DTYPES[dtype], device)
-    print(peak_mib({"candidate": candidate, "baseline": baseline}[name], tensors, device))
+    print(peak_mib(FUNCTIONS[name], tensors, device))
 
 
 if __name__ == "__main__":

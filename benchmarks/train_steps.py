@@ -95,13 +95,20 @@ VARIANTS: dict[str, Callable[[Steps], Callable[[], Tensor]]] = {
 
 def peak_mib(variant: str, small: bool, device: torch.device) -> float:
     """Memory by which building the variant and three steps of it raise the peak, in MiB (CPU: resident)."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    before = _peak_so_far(device)
     step = VARIANTS[variant](Steps(small, device))
     for _ in range(3):
         step()
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+    return _peak_so_far(device) - before
+
+
+def _peak_so_far(device: torch.device) -> float:
+    """Peak of this process in MiB: resident, or allocated on the GPU since the last reset."""
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return torch.cuda.max_memory_allocated() / 2**20
 
 
 if __name__ == "__main__":

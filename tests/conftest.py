@@ -117,16 +117,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--error-factor", type=float, default=ERROR_FACTOR, help="kernel error over PyTorch's own"
     )
+    parser.addoption(
+        "--test-device", default="cpu", choices=("cpu", "cuda"), help="where tests/ops makes its tensors"
+    )
     parser.addoption("--wheel", type=Path, help="check this wheel instead of building a pure Python one")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
+    config.addinivalue_line("markers", "cpu: not for tensors on a GPU; skipped with --test-device cuda")
+    if config.getoption("--test-device") == "cuda":
+        if not torch.cuda.is_available():
+            raise pytest.UsageError(
+                "--test-device cuda: this torch sees no CUDA device; leave the option out"
+            )
+        os.environ["CDM_FAST_CHECKED"] = "1"  # values are checked as on the CPU, where that costs no wait
+        torch.set_default_device("cuda")  # before collection: constants of the test modules go there too
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    on_gpu = config.getoption("--test-device") == "cuda"
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if item.get_closest_marker("cpu") and on_gpu:
+            item.add_marker(pytest.mark.skip(reason="not for tensors on a GPU"))

@@ -1,29 +1,66 @@
-"""What the tests of the ops share: the backends that run on CPU tensors, one test each."""
+"""What the tests of the ops share: the backends that run on the tensors' device, one test each."""
 
+import re
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from cdm_fast.ops import _backend
 
+# With --test-device cuda every tensor of a test is on the GPU, and these are its kernels.
+KERNELS = {"cpu": ["cpp", "triton"], "cuda": ["cuda", "triton"]}
+NOT_COVERED = re.compile(r"backend '\w+' was asked for, but it (runs on|takes)")
 
-@pytest.fixture(params=["reference", "cpp", "triton"])
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    kernels = KERNELS[metafunc.config.getoption("--test-device")]
+    if "backend" in metafunc.fixturenames and not _has_own(metafunc, "backend"):
+        metafunc.parametrize("backend", ["reference", *kernels], indirect=True)
+    if "kernels" in metafunc.fixturenames and not _has_own(metafunc, "kernels"):
+        metafunc.parametrize("kernels", kernels, indirect=True)
+
+
+def _has_own(metafunc: pytest.Metafunc, name: str) -> bool:
+    """Whether the test lists the backends itself."""
+    marks = metafunc.definition.iter_markers("parametrize")
+    return any(name in re.split(r",\s*", mark.args[0]) for mark in marks if isinstance(mark.args[0], str))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """On a GPU, a test that asks a kernel for what it is not declared for (fp64, say) does not count."""
+    try:
+        yield
+    except RuntimeError as error:
+        if item.config.getoption("--test-device") == "cuda" and NOT_COVERED.search(str(error)):
+            pytest.skip(str(error))
+        raise
+
+
+@pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each backend that runs on CPU tensors, selected for the test; skipped where it is missing."""
-    reason = _backend.missing(request.param)
-    if reason is not None:
-        pytest.skip(f"{request.param}: {reason}")
-    with _backend.use_backend(request.param):
+    """Each backend that runs on the tensors' device, selected for the test; skipped where it is missing."""
+    with _backend.use_backend(_present(request.param)):
         yield request.param
 
 
-@pytest.fixture(params=["cpp", "triton"])
+@pytest.fixture
 def kernels(request: pytest.FixtureRequest) -> str:
     """Each backend other than the reference; not selected, so that a test can run both sides."""
-    reason = _backend.missing(request.param)
+    return _present(request.param)
+
+
+@pytest.fixture
+def native(request: pytest.FixtureRequest) -> str:
+    """The backend in C++: "cpp", or "cuda" with --test-device cuda."""
+    return _present(KERNELS[request.config.getoption("--test-device")][0])
+
+
+def _present(backend: str) -> str:
+    reason = _backend.missing(backend)
     if reason is not None:
-        pytest.skip(f"{request.param}: {reason}")
-    return request.param
+        pytest.skip(f"{backend}: {reason}")
+    return backend
 
 
 @pytest.fixture

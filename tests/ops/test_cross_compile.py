@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.cpu
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("compile_launches.py")
 # attention compiles its kernels in its own test, at the head widths where registers run short.

@@ -124,21 +124,21 @@ def test_reference_is_group_norm_then_silu(shape, groups, silu):
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize(("shape", "groups"), CASES.values(), ids=CASES.keys())
-def test_cpp(
-    needs_cpp, poison_empty, assert_kernel_accurate, shape, groups, dtype, channels_last, silu, dropout
+def test_cpp_and_cuda(
+    native, poison_empty, assert_kernel_accurate, shape, groups, dtype, channels_last, silu, dropout
 ):
     inputs = _inputs(shape, dtype, channels_last, per_image=silu and len(shape) == 4)
-    _check("cpp", inputs, groups, assert_kernel_accurate, silu=silu, dropout=dropout, seed=SEED)
+    _check(native, inputs, groups, assert_kernel_accurate, silu=silu, dropout=dropout, seed=SEED)
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize(("shape", "groups"), LARGE_CASES.values(), ids=LARGE_CASES.keys())
-def test_cpp_where_work_is_divided(
-    needs_cpp, poison_empty, assert_kernel_accurate, shape, groups, dtype, channels_last
+def test_cpp_and_cuda_where_work_is_divided(
+    native, poison_empty, assert_kernel_accurate, shape, groups, dtype, channels_last
 ):
     _check(
-        "cpp", _inputs(shape, dtype, channels_last), groups, assert_kernel_accurate, dropout=0.1, seed=SEED
+        native, _inputs(shape, dtype, channels_last), groups, assert_kernel_accurate, dropout=0.1, seed=SEED
     )
 
 
@@ -359,6 +359,7 @@ def test_nan_and_huge_values(backend):
     assert group_norm_silu_vjp(x[1:], x[1:], weight, weight, mean, rstd, 2).isfinite().all()
 
 
+@pytest.mark.cpu  # in fp64
 @pytest.mark.parametrize("split", [None, 3], ids=["one", "two"])
 def test_opcheck(needs_cpp, split):
     x, g, v, _, weight, bias = _inputs((2, 4, 3, 2), torch.float64)

@@ -1,0 +1,170 @@
+"""The one table of benchmarks/README.md, made from benchmarks/results/*.json.
+
+    python -m benchmarks.report           # writes the table
+    python -m benchmarks.report --check   # fails if it is not what the results give
+
+A result is the JSON of `pytest benchmarks/ --benchmark-only --benchmark-json FILE`, or that of a part of
+`run_gpu.sh`, which holds one under "result".
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+FOLDER = Path(__file__).parent
+BEGIN, END = "<!-- table: python -m benchmarks.report -->", "<!-- end of table -->"
+COLUMNS = ("benchmark", "case", "shape", "ms", "baseline ms", "ratio", "of copy", "peak MiB", "run")
+NOTHING = "—"
+
+
+class Run(NamedTuple):
+    """One result file: where its figures come from, and one dict per figure."""
+
+    name: str
+    environment: dict[str, Any]
+    figures: list[dict[str, Any]]
+
+
+class BadResult(ValueError):
+    """A file under results/ that cannot be reported; the message names it and the reason."""
+
+
+def read(path: Path) -> Run:
+    """The run in one result file.
+
+    Raises:
+        BadResult: no JSON, without figures of a benchmark, or a smoke run.
+    """
+    try:
+        document = json.loads(path.read_text())
+    except ValueError as error:
+        raise BadResult(f"{path.name}: not JSON ({error}); remove it or take the figures again") from error
+    try:
+        document = document.get("result") or document
+        environment = document["machine_info"]["cdm_fast"]
+        figures = [_figure(entry) for entry in document["benchmarks"]]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise BadResult(f"{path.name}: holds no figures of a benchmark ({error!r}); remove it") from error
+    if environment.get("small"):
+        raise BadResult(f"{path.name}: a smoke run (--small), whose times mean nothing; remove it")
+    return Run(path.stem, environment, figures)
+
+
+def _figure(entry: dict[str, Any]) -> dict[str, Any]:
+    """{benchmark, case} and what `compare` measured, from one entry of pytest-benchmark's JSON."""
+    file, _, test = entry["fullname"].partition("::")
+    name, _, parameters = test.partition("[")
+    case = " ".join([name.removeprefix("test_").replace("_", " "), *parameters.rstrip("]").split("-")])
+    benchmark = Path(file).stem.removeprefix("bench_")
+    return {"benchmark": benchmark, "case": case.strip(), **entry["extra_info"]}
+
+
+def table(runs: list[Run]) -> str:
+    """The table, with a row for each benchmark that no GPU has run yet; then a line per run."""
+    rows = [_row(figure, number) for number, run in enumerate(runs, 1) for figure in run.figures]
+    measured = {(run.environment["device"], figure["benchmark"]) for run in runs for figure in run.figures}
+    missing = sorted({name for _, name in measured if ("cuda", name) not in measured})
+    if not measured:
+        missing = ["all"]
+    blank = [""] * (len(COLUMNS) - 3)
+    rows += [_line([name, "on a GPU", "not measured yet", *blank]) for name in missing]
+    notes = [_note(number, run) for number, run in enumerate(runs, 1)]
+    return "\n".join([_line(COLUMNS), "|---" * len(COLUMNS) + "|", *rows, *(["", *notes] if notes else [])])
+
+
+def _row(figure: dict[str, Any], run: int) -> str:
+    cells = [
+        figure["benchmark"],
+        figure["case"],
+        "x".join(map(str, figure.get("shape", []))) or NOTHING,
+        _number(figure, "candidate_ms"),
+        _number(figure, "baseline_ms"),
+        _ratio(figure),
+        f"{figure['share_of_copy']:.0%}" if "share_of_copy" in figure else NOTHING,
+        _peaks(figure),
+        f"[{run}]",
+    ]
+    return _line(cells)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _number(figure: dict[str, Any], key: str) -> str:
+    """Three significant digits, without an exponent."""
+    value = figure.get(key)
+    if value is None:
+        return NOTHING
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def _ratio(figure: dict[str, Any]) -> str:
+    if "ratio" not in figure:
+        return NOTHING
+    ratio = f"{figure['ratio']:.2f}"
+    if "ratio_lower_quartile" not in figure:
+        return ratio
+    return f"{ratio} ({figure['ratio_lower_quartile']:.2f}-{figure['ratio_upper_quartile']:.2f})"
+
+
+def _peaks(figure: dict[str, Any]) -> str:
+    if "candidate_peak_mib" not in figure:
+        return NOTHING
+    return f"{figure['candidate_peak_mib']:.0f} : {figure['baseline_peak_mib']:.0f}"
+
+
+def _note(number: int, run: Run) -> str:
+    """Device, versions, commit and command of a run."""
+    facts = run.environment
+    if facts["device"] == "cuda":
+        device = f"{facts['gpu']}, driver {facts.get('driver', 'unknown')}"
+    else:
+        device = f"{facts['cpu']} ({facts['cpu_capability']}), {facts['threads']} threads"
+    keys = ("python", "torch", "triton", "cuda")
+    versions = ", ".join(f"{key} {facts[key]}" for key in keys if facts.get(key))
+    return (
+        f"- [{number}] `{run.name}.json`: {device}; {versions}; "
+        f"commit {facts.get('commit', 'unknown')}; `{facts.get('command', 'unknown')}`"
+    )
+
+
+def with_table(page: str, content: str) -> str:
+    """`page` with what stands between its two markers replaced.
+
+    Raises:
+        BadResult: a marker is missing.
+    """
+    pattern = re.compile(f"{re.escape(BEGIN)}\n.*?{re.escape(END)}", re.DOTALL)
+    if not pattern.search(page):
+        raise BadResult(f"README.md: the markers {BEGIN!r} and {END!r} are not there; put them back")
+    return pattern.sub(lambda _: f"{BEGIN}\n\n{content}\n\n{END}", page)
+
+
+def main(arguments: list[str] | None = None, folder: Path = FOLDER) -> int:
+    """Writes or checks the table in `folder`. Exit status: 0, 1 for a stale table, 2 for bad results."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="README's table")
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if the table is stale")
+    options = parser.parse_args(arguments)
+    readme = folder / "README.md"
+    page = readme.read_text()
+    try:
+        runs = [read(path) for path in sorted((folder / "results").glob("*.json"))]
+        new = with_table(page, table(runs))
+    except BadResult as error:
+        print(f"benchmarks.report: error: {error}", file=sys.stderr)
+        return 2
+    if options.check:
+        if new != page:
+            print("benchmarks/README.md is stale: run `python -m benchmarks.report`", file=sys.stderr)
+        return int(new != page)
+    readme.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
