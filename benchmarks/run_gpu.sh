@@ -10,6 +10,7 @@ set -uo pipefail
 exec < /dev/null
 
 PYTHON=${PYTHON:-python3}
+PATH=$PATH:/usr/local/cuda/bin # nvcc and compute-sanitizer, where nobody put them on the path
 
 stop() {
     echo "run_gpu.sh: error: $1" >&2
