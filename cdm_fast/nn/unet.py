@@ -140,7 +140,7 @@ class UNetTrunk(nn.Module):
         width, skips = base_channels, [base_channels]
         self.down = nn.ModuleList()
         for i, after in enumerate(widths):
-            befores = [width] + [after] * (blocks_per_level - 1)
+            befores = ([width] + [after] * blocks_per_level)[:blocks_per_level]
             down = resolution(image_size >> i, [(before, after) for before in befores])
             skips += [after] * blocks_per_level
             if i < last:
