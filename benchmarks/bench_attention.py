@@ -3,16 +3,16 @@
 Peak memory of either is stored in `extra_info` as candidate_peak_mib and baseline_peak_mib; on the CPU it is
 the growth of the resident set of a process of its own. As a program, this file prints that figure:
 
-    python benchmarks/bench_attention.py candidate|baseline BATCH TOKENS CHANNELS DTYPE DEVICE THREADS
+    python -m benchmarks.bench_attention candidate|baseline BATCH TOKENS CHANNELS DTYPE DEVICE THREADS
 """
 
-import resource
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from benchmarks.memory import peak_resident_mib
 from cdm_fast.ops import attention, attention_vjp
 
 # batch, tokens, channels: the 33.4 M network at 16x16 pixels, then longer sequences with narrower heads
@@ -57,9 +57,9 @@ def peak_mib(function, tensors, device):
         function(*tensors)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     function(*(x[:1, :64].detach().requires_grad_() for x in tensors))  # loads the libraries' code
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident_mib()
     function(*tensors)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+    return peak_resident_mib() - before
 
 
 def measured_peak_mib(function, tensors, dtype, device):
@@ -67,7 +67,7 @@ def measured_peak_mib(function, tensors, dtype, device):
         return peak_mib(FUNCTIONS[function], tensors, device)
     shape = tensors[0].shape
     arguments = [function, *map(str, shape), dtype, device.type, str(torch.get_num_threads())]
-    return float(subprocess.check_output([sys.executable, __file__, *arguments]))
+    return float(subprocess.check_output([sys.executable, "-m", "benchmarks.bench_attention", *arguments]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES.keys())

@@ -5,13 +5,13 @@ Run as a program, it measures one step's peak memory in a process of its own:
     python -m benchmarks.train_steps plain|adjoint-fp32|adjoint-bf16 cpu|cuda [--small]
 """
 
-import resource
 import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.memory import peak_resident_mib
 from benchmarks.plain_unet import PlainUNet, double_backward_loss
 from cdm_fast import CDM, NoiseSchedule, UNet, cdm_loss
 
@@ -107,7 +107,7 @@ def peak_mib(variant: str, small: bool, device: torch.device) -> float:
 def _peak_so_far(device: torch.device) -> float:
     """Peak of this process in MiB: resident, or allocated on the GPU since the last reset."""
     if device.type == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        return peak_resident_mib()
     return torch.cuda.max_memory_allocated() / 2**20
 
 
