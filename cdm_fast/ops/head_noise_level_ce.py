@@ -14,9 +14,9 @@ benchmarks/bench_head_noise_level_ce.py --benchmark-only --threads 2), peak memo
     K              1      10     100    1000
     here, MiB      1.5    12     12     13
     one by one     0.5    4.9    49     489
-    speed          0.6    0.7    0.75   not timed    (1 is as fast)
+    speed          0.61   0.67   0.77   not timed    (1 is as fast)
 
-The speed is that of idle cores; busy ones were seen to lower it to 0.2, since it waits for its threads more
+The speed is that of otherwise idle cores; busy ones lower it further, since it waits for its threads more
 often. So it pays where memory is short, from some 30 classes on; a head of one class never needs it. No GPU
 has been measured.
 """
