@@ -52,6 +52,8 @@ class Sample:
     """Noise added back by ddim: 0 none, 1 as much as ddpm."""
     label: int | None = None
     """Class to draw; by default all in turn. Only for class-conditional runs."""
+    guidance: float = 0.0
+    """How much to overstate the class: w in (1+w) eps(x, class) - w eps(x). Class-conditional runs only."""
     out: Path | None = None
     """A .png sheet, or an .npz of uint8 images (N,H,W,C); by default RUN/samples-SAMPLER-STEPS-SEED.png."""
     device: str = "auto"

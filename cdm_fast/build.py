@@ -49,12 +49,29 @@ def build_model(config: RunConfig) -> CDM | DDM:
         "attention_resolutions": network.attention_resolutions,
         "dropout": network.dropout,
         "num_groups": network.num_groups,
-        "num_classes": config.image.num_classes if network.conditioning == "embedding" else None,
+        "num_classes": config.image.num_classes if network.conditioning != "none" else None,
     }
     if config.train.objective == "ddm":
         return DDM(UNetDenoiser(**shape), schedule)
-    prior = level_distribution(config.schedule, schedule)
-    return CDM(UNet(num_levels=schedule.num_levels, **shape), schedule, level_prior=prior)
+    if network.conditioning == "joint":
+        shape["conditioning"] = "joint"
+    return CDM(
+        UNet(num_levels=schedule.num_levels, **shape),
+        schedule,
+        level_prior=level_distribution(config.schedule, schedule),
+        class_prior=_class_prior(config),
+    )
+
+
+def _class_prior(config: RunConfig) -> Tensor | None:
+    """p(c), (K,), up to a factor: each class's share of the training images; None if there are no classes.
+
+    A class without images, which an embedding allows, counts as one image.
+    """
+    counts = config.image.class_counts
+    if config.network.conditioning == "none" or counts is None:
+        return None
+    return torch.tensor(counts).clamp(min=1)
 
 
 def pick_device(name: str) -> torch.device:

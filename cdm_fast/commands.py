@@ -83,7 +83,14 @@ def sample_command(command: arguments.Sample) -> Outcome:
     model = _load(command.run, command.device)
     began = time.perf_counter()
     images = sample(
-        model, command.num, command.sampler, command.steps, command.seed, label=labels, eta=command.eta
+        model,
+        command.num,
+        command.sampler,
+        command.steps,
+        command.seed,
+        label=labels,
+        guidance=command.guidance,
+        eta=command.eta,
     )
     seconds = time.perf_counter() - began
     grey = config.image.num_grey_levels
@@ -98,6 +105,7 @@ def sample_command(command: arguments.Sample) -> Outcome:
         "sampler": command.sampler,
         "steps": command.steps,
         "seed": command.seed,
+        "guidance": command.guidance,
         "seconds": seconds,
         "images_per_second": command.num / seconds,
     }
@@ -106,6 +114,10 @@ def sample_command(command: arguments.Sample) -> Outcome:
 
 def _sample_labels(command: arguments.Sample, config: RunConfig) -> Tensor | None:
     labels = class_labels(config, command.num)
+    if command.guidance and labels is None:
+        raise UserError(
+            f"--guidance {command.guidance}: {command.run} was trained without classes; leave it out"
+        )
     if command.label is None:
         return labels
     classes = config.image.num_classes

@@ -44,6 +44,8 @@ class ImageShape:
     """Pixels are integers 0..num_grey_levels-1."""
     num_classes: int | None = 10
     """Number of classes, or null when the images carry no labels."""
+    class_counts: tuple[int, ...] | None = None
+    """Training images of each class: the class prior that likelihoods given a class are read with."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,9 @@ class NetworkConfig:
     """Groups of every GroupNorm."""
     dropout: float = 0.1
     """Probability of dropping an activation inside a residual block."""
-    conditioning: Literal["none", "embedding"] = "none"
-    """`embedding` feeds the class label to every block; label dropout also trains the unconditional model."""
+    conditioning: Literal["none", "embedding", "joint"] = "none"
+    """`embedding` feeds the label to every block, and label dropout also trains the unconditional model;
+    `joint` has a logit for every pair of level and class: all classes in one pass."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ class TrainConfig:
     mse_weight: float = 1.0
     """Weight of the denoising error (cdm only)."""
     label_dropout: float = 0.1
-    """Share of the labels replaced by the null class (class-conditional networks only)."""
+    """Share of the labels left out (class-conditional networks only)."""
     precision: Precision = "auto"
     """Arithmetic of the network in training; auto is bf16 where the hardware has it for matrices, or fp32."""
     channels_last: bool = True
@@ -230,6 +233,16 @@ def check(config: RunConfig) -> None:
         raise UserError(
             f"--conditioning {config.network.conditioning} needs labels, and {source} has none;"
             " give labelled data or --conditioning none"
+        )
+    if config.network.conditioning == "joint" and train.objective == "ddm":
+        raise UserError(
+            "--conditioning joint needs logits, and --objective ddm has none; give --conditioning embedding"
+        )
+    if config.network.conditioning == "joint" and 0 in (config.image.class_counts or ()):
+        empty = (config.image.class_counts or ()).index(0)
+        raise UserError(
+            f"{source} holds no training image of class {empty}, and --conditioning joint reads every class's"
+            " likelihood off its images; number the classes without gaps"
         )
     if output.sampling_steps > config.schedule.T:
         raise UserError(

@@ -26,7 +26,7 @@ class Noised(NamedTuple):
     x_t: Tensor  # (B, ...)
     eps: Tensor  # like x_t
     level: Tensor  # (B,) int64
-    label: Tensor | None = None  # (B,) int64
+    label: Tensor | None = None  # (B,) int64, -1 for none
 
 
 def cdm_loss(
@@ -34,7 +34,7 @@ def cdm_loss(
     x0: Tensor,  # (B, ...) clean data, in [-1, 1] for images
     level: Tensor | None = None,  # (B,) int64
     eps: Tensor | None = None,  # like x0
-    label: Tensor | None = None,  # (B,) int64
+    label: Tensor | None = None,  # (B,) int64, -1 for none
     ce_weight: float = 1e-3,
     mse_weight: float = 1.0,
     generator: torch.Generator | None = None,
@@ -44,6 +44,9 @@ def cdm_loss(
     Levels (from the model's p(t)) and noise are drawn, from `generator` if given, where they are not given.
     The cross-entropy alone gives a bad denoiser; the squared error alone leaves the likelihood open by a
     constant per level; both can be switched off by their weights.
+
+    With joint logits the cross-entropy is over (level, class) pairs, and over levels alone for an input
+    without label; the squared error is that of the label's denoiser, or of the marginal's.
     """
     if level is None:
         level = model.draw_levels(len(x0), generator)
@@ -54,7 +57,8 @@ def noised_cdm_loss(model: CDM, batch: Noised, ce_weight: float = 1e-3, mse_weig
     """`cdm_loss` of inputs that are noised already."""
     x_t, eps, level, label = batch
     logits, grad_x = model.logits_and_ratio_gradient(x_t, level, label)
-    ce = noise_level_ce(logits, level)[0].mean()
+    classes = model.joint_classes
+    ce = noise_level_ce(logits, level, label if classes > 1 else None, classes).loss.mean()
     mse = denoise_loss(grad_x, x_t, model.s[level].to(x_t.dtype), eps).sum() / x_t.numel()
     return LossTerms(ce_weight * ce + mse_weight * mse, mse, ce)
 
@@ -64,7 +68,7 @@ def ddm_loss(
     x0: Tensor,  # (B, ...) clean data, in [-1, 1] for images
     level: Tensor | None = None,  # (B,) int64
     eps: Tensor | None = None,  # like x0
-    label: Tensor | None = None,  # (B,) int64
+    label: Tensor | None = None,  # (B,) int64, -1 for none
     generator: torch.Generator | None = None,
 ) -> LossTerms:
     """`mean((eps_hat - eps)^2)` with levels drawn evenly from 1..T (DDPM eq. 14)."""

@@ -1,6 +1,6 @@
 """CDM and DDM: a denoiser, a score, and for a CDM the log-likelihood, on top of a network and a schedule.
 
-# B batch, d = number of values of one input, L = T+2 noise levels
+# B batch, d = number of values of one input, L = T+2 noise levels, K classes
 """
 
 import math
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from cdm_fast.errors import UserError
 from cdm_fast.nn import AdjointNetwork
-from cdm_fast.ops import denoise_epilogue, denoise_x0, log_posterior, use_backend
+from cdm_fast.nn.heads import Conditioning
+from cdm_fast.nn.labels import check_labels
+from cdm_fast.ops import denoise_epilogue, denoise_x0, level_logits, noise_level_ce, use_backend
 from cdm_fast.ops._checks import may_read
 from cdm_fast.schedule import NoiseSchedule
 
@@ -74,12 +76,22 @@ class Denoiser(nn.Module):
 
         Args:
             level: int or (B,) int64, 0..T+1.
-            label: (B,) int64 for a class-conditional network.
+            label: (B,) int64 for a class-conditional network; -1 or None asks for the denoiser of all data.
 
         Raises:
             UserError: a level outside 0..T+1.
         """
         raise NotImplementedError
+
+    def guided_denoise(self, x: Tensor, level: int | Tensor, label: Tensor, guidance: float) -> Tensor:
+        """`(1 + w) eps_hat(x, label) - w eps_hat(x)` with w = `guidance` (arXiv 2207.12598), like `x`.
+
+        The two denoisers are evaluated as one batch.
+        """
+        level = self.schedule.levels(level, x)
+        labels = torch.cat([label, torch.full_like(label, -1)])
+        conditional, marginal = self.denoise(torch.cat([x, x]), level.repeat(2), labels).chunk(2)
+        return (1 + guidance) * conditional - guidance * marginal
 
     def predict_x0(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
         """`x0_hat = (x - s eps_hat) / a`, like `x`.
@@ -129,20 +141,31 @@ class CDM(Denoiser):
     Its logits `f(x)[t] = log p(t|x) + const` are density ratios between levels (Thm 3.2), and the input
     gradient of `F(x,t) = f(x)[T+1] - f(x)[t]` is the optimal denoiser (Thm 3.1).
 
+    Conditioning on a class works in two ways. "embedding": the network takes the label, and f is that
+    class's. "joint": the network's logits are `z[t,c] = log p(t,c|x) + const` for every level t <= T and
+    class c (entry `t K + c`), and at the end one for pure noise, which has no class; `f[t] = logsumexp_c
+    z[t,c]` is the marginal's, and a label chooses `z[t,c]`. A label of -1, or none, asks for the marginal.
+
     Args:
-        network: any module from (B, ...) to logits (B, L). An `AdjointNetwork` such as `UNet` or `MLP` takes
-            the fast path without autograd; any other goes through `torch.func.grad`.
+        network: any module from (B, ...) to logits (B, L), or (B, (L-1) K + 1) joint ones. An
+            `AdjointNetwork` such as `UNet` or `MLP` takes the fast path without autograd; any other goes
+            through `torch.func.grad`.
         schedule: the noise levels.
         level_prior: (L,) effective prior p(t) of the training: sampling distribution times any per-level
             weight of the cross-entropy, up to a factor. Default uniform. A wrong prior shifts every
             likelihood by a constant, so it is saved with the weights.
         input_shape: shape of one input; taken from the network if it has one.
+        class_prior: (K,) share of each class among the labelled training data, up to a factor. Default
+            uniform over `network.num_classes`. A wrong one shifts each class's likelihood of a joint network
+            by a constant, and every `classify`, so it is saved too.
+        conditioning: "embedding" or "joint"; the network's own by default.
 
     Raises:
         UserError: a prior of the wrong length or with a value that is not positive and finite.
     """
 
     log_level_prior: Tensor
+    log_class_prior: Tensor | None
 
     def __init__(
         self,
@@ -150,39 +173,77 @@ class CDM(Denoiser):
         schedule: NoiseSchedule,
         level_prior: Tensor | None = None,
         input_shape: tuple[int, ...] | None = None,
+        class_prior: Tensor | None = None,
+        conditioning: Conditioning | None = None,
     ) -> None:
         super().__init__(network, schedule, input_shape)
         if level_prior is None:
             level_prior = torch.ones(schedule.num_levels)
-        self.register_buffer("log_level_prior", _log_prior(level_prior, schedule.num_levels))
+        self.register_buffer("log_level_prior", _log_prior(level_prior, "level", schedule.num_levels))
+        self.num_classes: int | None = getattr(network, "num_classes", None)
+        own: Conditioning = getattr(network, "conditioning", "embedding")
+        self.conditioning = conditioning or own
+        if class_prior is not None and self.num_classes is None:
+            self.num_classes = len(class_prior)
+        if self.num_classes is not None and class_prior is None:
+            class_prior = torch.ones(self.num_classes)
+        self.register_buffer(
+            "log_class_prior",
+            None if class_prior is None else _log_prior(class_prior, "class", self.num_classes or 0),
+        )
+        if self.conditioning == "joint" and self.num_classes is None:
+            raise UserError("joint logits, but how many classes? give class_prior, one number per class")
+
+    @property
+    def joint_classes(self) -> int:
+        """K of joint logits, as `noise_level_ce` takes it; 1 where the logits know no class."""
+        return self.num_classes or 1 if self.conditioning == "joint" else 1
 
     def logits(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """`f(x)`, (B, L)."""
+        """`f(x)`, (B, L); or the joint logits (B, (L-1) K + 1), which hold all classes whatever the label."""
+        if self.conditioning == "joint":
+            self._check_labels(label, x)
+            return self.network(x)
         return self.network(x) if label is None else self.network(x, label)
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """The logits, (B, L)."""
+        """As `logits`."""
         return self.logits(x, label)
 
+    def level_logits(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        """`log p(t | x)`, or given its class, `log p(t | x, c)`, up to one constant per x: (B, L)."""
+        logits = self.logits(x, label)
+        if self.conditioning == "embedding":
+            return logits
+        marginal = level_logits(logits, self.joint_classes)
+        if label is None:
+            return marginal
+        index = label.clamp(min=0)[:, None].expand(-1, self.schedule.num_levels)[:, :, None]
+        of_class = self._per_class(logits).gather(2, index).squeeze(2)
+        return torch.where(label[:, None] >= 0, of_class, marginal)
+
     def log_posterior(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """`log p(t | x)` in nats under the training's p(t), (B, L)."""
-        return log_posterior(self.logits(x, label))
+        """`log p(t | x)` in nats under the training's p(t), (B, L); with a label, `log p(t | x, c)`."""
+        return level_logits(self.level_logits(x, label)).log_softmax(1)
 
     def draw_levels(self, num: int, generator: torch.Generator | None = None) -> Tensor:
         """(num,) int64 levels from p(t)."""
         return torch.multinomial(self.log_level_prior.exp(), num, replacement=True, generator=generator)
 
-    def ratio_gradient(self, x: Tensor, level: Tensor, label: Tensor | None = None) -> Tensor:
-        """`grad_x F(x, level)`, like `x`; `level` (B,) int64."""
+    def ratio_gradient(
+        self, x: Tensor, level: Tensor, label: Tensor | None = None, guidance: float = 0.0
+    ) -> Tensor:
+        """`grad_x F(x, level)`, like `x`; `level` (B,) int64; `guidance` for joint logits only."""
         if isinstance(self.network, AdjointNetwork):
-            return self.network.ratio_gradient(x, level, label)
+            return self.network.ratio_gradient(x, level, label, guidance)
         with use_backend("reference"):
-            return torch.func.grad(self._log_ratio_of_noise, has_aux=True)(x, level, label)[0]
+            gradient = torch.func.grad(self._log_ratio_of_noise, has_aux=True)
+            return gradient(x, level, label, guidance)[0]
 
     def logits_and_ratio_gradient(
         self, x: Tensor, level: Tensor, label: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """`(f(x) (B, L), grad_x F(x, level) like x)` from one evaluation; what training needs."""
+        """`(logits(x), grad_x F(x, level) like x)` from one evaluation; what training needs."""
         if isinstance(self.network, AdjointNetwork):
             return self.network.logits_and_ratio_gradient(x, level, label)
         with use_backend("reference"):
@@ -190,8 +251,17 @@ class CDM(Denoiser):
         return logits, grad_x
 
     def denoise(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
+        return self._eps_hat(x, level, label)
+
+    def guided_denoise(self, x: Tensor, level: int | Tensor, label: Tensor, guidance: float) -> Tensor:
+        """As for any denoiser; joint logits take one evaluation, of the scalar `(1 + w) z[t,c] - w f[t]`."""
+        if self.conditioning == "embedding":
+            return super().guided_denoise(x, level, label, guidance)
+        return self._eps_hat(x, level, label, guidance)
+
+    def _eps_hat(self, x: Tensor, level: int | Tensor, label: Tensor | None, guidance: float = 0.0) -> Tensor:
         level = self.schedule.levels(level, x)
-        return denoise_epilogue(self.ratio_gradient(x, level, label), x, self.s[level].to(x.dtype))
+        return denoise_epilogue(self.ratio_gradient(x, level, label, guidance), x, self.s[level].to(x.dtype))
 
     def predict_x0(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
         level = self._levels_with_data(level, x)
@@ -203,24 +273,83 @@ class CDM(Denoiser):
         return -(self.ratio_gradient(x, self.schedule.levels(level, x), label) + x)
 
     def log_prob_levels(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """`log p_t(x)` in nats at every level, (B, L), in one forward pass (Thm 3.2).
+        """`log p_t(x)`, or with labels `log p_t(x|c)`, in nats at every level, (B, L), in one pass (Thm 3.2).
 
         `log p_t(x) = f(x)[t] - f(x)[T+1] + log p(T+1)/p(t) + log N(x; 0, I)`
         """
-        logits = self.logits(x, label)
-        prior = self.log_level_prior.to(logits.dtype)
-        return logits - logits[:, -1:] + (prior[-1] - prior) + log_normal(x)[:, None].to(logits.dtype)
+        return self._to_log_prob(self.level_logits(x, label), x)
 
     def log_prob(self, x: Tensor, level: int | Tensor = 0, label: Tensor | None = None) -> Tensor:
-        """`log p_t(x)` in nats, (B,); `level` an int or (B,) int64."""
+        """`log p_t(x)` in nats, (B,), or `log p_t(x|c)` of labelled ones; `level` an int or (B,) int64."""
         index = self.schedule.levels(level, x)[:, None]
         return self.log_prob_levels(x, label).gather(1, index)[:, 0]
 
-    def _log_ratio_of_noise(self, x: Tensor, level: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
+    def log_prob_classes(self, x: Tensor, level: int | Tensor = 0) -> Tensor:
+        """`log p_t(x|c)` in nats for every class, (B, K); from one forward pass with joint logits, or from K.
+
+        `log p_t(x|c) = z[t,c] - z_N + log p(T+1) - log p(t) - log p(c) + log N(x; 0, I)`
+
+        Raises UserError for a model without classes.
+        """
+        num_classes = self._require_classes()
+        index = self.schedule.levels(level, x)[:, None]
+        if self.conditioning == "embedding":
+            labels = torch.arange(num_classes, device=x.device)[:, None].expand(-1, len(x))
+            return torch.stack([self.log_prob_levels(x, c).gather(1, index)[:, 0] for c in labels], dim=1)
+        per_class = self._per_class(self.logits(x)).transpose(1, 2)  # (B, K, L)
+        log_prob = self._to_log_prob(per_class.flatten(0, 1), x.repeat_interleave(num_classes, 0))
+        return log_prob.gather(1, index.repeat_interleave(num_classes, 0)).view(len(x), num_classes)
+
+    def log_class_posterior(
+        self, x: Tensor, level: int | Tensor = 0, class_prior: Tensor | None = None
+    ) -> Tensor:
+        """`log p(c | x_t = x)` in nats by Bayes' rule, (B, K).
+
+        class_prior: (K,) up to a factor; the training's by default, `torch.ones(K)` for equal ones.
+        """
+        log_prior = self.log_class_prior
+        if class_prior is not None:
+            log_prior = _log_prior(class_prior, "class", self._require_classes()).to(x.device)
+        log_prob = self.log_prob_classes(x, level)
+        return (log_prob + log_prior.to(log_prob.dtype)).log_softmax(1)  # type: ignore[union-attr]
+
+    def classify(self, x: Tensor, level: int | Tensor = 0, class_prior: Tensor | None = None) -> Tensor:
+        """The most probable class, (B,) int64; arguments as in `log_class_posterior`."""
+        return self.log_class_posterior(x, level, class_prior).argmax(1)
+
+    def _require_classes(self) -> int:
+        if self.num_classes is None:
+            raise UserError(
+                "this model was trained without classes: train with --conditioning joint or embedding"
+            )
+        return self.num_classes
+
+    def _check_labels(self, label: Tensor | None, x: Tensor) -> None:
+        check_labels(label, self.num_classes, len(x))
+
+    def _per_class(self, logits: Tensor) -> Tensor:
+        """(B, L, K): `log p(t | x, c)` up to one constant per x and c, out of joint logits."""
+        z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        joint = z[:, :-1].unflatten(1, (-1, self.joint_classes))
+        joint = joint - self.log_class_prior.to(z.dtype)  # type: ignore[union-attr]
+        return torch.cat([joint, z[:, -1:, None].expand(-1, -1, self.joint_classes)], dim=1)
+
+    def _to_log_prob(self, logits: Tensor, x: Tensor) -> Tensor:
+        prior = self.log_level_prior.to(logits.dtype)
+        return logits - logits[:, -1:] + (prior[-1] - prior) + log_normal(x)[:, None].to(logits.dtype)
+
+    def _log_ratio_of_noise(
+        self, x: Tensor, level: Tensor, label: Tensor | None, guidance: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """`sum_b F(x_b, level_b)`, whose gradient is every sample's own, and the logits."""
         logits = self.logits(x, label)
-        at_level = logits.gather(1, level[:, None])[:, 0]
-        return (logits[:, -1] - at_level).sum(), logits
+        if self.conditioning == "embedding":
+            return -noise_level_ce(logits, level).log_ratio.sum(), logits
+        log_ratio = noise_level_ce(logits, level, label, self.joint_classes).log_ratio
+        if guidance:
+            marginal = noise_level_ce(logits, level, None, self.joint_classes).log_ratio
+            log_ratio = (1 + guidance) * log_ratio - guidance * marginal
+        return -log_ratio.sum(), logits
 
 
 def log_normal(x: Tensor) -> Tensor:
@@ -229,10 +358,12 @@ def log_normal(x: Tensor) -> Tensor:
     return -0.5 * (x.square().sum(dim=1) + x.shape[1] * math.log(2 * math.pi))
 
 
-def _log_prior(level_prior: Tensor, num_levels: int) -> Tensor:
-    prior = torch.as_tensor(level_prior, dtype=torch.float64)
-    if prior.shape != (num_levels,):
-        raise UserError(f"level_prior has shape {tuple(prior.shape)}: the schedule has {num_levels} levels")
+def _log_prior(prior: Tensor, of: str, count: int) -> Tensor:
+    prior = torch.as_tensor(prior, dtype=torch.float64)
+    if prior.shape != (count,):
+        number = "the schedule has" if of == "level" else "there are"
+        noun = "levels" if of == "level" else "classes"
+        raise UserError(f"{of}_prior has shape {tuple(prior.shape)}: {number} {count} {noun}")
     if not bool((torch.isfinite(prior) & (prior > 0)).all()):
-        raise UserError("level_prior must be positive and finite at every level")
+        raise UserError(f"{of}_prior must be positive and finite at every {of}")
     return (prior / prior.sum()).log()

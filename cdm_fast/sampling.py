@@ -10,13 +10,13 @@ The second-order samplers spread their steps evenly over log-SNR by default: on 
 their order only there (over the level index the first steps are too long), while the others lose by it.
 
 A sampler uses `schedule`, `denoise` and `predict_x0` of a model and nothing else, so a wrapper that changes
-what they return (guidance, say) needs no sampler of its own.
+what they return (`Guided`) needs no sampler of its own.
 """
 
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
-from math import expm1, prod, sqrt
+from math import expm1, isfinite, prod, sqrt
 
 import torch
 from torch import Tensor
@@ -164,6 +164,25 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+class Guided(Denoiser):
+    """A class-conditional model that overstates the class: see `Denoiser.guided_denoise`.
+
+    Args:
+        model: the model.
+        guidance: w; 0 leaves the model as it is.
+    """
+
+    def __init__(self, model: Denoiser, guidance: float) -> None:
+        super().__init__(model, model.schedule, model.input_shape)
+        self.model = model
+        self.guidance = guidance
+
+    def denoise(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
+        if label is None:
+            return self.model.denoise(x, level)
+        return self.model.guided_denoise(x, level, label, self.guidance)
+
+
 @measures
 def sample(
     model: Denoiser,
@@ -173,6 +192,7 @@ def sample(
     seed: int = 0,
     *,
     label: int | Tensor | None = None,
+    guidance: float = 0.0,
     eta: float = 0.0,
     batch_size: int = 256,
     shape: tuple[int, ...] | None = None,
@@ -181,8 +201,9 @@ def sample(
     """`num` images drawn from the model, (num, *shape), in the dtype and on the device of its parameters.
 
     Arguments: `sampler`, one of `SAMPLERS`; `steps`, 1..T, the number of levels it visits; `label`, one class
-    for all or (num,) int64; `eta`, 0..1, the noise of `ddim`; `shape` of one image, by default
-    `model.input_shape`; `spacing` of the levels visited, the sampler's own by default.
+    for all or (num,) int64; `guidance`, w in `(1 + w) eps_hat(x, label) - w eps_hat(x)`; `eta`, 0..1, the
+    noise of `ddim`; `shape` of one image, by default `model.input_shape`; `spacing` of the levels visited,
+    the sampler's own by default.
     Image i depends on the seed, i and its label alone: any `batch_size` gives the same result up to rounding.
     Global random generators are neither read nor changed; dropout is off while sampling.
     Raises UserError for an argument out of range.
@@ -194,6 +215,8 @@ def sample(
     _check_range("seed", seed, 0, bits=64)
     prototype = next(p for p in chain(model.parameters(), model.buffers()) if p.is_floating_point())
     labels = _labels(label, num, prototype.device)
+    if guidance:
+        model = _guided(model, guidance, labels)
     images = [prototype.new_empty((0, *shape))]
     for start in range(0, num, batch_size):
         batch = slice(start, min(start + batch_size, num))
@@ -237,6 +260,14 @@ def _sampler(name: str, eta: float, spacing: Spacing | None) -> Callable[..., Te
     if spacing is not None:
         options["spacing"] = spacing
     return partial(SAMPLERS[name], **options)
+
+
+def _guided(model: Denoiser, guidance: float, labels: Tensor | None) -> Denoiser:
+    if not isfinite(guidance):
+        raise UserError(f"guidance is {guidance}: it must be a finite number")
+    if labels is None:
+        raise UserError(f"guidance is {guidance}, but towards no class: pass label= too")
+    return Guided(model, guidance)
 
 
 def _check_range(name: str, value: int, lowest: int, bits: int) -> None:

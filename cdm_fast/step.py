@@ -162,8 +162,8 @@ def draw_batch(data: ImageData, model: CDM | DDM, config: RunConfig, step: int) 
 def _draw_labels(
     data: ImageData, config: RunConfig, index: Tensor, generator: torch.Generator
 ) -> Tensor | None:
-    """The labels (B,) of a class-conditional run, some replaced by the null class K; else None."""
+    """The labels (B,) of a class-conditional run, some replaced by -1, no class; else None."""
     if config.network.conditioning == "none" or data.labels is None:
         return None
     dropped = torch.rand(len(index), generator=generator, device=index.device) < config.train.label_dropout
-    return data.labels[index].masked_fill(dropped, config.image.num_classes or 0)
+    return data.labels[index].masked_fill(dropped, -1)

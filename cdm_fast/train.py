@@ -119,11 +119,18 @@ def resolve(config: RunConfig, data: ImageData, device: torch.device) -> RunConf
         raise UserError(f"{data.name} holds {height}x{width} images; give --image-size to crop them square")
     config = replace(
         config,
-        image=ImageShape(height, channels, data.num_grey_levels, data.num_classes),
+        image=ImageShape(height, channels, data.num_grey_levels, data.num_classes, class_counts(data)),
         train=replace(config.train, precision=pick_precision(config.train.precision, device)),
     )
     check(config)
     return config
+
+
+def class_counts(data: ImageData) -> tuple[int, ...] | None:
+    """Images of each class, (K,); None without labels."""
+    if data.labels is None:
+        return None
+    return tuple(torch.bincount(data.labels, minlength=data.num_classes or 0).tolist())
 
 
 @contextlib.contextmanager

@@ -10,8 +10,10 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from cdm_fast.checkpoint import load
 from cdm_fast.cli import main, parse
 from cdm_fast.config import PRESETS
 from cdm_fast.data import load_data
@@ -214,3 +216,36 @@ def test_classes_in_turn(trained, tmp_path):
     call_json("sample", trained[0], "--num", "6", "--steps", "1", "--out", tmp_path / "s.npz")
     with np.load(tmp_path / "s.npz") as arrays:
         assert arrays["labels"].tolist() == [i % CLASSES for i in range(6)]
+
+
+def test_guidance_changes_the_samples(trained, tmp_path):
+    for name, guidance in (("plain", 0), ("guided", 2.5)):
+        flags = ["--num", "3", "--steps", "2", "--out", tmp_path / f"{name}.npz"]
+        assert call_json("sample", trained[0], *flags, "--guidance", guidance)["guidance"] == guidance
+    plain, guided = (np.load(tmp_path / f"{name}.npz")["images"] for name in ("plain", "guided"))
+    assert (plain != guided).any()
+
+
+def test_joint_run_holds_its_class_prior_and_scores_the_marginal(tmp_path):
+    labels = np.repeat([0, 1, 2], [30, 12, 6])
+    data, out = write_images(tmp_path / "images.npz", labels=labels), tmp_path / "run"
+    flags = [*FLAGS, "--conditioning", "joint", "--device", "cpu"]
+    summary = call_json("train", "--data", data, "--out", out, *flags)
+    score = call_json("nll", out, "--draws", 2)
+    assert score["bits_per_dim"] == pytest.approx(summary["bits_per_dim"])
+    call_json("sample", out, "--num", "6", "--steps", "2", "--guidance", "1", "--out", tmp_path / "s.npz")
+    with np.load(tmp_path / "s.npz") as arrays:
+        assert arrays["labels"].tolist() == [0, 1, 2, 0, 1, 2]
+    model, counts = load(out), np.bincount(load_data(str(data), "train").labels)
+    np.testing.assert_allclose(model.log_class_prior.exp(), counts / counts.sum())
+    x = torch.rand(4, 1, 8, 8) * 2 - 1
+    with torch.no_grad():
+        joint = model.log_prob_classes(x) + model.log_class_prior
+        torch.testing.assert_close(joint.logsumexp(1).float(), model.log_prob(x), rtol=1e-4, atol=1e-3)
+
+
+def test_guidance_without_classes_is_refused(tmp_path):
+    data, out = write_images(tmp_path / "images.npz"), tmp_path / "run"
+    call_json("train", "--data", data, "--out", out, *FLAGS, "--device", "cpu")
+    status, _, err = call("sample", out, "--guidance", "1")
+    assert status == 2 and "was trained without classes" in err

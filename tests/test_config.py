@@ -78,6 +78,15 @@ def test_settings_that_cannot_work_are_named(config, message):
         check(config)
 
 
+def test_joint_logits_need_a_cdm_and_images_of_every_class():
+    config = changed("network", conditioning="joint")
+    check(config)
+    with pytest.raises(UserError, match="--objective ddm has none"):
+        check(replace(config, train=replace(config.train, objective="ddm")))
+    with pytest.raises(UserError, match="no training image of class 1"):
+        check(replace(config, image=replace(config.image, num_classes=3, class_counts=(5, 0, 2))))
+
+
 def test_conditioning_needs_labels():
     config = changed("network", conditioning="embedding")
     with pytest.raises(UserError, match="needs labels"):

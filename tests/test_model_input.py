@@ -43,8 +43,8 @@ def network(request):
 @pytest.mark.parametrize(
     ("label", "told"),
     [
-        (torch.tensor([0, K + 1]), f"label {K + 1} does not exist"),
-        (torch.tensor([-1, 0]), "label -1 does not exist"),
+        (torch.tensor([0, K]), f"label {K} does not exist"),
+        (torch.tensor([-2, 0]), "label -2 does not exist"),
         (torch.tensor([0]), r"shape \(1,\): pass int64 \(2,\)"),
         (torch.tensor([0.0, 1.0]), "torch.float32"),
     ],
@@ -65,9 +65,9 @@ def test_labels_for_a_network_without_classes(network):
 def test_no_label_is_the_null_class(network):
     build, call, x = network
     conditional = build(K)
-    null = call(conditional, x, torch.full((2,), K))
+    null = call(conditional, x, torch.full((2,), -1))
     assert torch.equal(call(conditional, x, None), null)
-    assert not torch.equal(call(conditional, x, torch.tensor([0, K]))[0], null[0])
+    assert not torch.equal(call(conditional, x, torch.tensor([0, -1]))[0], null[0])
 
 
 def test_input_of_another_shape(network):

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdm_fast.errors import UserError
+from cdm_fast.nn.heads import Conditioning, embedded_classes, noise_head
 from cdm_fast.nn.labels import class_index
-from cdm_fast.nn.layers import CumulativeHead, Layer, Linear, SiLU, full_precision, run_adjoint
+from cdm_fast.nn.layers import Layer, Linear, SiLU, full_precision, run_adjoint
 from cdm_fast.nn.network import AdjointNetwork
 from cdm_fast.nn.unet import sinusoids
 
@@ -54,7 +55,9 @@ class MLP(AdjointNetwork):
         hidden: W.
         depth: number of residual blocks.
         num_squares: squared linear features; default d.
-        num_classes: K for a class-conditional network (with one extra null class), else None.
+        num_classes: K for a class-conditional network, else None.
+        conditioning: "embedding": the label enters every block, with one extra null class; "joint": the head
+            has a logit for every (level, class) pair.
     """
 
     def __init__(
@@ -65,20 +68,23 @@ class MLP(AdjointNetwork):
         depth: int = 3,
         num_squares: int | None = None,
         num_classes: int | None = None,
+        conditioning: Conditioning = "embedding",
     ) -> None:
         super().__init__()
         _check_widths(dim, hidden, depth)
         self.input_shape = (dim,)
         self.num_classes = num_classes
-        if num_classes is not None:
-            self.label_emb = nn.Embedding(num_classes + 1, hidden)
+        self.conditioning = conditioning
+        self.embedded_classes = embedded_classes(num_classes, conditioning)
+        if self.embedded_classes is not None:
+            self.label_emb = nn.Embedding(self.embedded_classes + 1, hidden)
         self.linear_in = Linear(dim, hidden)
-        embedding_width = hidden if num_classes is not None else None
+        embedding_width = hidden if self.embedded_classes is not None else None
         self.blocks = nn.ModuleList([MLPBlock(hidden, embedding_width) for _ in range(depth)])
         self.act_out = SiLU()
         num_squares = dim if num_squares is None else num_squares
         self.square = Linear(dim, num_squares)
-        self.linear_layer = CumulativeHead(hidden + num_squares, num_levels)
+        self.linear_layer = noise_head(hidden + num_squares, num_levels, num_classes, conditioning)
 
     def features(
         self, x: Tensor, label: Tensor | None = None, keep_residuals: bool = True
@@ -106,7 +112,7 @@ class MLP(AdjointNetwork):
         return self.linear_in.adjoint(None, h) + from_squares
 
     def _embedding(self, label: Tensor | None, batch: int) -> Tensor | None:
-        index = class_index(label, self.num_classes, batch, self.linear_in.weight.device)
+        index = class_index(label, self.embedded_classes, batch, self.linear_in.weight.device)
         return None if index is None else F.silu(self.label_emb(index))
 
 

@@ -1,12 +1,13 @@
 """What a network must offer for the fast path: features, their adjoint, and a head over noise levels.
 
-# B batch, D features, L = T+2 noise levels
+# B batch, D features, L = T+2 noise levels, K classes, N = L logits, or (L-1) K + 1 joint ones (`heads.py`)
 """
 
 from typing import Any
 
 from torch import Tensor, nn
 
+from cdm_fast.nn.heads import Conditioning, JointHead
 from cdm_fast.nn.layers import CumulativeHead
 from cdm_fast.ops import head_cotangent
 
@@ -14,11 +15,14 @@ from cdm_fast.ops import head_cotangent
 class AdjointNetwork(nn.Module):
     """A noise-level classifier `f = head(features(x))` whose input gradient is a forward computation.
 
-    Subclasses provide `features`, `adjoint`, `linear_layer` (the head) and `input_shape`.
+    Subclasses provide `features`, `adjoint`, `linear_layer` (the head) and `input_shape`. With a `JointHead`
+    the trunk never sees the label: it chooses among the logits.
     """
 
     linear_layer: CumulativeHead
     input_shape: tuple[int, ...]
+    num_classes: int | None
+    conditioning: Conditioning
 
     def features(
         self, x: Tensor, label: Tensor | None = None, keep_residuals: bool = True
@@ -31,19 +35,35 @@ class AdjointNetwork(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """Logits (B, L): `f(x)[t] = log p(t | x)` up to one constant per x."""
+        """Logits (B, N): `f(x)[t] = log p(t | x)`, or jointly `log p(t, c | x)`, up to one constant per x."""
         return self.linear_layer(self.features(x, label, keep_residuals=False)[0])
 
-    def ratio_gradient(self, x: Tensor, level: Tensor, label: Tensor | None = None) -> Tensor:
-        """`grad_x (f(x)[T+1] - f(x)[level])`, like `x`, without evaluating the head. `level` (B,) int64."""
-        _, residuals = self.features(x, label)
-        return self.adjoint(residuals, head_cotangent(self.linear_layer.cumulated()[0], level))
+    def ratio_gradient(
+        self, x: Tensor, level: Tensor, label: Tensor | None = None, guidance: float = 0.0
+    ) -> Tensor:
+        """`grad_x (f(x)[T+1] - f(x)[level])`, like `x`. `level` (B,) int64.
+
+        A joint head evaluates the logits of that level alone, and takes the label's with `guidance` (see
+        `JointHead.cotangent`). Any other needs no logits, and has no `guidance` in one evaluation.
+        """
+        head = self.linear_layer
+        if not isinstance(head, JointHead):
+            _, residuals = self.features(x, label)
+            return self.adjoint(residuals, head_cotangent(head.cumulated()[0], level))
+        h, residuals = self.features(x)
+        return self.adjoint(residuals, head.cotangent(h, head.cumulated(), level, label, guidance))
 
     def logits_and_ratio_gradient(
         self, x: Tensor, level: Tensor, label: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Logits (B, L) and `grad_x (f(x)[T+1] - f(x)[level])` from one set of features."""
-        h, residuals = self.features(x, label)
-        weight, bias = self.linear_layer.cumulated()
-        logits = self.linear_layer.logits(h, weight, bias)
-        return logits, self.adjoint(residuals, head_cotangent(weight, level))
+        """Logits (B, N) and `grad_x (f(x)[T+1] - f(x)[level])` from one set of features; labels as above."""
+        head = self.linear_layer
+        joint = isinstance(head, JointHead)
+        h, residuals = self.features(x, None if joint else label)
+        weight, bias = head.cumulated()
+        logits = head.logits(h, weight, bias)
+        if isinstance(head, JointHead):
+            cotangent = head.cotangent(h, (weight, bias), level, label, logits=logits)
+        else:
+            cotangent = head_cotangent(weight, level)
+        return logits, self.adjoint(residuals, cotangent)

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdm_fast.errors import UserError
+from cdm_fast.nn.heads import Conditioning, embedded_classes, noise_head
 from cdm_fast.nn.labels import class_index
 from cdm_fast.nn.layers import (
     AttentionBlock,
     Conv2d,
     ConvMeanPool,
-    CumulativeHead,
     Downsample,
     GroupNorm,
     Layer,
@@ -97,7 +97,7 @@ class UNetTrunk(nn.Module):
         blocks_per_level: residual blocks per resolution on the way down (one more on the way up).
         attention_resolutions: sizes H at which every block is followed by attention (the middle always is).
         dropout: in every residual block.
-        num_classes: K for a class-conditional network (with one extra null class), else None.
+        num_classes: K if the label is to enter every block (with one extra null class), else None.
         num_groups: G of every GroupNorm; 32 in the paper.
 
     Raises:
@@ -121,7 +121,7 @@ class UNetTrunk(nn.Module):
         _check_sizes(image_size, base_channels, multipliers, num_groups)
         self.input_shape: tuple[int, ...] = (channels, image_size, image_size)
         self.base_channels = base_channels
-        self.num_classes = num_classes
+        self.num_classes = self.embedded_classes = num_classes
         embedded = timed or num_classes is not None
         embedding_width = 4 * base_channels if embedded else None
         if embedded:
@@ -181,7 +181,7 @@ class UNetTrunk(nn.Module):
     def embedding(self, label: Tensor | None, time: Tensor | None, batch: int) -> Tensor | None:
         """(B, E) from the time and the class (the null class where there is no label), or None."""
         weight = self.conv_in.weight
-        index = class_index(label, self.num_classes, batch, weight.device)
+        index = class_index(label, self.embedded_classes, batch, weight.device)
         terms = []
         if time is not None:
             terms.append(sinusoids(time, self.base_channels).to(weight.dtype))
@@ -234,6 +234,9 @@ class UNet(UNetTrunk, AdjointNetwork):
 
     Args:
         num_levels: L = T+2, `schedule.num_levels`.
+        num_classes: K for a class-conditional network, else None.
+        conditioning: "embedding": the label enters every block; "joint": the head has a logit for every
+            (level, class) pair.
         image_size and the others: see `UNetTrunk`.
 
     Raises:
@@ -252,6 +255,7 @@ class UNet(UNetTrunk, AdjointNetwork):
         dropout: float = 0.0,
         num_classes: int | None = None,
         num_groups: int = 32,
+        conditioning: Conditioning = "embedding",
     ) -> None:
         super().__init__(
             image_size,
@@ -261,11 +265,12 @@ class UNet(UNetTrunk, AdjointNetwork):
             blocks_per_level,
             attention_resolutions,
             dropout,
-            num_classes,
+            embedded_classes(num_classes, conditioning),
             num_groups,
         )
+        self.num_classes, self.conditioning = num_classes, conditioning
         self.conv_out = ConvMeanPool(self.out_channels, 2 * base_channels)
-        self.linear_layer = CumulativeHead(2 * base_channels, num_levels)
+        self.linear_layer = noise_head(2 * base_channels, num_levels, num_classes, conditioning)
 
     def features(
         self, x: Tensor, label: Tensor | None = None, keep_residuals: bool = True
