@@ -19,7 +19,7 @@ from cdm_fast.losses import noised_cdm_loss
 from cdm_fast.state import new_state
 from cdm_fast.step import Ema, derived_seed, draw_batch, learning_rate, make_loss, training_step
 from cdm_fast.train import resume, train
-from tests.tiny_run import CLASSES, GREY_LEVELS, tiny_config, write_images
+from tests.tiny_run import GREY_LEVELS, tiny_config, write_images
 
 CPU = torch.device("cpu")
 TIMINGS = {"seconds", "images_per_second"}
