@@ -14,8 +14,13 @@ SHAPE = (3, 8, 6, 10)
 
 def embedded_block() -> nn.Module:
     block = layers.ResnetBlock(8, 16, num_groups=4, embedding_width=5)
-    block.forward_with = torch.randn(3, 5, dtype=torch.float64)
+    block.forward_with = {"embedding": torch.randn(3, 5, dtype=torch.float64)}
     return block
+
+
+def with_dropout(layer: nn.Module) -> nn.Module:
+    layer.forward_with = {"seed": torch.tensor([7, 11])}
+    return layer
 
 
 LAYERS = {
@@ -24,13 +29,15 @@ LAYERS = {
     "conv-exact": (lambda: layers.Conv2d(8, 5, exact=True), SHAPE),
     "downsample": (lambda: layers.Downsample(8), SHAPE),
     "upsample": (lambda: layers.Upsample(8), SHAPE),
+    "upsample-folded": (lambda: layers.Upsample(3), (6, 3, 12, 16)),
     "group-norm": (lambda: layers.GroupNorm(8, 4, silu=False), SHAPE),
     "group-norm-silu": (lambda: layers.GroupNorm(8, 2), SHAPE),
-    "group-norm-silu-dropout": (lambda: layers.GroupNorm(8, 2, dropout=0.3), SHAPE),
+    "group-norm-silu-dropout": (lambda: with_dropout(layers.GroupNorm(8, 2, dropout=0.3)), SHAPE),
     "attention": (lambda: layers.AttentionBlock(8, 4), SHAPE),
     "resnet": (lambda: layers.ResnetBlock(8, 8, num_groups=4), SHAPE),
     "resnet-shortcut": (lambda: layers.ResnetBlock(8, 12, num_groups=4), SHAPE),
     "resnet-embedding": (embedded_block, SHAPE),
+    "resnet-dropout": (lambda: with_dropout(layers.ResnetBlock(8, 8, 4, dropout=0.3)), SHAPE),
     "conv-mean-pool": (lambda: layers.ConvMeanPool(8, 5), SHAPE),
     "linear": (lambda: layers.Linear(7, 5), (4, 7)),
     "silu": (layers.SiLU, (4, 7)),
@@ -47,9 +54,7 @@ def randomise(module: nn.Module) -> nn.Module:
 
 
 def apply(layer, x):
-    extra = (layer.forward_with,) if hasattr(layer, "forward_with") else ()
-    torch.manual_seed(7)  # the same dropout mask every time
-    return layer(x, *extra)
+    return layer(x, **getattr(layer, "forward_with", {}))
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels-last"])
@@ -90,6 +95,50 @@ def test_forward_and_adjoint_differentiate_like_double_backward(name, relative_e
     for parameter, a, b in zip(names, got, wanted, strict=True):
         a, b = (torch.zeros(()) if grad is None else grad for grad in (a, b))
         assert (a - b).norm() < 1e-10 * size, parameter
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels-last"])
+def test_a_skip_connection_counts_as_further_channels(channels_last, relative_error):
+    """Output, adjoint and the derivative of both equal those of the same block on the concatenation."""
+    block = randomise(with_dropout(layers.ResnetBlock(8, 12, 4, dropout=0.3)))
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    whole = torch.randn(3, 8, 4, 6, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    pieces = [piece.detach().clone(memory_format=layout).requires_grad_() for piece in whole.split([5, 3], 1)]
+    g, v, w = (torch.randn(3, channels, 4, 6, dtype=torch.float64) for channels in (12, 8, 12))
+
+    y, residuals = apply(block, whole)
+    grad = block.adjoint(residuals, g)
+    wanted = torch.autograd.grad((y * w).sum() + (grad * v).sum(), [whole, *block.parameters()])
+    y_split, residuals = block(pieces[0], skip=pieces[1], **block.forward_with)
+    grads = block.adjoint(residuals, g)
+    objective = (y_split * w).sum() + (torch.cat(grads, 1) * v).sum()
+    of_x, of_skip, *of_parameters = torch.autograd.grad(objective, [*pieces, *block.parameters()])
+    assert relative_error(y_split, y) < 1e-12
+    assert relative_error(torch.cat(grads, 1), grad) < 1e-12
+    for got, expected in zip([torch.cat([of_x, of_skip], 1), *of_parameters], wanted, strict=True):
+        assert relative_error(got, expected) < 1e-12
+
+
+def test_recomputation_changes_memory_and_nothing_else(relative_error):
+    """Loss and gradient, dropout included; and what autograd keeps of a step shrinks."""
+    network = randomise(UNet(16, 3, 22, 8, (1, 2), 1, (8,), dropout=0.3, num_groups=4, num_classes=3)).train()
+    model = CDM(network, NoiseSchedule.uniform(T=20))
+    x0, eps = torch.rand(4, 3, 16, 16, dtype=torch.float64), torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    level, label = torch.tensor([0, 4, 13, 21]), torch.tensor([0, 1, 2, 0])
+    results, kept = [], []
+    for recompute in (False, True):
+        network.recompute = recompute
+        torch.manual_seed(3)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t
+        ):
+            loss = cdm_loss(model, x0, level, eps, label).loss
+        kept.append(sum(sizes))
+        results.append((loss, whole_gradient(loss, network)))
+    assert results[0][0] == results[1][0]
+    assert relative_error(results[1][1], results[0][1]) < 1e-12
+    assert kept[1] < kept[0] / 3
 
 
 NETWORKS = {

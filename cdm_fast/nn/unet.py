@@ -6,12 +6,14 @@ Parameter names are those of the paper's public checkpoints.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import repeat
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cdm_fast.errors import UserError
 from cdm_fast.nn.heads import Conditioning, embedded_classes, noise_head
@@ -60,7 +62,7 @@ class Middle(nn.Module):
         self.attn_1 = AttentionBlock(channels, num_groups)
         self.block_2 = ResnetBlock(channels, channels, num_groups, dropout, embedding_width)
 
-    def stage(self) -> list[Layer]:
+    def layers(self) -> list[Layer]:
         return [self.block_1, self.attn_1, self.block_2]
 
 
@@ -77,13 +79,61 @@ class Embedding(nn.Module):
         return F.silu(self.dense[1](F.silu(self.dense[0](x))))
 
 
-def run_stage(stage: list[Layer], x: Tensor, embedding: Tensor | None) -> tuple[Tensor, list[Any]]:
-    """Apply the layers of one stage; only residual blocks see the embedding."""
-    residuals = []
-    for layer in stage:
-        x, kept = layer(x, embedding) if isinstance(layer, ResnetBlock) else layer(x)
-        residuals.append(kept)
-    return x, residuals
+class StageInputs(NamedTuple):
+    """What one stage reads."""
+
+    x: Tensor  # (B, C, H, W)
+    embedding: Tensor | None  # (B, E), for the residual blocks
+    skip: Tensor | None  # (B, C2, H, W), for the first layer of a stage on the way up
+    seeds: Tensor | None  # (residual blocks, 2) int64: of their dropouts
+
+
+class Stage:
+    """Layers that run one after the other, between two uses of the skip connections.
+
+    Args:
+        layers: the first takes the skip connection, if there is one.
+        recompute: keep only the inputs, and compute everything else again where it is needed.
+    """
+
+    def __init__(self, layers: Sequence[Layer], recompute: bool = False) -> None:
+        self.layers = layers
+        self.num_blocks = sum(isinstance(layer, ResnetBlock) for layer in layers)
+        self.recompute = recompute and self.num_blocks > 0
+
+    def run(self, inputs: StageInputs) -> tuple[Tensor, Any]:
+        """The output, and what `adjoint` needs."""
+        if not self.recompute:
+            return self._run(inputs)
+        return _checkpoint(lambda *inputs: self._run(StageInputs(*inputs))[0], *inputs), inputs
+
+    def adjoint(self, kept: Any, g: Tensor) -> Any:
+        """Gradient with respect to `x`; with a skip connection, the two with respect to `x` and `skip`."""
+        if not self.recompute:
+            return run_adjoint(self.layers, kept, g)
+
+        def adjoint(g: Tensor, *inputs: Any) -> Any:
+            return run_adjoint(self.layers, self._run(StageInputs(*inputs))[1], g)
+
+        return _checkpoint(adjoint, g, *kept)
+
+    def _run(self, inputs: StageInputs) -> tuple[Tensor, list[Any]]:
+        x, embedding, skip, seeds = inputs
+        seed = iter(() if seeds is None else seeds)
+        residuals = []
+        for layer in self.layers:
+            if isinstance(layer, ResnetBlock):
+                x, kept = layer(x, embedding, skip, next(seed, None))
+                skip = None
+            else:
+                x, kept = layer(x)
+            residuals.append(kept)
+        return x, residuals
+
+
+def _checkpoint(function: Callable[..., Any], *inputs: Any) -> Any:
+    """`function(*inputs)`, of which autograd keeps the inputs alone. It draws no random numbers itself."""
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class UNetTrunk(nn.Module):
@@ -100,9 +150,14 @@ class UNetTrunk(nn.Module):
         num_classes: K if the label is to enter every block (with one extra null class), else None.
         num_groups: G of every GroupNorm; 32 in the paper.
 
+    Set `recompute` to keep only the input of every stage, and compute the rest of it again in the adjoint and
+    in the backward pass: less memory, more time, the same numbers.
+
     Raises:
         UserError: a size that the resolutions cannot divide, or widths that the groups cannot.
     """
+
+    recompute = False
 
     def __init__(
         self,
@@ -121,6 +176,7 @@ class UNetTrunk(nn.Module):
         _check_sizes(image_size, base_channels, multipliers, num_groups)
         self.input_shape: tuple[int, ...] = (channels, image_size, image_size)
         self.base_channels = base_channels
+        self.dropout = dropout
         self.num_classes = self.embedded_classes = num_classes
         embedded = timed or num_classes is not None
         embedding_width = 4 * base_channels if embedded else None
@@ -149,34 +205,35 @@ class UNetTrunk(nn.Module):
             self.down.append(down)
             width = after
         self.mid = Middle(width, num_groups, dropout, embedding_width)
-        self.up_widths: list[list[int]] = []  # (from below, skip connection) of every stage on the way up
         ups: list[Resolution] = []
         for i, after in reversed(list(enumerate(widths))):
             befores = [width] + [after] * blocks_per_level
-            pairs = [[before, skips.pop()] for before in befores]
-            up = resolution(image_size >> i, [(sum(pair), after) for pair in pairs])
+            up = resolution(image_size >> i, [(before + skips.pop(), after) for before in befores])
             if i > 0:
                 up.upsample = Upsample(after)
-            self.up_widths += pairs
             ups.append(up)
             width = after
         self.up = nn.ModuleList(reversed(ups))
         self.norm_out = GroupNorm(width, num_groups)
         self.out_channels = width
 
-    def down_stages(self) -> Iterator[list[Layer]]:
+    def down_stages(self) -> Iterator[Stage]:
         """The stages on the way down after `conv_in`; the output of each is kept for a skip connection."""
         for down in cast(Iterable[Resolution], self.down):
-            yield from down.stages()
+            yield from (Stage(layers, self.recompute) for layers in down.stages())
             if down.downsample is not None:
-                yield [down.downsample]
+                yield Stage([down.downsample])
 
-    def up_stages(self) -> Iterator[list[Layer]]:
-        """The stages on the way up; each takes one skip connection, concatenated to its input."""
+    def middle(self) -> Stage:
+        """The stage between the way down and the way up."""
+        return Stage(self.mid.layers(), self.recompute)
+
+    def up_stages(self) -> Iterator[Stage]:
+        """The stages on the way up; each takes one skip connection."""
         for up in reversed(list(cast(Iterable[Resolution], self.up))):
             *stages, last = up.stages()
-            yield from stages
-            yield last if up.upsample is None else [*last, up.upsample]
+            yield from (Stage(layers, self.recompute) for layers in stages)
+            yield Stage(last if up.upsample is None else [*last, up.upsample], self.recompute)
 
     def embedding(self, label: Tensor | None, time: Tensor | None, batch: int) -> Tensor | None:
         """(B, E) from the time and the class (the null class where there is no label), or None."""
@@ -198,9 +255,10 @@ class UNetTrunk(nn.Module):
         """
         h, _ = self.conv_in(x)
         skips, residuals = [h], []
+        seeds = self._dropout_seeds(x.device)
 
-        def apply(stage: list[Layer], h: Tensor) -> Tensor:
-            h, kept = run_stage(stage, h, embedding)
+        def apply(stage: Stage, h: Tensor, skip: Tensor | None = None) -> Tensor:
+            h, kept = stage.run(StageInputs(h, embedding, skip, next(seeds)))
             if keep_residuals:
                 residuals.append(kept)
             return h
@@ -208,23 +266,31 @@ class UNetTrunk(nn.Module):
         for stage in self.down_stages():
             h = apply(stage, h)
             skips.append(h)
-        h = apply(self.mid.stage(), h)
+        h = apply(self.middle(), h)
         for stage in self.up_stages():
-            h = apply(stage, torch.cat([h, skips.pop()], dim=1))
-        return apply([self.norm_out], h), residuals
+            h = apply(stage, h, skips.pop())
+        h, kept = self.norm_out(h)
+        return h, [*residuals, kept] if keep_residuals else []
 
     def run_adjoint(self, residuals: list[Any], g: Tensor) -> Tensor:
         """The adjoint of `run`: gradient of `<g, run(x)>` with respect to `x`."""
         residuals = list(residuals)
-        g = run_adjoint([self.norm_out], residuals.pop(), g)
+        g = self.norm_out.adjoint(residuals.pop(), g)
         skip_grads = []
-        for stage, widths in zip(reversed(list(self.up_stages())), reversed(self.up_widths), strict=True):
-            g, skip_grad = run_adjoint(stage, residuals.pop(), g).split_with_sizes(widths, dim=1)
+        for stage in reversed(list(self.up_stages())):
+            g, skip_grad = stage.adjoint(residuals.pop(), g)
             skip_grads.append(skip_grad)
-        g = run_adjoint(self.mid.stage(), residuals.pop(), g)
+        g = self.middle().adjoint(residuals.pop(), g)
         for stage in reversed(list(self.down_stages())):
-            g = run_adjoint(stage, residuals.pop(), g + skip_grads.pop())
+            g = stage.adjoint(residuals.pop(), g + skip_grads.pop())
         return self.conv_in.adjoint(None, g + skip_grads.pop())
+
+    def _dropout_seeds(self, device: torch.device) -> Iterator[Tensor | None]:
+        """For each stage, in the order they run, its `StageInputs.seeds`, from torch's global generator."""
+        if not (self.training and self.dropout > 0):
+            return repeat(None)
+        counts = [stage.num_blocks for stage in (*self.down_stages(), self.middle(), *self.up_stages())]
+        return iter(torch.randint(2**62, (sum(counts), 2), device=device).split(counts))
 
 
 class UNet(UNetTrunk, AdjointNetwork):

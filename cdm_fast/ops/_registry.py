@@ -88,10 +88,8 @@ def _autograd_kernel(
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            if torch.is_grad_enabled():  # a further derivative may be asked for
-                return backward(ctx, *grads)
-            with torch._C._AutoDispatchBelowAutograd():
-                return backward(ctx, *grads)
+            # Not below autograd: under checkpointing, reading ctx.saved_tensors recomputes them.
+            return backward(ctx, *grads)
 
     def kernel(*inputs: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
