@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional
 
-from cdm_fast.config import Preset, RunConfig, Sampler
+from cdm_fast.config import Compile, Preset, RunConfig, Sampler
 
 Json = Annotated[bool, FlagCreatePairsOff]
 Split = Literal["train", "validation", "test"]
@@ -56,6 +56,8 @@ class Sample:
     """How much to overstate the class: w in (1+w) eps(x, class) - w eps(x). Class-conditional runs only."""
     out: Path | None = None
     """A .png sheet, or an .npz of uint8 images (N,H,W,C); by default RUN/samples-SAMPLER-STEPS-SEED.png."""
+    compile: Compile = "auto"
+    """torch.compile of the network: auto is `default` on a GPU and off on a CPU."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     json: Json = False

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdm_fast.config import Precision, RunConfig, ScheduleConfig, check
+from cdm_fast.config import RunConfig, ScheduleConfig, check
 from cdm_fast.errors import UserError
 from cdm_fast.model import CDM, DDM
 from cdm_fast.nn import UNet, UNetDenoiser
@@ -86,13 +86,3 @@ def pick_device(name: str) -> torch.device:
             f"--device {name} cannot be used here ({str(error).splitlines()[0]}); give cpu"
         ) from error
     return device
-
-
-def pick_precision(name: Precision, device: torch.device) -> Precision:
-    """`name`, with "auto" resolved: bf16 where `device` multiplies bf16 matrices in hardware, else fp32."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return "bf16" if has_bf16 else "fp32"

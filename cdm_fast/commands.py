@@ -31,6 +31,7 @@ from cdm_fast.report import (
 )
 from cdm_fast.sampling import sample
 from cdm_fast.train import resume, train
+from cdm_fast.tuning import compile_network
 
 
 class Outcome(NamedTuple):
@@ -81,6 +82,7 @@ def sample_command(command: arguments.Sample) -> Outcome:
         raise UserError(f"--out {out}: give a name that ends in .png or .npz")
     labels = _sample_labels(command, config)
     model = _load(command.run, command.device)
+    compile_network(model, command.compile)
     began = time.perf_counter()
     images = sample(
         model,

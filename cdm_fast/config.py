@@ -15,6 +15,7 @@ Sampler = Literal["ddpm", "ddim", "dpm_solver_pp_2m", "heun", "euler_ot"]
 Preset = Literal["digits", "fashion-mnist", "cifar10", "celeba64"]
 Objective = Literal["cdm", "ddm"]
 Precision = Literal["auto", "fp32", "bf16"]
+Compile = Literal["auto", "off", "default", "reduce-overhead"]
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,12 @@ class TrainConfig:
     label_dropout: float = 0.1
     """Share of the labels left out (class-conditional networks only)."""
     precision: Precision = "auto"
-    """Arithmetic of the network in training; auto is bf16 where the hardware has it for matrices, or fp32."""
+    """Arithmetic of the network in training; auto is bf16 where the hardware gains by it, or fp32."""
+    compile: Compile = "auto"
+    """torch.compile of the loss: auto is `default` on a GPU and off on a CPU; `reduce-overhead` records CUDA
+    graphs too."""
+    checkpoint_blocks: bool = False
+    """Keep only the inputs of the network's stages and compute the rest again: less memory, more time."""
     channels_last: bool = True
     """Keep images and weights channels-last in memory."""
     seed: int = 0

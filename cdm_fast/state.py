@@ -3,6 +3,7 @@
 import math
 import warnings
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from cdm_fast.config import RunConfig
 from cdm_fast.config_json import digest
 from cdm_fast.errors import UserError
 from cdm_fast.model import CDM, DDM
+from cdm_fast.nn.unet import UNetTrunk
 from cdm_fast.step import Ema, StepResult, derived_seed, learning_rate, make_optimizer
 
 
@@ -77,9 +79,10 @@ def new_state(config: RunConfig, device: torch.device) -> TrainingState:
     model.train()
     sums = torch.zeros(5, dtype=torch.float64, device=device)
     bad = torch.tensor([0, 0, -1], device=device)
-    return TrainingState(
-        model, Ema(model, config.train.ema_decay), make_optimizer(config.train, model), sums, bad
-    )
+    ema = Ema(model, config.train.ema_decay)
+    # After the average's copy was taken, which nothing differentiates.
+    cast(UNetTrunk, model.network).recompute = config.train.checkpoint_blocks
+    return TrainingState(model, ema, make_optimizer(config.train, model), sums, bad)
 
 
 def to_checkpoint(state: TrainingState, config: RunConfig) -> Checkpoint:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cdm_fast.build import pick_device, pick_precision
+from cdm_fast.build import pick_device
 from cdm_fast.checkpoint import (
     create_run,
     load_checkpoint,
@@ -33,6 +33,7 @@ from cdm_fast.runlog import Display, Sink, open_sinks, require_extras
 from cdm_fast.state import TrainingState, from_checkpoint, new_state, to_checkpoint
 from cdm_fast.step import LossFunction, derived_seed, draw_batch, learning_rate, make_loss, training_step
 from cdm_fast.stop import Stopper
+from cdm_fast.tuning import compiled, pick_precision
 
 
 @dataclass(frozen=True)
@@ -117,13 +118,10 @@ def resolve(config: RunConfig, data: ImageData, device: torch.device) -> RunConf
     _, channels, height, width = data.images.shape
     if height != width:
         raise UserError(f"{data.name} holds {height}x{width} images; give --image-size to crop them square")
-    config = replace(
-        config,
-        image=ImageShape(height, channels, data.num_grey_levels, data.num_classes, class_counts(data)),
-        train=replace(config.train, precision=pick_precision(config.train.precision, device)),
-    )
+    image = ImageShape(height, channels, data.num_grey_levels, data.num_classes, class_counts(data))
+    config = replace(config, image=image)
     check(config)
-    return config
+    return replace(config, train=replace(config.train, precision=pick_precision(config, device)))
 
 
 def class_counts(data: ImageData) -> tuple[int, ...] | None:
@@ -171,7 +169,9 @@ def _on_device(data: ImageData, device: torch.device) -> ImageData:
 def _loop(session: Session, display: Display, stopper: Stopper) -> None:
     """The training loop: steps, and at their intervals log lines, scores, pictures and checkpoints."""
     config, state, output = session.config, session.state, session.config.output
-    loss_function, saved = make_loss(config.train), state.step
+    plain_loss = make_loss(config.train)
+    loss_function = compiled(plain_loss, config.train.compile, state.sums.device)
+    saved = first = state.step
     while state.step < config.train.steps and not stopper.reason:
         began = time.perf_counter()
         _one_step(session, loss_function)
@@ -179,7 +179,10 @@ def _loop(session: Session, display: Display, stopper: Stopper) -> None:
         at_log_line = last or state.step % output.log_every == 0
         if at_log_line or state.sums.device.type == "cpu":  # elsewhere reading the counters stalls the device
             _stop_when_diverged(session)
-        state.seconds += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        state.seconds += seconds
+        if loss_function is not plain_loss and state.step == first + 1:
+            display.say(f"first step, with the compilation of the loss: {seconds:.0f} s")
         display.advance(state.step)
         if at_log_line or display.due():
             numbers = state.numbers(config)

@@ -1,0 +1,73 @@
+"""What makes a run fast on the machine it finds, and changes its numbers by rounding alone.
+
+Legend: B batch, C channels, S image size.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+
+from cdm_fast.config import Compile, Precision, RunConfig
+from cdm_fast.model import Denoiser
+from cdm_fast.nn import AdjointNetwork
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_CHECK_IMAGES = 32  # the self-check takes at most this many: a few milliseconds of work
+_CHECK_ROUNDS = 5
+
+
+def pick_precision(config: RunConfig, device: torch.device) -> Precision:
+    """The run's precision, with "auto" resolved.
+
+    On a GPU: bf16 where it multiplies bf16 matrices in hardware. On a CPU that has instructions for it (AMX,
+    AVX-512 BF16): bf16 where it wins a short race over one convolution of the network with its gradients.
+    """
+    if config.train.precision != "auto":
+        return config.train.precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
+        return "fp32"
+    race = {dtype: convolution_seconds(config, dtype, device) for dtype in (torch.bfloat16, torch.float32)}
+    return "bf16" if race[torch.bfloat16] < race[torch.float32] else "fp32"
+
+
+def convolution_seconds(config: RunConfig, dtype: torch.dtype, device: torch.device) -> float:
+    """Least time of a 3x3 convolution of C = base_channels at full resolution, forward and backward."""
+    batch, size = min(config.train.batch_size, _CHECK_IMAGES), config.image.size
+    channels = config.network.base_channels
+    x = torch.zeros(batch, channels, size, size, dtype=dtype, device=device)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.zeros(channels, channels, 3, 3, dtype=dtype, device=device, requires_grad=True)
+    g = torch.zeros_like(x)
+    best = float("inf")
+    for _ in range(_CHECK_ROUNDS):
+        began = time.perf_counter()
+        torch.autograd.grad(F.conv2d(x, weight, padding=1), (x, weight), g)
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+def compiled(function: Function, mode: Compile, device: torch.device) -> Function:
+    """`function` as torch.compile makes it, as one graph; `function` itself for "off".
+
+    mode: "auto" is "default" on a GPU and "off" on a CPU, where compiling takes minutes and gains little.
+            "reduce-overhead" also records CUDA graphs: for small batches, where launches take the time.
+    """
+    if mode == "auto":
+        mode = "default" if device.type == "cuda" else "off"
+    if mode == "off":
+        return function
+    return cast(Function, torch.compile(function, fullgraph=True, mode=mode))
+
+
+def compile_network(model: Denoiser, mode: Compile) -> None:
+    """Compiles what samplers and likelihoods call of a model: its network, forwards and backwards."""
+    network, device = model.network, model.a.device
+    network.forward = compiled(network.forward, mode, device)
+    if isinstance(network, AdjointNetwork):
+        network.ratio_gradient = compiled(network.ratio_gradient, mode, device)  # type: ignore[method-assign]

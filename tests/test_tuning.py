@@ -1,0 +1,101 @@
+"""The choices of speed: precision by a race, compilation of loss and network, recomputation of stages."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from cdm_fast import CDM, NoiseSchedule, UNet, UNetDenoiser, tuning
+from cdm_fast.config import PRESETS
+from cdm_fast.data import load_data
+from cdm_fast.model import DDM
+from cdm_fast.sampling import sample
+from cdm_fast.state import new_state
+from cdm_fast.step import draw_batch, make_loss, training_step
+from tests.tiny_run import tiny_config, write_images
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("seconds_bf16", "chosen"), [(0.5, "bf16"), (1.5, "fp32")])
+def test_auto_precision_takes_the_winner_of_the_race(monkeypatch, seconds_bf16, chosen):
+    seconds = {torch.bfloat16: seconds_bf16, torch.float32: 1.0}
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(tuning, "convolution_seconds", lambda config, dtype, device: seconds[dtype])
+    assert tuning.pick_precision(PRESETS["digits"], CPU) == chosen
+
+
+def test_auto_precision_without_bf16_instructions_is_fp32(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert tuning.pick_precision(PRESETS["digits"], CPU) == "fp32"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_race_is_short(dtype):
+    assert 0 < tuning.convolution_seconds(PRESETS["cifar10"], dtype, CPU) < 5
+
+
+@pytest.fixture
+def one_graph(monkeypatch):
+    """torch.compile without code generation: still one graph, or an error."""
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+
+
+@pytest.fixture
+def config(tmp_path):
+    return tiny_config(write_images(tmp_path / "images.npz"))
+
+
+def losses(config, steps=3):
+    """Of the first steps of a run."""
+    state = new_state(config, CPU)
+    loss_function = tuning.compiled(make_loss(config.train), config.train.compile, CPU)
+    data, results = load_data(config.data.source), []
+    for step in range(steps):
+        torch.manual_seed(step)  # of the dropout
+        batch = draw_batch(data, state.model, config, step)
+        results.append(
+            training_step(state.model, state.optimizer, state.ema, batch, loss_function, step=step)
+        )
+    return torch.stack([result.loss for result in results])
+
+
+@pytest.mark.parametrize("objective", ["cdm", "ddm"])
+def test_compiled_training_takes_the_same_steps(one_graph, config, objective):
+    eager = replace(config, train=replace(config.train, objective=objective))
+    compiled = replace(eager, train=replace(eager.train, compile="default"))
+    torch.testing.assert_close(losses(compiled), losses(eager), rtol=1e-5, atol=1e-6)
+
+
+def test_recomputing_training_takes_the_same_steps(config):
+    recomputing = replace(config, train=replace(config.train, checkpoint_blocks=True))
+    torch.testing.assert_close(losses(recomputing), losses(config), rtol=1e-6, atol=1e-7)
+
+
+def test_recomputation_compiles(one_graph, config):
+    both = replace(config, train=replace(config.train, checkpoint_blocks=True, compile="default"))
+    torch.testing.assert_close(losses(both), losses(config), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["cdm", "ddm"])
+def test_compiled_network_draws_the_same_images(one_graph, kind):
+    schedule, shape = NoiseSchedule.uniform(T=10), (8, 1, 8, (1, 2), 1, (4,))
+    torch.manual_seed(0)
+    model = (
+        CDM(UNet(8, 1, schedule.num_levels, *shape[2:], num_groups=4), schedule)
+        if kind == "cdm"
+        else DDM(UNetDenoiser(*shape, num_groups=4), schedule)
+    )
+    expected = sample(model, 3, steps=4)
+    tuning.compile_network(model, "default")
+    torch.testing.assert_close(sample(model, 3, steps=4), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_auto_compiles_nothing_on_a_cpu():
+    def function():
+        return None
+
+    assert tuning.compiled(function, "auto", CPU) is function
