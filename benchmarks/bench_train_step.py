@@ -1,7 +1,7 @@
 """One training step (loss and parameter gradients) of the paper's 33.4 M CIFAR-10 network.
 
-Batch 8 on CPU, 128 on a GPU. The baseline is fp32 double backward through autograd, as anyone would write it
-from the paper.
+Batch 8 on CPU, 128 on a GPU. The first baseline is fp32 double backward through autograd, as anyone would
+write it from the paper; the second our own plain diffusion model (DDM) on the same trunk.
 """
 
 import subprocess
@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from benchmarks.limit import share
 from benchmarks.train_steps import Steps, peak_mib
 
 # Relative error of the whole gradient vector. In bf16 the trunk keeps 8 bits; on GPUs PyTorch's own choice
@@ -18,22 +19,44 @@ ALLOWED = {
     "cpu": {torch.float32: 1e-5, torch.bfloat16: 0.1},
     "cuda": {torch.float32: 2e-2, torch.bfloat16: 0.1},
 }
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_train_step(benchmark, compare, small, device, dtype):
-    steps = Steps(small, device)
+@pytest.fixture
+def steps(small, device):
+    return Steps(small, device)
 
+
+@DTYPES
+def test_train_step(benchmark, compare, steps, device, dtype):
     def check(got, expected):
         error = float((got - expected).norm() / expected.norm())
         benchmark.extra_info["gradient_relative_error"] = error
         assert error < ALLOWED[device.type][dtype]
 
     compare(benchmark, steps.adjoint(dtype), steps.plain(), check, rounds=5)
+    _describe(benchmark, steps, dtype)
+
+
+@DTYPES
+def test_against_ddm(benchmark, compare, steps, dtype):
+    """The limit of the ratio is 0.5: twice the arithmetic."""
+
+    def check(got, expected):
+        assert bool(torch.isfinite(got).all() and torch.isfinite(expected).all())
+
+    compare(benchmark, steps.adjoint(dtype), steps.ddm(dtype), check, rounds=7)
+    _describe(benchmark, steps, dtype)
+
+
+def test_recomputation(benchmark, compare, steps, relative_error_below):
+    """`--checkpoint-blocks` against none, in bf16: what the memory below costs in time."""
+    candidate = steps.adjoint(torch.bfloat16, recompute=True)
+    compare(benchmark, candidate, steps.adjoint(torch.bfloat16), relative_error_below(0.05), rounds=5)
     benchmark.extra_info["shape"] = list(steps.batch.x0.shape)
 
 
-@pytest.mark.parametrize("variant", ["adjoint-fp32", "adjoint-bf16"])
+@pytest.mark.parametrize("variant", ["adjoint-fp32", "adjoint-bf16", "recompute-bf16", "ddm-bf16"])
 def test_peak_memory(benchmark, small, device, variant):
     """Peak memory of a few steps, on the CPU in a process of its own; the time shown means nothing."""
 
@@ -46,3 +69,9 @@ def test_peak_memory(benchmark, small, device, variant):
 
     candidate = benchmark.pedantic(lambda: measure(variant), rounds=1)
     benchmark.extra_info.update(candidate_peak_mib=candidate, baseline_peak_mib=measure("plain"))
+
+
+def _describe(benchmark, steps, dtype):
+    shape = list(steps.batch.x0.shape)
+    benchmark.extra_info["shape"] = shape
+    share(benchmark.extra_info, 6, shape[0], steps.sizes, dtype, steps.device)

@@ -89,6 +89,20 @@ def compare(request: pytest.FixtureRequest, device: torch.device, small: bool) -
     return run
 
 
+@pytest.fixture
+def relative_error_below() -> Callable[[float], Callable[[Any, Any], None]]:
+    """relative_error_below(limit) is a `check` of two tensors."""
+
+    def checked(limit: float) -> Callable[[Any, Any], None]:
+        def check(got: torch.Tensor, expected: torch.Tensor) -> None:
+            error = float((got - expected).norm() / expected.norm())
+            assert error < limit, f"relative error {error}"
+
+        return check
+
+    return checked
+
+
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()

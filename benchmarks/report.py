@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 FOLDER = Path(__file__).parent
 BEGIN, END = "<!-- table: python -m benchmarks.report -->", "<!-- end of table -->"
-COLUMNS = ("benchmark", "case", "shape", "ms", "baseline ms", "ratio", "of copy", "peak MiB", "run")
+COLUMNS = ("benchmark", "case", "shape", "ms", "baseline ms", "ratio", "of limit", "peak MiB", "run")
 NOTHING = "—"
 
 
@@ -84,7 +84,7 @@ def _row(figure: dict[str, Any], run: int) -> str:
         _number(figure, "candidate_ms"),
         _number(figure, "baseline_ms"),
         _ratio(figure),
-        f"{figure['share_of_copy']:.0%}" if "share_of_copy" in figure else NOTHING,
+        _share(figure),
         _peaks(figure),
         f"[{run}]",
     ]
@@ -110,6 +110,12 @@ def _ratio(figure: dict[str, Any]) -> str:
     if "ratio_lower_quartile" not in figure:
         return ratio
     return f"{ratio} ({figure['ratio_lower_quartile']:.2f}-{figure['ratio_upper_quartile']:.2f})"
+
+
+def _share(figure: dict[str, Any]) -> str:
+    """Of what bounds the candidate: the memory's copy rate, or the convolution rate."""
+    share = figure.get("share_of_copy", figure.get("share_of_convolution"))
+    return NOTHING if share is None else f"{share:.0%}"
 
 
 def _peaks(figure: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 Run as a program, it measures one step's peak memory in a process of its own:
 
-    python -m benchmarks.train_steps plain|adjoint-fp32|adjoint-bf16 cpu|cuda [--small]
+    python -m benchmarks.train_steps VARIANT cpu|cuda [--small]
 """
 
 import sys
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.memory import peak_resident_mib
 from benchmarks.plain_unet import PlainUNet, double_backward_loss
-from cdm_fast import CDM, NoiseSchedule, UNet, cdm_loss
+from cdm_fast import CDM, DDM, NoiseSchedule, UNet, UNetDenoiser, cdm_loss, ddm_loss
 
 CIFAR10 = (32, 3, 1002, 128, (1, 2, 2, 2), 2, (16,))  # the paper's network, 33.4 M parameters
 SMALL = (16, 3, 52, 32, (1, 2), 1, (8,))
@@ -58,21 +58,41 @@ class Steps:
             network, lambda: double_backward_loss(network, batch.x_t, batch.eps, batch.s_t, batch.level)
         )
 
-    def adjoint(self, dtype: torch.dtype) -> Callable[[], Tensor]:
+    def adjoint(self, dtype: torch.dtype, recompute: bool = False) -> Callable[[], Tensor]:
         """The explicit adjoint, channels-last, in fp32 or under bf16 autocast."""
         torch.manual_seed(0)
         network, batch = UNet(*self.sizes), self.batch
         torch.manual_seed(0)
         network.load_state_dict(PlainUNet(*self.sizes).state_dict())
         network = network.to(memory_format=torch.channels_last)
+        network.recompute = recompute
         model = CDM(network, self.schedule).to(self.device)
         x0, eps = (x.to(memory_format=torch.channels_last) for x in (batch.x0, batch.eps))
 
         def loss() -> Tensor:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            with autocast(self.device, dtype):
                 return cdm_loss(model, x0, batch.level, eps).loss
 
         return gradient_step(network, loss)
+
+    def ddm(self, dtype: torch.dtype) -> Callable[[], Tensor]:
+        """A plain diffusion model on the same trunk, tuned as `adjoint` is: half of its multiplications."""
+        torch.manual_seed(0)
+        size, channels, _, *rest = self.sizes
+        network = UNetDenoiser(size, channels, *rest).to(memory_format=torch.channels_last)
+        model, batch = DDM(network, self.schedule).to(self.device), self.batch
+        x0, eps = (x.to(memory_format=torch.channels_last) for x in (batch.x0, batch.eps))
+
+        def loss() -> Tensor:
+            with autocast(self.device, dtype):
+                return ddm_loss(model, x0, batch.level, eps).loss
+
+        return gradient_step(network, loss)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """What the library's `--precision` does: bf16 by autocast, fp32 as it is."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def gradient_step(network: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -90,6 +110,9 @@ VARIANTS: dict[str, Callable[[Steps], Callable[[], Tensor]]] = {
     "plain": Steps.plain,
     "adjoint-fp32": lambda steps: steps.adjoint(torch.float32),
     "adjoint-bf16": lambda steps: steps.adjoint(torch.bfloat16),
+    "recompute-bf16": lambda steps: steps.adjoint(torch.bfloat16, recompute=True),
+    "ddm-fp32": lambda steps: steps.ddm(torch.float32),
+    "ddm-bf16": lambda steps: steps.ddm(torch.bfloat16),
 }
 
 
