@@ -212,7 +212,10 @@ class CDM(Denoiser):
 
     def level_logits(self, x: Tensor, label: Tensor | None = None) -> Tensor:
         """`log p(t | x)`, or given its class, `log p(t | x, c)`, up to one constant per x: (B, L)."""
-        logits = self.logits(x, label)
+        return self._of_levels(self.logits(x, label), label)
+
+    def _of_levels(self, logits: Tensor, label: Tensor | None) -> Tensor:
+        """`level_logits` out of `logits`."""
         if self.conditioning == "embedding":
             return logits
         marginal = level_logits(logits, self.joint_classes)
@@ -283,6 +286,13 @@ class CDM(Denoiser):
         """`log p_t(x)` in nats, (B,), or `log p_t(x|c)` of labelled ones; `level` an int or (B,) int64."""
         index = self.schedule.levels(level, x)[:, None]
         return self.log_prob_levels(x, label).gather(1, index)[:, 0]
+
+    def log_prob_levels_and_score(
+        self, x: Tensor, level: int | Tensor, label: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`(log_prob_levels(x), score(x, level))` from one evaluation; what Langevin moves need."""
+        logits, grad_x = self.logits_and_ratio_gradient(x, self.schedule.levels(level, x), label)
+        return self._to_log_prob(self._of_levels(logits, label), x), -(grad_x + x)
 
     def log_prob_classes(self, x: Tensor, level: int | Tensor = 0) -> Tensor:
         """`log p_t(x|c)` in nats for every class, (B, K); from one forward pass with joint logits, or from K.

@@ -150,18 +150,23 @@ class ExactNetwork(nn.Module):
 
 
 class ExactDenoiser(Denoiser):
-    """The exact denoiser alone, one level at a time: what a sampler sees of a perfect model, cheaply.
+    """The exact denoiser alone: what a sampler sees of a perfect model, cheaply where a batch has few levels.
 
-    `x` is (B, d); a label asks for a mixture's component.
+    `x` is (B, d); a label asks for a mixture's component, at one level for all.
     """
 
     def __init__(self, density: Density, schedule: NoiseSchedule) -> None:
         super().__init__(density, schedule, input_shape=(density.dim,))
 
     def denoise(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
-        level = int(self.schedule.levels(level, x)[0])
+        levels = self.schedule.levels(level, x)
         if label is None:
-            return eps_hat(self.network, self.schedule, x, level)
+            result = torch.zeros_like(x)
+            for t in levels.unique().tolist():
+                exact = eps_hat(self.network, self.schedule, x, t)
+                result = torch.where((levels == t)[:, None], exact, result)
+            return result
+        level = int(levels[0])
         each = [
             eps_hat(self.network.component(int(k)), self.schedule, x[i : i + 1], level)
             for i, k in enumerate(label)

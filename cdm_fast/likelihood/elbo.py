@@ -1,0 +1,127 @@
+"""The variational bound on log p_0: what the denoiser alone is worth as a code, level by level.
+
+The generative chain goes from pure noise down the levels, one Gaussian a step; each step costs
+`KL(q(x_prev | x_t, x_0) || p(x_prev | x_t))` (DDPM, arXiv 2006.11239, eq. 5). Given `x0_hat` the mean of q's
+posterior with x0_hat in place of x_0 is p's mean, and p's variance is the best one for the error that the
+denoiser makes at that level (arXiv 2201.06503): measured on half of the images, used for the other half.
+
+# n images, d values of one image, m levels
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cdm_fast.errors import UserError
+from cdm_fast.model import Denoiser, measures
+
+
+@dataclass(frozen=True)
+class VariationalBound:
+    """An upper bound on `-log p_0(x)` in nats, and its terms.
+
+    Fields:
+        nats: (n,) the bound of each image, an unbiased estimate of its expectation over noise.
+        prior: mean of `KL(q(x_T | x_0) || N(0, I))`, T the noisiest level used.
+        levels: the m levels used, 1 <= lowest first.
+        steps: mean cost of the step that ends at each of them but the last: `levels[i+1] -> levels[i]`.
+        reconstruction: mean of `-log p(x_0 | x_t)` at the lowest level, Gaussian around x0_hat.
+        mse: mean of `(eps_hat - eps)^2` at each level.
+    """
+
+    nats: Tensor
+    prior: float
+    levels: list[int]
+    steps: list[float]
+    reconstruction: float
+    mse: list[float]
+
+
+@measures
+def variational_bound(
+    model: Denoiser,
+    x: Tensor,
+    *,
+    levels: Sequence[int] | None = None,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> VariationalBound:
+    """The bound at each of `x` (n, ...), dequantised data on the model's device, n >= 2.
+
+    Args:
+        levels: those that the chain passes through, in 1..T; all by default. Fewer make it looser.
+        seed: of the noise; every level has its own.
+        batch_size: images per evaluation.
+
+    Raises:
+        UserError: fewer than two images, or a level outside 1..T.
+    """
+    T = model.schedule.T
+    used = sorted(set(levels if levels is not None else range(1, T + 1)))
+    if len(x) < 2:
+        raise UserError(f"{len(x)} image: the variational bound fits its variances on other images, give 2")
+    if not used or used[0] < 1 or used[-1] > T:
+        raise UserError(f"levels of the variational bound lie in 1 to T = {T}, not {used[:1]} to {used[-1:]}")
+    generator = torch.Generator().manual_seed(seed)
+    error = torch.stack([_squared_error(model, x, t, generator, batch_size) for t in used])  # (m, n)
+    dim = x[0].numel()
+    mse = _mean_of_other_half(error) / dim  # (m, n)
+
+    a, s = model.schedule.a[used].tolist(), model.schedule.s[used].tolist()
+    square = x.double().flatten(1).square().sum(1).cpu()
+    prior = 0.5 * (dim * (s[-1] ** 2 - 1 - 2 * math.log(s[-1])) + a[-1] ** 2 * square)
+    scale = s[0] / a[0]  # x0_hat - x_0 = scale (eps - eps_hat)
+    reconstruction = 0.5 * (dim * (2 * math.pi * scale**2 * mse[0]).log() + error[0] / mse[0])
+    steps = [_step_cost(dim, error[i], mse[i], a[i], s[i], a[i - 1], s[i - 1]) for i in range(1, len(used))]
+    return VariationalBound(
+        nats=prior + reconstruction + sum(steps),
+        prior=float(prior.mean()),
+        levels=used,
+        steps=[float(step.mean()) for step in steps],
+        reconstruction=float(reconstruction.mean()),
+        mse=(error.mean(1) / dim).tolist(),
+    )
+
+
+def _squared_error(model: Denoiser, x: Tensor, t: int, generator: torch.Generator, batch_size: int) -> Tensor:
+    """(n,) `|eps_hat - eps|^2` in float64."""
+    a, s = float(model.schedule.a[t]), float(model.schedule.s[t])
+    noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    errors = []
+    for batch, eps_cpu in zip(x.split(batch_size), noise.split(batch_size), strict=True):
+        eps = eps_cpu.to(x.device)
+        residual = model.denoise(a * batch + s * eps, t) - eps
+        errors.append(residual.double().square().flatten(1).sum(1).cpu())
+    return torch.cat(errors)
+
+
+def _mean_of_other_half(error: Tensor) -> Tensor:
+    """(m, n): for an even image the mean over odd ones, and the other way round."""
+    means = torch.empty_like(error)
+    means[:, 0::2] = error[:, 1::2].mean(1, keepdim=True)
+    means[:, 1::2] = error[:, 0::2].mean(1, keepdim=True)
+    return means
+
+
+def _step_cost(
+    dim: int,
+    error: Tensor,  # (n,) |eps_hat - eps|^2 at level t
+    mse: Tensor,  # (n,) per value, from other images
+    a: float,
+    s: float,
+    a_prev: float,
+    s_prev: float,
+) -> Tensor:  # (n,) nats
+    """KL between q's Gaussian of x_prev and p's, which is wider by the squared distance of means expected.
+
+    With `v = s^2 - (a/a_prev)^2 s_prev^2` q's variance is `v s_prev^2 / s^2` (DDPM eq. 7), and the means are
+    `a_prev v / (s a) |eps_hat - eps|` apart.
+    """
+    v = s**2 - (a / a_prev * s_prev) ** 2
+    variance = v * (s_prev / s) ** 2
+    distance = (a_prev * v / (s * a)) ** 2
+    wider = 1 + distance * mse / variance  # p's variance over q's
+    return 0.5 * (dim * (wider.log() + 1 / wider - 1) + distance * error / (variance * wider))

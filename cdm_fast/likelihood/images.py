@@ -1,0 +1,83 @@
+"""What every measurement of likelihood shares: images at a noise level, units, standard errors.
+
+# B batch, n images, d = C*H*W, N grey levels
+"""
+
+import math
+from collections.abc import Iterator
+from itertools import chain
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cdm_fast.data import ImageData, dequantize
+from cdm_fast.errors import UserError
+from cdm_fast.model import CDM, Denoiser
+from cdm_fast.schedule import NoiseSchedule
+
+Protocol = Literal["dequantized", "paper"]
+
+
+def require_likelihood(model: Denoiser) -> None:
+    """UserError for a model without a likelihood."""
+    if not isinstance(model, CDM):
+        raise UserError(
+            "this is a plain denoising model (DDM), which has no likelihood: train with --objective cdm"
+        )
+
+
+def like_network(model: Denoiser, x: Tensor) -> Tensor:
+    """`x` in the dtype and on the device of the network's numbers."""
+    return x.to(next(p for p in chain(model.parameters(), model.buffers()) if p.is_floating_point()))
+
+
+def batches(
+    data: ImageData, batch_size: int, generator: torch.Generator, protocol: Protocol = "dequantized"
+) -> Iterator[tuple[int, Tensor]]:
+    """(index of the first image, images in [-1, 1]) of one pass over `data`."""
+    for first in range(0, len(data.images), batch_size):
+        images = data.images[first : first + batch_size]
+        noise = generator if protocol == "dequantized" else torch.zeros(images.shape)
+        yield first, dequantize(images, data.num_grey_levels, noise)
+
+
+def draw_images(data: ImageData, num: int, generator: torch.Generator) -> Tensor:
+    """(num, C, H, W) dequantised images, drawn with replacement."""
+    index = torch.randint(len(data.images), (num,), generator=generator)
+    return dequantize(data.images[index], data.num_grey_levels, generator)
+
+
+def choose_images(data: ImageData, num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(index, dequantised images) of `num` different images, or of all if there are fewer, in order."""
+    index = torch.randperm(len(data.images), generator=generator)[:num].sort().values
+    return index, dequantize(data.images[index], data.num_grey_levels, generator)
+
+
+def add_noise(schedule: NoiseSchedule, x: Tensor, level: int | Tensor, generator: torch.Generator) -> Tensor:
+    """`x_t = a x + s eps`; `x` itself at level 0."""
+    if isinstance(level, int) and level == 0:
+        return x
+    a, s = schedule.gather(level, x)
+    return a * x + s * torch.randn(x.shape, generator=generator)
+
+
+def bits_per_dim(log_prob: Tensor, data: ImageData) -> Tensor:
+    """`-log2 p(x) / d + log2(N/2)` from nats."""
+    return -log_prob / (nats_per_bit_per_dim(data)) + math.log2(data.num_grey_levels / 2)
+
+
+def nats_per_bit_per_dim(data: ImageData) -> float:
+    """`d ln 2`: nats of a whole image in one bit per dimension."""
+    return data.images[0].numel() * math.log(2)
+
+
+def spread(first: int, last: int, most: int) -> list[int]:
+    """All integers first..last, or `most` of them spread evenly."""
+    count = min(most, last - first + 1)
+    return sorted({round(float(t)) for t in torch.linspace(first, last, count, dtype=torch.float64)})
+
+
+def stderr(values: Tensor) -> float:
+    """Standard error of the mean of independent values; NaN for a single one."""
+    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan

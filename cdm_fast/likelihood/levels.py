@@ -1,0 +1,97 @@
+"""What the level posterior tells of single images: how noisy they are, and how well levels are told apart.
+
+# B batch, n images, L = T+2 noise levels
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from cdm_fast.data import ImageData
+from cdm_fast.likelihood.images import add_noise, draw_images, require_likelihood, spread
+from cdm_fast.model import CDM, Denoiser, measures
+
+
+@measures
+def estimate_level(model: CDM, y: Tensor, batch_size: int = 256) -> tuple[Tensor, Tensor]:
+    """The noise of `y = x_0 + sigma n`, by maximum likelihood over levels: `(level (n,) int64, sigma (n,))`.
+
+    At the true level `a_t y` is distributed as `x_t`, so the density of y there is `p_t(a_t y) a_t^d`; levels
+    0..T are searched, first on a coarse grid and then around its best.
+
+    Args:
+        y: (n, *input_shape) in the units of the data ([-1, 1] plus noise); sigma is in the same units.
+    """
+    require_likelihood(model)
+    T = model.schedule.T
+    stride = max(1, math.isqrt(T))
+    coarse = sorted({*range(0, T + 1, stride), T})
+    levels = []
+    for image in y:
+        best = _most_likely(model, image, coarse, batch_size)
+        fine = list(range(max(0, best - stride), min(T, best + stride) + 1))
+        levels.append(_most_likely(model, image, fine, batch_size))
+    level = torch.tensor(levels, device=y.device)
+    return level, model.schedule.sigma.to(y.device, y.dtype)[level]
+
+
+@measures
+def denoise_blind(model: CDM, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Denoise `y = x_0 + sigma n` of unknown sigma: `(x0_hat like y, sigma (n,), level (n,) int64)`."""
+    level, sigma = estimate_level(model, y)
+    a, _ = model.amplitudes(level, y)
+    return model.predict_x0(a * y, level), sigma, level
+
+
+@measures
+def mse_per_level(
+    model: Denoiser, data: ImageData, max_levels: int = 25, num_images: int = 128, seed: int = 0
+) -> tuple[list[int], list[float]]:
+    """`(levels in 1..T, mean((eps_hat - eps)^2) at each)` on `num_images` images of `data`."""
+    levels = spread(1, model.schedule.T, max_levels)
+    generator = torch.Generator().manual_seed(seed)
+    errors = []
+    for t in levels:
+        x = draw_images(data, num_images, generator)
+        eps = torch.randn(x.shape, generator=generator)
+        a, s = model.schedule.gather(t, x)
+        eps_hat = model.denoise((a * x + s * eps).to(model.a.device), t).cpu()
+        errors.append(float((eps_hat - eps).square().mean()))
+    return levels, errors
+
+
+@measures
+def level_confusion(
+    model: CDM, data: ImageData, bins: int = 25, num_images: int = 64, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """`(edges (bins+1,), matrix (bins, bins))`: true range of levels against the posterior's mass in each.
+
+    Rows are true ranges and sum to 1. Fewer levels than `bins` give one range per level.
+    """
+    require_likelihood(model)
+    num_levels = model.schedule.num_levels
+    edges = torch.linspace(0, num_levels, min(bins, num_levels) + 1).round().long()
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        x = draw_images(data, num_images, generator)
+        level = torch.randint(low, high, (num_images,), generator=generator)
+        posterior = model.log_posterior(
+            add_noise(model.schedule, x, level, generator).to(model.a.device)
+        ).exp()
+        mass = posterior.double().mean(dim=0).cpu().cumsum(0)
+        rows.append(torch.diff(mass[edges[1:] - 1], prepend=torch.zeros(1, dtype=mass.dtype)))
+    return edges, torch.stack(rows)
+
+
+def _most_likely(model: CDM, y: Tensor, levels: list[int], batch_size: int) -> int:
+    """The t among `levels` that maximises `log p_t(a_t y) + d log a_t` for one `y` (*input_shape)."""
+    scores = []
+    for first in range(0, len(levels), batch_size):
+        level = torch.tensor(levels[first : first + batch_size], device=y.device)
+        copies = y.expand(len(level), *y.shape)
+        a, _ = model.amplitudes(level, copies)
+        log_prob = model.log_prob(a * copies, level).double()
+        scores.append(log_prob + y.numel() * model.a[level].log())
+    return levels[int(torch.cat(scores).argmax())]

@@ -1,0 +1,231 @@
+"""Likelihood by the probability-flow ODE: what the score alone says, whatever the logits' constants are.
+
+The flow of arXiv 2011.13456, section 4.3, carries `x_t` to noise so that on the way it has the density of
+every level. It reads eps_hat and its divergence only: its figure shares the network with the single pass but
+not the normalisation, for any velocity field whatever transports a normalised density.
+
+In `u = x_t / r`, `r = sqrt(a^2 + s^2)`, every schedule is variance-preserving, and `alpha = a/r`,
+`zeta = s/r` are functions of the log-SNR `l` alone. Three stretches (derivations in docs/likelihood.md):
+
+- levels t..T: `du/dl = (zeta/2) (zeta u - eps_hat)`, eps_hat interpolated linearly in l between levels;
+- from T to pure noise: x0_hat goes linearly in alpha to the mean of the data, its value at u = 0;
+- from 0 to 1, where no score is trained: the score of `x_1 / a_1`, held.
+
+# B batch, d values of one image, P probes of the divergence
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cdm_fast.errors import UserError
+from cdm_fast.likelihood.images import like_network
+from cdm_fast.model import Denoiser, log_normal, measures
+
+Velocity = Callable[[float, Tensor], Tensor]  # (time, u (B, ...)) -> du/dtime, like u
+Solver = Callable[..., tuple[Tensor, Tensor]]
+
+# Up to this many dimensions the divergence is exact unless probes are asked for; above it, so many probes.
+EXACT_DIMENSIONS = 16
+DEFAULT_PROBES = 4
+
+
+@dataclass(frozen=True)
+class FlowLikelihood:
+    """Log-likelihoods by the flow: at the level where it started, and at those recorded on the way.
+
+    Fields:
+        log_prob: (B,) nats.
+        probe_stderr: (B,) nats, from the spread over probes; 0 where the divergence is exact.
+        levels: the n levels recorded.
+        x: (n, B, ...) `x_t` on the trajectory at each.
+        log_prob_at: (n, B) nats, `log p_t` of it.
+        evaluations: of the velocity and its divergence by the solver.
+    """
+
+    log_prob: Tensor
+    probe_stderr: Tensor
+    levels: list[int]
+    x: Tensor
+    log_prob_at: Tensor
+    evaluations: int
+
+
+@measures
+def flow_log_prob(
+    model: Denoiser,
+    x: Tensor,
+    level: int = 0,
+    *,
+    tolerance: float = 1e-5,
+    probes: int | None = None,
+    seed: int = 0,
+    levels: Sequence[int] = (),
+) -> FlowLikelihood:
+    """`log p_level(x)` in nats by the probability-flow ODE of the model's score, integrated in float64.
+
+    Args:
+        x: (B, ...), on the model's device.
+        level: 0..T, of x.
+        tolerance: rtol and atol of the solver (Dormand-Prince 5(4)), which chooses its steps by it.
+        probes: random +-1 vectors of Hutchinson's estimate of the divergence, fixed along a trajectory; 0
+            is the exact divergence, at d times the cost of a probe. By default exact up to
+            `EXACT_DIMENSIONS`, `DEFAULT_PROBES` above.
+        seed: of the probes.
+        levels: levels above `level` and up to T to record on the way.
+
+    Raises:
+        UserError: torchdiffeq is missing, an argument is out of range, or the solver gave up.
+    """
+    solver = load_solver()
+    T = model.schedule.T
+    for t, lowest in ((level, 0), *((t, level + 1) for t in levels)):
+        if not lowest <= t <= T:
+            raise UserError(f"level {t}: the flow starts at one of 0 to T = {T}, and records levels above it")
+    if not 0 < tolerance < 1:
+        raise UserError(f"tolerance is {tolerance}: it must lie between 0 and 1, such as 1e-5")
+    if probes is None:
+        probes = 0 if x[0].numel() <= EXACT_DIMENSIONS else DEFAULT_PROBES
+    if probes < 0 or probes == 1:
+        raise UserError(f"probes is {probes}: 0 for the exact divergence, or 2 and more for an error bar")
+    return _Flow(model, x, probes, seed, tolerance, solver).run(level, sorted(set(levels)))
+
+
+def load_solver() -> Solver:
+    """`odeint` of torchdiffeq; UserError that says how to get it."""
+    try:
+        from torchdiffeq import odeint
+    except ImportError:
+        raise UserError(
+            'the ODE likelihood needs torchdiffeq, which is not installed: pip install "cdm_fast[audit]"'
+        ) from None
+    return odeint
+
+
+class _Flow:
+    """One batch on its way from its level to noise: the state is u and the integrals of its divergence."""
+
+    def __init__(
+        self, model: Denoiser, x: Tensor, probes: int, seed: int, tolerance: float, solver: Solver
+    ) -> None:
+        self.model, self.schedule, self.solver = model, model.schedule, solver
+        self.tolerance, self.evaluations = tolerance, 0
+        a, s = self.schedule.a, self.schedule.s
+        self.r = (a.square() + s.square()).sqrt()
+        self.dim = x[0].numel()
+        self.exact = probes == 0
+        if self.exact:
+            self.directions = torch.eye(self.dim, dtype=torch.float64, device=x.device).view(
+                -1, 1, *x.shape[1:]
+            )
+        else:
+            signs = torch.randint(2, (probes, *x.shape), generator=torch.Generator().manual_seed(seed))
+            self.directions = (signs * 2 - 1).to(x.device, torch.float64)
+        self.u = x.double()
+        self.divergence = self.u.new_zeros(len(x), max(1, probes))  # (B, P), its integral so far
+
+    def run(self, level: int, levels: list[int]) -> FlowLikelihood:
+        T, log_snr = self.schedule.T, self.schedule.log_snr
+        log_volume = 0.0  # log p_level(x) - log p(u), the change of coordinates at the start
+        if level == 0:
+            self._integrate(self._held_score, [0.0, 1.0])
+            start, scale = 1, float(self.schedule.a[1] / self.r[1])
+            self.u = self.u * scale
+            log_volume += self.dim * math.log(scale)
+        else:
+            start, scale = level, float(self.r[level])
+            self.u = self.u / scale
+            log_volume -= self.dim * math.log(scale)
+        stops = sorted({start, *levels, T})
+        times = [float(log_snr[t]) for t in stops]
+        if start == T:
+            states, divergences = self.u[None], self.divergence[None]
+        else:
+            states, divergences = self._integrate(self._between_levels, times)
+        self._integrate(self._to_noise, [0.0, 1.0])
+        base = log_normal(self.u)
+        each = base[:, None] + self.divergence + log_volume  # (B, P)
+        kept = [stops.index(t) for t in levels]
+        shape = (-1, *[1] * self.u.dim())
+        radius = self.r[levels].to(self.u)
+        rest = (self.divergence - divergences[kept]).mean(2)  # (n, B), from each level to noise
+        return FlowLikelihood(
+            log_prob=each.mean(1),
+            probe_stderr=each.std(1) / math.sqrt(each.shape[1]) if not self.exact else torch.zeros_like(base),
+            levels=levels,
+            x=states[kept] * radius.view(shape),
+            log_prob_at=base + rest - self.dim * radius.log()[:, None],
+            evaluations=self.evaluations,
+        )
+
+    def _integrate(self, velocity: Velocity, times: list[float]) -> tuple[Tensor, Tensor]:
+        """The states at `times`; the last one becomes the flow's own."""
+
+        def rate(time: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            self.evaluations += 1
+            return self._with_divergence(velocity, float(time), state[0])
+
+        try:
+            states, divergences = self.solver(
+                rate,
+                (self.u, self.divergence),
+                torch.tensor(times, dtype=torch.float64, device=self.u.device),
+                rtol=self.tolerance,
+                atol=self.tolerance,
+                method="dopri5",
+            )
+        except AssertionError as error:  # torchdiffeq's word for a step of length zero, or NaN
+            raise UserError(
+                f"the ODE solver gave up at tolerance {self.tolerance} ({error}): the network is too rough or"
+                " not finite there; give a larger tolerance"
+            ) from None
+        self.u, self.divergence = states[-1], divergences[-1]
+        return states, divergences
+
+    def _with_divergence(self, velocity: Velocity, time: float, u: Tensor) -> tuple[Tensor, Tensor]:
+        """The velocity, and its divergence (B, P): `v^T J v` of every probe, or summed over the axes."""
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            rate = velocity(time, u)
+        columns = [
+            (torch.autograd.grad(rate, u, v.expand_as(u), retain_graph=True)[0] * v).flatten(1).sum(1)
+            for v in self.directions
+        ]
+        divergence = torch.stack(columns, dim=1)
+        return rate.detach(), divergence.sum(1, keepdim=True) if self.exact else divergence
+
+    def _eps_hat(self, u: Tensor, levels: list[int]) -> Tensor:
+        """(len(levels), B, ...): eps_hat of every level at `x_t = r_t u`, as one batch."""
+        x = like_network(self.model, torch.cat([float(self.r[t]) * u for t in levels]))
+        index = torch.tensor(levels, device=u.device).repeat_interleave(len(u))
+        return self.model.denoise(x, index).to(u.dtype).unflatten(0, (len(levels), -1))
+
+    def _between_levels(self, log_snr: float, u: Tensor) -> Tensor:
+        table = self.schedule.log_snr
+        t = int((table[1:-1] >= log_snr).sum().clamp(1, self.schedule.T - 1))  # between levels t and t+1
+        low, high = self._eps_hat(u, [t, t + 1])
+        share = (log_snr - float(table[t + 1])) / float(table[t] - table[t + 1])
+        zeta = math.sqrt(1 / (1 + math.exp(log_snr)))
+        return zeta / 2 * (zeta * u - (share * low + (1 - share) * high))
+
+    def _to_noise(self, time: float, u: Tensor) -> Tensor:
+        """From level T at time 0 to pure noise at time 1, even in the angle arcsin(alpha)."""
+        T = self.schedule.T
+        last = float(self.schedule.a[T] / self.r[T])  # alpha of level T
+        angle = (1 - time) * math.asin(last)
+        mean, of_u = self._x0_hat_at_T(torch.cat([torch.zeros_like(u[:1]), u])).split([1, len(u)])
+        x0_hat = mean + math.sin(angle) / last * (of_u - mean)
+        return -math.asin(last) / math.cos(angle) * (x0_hat - math.sin(angle) * u)
+
+    def _x0_hat_at_T(self, u: Tensor) -> Tensor:
+        T = self.schedule.T
+        alpha, zeta = float(self.schedule.a[T] / self.r[T]), float(self.schedule.s[T] / self.r[T])
+        return (u - zeta * self._eps_hat(u, [T])[0]) / alpha
+
+    def _held_score(self, time: float, y: Tensor) -> Tensor:
+        """From data at time 0 to `x_1 / a_1` at time 1, even in the variance of its noise."""
+        ratio = float(self.schedule.a[1] / self.r[1])
+        return float(self.schedule.sigma[1]) / 2 * self._eps_hat(ratio * y, [1])[0]

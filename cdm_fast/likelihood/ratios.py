@@ -1,0 +1,84 @@
+"""The first test of a normalisation: do neighbouring levels agree?"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from cdm_fast.data import ImageData
+from cdm_fast.likelihood.images import (
+    add_noise,
+    draw_images,
+    nats_per_bit_per_dim,
+    require_likelihood,
+    spread,
+    stderr,
+)
+from cdm_fast.model import CDM, measures
+
+
+@dataclass(frozen=True)
+class RatioCheck:
+    """How far the model's neighbouring levels are from normalised densities, measured on real images.
+
+    The mean of `p_t / p_{t+1}` under `p_{t+1}` is 1 for the true densities. The ratio is heavy-tailed, most
+    of all near the data: few images carry the mean, and the error bar, taken from the same images, is too
+    short when a rare large ratio was missed.
+
+    Fields:
+        levels: the t that were checked.
+        log_mean_ratio: `log E[p_t / p_{t+1}]` in nats at each of them; 0 for true densities.
+        log_mean_ratio_stderr: its standard error, `std(ratio) / (mean(ratio) sqrt(n))`, in nats.
+        worst: the largest absolute value among them, in nats.
+        worst_level: where.
+        sum_bits_per_dim: their sum in bits/dim, if every t in 0..T was checked, else None: by how much
+            bits/dim at level 0 would rise were every level rescaled to ratio 1. Positive means that the
+            figure is too good.
+        sum_bits_per_dim_stderr: its standard error; every level has images of its own.
+        num_images: images per level.
+    """
+
+    levels: list[int]
+    log_mean_ratio: list[float]
+    log_mean_ratio_stderr: list[float]
+    worst: float
+    worst_level: int
+    sum_bits_per_dim: float | None
+    sum_bits_per_dim_stderr: float | None
+    num_images: int
+
+
+@measures
+def ratio_check(
+    model: CDM, data: ImageData, max_levels: int = 256, num_images: int = 128, seed: int = 0
+) -> RatioCheck:
+    """Mean ratio of neighbouring levels' densities on noised images of `data`; see `RatioCheck`.
+
+    Args:
+        max_levels: checks every t in 0..T, or this many of them spread evenly.
+        num_images: images per level, drawn with replacement.
+    """
+    require_likelihood(model)
+    levels = spread(0, model.schedule.T, max_levels)
+    generator = torch.Generator().manual_seed(seed)
+    log_mean, error = [], []
+    for t in levels:
+        x = draw_images(data, num_images, generator)
+        x_next = add_noise(model.schedule, x, t + 1, generator).to(model.a.device)
+        log_prob = model.log_prob_levels(x_next)
+        ratio = (log_prob[:, t] - log_prob[:, t + 1]).double()
+        log_mean.append(float(ratio.logsumexp(0)) - math.log(num_images))
+        error.append(stderr((ratio - log_mean[-1]).exp()))
+    worst = max(range(len(levels)), key=lambda i: abs(log_mean[i]))
+    complete = len(levels) == model.schedule.T + 1
+    unit = nats_per_bit_per_dim(data)
+    return RatioCheck(
+        levels=levels,
+        log_mean_ratio=log_mean,
+        log_mean_ratio_stderr=error,
+        worst=abs(log_mean[worst]),
+        worst_level=levels[worst],
+        sum_bits_per_dim=sum(log_mean) / unit if complete else None,
+        sum_bits_per_dim_stderr=math.hypot(*error) / unit if complete else None,
+        num_images=num_images,
+    )

@@ -1,0 +1,109 @@
+"""Langevin moves leave the density of their level unchanged, and annealing measures its integral."""
+
+import pytest
+import torch
+
+from cdm_fast import CDM, NoiseSchedule, UserError
+from cdm_fast.langevin import Particles, anneal, ladder, mala, resample, tune_step_sizes
+from tests.analytic import ExactNetwork, noisy_sample, random_mixture
+
+MIXTURE_2D = random_mixture(2, 8, seed=1)
+MIXTURE_16D = random_mixture(16, 4, seed=2, spread=0.3)
+SCHEDULE = NoiseSchedule.uniform(40)
+
+
+def exact_model(density, prior=None):
+    return CDM(ExactNetwork(density, SCHEDULE, prior), SCHEDULE, input_shape=(density.dim,))
+
+
+def normal(num, density):
+    return torch.randn(num, density.dim, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("step_size", [0.02, 0.1, 0.5], ids=lambda h: f"h-{h}")
+def test_moves_leave_the_density_unchanged(step_size):
+    """Draws of p_20 stay draws of p_20: mean, covariance and mean log-density, for steps of any size."""
+    level, num = 20, 4000
+    before = noisy_sample(MIXTURE_2D, SCHEDULE, level, num)
+    model, generator = exact_model(MIXTURE_2D), torch.Generator().manual_seed(1)
+    particles = Particles.at(model, before, level)
+    for _ in range(10):
+        particles, _ = mala(model, particles, step_size, generator)
+    assert float((particles.x - before).norm(dim=1).mean()) > 0.2  # they did move
+    torch.testing.assert_close(particles.x.mean(0), before.mean(0), rtol=0, atol=0.06)
+    torch.testing.assert_close(particles.x.T.cov(), before.T.cov(), rtol=0, atol=0.08)
+    again = Particles.at(model, particles.x, level)
+    torch.testing.assert_close(particles.log_prob, again.log_prob)
+    torch.testing.assert_close(particles.score, again.score)
+    kept = Particles.at(model, before, level).log_prob[:, level]
+    assert float(again.log_prob[:, level].mean()) == pytest.approx(float(kept.mean()), abs=0.07)
+
+
+def test_moves_find_the_density_from_elsewhere():
+    """From a cloud in the wrong place to the moments of p_20, which a biased acceptance would miss."""
+    level, num = 20, 2000
+    model, generator = exact_model(MIXTURE_2D), torch.Generator().manual_seed(1)
+    particles = Particles.at(model, torch.randn(num, 2, dtype=torch.float64) * 0.3 + 1, level)
+    for _ in range(60):
+        particles, _ = mala(model, particles, 0.4, generator)
+    exact = noisy_sample(MIXTURE_2D, SCHEDULE, level, 20_000)
+    torch.testing.assert_close(particles.x.mean(0), exact.mean(0), rtol=0, atol=0.08)
+    torch.testing.assert_close(particles.x.T.cov(), exact.T.cov(), rtol=0, atol=0.12)
+
+
+def test_step_sizes_reach_the_wanted_acceptance():
+    model, generator = exact_model(MIXTURE_16D), torch.Generator().manual_seed(0)
+    levels = ladder(SCHEDULE)
+    sizes = tune_step_sizes(model, normal(64, MIXTURE_16D), levels, generator)
+    assert sorted(sizes) == list(range(1, 42))
+    walk = anneal(model, normal(100, MIXTURE_16D), levels, sizes, generator)
+    assert float(walk.acceptance[1:].mean()) == pytest.approx(0.574, abs=0.1)
+    assert float(walk.acceptance[1:].min()) > 0.25
+
+
+@pytest.mark.parametrize("shifted", [False, True], ids=["normalised", "shifted"])
+@pytest.mark.parametrize(
+    ("density", "rungs"),
+    [(MIXTURE_2D, None), (MIXTURE_2D, 20), (MIXTURE_16D, None)],
+    ids=["2-d", "2-d 20 levels", "16-d"],
+)
+def test_annealing_reads_the_constants_of_the_levels(density, rungs, shifted):
+    """Exact logits have Z_t = 1; logits off by a constant c_t have log Z_t = c_t - c_{T+1}, up and down."""
+    shift = torch.linspace(2 * shifted, 0, 42, dtype=torch.float64)
+    model, levels = exact_model(density, shift.exp()), ladder(SCHEDULE, rungs)
+    generator = torch.Generator().manual_seed(4)
+    sizes = tune_step_sizes(model, normal(64, density), levels, generator)
+    down = anneal(model, normal(500, density), levels, sizes, generator, moves=2)
+    data = noisy_sample(density, SCHEDULE, levels[-1], 500, seed=5)
+    up = anneal(model, data, levels[::-1], sizes, generator, moves=2)
+    torch.testing.assert_close(down.log_ratio, shift[levels], rtol=0, atol=0.1)
+    torch.testing.assert_close(up.log_ratio.flip(0) - up.log_ratio[-1], shift[levels], rtol=0, atol=0.1)
+    assert float(down.ess.min()) > 0.2 and float(down.log_weight.logsumexp(0)) == pytest.approx(0)
+
+
+def test_annealed_particles_are_draws_of_the_data():
+    model, generator = exact_model(MIXTURE_2D), torch.Generator().manual_seed(0)
+    sizes = tune_step_sizes(model, normal(64, MIXTURE_2D), ladder(SCHEDULE), generator)
+    walk = anneal(model, normal(1000, MIXTURE_2D), ladder(SCHEDULE), sizes, generator, moves=2)
+    weight = walk.log_weight.exp()
+    mean = weight @ walk.x
+    torch.testing.assert_close(mean, MIXTURE_2D.mean(), rtol=0, atol=0.12)
+    covariance = (walk.x - mean).T @ ((walk.x - mean) * weight[:, None])
+    torch.testing.assert_close(covariance, MIXTURE_2D.covariance(), rtol=0, atol=0.15)
+
+
+def test_systematic_resampling_keeps_the_shares():
+    weight = torch.tensor([0.05, 0.4, 0.0, 0.3, 0.25], dtype=torch.float64).repeat_interleave(2) / 2
+    index = resample(weight.log(), torch.Generator().manual_seed(0))
+    copies = torch.bincount(index, minlength=10)
+    assert int(copies.sum()) == 10 and bool(((copies - 10 * weight).abs() < 1).all())
+
+
+def test_ladders():
+    assert ladder(SCHEDULE) == list(range(41, 0, -1))
+    assert ladder(SCHEDULE, 5) == [41, 31, 21, 11, 1]
+    assert ladder(SCHEDULE, 500) == ladder(SCHEDULE)
+    assert ladder(SCHEDULE, 2, lowest=40) == [41, 40]
+    for rungs, lowest, told in ((1, 1, "1 rungs"), (None, 0, "level 0"), (None, 41, "level 41")):
+        with pytest.raises(UserError, match=told):
+            ladder(SCHEDULE, rungs, lowest)

@@ -1,0 +1,74 @@
+"""The variational bound on densities known in closed form."""
+
+import math
+
+import pytest
+import torch
+
+from cdm_fast import NoiseSchedule, UserError
+from cdm_fast.likelihood import variational_bound
+from tests.analytic import ExactDenoiser, GaussianMixture, random_mixture
+from tests.test_trained_densities import even_in_log_snr
+
+MIXTURE = random_mixture(2, 8, seed=1)
+
+
+def bound_and_truth(density, schedule, num=2000, levels=None):
+    """(bound, exact -log p_0, both (n,) nats) on draws of the density itself."""
+    x = density.sample(num, torch.Generator().manual_seed(0))
+    truth = -density.log_prob(x, schedule.a[:1], schedule.s[:1])[:, 0]
+    return variational_bound(ExactDenoiser(density, schedule), x, levels=levels), truth
+
+
+def stderr(values):
+    return float(values.std() / math.sqrt(len(values)))
+
+
+@pytest.mark.parametrize("schedule", [NoiseSchedule.uniform(50), NoiseSchedule.ot(50)], ids=["uniform", "ot"])
+def test_the_bound_lies_above_and_is_tight_for_fine_schedules(schedule):
+    coarse, truth = bound_and_truth(MIXTURE, schedule, levels=range(1, 51, 7))
+    medium, _ = bound_and_truth(MIXTURE, schedule)
+    fine, _ = bound_and_truth(MIXTURE, even_in_log_snr(T=400, smallest=0.005))
+    gaps = [bound.nats - truth for bound in (coarse, medium, fine)]
+    assert all(float(gap.mean()) > -3 * stderr(gap) for gap in gaps)
+    assert float(gaps[0].mean()) > float(gaps[1].mean()) + 0.05
+    assert float(gaps[2].mean()) == pytest.approx(0, abs=0.03 + 3 * stderr(gaps[2]))
+
+
+def test_a_gaussian_pays_what_the_formulas_say():
+    """For N(0, v I) every step with the best variance is the true one: no gap but the prior's."""
+    v, schedule = 0.5, NoiseSchedule.uniform(20)
+    density = GaussianMixture.gaussian(torch.zeros(4), v * torch.eye(4))
+    bound, truth = bound_and_truth(density, schedule, num=20_000)
+    a, s = schedule.a[-2], schedule.s[-2]
+    marginal = float(a**2 * v + s**2)
+    # The chain starts from N(0, I) instead of N(0, marginal I); all of its steps are exact.
+    gap = 0.5 * 4 * (marginal - 1 - math.log(marginal))
+    difference = bound.nats - truth
+    assert float(difference.mean()) == pytest.approx(gap, abs=4 * stderr(difference))
+    assert stderr(difference) < 0.03
+    expected = [float(a**2 * v / (a**2 * v + s**2)) for a, s in zip(schedule.a, schedule.s, strict=True)]
+    assert bound.mse == pytest.approx(expected[1:-1], abs=0.02)
+    assert float(bound.nats.mean()) == pytest.approx(
+        bound.prior + sum(bound.steps) + bound.reconstruction, abs=1e-6
+    )
+    assert bound.levels == list(range(1, 21)) and len(bound.steps) == 19
+
+
+def test_the_bound_depends_on_the_seed_alone():
+    schedule = NoiseSchedule.uniform(10)
+    model, x = ExactDenoiser(MIXTURE, schedule), MIXTURE.sample(11, torch.Generator().manual_seed(0))
+    first, again = variational_bound(model, x, seed=1), variational_bound(model, x, seed=1, batch_size=3)
+    torch.testing.assert_close(first.nats, again.nats)
+    assert not torch.equal(first.nats, variational_bound(model, x, seed=2).nats)
+
+
+@pytest.mark.parametrize(
+    ("num", "levels", "told"),
+    [(1, None, "1 image"), (4, [0, 3], "1 to T = 10"), (4, [3, 11], "1 to T = 10"), (4, [], "1 to T = 10")],
+    ids=["one image", "level 0", "above T", "none"],
+)
+def test_bad_requests_are_named(num, levels, told):
+    model = ExactDenoiser(MIXTURE, NoiseSchedule.uniform(10))
+    with pytest.raises(UserError, match=told):
+        variational_bound(model, torch.zeros(num, 2).double(), levels=levels)
