@@ -127,7 +127,7 @@ def extension() -> dict[str, Any]:
         "cdm_fast._C",
         [str(path.relative_to(ROOT)) for path in sources],
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
-        depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob("*.h"))],
+        depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob("*.*h"))],
         define_macros=[("CDM_WITH_CUDA", "1")] if cuda else [],
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
     )

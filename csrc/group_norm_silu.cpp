@@ -75,6 +75,16 @@ void run_ranges(const GroupNormSilu& a) {
     });
 }
 
+template <class Scalar>
+void add_rows(const Tensor& rows, const Tensor& total) {
+    const int64_t count = rows.size(0), width = rows.size(1);
+    const Scalar* from = static_cast<const Scalar*>(rows.data_ptr());
+    Scalar* to = static_cast<Scalar*>(total.data_ptr());
+    std::copy(from, from + width, to);
+    for (int64_t row = 1; row < count; ++row)
+        for (int64_t column = 0; column < width; ++column) to[column] += from[row * width + column];
+}
+
 struct Launch {
     static void run(const GroupNormSilu& a, ScalarType dtype, const Tensor&) {
         switch (dtype) {
@@ -88,24 +98,18 @@ struct Launch {
                 STD_TORCH_CHECK(false, "group_norm_silu: the CPU kernels take float64, float32 and bfloat16");
         }
     }
+
+    static Tensor sum_over_images(const Tensor& per_image) {
+        const Tensor total = torch::stable::new_empty(per_image, {per_image.size(1)});
+        if (per_image.scalar_type() == ScalarType::Double) {
+            add_rows<double>(per_image, total);
+        } else {
+            add_rows<float>(per_image, total);
+        }
+        return total;
+    }
 };
 
 }  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(cdm_fast_cpp, m) {
-    m.def(
-        "group_norm_silu_forward(Tensor x, Tensor? skip, Tensor weight, Tensor bias, Tensor? seed, "
-        "Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd, int num_groups, float eps, bool silu, "
-        "float dropout, bool channels_last) -> ()");
-    m.def(
-        "group_norm_silu_vjp(Tensor g, Tensor x, Tensor? skip, Tensor weight, Tensor bias, Tensor mean, "
-        "Tensor rstd, Tensor? seed, Tensor(a!) grad_x, Tensor(b!)? grad_skip, Tensor(c!) grad_weight, "
-        "Tensor(d!) grad_bias, int num_groups, bool silu, float dropout, bool channels_last) -> ()");
-    m.def(
-        "group_norm_silu_vjp_backward(Tensor v, Tensor? v_skip, Tensor g, Tensor x, Tensor? skip, "
-        "Tensor weight, Tensor bias, Tensor mean, Tensor rstd, Tensor? seed, Tensor(a!) grad_g, "
-        "Tensor(b!) grad_x, Tensor(c!)? grad_skip, Tensor(d!) grad_weight, Tensor(e!) grad_bias, "
-        "int num_groups, bool silu, float dropout, bool channels_last) -> ()");
-}
 
 CDM_IMPLEMENT_GROUP_NORM_SILU(CPU, Launch)

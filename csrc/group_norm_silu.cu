@@ -22,11 +22,14 @@ constexpr int kRows = 9;        // of numbers per channel, in shared memory
 constexpr int kLineBytes = 64;  // what neighbouring channels fill at least, when channels-last
 constexpr int64_t kDefaultShared = 48 * 1024;
 
-// Where a pack lies: in its image, among the range's channels, and in channels-last order (for dropout).
+// Where a pack lies: in its image, among the range's channels, in channels-last order (for dropout), and in a
+// tensor of two pieces.
 struct Place {
     int64_t offset;
     int channel;
     int64_t drawn, drawn_step;
+    bool in_second;
+    int64_t piece_offset;
 };
 
 // (channels, pixels): a warp takes a channel.
@@ -72,7 +75,10 @@ struct ChannelsFirst {
     static __device__ __forceinline__ Place place(const GroupNormSilu& a, const GroupRange& range,
                                                   int channel, int64_t pixel) {
         const int64_t c = range.begin + channel;
-        return {c * a.pixels + pixel, channel, pixel * a.channels + c, a.channels};
+        const Piece piece = a.piece_of(c);
+        const int64_t of_piece = range.image * piece.channels() + c - piece.begin;
+        return {c * a.pixels + pixel, channel,          pixel * a.channels + c,
+                a.channels,           piece.index != 0, of_piece * a.pixels + pixel};
     }
 };
 
@@ -126,8 +132,10 @@ struct ChannelsLast {
   private:
     static __device__ __forceinline__ Place place(const GroupNormSilu& a, const GroupRange& range,
                                                   int channel, int64_t pixel) {
-        const int64_t offset = pixel * a.channels + range.begin + channel;
-        return {offset, channel, offset, 1};
+        const int64_t c = range.begin + channel, offset = pixel * a.channels + c;
+        const Piece piece = a.piece_of(c);
+        const int64_t of_piece = (range.image * a.pixels + pixel) * piece.channels() + c - piece.begin;
+        return {offset, channel, offset, 1, piece.index != 0, of_piece};
     }
 };
 
@@ -171,21 +179,43 @@ struct Worker {
         return Layout::per_channel(row(which), channel);
     }
 
-    __device__ __forceinline__ Values load(const void* tensor, int64_t offset) const {
-        const T* image = static_cast<const T*>(tensor) + range.image * a.channels * a.pixels;
-        const Pack<T, pack> stored = load_pack<pack>(image + offset);
+    __device__ __forceinline__ int64_t in_whole(const Place& at) const {
+        return range.image * a.channels * a.pixels + at.offset;
+    }
+
+    __device__ __forceinline__ Values load(const void* tensor, const Place& at) const {
+        return widened(static_cast<const T*>(tensor) + in_whole(at));
+    }
+
+    __device__ __forceinline__ Values load(const Pieces& tensor, const Place& at) const {
+        return widened(static_cast<const T*>(of_two(tensor, at)) + at.piece_offset);
+    }
+
+    __device__ __forceinline__ void store(void* tensor, const Place& at, const Values& values) const {
+        narrowed(values, static_cast<T*>(tensor) + in_whole(at));
+    }
+
+    __device__ __forceinline__ void store(const Pieces& tensor, const Place& at, const Values& values) const {
+        narrowed(values, static_cast<T*>(of_two(tensor, at)) + at.piece_offset);
+    }
+
+    static __device__ __forceinline__ void* of_two(const Pieces& tensor, const Place& at) {
+        return at.in_second ? tensor.at[1] : tensor.at[0];
+    }
+
+    static __device__ __forceinline__ Values widened(const T* from) {
+        const Pack<T, pack> stored = load_pack<pack>(from);
         Values values;
 #pragma unroll
         for (int i = 0; i < pack; ++i) values.at[i] = widen(stored.at[i]);
         return values;
     }
 
-    __device__ __forceinline__ void store(void* tensor, int64_t offset, const Values& values) const {
-        T* image = static_cast<T*>(tensor) + range.image * a.channels * a.pixels;
+    static __device__ __forceinline__ void narrowed(const Values& values, T* to) {
         Pack<T, pack> stored;
 #pragma unroll
         for (int i = 0; i < pack; ++i) narrow(values.at[i], &stored.at[i]);
-        store_pack<pack>(image + offset, stored);
+        store_pack<pack>(to, stored);
     }
 
     __device__ __forceinline__ void drop(Values& values, const Place& at) const {
@@ -241,7 +271,7 @@ struct Worker {
     }
 
     __device__ __forceinline__ Values normalised(const Place& at) const {
-        const Values x = load(a.x.at[0], at.offset), mean = per_channel(kMean, at.channel),
+        const Values x = load(a.x, at), mean = per_channel(kMean, at.channel),
                      rstd = per_channel(kRstd, at.channel);
         Values xhat;
 #pragma unroll
@@ -264,20 +294,20 @@ struct Worker {
                 y.at[i] = silu ? u * sigmoid(u) : u;
             }
             drop(y, at);
-            store(a.y, at.offset, y);
+            store(a.y, at, y);
         });
     }
 
     // Mean first, squares around it second, so that nothing cancels.
     __device__ __forceinline__ void compute_statistics() const {
         reduce<1>([&](const Place& at, auto& partial) {
-            const Values x = load(a.x.at[0], at.offset);
+            const Values x = load(a.x, at);
 #pragma unroll
             for (int i = 0; i < pack; ++i) partial[0][i % Layout::kLanes] += x.at[i];
         });
         for_each_group([&](int channel, int64_t) { fill(kMean, channel, group_mean(0, channel)); });
         reduce<1>([&](const Place& at, auto& partial) {
-            const Values x = load(a.x.at[0], at.offset), mean = per_channel(kMean, at.channel);
+            const Values x = load(a.x, at), mean = per_channel(kMean, at.channel);
 #pragma unroll
             for (int i = 0; i < pack; ++i) {
                 const float centred = x.at[i] - mean.at[i];
@@ -301,7 +331,7 @@ struct Worker {
 
     // g mask silu'(u), given xhat.
     __device__ __forceinline__ Values cotangent_of_u(const Values& xhat, const Place& at) const {
-        Values s1 = load(a.g, at.offset);
+        Values s1 = load(a.g, at);
         drop(s1, at);
         if (silu) {
             const Values weight = per_channel(kWeight, at.channel), bias = per_channel(kBias, at.channel);
@@ -329,7 +359,8 @@ struct Worker {
             fill(kMeanPX, channel, weighted_group_mean(kS1X, channel));
         });
         const int64_t first = range.image * a.channels + range.begin;
-        for (int channel = threadIdx.x; channel < range.channels(); channel += kThreads) {
+        const int channels = a.grad_weight == nullptr ? 0 : static_cast<int>(range.channels());
+        for (int channel = threadIdx.x; channel < channels; channel += kThreads) {
             static_cast<float*>(a.grad_bias)[first + channel] = sums[kS1 * row_length + channel];
             static_cast<float*>(a.grad_weight)[first + channel] = sums[kS1X * row_length + channel];
         }
@@ -342,7 +373,7 @@ struct Worker {
             for (int i = 0; i < pack; ++i)
                 grad_x.at[i] =
                     rstd.at[i] * (weight.at[i] * grad_x.at[i] - mean_p.at[i] - xhat.at[i] * mean_px.at[i]);
-            store(a.grad_x.at[0], at.offset, grad_x);
+            store(a.grad_x, at, grad_x);
         });
     }
 
@@ -357,9 +388,9 @@ struct Worker {
 
     template <class Partial>
     __device__ __forceinline__ void add_to_sums(const Place& at, Partial& partial) const {
-        const Values xhat = normalised(at), v = load(a.v.at[0], at.offset);
+        const Values xhat = normalised(at), v = load(a.v, at);
         const Values weight = per_channel(kWeight, at.channel), bias = per_channel(kBias, at.channel);
-        Values g = load(a.g, at.offset);
+        Values g = load(a.g, at);
         drop(g, at);
 #pragma unroll
         for (int i = 0; i < pack; ++i) {
@@ -411,12 +442,12 @@ struct Worker {
     }
 
     __device__ __forceinline__ void write_gradients(const Place& at) const {
-        const Values xhat = normalised(at), v = load(a.v.at[0], at.offset);
+        const Values xhat = normalised(at), v = load(a.v, at);
         const Values weight = per_channel(kWeight, at.channel), bias = per_channel(kBias, at.channel);
         const Values rstd = per_channel(kRstd, at.channel), mean_px = per_channel(kMeanPX, at.channel);
         const Values mean_v = per_channel(kMeanV, at.channel), mean_vx = per_channel(kMeanVX, at.channel);
         const Values constant = per_channel(kConstant, at.channel), slope = per_channel(kSlope, at.channel);
-        Values g = load(a.g, at.offset), grad_g, grad_x;
+        Values g = load(a.g, at), grad_g, grad_x;
         drop(g, at);
 #pragma unroll
         for (int i = 0; i < pack; ++i) {
@@ -434,8 +465,8 @@ struct Worker {
             grad_x.at[i] = rstd.at[i] * (grad_xhat - constant.at[i] - xhat.at[i] * slope.at[i]);
         }
         drop(grad_g, at);
-        store(a.grad_g, at.offset, grad_g);
-        store(a.grad_x.at[0], at.offset, grad_x);
+        store(a.grad_g, at, grad_g);
+        store(a.grad_x, at, grad_x);
     }
 };
 
@@ -501,20 +532,24 @@ void choose_layout(const GroupNormSilu& a, cudaStream_t stream) {
 
 struct Launch {
     static void run(const GroupNormSilu& a, ScalarType dtype, const Tensor& x) {
-        if (a.x.at[1] != nullptr)
-            throw std::runtime_error(
-                "group_norm_silu: the CUDA kernels take one x; concatenate it with skip");
         const torch::stable::accelerator::DeviceGuard guard(x.get_device());
         const cudaStream_t stream = stream_of(x);
         with_float_type(dtype, [&](auto element) {
             using T = decltype(element);
             constexpr int pack = 16 / sizeof(T);
-            const int64_t contiguous = a.channels_last ? a.channels : a.pixels;
-            if (contiguous % pack == 0 &&
-                are_aligned({a.x.at[0], a.g, a.v.at[0], a.y, a.grad_x.at[0], a.grad_g}))
+            // A pack lies in one channel, or in channels of one piece.
+            const bool whole_packs =
+                a.channels_last ? a.channels % pack == 0 && a.split % pack == 0 : a.pixels % pack == 0;
+            if (whole_packs && are_aligned({a.x.at[0], a.x.at[1], a.g, a.v.at[0], a.v.at[1], a.y,
+                                            a.grad_x.at[0], a.grad_x.at[1], a.grad_g}))
                 return choose_layout<T, pack>(a, stream);
             choose_layout<T, 1>(a, stream);
         });
+    }
+
+    static Tensor sum_over_images(const Tensor& per_image) {
+        const int64_t batch = 0;
+        return torch::stable::sum(per_image, torch::headeronly::IntHeaderOnlyArrayRef(&batch, 1));
     }
 };
 

@@ -31,7 +31,7 @@ struct GroupNormSilu {
     void* y;            // only in the forward pass
     Pieces grad_x;      // of the VJP, or of its derivative
     void* grad_g;       // like g; only in the derivative of the VJP
-    void* grad_weight;  // (batch, channels); not in the forward pass
+    void* grad_weight;  // (batch, channels), or null: not wanted
     void* grad_bias;
     const int64_t* seed;  // (seed, offset), or null: no dropout
     int64_t batch, channels, pixels, groups;
@@ -77,9 +77,9 @@ CDM_SHARED V silu_second(V u, V sigmoid_u) {
 }
 
 // Sums over the pixels of one channel, with s1 = g mask silu'(u) and s2 = g mask silu''(u). The VJP needs
-// the first two, its derivative all.
+// the first two, its derivative all; without silu s2 is 0.
 enum ChannelSum { kS1, kS1X, kV, kVX, kVS1, kS2, kS2X, kS2XX, kVS2, kVS2X, kNumSums };
-constexpr int kNumVjpSums = 2;
+constexpr int kNumVjpSums = 2, kNumPlainSums = kS2;
 
 // Means over a group, of p = weight s1, of v, and of products with xhat.
 template <class S>

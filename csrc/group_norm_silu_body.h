@@ -31,8 +31,17 @@ struct Run {
 // Runs are at most this long: the partial sums of a run are kept in the precision of the statistics.
 constexpr int64_t kRunLength = 64;
 
-// How the vectors of a run are read and written: filled with data, or only their first lanes.
+// How the vectors of a run are read and written: filled with data, or only their first lanes. `kept` is 0 in
+// the lanes that hold no data.
 struct Whole {
+    template <class T>
+    static CDM_INLINE int lanes(const Run&) {
+        return lanes_of<T>();
+    }
+    template <class T>
+    static CDM_INLINE typename Math<T>::Vec kept(typename Math<T>::Vec v, int) {
+        return v;
+    }
     template <class T>
     static CDM_INLINE typename Math<T>::Vec read(const T* p, int) {
         return load(p);
@@ -44,6 +53,14 @@ struct Whole {
 };
 
 struct Part {
+    template <class T>
+    static CDM_INLINE int lanes(const Run& run) {
+        return run.lanes;
+    }
+    template <class T>
+    static CDM_INLINE typename Math<T>::Vec kept(typename Math<T>::Vec v, int lanes) {
+        return first_lanes<T>(v, lanes);
+    }
     template <class T>
     static CDM_INLINE typename Math<T>::Vec read(const T* p, int lanes) {
         return load_some(p, lanes);
@@ -62,37 +79,71 @@ struct ChannelsFirst {
 
     template <class F>
     static CDM_INLINE void for_each_run(const GroupNormSilu& a, const GroupRange& item, F f) {
+        for (int64_t channel = 0; channel < item.channels(); ++channel) for_each_run_of(channel, a, item, f);
+    }
+
+    template <class F>
+    static CDM_INLINE void for_each_run_of(int64_t channel, const GroupNormSilu& a, const GroupRange& item,
+                                           F f) {
         constexpr int lanes = lanes_of<T>();
         const int64_t filled = a.pixels / lanes;
         const int rest = int(a.pixels % lanes);
-        for (int64_t channel = 0; channel < item.channels(); ++channel) {
-            const Piece piece = a.piece_of(item.begin + channel);
-            const int64_t of_piece = item.image * piece.channels() + item.begin + channel - piece.begin;
-            const auto run = [&](int64_t count, int64_t first, int lanes_filled) {
-                const int64_t pixel = first * lanes;
-                return Run{count,
-                           (item.image * a.channels + item.begin + channel) * a.pixels + pixel,
-                           lanes,
-                           piece.index,
-                           of_piece * a.pixels + pixel,
-                           lanes,
-                           channel * a.pixels + pixel,
-                           lanes,
-                           channel,
-                           lanes_filled};
-            };
-            for (int64_t first = 0; first < filled; first += kRunLength)
-                f(run(filled - first < kRunLength ? filled - first : kRunLength, first, lanes), Whole{});
-            if (rest) f(run(1, filled, rest), Part{});
+        const Piece piece = a.piece_of(item.begin + channel);
+        const int64_t of_piece = item.image * piece.channels() + item.begin + channel - piece.begin;
+        const auto run = [&](int64_t count, int64_t first, int lanes_filled) {
+            const int64_t pixel = first * lanes;
+            return Run{count,
+                       (item.image * a.channels + item.begin + channel) * a.pixels + pixel,
+                       lanes,
+                       piece.index,
+                       of_piece * a.pixels + pixel,
+                       lanes,
+                       channel * a.pixels + pixel,
+                       lanes,
+                       channel,
+                       lanes_filled};
+        };
+        for (int64_t first = 0; first < filled; first += kRunLength)
+            f(run(filled - first < kRunLength ? filled - first : kRunLength, first, lanes), Whole{});
+        if (rest) f(run(1, filled, rest), Part{});
+    }
+
+    // The sums over the lanes of short channels would take as long as reading these, and are made for as many
+    // channels together as a vector has lanes. Those of long channels are added up run by run, in fp64.
+    template <int num_sums, class F>
+    static CDM_INLINE void reduce(const GroupNormSilu& a, const GroupRange& item, double* sums,
+                                  int64_t row_length, F accumulate) {
+        constexpr int lanes = lanes_of<T>();
+        const bool is_short = a.pixels <= kRunLength * lanes;
+        Vec collected[num_sums][lanes] = {};
+        for (int64_t first = 0; first < item.channels(); first += lanes) {
+            const int count = int(item.channels() - first < lanes ? item.channels() - first : lanes);
+            for (int slot = 0; slot < count; ++slot) {
+                for_each_run_of(first + slot, a, item,
+                                [&](const Run& run, auto access) __attribute__((always_inline)) {
+                                    Vec partial[num_sums] = {};
+                                    accumulate(run, access, partial);
+                                    const bool is_first = run.within == run.channel * a.pixels;
+#pragma GCC unroll 16
+                                    for (int i = 0; i < num_sums; ++i) {
+                                        const Vec kept = access.template kept<T>(partial[i], run.lanes);
+                                        if (is_short)
+                                            collected[i][slot] = is_first ? kept : collected[i][slot] + kept;
+                                        else
+                                            sums[i * row_length + run.channel] += sum_lanes<T>(kept, lanes);
+                                    }
+                                });
+            }
+            for (int i = 0; is_short && i < num_sums; ++i) {
+                Scalar each[lanes];
+                store(each, sum_lanes_of_each<T>(collected[i]));
+                for (int slot = 0; slot < count; ++slot) sums[i * row_length + first + slot] = each[slot];
+            }
         }
     }
 
     static CDM_INLINE Vec per_channel(const Scalar* values, const Run& run) {
         return broadcast<Vec>(values[run.channel]);
-    }
-
-    static CDM_INLINE void add(double* sums, const Run& run, Vec partial) {
-        sums[run.channel] += sum_lanes<T>(partial, run.lanes);
     }
 };
 
@@ -136,10 +187,20 @@ struct ChannelsLast {
         return load(values + run.channel);
     }
 
-    static CDM_INLINE void add(double* sums, const Run& run, Vec partial) {
-        Scalar part[lanes_of<T>()];
-        store(part, partial);
-        for (int lane = 0; lane < run.lanes; ++lane) sums[run.channel + lane] += part[lane];
+    template <int num_sums, class F>
+    static CDM_INLINE void reduce(const GroupNormSilu& a, const GroupRange& item, double* sums,
+                                  int64_t row_length, F accumulate) {
+        for_each_run(a, item, [&](const Run& run, auto access) __attribute__((always_inline)) {
+            Vec partial[num_sums] = {};
+            accumulate(run, access, partial);
+#pragma GCC unroll 16
+            for (int i = 0; i < num_sums; ++i) {
+                Scalar part[lanes_of<T>()];
+                store(part, partial[i]);
+                double* sum = sums + i * row_length + run.channel;
+                for (int lane = 0; lane < access.template lanes<T>(run); ++lane) sum[lane] += part[lane];
+            }
+        });
     }
 };
 
@@ -200,7 +261,6 @@ struct Worker {
           rows(reinterpret_cast<Scalar*>(sums + kNumSums * row_length)),
           kept(rows + cdm::kNumRows * row_length),
           mask(reinterpret_cast<uint8_t*>(kept + (arguments.g ? range.channels() * arguments.pixels : 0))) {
-        for (int64_t i = 0; i < kNumSums * row_length; ++i) sums[i] = 0;
         const int64_t parameters = item.image * a.parameter_stride + item.begin;
         for (int64_t channel = 0; channel < item.channels(); ++channel) {
             row(kWeight)[channel] = static_cast<const Scalar*>(a.weight)[parameters + channel];
@@ -264,28 +324,32 @@ struct Worker {
         });
     }
 
+    // Fills the first rows of sums from accumulate(run, access, partial sums of the run).
+    template <int num_sums, class F>
+    CDM_INLINE void reduce(F accumulate) const {
+        for (int64_t i = 0; i < num_sums * row_length; ++i) sums[i] = 0;
+        Layout::template reduce<num_sums>(a, item, sums, row_length, accumulate);
+    }
+
     // Mean first, squares around it second: the data are in the cache, and nothing cancels.
     void compute_statistics() const {
-        Layout::for_each_run(a, item, [&](const Run& run, auto access) __attribute__((always_inline)) {
+        reduce<1>([&](const Run& run, auto access, Vec(&total)[1]) __attribute__((always_inline)) {
             const T* x = start(a.x, run);
-            Vec total = {};
-            for (int64_t i = 0; i < run.count; ++i) total += access.read(x + i * run.piece_step, run.lanes);
-            Layout::add(sum(0), run, total);
+            for (int64_t i = 0; i < run.count; ++i)
+                total[0] += access.read(x + i * run.piece_step, run.lanes);
         });
         for_each_group(
             [&](int64_t channel, int64_t) { fill(kMean, channel, group_sum(0, channel) / group_size()); });
-        Layout::for_each_run(a, item, [&](const Run& run, auto access) __attribute__((always_inline)) {
+        reduce<1>([&](const Run& run, auto access, Vec(&total)[1]) __attribute__((always_inline)) {
             const Vec mean = Layout::per_channel(row(kMean), run);
             const T* x = start(a.x, run);
-            Vec total = {};
             for (int64_t i = 0; i < run.count; ++i) {
                 const Vec centred = access.read(x + i * run.piece_step, run.lanes) - mean;
-                total += centred * centred;
+                total[0] += centred * centred;
             }
-            Layout::add(sum(1), run, total);
         });
         for_each_group([&](int64_t channel, int64_t group) {
-            const double rstd = 1 / __builtin_sqrt(group_sum(1, channel) / group_size() + a.eps);
+            const double rstd = 1 / __builtin_sqrt(group_sum(0, channel) / group_size() + a.eps);
             static_cast<Scalar*>(a.mean)[group] = row(kMean)[channel];
             static_cast<Scalar*>(a.rstd)[group] = Scalar(rstd);
             fill(kRstd, channel, rstd);
@@ -314,8 +378,7 @@ struct Worker {
             fill(kMeanP, channel, weighted_group_mean(kS1, channel));
             fill(kMeanPX, channel, weighted_group_mean(kS1X, channel));
         });
-        store_grads([&](int64_t channel) { return sum(kS1X)[channel]; },
-                    [&](int64_t channel) { return sum(kS1)[channel]; });
+        if (a.grad_weight) store_grads();
         Layout::for_each_run(a, item, [&](const Run& run, auto access) __attribute__((always_inline)) {
             const Vec mean = Layout::per_channel(row(kMean), run),
                       rstd = Layout::per_channel(row(kRstd), run);
@@ -333,33 +396,30 @@ struct Worker {
     }
 
     void sum_vjp() const {
-        Layout::for_each_run(a, item, [&](const Run& run, auto access) __attribute__((always_inline)) {
-            const Vec mean = Layout::per_channel(row(kMean), run),
-                      rstd = Layout::per_channel(row(kRstd), run);
-            const Vec weight = Layout::per_channel(row(kWeight), run),
-                      bias = Layout::per_channel(row(kBias), run);
-            const T *x = start(a.x, run), *g = start(a.g, run);
-            Vec sum_s1 = {}, sum_s1x = {};
-            for (int64_t i = 0; i < run.count; ++i) {
-                const Vec xhat = (access.read(x + i * run.piece_step, run.lanes) - mean) * rstd;
-                const Vec g_kept = dropped(access.read(g + i * run.step, run.lanes), run, i);
-                const Vec u = weight * xhat + bias,
-                          s1 = silu ? g_kept * silu_first(u, sigmoid<T>(u)) : g_kept;
-                access.write(kept + run.within + i * run.within_step, s1, run.lanes);
-                sum_s1 += s1;
-                sum_s1x += s1 * xhat;
-            }
-            Layout::add(sum(kS1), run, sum_s1);
-            Layout::add(sum(kS1X), run, sum_s1x);
-        });
+        reduce<kNumVjpSums>(
+            [&](const Run& run, auto access, Vec(&sum)[kNumVjpSums]) __attribute__((always_inline)) {
+                const Vec mean = Layout::per_channel(row(kMean), run),
+                          rstd = Layout::per_channel(row(kRstd), run);
+                const Vec weight = Layout::per_channel(row(kWeight), run),
+                          bias = Layout::per_channel(row(kBias), run);
+                const T *x = start(a.x, run), *g = start(a.g, run);
+                for (int64_t i = 0; i < run.count; ++i) {
+                    const Vec xhat = (access.read(x + i * run.piece_step, run.lanes) - mean) * rstd;
+                    const Vec g_kept = dropped(access.read(g + i * run.step, run.lanes), run, i);
+                    const Vec u = weight * xhat + bias,
+                              s1 = silu ? g_kept * silu_first(u, sigmoid<T>(u)) : g_kept;
+                    access.write(kept + run.within + i * run.within_step, s1, run.lanes);
+                    sum[kS1] += s1;
+                    sum[kS1X] += s1 * xhat;
+                }
+            });
     }
 
-    template <class WeightGrad, class BiasGrad>
-    CDM_INLINE void store_grads(WeightGrad weight_grad, BiasGrad bias_grad) const {
+    void store_grads() const {
         const int64_t first = item.image * a.channels + item.begin;
         for (int64_t channel = 0; channel < item.channels(); ++channel) {
-            static_cast<Scalar*>(a.grad_weight)[first + channel] = Scalar(weight_grad(channel));
-            static_cast<Scalar*>(a.grad_bias)[first + channel] = Scalar(bias_grad(channel));
+            static_cast<Scalar*>(a.grad_weight)[first + channel] = Scalar(sum(kS1X)[channel]);
+            static_cast<Scalar*>(a.grad_bias)[first + channel] = Scalar(sum(kS1)[channel]);
         }
     }
 
@@ -402,49 +462,38 @@ struct Worker {
     }
 
     void sum_vjp_backward() const {
-        Layout::for_each_run(a, item, [&](const Run& run, auto access) __attribute__((always_inline)) {
-            const Vec mean = Layout::per_channel(row(kMean), run),
-                      rstd = Layout::per_channel(row(kRstd), run);
-            const Vec weight = Layout::per_channel(row(kWeight), run),
-                      bias = Layout::per_channel(row(kBias), run);
-            const T *x = start(a.x, run), *g = start(a.g, run), *v = start(a.v, run);
-            Vec sum_s1 = {}, sum_s1x = {}, sum_v = {}, sum_vx = {}, sum_vs1 = {};
-            Vec sum_s2 = {}, sum_s2x = {}, sum_s2xx = {}, sum_vs2 = {}, sum_vs2x = {};
-            for (int64_t i = 0; i < run.count; ++i) {
-                // Lanes beyond the data hold g = v = 0, so they add nothing to what is summed here.
-                const Vec xhat = (access.read(x + i * run.piece_step, run.lanes) - mean) * rstd;
-                const Vec upstream = access.read(v + i * run.piece_step, run.lanes);
-                const Vec g_kept = dropped(access.read(g + i * run.step, run.lanes), run, i);
-                Vec s1 = g_kept;
-                if (silu) {
-                    const Vec u = weight * xhat + bias, sigmoid_u = sigmoid<T>(u);
-                    access.write(kept + run.within + i * run.within_step, sigmoid_u, run.lanes);
-                    const Vec s2 = g_kept * silu_second(u, sigmoid_u), s2x = s2 * xhat;
-                    s1 *= silu_first(u, sigmoid_u);
-                    sum_s2 += s2;
-                    sum_s2x += s2x;
-                    sum_s2xx += s2x * xhat;
-                    sum_vs2 += upstream * s2;
-                    sum_vs2x += upstream * s2x;
+        constexpr int num_sums = silu ? kNumSums : kNumPlainSums;
+        reduce<num_sums>(
+            [&](const Run& run, auto access, Vec(&sum)[num_sums]) __attribute__((always_inline)) {
+                const Vec mean = Layout::per_channel(row(kMean), run),
+                          rstd = Layout::per_channel(row(kRstd), run);
+                const Vec weight = Layout::per_channel(row(kWeight), run),
+                          bias = Layout::per_channel(row(kBias), run);
+                const T *x = start(a.x, run), *g = start(a.g, run), *v = start(a.v, run);
+                for (int64_t i = 0; i < run.count; ++i) {
+                    const Vec xhat = (access.read(x + i * run.piece_step, run.lanes) - mean) * rstd;
+                    const Vec upstream = access.read(v + i * run.piece_step, run.lanes);
+                    const Vec g_kept = dropped(access.read(g + i * run.step, run.lanes), run, i);
+                    Vec s1 = g_kept;
+                    if constexpr (silu) {
+                        const Vec u = weight * xhat + bias, sigmoid_u = sigmoid<T>(u);
+                        access.write(kept + run.within + i * run.within_step, sigmoid_u, run.lanes);
+                        const Vec s2 = g_kept * silu_second(u, sigmoid_u), s2x = s2 * xhat;
+                        s1 *= silu_first(u, sigmoid_u);
+                        sum[kS2] += s2;
+                        sum[kS2X] += s2x;
+                        sum[kS2XX] += s2x * xhat;
+                        sum[kVS2] += upstream * s2;
+                        sum[kVS2X] += upstream * s2x;
+                    }
+                    sum[kS1] += s1;
+                    sum[kS1X] += s1 * xhat;
+                    sum[kV] += upstream;
+                    sum[kVX] += upstream * xhat;
+                    sum[kVS1] += upstream * s1;
                 }
-                sum_s1 += s1;
-                sum_s1x += s1 * xhat;
-                sum_v += upstream;
-                sum_vx += upstream * xhat;
-                sum_vs1 += upstream * s1;
-            }
-            Layout::add(sum(kS1), run, sum_s1);
-            Layout::add(sum(kS1X), run, sum_s1x);
-            Layout::add(sum(kV), run, sum_v);
-            Layout::add(sum(kVX), run, sum_vx);
-            Layout::add(sum(kVS1), run, sum_vs1);
-            if (!silu) return;
-            Layout::add(sum(kS2), run, sum_s2);
-            Layout::add(sum(kS2X), run, sum_s2x);
-            Layout::add(sum(kS2XX), run, sum_s2xx);
-            Layout::add(sum(kVS2), run, sum_vs2);
-            Layout::add(sum(kVS2X), run, sum_vs2x);
-        });
+            });
+        for (int64_t i = num_sums * row_length; i < kNumSums * row_length; ++i) sums[i] = 0;
     }
 
     // From the sums of a group's channels: its means, the gradients of its parameters, and what the last pass

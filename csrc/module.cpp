@@ -1,5 +1,5 @@
 // The Python module cdm_fast._C: what was built, and what this processor can do. The ops themselves
-// register with torch when this library is loaded (torch.ops.cdm_fast_cpp.*).
+// register with torch when this library is loaded (torch.ops.cdm_fast.*, torch.ops.cdm_fast_cpp.*).
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -56,7 +56,7 @@ void limit_isa(Isa most) { most_allowed = most; }
 }  // namespace cdm
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "CPU and CUDA kernels of cdm_fast; importing it registers torch.ops.cdm_fast_cpp.*";
+    m.doc() = "CPU and CUDA kernels of cdm_fast; importing it registers its ops";
     m.def("build_info", &cdm::build_info, "What this library was built with.");
     m.def(
         "cpu_capability", [] { return cdm::name_of(cdm::current_isa()); },

@@ -75,17 +75,31 @@ CDM_INLINE VecF load(const cdm::bf16* p) {
 #endif
 }
 
+#if CDM_AVX512
+// The numbers 1, 3, ..., 31, 0, ..., 0.
+CDM_INLINE __m512i odd_words() {
+    return _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0x1f001d, 0x1b0019, 0x170015, 0x130011, 0xf000d, 0xb0009,
+                            0x70005, 0x30001);
+}
+#endif
+
 CDM_INLINE void store(float* p, VecF v) { __builtin_memcpy(p, &v, sizeof(v)); }
 CDM_INLINE void store(double* p, VecD v) { __builtin_memcpy(p, &v, sizeof(v)); }
 
 // Rounds to nearest, ties to even; a NaN stays a (quiet) NaN.
 CDM_INLINE void store(cdm::bf16* p, VecF v) {
+#if CDM_AVX512
+    const __m512i bits = bit_cast<__m512i>(v), below_half = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+    const __m512i rounded = _mm512_mask_sub_epi32(below_half, odd, below_half, _mm512_set1_epi32(-1));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i kept = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
+    const __m512i high = _mm512_permutexvar_epi16(odd_words(), kept);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(high));
+#else
     const VecU bits = bit_cast<VecU>(v);
     const VecU rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
     const VecU kept = (v == v ? rounded : bits | 0x400000u) >> 16;
-#if CDM_AVX512
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bit_cast<__m512i>(kept)));
-#else
     const HalfU half = __builtin_convertvector(kept, HalfU);
     __builtin_memcpy(p, &half, sizeof(half));
 #endif
@@ -224,6 +238,50 @@ CDM_INLINE typename Math<T>::Scalar sum_lanes(typename Math<T>::Vec v, int lanes
     for (int width = lanes_of<T>() / 2; width > 0; width /= 2)
         for (int lane = 0; lane < width; ++lane) part[lane] += part[lane + width];
     return part[0];
+#endif
+}
+
+#if CDM_AVX512
+
+// a[0] + a[1], a[2] + a[3], ..., b[0] + b[1], ...
+CDM_INLINE VecF add_neighbours(VecF a, VecF b) {
+    const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i odd = _mm512_set_epi32(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    return _mm512_permutex2var_ps(a, even, b) + _mm512_permutex2var_ps(a, odd, b);
+}
+
+CDM_INLINE VecD add_neighbours(VecD a, VecD b) {
+    const __m512i even = _mm512_set_epi64(14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i odd = _mm512_set_epi64(15, 13, 11, 9, 7, 5, 3, 1);
+    return _mm512_permutex2var_pd(a, even, b) + _mm512_permutex2var_pd(a, odd, b);
+}
+
+#endif
+
+// The first `lanes` lanes, 0 in the others.
+template <class T>
+CDM_INLINE typename Math<T>::Vec first_lanes(typename Math<T>::Vec v, int lanes) {
+    typename Math<T>::Scalar part[lanes_of<T>()];
+    store(part, v);
+    for (int lane = lanes; lane < lanes_of<T>(); ++lane) part[lane] = 0;
+    return load(part);
+}
+
+// The sum over the lanes of each of as many vectors as one has lanes, in their order.
+template <class T>
+CDM_INLINE typename Math<T>::Vec sum_lanes_of_each(const typename Math<T>::Vec* vectors) {
+    constexpr int lanes = lanes_of<T>();
+#if CDM_AVX512
+    typename Math<T>::Vec sums[lanes];
+    // Sums of neighbouring lanes, of two vectors in one, until one vector is left.
+    __builtin_memcpy(sums, vectors, sizeof(sums));
+    for (int left = lanes / 2; left > 0; left /= 2)
+        for (int i = 0; i < left; ++i) sums[i] = add_neighbours(sums[2 * i], sums[2 * i + 1]);
+    return sums[0];
+#else
+    typename Math<T>::Scalar total[lanes];
+    for (int i = 0; i < lanes; ++i) total[i] = sum_lanes<T>(vectors[i], lanes);
+    return load(total);
 #endif
 }
 

@@ -19,7 +19,7 @@ _TILE = 512  # elements: with ten sums per element, more would spill
 _LINE_BYTES = 128  # what neighbouring channels should fill, when channels-last
 
 
-def group_norm_silu_forward(
+def forward(
     x: Tensor,
     skip: Tensor | None,
     weight: Tensor,
@@ -32,18 +32,18 @@ def group_norm_silu_forward(
     eps: float,
     silu: bool,
     dropout: float,
-    channels_last: bool,
 ) -> None:
-    """Fills y, mean and rstd. Images are dense, all in one layout; parameters as in the C++ op.
+    """Fills y, mean and rstd. Images are dense and all contiguous or all channels-last; weight and bias are
+    both (C,) or both (B, C).
 
     skip: the channels that follow those of x, if any.
     """
-    grid, sizes = _geometry(x, skip, weight, num_groups, channels_last)
+    grid, sizes = _geometry(x, skip, weight, num_groups)
     inputs = x, _pointer(skip, x), weight, bias, _pointer(seed, x)
     _forward_kernel[grid](*inputs, y, mean, rstd, eps, **sizes, silu=silu, **_dropout(dropout))
 
 
-def group_norm_silu_vjp(
+def vjp(
     g: Tensor,
     x: Tensor,
     skip: Tensor | None,
@@ -59,16 +59,15 @@ def group_norm_silu_vjp(
     num_groups: int,
     silu: bool,
     dropout: float,
-    channels_last: bool,
 ) -> None:
     """Fills grad_x, grad_skip and, per image, grad_weight and grad_bias (B, C)."""
-    grid, sizes = _geometry(x, skip, weight, num_groups, channels_last)
+    grid, sizes = _geometry(x, skip, weight, num_groups)
     inputs = g, x, _pointer(skip, x), weight, bias, mean, rstd, _pointer(seed, x)
     outputs = grad_x, _pointer(grad_skip, x), grad_weight, grad_bias
     _vjp_kernel[grid](*inputs, *outputs, **sizes, silu=silu, **_dropout(dropout))
 
 
-def group_norm_silu_vjp_backward(
+def vjp_backward(
     v: Tensor,
     v_skip: Tensor | None,
     g: Tensor,
@@ -87,18 +86,18 @@ def group_norm_silu_vjp_backward(
     num_groups: int,
     silu: bool,
     dropout: float,
-    channels_last: bool,
 ) -> None:
     """Fills grad_g, grad_x, grad_skip and, per image, grad_weight and grad_bias (B, C)."""
-    grid, sizes = _geometry(x, skip, weight, num_groups, channels_last)
+    grid, sizes = _geometry(x, skip, weight, num_groups)
     inputs = v, _pointer(v_skip, x), g, x, _pointer(skip, x), weight, bias, mean, rstd, _pointer(seed, x)
     outputs = grad_g, grad_x, _pointer(grad_skip, x), grad_weight, grad_bias
     _vjp_backward_kernel[grid](*inputs, *outputs, **sizes, silu=silu, **_dropout(dropout))
 
 
 def _geometry(
-    x: Tensor, skip: Tensor | None, weight: Tensor, num_groups: int, channels_last: bool
+    x: Tensor, skip: Tensor | None, weight: Tensor, num_groups: int
 ) -> tuple[tuple[int, ...], dict[str, int]]:
+    channels_last = not x.is_contiguous()
     batch, split = x.shape[:2]
     channels = split if skip is None else split + skip.shape[1]
     pixels = x.numel() // (batch * split)

@@ -10,10 +10,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,15 +121,6 @@ def _obstacle(op: str, backend: str, device: str, dtype: torch.dtype) -> str | N
     if dtype not in coverage.dtypes:
         return f"it takes {', '.join(map(str, coverage.dtypes))}, got {dtype}"
     return missing(backend)
-
-
-def kernels(op: str, backend: str) -> Any:
-    """The functions that fill the outputs of an op on a kernel backend ("cpp", "cuda" or "triton").
-
-    Those in C++ and CUDA share a name and are told apart by the device of their tensors; a Triton module in
-    cdm_fast.kernels has functions of the same names and arguments.
-    """
-    return import_module(f"cdm_fast.kernels.{op}") if backend == "triton" else torch.ops.cdm_fast_cpp
 
 
 def missing(backend: str) -> str | None:

@@ -11,8 +11,6 @@ GroupNorm: Wu and He 2018, eq. 1-3; SiLU: u sigmoid(u). With p = g mask silu'(u)
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 from typing import overload as typed
 
@@ -20,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cdm_fast.ops._backend import Coverage, declare, kernels, resolve
+from cdm_fast.ops._backend import Coverage, declare, resolve
 from cdm_fast.ops._registry import define, overload
 from cdm_fast.ops.philox import Stream, check_seed, philox_words
 
@@ -30,8 +28,6 @@ declare(
     cuda=Coverage("cuda", (torch.float32, torch.bfloat16, torch.float16)),
     triton=Coverage("cuda", (torch.float64, torch.float32, torch.bfloat16, torch.float16)),
 )
-
-_READ_TWO_PIECES = ("cpp", "triton")  # backends whose kernels take x and skip where they lie
 
 
 def group_norm_silu(
@@ -55,19 +51,20 @@ def group_norm_silu(
     to autograd.
 
     skip: the input is then cat((x, skip), 1), of C + C2 channels, and so are weight, bias and y; a group may
-    have channels of both. The "cpp" and "triton" kernels read the two where they lie; the other backends
-    concatenate them first, with the same result.
+    have channels of both. The kernels read the two where they lie; the reference concatenates them, with the
+    same result.
 
     Raises TypeError or ValueError for arguments of the wrong dtype, shape, device or range.
     """
     _check(x, skip, weight, bias, num_groups, dropout, seed)
     backend = resolve("group_norm_silu", x)
-    if skip is not None and backend not in _READ_TWO_PIECES:
-        x, skip = torch.cat((x, skip), 1), None
     if backend == "reference":
+        whole = x if skip is None else torch.cat((x, skip), 1)
         return group_norm_silu_reference(
-            x, weight, bias, num_groups, eps, silu=silu, dropout=dropout, seed=seed
+            whole, weight, bias, num_groups, eps, silu=silu, dropout=dropout, seed=seed
         )
+    x, skip = _dense(x, skip)
+    weight, bias = _parameters(weight, bias, x)
     op = overload("group_norm_silu", backend)
     return op(x, skip, weight, bias, seed, num_groups, silu, dropout, eps)
 
@@ -127,16 +124,17 @@ def group_norm_silu_vjp(
     _check(x, skip, weight, bias, num_groups, dropout, seed)
     _check_cotangent(g, x, skip, mean, rstd, num_groups)
     backend = resolve("group_norm_silu", x)
-    if skip is not None and backend not in _READ_TWO_PIECES:
-        inputs = g, torch.cat((x, skip), 1), weight, bias, mean, rstd, num_groups
-        grad = group_norm_silu_vjp(*inputs, silu=silu, dropout=dropout, seed=seed)
-        return grad[:, : x.shape[1]], grad[:, x.shape[1] :]
     if backend == "reference":
-        return group_norm_silu_vjp_reference(
-            g, x, weight, bias, mean, rstd, num_groups, silu=silu, dropout=dropout, seed=seed
+        whole = x if skip is None else torch.cat((x, skip), 1)
+        grad = group_norm_silu_vjp_reference(
+            g, whole, weight, bias, mean, rstd, num_groups, silu=silu, dropout=dropout, seed=seed
         )
+        return grad if skip is None else (grad[:, : x.shape[1]], grad[:, x.shape[1] :])
+    x, skip = _dense(x, skip)
+    weight, bias = _parameters(weight, bias, x)
+    saved = mean.contiguous(), rstd.contiguous(), seed
     op = overload("group_norm_silu_vjp", backend)
-    grad_x, grad_skip = op(g, x, skip, weight, bias, mean, rstd, seed, num_groups, silu, dropout)
+    grad_x, grad_skip = op(_laid_out_as(x, g), x, skip, weight, bias, *saved, num_groups, silu, dropout)
     return grad_x if skip is None else (grad_x, grad_skip)
 
 
@@ -292,13 +290,45 @@ def _check_cotangent(
             raise ValueError(f"{name}: expected {shape} {dtype} on {x.device}, got {got}")
 
 
+def _dense(x: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """x and skip without gaps and in one order, that of x: contiguous or channels-last."""
+    if not x.is_contiguous() and not _is_channels_last(x):
+        x = x.contiguous()
+    return x, None if skip is None else _laid_out_as(x, skip)
+
+
+def _laid_out_as(x: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor without gaps, in the order of the dense x."""
+    if x.is_contiguous():
+        return tensor.contiguous()
+    if _is_channels_last(tensor):
+        return tensor
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    if x.dim() == 4:
+        return x.is_contiguous(memory_format=torch.channels_last)
+    return x.movedim(1, -1).is_contiguous()
+
+
+def _parameters(weight: Tensor, bias: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """weight and bias in the precision of the statistics, both (C,) or both (B, C)."""
+    if weight.dim() != bias.dim():
+        shape = x.shape[0], weight.shape[-1]
+        weight, bias = weight.expand(shape), bias.expand(shape)
+    dtype = _statistics_dtype(x)
+    if weight.dtype != dtype or bias.dtype != dtype:
+        weight, bias = weight.to(dtype), bias.to(dtype)
+    return weight.contiguous(), bias.contiguous()
+
+
 # Registration. The op and its VJP know their first derivative; the two ops that compute these know none, so
-# that a second differentiation raises. The kernels of all languages fill outputs that are allocated here.
-# What belongs to skip is None where there is none.
+# that a second differentiation raises. All take what `_dense`, `_laid_out_as` and `_parameters` return. What
+# belongs to skip is None where there is none.
 
 
-def _forward(
-    backend: str,
+def _triton_forward(
     x: Tensor,
     skip: Tensor | None,
     weight: Tensor,
@@ -309,17 +339,20 @@ def _forward(
     dropout: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, channels_last = _dense(x)
-    skip = _laid_out(skip, channels_last)
+    from cdm_fast.kernels import group_norm_silu as kernels
+
     outputs = _empty_whole(x, skip), *_empty_pair(x, num_groups)
-    inputs = x, skip, *_parameters(weight, bias, x), seed
-    run = kernels("group_norm_silu", backend).group_norm_silu_forward
-    run(*inputs, *outputs, num_groups, eps, silu, dropout, channels_last)
+    kernels.forward(x, skip, weight, bias, seed, *outputs, num_groups, eps, silu, dropout)
     return outputs
 
 
-def _vjp(
-    backend: str,
+def _triton_vjp(
+    g: Tensor, x: Tensor, skip: Tensor | None, weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor | None]:
+    return _triton_backward(g, x, skip, weight, *rest)[:2]
+
+
+def _triton_backward(
     g: Tensor,
     x: Tensor,
     skip: Tensor | None,
@@ -328,30 +361,19 @@ def _vjp(
     mean: Tensor,
     rstd: Tensor,
     seed: Tensor | None,
-    num_groups: int,
-    silu: bool,
-    dropout: float,
+    *options: Any,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """The VJP's two parts and, per image, the gradients of weight and bias that come with it."""
-    x, channels_last = _dense(x)
-    skip = _laid_out(skip, channels_last)
-    outputs = torch.empty_like(x), _empty_like(skip), *_empty_pair(x, weight.shape[-1])
-    inputs = _laid_out(g, channels_last), x, skip, *_parameters(weight, bias, x), mean, rstd, seed
-    run = kernels("group_norm_silu", backend).group_norm_silu_vjp
-    run(*inputs, *outputs, num_groups, silu, dropout, channels_last)
-    return outputs
+    """Gradients of <g, y> with respect to x, skip, weight and bias."""
+    from cdm_fast.kernels import group_norm_silu as kernels
+
+    grad_x, grad_skip = _empty_pieces(x, skip)
+    of_parameters = _empty_pair(x, weight.shape[-1])
+    gradients = grad_x, grad_skip, *of_parameters
+    kernels.vjp(g, x, skip, weight, bias, mean, rstd, seed, *gradients, *options)
+    return grad_x, grad_skip, *_like_parameters(of_parameters, weight)
 
 
-def _backward(
-    backend: str, g: Tensor, x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Gradients of <g, y> with respect to x, skip, weight and bias; arguments as in `_vjp`."""
-    grad_x, grad_skip, grad_weight, grad_bias = _vjp(backend, g, x, skip, weight, bias, *rest)
-    return grad_x, grad_skip, _shaped(grad_weight, weight), _shaped(grad_bias, bias)
-
-
-def _vjp_backward(
-    backend: str,
+def _triton_vjp_backward(
     v: Tensor,
     v_skip: Tensor | None,
     g: Tensor,
@@ -362,33 +384,37 @@ def _vjp_backward(
     mean: Tensor,
     rstd: Tensor,
     seed: Tensor | None,
-    num_groups: int,
-    silu: bool,
-    dropout: float,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     """Gradients of <v, VJP> with respect to g, x, skip, weight and bias."""
-    x, channels_last = _dense(x)
-    skip = _laid_out(skip, channels_last)
-    cotangents = (_laid_out(tensor, channels_last) for tensor in (v, v_skip, g))
-    gradients = _empty_whole(x, skip), torch.empty_like(x), _empty_like(skip)
-    grad_weight, grad_bias = _empty_pair(x, weight.shape[-1])
-    inputs = *cotangents, x, skip, *_parameters(weight, bias, x), mean, rstd, seed
-    run = kernels("group_norm_silu", backend).group_norm_silu_vjp_backward
-    run(*inputs, *gradients, grad_weight, grad_bias, num_groups, silu, dropout, channels_last)
-    return *gradients, _shaped(grad_weight, weight), _shaped(grad_bias, bias)
+    from cdm_fast.kernels import group_norm_silu as kernels
+
+    grad_g, (grad_x, grad_skip) = _empty_whole(x, skip), _empty_pieces(x, skip)
+    of_parameters = _empty_pair(x, weight.shape[-1])
+    gradients = grad_g, grad_x, grad_skip, *of_parameters
+    kernels.vjp_backward(v, v_skip, g, x, skip, weight, bias, mean, rstd, seed, *gradients, *options)
+    return grad_g, grad_x, grad_skip, *_like_parameters(of_parameters, weight)
+
+
+def _like_parameters(of_images: tuple[Tensor, Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
+    return of_images if weight.dim() == 2 else (of_images[0].sum(0), of_images[1].sum(0))
 
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, skip, weight, bias, seed, *options, _ = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, skip, weight, bias, mean, rstd, seed)
     ctx.options = options
 
 
-def _differentiate_forward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate_forward(ctx: Any, grad_y: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return (None,) * 9
+    x, *saved = ctx.saved_tensors
     backward = overload("group_norm_silu_backward", ctx.backend)
-    return *backward(grad_y, *ctx.saved_tensors, *ctx.options), *(None,) * 5
+    return *backward(_laid_out_as(x, grad_y), x, *saved, *ctx.options), *(None,) * 5
 
 
 def _save_vjp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
@@ -397,71 +423,53 @@ def _save_vjp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ..
 
 
 def _differentiate_vjp(ctx: Any, v: Tensor, v_skip: Tensor | None) -> tuple[Tensor | None, ...]:
+    g, x, *saved = ctx.saved_tensors
+    v, v_skip = _laid_out_as(x, v), None if v_skip is None else _laid_out_as(x, v_skip)
     backward = overload("group_norm_silu_vjp_backward", ctx.backend)
-    return *backward(v, v_skip, *ctx.saved_tensors, *ctx.options), *(None,) * 6
-
-
-def _define(name: str, schema: str, run: Callable[..., Any], **parts: Callable[..., Any]) -> None:
-    native, triton = partial(run, "cpp"), partial(run, "triton")
-    define(name, schema, cpu=native, cuda=native, triton=triton, **parts)
+    return *backward(v, v_skip, g, x, *saved, *ctx.options), *(None,) * 6
 
 
 _PARAMETERS = "Tensor x, Tensor? skip, Tensor weight, Tensor bias, "
 _OPTIONS = "Tensor? seed, int num_groups, bool silu, float dropout"
 _SAVED = "Tensor mean, Tensor rstd, " + _OPTIONS
-_define(
+define(
     "group_norm_silu",
     f"({_PARAMETERS}{_OPTIONS}, float eps) -> (Tensor, Tensor, Tensor)",
-    _forward,
     fake=lambda x, skip, weight, bias, seed, groups, *_: (_empty_whole(x, skip), *_empty_pair(x, groups)),
+    triton=_triton_forward,
     save=_save_forward,
     backward=_differentiate_forward,
 )
-_define(
+define(
     "group_norm_silu_backward",
     f"(Tensor g, {_PARAMETERS}{_SAVED}) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward,
     fake=lambda g, x, skip, weight, bias, *_: (
         *_empty_pieces(x, skip),
-        _empty_shaped(weight),
-        _empty_shaped(bias),
+        torch.empty_like(weight),
+        torch.empty_like(bias),
     ),
+    triton=_triton_backward,
 )
-_define(
+define(
     "group_norm_silu_vjp",
     f"(Tensor g, {_PARAMETERS}{_SAVED}) -> (Tensor, Tensor)",
-    lambda *inputs: _vjp(*inputs)[:2],
     fake=lambda g, x, skip, *_: _empty_pieces(x, skip),
+    triton=_triton_vjp,
     save=_save_vjp,
     backward=_differentiate_vjp,
 )
-_define(
+define(
     "group_norm_silu_vjp_backward",
     f"(Tensor v, Tensor? v_skip, Tensor g, {_PARAMETERS}{_SAVED})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _vjp_backward,
     fake=lambda v, v_skip, g, x, skip, weight, bias, *_: (
         _empty_whole(x, skip),
         *_empty_pieces(x, skip),
-        _empty_shaped(weight),
-        _empty_shaped(bias),
+        torch.empty_like(weight),
+        torch.empty_like(bias),
     ),
+    triton=_triton_vjp_backward,
 )
-
-
-def _dense(x: Tensor) -> tuple[Tensor, bool]:
-    """x or, if it has gaps, a copy without; and whether its layout is channels-last."""
-    if x.is_contiguous():
-        return x, False
-    if x.movedim(1, -1).is_contiguous():
-        return x, True
-    return x.contiguous(), False
-
-
-def _laid_out(tensor: Tensor | None, channels_last: bool) -> Tensor | None:
-    if tensor is None:
-        return None
-    return tensor.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else tensor.contiguous()
 
 
 def _whole_shape(x: Tensor, skip: Tensor | None) -> torch.Size:
@@ -471,44 +479,22 @@ def _whole_shape(x: Tensor, skip: Tensor | None) -> torch.Size:
     return torch.Size((x.shape[0], x.shape[1] + skip.shape[1], *x.shape[2:]))
 
 
-def _parameters(weight: Tensor, bias: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """weight and bias in the precision of the statistics, both (C,) or both (B, C)."""
-    shape = (x.shape[0], weight.shape[-1]) if weight.dim() + bias.dim() > 2 else weight.shape[-1:]
-    dtype = _statistics_dtype(x)
-    return weight.to(dtype).expand(shape).contiguous(), bias.to(dtype).expand(shape).contiguous()
-
-
 def _empty_pair(x: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     """Two uninitialised (B, columns) tensors in the precision of the statistics."""
     shape, dtype = (x.shape[0], columns), _statistics_dtype(x)
     return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
 
 
-def _shaped(grad: Tensor, parameter: Tensor) -> Tensor:
-    """(B, C) in the precision of the statistics -> like the parameter."""
-    return (grad.sum(0) if parameter.dim() == 1 else grad).to(parameter.dtype)
-
-
 def _empty_whole(x: Tensor, skip: Tensor | None) -> Tensor:
     """An uninitialised y, laid out like x."""
-    x, channels_last = _dense(x)
     if skip is None:
         return torch.empty_like(x)
     batch, channels, *spatial = _whole_shape(x, skip)
-    if channels_last:
-        return x.new_empty(batch, *spatial, channels).movedim(-1, 1)
-    return x.new_empty(batch, channels, *spatial)
+    if x.is_contiguous():
+        return x.new_empty(batch, channels, *spatial)
+    return x.new_empty(batch, *spatial, channels).movedim(-1, 1)
 
 
 def _empty_pieces(x: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Uninitialised gradients of x and skip, laid out like x."""
-    x, channels_last = _dense(x)
-    return torch.empty_like(x), _empty_like(_laid_out(skip, channels_last))
-
-
-def _empty_like(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else torch.empty_like(tensor)
-
-
-def _empty_shaped(parameter: Tensor) -> Tensor:
-    return torch.empty_like(parameter, memory_format=torch.contiguous_format)
+    """Uninitialised gradients of x and skip."""
+    return torch.empty_like(x), None if skip is None else torch.empty_like(skip)

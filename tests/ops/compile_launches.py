@@ -100,18 +100,18 @@ def group_norm_silu(kernels: Any) -> None:
     x, stats = empty(4, 256, 16, 16, dtype=torch.bfloat16), (empty(4, 32), empty(4, 32))
     skip = empty(4, 128, 16, 16, dtype=torch.bfloat16)
     parameters, gradients = (empty(384), empty(384)), (empty(4, 384), empty(4, 384))
-    for second, channels_last, dropout, seed in (
-        (None, False, 0.0, None),
-        (None, True, 0.1, SEED),
-        (skip, False, 0.0, None),
-        (skip, True, 0.0, None),
+    contiguous, channels_last = torch.contiguous_format, torch.channels_last
+    for second, layout, dropout, seed in (
+        (None, contiguous, 0.0, None),
+        (None, channels_last, 0.1, SEED),
+        (skip, contiguous, 0.0, None),
+        (skip, channels_last, 0.0, None),
     ):
-        inputs, options = (x, second, *parameters), (True, dropout, channels_last)
-        kernels.group_norm_silu_forward(*inputs, seed, x, *stats, 32, 1e-6, *options)
-        kernels.group_norm_silu_vjp(x, *inputs, *stats, seed, x, second, *gradients, 32, *options)
-        kernels.group_norm_silu_vjp_backward(
-            x, second, x, *inputs, *stats, seed, x, x, second, *gradients, 32, *options
-        )
+        x = x.contiguous(memory_format=layout)
+        inputs, options = (x, second, *parameters), (True, dropout)
+        kernels.forward(*inputs, seed, x, *stats, 32, 1e-6, *options)
+        kernels.vjp(x, *inputs, *stats, seed, x, second, *gradients, 32, *options)
+        kernels.vjp_backward(x, second, x, *inputs, *stats, seed, x, x, second, *gradients, 32, *options)
 
 
 LAUNCHES: dict[str, Callable[[Any], None]] = {

@@ -175,7 +175,7 @@ def test_triton_interpreted(
 
 TWO_PIECES = {
     f"{backend}-{case}": (backend, *arguments)
-    for backend in ("reference", "cpp")
+    for backend in ("reference", "native")
     for case, arguments in SPLIT_CASES.items()
 } | {"triton-within-a-group": ("triton", *SPLIT_CASES["within-a-group"])}  # interpreted: slow
 
@@ -185,8 +185,9 @@ TWO_PIECES = {
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize(("name", "shape", "groups", "split"), TWO_PIECES.values(), ids=TWO_PIECES.keys())
 def test_two_pieces_give_what_their_concatenation_gives(
-    poison_empty, name, shape, groups, split, dtype, channels_last, options
+    request, poison_empty, name, shape, groups, split, dtype, channels_last, options
 ):
+    name = request.getfixturevalue("native") if name == "native" else name
     _skip_without(name)
     inputs = _inputs(shape, dtype, channels_last, per_image=split == 5)
     with use_backend(name):
@@ -227,6 +228,55 @@ def test_strided_inputs_and_mixed_layouts_give_the_same(backend):
     g_last = g.to(memory_format=torch.channels_last)
     torch.testing.assert_close(group_norm_silu(strided, weight, bias, 3)[0], y)
     torch.testing.assert_close(group_norm_silu_vjp(g_last, strided, weight, bias, mean, rstd, 3), vjp)
+
+
+def test_strided_statistics_give_the_same(backend):
+    x, g, _, _, weight, bias = _inputs((2, 6, 4, 10), torch.float64)
+    _, mean, rstd = group_norm_silu(x, weight, bias, 3)
+    expected = group_norm_silu_vjp(g, x, weight, bias, mean, rstd, 3)
+    strided = [torch.stack((statistic, statistic), -1)[..., 0] for statistic in (mean, rstd)]
+    torch.testing.assert_close(group_norm_silu_vjp(g, x, weight, bias, *strided, 3), expected)
+
+
+def test_the_ops_themselves_refuse_what_is_not_dense_or_not_in_one_layout(needs_cpp):
+    x, g, _, _, weight, bias = _inputs((2, 6, 4, 5), torch.float64)
+    mean = rstd = torch.ones(2, 3, dtype=torch.float64)
+    ops, options = torch.ops.cdm_fast, (None, 3, True, 0.0)
+    g_last = g.to(memory_format=torch.channels_last)
+    for wrong in (x[:1].expand_as(x), x.transpose(2, 3)):
+        with pytest.raises(RuntimeError, match="dense tensors, all in x's layout"):
+            ops.group_norm_silu(wrong, None, weight, bias, *options, EPS)
+    with pytest.raises(RuntimeError, match="dense tensors, all in x's layout"):
+        ops.group_norm_silu_vjp(g_last, x, None, weight, bias, mean, rstd, *options)
+    with pytest.raises(RuntimeError, match="dense tensors, all in x's layout"):
+        ops.group_norm_silu_vjp_backward(x, None, g, g_last, None, weight, bias, mean, rstd, *options)
+
+
+def test_bf16_results_are_those_of_fp32_rounded_to_nearest_even(needs_cpp, limit_isa):
+    x = torch.randn(4, 32, 15, 17).bfloat16()
+    x[0, 0, 0, 0], x[1, 9, 0, 0] = float("nan"), float("inf")
+    weight, bias = torch.randn(32), torch.randn(32)
+    for isa in ("baseline", "avx2", "avx512"):
+        limit_isa(isa)
+        with use_backend("cpp"):
+            y = group_norm_silu(x, weight, bias, 4, silu=False)[0]
+            expected = group_norm_silu(x.float(), weight, bias, 4, silu=False)[0].bfloat16()
+        torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_gradient_that_is_not_there_is_zero(backend):
+    class Cut(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    x = torch.randn(1, 4, 2, 2, requires_grad=True)
+    y = group_norm_silu(x, torch.ones(4), torch.zeros(4), 2)[0]
+    assert torch.autograd.grad(Cut.apply(y).sum(), x, allow_unused=True) == (None,)
 
 
 def test_one_weight_per_channel_and_one_bias_per_image(backend):
