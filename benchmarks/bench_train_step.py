@@ -6,6 +6,7 @@ write it from the paper; the second our own plain diffusion model (DDM) on the s
 
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -47,6 +48,19 @@ def test_against_ddm(benchmark, compare, steps, dtype):
 
     compare(benchmark, steps.adjoint(dtype), steps.ddm(dtype), check, rounds=7)
     _describe(benchmark, steps, dtype)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled(benchmark, compare, steps, device, relative_error_below, mode):
+    """`--compile` in bf16 against the eager step; `compile_seconds` is what the first step took."""
+    if device.type == "cpu":
+        pytest.skip("compiling takes minutes on a CPU and gains little: off there unless asked for")
+    candidate = steps.adjoint(torch.bfloat16, compile=mode)
+    began = time.perf_counter()
+    candidate()
+    benchmark.extra_info["compile_seconds"] = time.perf_counter() - began
+    compare(benchmark, candidate, steps.adjoint(torch.bfloat16), relative_error_below(0.05), rounds=5)
+    _describe(benchmark, steps, torch.bfloat16)
 
 
 def test_recomputation(benchmark, compare, steps, relative_error_below):

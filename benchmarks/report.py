@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 FOLDER = Path(__file__).parent
+IN_A_PICTURE = ("scaling",)  # benchmarks whose figures are drawn instead: one row each would hide the others
 BEGIN, END = "<!-- table: python -m benchmarks.report -->", "<!-- end of table -->"
 COLUMNS = ("benchmark", "case", "shape", "ms", "baseline ms", "ratio", "of limit", "peak MiB", "run")
 NOTHING = "—"
@@ -65,7 +66,12 @@ def _figure(entry: dict[str, Any]) -> dict[str, Any]:
 
 def table(runs: list[Run]) -> str:
     """The table, with a row for each benchmark that no GPU has run yet; then a line per run."""
-    rows = [_row(figure, number) for number, run in enumerate(runs, 1) for figure in run.figures]
+    rows = [
+        _row(figure, number)
+        for number, run in enumerate(runs, 1)
+        for figure in run.figures
+        if figure["benchmark"] not in IN_A_PICTURE
+    ]
     measured = {(run.environment["device"], figure["benchmark"]) for run in runs for figure in run.figures}
     missing = sorted({name for _, name in measured if ("cuda", name) not in measured})
     if not measured:

@@ -45,9 +45,10 @@ workers=()
 "$PYTHON" -c 'import xdist' 2> /dev/null && workers=(-n 8)
 op_benchmarks=()
 step_benchmarks=()
+slow_benchmarks=(benchmarks/bench_end_to_end.py benchmarks/bench_scaling.py) # torch.compile, many sizes
 for file in benchmarks/bench_*.py; do
     stem=${file#benchmarks/bench_}
-    if [ "$stem" = bandwidth.py ]; then continue; fi
+    if [ "$stem" = bandwidth.py ] || [[ " ${slow_benchmarks[*]} " = *" $file "* ]]; then continue; fi
     if [ -e "cdm_fast/ops/$stem" ]; then op_benchmarks+=("$file"); else step_benchmarks+=("$file"); fi
 done
 
@@ -56,21 +57,23 @@ part build 120 env CDM_FAST_REQUIRE_EXT=1 "${install[@]}"
 if [ ${#failed[@]} -gt 0 ]; then CDM_FAST_NO_EXT=1 "${install[@]}"; fi
 part doctor 15 "$PYTHON" -c 'import json, sys; from cdm_fast import doctor
 json.dump(doctor.report(), open(sys.argv[1], "w"))' "{json}"
-part tests 110 "$PYTHON" -m pytest tests/ops tests/test_gpu.py --test-device cuda "${workers[@]}" \
+part tests 85 "$PYTHON" -m pytest tests/ops tests/test_gpu.py --test-device cuda "${workers[@]}" \
     -p no:cacheprovider
 # Only the kernels of this project are instrumented (their names hold its namespace, cdm). Without PyTorch's
 # cache every tensor is an allocation of its own, and an access past its end is seen.
 if command -v compute-sanitizer > /dev/null; then
     for tool in memcheck racecheck; do
-        part "$tool" 35 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
+        part "$tool" 30 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
             --error-exitcode 1 --kernel-regex kns=cdm "$PYTHON" -m benchmarks.sanitize_kernels cuda
     done
 else
     echo "no compute-sanitizer on the PATH: memcheck and racecheck are left out"
 fi
-part bandwidth 90 "${bench[@]}" benchmarks/bench_bandwidth.py
-part kernels 55 "${bench[@]}" --rounds 7 "${op_benchmarks[@]}"
-part steps 70 "${bench[@]}" "${step_benchmarks[@]}"
+part bandwidth 60 "${bench[@]}" benchmarks/bench_bandwidth.py
+part kernels 40 "${bench[@]}" --rounds 7 "${op_benchmarks[@]}"
+part steps 90 "${bench[@]}" --deselect benchmarks/bench_train_step.py::test_compiled "${step_benchmarks[@]}"
+part compiled 70 "${bench[@]}" benchmarks/bench_train_step.py -k compiled
+part whole 30 "${bench[@]}" "${slow_benchmarks[@]}"
 
 printf '== done in %d s\n' "$SECONDS"
 if [ ${#failed[@]} -gt 0 ]; then

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from benchmarks.memory import peak_resident_mib
 from benchmarks.plain_unet import PlainUNet, double_backward_loss
 from cdm_fast import CDM, DDM, NoiseSchedule, UNet, UNetDenoiser, cdm_loss, ddm_loss
+from cdm_fast.config import Compile
+from cdm_fast.tuning import compiled
 
 CIFAR10 = (32, 3, 1002, 128, (1, 2, 2, 2), 2, (16,))  # the paper's network, 33.4 M parameters
 SMALL = (16, 3, 52, 32, (1, 2), 1, (8,))
@@ -23,8 +25,7 @@ BATCH_SIZE = {"cpu": 8, "cuda": 128}  # the paper's on a GPU
 class Batch:
     """One pinned batch for every variant: x0, eps, level, x_t and s_t, drawn on the CPU for any device."""
 
-    def __init__(self, sizes: tuple, device: torch.device, schedule: NoiseSchedule) -> None:
-        batch_size = BATCH_SIZE[device.type]
+    def __init__(self, sizes: tuple, device: torch.device, schedule: NoiseSchedule, batch_size: int) -> None:
         generator = torch.Generator().manual_seed(0)
         shape = (batch_size, sizes[1], sizes[0], sizes[0])
         self.x0 = torch.rand(shape, generator=generator) * 2 - 1
@@ -41,13 +42,21 @@ class Steps:
 
     Args:
         small: a tiny network instead of the 33.4 M one.
-        device: where it runs, with `BATCH_SIZE` images at a time.
+        device: where it runs.
+        sizes: another network.
+        batch_size: images at a time; by default `BATCH_SIZE`.
     """
 
-    def __init__(self, small: bool, device: torch.device) -> None:
-        sizes = SMALL if small else CIFAR10
+    def __init__(
+        self,
+        small: bool,
+        device: torch.device,
+        sizes: tuple | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        sizes = sizes or (SMALL if small else CIFAR10)
         self.schedule = NoiseSchedule.uniform(T=sizes[2] - 2)
-        self.batch = Batch(sizes, device, self.schedule)
+        self.batch = Batch(sizes, device, self.schedule, batch_size or BATCH_SIZE[device.type])
         self.sizes, self.device = sizes, device
 
     def plain(self) -> Callable[[], Tensor]:
@@ -58,7 +67,9 @@ class Steps:
             network, lambda: double_backward_loss(network, batch.x_t, batch.eps, batch.s_t, batch.level)
         )
 
-    def adjoint(self, dtype: torch.dtype, recompute: bool = False) -> Callable[[], Tensor]:
+    def adjoint(
+        self, dtype: torch.dtype, recompute: bool = False, compile: Compile = "off"
+    ) -> Callable[[], Tensor]:
         """The explicit adjoint, channels-last, in fp32 or under bf16 autocast."""
         torch.manual_seed(0)
         network, batch = UNet(*self.sizes), self.batch
@@ -69,9 +80,11 @@ class Steps:
         model = CDM(network, self.schedule).to(self.device)
         x0, eps = (x.to(memory_format=torch.channels_last) for x in (batch.x0, batch.eps))
 
+        loss_function = compiled(cdm_loss, compile, self.device)
+
         def loss() -> Tensor:
             with autocast(self.device, dtype):
-                return cdm_loss(model, x0, batch.level, eps).loss
+                return loss_function(model, x0, batch.level, eps).loss
 
         return gradient_step(network, loss)
 
