@@ -56,10 +56,10 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
     """(out, lse) of a few heads: q, k, v (heads, N, D)."""
     outs, lses = [], []
     for (q_rows,) in _row_by_row(q):
-        p = q_rows @ k.mT
+        p = _matmul(q_rows, k.mT)
         lse = q.new_empty(p.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
         torch.ops.cdm_fast_cpp.attention_softmax(p, lse, scale)
-        outs.append(p @ v)
+        outs.append(_matmul(p, v))
         lses.append(lse)
     return _join(outs, 1), _join(lses, 1)
 
@@ -70,11 +70,11 @@ def _vjp(
     """(grad_q, grad_k, grad_v) of a few heads."""
     grad_q, grad_k, grad_v = [], [], []
     for g_rows, q_rows, lse_rows in _row_by_row(g, q, lse):
-        p, grad_scores = q_rows @ k.mT, g_rows @ v.mT
+        p, grad_scores = _matmul(q_rows, k.mT), _matmul(g_rows, v.mT)
         torch.ops.cdm_fast_cpp.attention_vjp(p, grad_scores, lse_rows.contiguous(), scale)
-        grad_q.append(grad_scores @ k)
-        grad_k.append(grad_scores.mT @ q_rows)
-        grad_v.append(p.mT @ g_rows)
+        grad_q.append(_matmul(grad_scores, k))
+        grad_k.append(_matmul(grad_scores.mT, q_rows))
+        grad_v.append(_matmul(p.mT, g_rows))
     return _join(grad_q, 1), _sum(grad_k), _sum(grad_v)
 
 
@@ -92,15 +92,32 @@ def _vjp_backward(
     """(out_dot, grad_q_dot, grad_k_dot, grad_v_dot) of a few heads."""
     out_dot, grad_q, grad_k, grad_v = [], [], [], []
     for u_rows, g_rows, q_rows, lse_rows in _row_by_row(u_q, g, q, lse):
-        p, p_dot = q_rows @ k.mT, torch.baddbmm(u_rows @ k.mT, q_rows, u_k.mT)
-        grad_scores, grad_scores_dot = g_rows @ v.mT, g_rows @ u_v.mT
+        p, p_dot = _matmul(q_rows, k.mT), _matmul(q_rows, u_k.mT, added=_matmul(u_rows, k.mT))
+        grad_scores, grad_scores_dot = _matmul(g_rows, v.mT), _matmul(g_rows, u_v.mT)
         tiles = p, p_dot, grad_scores, grad_scores_dot
         torch.ops.cdm_fast_cpp.attention_vjp_backward(*tiles, lse_rows.contiguous(), scale)
-        out_dot.append(torch.baddbmm(p_dot @ v, p, u_v))
-        grad_q.append(torch.baddbmm(grad_scores_dot @ k, grad_scores, u_k))
-        grad_k.append(torch.baddbmm(grad_scores_dot.mT @ q_rows, grad_scores.mT, u_rows))
-        grad_v.append(p_dot.mT @ g_rows)
+        out_dot.append(_matmul(p, u_v, added=_matmul(p_dot, v)))
+        grad_q.append(_matmul(grad_scores, u_k, added=_matmul(grad_scores_dot, k)))
+        grad_k.append(_matmul(grad_scores.mT, u_rows, added=_matmul(grad_scores_dot.mT, q_rows)))
+        grad_v.append(_matmul(p_dot.mT, g_rows))
     return _join(out_dot, 1), _join(grad_q, 1), _sum(grad_k), _sum(grad_v)
+
+
+# oneDNN's matrix product of two matrices, which torch.compile uses too.
+_ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+def _matmul(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
+    """`a @ b` of a few heads, (heads, N, K) and (heads, K, M); plus `added`, which it may overwrite.
+
+    fp32 goes to oneDNN head by head. torch gives it to MKL, which runs at half speed on processors other than
+    Intel's: 2.4 ms against 1.2 ms for 8 heads of 256x256x256 on one Zen 5 core. bf16 is oneDNN's already.
+    """
+    if a.dtype != torch.float32 or _ONEDNN_LINEAR is None:
+        return a @ b if added is None else torch.baddbmm(added, a, b)
+    heads = zip(a, b, strict=True)
+    product = torch.stack([_ONEDNN_LINEAR(x, y.mT, None, "none", [], "") for x, y in heads])
+    return product if added is None else product.add_(added)
 
 
 def _fold(x: Tensor, num_heads: int) -> Tensor:
