@@ -66,7 +66,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Nll:
-    """Bits per dimension of images under a trained model, from one forward pass each (unaudited)."""
+    """Bits per dimension of images under a trained model, and the audit of such a figure."""
 
     run: Positional[Path]
     """Run directory."""
@@ -74,16 +74,38 @@ class Nll:
     """Data source; by default the run's own."""
     split: Split = "test"
     """Which part of the data."""
+    method: Literal["single", "ode", "elbo", "audit"] = "single"
+    """`single`: one forward pass, unaudited; `ode`: probability-flow ODE; `elbo`: variational bound; `audit`:
+    all three, log Z of the single pass, and RUN/audit.png."""
     level: int = 0
     """Noise level at which to score; 0 is the data itself."""
     draws: int = 3
-    """Dequantisation draws; their spread is printed."""
+    """Dequantisation draws of the single pass; their spread is printed."""
     protocol: Literal["dequantized", "paper"] = "dequantized"
     """`paper` scores pixels without dequantisation, as the paper's code does: lower, and not comparable."""
+    out: Path | None = None
+    """Also write the values of every image into this .npz or .csv."""
+    ode_images: int = 32
+    """Images to score by the ODE, drawn from the split."""
+    tolerance: float = 1e-5
+    """Relative and absolute tolerance of the ODE solver."""
+    probes: int | None = None
+    """Random probes of the ODE's divergence; 0 is exact, at the cost of one probe per value of an image; by
+    default 4, or exact up to 16 dimensions."""
+    elbo_images: int = 256
+    """Images to score by the variational bound, drawn from the split."""
+    particles: int = 128
+    """Particles of each run that measures log Z."""
+    runs: int = 3
+    """Independent runs that measure log Z; their spread is the error bar."""
+    moves: int = 1
+    """Langevin moves of every particle at each level."""
+    rungs: int | None = None
+    """Levels that the particles visit, by default all."""
     batch_size: int = 500
     """Images per forward pass."""
     seed: int = 0
-    """Seed of the draws."""
+    """Seed of everything random."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     json: Json = False

@@ -18,11 +18,11 @@ from cdm_fast.convert import convert
 from cdm_fast.data import ImageData, quantize, read_image, write_grid, write_image
 from cdm_fast.errors import UserError
 from cdm_fast.files import write_atomically
-from cdm_fast.likelihood import denoise_blind, evaluate
+from cdm_fast.likelihood import denoise_blind, describe_score
+from cdm_fast.likelihood.export import check_name, write_per_image
 from cdm_fast.model import CDM, DDM
 from cdm_fast.report import (
     class_labels,
-    describe_score,
     displayable,
     from_display,
     run_data,
@@ -30,6 +30,7 @@ from cdm_fast.report import (
     write_loss_curves,
 )
 from cdm_fast.sampling import sample
+from cdm_fast.scoring import score
 from cdm_fast.train import resume, train
 from cdm_fast.tuning import compile_network
 
@@ -148,20 +149,20 @@ def nll_command(command: arguments.Nll) -> Outcome:
     config = read_config(command.run)
     if command.batch_size < 1:
         raise UserError(f"--batch-size is {command.batch_size}; give 1 or more")
+    if command.protocol == "paper" and command.method != "single":
+        raise UserError(f"--protocol paper goes with --method single, not {command.method}; leave one out")
+    if command.method == "elbo" and command.level != 0:
+        raise UserError(f"--level {command.level}: the variational bound is one of level 0; leave it out")
+    if command.out is not None:
+        check_name(command.out)
     data = run_data(config, command.split, command.data)
     _require_fit(data, config, command.run)
-    report = evaluate(
-        _load(command.run, command.device),  # type: ignore[arg-type]  # a DDM is refused there
-        data,
-        level=command.level,
-        draws=command.draws,
-        batch_size=command.batch_size,
-        seed=command.seed,
-        protocol=command.protocol,
-    )
-    result = {"run": str(command.run), **report.to_json()}
-    speed = f"{report.images_per_second:.0f} images/s"
-    return Outcome(result, [*describe_score(result), speed])
+    model = _load(command.run, command.device)
+    result, lines, columns = score(command, model, data)
+    found = {"run": str(command.run), **result}
+    if command.out is not None:
+        found["out"] = str(write_per_image(command.out, data, columns))
+    return Outcome(found, lines)
 
 
 def _require_fit(data: ImageData, config: RunConfig, run: Path) -> None:

@@ -139,6 +139,45 @@ def write_level_mse(
     return _write(figure, path)
 
 
+def write_audit(
+    report: Mapping[str, Any],  # `AuditReport.to_json()`
+    path: str | Path,
+) -> Path:
+    """Four panels of a likelihood audit, as a PNG under `path`.
+
+    Every figure with its standard error; single pass minus ODE, log Z and the ratio check by level.
+    """
+    figure, (figures, difference, integral, ratios) = _figure(4)
+    named = [("single pass", "bits_per_dim"), ("audited", "audited_bits_per_dim")]
+    named += [("ODE", "ode_bits_per_dim"), ("bound", "elbo_bits_per_dim")]
+    shown = [(name, report[key], report[f"{key}_stderr"]) for name, key in named if report[key] is not None]
+    names, values, errors = zip(*shown, strict=True)
+    figures.errorbar(range(len(names)), values, yerr=errors, fmt="o", capsize=4)
+    figures.set_xticks(range(len(names)), names)
+    figures.set_xlim(-0.5, len(names) - 0.5)
+    _label(figures, f"bits/dim at level {report['level']}", "lower is better where it is normalised")
+    ode, z, check = report["ode"], report["log_z"], report["ratio_check"]
+    _by_level(difference, ode["levels"], ode["difference_at"], ode["difference_at_stderr"])
+    _label(difference, "single pass minus ODE, bits/dim", "level (0 = data)")
+    for key, name in (("log_z", "down"), ("log_z_half", "down, half as many"), ("log_z_up", "up from data")):
+        _by_level(integral, z["levels"], z[key], z[f"{key}_stderr"], name)
+    integral.legend(fontsize=8)
+    _label(integral, "log Z of the single pass, nats", "level (0 = data)")
+    _by_level(ratios, check["levels"], check["log_mean_ratio"], check["log_mean_ratio_stderr"])
+    _label(ratios, "log mean of p_t / p_t+1, nats", "level t (0 = data)")
+    return _write(figure, path)
+
+
+def _by_level(
+    axes: Axes, levels: ArrayLike, values: ArrayLike, errors: ArrayLike, name: str | None = None
+) -> None:
+    """Values with error bars over a line at 0, where a normalised density would be."""
+    axes.axhline(0.0, color="grey", linestyle="--", linewidth=0.8)
+    axes.errorbar(
+        levels, values, yerr=errors, marker=".", markersize=3, linewidth=0.8, elinewidth=0.5, label=name
+    )
+
+
 def _figure(num_panels: int, height: float = 3.2) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(4.8 * num_panels, height), layout="constrained")
     FigureCanvasAgg(figure)

@@ -4,7 +4,6 @@ Legend: B images, C channels, H W pixels, N grey levels, K classes.
 """
 
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,19 +89,3 @@ def write_final(model: CDM | DDM, config: RunConfig, validation: ImageData, run:
     }
     write_json(run / "nll.json", score)
     return score
-
-
-def describe_score(score: Mapping[str, Any]) -> list[str]:
-    """The keys of a likelihood report as lines for a person."""
-    check = score["ratio_check"]
-    lines = [
-        f"{score['bits_per_dim']:.4f} +- {score['bits_per_dim_stderr']:.4f} bits/dim, unaudited"
-        f" ({score['num_images']} {score['split']} images of {score['data']}, {score['draws']} draws spread"
-        f" {score['draw_spread']:.4f}, level {score['level']}, single pass, {score['protocol']})"
-    ]
-    if check is not None:
-        worst = f"worst {check['worst']:.3f} at level {check['worst_level']}"
-        total = check["sum_bits_per_dim"]
-        shift = "" if total is None else f"; all levels together {total:+.3f} bits/dim"
-        lines.append(f"adjacent-level ratio check, |log mean| in nats (0 is right): {worst}{shift}")
-    return lines

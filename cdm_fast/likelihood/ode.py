@@ -74,7 +74,7 @@ def flow_log_prob(
         probes: random +-1 vectors of Hutchinson's estimate of the divergence, fixed along a trajectory; 0
             is the exact divergence, at d times the cost of a probe. By default exact up to
             `EXACT_DIMENSIONS`, `DEFAULT_PROBES` above.
-        seed: of the probes.
+        seed: of the probes; an image's depend on its place in x too, not on what comes after it.
         levels: levels above `level` and up to T to record on the way.
 
     Raises:
@@ -122,8 +122,9 @@ class _Flow:
                 -1, 1, *x.shape[1:]
             )
         else:
-            signs = torch.randint(2, (probes, *x.shape), generator=torch.Generator().manual_seed(seed))
-            self.directions = (signs * 2 - 1).to(x.device, torch.float64)
+            generator = torch.Generator().manual_seed(seed)
+            signs = torch.randint(2, (len(x), probes, *x.shape[1:]), generator=generator) * 2 - 1
+            self.directions = signs.transpose(0, 1).to(x.device, torch.float64)
         self.u = x.double()
         self.divergence = self.u.new_zeros(len(x), max(1, probes))  # (B, P), its integral so far
 

@@ -1,0 +1,307 @@
+"""One data set scored by every method at once, and their disagreement beside the figures.
+
+# n images, d = C*H*W
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cdm_fast.data import ImageData
+from cdm_fast.errors import UserError
+from cdm_fast.likelihood.elbo import VariationalBound, variational_bound
+from cdm_fast.likelihood.images import (
+    add_noise,
+    bits_per_dim,
+    choose_images,
+    like_network,
+    nats_per_bit_per_dim,
+    require_likelihood,
+    stderr,
+)
+from cdm_fast.likelihood.normalisation import Normalisation, measure_log_z
+from cdm_fast.likelihood.ode import flow_log_prob, load_solver
+from cdm_fast.likelihood.single import LikelihoodReport, evaluate
+from cdm_fast.model import CDM, measures
+
+Progress = Callable[[str], None]
+
+COMPARED_LEVELS = 12  # at which single pass and ODE are compared, even in log-SNR
+TIGHTENED = 0.1  # the tolerance of the convergence check, relative to the tolerance
+
+
+def _silent(message: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class OdeReport:
+    """bits/dim by the probability-flow ODE, beside the single pass on the same noisy images.
+
+    Fields:
+        bits_per_dim, bits_per_dim_stderr: mean over images and its standard error (images and probes).
+        probe_stderr: the part of it that the random probes of the divergence cause; 0 if it is exact.
+        tolerance_shift: by how much the mean over `shift_images` of the images moves when the tolerance is
+            tightened tenfold, bits/dim.
+        difference, difference_stderr: single pass minus ODE on the same images, bits/dim.
+        levels, difference_at, difference_at_stderr: the same at levels on the images' way to noise.
+        level, tolerance, probes, evaluations, num_images, seconds: how it was measured.
+        index, per_image: (n,) which images of the split, and the bits/dim of each.
+    """
+
+    bits_per_dim: float
+    bits_per_dim_stderr: float
+    probe_stderr: float
+    tolerance_shift: float
+    shift_images: int
+    difference: float
+    difference_stderr: float
+    levels: list[int]
+    difference_at: list[float]
+    difference_at_stderr: list[float]
+    level: int
+    tolerance: float
+    probes: int | None
+    evaluations: int
+    num_images: int
+    seconds: float
+    index: Tensor
+    per_image: Tensor
+
+
+@measures
+def evaluate_ode(
+    model: CDM,
+    data: ImageData,
+    level: int = 0,
+    num_images: int = 32,
+    tolerance: float = 1e-5,
+    probes: int | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    progress: Progress = _silent,
+) -> OdeReport:
+    """bits/dim of `num_images` images of `data` at `level` by the ODE; see `OdeReport` and `flow_log_prob`.
+
+    Raises:
+        UserError: a model without likelihood, a level outside 0..T, fewer than 2 images, and as
+            `flow_log_prob`.
+    """
+    require_likelihood(model)
+    load_solver()  # its absence is told before any work
+    _require("ODE images", num_images, 2)
+    generator = torch.Generator().manual_seed(seed)
+    index, x = choose_images(data, num_images, generator)
+    x_t = like_network(model, add_noise(model.schedule, x, level, generator))
+    later = model.schedule.pairs(min(COMPARED_LEVELS, model.schedule.T), "log_snr")
+    levels = sorted(t for t, _ in later if t > level)
+    began, single, ode, probe, at, evaluations = time.perf_counter(), [], [], [], [], 0
+    for first in range(0, len(x_t), batch_size):
+        progress(f"ODE, images {first} to {min(first + batch_size, len(x_t))} of {len(x_t)}")
+        batch = x_t[first : first + batch_size]
+        flow = flow_log_prob(
+            model, batch, level, tolerance=tolerance, probes=probes, seed=seed + first, levels=levels
+        )
+        evaluations += flow.evaluations
+        single.append(model.log_prob(batch, level).double())
+        ode.append(flow.log_prob)
+        probe.append(flow.probe_stderr)
+        on_the_way = [
+            model.log_prob(like_network(model, x), t).double() for t, x in zip(levels, flow.x, strict=True)
+        ]
+        at.append(torch.stack(on_the_way) - flow.log_prob_at)
+    seconds = time.perf_counter() - began
+    few = x_t[: min(8, batch_size)]
+    progress(f"ODE, {len(few)} images again with the tolerance tightened to {TIGHTENED * tolerance:g}")
+    tight = flow_log_prob(model, few, level, tolerance=TIGHTENED * tolerance, probes=probes, seed=seed)
+    shift = (torch.cat(ode)[: len(few)] - tight.log_prob).mean()
+    unit = nats_per_bit_per_dim(data)
+    per_image = bits_per_dim(torch.cat(ode), data).cpu()
+    difference = (torch.cat(ode) - torch.cat(single)).cpu() / unit
+    difference_at = -torch.cat(at, dim=1).cpu() / unit  # (levels, n)
+    return OdeReport(
+        bits_per_dim=float(per_image.mean()),
+        bits_per_dim_stderr=stderr(per_image),
+        probe_stderr=float(torch.cat(probe).square().sum().sqrt()) / len(x_t) / unit,
+        tolerance_shift=float(shift) / unit,
+        shift_images=len(few),
+        difference=float(difference.mean()),
+        difference_stderr=stderr(difference),
+        levels=levels,
+        difference_at=difference_at.mean(1).tolist(),
+        difference_at_stderr=[stderr(row) for row in difference_at],
+        level=level,
+        tolerance=tolerance,
+        probes=probes,
+        evaluations=evaluations,
+        num_images=len(x_t),
+        seconds=seconds,
+        index=index,
+        per_image=per_image,
+    )
+
+
+@dataclass(frozen=True)
+class ElboReport:
+    """bits/dim by the variational bound, and where they are spent.
+
+    Fields:
+        bits_per_dim, bits_per_dim_stderr: mean over images and its standard error.
+        prior, reconstruction: those terms, bits/dim; the offset of grey levels is in the second.
+        levels, steps: the cost in bits/dim of the step that ends at each level but the noisiest.
+        num_images, seconds: how it was measured.
+        index, per_image: (n,) which images of the split, and the bits/dim of each.
+    """
+
+    bits_per_dim: float
+    bits_per_dim_stderr: float
+    prior: float
+    reconstruction: float
+    levels: list[int]
+    steps: list[float]
+    num_images: int
+    seconds: float
+    index: Tensor
+    per_image: Tensor
+
+
+@measures
+def evaluate_elbo(
+    model: CDM,
+    data: ImageData,
+    num_images: int = 256,
+    batch_size: int = 256,
+    seed: int = 0,
+    progress: Progress = _silent,
+) -> ElboReport:
+    """bits/dim of `num_images` images of `data` by `variational_bound`.
+
+    Raises UserError for a model without likelihood or fewer than 2 images.
+    """
+    require_likelihood(model)
+    _require("ELBO images", num_images, 2)
+    progress(f"variational bound: {min(num_images, len(data.images))} images at {model.schedule.T} levels")
+    index, x = choose_images(data, num_images, torch.Generator().manual_seed(seed))
+    began = time.perf_counter()
+    bound: VariationalBound = variational_bound(
+        model, like_network(model, x), seed=seed, batch_size=batch_size
+    )
+    unit = nats_per_bit_per_dim(data)
+    per_image = bits_per_dim(-bound.nats, data)
+    return ElboReport(
+        bits_per_dim=float(per_image.mean()),
+        bits_per_dim_stderr=stderr(per_image),
+        prior=bound.prior / unit,
+        reconstruction=bound.reconstruction / unit + math.log2(data.num_grey_levels / 2),
+        levels=bound.levels,
+        steps=[step / unit for step in bound.steps],
+        num_images=len(x),
+        seconds=time.perf_counter() - began,
+        index=index,
+        per_image=per_image,
+    )
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """Every figure of one data set at one level; `elbo`, a bound at level 0, is None above it.
+
+    `audited_bits_per_dim` is the single pass with its density normalised: `bits_per_dim + log2 Z / d`.
+    """
+
+    single: LikelihoodReport
+    ode: OdeReport
+    elbo: ElboReport | None
+    normalisation: Normalisation
+    log_z_bits_per_dim: float
+    log_z_bits_per_dim_stderr: float
+    audited_bits_per_dim: float
+    audited_bits_per_dim_stderr: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The single pass at the top, `ode_...`, `elbo_...`, `log_z_...`, `audited_...`, details below."""
+        elbo = self.elbo
+        return {
+            **self.single.to_json(),
+            "method": "audit",
+            "ode_bits_per_dim": self.ode.bits_per_dim,
+            "ode_bits_per_dim_stderr": self.ode.bits_per_dim_stderr,
+            "elbo_bits_per_dim": None if elbo is None else elbo.bits_per_dim,
+            "elbo_bits_per_dim_stderr": None if elbo is None else elbo.bits_per_dim_stderr,
+            "log_z_bits_per_dim": self.log_z_bits_per_dim,
+            "log_z_bits_per_dim_stderr": self.log_z_bits_per_dim_stderr,
+            "audited_bits_per_dim": self.audited_bits_per_dim,
+            "audited_bits_per_dim_stderr": self.audited_bits_per_dim_stderr,
+            "ode": without_images(self.ode),
+            "elbo": None if elbo is None else without_images(elbo),
+            "log_z": asdict(self.normalisation),
+        }
+
+
+@measures
+def audit(
+    model: CDM,
+    data: ImageData,
+    level: int = 0,
+    *,
+    draws: int = 3,
+    batch_size: int = 500,
+    seed: int = 0,
+    ode_images: int = 32,
+    tolerance: float = 1e-5,
+    probes: int | None = None,
+    elbo_images: int = 256,
+    particles: int = 128,
+    runs: int = 3,
+    moves: int = 1,
+    rungs: int | None = None,
+    progress: Progress = _silent,
+) -> AuditReport:
+    """Single pass, ODE, variational bound and log Z of one model on one data set at `level`, 0..T.
+
+    Arguments as in `evaluate`, `evaluate_ode`, `evaluate_elbo` and `measure_log_z`. Raises UserError as they
+    do, before the work begins for whatever can be known then.
+    """
+    require_likelihood(model)
+    load_solver()
+    if not 0 <= level <= model.schedule.T:
+        raise UserError(f"level {level}: an audit is of one of 0 to T = {model.schedule.T}")
+    _require("ODE images", ode_images, 2)
+    _require("ELBO images", elbo_images, 2)
+    progress(f"single pass: {len(data.images)} images, {draws} draws")
+    single = evaluate(model, data, level, draws, batch_size, seed)
+    normalisation = measure_log_z(
+        model, data, particles, runs, moves, rungs, seed, through=(level,), progress=progress
+    )
+    elbo = None
+    if level == 0:
+        elbo = evaluate_elbo(model, data, elbo_images, min(batch_size, 256), seed, progress)
+    ode = evaluate_ode(model, data, level, ode_images, tolerance, probes, min(batch_size, 64), seed, progress)
+    log_z, error = (value / nats_per_bit_per_dim(data) for value in normalisation.at(level))
+    return AuditReport(
+        single=single,
+        ode=ode,
+        elbo=elbo,
+        normalisation=normalisation,
+        log_z_bits_per_dim=log_z,
+        log_z_bits_per_dim_stderr=error,
+        audited_bits_per_dim=single.bits_per_dim + log_z,
+        audited_bits_per_dim_stderr=math.hypot(single.bits_per_dim_stderr, error),
+    )
+
+
+def without_images(report: OdeReport | ElboReport) -> dict[str, Any]:
+    """The fields of a report but those of single images, ready for `json.dumps`."""
+    fields = asdict(report)
+    del fields["index"], fields["per_image"]
+    return fields
+
+
+def _require(what: str, value: int, least: int) -> None:
+    if value < least:
+        raise UserError(f"{value} {what}: at least {least} are needed for an error bar")

@@ -1,0 +1,120 @@
+"""`cdm-fast nll` by every method, on a run that trains in a second."""
+
+import csv
+import sys
+
+import numpy as np
+import pytest
+
+from cdm_fast.plots import write_audit
+from tests.test_cli import call, call_json
+from tests.tiny_run import FLAGS, write_images
+
+AUDIT = ["--ode-images", "2", "--elbo-images", "4", "--particles", "4", "--runs", "2", "--tolerance", "0.01"]
+AUDIT += ["--draws", "1", "--device", "cpu"]
+FIGURES = ("bits_per_dim", "ode_bits_per_dim", "elbo_bits_per_dim", "log_z_bits_per_dim")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The directory of a run."""
+    folder = tmp_path_factory.mktemp("nll")
+    data = write_images(folder / "images.npz")
+    call_json("train", "--data", data, "--out", folder / "run", *FLAGS, "--device", "cpu")
+    return folder / "run"
+
+
+def test_audit_prints_every_figure_and_draws_it(run, tmp_path):
+    found = call_json("nll", run, "--method", "audit", *AUDIT, "--out", tmp_path / "images.csv")
+    for key in FIGURES:
+        assert np.isfinite(found[key]) and found[f"{key}_stderr"] >= 0
+    assert found["audited_bits_per_dim"] == pytest.approx(found["bits_per_dim"] + found["log_z_bits_per_dim"])
+    assert found["picture"] == str(run / "audit.png")
+    assert (run / "audit.png").read_bytes().startswith(b"\x89PNG")
+    with open(tmp_path / "images.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == found["num_images"]
+    assert sum(row["ode_bits_per_dim"] != "nan" for row in rows) == 2
+    assert sum(row["elbo_bits_per_dim"] != "nan" for row in rows) == 4
+    mean = sum(float(row["bits_per_dim"]) for row in rows) / len(rows)
+    assert mean == pytest.approx(found["bits_per_dim"])
+    status, told, progress = call("nll", run, "--method", "audit", *AUDIT, "--level", "3")
+    assert status == 0 and "variational" not in told and "audited: the single pass" in told
+    for part in ("probability-flow ODE", "single pass minus ODE", "log Z", "ratio check", "+-"):
+        assert part in told
+    assert "log Z, run 2 of 2" in progress
+
+
+@pytest.mark.parametrize("method", ["ode", "elbo"])
+def test_one_method_alone(run, tmp_path, method):
+    out = tmp_path / "images.npz"
+    found = call_json("nll", run, "--method", method, *AUDIT, "--out", out)
+    assert found["method"] == method and found["out"] == str(out)
+    assert np.isfinite(found[f"{method}_bits_per_dim"]) and found[f"{method}_bits_per_dim_stderr"] > 0
+    with np.load(out) as arrays:
+        values = arrays[f"{method}_bits_per_dim"]
+        assert "bits_per_dim" not in arrays
+    assert np.nanmean(values) == pytest.approx(found[f"{method}_bits_per_dim"])
+
+
+def test_the_paper_protocol_says_that_it_is_not_comparable(run):
+    status, told, _ = call("nll", run, "--protocol", "paper", "--draws", "1")
+    assert status == 0 and "not comparable" in told and "without dequantisation" in told
+    assert "not comparable" in call_json("nll", run, "--protocol", "paper", "--draws", "1")["warning"]
+    assert call_json("nll", run, "--draws", "1")["warning"] is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--out", "values.txt"], ["values.txt", ".npz or .csv"]),
+        (["--method", "ode", "--level", "9"], ["level 9", "T = 8"]),
+        (["--method", "audit", "--level", "-1"], ["level -1"]),
+        (["--method", "elbo", "--level", "2"], ["--level 2", "level 0"]),
+        (["--method", "ode", "--protocol", "paper"], ["--protocol paper", "--method single"]),
+        (["--method", "ode", "--tolerance", "0"], ["tolerance is 0"]),
+        (["--method", "ode", "--probes", "1"], ["probes is 1"]),
+        (["--method", "ode", "--ode-images", "1"], ["1 ODE images"]),
+        (["--method", "elbo", "--elbo-images", "1"], ["1 ELBO images"]),
+        (["--method", "audit", "--runs", "1"], ["runs is 1"]),
+        (["--method", "audit", "--particles", "1"], ["particles is 1"]),
+        (["--method", "audit", "--rungs", "1"], ["1 rungs"]),
+        (["--method", "audit", "--draws", "0"], ["draws is 0"]),
+        (["--method", "guess"], ["guess"]),
+    ],
+    ids=lambda value: " ".join(value) if value[0].startswith("--") else None,
+)
+def test_bad_flags_are_one_line(run, flags, told):
+    status, out, err = call("nll", run, *flags)
+    error = [line for line in err.splitlines() if line.startswith("cdm-fast: error:")]
+    assert status == 2 and out == "" and len(error) == 1 and err.splitlines()[-1] == error[0]
+    assert all(part in error[0] for part in told), error
+
+
+@pytest.mark.parametrize("method", ["ode", "audit"])
+def test_a_missing_solver_is_one_line(run, monkeypatch, method):
+    monkeypatch.setitem(sys.modules, "torchdiffeq", None)
+    status, _, err = call("nll", run, "--method", method, *AUDIT)
+    assert status == 2 and 'pip install "cdm_fast[audit]"' in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("method", ["single", "ode", "elbo", "audit"])
+def test_a_plain_denoising_run_has_no_likelihood(tmp_path, method):
+    data, out = write_images(tmp_path / "images.npz"), tmp_path / "run"
+    call_json("train", "--data", data, "--out", out, *FLAGS, "--objective", "ddm", "--steps", "1")
+    status, _, err = call("nll", out, "--method", method)
+    assert status == 2 and "DDM" in err and err.count("\n") == 1
+
+
+def test_an_interrupt_leaves_at_once(run, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cdm_fast.likelihood.audits.flow_log_prob", interrupted)
+    assert call("nll", run, "--method", "ode", *AUDIT)[0] == 130
+
+
+def test_the_picture_needs_no_bound(run, tmp_path):
+    found = call_json("nll", run, "--method", "audit", *AUDIT, "--level", "2", "--rungs", "4")
+    assert found["elbo_bits_per_dim"] is None
+    assert write_audit(found, tmp_path / "again.png").stat().st_size > 10_000
