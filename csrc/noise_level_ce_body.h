@@ -5,6 +5,14 @@ namespace CDM_ISA {
 
 using namespace cdm;
 
+// The largest lane; any number if one is NaN, for then the sum of exponentials is NaN whatever the maximum.
+template <class Vec>
+CDM_INLINE auto largest_of(Vec v) {
+    auto most = v[0];
+    for (int lane = 1; lane < int(sizeof(v) / sizeof(most)); ++lane) most = v[lane] > most ? v[lane] : most;
+    return most;
+}
+
 // e^x for the terms of a softmax, x <= 0: relative error below 2^-22 (1 + |x|), exactly 1 at 0; NaN stays
 // NaN. e^x = 2^n 2^r with t = x log2(e) = n + r, |r| <= 1/2, and 2^r = 1 + r Q(r), fitted to 9e-9.
 CDM_INLINE VecF exp2_rest(VecF r) {
@@ -18,6 +26,8 @@ CDM_INLINE VecF exp2_rest(VecF r) {
 
 #if CDM_VECTOR_BYTES == 64
 
+CDM_INLINE float largest_lane(VecF v) { return _mm512_reduce_max_ps(v); }
+
 CDM_INLINE VecF exp_falling(VecF x) {
     const __m512 t = x * 1.44269504f;
     const __m512 r = _mm512_reduce_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -25,6 +35,8 @@ CDM_INLINE VecF exp_falling(VecF x) {
 }
 
 #else
+
+CDM_INLINE float largest_lane(VecF v) { return largest_of(v); }
 
 CDM_INLINE VecF exp_falling(VecF x) {
     VecF t = x * 1.44269504f;
@@ -36,6 +48,7 @@ CDM_INLINE VecF exp_falling(VecF x) {
 
 #endif
 
+CDM_INLINE double largest_lane(VecD v) { return largest_of(v); }
 CDM_INLINE VecD exp_falling(VecD x) { return exp(x); }
 
 // The last `lanes` logits of a range that is no multiple of the vector: part of them was seen before. Returns
@@ -53,8 +66,8 @@ static typename Math<T>::Scalar maximum_of(const T* z, int64_t size) {
     using Vec = typename Math<T>::Vec;
     using Scalar = typename Math<T>::Scalar;
     constexpr int lanes = lanes_of<T>();
-    Scalar best = widen(z[0]);
     if (size < lanes) {
+        Scalar best = widen(z[0]);
         for (int64_t i = 1; i < size; ++i) best = widen(z[i]) > best ? widen(z[i]) : best;
         return best;
     }
@@ -63,8 +76,7 @@ static typename Math<T>::Scalar maximum_of(const T* z, int64_t size) {
         const Vec v = load(z + i);
         most = v > most ? v : most;
     }
-    for (int lane = 0; lane < lanes; ++lane) best = most[lane] > best ? most[lane] : best;
-    return best;
+    return largest_lane(most);
 }
 
 template <class T>

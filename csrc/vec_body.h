@@ -106,6 +106,18 @@ CDM_INLINE void store(cdm::bf16* p, VecF v) {
 }
 
 // The first `lanes` elements; the rest of the vector is 0 (load) or left alone in memory (store).
+#if CDM_AVX512
+
+CDM_INLINE VecF load_some(const float* p, int lanes) {
+    return _mm512_maskz_loadu_ps(__mmask16((1u << lanes) - 1), p);
+}
+
+CDM_INLINE void store_some(float* p, VecF v, int lanes) {
+    _mm512_mask_storeu_ps(p, __mmask16((1u << lanes) - 1), v);
+}
+
+#endif
+
 template <class T>
 CDM_INLINE typename Math<T>::Vec load_some(const T* p, int lanes) {
     T buffer[lanes_of<T>()] = {};
