@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cdm_fast.checkpoint import load as load
+    from cdm_fast.density_ratio import CDMDensity as CDMDensity
+    from cdm_fast.density_ratio import DensityRatio as DensityRatio
+    from cdm_fast.density_ratio import MutualInformation as MutualInformation
+    from cdm_fast.density_ratio import log_density_ratio as log_density_ratio
     from cdm_fast.errors import UserError as UserError
     from cdm_fast.losses import cdm_loss as cdm_loss
     from cdm_fast.losses import ddm_loss as ddm_loss
@@ -23,9 +27,12 @@ if TYPE_CHECKING:
 
 _HOME = {
     "CDM": "cdm_fast.model",
+    "CDMDensity": "cdm_fast.density_ratio",
     "DDM": "cdm_fast.model",
+    "DensityRatio": "cdm_fast.density_ratio",
     "MLP": "cdm_fast.nn",
     "MLPDenoiser": "cdm_fast.nn",
+    "MutualInformation": "cdm_fast.density_ratio",
     "NoiseSchedule": "cdm_fast.schedule",
     "UNet": "cdm_fast.nn",
     "UNetDenoiser": "cdm_fast.nn",
@@ -33,6 +40,7 @@ _HOME = {
     "cdm_loss": "cdm_fast.losses",
     "ddm_loss": "cdm_fast.losses",
     "load": "cdm_fast.checkpoint",
+    "log_density_ratio": "cdm_fast.density_ratio",
     "sample": "cdm_fast.sampling",
     "use_backend": "cdm_fast.ops",
 }

@@ -1,0 +1,216 @@
+"""The scikit-learn estimators: their conventions, closed forms, and what is refused or documented."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from cdm_fast.density_ratio import CDMDensity, DensityRatio, MutualInformation, log_density_ratio
+from cdm_fast.vectors import measure, normal_scores
+
+SMALL = {"max_steps": 3, "hidden": 8, "depth": 1, "num_levels": 6, "batch_size": 16}
+QUICK = {
+    "max_steps": 800,
+    "hidden": 32,
+    "depth": 1,
+    "num_levels": 16,
+    "learning_rate": 1e-2,
+    "random_state": 0,
+}
+
+
+@parametrize_with_checks([CDMDensity(**SMALL), DensityRatio(**SMALL), MutualInformation(**SMALL)])
+def test_scikit_learn_conventions(estimator, check):
+    check(estimator)
+
+
+def gaussian(num, seed=0):
+    """(x (num, 2), exact log density) of a correlated Gaussian far from the unit square."""
+    covariance = np.array([[9.0, 2.0], [2.0, 1.0]])
+    x = np.random.default_rng(seed).multivariate_normal([100.0, -3.0], covariance, size=num)
+    residual = x - [100.0, -3.0]
+    mahalanobis = np.einsum("ni,ij,nj->n", residual, np.linalg.inv(covariance), residual)
+    return x, -0.5 * (mahalanobis + math.log(np.linalg.det(covariance)) + 2 * math.log(2 * math.pi))
+
+
+def test_density_of_a_gaussian_and_its_samples():
+    x, exact = gaussian(4000)
+    density = CDMDensity(**QUICK).fit(x)
+    new, exact = gaussian(500, seed=1)
+    assert np.abs(density.score_samples(new) - exact).mean() < 0.1
+    assert density.score(new) == pytest.approx(exact.mean(), abs=0.05)
+    drawn = density.sample(2000)
+    np.testing.assert_allclose(drawn.mean(0), [100.0, -3.0], atol=0.3)
+    np.testing.assert_allclose(np.cov(drawn, rowvar=False), [[9.0, 2.0], [2.0, 1.0]], rtol=0.25)
+
+
+def test_density_integrates_to_one():
+    """Two far clusters on the line, which no Gaussian fits; Riemann sum over the line."""
+    rng = np.random.default_rng(0)
+    x = np.where(rng.random(4000) < 0.3, -2.0, 1.0) + 0.3 * rng.normal(size=4000)
+    density = CDMDensity(**QUICK).fit(x[:, None])
+    grid = np.linspace(-6, 6, 2001)
+    values = np.exp(density.score_samples(grid[:, None]))
+    assert values.sum() * (grid[1] - grid[0]) == pytest.approx(1, abs=0.1)
+    left = values[grid < -0.5].sum() / values.sum()
+    assert left == pytest.approx(0.3, abs=0.04)
+
+
+def test_density_of_whole_numbers_is_their_probability():
+    x = np.random.default_rng(0).choice(4, p=[0.1, 0.2, 0.3, 0.4], size=(4000, 1)) * 2.0 + 5.0
+    density = CDMDensity(**QUICK).fit(x)
+    probability = 2.0 * np.exp(density.score_samples([[5.0], [7.0], [9.0], [11.0]]))
+    np.testing.assert_allclose(probability, [0.1, 0.2, 0.3, 0.4], atol=0.06)
+    assert set(np.unique(density.sample(200))) <= set(np.arange(3.0, 15.0, 2.0))
+
+
+def shifted(num, seed):
+    """Rows of N(0, I) and of N(1, I) in 3 dimensions: the log ratio is sum(x) - 3/2."""
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(num, 3)), 1.0 + rng.normal(size=(2 * num, 3))
+
+
+def test_log_ratio_of_two_gaussians_whatever_their_numbers():
+    low, high = shifted(3000, seed=0)
+    x, y = np.concatenate([low, high]), np.repeat([0, 1], [len(low), len(high)])
+    ratio = DensityRatio(**QUICK).fit(x, y)
+    new = np.concatenate(shifted(300, seed=1))
+    exact = new.sum(1) - 1.5
+    error = ratio.log_ratio(new) - exact
+    assert np.abs(error).mean() < 0.12 * np.abs(exact).mean()
+    by_sets = log_density_ratio(high, low, **QUICK)
+    np.testing.assert_array_equal(by_sets(new), ratio.log_ratio(new))
+
+
+@pytest.mark.parametrize("reference", ["shuffled", "normal"])
+def test_mutual_information_of_correlated_normals(reference):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(8000, 2))
+    y = 0.8 * x + 0.6 * rng.normal(size=(8000, 2))
+    found = MutualInformation(reference=reference, **QUICK).fit(x, y)
+    exact = -math.log(1 - 0.8**2)  # of two pairs, each -log(1 - rho^2)/2
+    assert found.mutual_information_ == pytest.approx(exact, abs=0.1)
+    low, high = found.confidence_interval_
+    spread = math.sqrt(2 * 0.8**2 / 1600)  # variance rho^2 a pair, over the rows kept out
+    assert low < found.mutual_information_ < high
+    assert high - low == pytest.approx(2 * 1.96 * spread, rel=0.2)
+
+
+def test_mutual_information_of_independent_columns_is_zero():
+    x = np.random.default_rng(0).normal(size=(6000, 3))
+    found = MutualInformation(**QUICK).fit(x[:, :2], x[:, 2])
+    assert abs(found.mutual_information_) < 0.05
+
+
+def test_mutual_information_with_a_discrete_variable():
+    """y in {0, 1}, equally likely, x = y + noise: the entropy of x, by quadrature, less the noise's."""
+    rng, sigma = np.random.default_rng(0), 0.4
+    y = rng.integers(0, 2, size=6000)
+    x = (y + sigma * rng.normal(size=6000))[:, None]
+    grid = np.linspace(-4, 5, 9001)
+    bells = np.exp(-0.5 * ((grid[:, None] - [0, 1]) / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
+    density = bells.mean(1)
+    exact = -(density * np.log(density)).sum() * 1e-3 - math.log(sigma * math.sqrt(2 * math.pi * math.e))
+    more = {**QUICK, "hidden": 64, "depth": 2, "max_steps": 1500, "learning_rate": 5e-3}
+    assert MutualInformation(**more).fit(x, y).mutual_information_ == pytest.approx(exact, abs=0.06)
+
+
+def test_increasing_maps_of_columns_change_nothing():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(500, 2))
+    y = x[:, :1] + rng.normal(size=(500, 1))
+    plain = MutualInformation(**SMALL, random_state=3).fit(x, y)
+    cubed = MutualInformation(**SMALL, random_state=3).fit(x**3, np.sign(y) * np.abs(y) ** 1.5)
+    assert plain.mutual_information_ == cubed.mutual_information_
+
+
+def test_a_seed_fixes_the_result_and_nothing_is_printed(capsys):
+    x, _ = gaussian(300)
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    fits = [CDMDensity(**SMALL, random_state=seed).fit(x) for seed in (0, 0, 1)]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    same, again, other = (fit.score_samples(x[:5]) for fit in fits)
+    assert (same == again).all() and (same != other).any()
+    np.testing.assert_array_equal(fits[0].sample(3), fits[1].sample(3))
+    assert (fits[0].sample(3, random_state=1) != fits[0].sample(3)).any()
+    assert capsys.readouterr() == ("", "")
+    CDMDensity(**{**SMALL, "max_steps": 20}, verbose=1).fit(x)
+    assert capsys.readouterr().err.count("\n") == 10
+
+
+def test_whitening_is_an_exact_change_of_variables():
+    x, _ = gaussian(1000)
+    columns = measure(x)
+    z = columns.standardise(x)
+    torch.testing.assert_close(z.mean(0), torch.zeros(2).double(), atol=1e-9, rtol=0)
+    torch.testing.assert_close(z.T.cov(correction=0), torch.eye(2).double(), atol=1e-9, rtol=0)
+    np.testing.assert_allclose(columns.restore(z), x)
+    assert columns.log_det == pytest.approx(-0.5 * np.linalg.slogdet(np.cov(x.T, bias=True))[1])
+
+
+def test_normal_scores_are_quantiles_and_break_ties_at_random():
+    x = np.array([[3.0, 1.0], [1.0, 1.0], [2.0, 1.0], [9.0, 0.0]])
+    scores = normal_scores(x, np.random.default_rng(0))
+    quantiles = torch.special.ndtri(torch.tensor([1, 3, 5, 7]).double() / 8)
+    torch.testing.assert_close(scores[:, 0], quantiles[[2, 0, 1, 3]])
+    torch.testing.assert_close(scores[:, 1].sort().values, quantiles)
+    orders = {tuple(normal_scores(x, np.random.default_rng(i))[:3, 1].tolist()) for i in range(20)}
+    assert len(orders) > 1
+
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(60, 3))
+
+
+@pytest.mark.parametrize(
+    ("fit", "told"),
+    [
+        (lambda: CDMDensity().fit(np.c_[X, np.ones(60)]), "column 3 of X is constant"),
+        (lambda: CDMDensity().fit(np.c_[X, X[:, 0] - 2 * X[:, 1]]), "depends linearly on the others"),
+        (
+            lambda: CDMDensity().fit(np.c_[X, RNG.choice([0.0, 1.0, math.pi], 60)]),
+            "column 3 of X repeats values .* on no even grid",
+        ),
+        (
+            lambda: CDMDensity().fit(np.c_[X, np.where(X[:, 0] < 0, 0.0, X[:, 1])]),
+            "column 3 of X repeats values",
+        ),
+        (lambda: CDMDensity().fit(np.where(X > 2, np.nan, X)), "NaN"),
+        (lambda: CDMDensity(max_steps=0).fit(X), "max_steps is 0"),
+        (lambda: CDMDensity(smallest_noise=1.0).fit(X), "smallest_noise is 1.0"),
+        (lambda: CDMDensity(**SMALL).fit(X).sample(0), "n_samples is 0"),
+        (lambda: DensityRatio().fit(X, np.arange(60) % 3), "y holds 3 classes"),
+        (lambda: DensityRatio().fit(X, np.zeros(60)), "y holds 1 class;"),
+        (lambda: log_density_ratio(X, X[:, :2]), "X_numerator has 3 columns and X_denominator 2"),
+        (lambda: MutualInformation().fit(X, np.ones(60)), "column 0 of y is constant"),
+        (lambda: MutualInformation().fit(X, X[:50]), "inconsistent numbers of samples"),
+        (lambda: MutualInformation(test_share=1.0).fit(X, X), "test_share is 1.0"),
+        (lambda: MutualInformation(reference="none").fit(X, X), "unknown reference"),
+    ],
+)
+def test_what_has_no_density_is_refused_with_its_reason(fit, told):
+    with pytest.raises(ValueError, match=told):
+        fit()
+
+
+def test_fewer_rows_than_columns_and_copied_rows_are_warned_of():
+    with pytest.warns(UserWarning, match="20 rows of 30 columns"):
+        wide = CDMDensity(**SMALL).fit(RNG.normal(size=(20, 30)))
+    assert np.isfinite(wide.score_samples(RNG.normal(size=(4, 30)))).all()
+    with pytest.warns(UserWarning, match="60 of the 120 rows of X are copies"):
+        CDMDensity(**SMALL).fit(np.concatenate([X, X]))
+
+
+def test_importing_the_package_does_not_import_scikit_learn():
+    script = (
+        "import cdm_fast, sys\n"
+        "assert 'sklearn' not in sys.modules\n"
+        "cdm_fast.CDMDensity\n"
+        "assert 'sklearn' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
