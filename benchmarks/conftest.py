@@ -118,7 +118,9 @@ def _seconds_per_call(function: Callable[[], Any], calls: int, device: torch.dev
 
 
 def _calls_per_round(function: Callable[[], Any], device: torch.device) -> int:
-    seconds = min(_seconds_per_call(function, 1, device) for _ in range(2))
+    seconds = _seconds_per_call(function, 1, device)
+    if seconds < MIN_ROUND_SECONDS:  # else one is enough, and another may cost minutes
+        seconds = min(seconds, _seconds_per_call(function, 1, device))
     return max(1, min(1000, round(MIN_ROUND_SECONDS / max(seconds, 1e-6))))
 
 
