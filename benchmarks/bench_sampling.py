@@ -1,8 +1,8 @@
 """Sampling with the paper's 33.4 M CIFAR-10 network: single evaluations, guided ones, and whole runs of DDIM.
 
-Batch 8 on CPU, 128 on a GPU (DDIM: half). A CDM evaluation is a forward pass and its adjoint, so the limit of its
-ratio to our own plain diffusion model (DDM) on the same trunk is 0.5. Whole runs stand against the denoiser by
-`autograd.grad` in fp32.
+Batch 8 on CPU, 128 on a GPU (DDIM: half). A CDM evaluation is a forward pass and its adjoint, so the limit of
+its ratio to our own plain diffusion model (DDM) on the same trunk is 0.5. Whole runs stand against plain
+denoising by `autograd.grad` in fp32.
 """
 
 import pytest
