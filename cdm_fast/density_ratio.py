@@ -21,6 +21,7 @@ from torch import Tensor
 from cdm_fast.errors import UserError
 from cdm_fast.model import log_normal
 from cdm_fast.sampling import sample
+from cdm_fast.schedule import NoiseSchedule
 from cdm_fast.vectors import (
     Array,
     Budget,
@@ -44,7 +45,6 @@ class _Estimator(BaseEstimator):
         batch_size: rows of a step.
         hidden, depth: width and number of residual blocks of the network.
         num_levels: noise levels, data and pure noise included. More dimensions need more of them.
-        smallest_noise: noise of level 1, in units of the standardised data.
         learning_rate: of Adam at its peak.
         ce_weight: weight of the cross-entropy over levels beside the denoising error summed over dimensions.
         random_state: seed; a fixed one gives a fixed result.
@@ -59,7 +59,6 @@ class _Estimator(BaseEstimator):
         hidden: int = 128,
         depth: int = 2,
         num_levels: int = 52,
-        smallest_noise: float = 0.01,
         learning_rate: float = 3e-3,
         ce_weight: float = 1.0,
         random_state: int | np.random.RandomState | None = None,
@@ -70,7 +69,6 @@ class _Estimator(BaseEstimator):
         self.hidden = hidden
         self.depth = depth
         self.num_levels = num_levels
-        self.smallest_noise = smallest_noise
         self.learning_rate = learning_rate
         self.ce_weight = ce_weight
         self.random_state = random_state
@@ -86,8 +84,6 @@ class _Estimator(BaseEstimator):
         ):
             if getattr(self, name) < lowest:
                 raise UserError(f"{name} is {getattr(self, name)}; give {lowest} or more")
-        if not 0 < self.smallest_noise < 1:
-            raise UserError(f"smallest_noise is {self.smallest_noise}; give a number between 0 and 1")
         return Budget(
             self.hidden,
             self.depth,
@@ -107,7 +103,48 @@ class _Estimator(BaseEstimator):
         return validate_data(self, X, reset=False, dtype=np.float64)
 
 
-class CDMDensity(DensityMixin, _Estimator):
+class _Density(_Estimator):
+    """Densities may be narrow: their noise levels go down to `smallest_noise` by equal factors.
+
+    Args:
+        smallest_noise: noise of level 1, in units of the standardised data.
+        the others: see `_Estimator`.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_steps: int = 3000,
+        batch_size: int = 256,
+        hidden: int = 128,
+        depth: int = 2,
+        num_levels: int = 52,
+        smallest_noise: float = 0.01,
+        learning_rate: float = 3e-3,
+        ce_weight: float = 1.0,
+        random_state: int | np.random.RandomState | None = None,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__(
+            max_steps=max_steps,
+            batch_size=batch_size,
+            hidden=hidden,
+            depth=depth,
+            num_levels=num_levels,
+            learning_rate=learning_rate,
+            ce_weight=ce_weight,
+            random_state=random_state,
+            verbose=verbose,
+        )
+        self.smallest_noise = smallest_noise
+
+    def _schedule(self) -> NoiseSchedule:
+        if not 0 < self.smallest_noise < 1:
+            raise UserError(f"smallest_noise is {self.smallest_noise}; give a number between 0 and 1")
+        return even_in_log_noise(self.num_levels, self.smallest_noise)
+
+
+class CDMDensity(DensityMixin, _Density):
     """Density of the rows of a table, from one forward pass; `sample` draws new rows.
 
     Discrete columns on an even grid (whole numbers, say) are dequantised; see `cdm_fast.vectors.measure` for
@@ -116,7 +153,7 @@ class CDMDensity(DensityMixin, _Estimator):
 
     Args:
         max_steps, batch_size, hidden, depth, num_levels, smallest_noise, learning_rate, ce_weight,
-        random_state, verbose: see `_Estimator`.
+        random_state, verbose: see `_Density` and `_Estimator`.
 
     Attributes:
         model_: the `CDM` of the standardised rows.
@@ -131,14 +168,13 @@ class CDMDensity(DensityMixin, _Estimator):
     def fit(self, X: ArrayLike, y: None = None) -> "CDMDensity":
         """X (n, d): finite numbers, two rows or more. y is ignored."""
         rows = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
-        budget, seed = self._budget(), self._seed()
+        budget, schedule, seed = self._budget(), self._schedule(), self._seed()
         self.columns_: Columns = measure(rows)
         z = self.columns_.standardise(rows)
 
         def draw(num: int, generator: torch.Generator) -> tuple[Tensor, None]:
             return self.columns_.draw(z, torch.randint(len(z), (num,), generator=generator), generator), None
 
-        schedule = even_in_log_noise(self.num_levels, self.smallest_noise)
         self.model_ = train_cdm(draw, schedule, z.shape[1], budget, seed)
         return self
 
@@ -161,12 +197,12 @@ class CDMDensity(DensityMixin, _Estimator):
         return self.columns_.restore(sample(self.model_, n_samples, "dpm_solver_pp_2m", steps, seed))
 
 
-class DensityRatio(_Estimator):
+class DensityRatio(_Density):
     """`log p_1(x) / p_0(x)` of two sets of rows, told apart by one network with joint (level, class) logits.
 
     Args:
         max_steps, batch_size, hidden, depth, num_levels, smallest_noise, learning_rate, ce_weight,
-        random_state, verbose: see `_Estimator`.
+        random_state, verbose: see `_Density` and `_Estimator`.
 
     Attributes:
         model_, columns_: as in `CDMDensity`; the standardisation is that of all rows together.
@@ -190,7 +226,7 @@ class DensityRatio(_Estimator):
                 f"y holds {len(self.classes_)} class{'es' * (len(self.classes_) != 1)}; a ratio needs two:"
                 " 0 for the denominator's rows, 1 for the numerator's"
             )
-        budget, seed = self._budget(), self._seed()
+        budget, schedule, seed = self._budget(), self._schedule(), self._seed()
         self.columns_ = measure(rows)
         z = self.columns_.standardise(rows)
         of_class = [torch.from_numpy(np.flatnonzero(index == c)) for c in (0, 1)]
@@ -203,7 +239,6 @@ class DensityRatio(_Estimator):
                 row[c::2] = members[torch.randint(len(members), (count,), generator=generator)]
             return self.columns_.draw(z, row, generator), label
 
-        schedule = even_in_log_noise(self.num_levels, self.smallest_noise)
         self.model_ = train_cdm(draw, schedule, z.shape[1], budget, seed, num_classes=2)
         return self
 
@@ -260,8 +295,8 @@ class MutualInformation(_Estimator):
             is the network's own pure noise, and only the joint density is learned.
         test_share: share of the rows kept out.
         confidence: of the interval.
-        max_steps, batch_size, hidden, depth, num_levels, smallest_noise, learning_rate, ce_weight,
-        random_state, verbose: see `_Estimator`.
+        max_steps, batch_size, hidden, depth, num_levels, learning_rate, ce_weight, random_state, verbose:
+            see `_Estimator`.
 
     Attributes:
         mutual_information_: nats. May be slightly negative, or biased where the network is.
@@ -285,10 +320,9 @@ class MutualInformation(_Estimator):
         confidence: float = 0.95,
         max_steps: int = 3000,
         batch_size: int = 256,
-        hidden: int = 128,
+        hidden: int = 256,
         depth: int = 2,
-        num_levels: int = 52,
-        smallest_noise: float = 0.05,
+        num_levels: int = 102,
         learning_rate: float = 3e-3,
         ce_weight: float = 1.0,
         random_state: int | np.random.RandomState | None = None,
@@ -300,7 +334,6 @@ class MutualInformation(_Estimator):
             hidden=hidden,
             depth=depth,
             num_levels=num_levels,
-            smallest_noise=smallest_noise,
             learning_rate=learning_rate,
             ce_weight=ce_weight,
             random_state=random_state,
@@ -331,7 +364,7 @@ class MutualInformation(_Estimator):
         if self.reference == "shuffled":  # the other one wants normal columns
             scores = separate_values(table, scores, rng)
         kept, train = _split(len(rows), self.test_share, seed)
-        schedule = even_in_log_noise(self.num_levels, self.smallest_noise)
+        schedule = NoiseSchedule.uniform(self.num_levels - 2)
         dim, width = scores.shape[1], rows.shape[1]
         if self.reference == "normal":
             self.model_ = train_cdm(_joint(scores[train]), schedule, dim, budget, seed)
