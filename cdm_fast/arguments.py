@@ -102,6 +102,10 @@ class Nll:
     """Langevin moves of every particle at each level."""
     rungs: int | None = None
     """Levels that the particles visit, by default all."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the single pass; bf16 is printed with the bits/dim that it costs."""
+    compile: Compile = "auto"
+    """torch.compile of the network: auto is `default` on a GPU and off on a CPU."""
     batch_size: int = 500
     """Images per forward pass."""
     seed: int = 0

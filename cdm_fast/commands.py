@@ -157,7 +157,10 @@ def nll_command(command: arguments.Nll) -> Outcome:
         check_name(command.out)
     data = run_data(config, command.split, command.data)
     _require_fit(data, config, command.run)
+    if command.precision != "fp32" and command.method != "single":
+        raise UserError(f"--precision {command.precision} goes with --method single; leave one out")
     model = _load(command.run, command.device)
+    compile_network(model, command.compile)
     result, lines, columns = score(command, model, data)
     found = {"run": str(command.run), **result}
     if command.out is not None:

@@ -39,7 +39,14 @@ def score(command: Nll, model: Denoiser, data: ImageData) -> Scored:
 
 def _score_single(command: Nll, model: CDM, data: ImageData) -> Scored:
     report = evaluate(
-        model, data, command.level, command.draws, command.batch_size, command.seed, command.protocol
+        model,
+        data,
+        command.level,
+        command.draws,
+        command.batch_size,
+        command.seed,
+        command.protocol,
+        precision=command.precision,
     )
     result = report.to_json()
     speed = f"{report.images_per_second:.0f} images/s"

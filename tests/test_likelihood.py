@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from cdm_fast import CDM, DDM, NoiseSchedule, UserError
+from cdm_fast import CDM, DDM, NoiseSchedule, UNet, UserError
 from cdm_fast.data import ImageData
 from cdm_fast.likelihood import (
     denoise_blind,
@@ -42,6 +42,21 @@ def grey_images(num=2000, grey=16, seed=0):
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(grey, (num, *SHAPE), generator=generator, dtype=torch.uint8)
     return ImageData(images, None, grey, None, name="grey", split="test")
+
+
+def test_bf16_says_what_it_costs():
+    torch.manual_seed(0)
+    model = CDM(UNet(8, 1, SCHEDULE.num_levels, 32, (1,), 1, (), num_groups=8), SCHEDULE)
+    with torch.no_grad():
+        model.network.linear_layer.weight *= 20  # logits large enough for bf16 to round visibly
+    images = torch.randint(16, (300, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    data = ImageData(images, None, 16, None, name="grey", split="test")
+    options = {"draws": 1, "batch_size": 100, "check_levels": 0}
+    exact, rounded = (evaluate(model, data, precision=name, **options) for name in ("fp32", "bf16"))
+    cost = (rounded.per_image - exact.per_image)[:256].mean()
+    assert exact.precision_cost is None
+    assert rounded.precision_cost == pytest.approx(float(cost), abs=1e-9)
+    assert 0 < abs(rounded.precision_cost) < 0.05
 
 
 UNIFORM = UniformPixels(width=2.0, dim=4)

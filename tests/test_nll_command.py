@@ -71,6 +71,7 @@ def test_the_paper_protocol_says_that_it_is_not_comparable(run):
         (["--method", "ode", "--level", "9"], ["level 9", "T = 8"]),
         (["--method", "audit", "--level", "-1"], ["level -1"]),
         (["--method", "elbo", "--level", "2"], ["--level 2", "level 0"]),
+        (["--method", "ode", "--precision", "bf16"], ["--precision bf16", "--method single"]),
         (["--method", "ode", "--protocol", "paper"], ["--protocol paper", "--method single"]),
         (["--method", "ode", "--tolerance", "0"], ["tolerance is 0"]),
         (["--method", "ode", "--probes", "1"], ["probes is 1"]),

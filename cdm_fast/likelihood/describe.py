@@ -14,6 +14,8 @@ def describe_score(score: Mapping[str, Any]) -> list[str]:
     ]
     if score["warning"] is not None:
         lines.append(f"--protocol {score['protocol']} is {score['warning']}")
+    if score["precision_cost"] is not None:
+        lines.append(f"{score['precision']} costs {score['precision_cost']:+.4f} bits/dim against fp32")
     if check is not None:
         worst = check["levels"].index(check["worst_level"])
         told = (
