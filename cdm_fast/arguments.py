@@ -101,7 +101,7 @@ class Nll:
     moves: int = 1
     """Langevin moves of every particle at each level."""
     rungs: int | None = None
-    """Levels that the particles visit, by default all."""
+    """Levels that the particles visit, by default all of up to 256."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the single pass; bf16 is printed with the bits/dim that it costs."""
     compile: Compile = "auto"

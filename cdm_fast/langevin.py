@@ -99,7 +99,7 @@ def tune_step_sizes(
     x: Tensor,
     levels: Sequence[int],
     generator: torch.Generator,
-    moves: int = 4,
+    moves: int = 2,
     target: float = TARGET_ACCEPTANCE,
 ) -> dict[int, float]:
     """A step size for every level, by a walk of `x` (N, ...) ~ N(0, I) down `levels`, the first being T+1.

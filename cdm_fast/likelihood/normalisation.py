@@ -4,7 +4,8 @@ Particles walk from the exact N(0, I) of level T+1 down to the data; their weigh
 integral of `exp log p_t(x)`, at every level on the way (`langevin.anneal`). On average such an estimate of
 log Z is too low, and one made on the way back up, from draws of the density itself, too high (arXiv
 1511.02543): the two bracket it. The way back starts from noised real images after some moves at the level, so
-it is a bound only as far as those have become draws of the model's density.
+it is a bound only as far as those have become draws of the model's density. Where it ends below the way down,
+they have not: the model holds mass where there are no data, which walks from data never meet.
 
 From level 1 to 0 there are weights only, no moves: p_0 has bounded support, and no trained score.
 
@@ -29,6 +30,9 @@ from cdm_fast.likelihood.images import (
     require_likelihood,
 )
 from cdm_fast.model import CDM, measures
+
+MOST_RUNGS = 256
+PILOTS = 32  # particles that find the step sizes
 
 # Moves at the lowest level before the data-started walk, in units of the moves at one rung.
 EQUILIBRATION = 10
@@ -90,7 +94,7 @@ def measure_log_z(
         particles: N of each walk; half as many walk a second time, as a check.
         runs: independent repetitions, whose spread is the error bar.
         moves: Langevin moves at each level.
-        rungs: levels on the ladder, all by default; fewer are quicker and noisier.
+        rungs: levels on the ladder; fewer are quicker and noisier. All by default, up to `MOST_RUNGS`.
         through: levels that the ladder must not leave out.
         progress: is told what is going on.
 
@@ -103,6 +107,7 @@ def measure_log_z(
             raise UserError(f"{name} is {value}: at least {least} are needed")
     T = model.schedule.T
     inside = {t for t in through if 1 <= t <= T}
+    rungs = MOST_RUNGS if rungs is None else rungs
     down = sorted({*ladder(model.schedule, rungs), *inside}, reverse=True)
     walker = _Walker(model, data, down, moves, seed)
     halves, wholes, ups = [], [], []
@@ -141,7 +146,7 @@ class _Walker:
         self.generator = torch.Generator().manual_seed(seed)
         self.smallest_ess = 1.0
         self.acceptance: list[float] = []
-        self.step_sizes = tune_step_sizes(model, self._noise(64), down, self.generator)
+        self.step_sizes = tune_step_sizes(model, self._noise(PILOTS), down, self.generator)
 
     def down(self, num: int) -> Tensor:
         """(K+1,) log Z at every level and at 0, from noise."""
