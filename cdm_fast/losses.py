@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cdm_fast.model import CDM, DDM, Denoiser
-from cdm_fast.ops import denoise_loss, noise_level_ce, noising
+from cdm_fast.ops import denoise_loss, noising
 
 
 class LossTerms(NamedTuple):
@@ -56,9 +56,8 @@ def cdm_loss(
 def noised_cdm_loss(model: CDM, batch: Noised, ce_weight: float = 1e-3, mse_weight: float = 1.0) -> LossTerms:
     """`cdm_loss` of inputs that are noised already."""
     x_t, eps, level, label = batch
-    logits, grad_x = model.logits_and_ratio_gradient(x_t, level, label)
-    classes = model.joint_classes
-    ce = noise_level_ce(logits, level, label if classes > 1 else None, classes).loss.mean()
+    cross_entropy, grad_x = model.cross_entropy_and_ratio_gradient(x_t, level, label)
+    ce = cross_entropy.mean()
     mse = denoise_loss(grad_x, x_t, model.s[level].to(x_t.dtype), eps).sum() / x_t.numel()
     return LossTerms(ce_weight * ce + mse_weight * mse, mse, ce)
 

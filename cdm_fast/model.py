@@ -19,6 +19,9 @@ from cdm_fast.ops import denoise_epilogue, denoise_x0, level_logits, noise_level
 from cdm_fast.ops._checks import may_read
 from cdm_fast.schedule import NoiseSchedule
 
+# From so many classes on, training never holds all joint logits at once (see `ops/head_noise_level_ce.py`).
+MANY_CLASSES = 30
+
 Model = TypeVar("Model", bound=nn.Module)
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -246,12 +249,22 @@ class CDM(Denoiser):
     def logits_and_ratio_gradient(
         self, x: Tensor, level: Tensor, label: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """`(logits(x), grad_x F(x, level) like x)` from one evaluation; what training needs."""
+        """`(logits(x), grad_x F(x, level) like x)` from one evaluation."""
         if isinstance(self.network, AdjointNetwork):
             return self.network.logits_and_ratio_gradient(x, level, label)
         with use_backend("reference"):
             grad_x, logits = torch.func.grad(self._log_ratio_of_noise, has_aux=True)(x, level, label)
         return logits, grad_x
+
+    def cross_entropy_and_ratio_gradient(
+        self, x: Tensor, level: Tensor, label: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`(cross-entropy (B,) in nats, grad_x F(x, level))` from one evaluation; what training needs."""
+        classes = self.joint_classes
+        if classes >= MANY_CLASSES and isinstance(self.network, AdjointNetwork):
+            return self.network.cross_entropy_and_ratio_gradient(x, level, label)
+        logits, grad_x = self.logits_and_ratio_gradient(x, level, label)
+        return noise_level_ce(logits, level, label if classes > 1 else None, classes).loss, grad_x
 
     def denoise(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
         return self._eps_hat(x, level, label)

@@ -165,6 +165,21 @@ def test_fast_path_agrees_with_torch_func(name, guidance, label, relative_error)
     assert guidance or relative_error(from_training, wanted) < 1e-9
 
 
+@pytest.mark.parametrize("label", LABELS.values(), ids=LABELS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_many_classes_train_alike_without_all_their_logits(name, label, relative_error, monkeypatch):
+    network = randomised(name)
+    x0 = torch.rand(6, *network.input_shape, dtype=torch.float64)
+    eps = torch.randn_like(x0)
+    terms = [cdm_loss(CDM(network, SCHEDULE), x0, LEVEL, eps, label, ce_weight=0.1)]
+    monkeypatch.setattr("cdm_fast.model.MANY_CLASSES", K)
+    monkeypatch.setattr(type(network), "logits_and_ratio_gradient", None)
+    terms.append(cdm_loss(CDM(network, SCHEDULE), x0, LEVEL, eps, label, ce_weight=0.1))
+    assert relative_error(terms[1].ce, terms[0].ce) < 1e-9
+    few, many = (gradients(each.loss, network) for each in terms)
+    assert relative_error(many, few) < 1e-9
+
+
 class Opaque(nn.Module):
     """Hides the adjoint and the head."""
 

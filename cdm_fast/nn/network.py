@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cdm_fast.nn.heads import Conditioning, JointHead
 from cdm_fast.nn.layers import CumulativeHead
-from cdm_fast.ops import head_cotangent
+from cdm_fast.ops import head_cotangent, head_noise_level_ce
 
 
 class AdjointNetwork(nn.Module):
@@ -67,3 +67,17 @@ class AdjointNetwork(nn.Module):
         else:
             cotangent = head_cotangent(weight, level)
         return logits, self.adjoint(residuals, cotangent)
+
+    def cross_entropy_and_ratio_gradient(
+        self, x: Tensor, level: Tensor, label: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `logits_and_ratio_gradient` of a joint head, with the cross-entropy (B,) in place of the logits.
+
+        They never exist all at once: for many classes.
+        """
+        head = self.linear_layer
+        assert isinstance(head, JointHead)
+        h, residuals = self.features(x)
+        weight, bias = head.cumulated()
+        loss = head_noise_level_ce(h, weight, bias, level, label, head.num_classes).loss
+        return loss, self.adjoint(residuals, head.cotangent(h, (weight, bias), level, label))
