@@ -56,6 +56,8 @@ class Sample:
     """How much to overstate the class: w in (1+w) eps(x, class) - w eps(x). Class-conditional runs only."""
     out: Path | None = None
     """A .png sheet, or an .npz of uint8 images (N,H,W,C); by default RUN/samples-SAMPLER-STEPS-SEED.png."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the network; bf16 is faster where the hardware has it."""
     compile: Compile = "auto"
     """torch.compile of the network: auto is `default` on a GPU and off on a CPU."""
     device: str = "auto"

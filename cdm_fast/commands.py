@@ -94,6 +94,7 @@ def sample_command(command: arguments.Sample) -> Outcome:
         label=labels,
         guidance=command.guidance,
         eta=command.eta,
+        precision=command.precision,
     )
     seconds = time.perf_counter() - began
     grey = config.image.num_grey_levels
@@ -109,6 +110,7 @@ def sample_command(command: arguments.Sample) -> Outcome:
         "steps": command.steps,
         "seed": command.seed,
         "guidance": command.guidance,
+        "precision": command.precision,
         "seconds": seconds,
         "images_per_second": command.num / seconds,
     }

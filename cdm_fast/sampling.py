@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from math import expm1, isfinite, prod, sqrt
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -197,13 +198,14 @@ def sample(
     batch_size: int = 256,
     shape: tuple[int, ...] | None = None,
     spacing: Spacing | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
 ) -> Tensor:
     """`num` images drawn from the model, (num, *shape), in the dtype and on the device of its parameters.
 
     Arguments: `sampler`, one of `SAMPLERS`; `steps`, 1..T, the number of levels it visits; `label`, one class
     for all or (num,) int64; `guidance`, w in `(1 + w) eps_hat(x, label) - w eps_hat(x)`; `eta`, 0..1, the
     noise of `ddim`; `shape` of one image, by default `model.input_shape`; `spacing` of the levels visited,
-    the sampler's own by default.
+    the sampler's own by default; `precision` of the network ("bf16": under autocast, images stay fp32).
     Image i depends on the seed, i and its label alone: any `batch_size` gives the same result up to rounding.
     Global random generators are neither read nor changed; dropout is off while sampling.
     Raises UserError for an argument out of range.
@@ -222,7 +224,8 @@ def sample(
         batch = slice(start, min(start + batch_size, num))
         noise = ImageNoise(seed, batch, shape, prototype)
         label_b = None if labels is None else labels[batch]
-        images.append(run(model, noise(), noise, steps, label_b))
+        with torch.autocast(prototype.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            images.append(run(model, noise(), noise, steps, label_b))
     return torch.cat(images)
 
 

@@ -131,6 +131,18 @@ def test_sample_writes_a_sheet_that_the_seed_determines(trained, tmp_path):
         assert sheet.width > 3 * 8 and sheet.mode == "L"
 
 
+def test_samples_in_bf16_are_those_of_fp32_rounded(trained, tmp_path):
+    out, _ = trained
+    sheets = []
+    for precision in ("fp32", "bf16"):
+        path = tmp_path / f"{precision}.npz"
+        flags = ["--num", "8", "--steps", "6", "--precision", precision, "--out", path]
+        assert call_json("sample", out, *flags)["precision"] == precision
+        sheets.append(np.load(path)["images"].astype(float) / (GREY_LEVELS - 1))
+    difference = np.abs(sheets[0] - sheets[1])
+    assert difference.mean() < 0.01
+
+
 def test_sample_npz_is_a_data_source(trained, tmp_path):
     out, _ = trained
     call_json("sample", out, "--num", "30", "--steps", "2", "--label", "1", "--out", tmp_path / "s.npz")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from cdm_fast.errors import UserError
 from cdm_fast.model import CDM
+from cdm_fast.nn import UNet
 from cdm_fast.sampling import SAMPLERS, ImageNoise, ddim, ddpm, dpm_solver_pp_2m, euler_ot, heun, sample
 from cdm_fast.schedule import SCHEDULES, NoiseSchedule
 from tests.analytic import (
@@ -205,6 +206,17 @@ def test_batch_size_does_not_matter(model, sampler):
     for batch_size in (1, 4, 11):
         torch.testing.assert_close(sample(model, 11, sampler, steps=6, seed=1, batch_size=batch_size), whole)
     torch.testing.assert_close(sample(model, 3, sampler, steps=6, seed=1), whole[:3])
+
+
+def test_bf16_rounds_the_network_and_not_the_images(relative_error):
+    torch.manual_seed(0)
+    schedule = NoiseSchedule.uniform(T=10)
+    model = CDM(UNet(8, 1, schedule.num_levels, 32, (1,), 1, (), num_groups=8), schedule)
+    with torch.no_grad():
+        model.network.linear_layer.weight *= 20
+    exact, rounded = (sample(model, 4, steps=5, precision=precision) for precision in ("fp32", "bf16"))
+    assert rounded.dtype == torch.float32
+    assert 0 < relative_error(rounded, exact) < 0.02
 
 
 def test_global_random_state_is_left_alone(model):
