@@ -10,6 +10,7 @@ from cdm_fast.config import Compile, Preset, RunConfig, Sampler
 
 Json = Annotated[bool, FlagCreatePairsOff]
 Split = Literal["train", "validation", "test"]
+ClassifyMethod = Literal["joint", "embedding", "denoising", "ode"]
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,41 @@ class Nll:
 
 
 @dataclass(frozen=True)
+class Classify:
+    """Classify images by every class's likelihood: accuracy, calibration, bits/dim."""
+
+    run: Positional[Path]
+    """Run directory of a class-conditional run."""
+    data: str | None = None
+    """Data source with labels; by default the run's own."""
+    split: Split = "test"
+    """Which part of the data."""
+    method: ClassifyMethod | None = None
+    """By default the run's own: `joint`, all classes in one pass, or `embedding`, a pass per class. Any run
+    with classes takes `denoising`, mean denoising error of each, and `ode`, probability-flow ODE of each."""
+    draws: int | None = None
+    """Dequantisation draws, averaged in log-probability; by default 3, or 1 for denoising and ode."""
+    images: int | None = None
+    """Images to classify, drawn from the split; by default all, or 32 by ode."""
+    trials: int = 50
+    """Pairs of noise level and noise of `denoising`."""
+    tolerance: float = 1e-5
+    """Relative and absolute tolerance of the ODE solver."""
+    probes: int | None = None
+    """Random probes of the ODE's divergence; 0 is exact; by default 4, or exact up to 16 dimensions."""
+    out: Path | None = None
+    """Also write the prediction and every class's log-likelihood of each image into this .npz or .csv."""
+    batch_size: int = 500
+    """Network inputs per evaluation."""
+    seed: int = 0
+    """Seed of everything random."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    json: Json = False
+    """Print the result as one JSON object on stdout."""
+
+
+@dataclass(frozen=True)
 class Denoise:
     """Denoise image files of unknown noise: estimates its sigma, and removes it."""
 
@@ -172,4 +208,4 @@ class Doctor:
     """Print the findings as one JSON object on stdout."""
 
 
-Command = Train | Sample | Nll | Denoise | Plot | Convert | Doctor
+Command = Train | Sample | Nll | Classify | Denoise | Plot | Convert | Doctor

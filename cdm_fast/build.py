@@ -59,11 +59,11 @@ def build_model(config: RunConfig) -> CDM | DDM:
         UNet(num_levels=schedule.num_levels, **shape),
         schedule,
         level_prior=level_distribution(config.schedule, schedule),
-        class_prior=_class_prior(config),
+        class_prior=class_prior(config),
     )
 
 
-def _class_prior(config: RunConfig) -> Tensor | None:
+def class_prior(config: RunConfig) -> Tensor | None:
     """p(c), (K,), up to a factor: each class's share of the training images; None if there are no classes.
 
     A class without images, which an embedding allows, counts as one image.

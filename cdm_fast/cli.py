@@ -16,7 +16,7 @@ from typing import Annotated, Any, TextIO, Union
 import tyro
 from tyro.conf import subcommand
 
-from cdm_fast.arguments import Command, Convert, Denoise, Doctor, Nll, Plot, Sample, Train
+from cdm_fast.arguments import Classify, Command, Convert, Denoise, Doctor, Nll, Plot, Sample, Train
 from cdm_fast.config import preset
 from cdm_fast.errors import UserError
 
@@ -31,6 +31,7 @@ def parse(arguments: Sequence[str]) -> Command:
         Annotated[Train, subcommand("train", default=train)],
         Annotated[Sample, subcommand("sample")],
         Annotated[Nll, subcommand("nll")],
+        Annotated[Classify, subcommand("classify")],
         Annotated[Denoise, subcommand("denoise")],
         Annotated[Plot, subcommand("plot")],
         Annotated[Convert, subcommand("convert")],

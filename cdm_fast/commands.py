@@ -13,6 +13,7 @@ from torch import Tensor
 from cdm_fast import arguments, doctor
 from cdm_fast.build import pick_device
 from cdm_fast.checkpoint import load, read_config
+from cdm_fast.class_scoring import score_classes
 from cdm_fast.config import RunConfig
 from cdm_fast.convert import convert
 from cdm_fast.data import ImageData, quantize, read_image, write_grid, write_image
@@ -170,6 +171,22 @@ def nll_command(command: arguments.Nll) -> Outcome:
     return Outcome(found, lines)
 
 
+def classify_command(command: arguments.Classify) -> Outcome:
+    """`cdm-fast classify`."""
+    config = read_config(command.run)
+    if command.batch_size < 1:
+        raise UserError(f"--batch-size is {command.batch_size}; give 1 or more")
+    if command.out is not None:
+        check_name(command.out)
+    data = run_data(config, command.split, command.data)
+    _require_fit(data, config, command.run)
+    result, lines, columns = score_classes(command, config, _load(command.run, command.device), data)
+    found = {"run": str(command.run), **result}
+    if command.out is not None:
+        found["out"] = str(write_per_image(command.out, data, columns))
+    return Outcome(found, lines)
+
+
 def _require_fit(data: ImageData, config: RunConfig, run: Path) -> None:
     """UserError unless the images are of the run's kind."""
     image = config.image
@@ -255,6 +272,7 @@ _COMMANDS: dict[type, Callable[[Any], Outcome]] = {
     arguments.Train: train_command,
     arguments.Sample: sample_command,
     arguments.Nll: nll_command,
+    arguments.Classify: classify_command,
     arguments.Denoise: denoise_command,
     arguments.Plot: plot_command,
     arguments.Convert: convert_command,

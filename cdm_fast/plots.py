@@ -139,6 +139,36 @@ def write_level_mse(
     return _write(figure, path)
 
 
+def write_classes(
+    report: Mapping[str, Any],  # `ClassReport.to_json()`
+    path: str | Path,
+) -> Path:
+    """Confusion matrix and reliability diagram of a classifier, as a PNG under `path`.
+
+    Rows of the matrix sum to 1; colours follow the square root, or rare mistakes would be invisible. On the
+    dashed diagonal of the diagram confidence is accuracy; a dot's area is its bin's share of the images.
+    """
+    figure, (matrix, diagram) = _figure(2, height=4.6)
+    confusion = np.asarray(report["confusion"], dtype=np.float64)
+    rows = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    image = matrix.imshow(rows, norm=PowerNorm(0.5, vmin=0, vmax=1), cmap="viridis", interpolation="nearest")
+    figure.colorbar(image, ax=matrix, label="share of the true class", shrink=0.7)
+    for row, column in np.argwhere(confusion) if len(confusion) <= 20 else ():
+        colour = "black" if rows[row, column] > 0.4 else "white"
+        matrix.text(
+            column, row, str(int(confusion[row, column])), ha="center", va="center", fontsize=7, color=colour
+        )
+    _label(matrix, f"accuracy {100 * report['accuracy']:.2f} %", "predicted class", "true class")
+    bins = report["reliability"]
+    count = np.asarray(bins["count"], dtype=np.float64)
+    diagram.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=0.8)
+    diagram.plot(*(np.asarray(bins[key])[count > 0] for key in ("confidence", "accuracy")), linewidth=1.2)
+    diagram.scatter(bins["confidence"], bins["accuracy"], s=4 + 300 * count / count.sum(), alpha=0.6)
+    diagram.set(xlim=(0, 1.02), ylim=(0, 1.02))
+    _label(diagram, f"calibration error {100 * report['ece']:.2f} %", "mean confidence", "accuracy")
+    return _write(figure, path)
+
+
 def write_audit(
     report: Mapping[str, Any],  # `AuditReport.to_json()`
     path: str | Path,

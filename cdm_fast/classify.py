@@ -1,0 +1,380 @@
+"""Generative classification: every class's likelihood of an image, then Bayes' rule; and how good that is.
+
+Four ways to a score of each class, all from networks that denoise:
+
+- joint: `log p(x|c)` of all classes from one forward pass of joint (level, class) logits;
+- embedding: the same from one pass per class of a network that takes the label;
+- ode: `log p(x|c)` by the probability-flow ODE, one integration per class (arXiv 2110.00473);
+- denoising: minus the mean denoising error given each class (arXiv 2303.16203), which is no likelihood.
+
+# B batch, n images, K classes, d = C*H*W
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from cdm_fast.arguments import ClassifyMethod
+from cdm_fast.data import ImageData
+from cdm_fast.errors import UserError
+from cdm_fast.likelihood.images import batches, bits_per_dim, like_network, spread, stderr
+from cdm_fast.likelihood.ode import flow_log_prob, load_solver
+from cdm_fast.model import CDM, Denoiser, measures
+
+Progress = Callable[[str], None]
+
+BINS = 15  # of the calibration error
+ODE_IMAGES, ODE_BATCH = 32, 64
+DRAWS = {"joint": 3, "embedding": 3, "denoising": 1, "ode": 1}
+
+
+def _silent(message: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How far confidence is from accuracy, over `BINS` bins of equal width of the confidence.
+
+    Fields:
+        ece: `sum_b n_b / n |accuracy_b - confidence_b|`, 0..1 (arXiv 1706.04599, eq. 3).
+        count, confidence, accuracy: of each bin; the means of an empty one are NaN.
+    """
+
+    ece: float
+    count: list[int]
+    confidence: list[float]
+    accuracy: list[float]
+
+
+def reliability(
+    posterior: Tensor,  # (n, K) p(c|x)
+    label: Tensor,  # (n,) int64
+) -> Reliability:
+    """The calibration of a classifier's largest posterior; bin b holds confidences in (b, b+1] / `BINS`."""
+    confidence, predicted = posterior.double().max(1)
+    right = (predicted == label).double()
+    index = ((confidence * BINS).ceil().long() - 1).clamp(0, BINS - 1)
+    count = torch.bincount(index, minlength=BINS)
+    mean_confidence, mean_right = (
+        torch.bincount(index, weights=values, minlength=BINS) / count for values in (confidence, right)
+    )
+    gap = (mean_right - mean_confidence).abs().nan_to_num() * count
+    return Reliability(
+        float(gap.sum() / len(label)), count.tolist(), mean_confidence.tolist(), mean_right.tolist()
+    )
+
+
+def confusion_matrix(predicted: Tensor, label: Tensor, num_classes: int) -> Tensor:
+    """(K, K) int64: how many images of each class (row) were taken for each (column)."""
+    pairs = torch.bincount(label * num_classes + predicted, minlength=num_classes**2)
+    return pairs.view(num_classes, num_classes)
+
+
+class OfClass(Denoiser):
+    """A class-conditional denoiser with its label fixed, for whatever takes a denoiser without one.
+
+    Args:
+        model: the model.
+        label: 0..K-1.
+    """
+
+    def __init__(self, model: Denoiser, label: int) -> None:
+        super().__init__(model, model.schedule, model.input_shape)
+        self.model = model
+        self.label = label
+
+    def denoise(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
+        """`eps_hat` of the fixed class; `label` is not read."""
+        return self.model.denoise(x, level, torch.full((len(x),), self.label, device=x.device))
+
+
+@measures
+def ode_log_prob_classes(
+    model: Denoiser,
+    x: Tensor,  # (B, C, H, W), dequantised
+    num_classes: int,
+    tolerance: float = 1e-5,
+    probes: int | None = None,
+    seed: int = 0,
+) -> Tensor:  # (B, K)
+    """`log p(x|c)` in nats by the probability-flow ODE of each class, every class with the same probes.
+
+    Arguments and errors as of `flow_log_prob`.
+    """
+    flows = [
+        flow_log_prob(OfClass(model, c), x, tolerance=tolerance, probes=probes, seed=seed).log_prob
+        for c in range(num_classes)
+    ]
+    return torch.stack(flows, dim=1)
+
+
+@measures
+def denoising_scores(
+    model: Denoiser,
+    x: Tensor,  # (B, C, H, W), dequantised
+    num_classes: int,
+    trials: int,
+    generator: torch.Generator,
+) -> Tensor:  # (B, K)
+    """`-mean_i |eps_hat(x_i, t_i, c) - eps_i|^2` of each class over `trials` pairs of level and noise.
+
+    The levels are spread evenly over 1..T, all weigh alike, and a pair serves every class: what classes have
+    in common cancels (arXiv 2303.16203, section 3).
+    """
+    levels = spread(1, model.schedule.T, trials)
+    label = torch.arange(num_classes, device=x.device).repeat_interleave(len(x))
+    total = torch.zeros(num_classes, len(x), dtype=torch.float64, device=x.device)
+    for trial in range(trials):
+        t = levels[trial % len(levels)]
+        eps = torch.randn(x.shape, generator=generator).to(x)
+        a, s = model.schedule.gather(t, x)
+        noisy = (a * x + s * eps).repeat(num_classes, *[1] * (x.dim() - 1))
+        error = model.denoise(noisy, t, label).unflatten(0, (num_classes, -1)) - eps
+        total += error.double().square().flatten(2).sum(2)
+    return -total.T / trials
+
+
+@dataclass(frozen=True)
+class ClassReport:
+    """How well a model tells the classes of a data set, and how it was measured.
+
+    Fields:
+        accuracy, accuracy_stderr: share of images whose most probable class is theirs, and its error bar.
+        ece: calibration error of that class's posterior, 0..1.
+        log_loss: mean of `-log p(label|x)`, nats.
+        bits_per_dim, bits_per_dim_stderr: of the marginal `sum_c p(c) p(x|c)` on dequantised images, with its
+            standard error; None for the method "denoising", which has no likelihood.
+        confusion: (K, K) rows are true classes.
+        reliability: the bins of `ece`.
+        draws: dequantisation draws; an image's class scores are their mean: log-probabilities are averaged.
+        trials: pairs of level and noise of "denoising"; tolerance: of "ode"; None for the others.
+        images_per_second: classified, once each: images times draws over seconds.
+        index: (n,) which images of the split; score: (n, K) log p(x|c) in nats, or for "denoising" its score;
+        posterior: (n, K) `p(c|x)`.
+    """
+
+    method: str
+    accuracy: float
+    accuracy_stderr: float
+    ece: float
+    log_loss: float
+    bits_per_dim: float | None
+    bits_per_dim_stderr: float | None
+    num_images: int
+    num_classes: int
+    draws: int
+    trials: int | None
+    tolerance: float | None
+    seconds: float
+    images_per_second: float
+    data: str
+    split: str
+    confusion: list[list[int]]
+    reliability: Reliability
+    index: Tensor
+    score: Tensor
+    posterior: Tensor
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the values of single images, ready for `json.dumps`."""
+        fields = asdict(self)
+        del fields["index"], fields["score"], fields["posterior"]
+        return fields
+
+    def columns(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """`predicted` and each class's score, as `write_per_image` takes them."""
+        name = "denoising_score" if self.method == "denoising" else "log_prob"
+        classes = {f"{name}_{c}": (self.index, values) for c, values in enumerate(self.score.T)}
+        return {"predicted": (self.index, self.posterior.argmax(1)), **classes}
+
+
+@measures
+def evaluate_classes(
+    model: Denoiser,
+    data: ImageData,
+    method: ClassifyMethod | None = None,
+    *,
+    num_images: int | None = None,
+    draws: int | None = None,
+    trials: int = 50,
+    tolerance: float = 1e-5,
+    probes: int | None = None,
+    batch_size: int = 500,
+    seed: int = 0,
+    class_prior: Tensor | None = None,
+    progress: Progress = _silent,
+) -> ClassReport:
+    """Classifies the labelled images of `data` by Bayes' rule; see `ClassReport` and this module's head.
+
+    Args:
+        method: the model's own conditioning by default, and "denoising" for a plain denoiser.
+        num_images: so many images, drawn from the data; by default all, or `ODE_IMAGES` by the ODE.
+        draws: of dequantisation noise; by default 3 for "joint" and "embedding", 1 for the others.
+        trials: of "denoising"; tolerance, probes: of "ode".
+        batch_size: network inputs per evaluation.
+        seed: of every draw.
+        class_prior: (K,) up to a factor; a CDM's own by default, else equal shares.
+
+    Raises:
+        UserError: a model without classes, a method that does not fit it, data without labels or of other
+            classes, numbers out of range, and as `flow_log_prob`.
+    """
+    num_classes = require_classes(model)
+    method = fitting_method(model, method)
+    label = labels_for(data, num_classes)
+    for what, value in (("draws", draws), ("trials", trials), ("images", num_images)):
+        if value is not None and value < 1:
+            raise UserError(f"{what} is {value}: at least one is needed")
+    draws = draws or DRAWS[method]
+    log_prior = _log_class_prior(model, num_classes, class_prior)
+    index = _choose(len(data), num_images or (ODE_IMAGES if method == "ode" else None), seed)
+    chosen, label = replace(data, images=data.images[index]), label[index]
+    scores: Callable[[Tensor, int, torch.Generator], Tensor]
+    if method == "ode":
+        load_solver()  # its absence is told before any work
+        batch_size = min(batch_size, ODE_BATCH)
+
+        def scores(x: Tensor, first: int, generator: torch.Generator) -> Tensor:
+            return ode_log_prob_classes(model, x, num_classes, tolerance, probes, seed + first)
+    elif method == "denoising":
+        batch_size = max(1, batch_size // num_classes)
+
+        def scores(x: Tensor, first: int, generator: torch.Generator) -> Tensor:
+            return denoising_scores(model, x, num_classes, trials, generator)
+    else:
+        assert isinstance(model, CDM)
+        one_pass = model.log_prob_classes
+
+        def scores(x: Tensor, first: int, generator: torch.Generator) -> Tensor:
+            return one_pass(x)
+
+    began = time.perf_counter()
+    score = torch.zeros(len(index), num_classes, dtype=torch.float64)
+    bits = torch.zeros(len(index), dtype=torch.float64)
+    for draw in range(draws):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + draw)
+        for first, x in batches(chosen, batch_size, generator):
+            if method in ("ode", "denoising"):
+                progress(f"{method}, draw {draw + 1} of {draws}, image {first} of {len(index)}")
+            each = scores(like_network(model, x), first, generator).double().cpu()
+            score[first : first + len(x)] += each / draws
+            bits[first : first + len(x)] += bits_per_dim((each + log_prior).logsumexp(1), data) / draws
+    seconds = time.perf_counter() - began
+    log_posterior = (score + log_prior).log_softmax(1)
+    predicted = log_posterior.argmax(1)
+    right = (predicted == label).double()
+    calibration = reliability(log_posterior.exp(), label)
+    has_likelihood = method != "denoising"
+    return ClassReport(
+        method=method,
+        accuracy=float(right.mean()),
+        accuracy_stderr=stderr(right),
+        ece=calibration.ece,
+        log_loss=-float(log_posterior.gather(1, label[:, None]).mean()),
+        bits_per_dim=float(bits.mean()) if has_likelihood else None,
+        bits_per_dim_stderr=stderr(bits) if has_likelihood else None,
+        num_images=len(index),
+        num_classes=num_classes,
+        draws=draws,
+        trials=trials if method == "denoising" else None,
+        tolerance=tolerance if method == "ode" else None,
+        seconds=seconds,
+        images_per_second=draws * len(index) / seconds,
+        data=data.name,
+        split=data.split,
+        confusion=confusion_matrix(predicted, label, num_classes).tolist(),
+        reliability=calibration,
+        index=index,
+        score=score,
+        posterior=log_posterior.exp(),
+    )
+
+
+def require_classes(model: Denoiser) -> int:
+    """K; UserError for a model without classes."""
+    num_classes = model.num_classes if isinstance(model, CDM) else getattr(model.network, "num_classes", None)
+    if num_classes is None:
+        raise UserError(
+            "this model was trained without classes: train with --conditioning joint or embedding"
+        )
+    return num_classes
+
+
+def fitting_method(model: Denoiser, method: ClassifyMethod | None = None) -> ClassifyMethod:
+    """`method`, or the model's own; UserError for an unknown one and for one that the model cannot serve."""
+    own: ClassifyMethod = model.conditioning if isinstance(model, CDM) else "denoising"
+    if method is None:
+        return own
+    if method not in get_args(ClassifyMethod):
+        raise UserError(f"unknown method {method!r}: choose one of {', '.join(get_args(ClassifyMethod))}")
+    if method in ("joint", "embedding") and method != own:
+        if own == "denoising":
+            raise UserError(
+                f"--method {method} reads likelihoods off logits, and this is a plain denoising model (DDM):"
+                " give denoising or ode"
+            )
+        raise UserError(
+            f"--method {method} does not fit a run of --conditioning {own}: give {own}, denoising or ode"
+        )
+    return method
+
+
+def labels_for(data: ImageData, num_classes: int) -> Tensor:
+    """(n,) int64 labels of `data`; UserError if it has none, or others than K classes."""
+    if data.labels is None:
+        raise UserError(f"{data.name} has no labels, and an accuracy needs them; give labelled data")
+    if data.num_classes != num_classes:
+        raise UserError(
+            f"{data.name} has {data.num_classes} classes, and the model was trained on {num_classes};"
+            " give data of the same classes"
+        )
+    low, high = int(data.labels.min()), int(data.labels.max())
+    if low < 0 or high >= num_classes:
+        wrong = low if low < 0 else high
+        raise UserError(
+            f"{data.name} holds label {wrong}, out of range: classes are 0 to {num_classes - 1}; relabel it"
+        )
+    return data.labels
+
+
+def _log_class_prior(model: Denoiser, num_classes: int, class_prior: Tensor | None) -> Tensor:
+    """(K,) float64 in nats, on the CPU."""
+    if class_prior is None and isinstance(model, CDM) and model.log_class_prior is not None:
+        return model.log_class_prior.double().cpu()
+    prior = torch.ones(num_classes) if class_prior is None else class_prior
+    if prior.shape != (num_classes,) or not bool((torch.isfinite(prior) & (prior > 0)).all()):
+        raise UserError(f"class_prior must be {num_classes} positive finite numbers, one per class")
+    return (prior.double() / prior.sum()).log().cpu()
+
+
+def _choose(count: int, num_images: int | None, seed: int) -> Tensor:
+    """(m,) which of `count` images: all in order, or `num_images` different ones."""
+    if num_images is None or num_images >= count:
+        return torch.arange(count)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(count, generator=generator)[:num_images].sort().values
+
+
+def describe_classes(report: ClassReport) -> list[str]:
+    """The report as lines for a person."""
+    averaged = "scores" if report.method == "denoising" else "log-probabilities"
+    draws = f"{report.draws} draws, their {averaged} averaged" if report.draws > 1 else "1 draw"
+    if report.trials is not None:
+        draws += f", {report.trials} trials"
+    lines = [
+        f"accuracy {100 * report.accuracy:.2f} +- {100 * report.accuracy_stderr:.2f} %"
+        f" ({report.method}, {report.num_images} {report.split} images of {report.data},"
+        f" {report.num_classes} classes, {draws})",
+        f"calibration error {100 * report.ece:.2f} % (ECE, {BINS} bins), log loss {report.log_loss:.4f} nats",
+    ]
+    if report.bits_per_dim is not None:
+        lines.append(
+            f"{report.bits_per_dim:.4f} +- {report.bits_per_dim_stderr:.4f} bits/dim of the marginal"
+            f"{'' if report.method == 'ode' else ', unaudited'}"
+        )
+    return [*lines, f"{report.images_per_second:.0f} images/s"]
