@@ -53,3 +53,19 @@ def test_uint8_images(benchmark, compare, small, device):
         benchmark, lambda: noising(x0, level, a, s, seed, num_grey_levels=256, flip=True), plain, _check_law
     )
     benchmark.extra_info.update(shape=list(x0.shape), dtype="uint8")
+
+
+def test_channels_last_images(benchmark, compare, small, device):
+    """Read and written where they lie, against the detour over contiguous order."""
+    x0, level, a, s, seed = _inputs(small, device, torch.float32)
+    x0 = x0.contiguous(memory_format=torch.channels_last)
+
+    def copied():
+        results = noising(x0.contiguous(), level, a, s, seed)
+        return tuple(x.contiguous(memory_format=torch.channels_last) for x in results[:2])
+
+    def check(candidate, baseline):
+        assert all(torch.equal(x, y) for x, y in zip(candidate, baseline, strict=False))
+
+    compare(benchmark, lambda: noising(x0, level, a, s, seed), copied, check)
+    benchmark.extra_info.update(shape=list(x0.shape), dtype="fp32", layout="channels-last")

@@ -18,6 +18,14 @@ using cdm::Tensor;
 
 template <typename In, typename Out, typename Compute>
 void run(const cdm::NoisingArguments& arguments) {
+    if (arguments.channels > 1) {
+        const int64_t tiles = isa_baseline::pixel_tiles(arguments) * (arguments.size / arguments.image_size);
+        const int64_t grain = 1 + 16384 / (isa_baseline::kPixels * arguments.channels);
+        torch::stable::parallel_for(0, tiles, grain, [&](int64_t first, int64_t last) {
+            CDM_DISPATCH(noising_channels_last<In, Out, Compute>(arguments, first, last));
+        });
+        return;
+    }
     constexpr int64_t chunk = isa_baseline::kChunk;
     torch::stable::parallel_for(0, (arguments.size + chunk - 1) / chunk, 16,
                                 [&](int64_t first, int64_t last) {

@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kThreads) noising_packed(const NoisingArgument
     if (p.x0_out != nullptr) store_pack<kElements>(static_cast<float*>(p.x0_out) + first, x0_out);
 }
 
-// Any image size: eight elements that may lie in several images.
+// Any image size and layout: eight elements that may lie in several images.
 template <typename In, typename Out>
 __global__ void __launch_bounds__(kThreads) noising_ragged(const NoisingArguments p) {
     const int64_t first = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kElements;
@@ -110,23 +110,25 @@ __global__ void __launch_bounds__(kThreads) noising_ragged(const NoisingArgument
         if (index >= p.size) return;
         const int64_t image = index / p.image_size;
         const bool mirrored = p.flip && philox_flip(key, image);
-        float clean = widen(static_cast<const In*>(p.x0)[mirrored ? mirror(index, p.row) : index]);
+        const int64_t place = memory_offset(p, index);
+        const int64_t source = mirrored ? memory_offset(p, mirror(index, p.row)) : place;
+        float clean = widen(static_cast<const In*>(p.x0)[source]);
         if (p.scale != 0.0f) clean = dequantised(clean, uniform[i], p.scale);
         float eps = normal[i];
         if (p.eps_given != nullptr)
-            eps = static_cast<const float*>(p.eps_given)[index];
+            eps = static_cast<const float*>(p.eps_given)[place];
         else
-            static_cast<float*>(p.eps_drawn)[index] = eps;
+            static_cast<float*>(p.eps_drawn)[place] = eps;
         const Coefficients c = coefficients(p, image);
-        narrow(noised(c.a_t, clean, c.s_t, eps), static_cast<Out*>(p.x_t) + index);
-        if (p.x0_out != nullptr) static_cast<float*>(p.x0_out)[index] = clean;
+        narrow(noised(c.a_t, clean, c.s_t, eps), static_cast<Out*>(p.x_t) + place);
+        if (p.x0_out != nullptr) static_cast<float*>(p.x0_out)[place] = clean;
     }
 }
 
 template <typename In, typename Out>
 void launch(const NoisingArguments& arguments, cudaStream_t stream) {
     const unsigned blocks = static_cast<unsigned>(ceil_div(arguments.size, kThreads * kElements));
-    const bool packed = arguments.image_size % kElements == 0 &&
+    const bool packed = arguments.channels == 1 && arguments.image_size % kElements == 0 &&
                         are_aligned({arguments.x0, arguments.x_t, arguments.eps_given, arguments.eps_drawn});
     if (packed)
         noising_packed<In, Out><<<blocks, kThreads, 0, stream>>>(arguments);

@@ -15,8 +15,8 @@ CDM_HD float noised(float a_t, float x0, float s_t, float eps) {
 }
 CDM_HD double noised(double a_t, double x0, double s_t, double eps) { return a_t * x0 + s_t * eps; }
 
-// One call: pointers to contiguous tensors, null where a thing is not asked for. "Compute" is float, or
-// double for double images.
+// One call: pointers, null where a thing is not asked for. "Compute" is float, or double for double images.
+// All images lie in memory alike: contiguous, or with their channels last (then channels > 1).
 struct NoisingArguments {
     const void* x0;         // (B, ...) unsigned char, float, bfloat16 or double
     const int64_t* level;   // (B,)
@@ -30,9 +30,17 @@ struct NoisingArguments {
     int64_t size;           // elements in all
     int64_t image_size;     // elements of an image
     int64_t row;            // elements of its last axis
+    int64_t channels;       // of images with channels last; else 1
     int64_t num_levels;
     float scale;  // 2 / grey levels; 0 for images that are not dequantised
     bool flip;
 };
+
+// Where element `index` of the batch, numbered in contiguous order, lies in memory.
+CDM_HD int64_t memory_offset(const NoisingArguments& p, int64_t index) {
+    if (p.channels == 1) return index;
+    const int64_t plane = p.image_size / p.channels, within = index % p.image_size;
+    return index - within + within % plane * p.channels + within / plane;
+}
 
 }  // namespace cdm

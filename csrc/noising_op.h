@@ -16,16 +16,34 @@ namespace cdm {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Whether images (B, C, H, W) lie in memory as (B, H, W, C), and not as (B, C, H, W) as well.
+inline bool has_channels_last(const Tensor& x) {
+    if (x.dim() != 4 || x.is_contiguous()) return false;
+    int64_t expected = 1;
+    for (int64_t axis : {1, 3, 2, 0}) {
+        if (x.size(axis) != 1 && x.stride(axis) != expected) return false;
+        expected *= x.size(axis);
+    }
+    return true;
+}
+
+// An empty tensor of x's shape and layout.
+inline Tensor new_empty_like(const Tensor& x, ScalarType type) {
+    if (!has_channels_last(x)) return torch::stable::new_empty(x, x.sizes(), type);
+    const Tensor pixels = torch::stable::new_empty(x, {x.size(0), x.size(2), x.size(3), x.size(1)}, type);
+    return torch::stable::transpose(torch::stable::transpose(pixels, 2, 3), 1, 2);
+}
+
 // Allocates the results, fills them by launch(arguments, dtype of x0, dtype of x_t); what was not asked for
-// comes back empty. The schema is in cdm_fast/ops/noising.py.
+// comes back empty. x0, and eps like it, are contiguous or have their channels last. The schema is in
+// cdm_fast/ops/noising.py.
 template <typename Launch>
 std::tuple<Tensor, Tensor, Tensor> noising_op(const Tensor& x0, const Tensor& level, const Tensor& a,
                                               const Tensor& s, const std::optional<Tensor>& seed,
                                               const std::optional<Tensor>& eps, int64_t num_grey_levels,
                                               bool flip, ScalarType dtype, const Launch& launch) {
     const auto like_x0 = [&](ScalarType type, bool wanted) {
-        return wanted ? torch::stable::new_empty(x0, x0.sizes(), type)
-                      : torch::stable::new_empty(x0, {0}, type);
+        return wanted ? new_empty_like(x0, type) : torch::stable::new_empty(x0, {0}, type);
     };
     const auto pointer = [](const std::optional<Tensor>& tensor) {
         return tensor.has_value() ? tensor->data_ptr() : nullptr;
@@ -48,6 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> noising_op(const Tensor& x0, const Tensor& le
     arguments.size = x0.numel();
     arguments.image_size = arguments.size / x0.size(0);
     arguments.row = x0.size(x0.dim() - 1);
+    arguments.channels = has_channels_last(x0) ? x0.size(1) : 1;
     arguments.num_levels = a.size(0);
     arguments.scale =
         num_grey_levels > 0 ? static_cast<float>(2.0 / static_cast<double>(num_grey_levels)) : 0.0f;

@@ -36,8 +36,9 @@ def noising(
     drawn: Tensor,
     clean: Tensor,
 ) -> None:
-    """Fills x_t like x0, and `drawn` and `clean` where they are not empty. All contiguous.
+    """Fills x_t like x0, and `drawn` and `clean` where they are not empty.
 
+    All in one layout, contiguous or with the channels last; the rest contiguous.
     a, s, eps, drawn and clean are in the dtype of the arithmetic; x0 and x_t in any.
     """
     batch = x0.shape[0]
@@ -57,6 +58,7 @@ def noising(
         clean,
         image_size,
         x0.shape[-1],
+        1 if x0.is_contiguous() else x0.shape[1],
         a.shape[0],
         tiles,
         2.0 / max(num_grey_levels, 1),
@@ -81,6 +83,7 @@ def _kernel(
     clean_ptr: tl.tensor,
     image_size: int,
     row: int,
+    channels: int,
     num_levels: int,
     tiles: int,
     scale: float,
@@ -96,29 +99,31 @@ def _kernel(
     inside = (index >= start) & (index < start + image_size)
     compute = a_ptr.dtype.element_ty
 
-    source = index
+    plane = image_size // channels
+    place = start + (index - start) % plane * channels + (index - start) // plane
+    source = place
     if flip:
         words = _block(seed_ptr, _FLIP, (image // 4).to(tl.uint32))
         word = _word(words[0], words[1], words[2], words[3], image % 4)
         column = (index - start) % row
-        source = tl.where((word >> 31) != 0, index + (row - 1 - 2 * column), index)
+        source = tl.where((word >> 31) != 0, place + (row - 1 - 2 * column) * channels, place)
     clean = tl.load(x0_ptr + source, mask=inside, other=0).to(compute)
     if dequantise:
         clean = (clean + _uniforms(seed_ptr, first, tile)) * scale + -1.0
     if flip or dequantise:
-        tl.store(clean_ptr + index, clean, mask=inside)
+        tl.store(clean_ptr + place, clean, mask=inside)
 
     if draw:
         eps = _normals(seed_ptr, first, tile).to(compute)
-        tl.store(drawn_ptr + index, eps, mask=inside)
+        tl.store(drawn_ptr + place, eps, mask=inside)
     else:
-        eps = tl.load(eps_ptr + index, mask=inside, other=0)
+        eps = tl.load(eps_ptr + place, mask=inside, other=0)
 
     level = tl.load(level_ptr + image)
     known = (level >= 0) & (level < num_levels)
     a_t = tl.load(a_ptr + level, mask=known, other=float("nan"))
     s_t = tl.load(s_ptr + level, mask=known, other=float("nan"))
-    tl.store(x_t_ptr + index, (a_t * clean + s_t * eps).to(x_t_ptr.dtype.element_ty), mask=inside)
+    tl.store(x_t_ptr + place, (a_t * clean + s_t * eps).to(x_t_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -5,6 +5,7 @@ B batch, L = T+2 noise levels; an image is (B, ...), its elements numbered in co
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -46,16 +47,18 @@ def noising_reference(
     """The specification of `noising` in plain PyTorch; see there."""
     compute = torch.float64 if x0.dtype == torch.float64 else torch.float32
     per_image = (-1,) + (1,) * (x0.dim() - 1)
-    clean = x0.to(compute)
+    layout = _layout(x0)
+    clean = x0.to(compute).contiguous(memory_format=layout)
     seed = cast(Tensor, seed)  # given wherever something is drawn: `noising` has made sure
     if flip:
         coin = philox_flip(seed, x0.shape[0]).reshape(per_image)
         clean = torch.where(coin, clean.flip(-1), clean)
     if num_grey_levels is not None:
-        clean = (clean + philox_uniform(seed, x0.shape, Stream.DEQUANTISATION)) * (
-            2.0 / num_grey_levels
-        ) - 1.0
-    noise = philox_normal(seed, x0.shape).to(compute) if eps is None else eps
+        uniform = philox_uniform(seed, x0.shape, Stream.DEQUANTISATION)
+        clean = (clean + uniform) * (2.0 / num_grey_levels) - 1.0
+    noise = eps
+    if noise is None:
+        noise = philox_normal(seed, x0.shape).to(compute).contiguous(memory_format=layout)
     a_t, s_t = (table.to(compute).index_select(0, level).reshape(per_image) for table in (a, s))
     x_t = a_t * clean + s_t * noise.to(compute)
     return NoisingResult(x_t.to(dtype or (compute if num_grey_levels else x0.dtype)), noise, clean)
@@ -85,6 +88,8 @@ def noising(
     flip: mirror each image along its last axis with probability 1/2; noise and U are the mirrored image's.
     dtype: of x_t; by default that of x0, fp32 for uint8.
 
+    Images with their channels last give results with their channels last, without a copy; the random numbers
+    of an element are those that it has in contiguous order.
     All arithmetic is in fp32 (fp64 for fp64 images). Differentiable with respect to x0 and eps.
     Raises TypeError or ValueError, naming the argument, for what does not fit the above. Source: DDPM eq. 4.
     """
@@ -98,9 +103,10 @@ def noising(
     compute = torch.promote_types(torch.float32 if x0.dtype == torch.uint8 else x0.dtype, torch.float32)
     wanted = dtype or (compute if x0.dtype == torch.uint8 else x0.dtype)
     stored = wanted if _stores(backend, compute, wanted) else compute
-    noise = None if eps is None else eps.to(compute).contiguous()
+    layout = _layout(x0)
+    noise = None if eps is None else eps.to(compute).contiguous(memory_format=layout)
     x_t, drawn, clean = overload("noising", backend)(
-        x0.contiguous(),
+        x0.contiguous(memory_format=layout),
         level.contiguous(),
         a.to(compute).contiguous(),
         s.to(compute).contiguous(),
@@ -112,6 +118,13 @@ def noising(
     )
     returned_x0 = clean if flip or num_grey_levels else x0.to(compute)
     return NoisingResult(x_t.to(wanted), drawn if eps is None else eps, returned_x0)
+
+
+def _layout(x0: Tensor) -> torch.memory_format:
+    """Of the results: channels last if x0 has them there, else contiguous."""
+    if x0.dim() == 4 and not x0.is_contiguous() and x0.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
 
 
 def _stores(backend: str, compute: torch.dtype, dtype: torch.dtype) -> bool:
@@ -133,12 +146,11 @@ def _fake(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x_t, the drawn noise, the image after dequantisation and flip; empty where there is no such thing."""
-    drawn = x0.shape if eps is None else (0,)
-    clean = x0.shape if flip or num_grey_levels else (0,)
+    empty = partial(torch.empty_like, x0, memory_format=_layout(x0))
     return (
-        x0.new_empty(x0.shape, dtype=dtype),
-        x0.new_empty(drawn, dtype=a.dtype),
-        x0.new_empty(clean, dtype=a.dtype),
+        empty(dtype=dtype),
+        empty(dtype=a.dtype) if eps is None else a.new_empty(0),
+        empty(dtype=a.dtype) if flip or num_grey_levels else a.new_empty(0),
     )
 
 

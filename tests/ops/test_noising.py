@@ -76,6 +76,24 @@ def test_the_cpp_kernels_give_the_same_bits_as_the_reference_with_every_instruct
     assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
 
 
+@pytest.mark.parametrize("shape", [(3, 3, 5, 7), (2, 3, 20, 19), (2, 4, 6, 6), (1, 2, 1, 3)], ids=str)
+@pytest.mark.parametrize(("dtype", "out_dtype"), INPUTS.values(), ids=INPUTS.keys())
+@pytest.mark.parametrize("flip", [False, True], ids=["straight", "flip"])
+@pytest.mark.parametrize("given_eps", [False, True], ids=["drawn", "given"])
+def test_channels_last_in_and_out_is_the_same_bits(
+    backend, poison_empty, shape, dtype, out_dtype, flip, given_eps
+):
+    x0, eps = _images(shape, dtype), torch.randn(shape) if given_eps else None
+    options = {"num_grey_levels": 17 if dtype == torch.uint8 else None, "flip": flip, "dtype": out_dtype}
+    expected = noising(x0, _levels(shape[0]), A, S, SEED, eps=eps, **options)
+    last = x0.contiguous(memory_format=torch.channels_last)
+    got = noising(last, _levels(shape[0]), A, S, SEED, eps=eps, **options)
+    for x, y in zip(got, expected, strict=True):
+        assert torch.equal(x, y)
+    assert got.eps is eps or got.eps.stride() == last.stride()
+    assert got.x_t.stride() == got.x0.stride() == last.stride()
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     shape=st.lists(st.integers(1, 9), min_size=2, max_size=4),
@@ -143,9 +161,10 @@ def test_gradients(backend, flip):
 
 
 @pytest.mark.parametrize("draw", [False, True], ids=["given", "drawn"])
-def test_opcheck(draw):
-    x0 = torch.rand(2, 1, 3, 4, requires_grad=True)
-    eps = None if draw else torch.rand(2, 1, 3, 4)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_opcheck(draw, layout):
+    x0 = torch.rand(2, 3, 3, 4).contiguous(memory_format=layout).requires_grad_()
+    eps = None if draw else torch.rand(2, 3, 3, 4).contiguous(memory_format=layout)
     arguments = (x0, _levels(2), A.float(), S.float(), SEED, eps, 0, True, torch.float32)
     with use_backend("cpp"):
         torch.library.opcheck(torch.ops.cdm_fast.noising.default, arguments)
