@@ -1,10 +1,11 @@
 """noise_level_ce with its gradient against cross_entropy and gather: plain logits (128, 1002), joint ones."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
 from cdm_fast.ops import use_backend
-from cdm_fast.ops.noise_level_ce import noise_level_ce
+from cdm_fast.ops.noise_level_ce import log_posterior, noise_level_ce
 
 
 def _check(candidate, baseline):
@@ -53,3 +54,19 @@ def test_joint_logits(benchmark, compare, small, device):
 
     compare(benchmark, lambda: _with_gradient(fused, logits, cotangents), plain, _check)
     benchmark.extra_info.update(shape=list(logits.shape), dtype="fp32")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_joint_posterior(benchmark, compare, small, device, dtype):
+    batch, num_levels, num_classes = (16, 52, 10) if small else (128, 1002, 10)
+    logits = torch.randn(batch, (num_levels - 1) * num_classes + 1, device=device).to(dtype)
+
+    def plain():
+        with use_backend("reference"):
+            return log_posterior(logits, num_classes)
+
+    def check(got, expected):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+    compare(benchmark, lambda: log_posterior(logits, num_classes), plain, check)
+    benchmark.extra_info.update(shape=list(logits.shape), dtype=str(dtype).removeprefix("torch."))

@@ -25,6 +25,16 @@ struct LevelCEArguments {
     int64_t num_classes;
 };
 
+// Another call: the logits of the levels, whatever the class.
+struct LevelLogitsArguments {
+    const void* logits;  // (B, N)
+    void* level_logits;  // (B, L) Compute
+    int64_t batch;
+    int64_t num_logits;
+    int64_t num_levels;
+    int64_t num_classes;
+};
+
 struct LogitRange {
     int64_t begin, end;
 };

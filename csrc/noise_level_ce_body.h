@@ -181,4 +181,61 @@ static void level_ce_backward(const LevelCEArguments& p, int64_t first, int64_t 
     }
 }
 
+// log of a sum of exponentials, the largest of which is 1; NaN stays NaN.
+CDM_INLINE VecF log_of_sum(VecF sum) {
+    VecF log{};
+    for (int lane = 0; lane < lanes_of<float>(); ++lane) log[lane] = strict_log(sum[lane]);
+    return sum == sum ? log : sum;
+}
+
+CDM_INLINE VecD log_of_sum(VecD sum) {
+    for (int lane = 0; lane < lanes_of<double>(); ++lane) sum[lane] = __builtin_log(sum[lane]);
+    return sum;
+}
+
+// logsumexp of the logits of as many levels as a vector has lanes, `levels` of which are wanted: a lane each,
+// so that few classes do not leave lanes idle. num_classes <= kFewClasses.
+constexpr int64_t kFewClasses = 32;
+
+template <class T>
+CDM_INLINE typename Math<T>::Vec log_sums_across(const T* z, int64_t num_classes, int levels) {
+    using Vec = typename Math<T>::Vec;
+    constexpr int lanes = lanes_of<T>();
+    Vec of_class[kFewClasses];
+    for (int64_t c = 0; c < num_classes; ++c)
+        for (int lane = 0; lane < lanes; ++lane)
+            of_class[c][lane] = widen(z[(lane < levels ? lane : levels - 1) * num_classes + c]);
+    Vec maximum = of_class[0];
+    for (int64_t c = 1; c < num_classes; ++c) maximum = of_class[c] > maximum ? of_class[c] : maximum;
+    Vec sum{};
+    for (int64_t c = 0; c < num_classes; ++c) sum += exp_falling(of_class[c] - maximum);
+    return maximum + log_of_sum(sum);
+}
+
+template <class T>
+static void level_logits(const LevelLogitsArguments& p, int64_t first, int64_t last) {
+    using Scalar = typename Math<T>::Scalar;
+    constexpr int lanes = lanes_of<T>();
+    const int64_t clean = p.num_levels - 1;  // pure noise, the last level, may have fewer logits
+    for (int64_t b = first; b < last; ++b) {
+        const T* z = static_cast<const T*>(p.logits) + b * p.num_logits;
+        Scalar* out = static_cast<Scalar*>(p.level_logits) + b * p.num_levels;
+        const auto one_level = [&](int64_t level, int64_t end) {
+            const LogSum<Scalar> sum = log_sum_of(z, LogitRange{level * p.num_classes, end});
+            out[level] = sum.maximum + sum.log_sum;
+        };
+        if (p.num_classes > kFewClasses) {
+            for (int64_t t = 0; t < clean; ++t) one_level(t, (t + 1) * p.num_classes);
+        } else {
+            int64_t t = 0;
+            for (; t + lanes <= clean; t += lanes)
+                store(out + t, log_sums_across(z + t * p.num_classes, p.num_classes, lanes));
+            const int rest = int(clean - t);
+            if (rest > 0)
+                store_some(out + t, log_sums_across(z + t * p.num_classes, p.num_classes, rest), rest);
+        }
+        one_level(clean, p.num_logits);
+    }
+}
+
 }  // namespace CDM_ISA

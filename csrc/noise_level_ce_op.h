@@ -64,4 +64,16 @@ Tensor level_ce_backward_op(const Tensor& logits, const Tensor& level, const std
     return grad_logits;
 }
 
+// The logits of the levels, filled by launch(arguments, dtype of the logits).
+template <typename Launch>
+Tensor level_logits_op(const Tensor& logits, int64_t num_levels, int64_t num_classes, const Launch& launch) {
+    const ScalarType type = logits.scalar_type();
+    const ScalarType compute = type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+    const Tensor result = torch::stable::new_empty(logits, {logits.size(0), num_levels}, compute);
+    launch(LevelLogitsArguments{logits.data_ptr(), result.data_ptr(), logits.size(0), logits.size(1),
+                                num_levels, num_classes},
+           type);
+    return result;
+}
+
 }  // namespace cdm

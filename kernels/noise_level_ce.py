@@ -78,6 +78,19 @@ def backward(
     )
 
 
+def level_logits(logits: Tensor, num_levels: int, num_classes: int, result: Tensor) -> None:
+    """Fills result (B, L), fp32 (fp64 for fp64), with the logsumexp over the classes of each level.
+
+    logits (B, N) in any floating dtype. All contiguous.
+    """
+    batch, num_logits = logits.shape
+    class_block = min(128, _block(num_classes))
+    levels = max(1, 2048 // class_block)
+    _level_logits_kernel[(batch, triton.cdiv(num_levels, levels))](
+        logits, result, num_logits, num_levels, num_classes, class_block=class_block, levels=levels
+    )
+
+
 def _block(size: int) -> int:
     return min(_BLOCK, max(16, triton.next_power_of_2(size)))
 
@@ -153,6 +166,35 @@ def _forward_kernel(
     tl.store(sums_ptr + 6 * b + 3, true_log)
     tl.store(sums_ptr + 6 * b + 4, noise_max)
     tl.store(sums_ptr + 6 * b + 5, noise_log)
+
+
+@triton.jit
+def _level_logits_kernel(
+    logits_ptr: tl.tensor,
+    result_ptr: tl.tensor,
+    num_logits: int,
+    num_levels: int,
+    num_classes: int,
+    class_block: tl.constexpr,
+    levels: tl.constexpr,
+) -> None:
+    b = tl.program_id(0).to(tl.int64)
+    compute: tl.constexpr = result_ptr.dtype.element_ty
+    lowest: tl.constexpr = -3.0e38
+    z_ptr = logits_ptr + b * num_logits
+    level = tl.program_id(1) * levels + tl.arange(0, levels)
+    maximum = tl.full((levels,), lowest, compute)
+    total = tl.zeros((levels,), compute)
+    for first in range(0, num_classes, class_block):
+        label = first + tl.arange(0, class_block)[None, :]
+        index = level[:, None] * num_classes + label
+        inside = (label < num_classes) & (index < num_logits)  # pure noise may have one logit alone
+        z = tl.load(z_ptr + index, mask=inside, other=float("-inf")).to(compute)
+        higher = tl.maximum(maximum, tl.max(z, 1))
+        total = total * tl.exp(maximum - higher) + tl.sum(tl.exp(z - higher[:, None]), 1)
+        maximum = higher
+    real = level < num_levels
+    tl.store(result_ptr + b * num_levels + level, maximum + tl.log(tl.where(real, total, 1.0)), mask=real)
 
 
 @triton.jit

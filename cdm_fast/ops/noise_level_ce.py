@@ -15,6 +15,12 @@ from cdm_fast.ops import _backend, _checks
 from cdm_fast.ops._backend import Coverage
 from cdm_fast.ops._registry import define, overload
 
+# CUDA devices have the Triton kernel alone.
+_backend.declare(
+    "level_logits",
+    cpp=Coverage("cpu", (torch.float32, torch.bfloat16, torch.float64)),
+    triton=Coverage("cuda", _checks.FLOATING),
+)
 _backend.declare(
     "noise_level_ce",
     cpp=Coverage("cpu", (torch.float32, torch.bfloat16, torch.float64)),
@@ -37,7 +43,7 @@ def noise_level_ce_reference(
     num_classes: int = 1,
 ) -> NoiseLevelCE:
     """The specification of `noise_level_ce` in plain PyTorch; see there."""
-    f = level_logits(logits, num_classes)
+    f = level_logits_reference(logits, num_classes)
     picked = f.gather(1, level[:, None]).squeeze(1)
     if label is not None:
         z = logits.flatten(1).to(f.dtype)
@@ -47,11 +53,8 @@ def noise_level_ce_reference(
     return NoiseLevelCE(f.logsumexp(1) - picked, picked - f[:, -1])
 
 
-def level_logits(logits: Tensor, num_classes: int = 1) -> Tensor:
-    """f[t] = logsumexp_c z[t, c], the class-free logits: (B, L) in fp32 (fp64 for fp64 logits).
-
-    logits, num_classes: as in `noise_level_ce`. Differentiable to any order.
-    """
+def level_logits_reference(logits: Tensor, num_classes: int = 1) -> Tensor:
+    """The specification of `level_logits` in plain PyTorch; see there."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if z.dim() == 3:
         return z.logsumexp(-1)
@@ -60,10 +63,24 @@ def level_logits(logits: Tensor, num_classes: int = 1) -> Tensor:
     return torch.cat([z[:, :-1].unflatten(1, (-1, num_classes)).logsumexp(-1), z[:, -1:]], dim=1)
 
 
+def level_logits(logits: Tensor, num_classes: int = 1) -> Tensor:
+    """f[t] = logsumexp_c z[t, c], the class-free logits: (B, L) in fp32 (fp64 for fp64 logits).
+
+    logits, num_classes: as in `noise_level_ce`, which says what is raised. One read of the logits.
+    Differentiable to any order, but for `torch.func`, which needs the reference.
+    """
+    num_levels, num_classes = _check_logits(logits, num_classes)
+    backend = _backend.resolve("level_logits", logits)
+    if num_classes == 1 or backend == "reference":
+        return level_logits_reference(logits, num_classes)
+    return overload("level_logits", backend)(logits.flatten(1).contiguous(), num_levels, num_classes)
+
+
 def log_posterior(logits: Tensor, num_classes: int = 1) -> Tensor:
     """log p(t | x), summed over classes: (B, L) nats in fp32 (fp64 for fp64 logits).
 
-    logits, num_classes: as in `noise_level_ce`. Differentiable to any order.
+    logits, num_classes, errors and derivatives: as in `level_logits`. What follows the sum over classes is
+    PyTorch's log_softmax: one pass already, over a K-th of the numbers.
     """
     return level_logits(logits, num_classes).log_softmax(1)
 
@@ -135,6 +152,32 @@ def _triton_backward(
     return grad
 
 
+def _triton_level_logits(logits: Tensor, num_levels: int, num_classes: int) -> Tensor:
+    from cdm_fast.kernels import noise_level_ce as kernels
+
+    result = _fake_level_logits(logits, num_levels)
+    kernels.level_logits(logits, num_levels, num_classes, result)
+    return result
+
+
+def _fake_level_logits(logits: Tensor, num_levels: int, *_: Any) -> Tensor:
+    compute = torch.promote_types(logits.dtype, torch.float32)
+    return logits.new_empty((logits.shape[0], num_levels), dtype=compute)
+
+
+def _save_level_logits(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logits, _, ctx.num_classes = inputs
+    ctx.save_for_backward(logits, output)
+
+
+def _level_logits_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """softmax over the classes times the gradient of their level: plain PyTorch, differentiable again."""
+    logits, result = ctx.saved_tensors
+    of_level = (x.repeat_interleave(ctx.num_classes, 1)[:, : logits.shape[1]] for x in (result, grad))
+    f, grad_f = of_level
+    return ((logits.to(f.dtype) - f).exp() * grad_f).to(logits.dtype), None, None
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     logits, level, label, ctx.num_levels, ctx.num_classes = inputs
     ctx.save_for_backward(logits, level, label, output[2])
@@ -151,6 +194,14 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return grad, None, None, None, None
 
 
+define(
+    "level_logits",
+    "(Tensor logits, int num_levels, int num_classes) -> Tensor",
+    fake=_fake_level_logits,
+    triton=_triton_level_logits,
+    save=_save_level_logits,
+    backward=_level_logits_backward,
+)
 define(
     "noise_level_ce",
     "(Tensor logits, Tensor level, Tensor? label, int num_levels, int num_classes)"
@@ -169,19 +220,23 @@ define(
 )
 
 
-def _check(logits: Tensor, level: Tensor, label: Tensor | None, num_classes: int) -> tuple[int, int]:
+def _check_logits(logits: Tensor, num_classes: int) -> tuple[int, int]:
     """Returns (L, K); raises as `noise_level_ce` says."""
     _checks.check_tensor("logits", logits, dtypes=_checks.FLOATING)
     _checks.check_batch("logits", logits)
     if logits.dim() == 3 and num_classes in (1, logits.shape[2]):
-        num_levels, num_classes = logits.shape[1], logits.shape[2]
-    elif logits.dim() == 2 and num_classes >= 1 and (logits.shape[1] - 1) % num_classes == 0:
-        num_levels = (logits.shape[1] - 1) // num_classes + 1
-    else:
-        raise ValueError(
-            f"logits: expected shape (B, (L-1) K + 1) or (B, L, K) with num_classes K = {num_classes}, "
-            f"got {tuple(logits.shape)}"
-        )
+        return logits.shape[1], logits.shape[2]
+    if logits.dim() == 2 and num_classes >= 1 and (logits.shape[1] - 1) % num_classes == 0:
+        return (logits.shape[1] - 1) // num_classes + 1, num_classes
+    raise ValueError(
+        f"logits: expected shape (B, (L-1) K + 1) or (B, L, K) with num_classes K = {num_classes}, "
+        f"got {tuple(logits.shape)}"
+    )
+
+
+def _check(logits: Tensor, level: Tensor, label: Tensor | None, num_classes: int) -> tuple[int, int]:
+    """Returns (L, K); raises as `noise_level_ce` says."""
+    num_levels, num_classes = _check_logits(logits, num_classes)
     shape, device = (logits.shape[0],), logits.device
     _checks.check_tensor("level", level, dtypes=(torch.int64,), shape=shape, device=device)
     if label is not None:

@@ -74,6 +74,8 @@ def noising(kernels: Any) -> None:
     kernels.noising(
         empty(*images), LEVEL, *tables, None, empty(*images), 0, False, empty(*images), empty(0), empty(0)
     )
+    last = [x.contiguous(memory_format=torch.channels_last) for x in (pixels, bf16, empty(*images))]
+    kernels.noising(last[0], LEVEL, *tables, SEED, None, 256, True, last[1], last[2], last[2])
 
 
 def noise_level_ce(kernels: Any) -> None:
@@ -82,6 +84,7 @@ def noise_level_ce(kernels: Any) -> None:
         common = (logits, LEVEL, label, 1002, classes)
         kernels.forward(*common, empty(4), empty(4), empty(4, 6))
         kernels.backward(*common, empty(4, 6), empty(4), empty(4), empty(*logits.shape, dtype=dtype))
+        kernels.level_logits(logits, 1002, classes, empty(4, 1002))
 
 
 def denoise(kernels: Any) -> None:

@@ -117,6 +117,65 @@ def test_level_logits_of_the_three_layouts_agree():
     torch.testing.assert_close(level_logits(level_logits(joint)), level_logits(joint))
 
 
+def _level_logits_and_gradient(logits, num_classes):
+    logits = logits.detach().requires_grad_()
+    posterior = log_posterior(logits, num_classes)
+    weight = torch.linspace(-1, 2, posterior.numel()).to(posterior.dtype).reshape(posterior.shape)
+    (gradient,) = torch.autograd.grad((weight * posterior).sum(), logits)
+    return level_logits(logits, num_classes).detach(), posterior.detach(), gradient
+
+
+@pytest.mark.parametrize("most", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_level_logits_and_posterior_in_cpp(
+    limit_isa, poison_empty, assert_kernel_accurate, most, case, dtype
+):
+    limit_isa(most)
+    _assert_level_logits("cpp", assert_kernel_accurate, case, dtype)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_level_logits_and_posterior_in_triton(poison_empty, assert_kernel_accurate, case, dtype):
+    pytest.importorskip("triton", reason="triton is not installed")
+    _assert_level_logits("triton", assert_kernel_accurate, case, dtype)
+
+
+def _assert_level_logits(kernels, assert_kernel_accurate, case, dtype):
+    logits, _, _, num_classes = _case(*case, dtype=dtype)
+    with use_backend("reference"):
+        plain = _level_logits_and_gradient(logits, num_classes)
+        truth = _level_logits_and_gradient(logits.double(), num_classes)
+    with use_backend(kernels):
+        got = _level_logits_and_gradient(logits, num_classes)
+    for name, *values in zip(("level_logits", "posterior", "gradient"), got, plain, truth, strict=True):
+        assert_kernel_accurate(*values, name)
+
+
+@pytest.mark.cpu  # in fp64
+@pytest.mark.parametrize("case", [CASES["joint"], CASES["joint-full"]], ids=["joint", "full"])
+def test_the_posterior_has_two_derivatives(case):
+    logits, _, _, num_classes = _case(*case)
+    with use_backend("cpp"):
+        for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+            assert check(lambda z: log_posterior(z, num_classes), logits.requires_grad_(), fast_mode=True)
+
+
+@pytest.mark.cpu
+def test_opcheck_of_level_logits():
+    logits, _, _, _ = _case(6, 9, 4, False)
+    with use_backend("cpp"):
+        torch.library.opcheck(torch.ops.cdm_fast.level_logits.default, (logits.requires_grad_(), 9, 4))
+
+
+def test_a_nan_makes_its_level_nan_and_the_whole_posterior(backend):
+    logits = torch.zeros(1, 20 * 3 + 1)
+    logits[0, 17] = float("nan")
+    assert level_logits(logits, 3)[0].isnan().nonzero().flatten().tolist() == [5]
+    assert bool(log_posterior(logits, 3).isnan().all())
+
+
 @pytest.mark.parametrize("shift", [-1e4, 1e4], ids=["low", "high"])
 def test_large_logits_lose_nothing(backend, shift):
     logits, level, label, num_classes = _case(6, 9, 4, False, scale=1.0)
@@ -152,7 +211,7 @@ def test_nan_is_passed_on(backend):
 @given(
     batch=st.integers(1, 5),
     num_levels=st.integers(2, 40),
-    num_classes=st.integers(1, 20),
+    num_classes=st.integers(1, 40),
     full=st.booleans(),
 )
 def test_cpp_on_random_shapes(batch, num_levels, num_classes, full):
@@ -160,7 +219,8 @@ def test_cpp_on_random_shapes(batch, num_levels, num_classes, full):
     results = []
     for name in ("reference", "cpp"):
         with use_backend(name):
-            results.append(_values_and_gradient(*arguments))
+            posterior = _level_logits_and_gradient(arguments[0], num_classes)
+            results.append((*_values_and_gradient(*arguments), *posterior))
     for expected, got in zip(*results, strict=True):
         torch.testing.assert_close(got, expected)
 
