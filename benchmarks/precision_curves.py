@@ -74,6 +74,7 @@ def main() -> None:
     }
     print(json.dumps(summary, indent=1))
     if options.out is not None:
+        plt.figure(layout="constrained")
         for name, curve in curves.items():
             plt.plot(curve, label=name, lw=1)
         plt.gca().set(yscale="log", xlabel="step", ylabel="loss")
