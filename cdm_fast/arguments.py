@@ -142,6 +142,8 @@ class Classify:
     """Relative and absolute tolerance of the ODE solver."""
     probes: int | None = None
     """Random probes of the ODE's divergence; 0 is exact; by default 4, or exact up to 16 dimensions."""
+    corruptions: Annotated[bool, FlagCreatePairsOff] = False
+    """Also classify under the 15 standard corruptions at 5 severities each; draws RUN/corruptions.png."""
     out: Path | None = None
     """Also write the prediction and every class's log-likelihood of each image into this .npz or .csv."""
     batch_size: int = 500

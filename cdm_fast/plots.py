@@ -169,6 +169,35 @@ def write_classes(
     return _write(figure, path)
 
 
+def write_corruptions(
+    accuracy: Mapping[str, Sequence[float]],  # kind -> accuracy at severities 1, 2, ...
+    clean: float,
+    path: str | Path,
+) -> Path:
+    """Accuracy by kind of corruption and severity, and each kind's mean, as a PNG under `path`.
+
+    The dashed line is the accuracy on clean images.
+    """
+    values = np.asarray(list(accuracy.values()), dtype=np.float64)
+    kinds = [kind.replace("_", " ") for kind in accuracy]
+    figure, (table, means) = _figure(2, height=4.6)
+    image = table.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
+    figure.colorbar(image, ax=table, label="accuracy", shrink=0.7)
+    for (row, column), value in np.ndenumerate(values):
+        colour = "black" if value > 0.6 else "white"
+        table.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    table.set_xticks(range(values.shape[1]), [str(severity + 1) for severity in range(values.shape[1])])
+    table.set_yticks(range(len(kinds)), kinds, fontsize=8)
+    _label(table, f"mean {100 * values.mean():.1f} %", "severity", "")
+    means.barh(kinds, values.mean(1))
+    means.axvline(clean, color="grey", linestyle="--", linewidth=0.8)
+    means.invert_yaxis()
+    means.tick_params(axis="y", labelsize=8)
+    means.set_xlim(0, 1.02)
+    _label(means, f"clean {100 * clean:.1f} %", "accuracy, mean over severities")
+    return _write(figure, path)
+
+
 def write_audit(
     report: Mapping[str, Any],  # `AuditReport.to_json()`
     path: str | Path,

@@ -13,7 +13,9 @@ import torch
 
 from cdm_fast import CDM, NoiseSchedule, UserError
 from cdm_fast.classify import confusion_matrix, evaluate_classes, reliability
+from cdm_fast.corruptions import KINDS
 from cdm_fast.data import ImageData
+from cdm_fast.robustness import describe_corruptions, evaluate_corruptions
 from tests.analytic import Density, ExactDenoiser, ExactNetwork, GaussianMixture
 from tests.test_cli import call, call_json
 from tests.test_joint import ExactJoint
@@ -265,6 +267,28 @@ def test_every_conditional_run_serves_denoiser_and_ode(run, method, request, tmp
 
 def test_a_plain_denoiser_uses_its_denoising_error(plain):
     assert call_json("classify", plain, "--images", "2", "--trials", "2")["method"] == "denoising"
+
+
+def test_corruptions_of_a_run(joint):
+    found = call_json("classify", joint, "--corruptions", "--images", "6", "--draws", "1")
+    assert list(found["corruptions"]) == list(KINDS)
+    accuracy = np.array(list(found["corruptions"].values()))
+    assert accuracy.shape == (15, 5) and found["corrupted_accuracy"] == pytest.approx(accuracy.mean())
+    assert found["corrupted_accuracy_stderr"] >= 0
+    assert (joint / "corruptions.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_corruptions_lower_the_accuracy_of_exact_classes():
+    """On two pixels blurs and contrast mix what tells the classes apart; noise hides it."""
+    density = classes()
+    model, data = joint_model(density), draw(density, 600)
+    report = evaluate_corruptions(lambda images: evaluate_classes(model, images, draws=1), data, print)
+    clean = evaluate_classes(model, data, draws=1).accuracy
+    assert report.mean < clean
+    assert report.accuracy["gaussian_noise"][0] == pytest.approx(clean, abs=0.05)
+    assert report.mean == pytest.approx(np.mean(list(report.accuracy.values())))
+    told = describe_corruptions(report)
+    assert len(told) == 16 and "15 kinds at 5 severities" in told[0]
 
 
 def _error(status_out_err):

@@ -1,0 +1,73 @@
+"""How well classes are told apart on images that are not as those of the training."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from cdm_fast.classify import ClassReport, Progress
+from cdm_fast.corruptions import KINDS, SEVERITIES, corrupt
+from cdm_fast.data import ImageData
+from cdm_fast.errors import UserError
+from cdm_fast.likelihood.images import stderr
+
+
+@dataclass(frozen=True)
+class CorruptionReport:
+    """Accuracy on corrupted images.
+
+    Fields:
+        accuracy: of each kind, at severity 1 to 5.
+        mean, mean_stderr: over all kinds and severities; the standard error is over images, each of which
+            comes back in every kind.
+    """
+
+    accuracy: dict[str, list[float]]
+    mean: float
+    mean_stderr: float
+
+    def to_json(self) -> dict[str, Any]:
+        """`corruptions`, `corrupted_accuracy` and its `_stderr`."""
+        return {
+            "corruptions": self.accuracy,
+            "corrupted_accuracy": self.mean,
+            "corrupted_accuracy_stderr": self.mean_stderr,
+        }
+
+
+def evaluate_corruptions(
+    evaluate: Callable[[ImageData], ClassReport],  # such as `evaluate_classes` with all else fixed
+    data: ImageData,
+    progress: Progress,
+    seed: int = 0,
+) -> CorruptionReport:
+    """Classifies `data` under every corruption at every severity; `seed` is that of `corrupt`.
+
+    Raises UserError for data without labels, and as `evaluate` does.
+    """
+    if data.labels is None:
+        raise UserError(f"{data.name} has no labels, and an accuracy needs them; give labelled data")
+    accuracy: dict[str, list[float]] = {}
+    right = []
+    for kind in KINDS:
+        progress(f"corruption {len(accuracy) + 1} of {len(KINDS)}: {kind}")
+        accuracy[kind] = []
+        for severity in SEVERITIES:
+            images = corrupt(data.images, kind, severity, data.num_grey_levels, seed)
+            report = evaluate(replace(data, images=images))
+            right.append((report.posterior.argmax(1) == data.labels[report.index]).double())
+            accuracy[kind].append(report.accuracy)
+    per_image = torch.stack(right).mean(0)
+    return CorruptionReport(accuracy, float(per_image.mean()), stderr(per_image))
+
+
+def describe_corruptions(report: CorruptionReport) -> list[str]:
+    """The report as lines for a person."""
+    lines = [
+        f"corrupted: accuracy {100 * report.mean:.2f} +- {100 * report.mean_stderr:.2f} %"
+        f" over {len(report.accuracy)} kinds at {len(SEVERITIES)} severities"
+    ]
+    for kind, each in report.accuracy.items():
+        lines.append(f"  {kind:18}" + " ".join(f"{100 * value:6.1f}" for value in each))
+    return lines
