@@ -141,7 +141,7 @@ def snow(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
 def frost(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
     """Synthetic ice over a dimmed picture: bright ridges of fractal noise, bluish where there is colour."""
     kept, weight = ((1, 0.2), (1, 0.3), (0.9, 0.45), (0.85, 0.55), (0.75, 0.7))[severity]
-    ridges = 1 - (2 * _plasma(len(x), 1.5, generator) - 1).abs()
+    ridges = 1 - (2 * _plasma(len(x), 1.25, generator) - 1).abs()
     ice = _resize((0.3 + 0.7 * ridges.square()).clamp(0, 1), x)
     if x.shape[1] == 3:
         ice = ice * torch.tensor([0.85, 0.95, 1.0])[:, None, None]
@@ -296,13 +296,13 @@ def _disk(rings: int = 3) -> list[tuple[float, float]]:
 
 
 def _plasma(num: int, decay: float, generator: torch.Generator) -> Tensor:
-    """(num, 1, 32, 32) fractal noise in [0, 1]: random grids of 2, 4, .. 32 cells, each weaker."""
+    """(num, 1, 32, 32) fractal noise in [0, 1]: random grids of 2, 4, .. 32 cells, `decay^2` apart."""
     sides = [2**octave + 1 for octave in range(1, BASE.bit_length())]
     total = torch.zeros(num, 1, BASE, BASE)
     for octave, side in enumerate(sides):
         cells = torch.rand(num, 1, side, side, generator=generator)
         smooth = nnf.interpolate(cells, size=(BASE, BASE), mode="bilinear", align_corners=True)
-        total += smooth / decay**octave
+        total += smooth / decay ** (2 * octave)
     low, high = total.amin((2, 3), keepdim=True), total.amax((2, 3), keepdim=True)
     return (total - low) / (high - low)
 
