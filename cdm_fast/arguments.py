@@ -10,6 +10,8 @@ from cdm_fast.config import Compile, Preset, RunConfig, Sampler
 
 Json = Annotated[bool, FlagCreatePairsOff]
 Split = Literal["train", "validation", "test"]
+AttackName = Literal["fgsm", "pgd", "deepfool", "cw"]
+AttackNorm = Literal["linf", "l2"]
 ClassifyMethod = Literal["joint", "embedding", "denoising", "ode"]
 
 
@@ -144,6 +146,16 @@ class Classify:
     """Random probes of the ODE's divergence; 0 is exact; by default 4, or exact up to 16 dimensions."""
     corruptions: Annotated[bool, FlagCreatePairsOff] = False
     """Also classify under the 15 standard corruptions at 5 severities each; draws RUN/corruptions.png."""
+    attack: AttackName | None = None
+    """Also attack the classifier with foolbox (extra: attacks); draws RUN/attack.png. Joint and embedding."""
+    attack_norm: AttackNorm = "linf"
+    """Norm of the perturbation; cw takes l2 alone."""
+    budgets: tuple[float, ...] = ()
+    """Largest norms of the perturbation, white being 1; by default the usual ones."""
+    attack_steps: int | None = None
+    """Steps of the attack; by default 40 for pgd, 50 for deepfool, 200 for cw."""
+    attack_images: int = 100
+    """Images to attack, drawn from the split."""
     out: Path | None = None
     """Also write the prediction and every class's log-likelihood of each image into this .npz or .csv."""
     batch_size: int = 500

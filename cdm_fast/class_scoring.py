@@ -6,12 +6,14 @@ from typing import Any
 from torch import Tensor
 
 from cdm_fast.arguments import Classify
+from cdm_fast.attacks import check_attack, describe_attack, evaluate_attack, load_foolbox
 from cdm_fast.build import class_prior
-from cdm_fast.classify import ClassReport, describe_classes, evaluate_classes
+from cdm_fast.classify import ClassReport, describe_classes, evaluate_classes, fitting_method, require_classes
 from cdm_fast.config import RunConfig
 from cdm_fast.data import ImageData
+from cdm_fast.errors import UserError
 from cdm_fast.model import CDM, DDM
-from cdm_fast.plots import write_classes, write_corruptions
+from cdm_fast.plots import write_attack, write_classes, write_corruptions
 from cdm_fast.robustness import describe_corruptions, evaluate_corruptions
 
 Scored = tuple[dict[str, Any], list[str], dict[str, tuple[Tensor, Tensor]]]  # JSON, lines, columns per image
@@ -20,8 +22,15 @@ Scored = tuple[dict[str, Any], list[str], dict[str, tuple[Tensor, Tensor]]]  # J
 def score_classes(command: Classify, config: RunConfig, model: CDM | DDM, data: ImageData) -> Scored:
     """The JSON values, the lines for a person, and the columns of the per-image file.
 
-    Draws RUN/classes.png and, if asked for, RUN/corruptions.png. Raises UserError as `evaluate_classes` does.
+    Draws RUN/classes.png and, if asked for, RUN/corruptions.png and RUN/attack.png. Raises UserError as
+    `evaluate_classes` and `evaluate_attack` do.
     """
+    require_classes(model)
+    if command.attack is not None:  # what it lacks is told before any work
+        if fitting_method(model, command.method) not in ("joint", "embedding"):
+            raise UserError("--attack needs the gradient of logits: a run and --method joint or embedding")
+        check_attack(command.attack, command.attack_norm, command.budgets, command.attack_steps)
+        load_foolbox()
     report = _evaluate(command, config, model, data)
     result = report.to_json()
     picture = write_classes(result, command.run / "classes.png")
@@ -34,7 +43,30 @@ def score_classes(command: Classify, config: RunConfig, model: CDM | DDM, data: 
         picture = write_corruptions(corrupted.accuracy, report.accuracy, command.run / "corruptions.png")
         result |= {**corrupted.to_json(), "corruptions_picture": str(picture)}
         lines += [*describe_corruptions(corrupted), str(picture)]
+    if command.attack is not None:
+        attacked, told = _attack(command, model, data)
+        result |= {"attack": attacked}
+        lines += told
     return result, lines, report.columns()
+
+
+def _attack(command: Classify, model: CDM | DDM, data: ImageData) -> tuple[dict[str, Any], list[str]]:
+    """JSON values and lines of `--attack`; draws RUN/attack.png."""
+    assert command.attack is not None and isinstance(model, CDM)
+    report = evaluate_attack(
+        model,
+        data,
+        command.attack,
+        command.attack_norm,
+        command.budgets,
+        steps=command.attack_steps,
+        num_images=command.attack_images,
+        batch_size=command.batch_size,
+        seed=command.seed,
+        progress=_progress,
+    )
+    picture = write_attack(report.to_json(), command.run / "attack.png")
+    return {**report.to_json(), "picture": str(picture)}, [*describe_attack(report), str(picture)]
 
 
 def _evaluate(command: Classify, config: RunConfig, model: CDM | DDM, data: ImageData) -> ClassReport:

@@ -32,7 +32,7 @@ ODE_IMAGES, ODE_BATCH = 32, 64
 DRAWS = {"joint": 3, "embedding": 3, "denoising": 1, "ode": 1}
 
 
-def _silent(message: str) -> None:
+def silent(message: str) -> None:
     pass
 
 
@@ -207,7 +207,7 @@ def evaluate_classes(
     batch_size: int = 500,
     seed: int = 0,
     class_prior: Tensor | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> ClassReport:
     """Classifies the labelled images of `data` by Bayes' rule; see `ClassReport` and this module's head.
 
@@ -232,7 +232,7 @@ def evaluate_classes(
             raise UserError(f"{what} is {value}: at least one is needed")
     draws = draws or DRAWS[method]
     log_prior = _log_class_prior(model, num_classes, class_prior)
-    index = _choose(len(data), num_images or (ODE_IMAGES if method == "ode" else None), seed)
+    index = choose(len(data), num_images or (ODE_IMAGES if method == "ode" else None), seed)
     chosen, label = replace(data, images=data.images[index]), label[index]
     scores: Callable[[Tensor, int, torch.Generator], Tensor]
     if method == "ode":
@@ -352,7 +352,7 @@ def _log_class_prior(model: Denoiser, num_classes: int, class_prior: Tensor | No
     return (prior.double() / prior.sum()).log().cpu()
 
 
-def _choose(count: int, num_images: int | None, seed: int) -> Tensor:
+def choose(count: int, num_images: int | None, seed: int) -> Tensor:
     """(m,) which of `count` images: all in order, or `num_images` different ones."""
     if num_images is None or num_images >= count:
         return torch.arange(count)

@@ -198,6 +198,26 @@ def write_corruptions(
     return _write(figure, path)
 
 
+def write_attack(
+    report: Mapping[str, Any],  # `AttackReport.to_json()`
+    path: str | Path,
+) -> Path:
+    """Accuracy against budget, and how well log p(x) tells attacked images, as a PNG under `path`."""
+    figure, (accuracy, detection) = _figure(2)
+    budgets = [0.0, *report["budgets"]]
+    errors = [0.0, *report["accuracy_stderr"]]
+    values = [report["clean_accuracy"], *report["accuracy"]]
+    accuracy.errorbar(budgets, values, yerr=errors, marker=".", linewidth=1.2, capsize=3)
+    accuracy.set_ylim(-0.02, 1.02)
+    where = f"budget, {report['norm']}, white is 1"
+    _label(accuracy, f"accuracy under {report['attack']}, {report['steps']} steps", where)
+    detection.axhline(0.5, color="grey", linestyle="--", linewidth=0.8)
+    detection.plot(report["budgets"], report["detection_auroc"], marker=".", linewidth=1.2)
+    detection.set_ylim(-0.02, 1.02)
+    _label(detection, "attacked or clean, by log p(x): AUROC", where)
+    return _write(figure, path)
+
+
 def write_audit(
     report: Mapping[str, Any],  # `AuditReport.to_json()`
     path: str | Path,

@@ -1,0 +1,227 @@
+"""White-box adversarial attacks by foolbox: the classifier's gradients are exact, with no ODE and no noise.
+
+# B batch, n images, K classes, N grey levels, m budgets
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from types import ModuleType
+from typing import Any, get_args
+
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+
+from cdm_fast.arguments import AttackName, AttackNorm
+from cdm_fast.classify import Progress, choose, labels_for, require_classes, silent
+from cdm_fast.data import ImageData
+from cdm_fast.errors import UserError
+from cdm_fast.likelihood.images import like_network, require_likelihood, stderr
+from cdm_fast.model import CDM, measures
+
+# In units of white, the whole range of a pixel; the usual ones of 8-bit pictures and of MNIST.
+BUDGETS: dict[str, tuple[float, ...]] = {
+    "linf": (1 / 255, 2 / 255, 4 / 255, 8 / 255, 16 / 255, 0.1, 0.2, 0.3),
+    "l2": (0.1, 0.25, 0.5, 1.0, 2.0, 3.0),
+}
+PGD_WAY = 2.5  # budgets that all steps of PGD together could go (arXiv 1706.06083)
+STEPS = {"fgsm": 1, "pgd": 40, "deepfool": 50, "cw": 200}
+
+
+class ClassLogLikelihoods(nn.Module):
+    """Pixels (B, C, H, W) in [0, 1] -> `log p(x|c) + log p(c)` in nats, (B, K), differentiable in the pixels.
+
+    Its softmax is the class posterior, its logsumexp `log p(x)`. A pixel p is grey level `u = (N-1) p`, not
+    rounded, in the middle of its interval: `x = 2 (u + 1/2)/N - 1`, with no dequantisation noise.
+
+    Args:
+        model: a CDM with classes, joint logits or embedding.
+        num_grey_levels: N of its data.
+
+    Raises UserError for a model without likelihood or classes.
+    """
+
+    def __init__(self, model: CDM, num_grey_levels: int) -> None:
+        super().__init__()
+        require_likelihood(model)
+        require_classes(model)
+        self.model = model
+        self.num_grey_levels = num_grey_levels
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        N = self.num_grey_levels
+        log_prob = self.model.log_prob_classes((pixels * (N - 1) + 0.5) * (2 / N) - 1)
+        return log_prob + self.model.log_class_prior.to(log_prob)  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True)
+class AttackReport:
+    """What one attack leaves of the accuracy.
+
+    Fields:
+        attack, norm, steps: the attack's settings; PGD starts at random and its steps are 2.5 budgets in all;
+            the others are foolbox's defaults.
+        clean_accuracy: without attack, on the same images.
+        budgets: largest norm of the perturbation, ascending, white being 1.
+        accuracy, accuracy_stderr: at each, with standard error.
+        detection_auroc: how well `log p(x)` tells attacked images from the clean ones at each budget: the
+            chance that a clean image has the larger one. 0.5 is guessing, 1 is perfect.
+    """
+
+    attack: str
+    norm: str
+    steps: int
+    clean_accuracy: float
+    budgets: list[float]
+    accuracy: list[float]
+    accuracy_stderr: list[float]
+    detection_auroc: list[float]
+    num_images: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, ready for `json.dumps`."""
+        return asdict(self)
+
+
+@measures
+def evaluate_attack(
+    model: CDM,
+    data: ImageData,
+    attack: AttackName,
+    norm: AttackNorm = "linf",
+    budgets: Sequence[float] = (),
+    *,
+    steps: int | None = None,
+    num_images: int = 100,
+    batch_size: int = 100,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> AttackReport:
+    """Attacks `num_images` images of `data` with foolbox; see `AttackReport` and `ClassLogLikelihoods`.
+
+    Args:
+        attack: "fgsm" (with "l2" the fast gradient method), "pgd", "deepfool", or "cw" (Carlini & Wagner).
+        budgets: positive, white being 1; `BUDGETS[norm]` by default.
+        steps: of "pgd", "deepfool" and "cw" (each of its 9 searches); `STEPS` by default.
+        seed: of the choice of images and of the attack's random start.
+
+    Raises:
+        UserError: foolbox is missing, "cw" in L-inf, numbers out of range, a model without likelihood or
+            classes, data without labels or of other classes.
+    """
+    classifier = ClassLogLikelihoods(model, data.num_grey_levels).eval()
+    label = labels_for(data, require_classes(model))
+    check_attack(attack, norm, budgets, steps)
+    if num_images < 2:
+        raise UserError(f"{num_images} images to attack: at least 2 are needed for an error bar")
+    foolbox = load_foolbox()
+    steps = steps or STEPS[attack]
+    epsilons = sorted(budgets or BUDGETS[norm])
+    index = choose(len(data), num_images, seed)
+    pixels = like_network(model, data.images[index].float() / (data.num_grey_levels - 1))
+    label = label[index].to(pixels.device)
+    began = time.perf_counter()
+    clean_log_prob, right, log_prob, survived = [], [], [], []
+    with torch.enable_grad(), _frozen(model), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        attacked = foolbox.PyTorchModel(classifier, bounds=(0, 1), device=pixels.device)
+        run = _ATTACKS[attack, norm](foolbox.attacks, steps)
+        for first in range(0, len(pixels), batch_size):
+            progress(f"{attack}, {norm}: image {first} of {len(pixels)}")
+            x, c = pixels[first : first + batch_size], label[first : first + batch_size]
+            _, clipped, success = run(attacked, x, c, epsilons=epsilons)
+            with torch.no_grad():
+                outputs = classifier(x)
+                right.append(outputs.argmax(1) == c)
+                clean_log_prob.append(outputs.logsumexp(1))
+                log_prob.append(torch.stack([classifier(adversary).logsumexp(1) for adversary in clipped]))
+            survived.append(~success)
+    seconds = time.perf_counter() - began
+    still_right = torch.cat(survived, dim=1).double().cpu()  # (m, n)
+    clean, noisy = torch.cat(clean_log_prob).cpu(), torch.cat(log_prob, dim=1).cpu()
+    return AttackReport(
+        attack=attack,
+        norm=norm,
+        steps=steps,
+        clean_accuracy=float(torch.cat(right).double().mean()),
+        budgets=epsilons,
+        accuracy=still_right.mean(1).tolist(),
+        accuracy_stderr=[stderr(row) for row in still_right],
+        detection_auroc=[auroc(clean, row) for row in noisy],
+        num_images=len(index),
+        seconds=seconds,
+    )
+
+
+def auroc(higher: Tensor, lower: Tensor) -> float:
+    """The chance that a value of `higher` exceeds one of `lower`, ties counting half."""
+    kind = torch.cat([torch.ones(len(higher)), torch.zeros(len(lower))])
+    return float(roc_auc_score(kind.numpy(), torch.cat([higher, lower]).double().numpy()))
+
+
+def load_foolbox() -> ModuleType:
+    """foolbox; UserError when it is not installed."""
+    try:
+        import foolbox
+    except ImportError:
+        raise UserError('attacks need foolbox: pip install "cdm_fast[attacks]"') from None
+    return foolbox
+
+
+def check_attack(attack: str, norm: str, budgets: Sequence[float], steps: int | None) -> None:
+    """UserError for settings of which no attack can be made."""
+    if attack not in get_args(AttackName):
+        raise UserError(f"unknown attack {attack!r}: choose one of {', '.join(get_args(AttackName))}")
+    if norm not in get_args(AttackNorm):
+        raise UserError(f"unknown norm {norm!r}: choose one of {', '.join(get_args(AttackNorm))}")
+    if (attack, norm) not in _ATTACKS:
+        raise UserError("the attack cw is one in l2: give --attack-norm l2")
+    for budget in budgets:
+        if not 0 < budget < float("inf"):
+            raise UserError(f"budget {budget}: give finite numbers above 0, in units of white")
+    if steps is not None and steps < 1:
+        raise UserError(f"attack steps is {steps}: at least one is needed")
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients of the weights: an attack wants those of its pixels alone."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+_ATTACKS: dict[tuple[str, str], Callable[[Any, int], Callable[..., Any]]] = {
+    ("fgsm", "linf"): lambda attacks, steps: attacks.FGSM(),
+    ("fgsm", "l2"): lambda attacks, steps: attacks.FGM(),
+    ("pgd", "linf"): lambda attacks, steps: attacks.LinfPGD(steps=steps, rel_stepsize=PGD_WAY / steps),
+    ("pgd", "l2"): lambda attacks, steps: attacks.L2PGD(steps=steps, rel_stepsize=PGD_WAY / steps),
+    ("deepfool", "linf"): lambda attacks, steps: attacks.LinfDeepFoolAttack(steps=steps),
+    ("deepfool", "l2"): lambda attacks, steps: attacks.L2DeepFoolAttack(steps=steps),
+    ("cw", "l2"): lambda attacks, steps: attacks.L2CarliniWagnerAttack(steps=steps),
+}
+
+
+def describe_attack(report: AttackReport) -> list[str]:
+    """The report as lines for a person."""
+    lines = [
+        f"{report.attack} in {report.norm}, {report.steps} steps, {report.num_images} images: accuracy"
+        f" {100 * report.clean_accuracy:.1f} % without attack"
+    ]
+    for row in zip(
+        report.budgets, report.accuracy, report.accuracy_stderr, report.detection_auroc, strict=True
+    ):
+        budget, accuracy, error, area = row
+        lines.append(
+            f"  budget {budget:.4f}: {100 * accuracy:5.1f} +- {100 * error:.1f} %,"
+            f" told by log p(x) with AUROC {area:.3f}"
+        )
+    return lines

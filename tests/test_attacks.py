@@ -1,0 +1,162 @@
+"""Attacks on classes whose margin is known: two round Gaussians are parted by a plane."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from cdm_fast import CDM, MLP, NoiseSchedule, UserError
+from cdm_fast.attacks import ClassLogLikelihoods, auroc, describe_attack, evaluate_attack
+from tests.test_classify import MODELS, SCHEDULE, SPREAD, classes, draw, train
+from tests.test_cli import call, call_json
+
+pytest.importorskip("foolbox")
+GREY = 256
+
+
+@pytest.fixture(scope="module")
+def joint(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("joint"), "--conditioning", "joint")
+
+
+def margins(data):
+    """(n,) distance of each image from the plane, in units of white; negative on the wrong side."""
+    x = (data.images.double().flatten(1) + 0.5) * (2 / GREY) - 1
+    sign = 2.0 * data.labels - 1
+    return sign * x.sum(1) / 2**0.5 * GREY / (2 * (GREY - 1))
+
+
+@pytest.mark.parametrize("conditioning", MODELS)
+def test_the_module_is_bayes_rule_and_its_gradient_exact(conditioning):
+    density = classes((0.7, 0.3))
+    data = draw(density, 20)
+    classifier = ClassLogLikelihoods(MODELS[conditioning](density), GREY)
+    pixels = (data.images.double() / (GREY - 1)).requires_grad_()
+    got = classifier(pixels)
+    x = ((pixels.detach() * (GREY - 1) + 0.5) * (2 / GREY) - 1).flatten(1)
+    each = density.components_log_prob(x, SCHEDULE.a[:1], SCHEDULE.s[:1])[:, 0] + density.weights.log()
+    torch.testing.assert_close(got, each)
+    (gradient,) = torch.autograd.grad(got[:, 1].sum(), pixels)
+    wanted = (density.means[1] - x) / SPREAD**2 * (2 * (GREY - 1) / GREY)
+    torch.testing.assert_close(gradient.flatten(1), wanted)
+
+
+@pytest.mark.parametrize("conditioning", ["joint", "embedding"])
+def test_gradients_of_a_network_are_those_of_finite_differences(conditioning):
+    schedule = NoiseSchedule.uniform(T=10)
+    network = MLP(4, 12, hidden=8, depth=1, num_classes=3, conditioning=conditioning).double()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    classifier = ClassLogLikelihoods(CDM(network, schedule), 17).eval()
+    pixels = torch.rand(2, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(classifier, pixels)
+
+
+@pytest.mark.parametrize(
+    ("attack", "norm"),
+    [
+        ("fgsm", "linf"),
+        ("fgsm", "l2"),
+        ("pgd", "linf"),
+        ("pgd", "l2"),
+        ("deepfool", "linf"),
+        ("deepfool", "l2"),
+        ("cw", "l2"),
+    ],
+)
+def test_accuracy_falls_as_the_margins_say(attack, norm):
+    """A budget e moves an image by e towards the plane in l2, and by e sqrt(2) in L-inf."""
+    density = classes()
+    data, budgets = draw(density, 60), (0.02, 0.05, 0.1)
+    report = evaluate_attack(
+        MODELS["joint"](density),
+        data,
+        attack,
+        norm,
+        budgets,
+        num_images=60,
+        steps=40 if attack == "cw" else None,
+    )
+    reach = torch.tensor(budgets) * (2**0.5 if norm == "linf" else 1)
+    wanted = (margins(data) > reach[:, None]).double().mean(1)
+    # An image whose margin is within a hundredth of the reach may fall on either side.
+    near = (margins(data) / reach[:, None] - 1).abs().lt(0.01).sum(1) / 60
+    # C&W searches for a constant: it may stay a few per cent short of the least perturbation.
+    slack = 0.04 if attack == "cw" else 1e-6
+    assert report.clean_accuracy == pytest.approx(float((margins(data) > 0).double().mean()))
+    for got, expected, either in zip(report.accuracy, wanted.tolist(), near.tolist(), strict=True):
+        assert abs(got - expected) <= either + slack, report
+    assert report.accuracy[0] > report.accuracy[-1]
+
+
+def test_attack_leaves_model_and_random_numbers_alone():
+    schedule = NoiseSchedule.uniform(T=10)
+    network = MLP(2, 12, hidden=8, depth=1, num_classes=2, conditioning="joint")
+    model = CDM(
+        torch.nn.Sequential(torch.nn.Flatten(), network),
+        schedule,
+        (torch.ones(12)),
+        (1, 1, 2),
+        class_prior=torch.ones(2),
+        conditioning="joint",
+    ).train()
+    before = torch.get_rng_state()
+    first = evaluate_attack(model, draw(classes(), 8), "pgd", budgets=(0.1,), num_images=8, steps=3)
+    assert torch.equal(before, torch.get_rng_state()) and model.training
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    again = evaluate_attack(model, draw(classes(), 8), "pgd", budgets=(0.1,), num_images=8, steps=3)
+    assert first.accuracy == again.accuracy and first.detection_auroc == again.detection_auroc
+
+
+def test_auroc_counts_pairs():
+    assert auroc(torch.tensor([3.0, 1.0]), torch.tensor([2.0, 0.0])) == pytest.approx(3 / 4)
+    assert auroc(torch.tensor([1.0]), torch.tensor([1.0])) == pytest.approx(0.5)
+
+
+def test_log_p_tells_images_pushed_off_the_data():
+    """A budget that reaches far outside both classes lowers log p(x) of nearly every image."""
+    report = evaluate_attack(
+        MODELS["joint"](classes()), draw(classes(), 40), "fgsm", budgets=(0.01, 0.45), num_images=40
+    )
+    assert abs(report.detection_auroc[0] - 0.5) < 0.05 and report.detection_auroc[1] > 0.8
+    told = describe_attack(report)
+    assert "fgsm in linf" in told[0] and "AUROC" in told[1] and len(told) == 3
+
+
+def test_json_of_an_attacked_run(joint):
+    found = call_json(
+        "classify", joint, "--attack", "fgsm", "--attack-images", "6", "--budgets", "0.1", "0.3"
+    )
+    attack = found["attack"]
+    assert attack["attack"] == "fgsm" and attack["budgets"] == [0.1, 0.3] and attack["num_images"] == 6
+    assert len(attack["accuracy"]) == len(attack["detection_auroc"]) == 2
+    assert np.isfinite(attack["accuracy_stderr"]).all()
+    assert (joint / "attack.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--attack", "cw"], "--attack-norm l2"),
+        (["--attack", "pgd", "--budgets", "0"], "budget 0.0"),
+        (["--attack", "pgd", "--attack-steps", "0"], "attack steps is 0"),
+        (["--attack", "pgd", "--attack-images", "1"], "1 images to attack"),
+        (["--attack", "pgd", "--method", "ode"], "--attack needs the gradient of logits"),
+    ],
+)
+def test_bad_flags_are_one_line(joint, flags, told):
+    status, out, err = call("classify", joint, *flags)
+    assert status == 2 and out == "" and told in err.splitlines()[-1]
+
+
+def test_missing_foolbox_is_one_line(joint, monkeypatch):
+    monkeypatch.setitem(sys.modules, "foolbox", None)
+    status, _, err = call("classify", joint, "--attack", "pgd")
+    assert status == 2 and 'pip install "cdm_fast[attacks]"' in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("attack", "norm"), [("guess", "linf"), ("pgd", "l1")])
+def test_wrong_use_is_told(attack, norm):
+    with pytest.raises(UserError, match="unknown"):
+        evaluate_attack(MODELS["joint"](classes()), draw(classes(), 4), attack, norm)
