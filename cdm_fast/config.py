@@ -125,8 +125,8 @@ class TrainConfig:
     """torch.compile of the loss: auto is `default` on a GPU and off on a CPU; `reduce-overhead` records CUDA
     graphs too."""
     checkpoint_blocks: bool = False
-    """Keep only the inputs of the network's stages and compute the rest again: saves memory for large batches, at
-    1.8 times the time."""
+    """Keep only the inputs of the network's stages and compute the rest again: saves memory where batches are
+    large, at 1.8 times the time."""
     channels_last: bool = True
     """Keep images and weights channels-last in memory."""
     seed: int = 0
