@@ -377,4 +377,4 @@ def describe_classes(report: ClassReport) -> list[str]:
             f"{report.bits_per_dim:.4f} +- {report.bits_per_dim_stderr:.4f} bits/dim of the marginal"
             f"{'' if report.method == 'ode' else ', unaudited'}"
         )
-    return [*lines, f"{report.images_per_second:.0f} images/s"]
+    return [*lines, f"{report.images_per_second:.3g} images/s"]
