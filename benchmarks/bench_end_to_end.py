@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.cases import both_finite
 from cdm_fast.config import PRESETS, ImageShape
 from cdm_fast.data import ImageData
 from cdm_fast.state import new_state
@@ -52,14 +53,11 @@ def test_images_per_second(benchmark, compare, config, device):
             precision=train.precision,
         ).loss
 
-    def check(got, expected):
-        assert bool(torch.isfinite(got) and torch.isfinite(expected))
-
     compare(
         benchmark,
         lambda: step(draw_batch(data, state.model, config, next(count))),
         lambda: step(ready),
-        check,
+        both_finite,
         rounds=9,
     )
     info = benchmark.extra_info

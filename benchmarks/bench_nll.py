@@ -4,21 +4,14 @@
 with dequantisation and bookkeeping. Batch 8 on CPU, 128 on a GPU.
 """
 
-import pytest
 import torch
 
+from benchmarks.cases import DTYPES
 from benchmarks.limit import share
-from benchmarks.networks import Models, without_gradients
+from benchmarks.networks import without_gradients
 from benchmarks.train_steps import BATCH_SIZE, autocast
 from cdm_fast.data import ImageData
 from cdm_fast.likelihood import evaluate
-
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-
-
-@pytest.fixture
-def models(small, device):
-    return Models(small, device)
 
 
 @DTYPES

@@ -5,26 +5,16 @@ its ratio to our own plain diffusion model (DDM) on the same trunk is 0.5. Whole
 denoising by `autograd.grad` in fp32.
 """
 
-import pytest
 import torch
 
+from benchmarks.cases import DTYPES, both_finite
 from benchmarks.limit import share
-from benchmarks.networks import CLASSES, Models, without_gradients
+from benchmarks.networks import CLASSES, without_gradients
 from benchmarks.train_steps import BATCH_SIZE, autocast
 from cdm_fast.sampling import sample
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 # Of images from untrained weights, whose eps_hat is all but s x.
 ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 0.05}
-
-
-@pytest.fixture
-def models(small, device):
-    return Models(small, device)
-
-
-def _finite(got, expected):
-    assert bool(torch.isfinite(got).all() and torch.isfinite(expected).all())
 
 
 def _evaluation(models, model, dtype, batch, **conditions):
@@ -43,7 +33,7 @@ def _evaluation(models, model, dtype, batch, **conditions):
 def test_evaluation_against_ddm(benchmark, compare, models, device, dtype):
     batch = BATCH_SIZE[device.type]
     candidate, baseline = (_evaluation(models, model, dtype, batch) for model in (models.cdm(), models.ddm()))
-    compare(benchmark, candidate, baseline, _finite, rounds=9)
+    compare(benchmark, candidate, baseline, both_finite, rounds=9)
     benchmark.extra_info["shape"] = list(models.images(batch).shape)
     share(benchmark.extra_info, 2, batch, models.sizes, dtype, device)
 
@@ -54,7 +44,7 @@ def test_guided_evaluation_against_ddm(benchmark, compare, models, device, dtype
     batch = BATCH_SIZE[device.type]
     label = torch.arange(batch, device=device) % CLASSES
     candidate = _evaluation(models, models.joint(), dtype, batch, label=label, guidance=1.0)
-    compare(benchmark, candidate, _evaluation(models, models.ddm(), dtype, batch), _finite, rounds=9)
+    compare(benchmark, candidate, _evaluation(models, models.ddm(), dtype, batch), both_finite, rounds=9)
     benchmark.extra_info["shape"] = list(models.images(batch).shape)
     share(benchmark.extra_info, 2, batch, models.sizes, dtype, device)
 

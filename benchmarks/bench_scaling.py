@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.cases import both_finite
 from benchmarks.limit import share
 from benchmarks.train_steps import Steps
 from cdm_fast.config import PRESETS, ImageShape
@@ -37,10 +38,7 @@ def test_step(benchmark, compare, small, device, resolution, batch):
     )
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[pick_precision(config, device)]
 
-    def check(got, expected):
-        assert bool(torch.isfinite(got).all() and torch.isfinite(expected).all())
-
-    compare(benchmark, steps.adjoint(dtype), steps.ddm(dtype), check, rounds=3)
+    compare(benchmark, steps.adjoint(dtype), steps.ddm(dtype), both_finite, rounds=3)
     info = benchmark.extra_info
     info.update(shape=list(steps.batch.x0.shape), precision=str(dtype).removeprefix("torch."))
     share(info, 6, batch, sizes, dtype, device)

@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 
+from benchmarks.cases import DTYPES, both_finite
 from benchmarks.limit import share
 from benchmarks.train_steps import Steps, peak_mib
 
@@ -20,7 +21,6 @@ ALLOWED = {
     "cpu": {torch.float32: 1e-5, torch.bfloat16: 0.1},
     "cuda": {torch.float32: 2e-2, torch.bfloat16: 0.1},
 }
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
 @pytest.fixture
@@ -43,10 +43,7 @@ def test_train_step(benchmark, compare, steps, device, dtype):
 def test_against_ddm(benchmark, compare, steps, dtype):
     """The limit of the ratio is 0.5: twice the arithmetic."""
 
-    def check(got, expected):
-        assert bool(torch.isfinite(got).all() and torch.isfinite(expected).all())
-
-    compare(benchmark, steps.adjoint(dtype), steps.ddm(dtype), check, rounds=7)
+    compare(benchmark, steps.adjoint(dtype), steps.ddm(dtype), both_finite, rounds=7)
     _describe(benchmark, steps, dtype)
 
 

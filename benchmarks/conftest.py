@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from benchmarks.environment import facts
+from benchmarks.networks import Models
 
 # A timed round lasts at least this long; shorter calls are repeated within the round.
 MIN_ROUND_SECONDS = 0.02
@@ -87,6 +88,12 @@ def compare(request: pytest.FixtureRequest, device: torch.device, small: bool) -
         _lines.append(_line(request.node.name, benchmark.extra_info))
 
     return run
+
+
+@pytest.fixture
+def models(small: bool, device: torch.device) -> Models:
+    """The networks whose evaluations are timed."""
+    return Models(small, device)
 
 
 @pytest.fixture

@@ -15,11 +15,12 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from cdm_fast.arguments import AttackName, AttackNorm
-from cdm_fast.classify import Progress, choose, labels_for, require_classes, silent
+from cdm_fast.classify import labels_for, require_classes
 from cdm_fast.data import ImageData
 from cdm_fast.errors import UserError
-from cdm_fast.likelihood.images import like_network, require_likelihood, stderr
+from cdm_fast.likelihood.images import choose, like_network, require_likelihood, stderr
 from cdm_fast.model import CDM, measures
+from cdm_fast.progress import Progress, silent
 
 # In units of white, the whole range of a pixel; the usual ones of 8-bit pictures and of MNIST.
 BUDGETS: dict[str, tuple[float, ...]] = {
@@ -120,7 +121,7 @@ def evaluate_attack(
     foolbox = load_foolbox()
     steps = steps or STEPS[attack]
     epsilons = sorted(budgets or BUDGETS[norm])
-    index = choose(len(data), num_images, seed)
+    index = choose(len(data), num_images, torch.Generator().manual_seed(seed))
     pixels = like_network(model, data.images[index].float() / (data.num_grey_levels - 1))
     label = label[index].to(pixels.device)
     began = time.perf_counter()

@@ -1,9 +1,6 @@
 """`cdm-fast classify`: from parsed arguments to what is told."""
 
-import sys
 from typing import Any
-
-from torch import Tensor
 
 from cdm_fast.arguments import Classify
 from cdm_fast.attacks import check_attack, describe_attack, evaluate_attack, load_foolbox
@@ -14,9 +11,9 @@ from cdm_fast.data import ImageData
 from cdm_fast.errors import UserError
 from cdm_fast.model import CDM, DDM
 from cdm_fast.plots import write_attack, write_classes, write_corruptions
+from cdm_fast.progress import to_stderr
 from cdm_fast.robustness import describe_corruptions, evaluate_corruptions
-
-Scored = tuple[dict[str, Any], list[str], dict[str, tuple[Tensor, Tensor]]]  # JSON, lines, columns per image
+from cdm_fast.scoring import Scored
 
 
 def score_classes(command: Classify, config: RunConfig, model: CDM | DDM, data: ImageData) -> Scored:
@@ -38,7 +35,7 @@ def score_classes(command: Classify, config: RunConfig, model: CDM | DDM, data: 
     lines = [*describe_classes(report), str(picture)]
     if command.corruptions:
         corrupted = evaluate_corruptions(
-            lambda images: _evaluate(command, config, model, images), data, _progress, command.seed
+            lambda images: _evaluate(command, config, model, images), data, to_stderr, command.seed
         )
         picture = write_corruptions(corrupted.accuracy, report.accuracy, command.run / "corruptions.png")
         result |= {**corrupted.to_json(), "corruptions_picture": str(picture)}
@@ -63,7 +60,7 @@ def _attack(command: Classify, model: CDM | DDM, data: ImageData) -> tuple[dict[
         num_images=command.attack_images,
         batch_size=command.batch_size,
         seed=command.seed,
-        progress=_progress,
+        progress=to_stderr,
     )
     picture = write_attack(report.to_json(), command.run / "attack.png")
     return {**report.to_json(), "picture": str(picture)}, [*describe_attack(report), str(picture)]
@@ -82,9 +79,5 @@ def _evaluate(command: Classify, config: RunConfig, model: CDM | DDM, data: Imag
         batch_size=command.batch_size,
         seed=command.seed,
         class_prior=class_prior(config),
-        progress=_progress,
+        progress=to_stderr,
     )
-
-
-def _progress(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

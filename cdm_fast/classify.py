@@ -21,19 +21,22 @@ from torch import Tensor
 from cdm_fast.arguments import ClassifyMethod
 from cdm_fast.data import ImageData
 from cdm_fast.errors import UserError
-from cdm_fast.likelihood.images import batches, bits_per_dim, like_network, spread, stderr
+from cdm_fast.likelihood.images import (
+    batches,
+    bits_per_dim,
+    choose,
+    draw_generator,
+    like_network,
+    spread,
+    stderr,
+)
 from cdm_fast.likelihood.ode import flow_log_prob, load_solver
 from cdm_fast.model import CDM, Denoiser, measures
-
-Progress = Callable[[str], None]
+from cdm_fast.progress import Progress, silent
 
 BINS = 15  # of the calibration error
 ODE_IMAGES, ODE_BATCH = 32, 64
 DRAWS = {"joint": 3, "embedding": 3, "denoising": 1, "ode": 1}
-
-
-def silent(message: str) -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -232,7 +235,8 @@ def evaluate_classes(
             raise UserError(f"{what} is {value}: at least one is needed")
     draws = draws or DRAWS[method]
     log_prior = _log_class_prior(model, num_classes, class_prior)
-    index = choose(len(data), num_images or (ODE_IMAGES if method == "ode" else None), seed)
+    wanted = num_images or (ODE_IMAGES if method == "ode" else None)
+    index = choose(len(data), wanted, torch.Generator().manual_seed(seed))
     chosen, label = replace(data, images=data.images[index]), label[index]
     scores: Callable[[Tensor, int, torch.Generator], Tensor]
     if method == "ode":
@@ -257,7 +261,7 @@ def evaluate_classes(
     score = torch.zeros(len(index), num_classes, dtype=torch.float64)
     bits = torch.zeros(len(index), dtype=torch.float64)
     for draw in range(draws):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + draw)
+        generator = draw_generator(seed, draw)
         for first, x in batches(chosen, batch_size, generator):
             if method in ("ode", "denoising"):
                 progress(f"{method}, draw {draw + 1} of {draws}, image {first} of {len(index)}")
@@ -326,19 +330,25 @@ def fitting_method(model: Denoiser, method: ClassifyMethod | None = None) -> Cla
 
 def labels_for(data: ImageData, num_classes: int) -> Tensor:
     """(n,) int64 labels of `data`; UserError if it has none, or others than K classes."""
-    if data.labels is None:
-        raise UserError(f"{data.name} has no labels, and an accuracy needs them; give labelled data")
+    labels = require_labels(data)
     if data.num_classes != num_classes:
         raise UserError(
             f"{data.name} has {data.num_classes} classes, and the model was trained on {num_classes};"
             " give data of the same classes"
         )
-    low, high = int(data.labels.min()), int(data.labels.max())
+    low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
         wrong = low if low < 0 else high
         raise UserError(
             f"{data.name} holds label {wrong}, out of range: classes are 0 to {num_classes - 1}; relabel it"
         )
+    return labels
+
+
+def require_labels(data: ImageData) -> Tensor:
+    """(n,) int64 labels of `data`; UserError if it has none."""
+    if data.labels is None:
+        raise UserError(f"{data.name} has no labels, and an accuracy needs them; give labelled data")
     return data.labels
 
 
@@ -350,14 +360,6 @@ def _log_class_prior(model: Denoiser, num_classes: int, class_prior: Tensor | No
     if prior.shape != (num_classes,) or not bool((torch.isfinite(prior) & (prior > 0)).all()):
         raise UserError(f"class_prior must be {num_classes} positive finite numbers, one per class")
     return (prior.double() / prior.sum()).log().cpu()
-
-
-def choose(count: int, num_images: int | None, seed: int) -> Tensor:
-    """(m,) which of `count` images: all in order, or `num_images` different ones."""
-    if num_images is None or num_images >= count:
-        return torch.arange(count)
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(count, generator=generator)[:num_images].sort().values
 
 
 def describe_classes(report: ClassReport) -> list[str]:

@@ -19,7 +19,7 @@ from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 from torch import Tensor
 
 from cdm_fast.errors import UserError
-from cdm_fast.model import log_normal
+from cdm_fast.model import CDM, log_normal
 from cdm_fast.sampling import sample
 from cdm_fast.schedule import NoiseSchedule
 from cdm_fast.vectors import (
@@ -245,10 +245,7 @@ class DensityRatio(_Density):
     def log_ratio(self, X: ArrayLike) -> Array:
         """`log p_1(x) - log p_0(x)` in nats of each row, (n,)."""
         rows = self._new_rows(X)
-        return _in_chunks(self._log_ratio, self.columns_.standardise(rows))
-
-    def _log_ratio(self, z: Tensor) -> Tensor:
-        return self.model_.log_prob_classes(z).diff(dim=1)[:, 0]
+        return _log_ratio(self.model_, self.columns_.standardise(rows))
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
@@ -372,7 +369,7 @@ class MutualInformation(_Estimator):
         else:
             draw = _joint_and_shuffled(scores[train], width)
             self.model_ = train_cdm(draw, schedule, dim, budget, seed, num_classes=2)
-            log_ratio = _in_chunks(lambda z: self.model_.log_prob_classes(z).diff(dim=1)[:, 0], scores[kept])
+            log_ratio = _log_ratio(self.model_, scores[kept])
         self.mutual_information_ = float(log_ratio.mean())
         quantile = float(torch.special.ndtri(torch.tensor((1 + self.confidence) / 2, dtype=torch.float64)))
         half = quantile * float(log_ratio.std(ddof=1)) / math.sqrt(len(log_ratio))
@@ -416,6 +413,11 @@ def _joint_and_shuffled(
         return torch.cat([scores[row, :width], scores[partner, width:]], dim=1).float(), label
 
     return draw
+
+
+def _log_ratio(model: CDM, z: Tensor) -> Array:
+    """`log p_1(z) - log p_0(z)` in nats of a model of two classes, (n,)."""
+    return _in_chunks(lambda part: model.log_prob_classes(part).diff(dim=1)[:, 0], z)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@
 import math
 from collections.abc import Callable
 from functools import wraps
+from itertools import chain
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -44,6 +45,11 @@ def measures(
                 module.training = training
 
     return run
+
+
+def prototype(model: nn.Module) -> Tensor:
+    """A tensor in the dtype and on the device of the model's numbers."""
+    return next(p for p in chain(model.parameters(), model.buffers()) if p.is_floating_point())
 
 
 class Denoiser(nn.Module):

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from cdm_fast.classify import ClassReport, Progress
+from cdm_fast.classify import ClassReport, require_labels
 from cdm_fast.corruptions import KINDS, SEVERITIES, corrupt
 from cdm_fast.data import ImageData
-from cdm_fast.errors import UserError
 from cdm_fast.likelihood.images import stderr
+from cdm_fast.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,7 @@ def evaluate_corruptions(
 
     Raises UserError for data without labels, and as `evaluate` does.
     """
-    if data.labels is None:
-        raise UserError(f"{data.name} has no labels, and an accuracy needs them; give labelled data")
+    labels = require_labels(data)
     accuracy: dict[str, list[float]] = {}
     right = []
     for kind in KINDS:
@@ -56,7 +55,7 @@ def evaluate_corruptions(
         for severity in SEVERITIES:
             images = corrupt(data.images, kind, severity, data.num_grey_levels, seed)
             report = evaluate(replace(data, images=images))
-            right.append((report.posterior.argmax(1) == data.labels[report.index]).double())
+            right.append((report.posterior.argmax(1) == labels[report.index]).double())
             accuracy[kind].append(report.accuracy)
     per_image = torch.stack(right).mean(0)
     return CorruptionReport(accuracy, float(per_image.mean()), stderr(per_image))

@@ -15,7 +15,6 @@ what they return (`Guided`) needs no sampler of its own.
 
 from collections.abc import Callable
 from functools import partial
-from itertools import chain
 from math import expm1, isfinite, prod, sqrt
 from typing import Literal
 
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cdm_fast.errors import UserError
-from cdm_fast.model import Denoiser, measures
+from cdm_fast.model import Denoiser, measures, prototype
 from cdm_fast.ops.philox import Stream, box_muller, philox4x32_10
 from cdm_fast.schedule import Spacing
 
@@ -215,16 +214,16 @@ def sample(
     _check_range("num", num, 0, bits=32)
     _check_range("batch_size", batch_size, 1, bits=32)
     _check_range("seed", seed, 0, bits=64)
-    prototype = next(p for p in chain(model.parameters(), model.buffers()) if p.is_floating_point())
-    labels = _labels(label, num, prototype.device)
+    like = prototype(model)
+    labels = _labels(label, num, like.device)
     if guidance:
         model = _guided(model, guidance, labels)
-    images = [prototype.new_empty((0, *shape))]
+    images = [like.new_empty((0, *shape))]
     for start in range(0, num, batch_size):
         batch = slice(start, min(start + batch_size, num))
-        noise = ImageNoise(seed, batch, shape, prototype)
+        noise = ImageNoise(seed, batch, shape, like)
         label_b = None if labels is None else labels[batch]
-        with torch.autocast(prototype.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(like.device.type, torch.bfloat16, enabled=precision == "bf16"):
             images.append(run(model, noise(), noise, steps, label_b))
     return torch.cat(images)
 
@@ -232,15 +231,15 @@ def sample(
 class ImageNoise:
     """Standard normal noise keyed by (seed, image, draw): each call is the next draw for images `batch`.
 
-    A call returns (B, *shape) in the prototype's dtype, on its device. The counter of a Philox block is
+    A call returns (B, *shape) in `like`'s dtype, on its device. The counter of a Philox block is
     (block within the image, stream, image, draw), so neither batch nor device changes an image's noise.
     """
 
-    def __init__(self, seed: int, batch: slice, shape: tuple[int, ...], prototype: Tensor) -> None:
-        device = prototype.device
+    def __init__(self, seed: int, batch: slice, shape: tuple[int, ...], like: Tensor) -> None:
+        device = like.device
         self.key = (torch.tensor(seed & 0xFFFFFFFF, device=device), torch.tensor(seed >> 32, device=device))
         self.image = torch.arange(batch.start, batch.stop, device=device)[:, None]
-        self.shape, self.dtype, self.draws = shape, prototype.dtype, 0
+        self.shape, self.dtype, self.draws = shape, like.dtype, 0
 
     def __call__(self) -> Tensor:
         size = prod(self.shape)

@@ -1,6 +1,5 @@
 """`cdm-fast nll`, method by method: from parsed arguments to what is told."""
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +23,7 @@ from cdm_fast.likelihood import (
 from cdm_fast.likelihood.images import require_likelihood
 from cdm_fast.model import CDM, Denoiser
 from cdm_fast.plots import write_audit
+from cdm_fast.progress import to_stderr
 
 Scored = tuple[dict[str, Any], list[str], dict[str, tuple[Tensor, Tensor]]]  # JSON, lines, columns per image
 
@@ -63,7 +63,7 @@ def _score_ode(command: Nll, model: CDM, data: ImageData) -> Scored:
         command.probes,
         min(command.batch_size, 64),
         command.seed,
-        _progress,
+        to_stderr,
     )
     fields = without_images(report)
     result = {"method": "ode", "data": data.name, "split": data.split, **_prefixed("ode", fields)}
@@ -71,7 +71,7 @@ def _score_ode(command: Nll, model: CDM, data: ImageData) -> Scored:
 
 
 def _score_elbo(command: Nll, model: CDM, data: ImageData) -> Scored:
-    report = evaluate_elbo(model, data, command.elbo_images, command.batch_size, command.seed, _progress)
+    report = evaluate_elbo(model, data, command.elbo_images, command.batch_size, command.seed, to_stderr)
     fields = without_images(report)
     result = {"method": "elbo", "data": data.name, "split": data.split, **_prefixed("elbo", fields)}
     return result, describe_elbo(fields), {"elbo_bits_per_dim": (report.index, report.per_image)}
@@ -99,7 +99,7 @@ def _score_audit(command: Nll, model: CDM, data: ImageData) -> Scored:
         runs=command.runs,
         moves=command.moves,
         rungs=command.rungs,
-        progress=_progress,
+        progress=to_stderr,
     )
     result = report.to_json()
     picture = write_audit(result, command.run / "audit.png")
@@ -112,10 +112,6 @@ def _score_audit(command: Nll, model: CDM, data: ImageData) -> Scored:
 
 def _single_columns(report: LikelihoodReport) -> dict[str, tuple[Tensor, Tensor]]:
     return {"bits_per_dim": (torch.arange(report.num_images), report.per_image)}
-
-
-def _progress(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 _METHODS: dict[str, Callable[[Nll, Any, ImageData], Scored]] = {

@@ -8,6 +8,7 @@ from benchmarks.plain_unet import PlainUNet, double_backward_loss
 from cdm_fast import CDM, MLP, NoiseSchedule, UNet, cdm_loss, use_backend
 from cdm_fast.nn import layers
 from cdm_fast.nn.mlp import MLPBlock
+from tests.opaque import Opaque
 
 SHAPE = (3, 8, 6, 10)
 
@@ -221,17 +222,6 @@ def test_general_path_agrees_with_the_fast_one(relative_error):
     assert relative_error(gradients[0], gradients[1]) < 1e-10
     with torch.no_grad():
         assert relative_error(fast.denoise(x0, 7), general.denoise(x0, 7)) < 1e-10
-
-
-class Opaque(nn.Module):
-    """Hides the adjoint, so that CDM must take the general path."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, x):
-        return self.network(x)
 
 
 def test_the_papers_cifar10_network_has_its_size_and_names():

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from torch import nn
 
 from cdm_fast import CDM, MLP, NoiseSchedule, UNet, cdm_loss
+from tests.opaque import Opaque
 
 SCHEDULE = NoiseSchedule.uniform(T=10)
 NETWORKS = {
@@ -12,17 +12,6 @@ NETWORKS = {
     "mlp": lambda: MLP(6, SCHEDULE.num_levels, hidden=16, depth=1),
     "general": lambda: Opaque(MLP(6, SCHEDULE.num_levels, hidden=16, depth=1)),
 }
-
-
-class Opaque(nn.Module):
-    """A network without adjoint: the model differentiates it by torch.func."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network, self.input_shape = network, network.input_shape
-
-    def forward(self, x):
-        return self.network(x)
 
 
 @pytest.fixture(params=NETWORKS)

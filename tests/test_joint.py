@@ -13,6 +13,7 @@ from cdm_fast import CDM, DDM, MLP, MLPDenoiser, NoiseSchedule, UNet, UserError,
 from cdm_fast.nn.heads import JointHead
 from cdm_fast.sampling import Guided
 from tests.analytic import GaussianMixture, eps_hat, noisy_sample, random_mixture
+from tests.opaque import Opaque
 
 K = 3
 SCHEDULE = NoiseSchedule.uniform(T=10)
@@ -178,17 +179,6 @@ def test_many_classes_train_alike_without_all_their_logits(name, label, relative
     assert relative_error(terms[1].ce, terms[0].ce) < 1e-9
     few, many = (gradients(each.loss, network) for each in terms)
     assert relative_error(many, few) < 1e-9
-
-
-class Opaque(nn.Module):
-    """Hides the adjoint and the head."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, x):
-        return self.network(x)
 
 
 def test_head_cumulates_from_noise_down_and_starts_without_opinion():

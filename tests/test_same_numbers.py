@@ -13,6 +13,7 @@ from cdm_fast.checkpoint import Checkpoint, create_run, snapshot
 from cdm_fast.config import NetworkConfig, RunConfig
 from cdm_fast.convert import convert
 from cdm_fast.ops._backend import missing
+from tests.opaque import Opaque
 from tests.tiny_run import with_settings
 
 NETWORK = NetworkConfig(multipliers=(1, 2), blocks_per_level=1, attention_resolutions=(4,))
@@ -74,17 +75,6 @@ def test_saved_and_loaded_weights_give_the_same_bits(model, tmp_path, way):
     loaded = numbers(way(model, tmp_path))
     for name, value in numbers(model).items():
         assert torch.equal(loaded[name], value), name
-
-
-class Opaque(nn.Module):
-    """Hides the adjoint: the model then differentiates by torch.func, on reference ops."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, x):
-        return self.network(x)
 
 
 def fast(model):

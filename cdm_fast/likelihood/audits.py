@@ -5,7 +5,6 @@
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,15 +27,10 @@ from cdm_fast.likelihood.normalisation import Normalisation, measure_log_z
 from cdm_fast.likelihood.ode import flow_log_prob, load_solver
 from cdm_fast.likelihood.single import LikelihoodReport, evaluate
 from cdm_fast.model import CDM, measures
-
-Progress = Callable[[str], None]
+from cdm_fast.progress import Progress, silent
 
 COMPARED_LEVELS = 12  # at which single pass and ODE are compared, even in log-SNR
 TIGHTENED = 0.1  # the tolerance of the convergence check, relative to the tolerance
-
-
-def _silent(message: str) -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -84,7 +78,7 @@ def evaluate_ode(
     probes: int | None = None,
     batch_size: int = 64,
     seed: int = 0,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> OdeReport:
     """bits/dim of `num_images` images of `data` at `level` by the ODE; see `OdeReport` and `flow_log_prob`.
 
@@ -177,7 +171,7 @@ def evaluate_elbo(
     num_images: int = 256,
     batch_size: int = 256,
     seed: int = 0,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> ElboReport:
     """bits/dim of `num_images` images of `data` by `variational_bound`.
 
@@ -260,7 +254,7 @@ def audit(
     runs: int = 3,
     moves: int = 1,
     rungs: int | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> AuditReport:
     """Single pass, ODE, variational bound and log Z of one model on one data set at `level`, 0..T.
 

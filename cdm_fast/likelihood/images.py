@@ -5,7 +5,6 @@
 
 import math
 from collections.abc import Iterator
-from itertools import chain
 from typing import Literal
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from cdm_fast.data import ImageData, dequantize
 from cdm_fast.errors import UserError
-from cdm_fast.model import CDM, Denoiser
+from cdm_fast.model import CDM, Denoiser, prototype
 from cdm_fast.schedule import NoiseSchedule
 
 Protocol = Literal["dequantized", "paper"]
@@ -29,7 +28,12 @@ def require_likelihood(model: Denoiser) -> None:
 
 def like_network(model: Denoiser, x: Tensor) -> Tensor:
     """`x` in the dtype and on the device of the network's numbers."""
-    return x.to(next(p for p in chain(model.parameters(), model.buffers()) if p.is_floating_point()))
+    return x.to(prototype(model))
+
+
+def draw_generator(seed: int, draw: int) -> torch.Generator:
+    """The randomness of one dequantisation draw of a whole data set."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + draw)
 
 
 def batches(
@@ -48,9 +52,14 @@ def draw_images(data: ImageData, num: int, generator: torch.Generator) -> Tensor
     return dequantize(data.images[index], data.num_grey_levels, generator)
 
 
+def choose(count: int, num: int | None, generator: torch.Generator) -> Tensor:
+    """(m,) which of `count` images: `num` different ones, or all, in order."""
+    return torch.randperm(count, generator=generator)[:num].sort().values
+
+
 def choose_images(data: ImageData, num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """(index, dequantised images) of `num` different images, or of all if there are fewer, in order."""
-    index = torch.randperm(len(data.images), generator=generator)[:num].sort().values
+    index = choose(len(data.images), num, generator)
     return index, dequantize(data.images[index], data.num_grey_levels, generator)
 
 

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from cdm_fast.data import ImageData
 from cdm_fast.errors import UserError
-from cdm_fast.likelihood.images import Protocol, add_noise, batches, bits_per_dim, require_likelihood, stderr
+from cdm_fast.likelihood.images import (
+    Protocol,
+    add_noise,
+    batches,
+    bits_per_dim,
+    draw_generator,
+    require_likelihood,
+    stderr,
+)
 from cdm_fast.likelihood.ratios import RatioCheck, ratio_check
 from cdm_fast.model import CDM, measures
 
@@ -104,7 +112,7 @@ def evaluate(
     bits = torch.empty(draws, len(data.images), dtype=torch.float64)
     first_inputs: list[Tensor] = []
     for draw in range(draws):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + draw)
+        generator = draw_generator(seed, draw)
         for first, x in batches(data, batch_size, generator, protocol):
             x_t = add_noise(model.schedule, x, level, generator).to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):

@@ -1,0 +1,15 @@
+"""Where long measurements tell how far they are."""
+
+import sys
+from collections.abc import Callable
+
+Progress = Callable[[str], None]
+
+
+def silent(message: str) -> None:
+    """Says nothing."""
+
+
+def to_stderr(message: str) -> None:
+    """One line on stderr, at once."""
+    print(message, file=sys.stderr, flush=True)
