@@ -5,12 +5,14 @@ from cdm_fast.ops.attention import attention, attention_vjp
 from cdm_fast.ops.denoise import denoise_epilogue, denoise_loss, denoise_x0, head_cotangent
 from cdm_fast.ops.group_norm_silu import group_norm_silu, group_norm_silu_vjp
 from cdm_fast.ops.head_noise_level_ce import head_noise_level_ce
+from cdm_fast.ops.linear import conv1x1, linear
 from cdm_fast.ops.noise_level_ce import level_logits, log_posterior, noise_level_ce
 from cdm_fast.ops.noising import noising
 
 __all__ = [
     "attention",
     "attention_vjp",
+    "conv1x1",
     "denoise_epilogue",
     "denoise_loss",
     "denoise_x0",
@@ -19,6 +21,7 @@ __all__ = [
     "head_cotangent",
     "head_noise_level_ce",
     "level_logits",
+    "linear",
     "log_posterior",
     "noise_level_ce",
     "noising",

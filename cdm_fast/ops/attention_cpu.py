@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from cdm_fast.ops.linear import has_onednn, onednn_linear
+
 # Elements of score matrices that exist at a time: fewer slow the matrix products, more leave the cache.
 TILE_ELEMENTS = 1 << 21
 
@@ -103,20 +105,16 @@ def _vjp_backward(
     return _join(out_dot, 1), _join(grad_q, 1), _sum(grad_k), _sum(grad_v)
 
 
-# oneDNN's matrix product of two matrices, which torch.compile uses too.
-_ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-
-
 def _matmul(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
     """`a @ b` of a few heads, (heads, N, K) and (heads, K, M); plus `added`, which it may overwrite.
 
-    fp32 goes to oneDNN head by head. torch gives it to MKL, which runs at half speed on processors other than
-    Intel's: 2.4 ms against 1.2 ms for 8 heads of 256x256x256 on one Zen 5 core. bf16 is oneDNN's already.
+    fp32 goes to oneDNN head by head, for the reason that `cdm_fast/ops/linear.py` gives: 1.2 ms against 2.4
+    for 8 heads of 256x256x256 on one Zen 5 core. bf16 is oneDNN's already.
     """
-    if a.dtype != torch.float32 or _ONEDNN_LINEAR is None:
+    if not has_onednn(a):
         return a @ b if added is None else torch.baddbmm(added, a, b)
     heads = zip(a, b, strict=True)
-    product = torch.stack([_ONEDNN_LINEAR(x, y.mT, None, "none", [], "") for x, y in heads])
+    product = torch.stack([onednn_linear(x, y.mT) for x, y in heads])
     return product if added is None else product.add_(added)
 
 

@@ -1,0 +1,106 @@
+"""linear, conv1x1: oneDNN against fp64, derivatives, and who keeps PyTorch's own functions."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cdm_fast.ops import conv1x1, linear, use_backend
+from cdm_fast.ops.linear import has_onednn
+
+LARGE = (300, 128, 160)  # rows, features in, features out: enough for oneDNN
+NAMES = ("y", "grad_x", "grad_weight", "grad_bias", "grad_grad_x", "grad_grad_weight")
+
+
+class Calls(TorchDispatchMode):
+    """The names of the ops that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def _used_onednn(function, *tensors):
+    with Calls() as calls:
+        function(*tensors)
+    return "mkldnn::_linear_pointwise" in calls.names
+
+
+def _rows(dtype=torch.float32):
+    rows, features_in, features_out = LARGE
+    return torch.randn(rows, features_in, dtype=dtype), torch.randn(features_out, features_in, dtype=dtype)
+
+
+def _images(dtype=torch.float32, memory_format=torch.channels_last):
+    x = torch.randn(4, 128, 9, 9, dtype=dtype).contiguous(memory_format=memory_format)
+    return x, torch.randn(160, 128, 1, 1, dtype=dtype)
+
+
+def _with_derivatives(function, x, weight, bias, u, u_x, u_weight):
+    """y, the gradients of <u, y^2>, and those of <u_x, grad_x> + <u_weight, grad_weight>."""
+    x, weight, bias = (tensor.clone().requires_grad_() for tensor in (x, weight, bias))
+    y = function(x, weight, bias)
+    gradients = torch.autograd.grad(y.square(), (x, weight, bias), u, create_graph=True)
+    second = torch.autograd.grad(gradients[:2], (x, weight), (u_x, u_weight))
+    return y, *gradients, *second
+
+
+@pytest.mark.parametrize(("ours", "plain", "make"), [(linear, F.linear, _rows), (conv1x1, F.conv2d, _images)])
+def test_two_orders_of_derivatives_against_fp64(assert_kernel_accurate, ours, plain, make):
+    x, weight = make(torch.float64)
+    bias, y = torch.randn(160, dtype=torch.float64), plain(x, weight)
+    tensors = [x, weight, bias, torch.randn_like(y), torch.randn_like(x), torch.randn_like(weight)]
+    truth = _with_derivatives(plain, *tensors)
+    single = [tensor.float() for tensor in tensors]
+    assert _used_onednn(ours, *single[:2])
+    results = zip(
+        NAMES, _with_derivatives(ours, *single), _with_derivatives(plain, *single), truth, strict=True
+    )
+    for name, got, expected, exact in results:
+        assert_kernel_accurate(got, expected, exact, name)
+
+
+def test_expanded_gradients_and_strided_operands(assert_kernel_accurate):
+    x, weight = torch.randn(300, 256)[:, ::2], torch.randn(128, 160).t()  # neither is contiguous
+    x.requires_grad_(), weight.requires_grad_()
+    linear(x, weight).sum().backward()  # its gradient is one number, expanded
+    exact = torch.ones(300, 160, dtype=torch.float64)
+    assert_kernel_accurate(x.grad, exact.float() @ weight, exact @ weight.double(), "grad_x")
+    assert_kernel_accurate(weight.grad, exact.float().t() @ x, exact.t() @ x.double(), "grad_weight")
+
+
+def test_leading_dimensions_and_memory_format_stay():
+    x, weight = torch.randn(3, 100, 128), torch.randn(160, 128)
+    assert linear(x, weight).shape == (3, 100, 160)
+    y = conv1x1(*_images())
+    assert y.shape == (4, 160, 9, 9)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_everything_else_is_pytorchs_own():
+    x, weight = _rows()
+    assert _used_onednn(linear, x, weight)
+    assert not _used_onednn(linear, x.double(), weight.double())
+    assert not _used_onednn(linear, x[:2], weight)
+    assert not _used_onednn(conv1x1, *_images(memory_format=torch.contiguous_format))
+    with use_backend("reference"):
+        assert not _used_onednn(linear, x, weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
+
+
+def test_reference_works_under_torch_func():
+    x, weight = _rows()
+    with use_backend("reference"):
+        gradient = torch.func.grad(lambda x: linear(x, weight).sum())(x)
+    torch.testing.assert_close(gradient, weight.sum(0).expand_as(x), rtol=1e-5, atol=1e-4)
+
+
+def test_onednn_is_for_fp32_on_the_cpu():
+    assert has_onednn(torch.zeros(1))
+    assert not has_onednn(torch.zeros(1, dtype=torch.float64))
+    assert not has_onednn(torch.zeros(1, device="meta"))
