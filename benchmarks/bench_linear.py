@@ -1,4 +1,4 @@
-"""linear and conv1x1 with their gradients against PyTorch's own functions, fp32, at the widths of the networks."""
+"""linear and conv1x1 with gradients against PyTorch's own functions, fp32, at the sizes of networks."""
 
 import pytest
 import torch
