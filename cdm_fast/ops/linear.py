@@ -34,7 +34,12 @@ def has_onednn(x: Tensor) -> bool:
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x W^T + b` of fp32 matrices (M, K) and (N, K), of any strides; without a derivative."""
     assert _ONEDNN_LINEAR is not None
-    return _ONEDNN_LINEAR(x, weight, bias, "none", [], "")
+    return _ONEDNN_LINEAR(_dense(x), _dense(weight), bias, "none", [], "")
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """Copied if neither its rows nor its columns lie end to end: oneDNN has only a plain loop for those."""
+    return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -78,7 +83,6 @@ class _OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        g = g.contiguous()  # an expanded gradient is no matrix in memory
         return (
             linear(g, weight.t()) if ctx.needs_input_grad[0] else None,
             linear(g.t(), x.t()) if ctx.needs_input_grad[1] else None,

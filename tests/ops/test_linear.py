@@ -73,6 +73,22 @@ def test_expanded_gradients_and_strided_operands(assert_kernel_accurate):
     assert_kernel_accurate(weight.grad, exact.float().t() @ x, exact.t() @ x.double(), "grad_weight")
 
 
+def test_onednn_never_sees_a_matrix_that_only_its_plain_loop_can_read(monkeypatch):
+    dense = []
+
+    def spy(x, weight, *arguments):
+        dense.extend(matrix.is_contiguous() or matrix.t().is_contiguous() for matrix in (x, weight))
+        return F.linear(x, weight)
+
+    monkeypatch.setattr("cdm_fast.ops.linear._ONEDNN_LINEAR", spy)
+    x, weight = (
+        torch.randn(300, 256)[:, :128].requires_grad_(),
+        torch.randn(160, 256)[:, 128:].requires_grad_(),
+    )
+    linear(x, weight).sum().backward()
+    assert dense == [True] * 6
+
+
 def test_leading_dimensions_and_memory_format_stay():
     x, weight = torch.randn(3, 100, 128), torch.randn(160, 128)
     assert linear(x, weight).shape == (3, 100, 160)
