@@ -8,17 +8,19 @@
         manifest.json                          size and SHA-256 of each file above
 
 There is no pickle anywhere. A directory appears under its name only when it is complete and on the disk: it
-is written beside it, flushed, and renamed. Reading takes the newest checkpoint whose checksums hold.
+is written beside it, flushed, and renamed; it leaves its name in one step, too. Reading takes the newest
+checkpoint whose checksums hold.
 """
 
-import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,13 +33,15 @@ from cdm_fast.build import build_model
 from cdm_fast.config import RunConfig, check
 from cdm_fast.config_json import from_json, to_json
 from cdm_fast.errors import UserError
-from cdm_fast.files import write_atomically
+from cdm_fast.files import directory_in_one_step, remove, remove_unfinished, saving, write_atomically
+from cdm_fast.tensor_file import HashedFile, write_tensors
 
 if TYPE_CHECKING:
     from cdm_fast.model import CDM, DDM
 
 PARTS = ("model", "ema", "optimizer")
 _MAX_JSON_BYTES = 1 << 20  # config, state and manifest are a few kilobytes; more is not ours
+_FOLDER = re.compile(r"step-(\d{8,15})")
 
 
 @dataclass(frozen=True)
@@ -112,33 +116,31 @@ def create_run(run: str | Path, config: RunConfig, checkpoint: Checkpoint) -> No
     require_new(run)
     with saving(run):
         run.parent.mkdir(parents=True, exist_ok=True)
-        with _directory_in_one_step(run) as unfinished:
+        remove_unfinished(run.parent, run.name)
+        with directory_in_one_step(run) as unfinished:
             write_config(unfinished, config)
             save_checkpoint(unfinished, checkpoint, keep=1)
 
 
-def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
+def save_checkpoint(
+    run: Path, checkpoint: Checkpoint, keep: int, proceed: Callable[[], None] = lambda: None
+) -> Path:
     """Writes RUN/checkpoints/step-N and removes all but the newest `keep`; returns its path.
 
-    Raises UserError, with everything saved earlier intact, when a weight is not finite or the disk refuses.
+    proceed: called every few megabytes; may raise to give the save up.
+    Raises UserError, with everything saved earlier intact, when a value is not finite; DiskError when the
+    disk refuses.
     """
-    for part in ("model", "ema"):
-        for name, tensor in checkpoint.tensors[part].items():
-            if not torch.isfinite(tensor).all():
-                raise UserError(
-                    f"{run}: weight {name} is not finite at step {checkpoint.step}, so nothing was saved;"
-                    " continue from the checkpoint before with a lower --lr"
-                )
     folder = run / "checkpoints"
     target = folder / f"step-{checkpoint.step:08d}"
     with saving(run):
         folder.mkdir(exist_ok=True)
-        for abandoned in folder.glob(".*.unfinished-*"):  # by a process that was killed
-            shutil.rmtree(abandoned)
-        with _directory_in_one_step(target) as unfinished:
-            _write_parts(unfinished, checkpoint)
-        for old in checkpoint_folders(run)[keep:]:
-            shutil.rmtree(old)
+        remove_unfinished(folder)
+        with directory_in_one_step(target) as unfinished:
+            _write_parts(unfinished, checkpoint, run, proceed)
+    for old in checkpoint_folders(run)[keep:]:
+        if old != target:
+            remove(old)
     return target
 
 
@@ -147,19 +149,42 @@ def load_checkpoint(run: str | Path, parts: Sequence[str] = PARTS) -> Checkpoint
 
     Raises UserError when none is left.
     """
-    folders = checkpoint_folders(Path(run))
-    for folder in folders:
+    tried: set[Path] = set()
+    while left := [folder for folder in checkpoint_folders(Path(run)) if folder not in tried]:
+        folder = left[0]
+        tried.add(folder)
         try:
             return _read_parts(folder, parts)
         except (OSError, ValueError, SafetensorError) as error:
-            warnings.warn(f"checkpoint {folder} is damaged ({error}); trying the one before", stacklevel=2)
-    what = "no intact checkpoint" if folders else "no checkpoint"
+            if folder.exists():  # else a training run has replaced it meanwhile by a newer one
+                warnings.warn(
+                    f"checkpoint {folder} is damaged ({error}); trying the one before", stacklevel=2
+                )
+    what = "no intact checkpoint" if tried else "no checkpoint"
     raise UserError(f"{run} holds {what}; restore its checkpoints folder, or train again into another --out")
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
     """The complete checkpoint folders of a run, newest first."""
-    return sorted((run / "checkpoints").glob("step-*"), reverse=True)
+    found = [(_FOLDER.fullmatch(path.name), path) for path in (run / "checkpoints").glob("step-*")]
+    steps = {path: int(match[1]) for match, path in found if match}
+    return sorted(steps, key=lambda path: steps[path], reverse=True)
+
+
+def make_ready(run: Path, step: int) -> None:
+    """Tidies a run that is about to continue from its checkpoint of `step`.
+
+    Removes what killed processes left half-written, and renames damaged newer checkpoints to damaged-N, where
+    they are neither taken for the newest nor counted among those kept. Raises DiskError.
+    """
+    with saving(run):
+        remove_unfinished(run)
+        remove_unfinished(run / "checkpoints")
+        for folder in checkpoint_folders(run):
+            if _step_of(folder) > step:
+                aside = folder.with_name(folder.name.replace("step", "damaged"))
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(folder, aside)
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
@@ -217,25 +242,39 @@ def _like_parameter(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _host_copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
+    """A copy in the memory layout of the original: the quickest, and training waits for it."""
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
 
 
 def _shape(tensor: Tensor | None) -> str:
     return "absent" if tensor is None else "x".join(map(str, tensor.shape)) or "a scalar"
 
 
-def _write_parts(folder: Path, checkpoint: Checkpoint) -> None:
+def _write_parts(folder: Path, checkpoint: Checkpoint, run: Path, proceed: Callable[[], None]) -> None:
     """The files of one checkpoint, each flushed to the disk, the manifest last."""
     manifest = {}
 
-    def write(name: str, data: bytes) -> None:
-        _write_flushed(folder / name, data)
-        manifest[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    def write(name: str, fill: Callable[[HashedFile], None]) -> None:
+        with HashedFile(folder / name, proceed) as file:
+            fill(file)
+        manifest[name] = {"bytes": file.bytes, "sha256": file.sha256}
 
-    for part in PARTS:  # one at a time: serialised, each is as large as what it holds
-        write(f"{part}.safetensors", safetensors.torch.save(dict(checkpoint.tensors[part])))
-    write("state.json", json.dumps(dict(checkpoint.state), indent=2).encode())
-    _write_flushed(folder / "manifest.json", json.dumps(manifest, indent=2).encode())
+    for part in PARTS:
+        tensors = checkpoint.tensors[part]
+        try:
+            write(f"{part}.safetensors", partial(write_tensors, tensors=tensors))
+        except ValueError as error:
+            raise UserError(
+                f"{run}: {part}: {error} at step {checkpoint.step}, so nothing was saved;"
+                " train into another --out with a lower --lr"
+            ) from error
+    for name, value in (("state.json", dict(checkpoint.state)), ("manifest.json", manifest)):
+        text = json.dumps(value, indent=2).encode()
+        write(name, partial(HashedFile.write, data=text))
 
 
 def _read_parts(folder: Path, parts: Sequence[str]) -> Checkpoint:
@@ -244,6 +283,8 @@ def _read_parts(folder: Path, parts: Sequence[str]) -> Checkpoint:
     state = json.loads(_read_verified(folder / "state.json", manifest))
     if not isinstance(state, dict) or not isinstance(state.get("step"), int):
         raise ValueError("state.json names no step")
+    if state["step"] != _step_of(folder):
+        raise ValueError(f"it holds step {state['step']}")
     tensors = {
         part: safetensors.torch.load(_read_verified(folder / f"{part}.safetensors", manifest))
         for part in parts
@@ -272,47 +313,3 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}); restore it") from error
-
-
-@contextlib.contextmanager
-def saving(run: Path) -> Iterator[None]:
-    """Turns what the disk refuses (no space, no permission) into a UserError that says nothing is lost."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {run}: {error.strerror}; make room or give another --out"
-            " (what was saved before is intact)"
-        ) from error
-
-
-@contextlib.contextmanager
-def _directory_in_one_step(target: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the name `target` when the block ends, or vanishes when it fails."""
-    unfinished = target.parent / f".{target.name}.unfinished-{os.getpid()}"
-    unfinished.mkdir()
-    try:
-        yield unfinished
-        _flush_directory(unfinished)
-        if target.is_dir() and any(target.iterdir()):  # a damaged checkpoint of the same step
-            shutil.rmtree(target)
-        os.replace(unfinished, target)
-        _flush_directory(target.parent)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-
-
-def _write_flushed(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_directory(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

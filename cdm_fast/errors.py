@@ -1,4 +1,4 @@
-"""The one kind of error a user can cause."""
+"""The errors that a user can put right."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints the message and exits with status 2; it never shows a traceback for it.
     """
+
+
+class DiskError(UserError):
+    """The system refused to write (no space, no permission): training warns and tries again later."""

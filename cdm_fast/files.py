@@ -1,16 +1,20 @@
-"""Files that are either complete or absent."""
+"""Files and folders that are either complete or absent, and folders that one process holds."""
 
+import contextlib
+import fcntl
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-from cdm_fast.errors import UserError
+from cdm_fast.errors import DiskError, UserError
 
 
 def write_atomically(path: str | Path, data: bytes) -> Path:
     """Writes a file that is seen under its name only when it is complete and on the disk; returns its path.
 
     Missing folders are made. What stood under the name before stays until then, and stays on failure.
-    Raises UserError naming the file where the system refuses (no space, no permission).
+    Raises DiskError naming the file where the system refuses (no space, no permission).
     """
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
@@ -26,5 +30,82 @@ def write_atomically(path: str | Path, data: bytes) -> Path:
             unfinished.unlink(missing_ok=True)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"cannot write {path}: {reason}; make room there or name another path") from error
+        raise DiskError(f"cannot write {path}: {reason}; make room there or name another path") from error
     return path
+
+
+@contextlib.contextmanager
+def directory_in_one_step(target: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the name `target` when the block ends, or vanishes when it fails."""
+    unfinished = target.parent / f".{target.name}.unfinished-{os.getpid()}"
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        _flush_directory(unfinished)
+        if target.is_dir() and any(target.iterdir()):  # a damaged checkpoint of the same step
+            remove(target)
+        os.replace(unfinished, target)
+        _flush_directory(target.parent)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder that is gone from under its name in one step; what cannot be removed stays hidden."""
+    hidden = folder.with_name(f".{folder.name}.unfinished-removal")
+    with contextlib.suppress(OSError):
+        os.replace(folder, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def remove_unfinished(folder: Path, name: str = "") -> None:
+    """Removes what killed processes left in a folder half-written or half-removed, under `name` or any."""
+    for abandoned in folder.glob(".*.unfinished-*"):
+        if not abandoned.name.startswith(f".{name}.unfinished-" if name else "."):
+            continue
+        if abandoned.is_dir() and not abandoned.is_symlink():
+            shutil.rmtree(abandoned, ignore_errors=True)
+        else:
+            abandoned.unlink(missing_ok=True)
+
+
+def _flush_directory(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def saving(run: Path) -> Iterator[None]:
+    """Turns what the disk refuses (no space, no permission) into a DiskError that says nothing is lost."""
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(
+            f"cannot write to {run}: {error.strerror or error}; make room or give another --out"
+            " (what was saved before is intact)"
+        ) from error
+
+
+@contextlib.contextmanager
+def alone_in(run: Path) -> Iterator[None]:
+    """Holds a run against a second training process, until the block or the process ends.
+
+    Raises UserError when another process trains in it.
+    """
+    descriptor = os.open(run, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{run} is being trained by another process; wait for it, or give another --out"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)

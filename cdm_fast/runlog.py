@@ -1,10 +1,12 @@
 """What a running training tells: log.jsonl, TensorBoard, Weights & Biases, and the progress display."""
 
+import contextlib
 import json
 import math
 import os
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cdm_fast.config import RunConfig
 from cdm_fast.config_json import to_json
-from cdm_fast.errors import UserError
+from cdm_fast.errors import DiskError, UserError
 from cdm_fast.files import write_atomically
 
 Numbers = Mapping[str, float | int | str | None]
@@ -27,6 +29,9 @@ class Sink(Protocol):
     def write(self, step: int, numbers: Numbers) -> None:
         """Takes the numbers of one step."""
 
+    def sync(self) -> None:
+        """Puts what was written on the disk; another thread may be writing."""
+
     def close(self) -> None:
         """Flushes what is left."""
 
@@ -34,30 +39,49 @@ class Sink(Protocol):
 class JsonLines:
     """RUN/log.jsonl: one JSON object a line; a number that is not finite is written as null.
 
-    Opening keeps the lines up to `last_step`, so that a resumed run repeats none.
-    Raises UserError when the disk refuses.
+    Opening keeps the lines up to `last_step`, so that a resumed run repeats none; DiskError if it cannot.
+    A line that a full disk refuses is kept, with a warning, and goes out before the next one.
     """
 
     def __init__(self, path: Path, last_step: int) -> None:
         self.path = path
         kept = [line for line in _lines(path) if _step_of(line) <= last_step]
         write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
-        self._file = open(path, "a")
+        self._file = open(path, "ab", buffering=0)
+        self._unwritten = b""
 
     def write(self, step: int, numbers: Numbers) -> None:
         """Appends one line."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
+        told = bool(self._unwritten)
+        self._unwritten += json.dumps({"step": step, **finite}).encode() + b"\n"
         try:
-            self._file.write(json.dumps({"step": step, **finite}) + "\n")
-            self._file.flush()
+            self._append()
         except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}; make room and --resume") from error
+            if not told:
+                warnings.warn(f"{self._refusal(error)}; the lines are kept meanwhile", stacklevel=2)
+
+    def sync(self) -> None:
+        """Puts the lines on the disk."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Puts the lines on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        """Puts the lines on the disk; raises DiskError when it takes not all of them."""
+        with self._file:
+            try:
+                self._append()
+                self.sync()
+            except OSError as error:
+                raise DiskError(self._refusal(error)) from error
+
+    def _append(self) -> None:
+        """Writes what is not written; a refusal may leave a part of it, which the next attempt continues."""
+        while self._unwritten:
+            written = self._file.write(self._unwritten)
+            self._unwritten = self._unwritten[written:]
+
+    def _refusal(self, error: OSError) -> str:
+        return f"cannot write {self.path}: {error.strerror}; make room there"
 
 
 def _lines(path: Path) -> list[str]:
@@ -73,18 +97,22 @@ def _step_of(line: str) -> float:
 
 
 class TensorBoard:
-    """TensorBoard event files in the run directory."""
+    """TensorBoard event files in the run directory; those beyond `last_step` are no longer shown."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, last_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run / "tensorboard"))
+        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=last_step + 1)
 
     def write(self, step: int, numbers: Numbers) -> None:
         """One scalar per number."""
         for name, value in numbers.items():
             if isinstance(value, int | float):
                 self._writer.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """Flushes the event file."""
+        self._writer.flush()
 
     def close(self) -> None:
         """Flushes the event file."""
@@ -107,6 +135,9 @@ class WeightsAndBiases:
         """One row."""
         self._run.log({k: v for k, v in numbers.items() if isinstance(v, int | float)}, step=step)
 
+    def sync(self) -> None:
+        """Nothing: the service sends its rows by itself."""
+
     def close(self) -> None:
         """Uploads what is left."""
         self._run.finish()
@@ -119,14 +150,25 @@ def require_extras(config: RunConfig) -> None:
             raise UserError(f"--{name} needs the {name} package; pip install 'cdm_fast[{name}]'")
 
 
-def open_sinks(run: Path, config: RunConfig, last_step: int) -> list[Sink]:
-    """The log file and what else the config asks for."""
+@contextlib.contextmanager
+def open_sinks(run: Path, config: RunConfig, last_step: int) -> Iterator[list[Sink]]:
+    """The log file and what else the config asks for, closed when the block ends.
+
+    Raises DiskError when the log cannot be completed, unless something else went wrong before.
+    """
     sinks: list[Sink] = [JsonLines(run / "log.jsonl", last_step)]
-    if config.output.tensorboard:
-        sinks.append(TensorBoard(run))
-    if config.output.wandb:
-        sinks.append(WeightsAndBiases(run, config))
-    return sinks
+    failed = True
+    try:
+        if config.output.tensorboard:
+            sinks.append(TensorBoard(run, last_step))
+        if config.output.wandb:
+            sinks.append(WeightsAndBiases(run, config))
+        yield sinks
+        failed = False
+    finally:
+        for sink in reversed(sinks):
+            with contextlib.suppress(*[DiskError] * failed):
+                sink.close()
 
 
 class Display:

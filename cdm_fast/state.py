@@ -23,6 +23,9 @@ from cdm_fast.model import CDM, DDM
 from cdm_fast.nn.unet import UNetTrunk
 from cdm_fast.step import Ema, StepResult, derived_seed, learning_rate, make_optimizer
 
+RECENT = 64  # good steps over whose losses the running median is taken
+SPIKE = 3.0  # a loss above so many running medians is one
+
 
 @dataclass
 class TrainingState:
@@ -33,6 +36,8 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     sums: Tensor  # (5,) float64 since the last log line: loss, ce, mse, grad_norm of good steps; how many
     bad: Tensor  # (3,) int64: bad steps in all, bad steps in a row, the last bad step
+    recent: Tensor  # (RECENT,) float32: the last losses; infinite where there is none yet
+    spikes: Tensor  # (4,) float64: in all; the worst since the last log line: in medians, its loss, its step
     step: int = 0
     seconds: float = 0.0  # of training, pictures and scores excluded
     logged_step: int = 0
@@ -45,7 +50,19 @@ class TrainingState:
         is_bad = result.bad.long()
         total, row, last = self.bad.unbind()
         self.bad = torch.stack([total + is_bad, (row + 1) * is_bad, torch.where(is_bad > 0, self.step, last)])
+        self._watch(result.loss, result.bad > 0)
         self.step += 1
+
+    def _watch(self, loss: Tensor, bad: Tensor) -> None:
+        """Compares the loss of a good step with the median of those before; none until half are there."""
+        height = loss / self.recent.median()  # 0 while the median is infinite
+        spike = (height > SPIKE) & ~bad
+        total, worst, *_ = self.spikes.unbind()
+        seen = torch.stack([height, loss, torch.full_like(loss, self.step, dtype=torch.float64)])
+        kept = torch.where(spike & (height > worst), seen, self.spikes[1:])
+        self.spikes = torch.cat([(total + spike).unsqueeze(0), kept])
+        place = self.step % RECENT
+        self.recent[place] = torch.where(bad, self.recent[place], loss)
 
     def numbers(self, config: RunConfig) -> dict[str, float | int]:
         """Means since the last log line, and counters; waits for the device."""
@@ -59,14 +76,25 @@ class TrainingState:
             "grad_norm": grad_norm,
             "lr": learning_rate(config.train, max(self.step - 1, 0)),
             "skipped_steps": int(self.bad[0]),
+            "loss_spikes": int(self.spikes[0]),
             "images_per_second": images / seconds if seconds > 0 else math.nan,
             "seconds": self.seconds,
         }
-        return {"ce": ce, **numbers} if config.train.objective == "cdm" else numbers
+        if config.train.objective == "cdm":
+            numbers = {"ce": ce, **numbers}
+        return numbers | self._incidents()
+
+    def _incidents(self) -> dict[str, float | int]:
+        """Since the last log line: the last step that was skipped, and the worst spike of the loss."""
+        last_bad, (_, height, loss, step) = int(self.bad[2]), self.spikes.tolist()
+        skipped = {"skipped_step": last_bad} if last_bad >= self.logged_step else {}
+        spike = {"spike_step": int(step), "spike_loss": loss, "spike_medians": height} if height else {}
+        return {**skipped, **spike}
 
     def start_interval(self) -> None:
         """After a log line: means begin anew."""
         self.sums.zero_()
+        self.spikes[1:] = 0
         self.logged_step, self.logged_seconds = self.step, self.seconds
 
 
@@ -79,10 +107,12 @@ def new_state(config: RunConfig, device: torch.device) -> TrainingState:
     model.train()
     sums = torch.zeros(5, dtype=torch.float64, device=device)
     bad = torch.tensor([0, 0, -1], device=device)
+    recent = torch.full((RECENT,), math.inf, device=device)
+    spikes = torch.zeros(4, dtype=torch.float64, device=device)
     ema = Ema(model, config.train.ema_decay)
     # After the average's copy was taken, which nothing differentiates.
     cast(UNetTrunk, model.network).recompute = config.train.checkpoint_blocks
-    return TrainingState(model, ema, make_optimizer(config.train, model), sums, bad)
+    return TrainingState(model, ema, make_optimizer(config.train, model), sums, bad, recent, spikes)
 
 
 def to_checkpoint(state: TrainingState, config: RunConfig) -> Checkpoint:
@@ -98,6 +128,8 @@ def to_checkpoint(state: TrainingState, config: RunConfig) -> Checkpoint:
         "config_digest": digest(config),
         "sums": state.sums.tolist(),
         "bad_steps": state.bad.tolist(),
+        "recent_losses": [loss if math.isfinite(loss) else None for loss in state.recent.tolist()],
+        "spikes": state.spikes.tolist(),
         "seconds": state.seconds,
         "logged_step": state.logged_step,
         "logged_seconds": state.logged_seconds,
@@ -121,6 +153,9 @@ def from_checkpoint(
     try:
         state.sums.copy_(torch.tensor(facts["sums"], dtype=torch.float64))
         state.bad.copy_(torch.tensor(facts["bad_steps"]))
+        recent = [math.inf if loss is None else float(loss) for loss in facts["recent_losses"]]
+        state.recent.copy_(torch.tensor(recent))
+        state.spikes.copy_(torch.tensor(facts["spikes"], dtype=torch.float64))
         state.step, state.seconds = int(facts["step"]), float(facts["seconds"])
         state.logged_step, state.logged_seconds = int(facts["logged_step"]), float(facts["logged_seconds"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -11,6 +11,7 @@ from typing import Any, Self
 class Stopper:
     """Says when to stop: on SIGINT or SIGTERM, or when the time is up. A second Ctrl-C interrupts at once.
 
+    A second SIGTERM does not: launchers and queues send several, and mean that the run be saved.
     A context manager; `reason` is None, "signal" or "max_time". Once `all_saved` is set the first signal
     interrupts too.
 
@@ -38,7 +39,7 @@ class Stopper:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._signalled or self.all_saved:
+        if self.all_saved or (self._signalled and number == signal.SIGINT):
             raise KeyboardInterrupt
         self._signalled = True
 

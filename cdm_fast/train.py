@@ -6,6 +6,7 @@ uninterrupted one would have taken.
 
 import contextlib
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,21 +16,24 @@ import torch
 
 from cdm_fast.build import pick_device
 from cdm_fast.checkpoint import (
+    Checkpoint,
     create_run,
     load_checkpoint,
+    make_ready,
     read_config,
     require_new,
-    save_checkpoint,
     write_config,
 )
 from cdm_fast.config import ImageShape, RunConfig, check
 from cdm_fast.config_json import differences
 from cdm_fast.data import ImageData
-from cdm_fast.errors import UserError
+from cdm_fast.errors import DiskError, UserError
+from cdm_fast.files import alone_in
 from cdm_fast.likelihood import evaluate
 from cdm_fast.model import CDM
 from cdm_fast.report import first_images, run_data, write_final, write_loss_curves, write_samples
 from cdm_fast.runlog import Display, Sink, open_sinks, require_extras
+from cdm_fast.saver import Saver
 from cdm_fast.state import TrainingState, from_checkpoint, new_state, to_checkpoint
 from cdm_fast.step import LossFunction, derived_seed, draw_batch, learning_rate, make_loss, training_step
 from cdm_fast.stop import Stopper
@@ -46,15 +50,16 @@ class Session:
     data: ImageData  # training images, on the state's device
     validation: ImageData  # the first `evaluate_images`
     sinks: list[Sink]
+    saver: Saver
 
     def write(self, numbers: Mapping[str, float | int | str | None]) -> None:
         """Sends the numbers of the present step to every log."""
         for sink in self.sinks:
             sink.write(self.state.step, numbers)
 
-    def save(self) -> None:
-        """Writes a checkpoint of the present step."""
-        save_checkpoint(self.run, to_checkpoint(self.state, self.config), self.config.output.keep)
+    def copy(self) -> Checkpoint:
+        """A checkpoint of the present step in host memory."""
+        return to_checkpoint(self.state, self.config)
 
 
 def train(
@@ -79,7 +84,8 @@ def train(
         validation = first_images(run_data(config, "validation"), config.output.evaluate_images)
         state = new_state(config, place)
         create_run(out, config, to_checkpoint(state, config))
-        return _train(config, Path(out), state, data, validation, max_time)
+        with alone_in(Path(out)):
+            return _train(config, Path(out), state, data, validation, max_time)
 
 
 def resume(
@@ -102,12 +108,13 @@ def resume(
         raise UserError(f"--resume {run} cannot change {'; '.join(changed)}; train into another --out")
     require_extras(config)
     place = pick_device(device)
-    with _own_randomness(place):
+    with alone_in(Path(run)), _own_randomness(place):
         data = run_data(config, "train")
         if resolve(config, data, place).image != config.image:
             raise UserError(f"--data {config.data.source} is not what {run} was trained on; give that data")
         validation = first_images(run_data(config, "validation"), config.output.evaluate_images)
         state = from_checkpoint(load_checkpoint(run), config, place, str(run))
+        make_ready(Path(run), state.step)
         if config != stored:
             write_config(Path(run), config)
         return _train(config, Path(run), state, data, validation, max_time)
@@ -147,18 +154,18 @@ def _train(
     max_time: float | None,
 ) -> dict[str, Any]:
     """Trains to the last step or until stopped, leaves everything on the disk, and returns the summary."""
-    sinks = open_sinks(run, config, state.step)
-    try:
-        session = Session(config, run, state, _on_device(data, state.sums.device), validation, sinks)
-        with Stopper(max_time) as stopper:
-            with Display(state.step, config.train.steps) as display:
-                _loop(session, display, stopper)
-            stopper.all_saved = True
-            stopped = "finished" if state.step == config.train.steps else stopper.reason
-            return _finish(session, stopped)
-    finally:
-        for sink in sinks:
-            sink.close()
+    with contextlib.ExitStack() as stack:
+        sinks = stack.enter_context(open_sinks(run, config, state.step))
+        saver = stack.enter_context(Saver(run, config.output.keep, state.step, sinks))
+        training = _on_device(data, state.sums.device)
+        session = Session(config, run, state, training, validation, sinks, saver)
+        stopper = stack.enter_context(Stopper(max_time))
+        with Display(state.step, config.train.steps) as display:
+            _loop(session, display, stopper)
+            saver.finish(state.step, session.copy)
+        stopper.all_saved = True
+        stopped = "finished" if state.step == config.train.steps else stopper.reason
+        return _finish(session, stopped)
 
 
 def _on_device(data: ImageData, device: torch.device) -> ImageData:
@@ -171,7 +178,7 @@ def _loop(session: Session, display: Display, stopper: Stopper) -> None:
     config, state, output = session.config, session.state, session.config.output
     plain_loss = make_loss(config.train)
     loss_function = compiled(plain_loss, config.train.compile, state.sums.device)
-    saved = first = state.step
+    first = state.step
     while state.step < config.train.steps and not stopper.reason:
         began = time.perf_counter()
         _one_step(session, loss_function)
@@ -189,15 +196,14 @@ def _loop(session: Session, display: Display, stopper: Stopper) -> None:
             display.show(state.step, numbers)
             if at_log_line:
                 display.line(state.step, numbers)
+                _tell_incidents(numbers, session, display)
                 session.write(numbers)
                 state.start_interval()
         if not last:
             _intermediate_results(session, display)
-        if last or state.step % output.save_every == 0:
-            session.save()
-            saved = state.step
-    if saved != state.step:
-        session.save()
+            session.saver.after_step(state.step % output.save_every == 0, session.copy)
+    if stopper.reason == "signal":
+        display.say(f"stopping: saving step {state.step} (Ctrl-C now leaves at once)")
 
 
 def _one_step(session: Session, loss_function: LossFunction) -> None:
@@ -224,9 +230,22 @@ def _stop_when_diverged(session: Session) -> None:
     _, in_a_row, last = session.state.bad.tolist()
     train = session.config.train
     if in_a_row >= train.max_bad_steps:
+        first, run = last - in_a_row + 1, session.run
         raise UserError(
-            f"{session.run}: {in_a_row} steps in a row without a finite loss and gradient, the last at"
-            f" (seed {train.seed}, step {last}); train with a lower --lr or --precision fp32"
+            f"{run}: {in_a_row} steps in a row without a finite loss and gradient, (seed {train.seed}, step"
+            f" {first}) to (seed {train.seed}, step {last}); train with a lower --lr or --precision fp32"
+            f" (cdm-fast replay {run} --step {first} shows the first)"
+        )
+
+
+def _tell_incidents(numbers: Mapping[str, float | int], session: Session, display: Display) -> None:
+    """Says which step since the last log line was skipped, and where the loss jumped most."""
+    if "skipped_step" in numbers:
+        display.say(f"step {numbers['skipped_step']} skipped: its loss or gradient is not finite")
+    if "spike_step" in numbers:
+        display.say(
+            f"the loss jumped to {numbers['spike_loss']:.4g} at step {numbers['spike_step']},"
+            f" {numbers['spike_medians']:.1f} times the median of the steps before"
         )
 
 
@@ -238,8 +257,11 @@ def _intermediate_results(session: Session, display: Display) -> None:
         session.write({"split": "validation", "bits_per_dim": bits_per_dim})
         display.say(f"step {step}: {bits_per_dim:.3f} bits/dim on validation images, unaudited")
     if output.sample_every and step % output.sample_every == 0:
-        write_samples(model, session.config, session.run)
-        write_loss_curves(session.run)
+        try:
+            write_samples(model, session.config, session.run)
+            write_loss_curves(session.run)
+        except DiskError as error:
+            warnings.warn(f"{error}; training goes on without this picture", stacklevel=2)
 
 
 def _finish(session: Session, stopped: str | None) -> dict[str, Any]:

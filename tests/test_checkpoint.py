@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import pickle
 import resource
@@ -21,6 +22,7 @@ from cdm_fast.checkpoint import (
     create_run,
     load,
     load_checkpoint,
+    make_ready,
     read_config,
     save_checkpoint,
     write_config,
@@ -297,6 +299,66 @@ def test_damaged_checkpoint_of_the_same_step_is_replaced(run, config, state):
     truncate(checkpoint_folders(run)[0])
     save_checkpoint(run, to_checkpoint(state, config), keep=2)
     assert load_checkpoint(run).step == 3
+
+
+@pytest.mark.parametrize("part", ["model", "ema", "optimizer"])
+def test_every_part_must_be_finite(run, config, state, part):
+    copied = to_checkpoint(state, config)
+    next(iter(copied.tensors[part].values())).view(-1)[0] = math.inf
+    with pytest.raises(UserError, match=f"{part}: .* is not finite at step 3, so nothing was saved"):
+        save_checkpoint(run, copied, keep=5)
+    assert load_checkpoint(run).step == 3
+
+
+def test_a_sum_that_overflows_is_no_reason_to_refuse(run, config, state):
+    copied = to_checkpoint(state, config)
+    next(iter(copied.tensors["model"].values())).fill_(3e38)
+    save_checkpoint(run, copied, keep=5)
+
+
+def test_damaged_newer_ones_are_set_aside_and_never_counted(run, config, state):
+    """Else, with keep=1, the damaged one would be kept and the next good one removed."""
+    truncate(checkpoint_folders(run)[0])
+    (run / ".log.jsonl.unfinished-1").write_bytes(b"half")
+    make_ready(run, step=2)
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-00000002", "damaged-00000003"}
+    assert not (run / ".log.jsonl.unfinished-1").exists()
+    assert load_checkpoint(run).step == 2
+
+
+def test_the_checkpoint_just_written_is_never_removed(run, config, state):
+    state.step = 1
+    save_checkpoint(run, to_checkpoint(state, config), keep=1)
+    assert {folder.name for folder in checkpoint_folders(run)} == {"step-00000001", "step-00000003"}
+
+
+def test_folders_that_are_no_checkpoints_are_passed_over(run):
+    newest = checkpoint_folders(run)[0]
+    for name in ("step-00000003.bak", "step-x", "step-9"):
+        shutil.copytree(newest, newest.with_name(name))
+    assert checkpoint_folders(run)[0] == newest
+    newest.rename(newest.with_name("step-00000007"))
+    with pytest.warns(UserWarning, match="step-00000007 is damaged .it holds step 3"):
+        assert load_checkpoint(run).step == 2
+
+
+def test_steps_are_ordered_as_numbers(run):
+    newest = checkpoint_folders(run)[0]
+    shutil.copytree(newest, newest.with_name("step-100000000"))
+    assert checkpoint_folders(run)[0].name == "step-100000000"
+
+
+def test_a_run_that_is_trained_on_can_be_read(run, config, state, monkeypatch):
+    """The newest checkpoint is replaced by a newer one while it is read."""
+    read, state.step = module._read_parts, 4
+
+    def overtaken(folder, parts):
+        if folder.name == "step-00000003":
+            save_checkpoint(run, to_checkpoint(state, config), keep=1)
+        return read(folder, parts)
+
+    monkeypatch.setattr(module, "_read_parts", overtaken)
+    assert load_checkpoint(run).step == 4
 
 
 def test_snapshot_does_not_follow_the_model(config):

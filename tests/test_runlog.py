@@ -1,7 +1,9 @@
 """Logs: JSON lines that survive a crash, the optional services, and the progress display."""
 
+import errno
 import json
 import math
+import os
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from cdm_fast.config import OutputConfig, RunConfig
-from cdm_fast.errors import UserError
+from cdm_fast.errors import DiskError
 from cdm_fast.runlog import Display, JsonLines, open_sinks
 
 
@@ -38,12 +40,53 @@ def test_what_is_not_finite_is_null(tmp_path, value):
     }
 
 
-def test_full_disk_is_told(tmp_path):
-    (tmp_path / "log.jsonl").write_text("")
+class FullDisk:
+    """A file that takes `room` more bytes, then refuses as a full disk does."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self.file.__enter__()
+
+    def __exit__(self, *raised):
+        return self.file.__exit__(*raised)
+
+    def write(self, data):
+        if not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        taken = self.file.write(data[: self.room])
+        self.room -= taken
+        return taken
+
+
+def test_a_full_disk_is_told_once_and_costs_no_line(tmp_path):
     log = JsonLines(tmp_path / "log.jsonl", last_step=0)
-    log._file = open("/dev/full", "w")  # noqa: SIM115  (every write fails as on a full disk)
-    with pytest.raises(UserError, match="log.jsonl: No space left on device"):
+    log._file = FullDisk(log._file, room=30)
+    log.write(1, {"loss": 1.0})
+    with pytest.warns(UserWarning, match="log.jsonl: No space left on device") as told:
+        log.write(2, {"loss": 2.0})
+        log.write(3, {"loss": 3.0})
+    assert len(told) == 1
+    log._file.room = 1000
+    log.write(4, {"loss": 4.0})
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines == [{"step": step, "loss": float(step)} for step in (1, 2, 3, 4)]
+
+
+def test_a_disk_that_stays_full_is_an_error_in_the_end(tmp_path):
+    with pytest.raises(DiskError, match="log.jsonl: No space left"), pytest.warns(UserWarning):
+        with open_sinks(tmp_path, config(), 0) as (log,):
+            log._file = FullDisk(log._file, room=0)
+            log.write(1, {"loss": 1.0})
+    with pytest.raises(KeyError), pytest.warns(UserWarning), open_sinks(tmp_path, config(), 0) as (log,):
+        log._file = FullDisk(log._file, room=0)
         log.write(1, {"loss": 1.0})
+        raise KeyError  # what went wrong first is what is told
 
 
 class Recorder:
@@ -63,18 +106,17 @@ def config(**output):
 def test_tensorboard_gets_the_numbers(tmp_path, monkeypatch):
     module = SimpleNamespace(SummaryWriter=Recorder)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    _, board = open_sinks(tmp_path, config(tensorboard=True), 0)
-    board.write(7, {"loss": 0.5, "split": "validation"})
-    board.close()
+    with open_sinks(tmp_path, config(tensorboard=True), 6) as (_, board):
+        board.write(7, {"loss": 0.5, "split": "validation"})
     assert board._writer.arguments == (str(tmp_path / "tensorboard"),)
+    assert board._writer.options == {"purge_step": 7}
     assert board._writer.calls == [("add_scalar", ("loss", 0.5, 7), {}), ("close", (), {})]
 
 
 def test_wandb_gets_the_numbers_under_the_name_of_the_run(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=Recorder))
-    _, service = open_sinks(tmp_path / "digits", config(wandb=True), 0)
-    service.write(7, {"loss": 0.5, "split": "validation"})
-    service.close()
+    with open_sinks(tmp_path / "digits", config(wandb=True), 0) as (_, service):
+        service.write(7, {"loss": 0.5, "split": "validation"})
     assert service._run.options["name"] == "digits"
     assert service._run.options["config"]["train"]["lr"] == 1e-3
     assert service._run.calls == [("log", ({"loss": 0.5},), {"step": 7}), ("finish", (), {})]

@@ -14,7 +14,7 @@ from cdm_fast.build import build_model
 from cdm_fast.checkpoint import load, load_checkpoint, read_config
 from cdm_fast.config import NetworkConfig, TrainConfig
 from cdm_fast.data import load_data
-from cdm_fast.errors import UserError
+from cdm_fast.errors import DiskError, UserError
 from cdm_fast.losses import noised_cdm_loss
 from cdm_fast.state import new_state
 from cdm_fast.step import Ema, derived_seed, draw_batch, learning_rate, make_loss, training_step
@@ -207,25 +207,26 @@ def stop_after(monkeypatch, steps):
     monkeypatch.setattr(module.Stopper, "reason", reason)
 
 
-def resumable(images, precision):
+def resumable(images, precision, conditioning):
     """A run with everything that could break exactness: dropout, flips, classes, parts, mid-epoch stops."""
     settings = {"accumulate": 2, "clip_norm": 0.5, "optimizer": "adamw", "weight_decay": 0.01}
     config = tiny_config(images, precision=precision, **settings)
     return replace(
         config,
         data=replace(config.data, flip=True),
-        network=replace(config.network, conditioning="embedding"),
+        network=replace(config.network, conditioning=conditioning),
         output=replace(config.output, evaluate_every=4, sample_every=5),
     )
 
 
 @pytest.mark.parametrize(
-    ("steps_before", "precision"), [(0, "fp32"), (1, "bf16"), (3, "fp32"), (5, "bf16"), (5, "fp32")]
+    ("steps_before", "precision", "conditioning"),
+    [(0, "fp32", "embedding"), (1, "bf16", "embedding"), (3, "fp32", "joint"), (5, "bf16", "joint")],
 )
 def test_resumed_run_is_bitwise_the_uninterrupted_one(
-    quick, tmp_path, images, monkeypatch, steps_before, precision
+    quick, tmp_path, images, monkeypatch, steps_before, precision, conditioning
 ):
-    config = resumable(images, precision)
+    config = resumable(images, precision, conditioning)
     train(config, tmp_path / "whole", device="cpu")
     with monkeypatch.context() as patched:
         stop_after(patched, steps_before)
@@ -317,6 +318,13 @@ def test_second_interrupt_leaves_at_once(tmp_path, config, monkeypatch):
     assert load_checkpoint(tmp_path / "run").step == 0
 
 
+def test_second_sigterm_waits_for_the_save(quick, tmp_path, config, monkeypatch):
+    """Launchers and queues send several."""
+    raise_signals_at(monkeypatch, 1, signal.SIGINT, signal.SIGTERM, signal.SIGTERM)
+    assert train(config, tmp_path / "run", device="cpu")["stopped"] == "signal"
+    assert load_checkpoint(tmp_path / "run").step == 2
+
+
 def test_signal_during_the_final_pictures_ends_well(tmp_path, config, monkeypatch):
     monkeypatch.setattr(module, "write_final", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert train(config, tmp_path / "run", device="cpu")["stopped"] == "signal"
@@ -353,7 +361,7 @@ def test_diverged_run_names_the_step_to_replay(quick, tmp_path, config, monkeypa
 
     monkeypatch.setattr(module, "draw_batch", poisoned)
     config = replace(config, train=replace(config.train, max_bad_steps=3))
-    with pytest.raises(UserError, match=r"3 steps in a row .*\(seed 0, step 3\).*--lr"):
+    with pytest.raises(UserError, match=r"3 steps in a row .*\(seed 0, step 1\) to \(seed 0, step 3\).*--lr"):
         train(config, tmp_path / "run", device="cpu")
     assert torch.isfinite(weights(load(tmp_path / "run"))).all()
 
@@ -367,7 +375,36 @@ def test_skipped_steps_are_counted_in_the_log(quick, tmp_path, config, monkeypat
     summary = train(config, tmp_path / "run", device="cpu")
     assert summary["skipped_steps"] == 3
     assert [line["skipped_steps"] for line in log(tmp_path / "run")] == [2, 2, 3]
+    assert [line.get("skipped_step") for line in log(tmp_path / "run")] == [1, None, 4]
     assert log(tmp_path / "run")[0]["loss"] is None
+
+
+def test_loss_spikes_are_logged(quick, tmp_path, config, monkeypatch, capsys):
+    def spiked(data, model, config, step):
+        batch = draw_batch(data, model, config, step)
+        return batch._replace(eps=batch.eps * (10 if step in (50, 52) else 1))
+
+    monkeypatch.setattr(module, "draw_batch", spiked)
+    config = replace(
+        config, train=replace(config.train, steps=56), output=replace(config.output, log_every=4)
+    )
+    train(config, tmp_path / "run", device="cpu")
+    line = {line["step"]: line for line in log(tmp_path / "run")}
+    assert [line[step]["loss_spikes"] for step in (48, 52, 56)] == [0, 1, 2]
+    assert (line[52]["spike_step"], line[56]["spike_step"]) == (50, 52)
+    assert line[52]["spike_loss"] > 30 and line[52]["spike_medians"] > 10
+    assert "spike_step" not in line[48]
+    assert f"the loss jumped to {line[52]['spike_loss']:.4g} at step 50" in capsys.readouterr().err
+
+
+def test_picture_that_finds_no_room_does_not_stop_the_run(quick, tmp_path, config, monkeypatch):
+    def refused(*_):
+        raise DiskError("cannot write samples.png: No space left on device")
+
+    monkeypatch.setattr(module, "write_samples", refused)
+    config = replace(config, output=replace(config.output, sample_every=5))
+    with pytest.warns(UserWarning, match="samples.png: No space left on device; training goes on"):
+        assert train(config, tmp_path / "run", device="cpu")["stopped"] == "finished"
 
 
 def test_ddm_trains_without_likelihood(tmp_path, config):
