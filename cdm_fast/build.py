@@ -14,6 +14,9 @@ from cdm_fast.model import CDM, DDM
 from cdm_fast.nn import UNet, UNetDenoiser
 from cdm_fast.schedule import NoiseSchedule
 
+# A full joint head has L K D weights, and training holds eight copies of them: 1 GiB at 2^25.
+FULL_HEAD_WEIGHTS, DEFAULT_RANK = 2**25, 32
+
 
 def build_schedule(config: ScheduleConfig) -> NoiseSchedule:
     """The noise schedule of a run."""
@@ -54,13 +57,22 @@ def build_model(config: RunConfig) -> CDM | DDM:
     if config.train.objective == "ddm":
         return DDM(UNetDenoiser(**shape), schedule)
     if network.conditioning == "joint":
-        shape["conditioning"] = "joint"
+        shape |= {"conditioning": "joint", "head_rank": head_rank(config)}
     return CDM(
         UNet(num_levels=schedule.num_levels, **shape),
         schedule,
         level_prior=level_distribution(config.schedule, schedule),
         class_prior=class_prior(config),
     )
+
+
+def head_rank(config: RunConfig) -> int:
+    """The rank of a joint head, 0 for a full one: what the config says, or the default for its size."""
+    if config.network.head_rank is not None:
+        return config.network.head_rank
+    features = 2 * config.network.base_channels
+    weights = (config.schedule.T + 1) * (config.image.num_classes or 1) * features
+    return 0 if weights <= FULL_HEAD_WEIGHTS else DEFAULT_RANK
 
 
 def class_prior(config: RunConfig) -> Tensor | None:

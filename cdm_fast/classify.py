@@ -11,7 +11,7 @@ Four ways to a score of each class, all from networks that denoise:
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
@@ -360,6 +360,14 @@ def _log_class_prior(model: Denoiser, num_classes: int, class_prior: Tensor | No
     if prior.shape != (num_classes,) or not bool((torch.isfinite(prior) & (prior > 0)).all()):
         raise UserError(f"class_prior must be {num_classes} positive finite numbers, one per class")
     return (prior.double() / prior.sum()).log().cpu()
+
+
+def describe_accuracy(score: Mapping[str, Any]) -> str:
+    """`accuracy`, its error bar and `ece` of a `ClassReport`'s JSON as a line for a person."""
+    return (
+        f"accuracy {100 * score['accuracy']:.2f} +- {100 * score['accuracy_stderr']:.2f} %,"
+        f" calibration error {100 * score['ece']:.2f} %"
+    )
 
 
 def describe_classes(report: ClassReport) -> list[str]:

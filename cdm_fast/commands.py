@@ -14,9 +14,10 @@ from cdm_fast import arguments, doctor
 from cdm_fast.build import pick_device
 from cdm_fast.checkpoint import load, read_config
 from cdm_fast.class_scoring import score_classes
+from cdm_fast.classify import describe_accuracy
 from cdm_fast.config import RunConfig
 from cdm_fast.convert import convert
-from cdm_fast.data import ImageData, quantize, read_image, write_grid, write_image
+from cdm_fast.data import ImageData, quantize, read_image, write_image
 from cdm_fast.errors import UserError
 from cdm_fast.files import write_atomically
 from cdm_fast.likelihood import denoise_blind, describe_score
@@ -29,6 +30,7 @@ from cdm_fast.report import (
     run_data,
     write_level_pictures,
     write_loss_curves,
+    write_sheet,
 )
 from cdm_fast.sampling import sample
 from cdm_fast.scoring import score
@@ -58,7 +60,9 @@ def train_command(command: arguments.Train) -> Outcome:
     else:
         summary = train(command.config, command.out or Path("runs") / command.preset, **options)
     lines = [f"{summary['run']}: {_stopped(summary)} after {summary['seconds']:.0f} s of training"]
-    return Outcome(summary, lines + (describe_score(summary) if "bits_per_dim" in summary else []))
+    lines += describe_score(summary) if "bits_per_dim" in summary else []
+    lines += [describe_accuracy(summary)] if "accuracy" in summary else []
+    return Outcome(summary, lines)
 
 
 def _stopped(summary: dict[str, Any]) -> str:
@@ -100,7 +104,8 @@ def sample_command(command: arguments.Sample) -> Outcome:
     seconds = time.perf_counter() - began
     grey = config.image.num_grey_levels
     if out.suffix == ".png":
-        write_grid(displayable(images, grey), out)
+        title = f"{command.sampler}, {command.steps} steps, guidance {command.guidance:g}"
+        write_sheet(displayable(images, grey), labels, out, title)
     else:
         _write_npz(out, quantize(images, grey), labels, grey)
     result = {

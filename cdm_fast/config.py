@@ -80,6 +80,9 @@ class NetworkConfig:
     conditioning: Literal["none", "embedding", "joint"] = "none"
     """`embedding` feeds the label to every block, and label dropout also trains the unconditional model;
     `joint` has a logit for every pair of level and class: all classes in one pass."""
+    head_rank: int | None = None
+    """Rank of the joint head over classes: 0 for a full head, which is the default up to 2^25 weights; beyond
+    them 32."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,8 @@ class OutputConfig:
     """Sampler of the sample grid."""
     sampling_steps: int = 50
     """Steps of that sampler."""
+    guidance: float = 1.0
+    """How much the sample grid overstates the class; a class-conditional run's has a row for each class."""
     tensorboard: bool = False
     """Also write TensorBoard events into the run directory (extra: tensorboard)."""
     wandb: bool = False
@@ -179,9 +184,9 @@ class RunConfig:
 
 PRESETS: dict[str, RunConfig] = {
     "digits": RunConfig(
-        network=NetworkConfig(num_groups=8, dropout=0.2),
+        network=NetworkConfig(num_groups=8, dropout=0.2, conditioning="joint"),
         train=TrainConfig(optimizer="adamw", lr=2e-3, weight_decay=0.05, ema_decay=0.995, ce_weight=0.01),
-        output=OutputConfig(evaluate_every=250),
+        output=OutputConfig(evaluate_every=250, num_samples=80, sampler="ddpm", sampling_steps=100),
     ),
     "fashion-mnist": RunConfig(
         data=DataConfig(source="data/fashion-mnist"),
@@ -222,6 +227,13 @@ def check(config: RunConfig) -> None:
     for flag, whole, low in _lower_bounds(config):
         if whole < low:
             raise UserError(f"--{flag} is {whole}; give {low} or more")
+    if (config.network.head_rank or 0) < 0:
+        raise UserError(f"--head-rank is {config.network.head_rank}; give 0 (a full head) or more")
+    if config.network.head_rank and config.network.conditioning != "joint":
+        raise UserError(
+            f"--head-rank {config.network.head_rank} goes with --conditioning joint, not"
+            f" {config.network.conditioning}; leave it out"
+        )
     for flag, value, below in _unit_interval(config):
         if not 0.0 <= value <= 1.0 or (below and value == 1.0):
             raise UserError(f"--{flag} is {value}; give a number from 0 to {'below 1' if below else '1'}")
@@ -301,7 +313,8 @@ def _unit_interval(config: RunConfig) -> list[tuple[str, float, bool]]:
 
 def _nonnegative(config: RunConfig) -> list[tuple[str, float]]:
     names = ("lr", "weight_decay", "clip_norm", "ce_weight", "mse_weight")
-    return [(name.replace("_", "-"), getattr(config.train, name)) for name in names]
+    of_training = [(name.replace("_", "-"), getattr(config.train, name)) for name in names]
+    return [*of_training, ("guidance", config.output.guidance)]
 
 
 def _check_resolutions(config: RunConfig) -> None:

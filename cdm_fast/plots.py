@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from cdm_fast.errors import UserError
 from cdm_fast.files import write_atomically
@@ -137,6 +140,42 @@ def write_level_mse(
         axes.set_yscale("log")
     _label(axes, "denoising error, mean (eps_hat - eps)^2", "level (0 = data)")
     return _write(figure, path)
+
+
+def write_rows(
+    rows: Mapping[str, Tensor],  # name -> (B,C,H,W) uint8, B may differ
+    path: str | Path,
+    title: str,
+    columns: Sequence[str] = (),  # names
+) -> Path:
+    """Rows of images with their names, enlarged smoothly so that a person can read tiny ones, as a PNG."""
+    tiles = {name: [_enlarged(image) for image in images] for name, images in rows.items()}
+    height, width = next(iter(tiles.values()))[0].shape[:2]
+    longest = max(map(len, tiles.values()))
+    sheet = np.full((len(tiles) * (height + 4), longest * (width + 4), 3), 255, dtype=np.uint8)
+    for row, images in enumerate(tiles.values()):
+        for column, image in enumerate(images):
+            top, left = row * (height + 4) + 2, column * (width + 4) + 2
+            sheet[top : top + height, left : left + width] = image
+    figure = Figure(figsize=(1 + sheet.shape[1] / 100, 0.5 + sheet.shape[0] / 100), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.imshow(sheet, interpolation="nearest")
+    axes.set_yticks([(row + 0.5) * (height + 4) for row in range(len(tiles))], list(tiles))
+    axes.set_xticks([(column + 0.5) * (width + 4) for column in range(len(columns))], list(columns))
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title(title, fontsize=10)
+    return _write(figure, path)
+
+
+def _enlarged(image: Tensor) -> NDArray[np.uint8]:
+    """(C,H,W) uint8, C 1 or 3 -> (H',W',3), the longer side 64 pixels or its own if that is more."""
+    _, height, width = image.shape
+    scale = max(1.0, 64 / max(height, width))
+    size = (round(height * scale), round(width * scale))
+    big = F.interpolate(image[None].float(), size, mode="bicubic").round().clamp(0, 255)[0]
+    return big.to(torch.uint8).expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
 
 
 def write_classes(

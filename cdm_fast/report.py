@@ -12,12 +12,22 @@ import torch
 from torch import Tensor
 
 from cdm_fast.checkpoint import write_json
+from cdm_fast.classify import evaluate_classes
 from cdm_fast.config import RunConfig
 from cdm_fast.data import ImageData, load_data, quantize, write_grid
 from cdm_fast.likelihood import evaluate, level_confusion, mse_per_level
 from cdm_fast.model import CDM, DDM
-from cdm_fast.plots import read_log, write_confusion, write_level_mse, write_losses
+from cdm_fast.plots import (
+    read_log,
+    write_classes,
+    write_confusion,
+    write_level_mse,
+    write_losses,
+    write_rows,
+)
 from cdm_fast.sampling import sample
+
+MAX_ROWS = 20  # of a sheet with one class in each: more would be too small to read
 
 
 def run_data(config: RunConfig, split: str, source: str | None = None) -> ImageData:
@@ -50,8 +60,33 @@ def write_samples(model: CDM | DDM, config: RunConfig, run: Path) -> None:
     """RUN/samples.png: a sheet of samples, always from the same noise, so that sheets compare over time."""
     output = config.output
     labels = class_labels(config, output.num_samples)
-    images = sample(model, output.num_samples, output.sampler, output.sampling_steps, seed=0, label=labels)
-    write_grid(displayable(images, config.image.num_grey_levels), run / "samples.png")
+    guidance = 0.0 if labels is None else output.guidance
+    images = sample(
+        model,
+        output.num_samples,
+        output.sampler,
+        output.sampling_steps,
+        seed=0,
+        label=labels,
+        guidance=guidance,
+    )
+    title = f"{output.sampler}, {output.sampling_steps} steps, guidance {guidance:g}"
+    write_sheet(displayable(images, config.image.num_grey_levels), labels, run / "samples.png", title)
+
+
+def write_sheet(
+    pixels: Tensor,  # (B,C,H,W) uint8
+    labels: Tensor | None,  # (B,) int64
+    path: Path,
+    title: str,
+) -> None:
+    """A PNG of samples: a row for each class where there are 2 to `MAX_ROWS` of them, else a plain sheet."""
+    classes = [] if labels is None else labels.unique().tolist()
+    if labels is None or not 2 <= len(classes) <= MAX_ROWS:
+        write_grid(pixels, path)
+    else:
+        rows = {f"class {c}": pixels[labels == c] for c in classes}
+        write_rows(rows, path, title)
 
 
 def write_loss_curves(run: Path) -> list[Path]:
@@ -77,15 +112,26 @@ def first_images(data: ImageData, count: int) -> ImageData:
 
 
 def write_final(model: CDM | DDM, config: RunConfig, validation: ImageData, run: Path) -> dict[str, Any]:
-    """Every picture of a finished run, and for a CDM its test likelihood as RUN/nll.json; returns that."""
+    """Every picture of a finished run, and for a CDM its scores of the test split; returns these.
+
+    They are RUN/nll.json, and with classes RUN/classes.json, of which accuracy and ECE are returned.
+    """
     print("drawing samples and scoring the test images", file=sys.stderr)
     write_samples(model, config, run)
     write_level_pictures(model, validation, run)
     if not isinstance(model, CDM):
         return {}
-    score = {
-        "run": str(run),
-        **evaluate(model, run_data(config, "test"), draws=config.output.draws).to_json(),
-    }
+    test = run_data(config, "test")
+    score = {"run": str(run), **evaluate(model, test, draws=config.output.draws).to_json()}
     write_json(run / "nll.json", score)
-    return score
+    return {**score, **_write_accuracy(model, test, config.output.draws, run)}
+
+
+def _write_accuracy(model: CDM, test: ImageData, draws: int, run: Path) -> dict[str, Any]:
+    """RUN/classes.json and RUN/classes.png of a class-conditional model; returns the figures, if any."""
+    if model.num_classes is None:
+        return {}
+    report = evaluate_classes(model, test, draws=draws).to_json()
+    write_json(run / "classes.json", {"run": str(run), **report})
+    write_classes(report, run / "classes.png")
+    return {key: report[key] for key in ("accuracy", "accuracy_stderr", "ece")}

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cdm_fast.build import pick_device
+from cdm_fast.build import head_rank, pick_device
 from cdm_fast.checkpoint import (
     Checkpoint,
     create_run,
@@ -121,14 +121,19 @@ def resume(
 
 
 def resolve(config: RunConfig, data: ImageData, device: torch.device) -> RunConfig:
-    """The config with what only data and device tell: image shape, number of classes, precision."""
+    """The config with what only data and device tell: image shape, classes, rank of the head, precision."""
     _, channels, height, width = data.images.shape
     if height != width:
         raise UserError(f"{data.name} holds {height}x{width} images; give --image-size to crop them square")
     image = ImageShape(height, channels, data.num_grey_levels, data.num_classes, class_counts(data))
     config = replace(config, image=image)
     check(config)
-    return replace(config, train=replace(config.train, precision=pick_precision(config, device)))
+    rank = head_rank(config) if config.network.conditioning == "joint" else None
+    return replace(
+        config,
+        network=replace(config.network, head_rank=rank),
+        train=replace(config.train, precision=pick_precision(config, device)),
+    )
 
 
 def class_counts(data: ImageData) -> tuple[int, ...] | None:

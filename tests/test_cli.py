@@ -128,6 +128,9 @@ def test_sample_writes_a_sheet_that_the_seed_determines(trained, tmp_path):
     same, again, other = ((tmp_path / name).read_bytes() for name in ("a.png", "b.png", "c.png"))
     assert same == again != other
     with Image.open(tmp_path / "a.png") as sheet:
+        assert sheet.width > 2 * 64 and sheet.height > CLASSES * 64  # a row for each class
+    call_json("sample", out, *flags, "--label", 1, "--out", tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as sheet:
         assert sheet.width > 3 * 8 and sheet.mode == "L"
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cdm_fast import CDM, DDM, MLP, MLPDenoiser, NoiseSchedule, UNet, UserError, cdm_loss, sample, use_backend
-from cdm_fast.nn.heads import JointHead
+from cdm_fast.nn.heads import JointHead, LowRankHead
 from cdm_fast.sampling import Guided
 from tests.analytic import GaussianMixture, eps_hat, noisy_sample, random_mixture
 from tests.opaque import Opaque
@@ -22,6 +22,9 @@ NETWORKS = {
     "mlp": lambda: MLP(5, SCHEDULE.num_levels, hidden=8, depth=1, num_classes=K, conditioning="joint"),
     "unet": lambda: UNet(
         8, 1, SCHEDULE.num_levels, 8, (1, 2), 1, (4,), num_groups=4, num_classes=K, conditioning="joint"
+    ),
+    "low-rank": lambda: MLP(
+        5, SCHEDULE.num_levels, hidden=8, depth=1, num_classes=K, conditioning="joint", head_rank=2
     ),
 }
 LEVEL = torch.tensor([0, 1, 4, 10, 11, 7])
@@ -195,6 +198,32 @@ def test_head_cumulates_from_noise_down_and_starts_without_opinion():
         torch.testing.assert_close(z[:, t * K : (t + 1) * K], wanted, **EXACT)
 
 
+def test_low_rank_head_is_a_full_one_of_that_rank():
+    low = LowRankHead(4, num_levels=5, num_classes=K, rank=2).double()
+    h = torch.randn(6, 4, dtype=torch.float64)
+    joint = low(h)[:, :-1].view(6, 4, K)
+    torch.testing.assert_close(joint[:, :, 1], joint[:, :, 0], **EXACT)  # all classes alike at first
+    for parameter in low.parameters():
+        nn.init.normal_(parameter)
+    full = JointHead(4, num_levels=5, num_classes=K).double()
+    vectors = torch.cat([torch.ones(K, 1, dtype=torch.float64), low.classes], dim=1)  # (K, R+1)
+    with torch.no_grad():
+        for mine, theirs in ((full.weight, low.weight), (full.bias, low.bias)):
+            rows = theirs[:-1].unflatten(0, (4, 3))
+            mine[:-1] = torch.einsum("cr,tr...->tc...", vectors, rows).flatten(0, 1)
+            mine[-1] = theirs[-1]
+    torch.testing.assert_close(low(h), full(h), **EXACT)
+    for head in (low, full):
+        label = LABELS["mixed"]
+        level = torch.tensor([0, 1, 2, 3, 4, 2])
+        head.told = (
+            head.cotangent(h, head.cumulated(), level, label, 1.5),
+            head.cross_entropy(h, head.cumulated(), level, label),
+        )
+    for got, wanted in zip(low.told, full.told, strict=True):
+        torch.testing.assert_close(got, wanted, **EXACT)
+
+
 def test_one_class_is_the_plain_head():
     joint = MLP(5, 12, hidden=8, depth=1, num_classes=1, conditioning="joint")
     plain = MLP(5, 12, hidden=8, depth=1)
@@ -209,8 +238,8 @@ def test_one_class_is_the_plain_head():
 
 @pytest.mark.parametrize(
     ("name", "label"),
-    [("mlp", LABELS["mixed"]), ("mlp", None), ("unet", LABELS["mixed"])],
-    ids=["mlp-mixed", "mlp-none", "unet-mixed"],
+    [("mlp", LABELS["mixed"]), ("mlp", None), ("unet", LABELS["mixed"]), ("low-rank", LABELS["mixed"])],
+    ids=["mlp-mixed", "mlp-none", "unet-mixed", "low-rank-mixed"],
 )
 def test_loss_and_guided_denoiser_compile_as_one_graph(name, label, relative_error, tolerance):
     torch.compiler.reset()

@@ -18,6 +18,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "multipliers": (1,),
         "blocks_per_level": 1,
         "attention_resolutions": (),
+        "conditioning": "none",
     },
     "train": {"steps": 6, "batch_size": 8, "warmup": 2, "precision": "fp32"},
     "output": {
@@ -28,6 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "evaluate_images": 8,
         "draws": 2,
         "num_samples": 4,
+        "sampler": "ddim",
         "sampling_steps": 4,
     },
 }

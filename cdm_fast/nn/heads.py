@@ -1,18 +1,21 @@
 """The head over (level, class) pairs: the densities of all classes at all levels from one forward pass.
 
 # B batch, D features, L = T+2 noise levels, K classes, N = (L-1) K + 1 logits: z[t, c] at t K + c for t <= T,
-# and z_N of pure noise, which belongs to no class, at the end
+# and z_N of pure noise, which belongs to no class, at the end; R rank
 """
 
 from typing import Literal
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from cdm_fast.errors import UserError
 from cdm_fast.nn.labels import check_labels
 from cdm_fast.nn.layers import CumulativeHead, full_precision
 from cdm_fast.ops import head_cotangent
+from cdm_fast.ops.head_noise_level_ce import head_noise_level_ce
+from cdm_fast.ops.low_rank_noise_level_ce import low_rank_logits, low_rank_noise_level_ce
 
 Conditioning = Literal["embedding", "joint"]
 
@@ -33,7 +36,7 @@ class JointHead(CumulativeHead):
         if num_classes < 1:
             raise UserError(f"num_classes is {num_classes}: it must be at least 1")
         super().__init__(in_features, (num_levels - 1) * num_classes + 1)
-        self.num_classes = num_classes
+        self.num_classes = self.rows_per_level = num_classes
         with torch.no_grad():
             for parameter in (self.weight, self.bias):
                 each = parameter[:-1].unflatten(0, (num_levels - 1, num_classes))
@@ -68,7 +71,25 @@ class JointHead(CumulativeHead):
         weight, bias = cumulated
         with full_precision(h):
             at_level = self._at_level(h, weight, bias, level) if logits is None else self._pick(logits, level)
-            return head_cotangent(weight, level, class_weights(at_level, label, guidance))
+            return head_cotangent(weight, level, self._row_weights(class_weights(at_level, label, guidance)))
+
+    def cross_entropy(
+        self,
+        h: Tensor,  # (B, D)
+        cumulated: tuple[Tensor, Tensor],
+        level: Tensor,  # (B,) int64
+        label: Tensor | None = None,  # (B,) int64, -1 for none
+    ) -> Tensor:  # (B,)
+        """`-log p(level, label | h)` in nats, without all logits at once: for many classes."""
+        return head_noise_level_ce(h, *cumulated, level, label, self.num_classes).loss
+
+    def _per_class(self, picked: Tensor) -> Tensor:
+        """(B, K): the classes' logits out of those of one level's rows."""
+        return picked
+
+    def _row_weights(self, class_weight: Tensor) -> Tensor:
+        """How much each of a level's rows counts in `sum_c class_weight[c] z[level, c]`."""
+        return class_weight
 
     def _pick(self, logits: Tensor, level: Tensor) -> Tensor:
         """(B, K): z[level] out of all logits; any level's at pure noise, where the cotangent is 0."""
@@ -78,10 +99,56 @@ class JointHead(CumulativeHead):
 
     def _at_level(self, h: Tensor, weight: Tensor, bias: Tensor, level: Tensor) -> Tensor:
         """(B, K): z[level] alone, without the other levels'."""
-        classes = torch.arange(self.num_classes, device=level.device)
-        rows = (level[:, None] * self.num_classes + classes).clamp(max=len(weight) - 1)
-        picked = weight.index_select(0, rows.flatten()).unflatten(0, rows.shape)  # (B, K, D)
-        return (picked @ h.to(weight.dtype).unsqueeze(2)).squeeze(2) + bias[rows]
+        of_level = torch.arange(self.rows_per_level, device=level.device)
+        rows = (level[:, None] * self.rows_per_level + of_level).clamp(max=len(weight) - 1)
+        picked = weight.index_select(0, rows.flatten()).unflatten(0, rows.shape)  # (B, rows of a level, D)
+        return self._per_class((picked @ h.to(weight.dtype).unsqueeze(2)).squeeze(2) + bias[rows])
+
+
+class LowRankHead(JointHead):
+    """As `JointHead`, for many classes: `z[t,c] = z_N - sum_{u>=t} (w[u,0] + sum_r v[c,r] w[u,r]) h`.
+
+    The levels have R + 1 rows each instead of K, and the classes a vector v[c] of R numbers each, the same at
+    all levels. Classes start equal: v = 0.
+
+    Args:
+        in_features: D.
+        num_levels: L.
+        num_classes: K, at least 1.
+        rank: R, at least 1.
+    """
+
+    def __init__(self, in_features: int, num_levels: int, num_classes: int, rank: int) -> None:
+        if rank < 1 or num_classes < 1:
+            raise UserError(f"num_classes is {num_classes} and rank {rank}: both must be at least 1")
+        CumulativeHead.__init__(self, in_features, (num_levels - 1) * (rank + 1) + 1)
+        self.num_classes, self.rows_per_level = num_classes, rank + 1
+        self.classes = nn.Parameter(torch.zeros(num_classes, rank))
+
+    def logits(self, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """(B, N), every class's: for few images or few classes."""
+        basis = super().logits(h, weight, bias)
+        joint = low_rank_logits(basis[:, :-1].unflatten(1, (-1, self.rows_per_level)), self.classes)
+        return torch.cat([joint.flatten(1), basis[:, -1:]], dim=1)
+
+    def cross_entropy(
+        self, h: Tensor, cumulated: tuple[Tensor, Tensor], level: Tensor, label: Tensor | None = None
+    ) -> Tensor:
+        """As `JointHead.cross_entropy`."""
+        with full_precision(h):
+            return low_rank_noise_level_ce(F.linear(h, *cumulated), self.classes, level, label)
+
+    def _from_noise_down(self, rows: Tensor) -> Tensor:
+        noise = rows[-1:]
+        steps = rows[:-1].unflatten(0, (-1, self.rows_per_level))
+        down = steps.flip(0).cumsum(0).flip(0)
+        return torch.cat([torch.cat([noise - down[:, :1], -down[:, 1:]], dim=1).flatten(0, 1), noise])
+
+    def _per_class(self, picked: Tensor) -> Tensor:
+        return low_rank_logits(picked, self.classes)
+
+    def _row_weights(self, class_weight: Tensor) -> Tensor:
+        return torch.cat([class_weight.sum(1, keepdim=True), class_weight @ self.classes], dim=1)
 
 
 def class_weights(
@@ -98,15 +165,20 @@ def class_weights(
 
 
 def noise_head(
-    in_features: int, num_levels: int, num_classes: int | None, conditioning: Conditioning
+    in_features: int, num_levels: int, num_classes: int | None, conditioning: Conditioning, rank: int = 0
 ) -> CumulativeHead:
-    """The head that `conditioning` asks for; UserError for one that does not exist or lacks its classes."""
+    """The head that `conditioning` asks for; UserError for one that does not exist or lacks its classes.
+
+    rank: of a joint head's classes; 0 for a full head.
+    """
     if conditioning == "embedding":
         return CumulativeHead(in_features, num_levels)
     if conditioning != "joint":
         raise UserError(f"unknown conditioning {conditioning!r}: choose 'embedding' or 'joint'")
     if num_classes is None:
         raise UserError("conditioning='joint' needs num_classes")
+    if rank:
+        return LowRankHead(in_features, num_levels, num_classes, rank)
     return JointHead(in_features, num_levels, num_classes)
 
 

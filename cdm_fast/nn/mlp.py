@@ -58,6 +58,7 @@ class MLP(AdjointNetwork):
         num_classes: K for a class-conditional network, else None.
         conditioning: "embedding": the label enters every block, with one extra null class; "joint": the head
             has a logit for every (level, class) pair.
+        head_rank: rank of a joint head's classes, for many of them; 0 for a full head.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class MLP(AdjointNetwork):
         num_squares: int | None = None,
         num_classes: int | None = None,
         conditioning: Conditioning = "embedding",
+        head_rank: int = 0,
     ) -> None:
         super().__init__()
         _check_widths(dim, hidden, depth)
@@ -84,7 +86,7 @@ class MLP(AdjointNetwork):
         self.act_out = SiLU()
         num_squares = dim if num_squares is None else num_squares
         self.square = Linear(dim, num_squares)
-        self.linear_layer = noise_head(hidden + num_squares, num_levels, num_classes, conditioning)
+        self.linear_layer = noise_head(hidden + num_squares, num_levels, num_classes, conditioning, head_rank)
 
     def features(
         self, x: Tensor, label: Tensor | None = None, keep_residuals: bool = True

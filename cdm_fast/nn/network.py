@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cdm_fast.nn.heads import Conditioning, JointHead
 from cdm_fast.nn.layers import CumulativeHead
-from cdm_fast.ops import head_cotangent, head_noise_level_ce
+from cdm_fast.ops import head_cotangent
 
 
 class AdjointNetwork(nn.Module):
@@ -78,6 +78,6 @@ class AdjointNetwork(nn.Module):
         head = self.linear_layer
         assert isinstance(head, JointHead)
         h, residuals = self.features(x)
-        weight, bias = head.cumulated()
-        loss = head_noise_level_ce(h, weight, bias, level, label, head.num_classes).loss
-        return loss, self.adjoint(residuals, head.cotangent(h, (weight, bias), level, label))
+        cumulated = head.cumulated()
+        loss = head.cross_entropy(h, cumulated, level, label)
+        return loss, self.adjoint(residuals, head.cotangent(h, cumulated, level, label))

@@ -303,6 +303,7 @@ class UNet(UNetTrunk, AdjointNetwork):
         num_classes: K for a class-conditional network, else None.
         conditioning: "embedding": the label enters every block; "joint": the head has a logit for every
             (level, class) pair.
+        head_rank: rank of a joint head's classes, for many of them; 0 for a full head.
         image_size and the others: see `UNetTrunk`.
 
     Raises:
@@ -322,6 +323,7 @@ class UNet(UNetTrunk, AdjointNetwork):
         num_classes: int | None = None,
         num_groups: int = 32,
         conditioning: Conditioning = "embedding",
+        head_rank: int = 0,
     ) -> None:
         super().__init__(
             image_size,
@@ -336,7 +338,7 @@ class UNet(UNetTrunk, AdjointNetwork):
         )
         self.num_classes, self.conditioning = num_classes, conditioning
         self.conv_out = ConvMeanPool(self.out_channels, 2 * base_channels)
-        self.linear_layer = noise_head(2 * base_channels, num_levels, num_classes, conditioning)
+        self.linear_layer = noise_head(2 * base_channels, num_levels, num_classes, conditioning, head_rank)
 
     def features(
         self, x: Tensor, label: Tensor | None = None, keep_residuals: bool = True

@@ -1,0 +1,33 @@
+"""The cross-entropy of a low-rank head, block by block, against all logits at once."""
+
+import pytest
+import torch
+
+from cdm_fast.ops import low_rank_noise_level_ce as op
+
+LEVELS, CLASSES, RANK = 9, 5, 3
+LABELS = {"labelled": [0, 4, 2, 1], "mixed": [0, -1, 2, -1], "none": None}
+
+
+def inputs(dtype, label):
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(4, (LEVELS - 1) * (RANK + 1) + 1, generator=generator, dtype=torch.float64)
+    classes = torch.randn(CLASSES, RANK, generator=generator, dtype=torch.float64)
+    level = torch.tensor([0, LEVELS - 1, 3, LEVELS - 2])
+    leaves = [tensor.to(dtype).requires_grad_() for tensor in (basis, classes)]
+    return *leaves, level, None if LABELS[label] is None else torch.tensor(LABELS[label])
+
+
+@pytest.mark.parametrize("block", [1, 45, 1 << 20], ids=["one-level", "two-levels", "all"])
+@pytest.mark.parametrize("label", LABELS)
+def test_blocks_agree_with_all_logits_at_once(label, block, monkeypatch, relative_error, tolerance):
+    monkeypatch.setattr(op, "BLOCK_ELEMENTS", block)
+    truth = inputs(torch.float64, label)
+    expected = op.low_rank_noise_level_ce_reference(*truth)
+    wanted = torch.autograd.grad(expected.square().sum(), truth[:2])
+    for dtype in (torch.float64, torch.float32):
+        given = inputs(dtype, label)
+        loss = op.low_rank_noise_level_ce(*given)
+        assert relative_error(loss, expected) < tolerance[dtype]
+        for got, each in zip(torch.autograd.grad(loss.square().sum(), given[:2]), wanted, strict=True):
+            assert relative_error(got, each) < tolerance[dtype]
