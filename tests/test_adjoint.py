@@ -26,7 +26,7 @@ def with_dropout(layer: nn.Module) -> nn.Module:
 
 LAYERS = {
     "conv3x3": (lambda: layers.Conv2d(8, 5), SHAPE),
-    "conv1x1": (lambda: layers.Conv1x1(8, 5), SHAPE),
+    "conv1x1": (lambda: layers.Conv2d(8, 5, kernel_size=1), SHAPE),
     "conv-exact": (lambda: layers.Conv2d(8, 5, exact=True), SHAPE),
     "downsample": (lambda: layers.Downsample(8), SHAPE),
     "upsample": (lambda: layers.Upsample(8), SHAPE),

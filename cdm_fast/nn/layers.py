@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cdm_fast.ops import attention, attention_vjp, conv1x1, group_norm_silu, group_norm_silu_vjp, linear
+from cdm_fast.ops import attention, attention_vjp, group_norm_silu, group_norm_silu_vjp, linear
 
 Residuals = Any  # whatever a layer's own adjoint reads: a tensor, a tuple, or None
 
@@ -82,43 +82,34 @@ class SiLU(Layer):
 
 
 class Conv2d(nn.Conv2d):
-    """3x3 convolution of stride 1 and padding 1; the adjoint is the transposed convolution.
+    """Convolution with square kernel, stride 1 and "same" padding; the adjoint is the transposed convolution.
 
     Args:
         in_channels, out_channels: C before and after.
+        kernel_size: 1 or 3.
         exact: compute in the parameters' precision even under autocast. The first convolution needs it: bf16
             rounding of `x_t` is as large as the smallest noise level.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, exact: bool = False) -> None:
-        super().__init__(in_channels, out_channels, 3, padding=1)
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int = 3, exact: bool = False
+    ) -> None:
+        self.pad = kernel_size // 2
+        super().__init__(in_channels, out_channels, kernel_size, padding=self.pad)
         self.exact = exact
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         if not self.exact:
-            return F.conv2d(x, self.weight, self.bias, padding=1), None
+            return F.conv2d(x, self.weight, self.bias, padding=self.pad), None
         with full_precision(x):
-            y = F.conv2d(x.to(self.weight.dtype), self.weight, self.bias, padding=1)
+            y = F.conv2d(x.to(self.weight.dtype), self.weight, self.bias, padding=self.pad)
         return to_trunk_dtype(y), None
 
     def adjoint(self, residuals: None, g: Tensor) -> Tensor:
         if not self.exact:
-            return F.conv_transpose2d(g, self.weight, padding=1)
+            return F.conv_transpose2d(g, self.weight, padding=self.pad)
         with full_precision(g):
-            return F.conv_transpose2d(g.to(self.weight.dtype), self.weight, padding=1)
-
-
-class Conv1x1(nn.Conv2d):
-    """1x1 convolution, a linear map of each pixel's channels; the adjoint is that by the transpose."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 1)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return conv1x1(x, self.weight, self.bias), None
-
-    def adjoint(self, residuals: None, g: Tensor) -> Tensor:
-        return conv1x1(g, self.weight.transpose(0, 1))
+            return F.conv_transpose2d(g.to(self.weight.dtype), self.weight, padding=self.pad)
 
 
 class Downsample(Layer):
@@ -263,10 +254,10 @@ class AttentionBlock(Layer):
     def __init__(self, channels: int, num_groups: int) -> None:
         super().__init__()
         self.norm = GroupNorm(channels, num_groups, silu=False)
-        self.q = Conv1x1(channels, channels)
-        self.k = Conv1x1(channels, channels)
-        self.v = Conv1x1(channels, channels)
-        self.proj_out = Conv1x1(channels, channels)
+        self.q = Conv2d(channels, channels, kernel_size=1)
+        self.k = Conv2d(channels, channels, kernel_size=1)
+        self.v = Conv2d(channels, channels, kernel_size=1)
+        self.proj_out = Conv2d(channels, channels, kernel_size=1)
         self.scale = channels**-0.5
 
     def forward(self, x: Tensor) -> tuple[Tensor, Residuals]:
@@ -315,7 +306,7 @@ class ResnetBlock(Layer):
         self.norm2 = GroupNorm(out_channels, num_groups, dropout=dropout)
         self.conv2 = Conv2d(out_channels, out_channels)
         if in_channels != out_channels:
-            self.nin_shortcut = Conv1x1(in_channels, out_channels)
+            self.nin_shortcut = Conv2d(in_channels, out_channels, kernel_size=1)
         self.has_shortcut = in_channels != out_channels
 
     def forward(
@@ -345,9 +336,7 @@ class ResnetBlock(Layer):
         if not isinstance(h, tuple):
             return h + (self.nin_shortcut.adjoint(None, g) if self.has_shortcut else g)
         weights = self.nin_shortcut.weight.split([part.shape[1] for part in h], dim=1)
-        return tuple(
-            part + conv1x1(g, weight.transpose(0, 1)) for part, weight in zip(h, weights, strict=True)
-        )
+        return tuple(part + F.conv_transpose2d(g, weight) for part, weight in zip(h, weights, strict=True))
 
     def _shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:
         if not self.has_shortcut:
@@ -355,7 +344,7 @@ class ResnetBlock(Layer):
         if skip is None:
             return self.nin_shortcut(x)[0]
         of_x, of_skip = self.nin_shortcut.weight.split([x.shape[1], skip.shape[1]], dim=1)
-        return conv1x1(x, of_x, self.nin_shortcut.bias) + conv1x1(skip, of_skip)
+        return F.conv2d(x, of_x, self.nin_shortcut.bias) + F.conv2d(skip, of_skip)
 
 
 class ConvMeanPool(Conv2d):

@@ -5,14 +5,13 @@ from cdm_fast.ops.attention import attention, attention_vjp
 from cdm_fast.ops.denoise import denoise_epilogue, denoise_loss, denoise_x0, head_cotangent
 from cdm_fast.ops.group_norm_silu import group_norm_silu, group_norm_silu_vjp
 from cdm_fast.ops.head_noise_level_ce import head_noise_level_ce
-from cdm_fast.ops.linear import conv1x1, linear
+from cdm_fast.ops.linear import linear
 from cdm_fast.ops.noise_level_ce import level_logits, log_posterior, noise_level_ce
 from cdm_fast.ops.noising import noising
 
 __all__ = [
     "attention",
     "attention_vjp",
-    "conv1x1",
     "denoise_epilogue",
     "denoise_loss",
     "denoise_x0",

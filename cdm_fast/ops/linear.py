@@ -1,8 +1,8 @@
-"""Matrix products with weights: `linear`, and the 1x1 convolution as one over pixels.
+"""`linear`, the product with a matrix of weights.
 
-PyTorch gives both to MKL in fp32 on the CPU, which runs at half speed on processors other than Intel's.
-oneDNN, part of PyTorch too, does not: large fp32 products go there. Every other device and dtype, small
-products, compiled graphs and the reference backend keep PyTorch's own functions.
+PyTorch gives it to MKL in fp32 on the CPU, which runs at half speed on processors other than Intel's. oneDNN,
+part of PyTorch too and its choice for convolutions, does not: large fp32 products go there. All other devices
+and dtypes, small products, compiled graphs and the reference backend keep PyTorch's own function.
 
 # M rows, K features in, N features out
 """
@@ -51,17 +51,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     rows = _OneDNNLinear.apply(x.flatten(0, -2), weight, bias)
     return rows.unflatten(0, x.shape[:-1])
-
-
-def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """1x1 convolution: x (B, K, H, W), weight (N, K, 1, 1), bias (N,) -> (B, N, H, W).
-
-    As `torch.nn.functional.conv2d`. Only channels-last images are rows of pixels as they lie in memory.
-    """
-    matrix = weight.flatten(1)
-    if not (x.is_contiguous(memory_format=torch.channels_last) and _onednn_pays(x.movedim(1, -1), matrix)):
-        return F.conv2d(x, weight, bias)
-    return linear(x.movedim(1, -1), matrix, bias).movedim(-1, 1)
 
 
 def _onednn_pays(x: Tensor, weight: Tensor) -> bool:
