@@ -36,13 +36,13 @@ def level_distribution(config: ScheduleConfig, schedule: NoiseSchedule) -> Tenso
     return torch.cat([around[:1], around, around[-1:]])
 
 
-def build_model(config: RunConfig) -> CDM | DDM:
-    """The untrained model of a run, on the CPU, its weights drawn from torch's global generator.
+def build_network(config: RunConfig) -> UNet | UNetDenoiser:
+    """The untrained network of a run, its weights drawn from torch's global generator.
 
     Raises UserError for a config that cannot work.
     """
     check(config)
-    schedule, network = build_schedule(config.schedule), config.network
+    network = config.network
     shape: dict[str, Any] = {
         "image_size": config.image.size,
         "channels": config.image.channels,
@@ -55,11 +55,19 @@ def build_model(config: RunConfig) -> CDM | DDM:
         "num_classes": config.image.num_classes if network.conditioning != "none" else None,
     }
     if config.train.objective == "ddm":
-        return DDM(UNetDenoiser(**shape), schedule)
+        return UNetDenoiser(**shape)
     if network.conditioning == "joint":
         shape |= {"conditioning": "joint", "head_rank": head_rank(config)}
+    return UNet(num_levels=config.schedule.T + 2, **shape)
+
+
+def build_model(config: RunConfig) -> CDM | DDM:
+    """The untrained model of a run, on the CPU; see `build_network`."""
+    network, schedule = build_network(config), build_schedule(config.schedule)
+    if isinstance(network, UNetDenoiser):
+        return DDM(network, schedule)
     return CDM(
-        UNet(num_levels=schedule.num_levels, **shape),
+        network,
         schedule,
         level_prior=level_distribution(config.schedule, schedule),
         class_prior=class_prior(config),

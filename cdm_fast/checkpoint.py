@@ -29,9 +29,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from cdm_fast.build import build_model
+from cdm_fast.build import build_model, build_network
 from cdm_fast.config import RunConfig, check
-from cdm_fast.config_json import from_json, to_json
+from cdm_fast.config_json import from_json, parse_json, to_json
+from cdm_fast.data.reading import read_bytes
 from cdm_fast.errors import UserError
 from cdm_fast.files import directory_in_one_step, remove, remove_unfinished, saving, write_atomically
 from cdm_fast.tensor_file import HashedFile, write_tensors
@@ -71,6 +72,7 @@ def load(run: str | Path, weights: Literal["ema", "raw"] = "ema") -> "CDM | DDM"
     config = read_config(run)
     part = "ema" if weights == "ema" else "model"
     checkpoint = load_checkpoint(run, parts=(part,))
+    require_network(config, checkpoint.tensors[part], str(run))
     model = build_model(config)
     restore_weights(model, checkpoint.tensors[part], str(run))
     return model.eval()
@@ -86,7 +88,10 @@ def read_config(run: str | Path) -> RunConfig:
             f"{run} is no run directory (it has no config.json); give the --out of a training run"
         )
     config = from_json(RunConfig, _read_json(run / "config.json"), str(run / "config.json"))
-    check(config)
+    try:
+        check(config)
+    except UserError as error:
+        raise UserError(f"{run / 'config.json'}: {error}") from None
     return config
 
 
@@ -201,16 +206,36 @@ def snapshot_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module) -> d
     }
 
 
-def restore_weights(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Loads `tensors` into the module; UserError naming the first that does not fit its architecture."""
-    expected = module.state_dict()
-    for name in sorted(expected.keys() | tensors.keys()):
-        ours, theirs = expected.get(name), tensors.get(name)
-        if ours is None or theirs is None or ours.shape != theirs.shape:
+def require_network(config: RunConfig, tensors: Mapping[str, Tensor], where: str) -> None:
+    """UserError unless `tensors` hold the network of `config`: to be asked before memory is taken for it."""
+    with torch.device("meta"):
+        network = build_network(config)
+    _require_shapes(
+        {f"network.{name}": value for name, value in network.state_dict().items()}, tensors, where
+    )
+
+
+def _require_shapes(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
+    for name, ours in sorted(expected.items()):
+        theirs = tensors.get(name)
+        if theirs is None or ours.shape != theirs.shape:
             raise UserError(
                 f"{where}: weights of another architecture: {name} is {_shape(theirs)} in the file and"
                 f" {_shape(ours)} in the network of config.json; restore the config.json that belongs to them"
             )
+
+
+def restore_weights(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Loads `tensors` into the module; UserError naming the first that does not fit its architecture."""
+    expected = module.state_dict()
+    _require_shapes(expected, tensors, where)
+    for name, value in tensors.items():
+        if name not in expected:
+            raise UserError(
+                f"{where}: weights of another architecture: {_printable(name)} is not in the network of"
+                " config.json; restore the config.json that belongs to them"
+            )
+        _require_numbers(name, value, where)
     module.load_state_dict(dict(tensors))
 
 
@@ -223,17 +248,34 @@ def restore_optimizer(
         name, _, moment = key.rpartition(".")
         by_parameter.setdefault(name, {})[moment] = tensor
     parameters = dict(module.named_parameters())
-    if not by_parameter.keys() <= parameters.keys():
-        odd = sorted(by_parameter.keys() - parameters.keys())[0]
-        raise UserError(
-            f"{where}: optimizer state of another network ({odd}); restore the folder or train anew"
-        )
+    for name, moments in by_parameter.items():
+        shapes = {key: value.shape for key, value in moments.items()}
+        whole = parameters[name].shape if name in parameters else None
+        if shapes != {"step": torch.Size(), "exp_avg": whole, "exp_avg_sq": whole}:
+            raise UserError(
+                f"{where}: optimizer state of another network ({_printable(name)});"
+                " restore the folder or train anew"
+            )
+        for moment, value in moments.items():
+            _require_numbers(f"{name}.{moment}", value, where)
     state = {
         i: {moment: _like_parameter(value, parameters[name]) for moment, value in by_parameter[name].items()}
         for i, name in enumerate(parameters)
         if name in by_parameter
     }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _require_numbers(name: str, value: Tensor, where: str) -> None:
+    """UserError unless a tensor holds finite floating-point numbers."""
+    if value.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise UserError(f"{where}: {name} holds {value.dtype}, not floating-point numbers; restore the file")
+    if not torch.isfinite(value).all():
+        raise UserError(f"{where}: {name} holds NaN or infinity; restore the file, or an older checkpoint")
+
+
+def _printable(name: str) -> str:
+    return name[:100] if name.isprintable() else ascii(name)[:100]
 
 
 def _like_parameter(value: Tensor, parameter: Tensor) -> Tensor:
@@ -280,8 +322,8 @@ def _write_parts(folder: Path, checkpoint: Checkpoint, run: Path, proceed: Calla
 def _read_parts(folder: Path, parts: Sequence[str]) -> Checkpoint:
     """Reads and verifies the named parts; ValueError, OSError or SafetensorError says what is wrong."""
     manifest = _read_json(folder / "manifest.json")
-    state = json.loads(_read_verified(folder / "state.json", manifest))
-    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+    state = parse_json(_read_verified(folder / "state.json", manifest))
+    if not isinstance(state, dict) or type(state.get("step")) is not int or not 0 <= state["step"] < 2**53:
         raise ValueError("state.json names no step")
     if state["step"] != _step_of(folder):
         raise ValueError(f"it holds step {state['step']}")
@@ -298,8 +340,8 @@ def _read_verified(path: Path, manifest: Any) -> bytes:
     if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
         raise ValueError(f"manifest.json does not list {path.name}")
     if path.stat().st_size != entry["bytes"]:
-        raise ValueError(f"{path.name} has {path.stat().st_size} bytes instead of {entry['bytes']}")
-    data = path.read_bytes()
+        raise ValueError(f"{path.name} has {path.stat().st_size} bytes, not those that manifest.json lists")
+    data = read_bytes(path, path.stat().st_size, path.parent)
     if hashlib.sha256(data).hexdigest() != entry["sha256"]:
         raise ValueError(f"{path.name} does not match its checksum")
     return data
@@ -307,9 +349,8 @@ def _read_verified(path: Path, manifest: Any) -> bytes:
 
 def _read_json(path: Path) -> Any:
     """The JSON value in a small file; UserError when it is none."""
+    content = read_bytes(path, _MAX_JSON_BYTES, path.parent)
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise UserError(f"{path} is larger than any file of its kind; restore it")
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}); restore it") from error
+        return parse_json(content)
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error}); restore it") from None

@@ -227,6 +227,9 @@ def check(config: RunConfig) -> None:
     for flag, whole, low in _lower_bounds(config):
         if whole < low:
             raise UserError(f"--{flag} is {whole}; give {low} or more")
+    for flag, whole, high in _upper_bounds(config):
+        if whole > high:
+            raise UserError(f"--{flag} is {whole}; give {high} or less")
     if (config.network.head_rank or 0) < 0:
         raise UserError(f"--head-rank is {config.network.head_rank}; give 0 (a full head) or more")
     if config.network.head_rank and config.network.conditioning != "joint":
@@ -278,6 +281,10 @@ def _lower_bounds(config: RunConfig) -> list[tuple[str, int, int]]:
     return [
         ("T", config.schedule.T, 2),
         ("image-size", config.image.size, 1),
+        ("channels", config.image.channels, 1),
+        ("num-grey-levels", config.image.num_grey_levels, 2),
+        *(("num-classes", classes, 1) for classes in (config.image.num_classes,) if classes is not None),
+        *(("class-counts", count, 0) for count in config.image.class_counts or ()),
         ("base-channels", network.base_channels, 1),
         ("blocks-per-level", network.blocks_per_level, 1),
         ("num-groups", network.num_groups, 1),
@@ -299,6 +306,22 @@ def _lower_bounds(config: RunConfig) -> list[tuple[str, int, int]]:
         ("draws", output.draws, 1),
         ("num-samples", output.num_samples, 1),
         ("sampling-steps", output.sampling_steps, 1),
+    ]
+
+
+def _upper_bounds(config: RunConfig) -> list[tuple[str, int, int]]:
+    """Far above any use; below what overflows a size or takes minutes to build."""
+    image, network = config.image, config.network
+    return [
+        ("T", config.schedule.T, 10**6),
+        ("image-size", image.size, 1024),
+        ("channels", image.channels, 1024),
+        ("num-grey-levels", image.num_grey_levels, 256),
+        ("num-classes", image.num_classes or 1, 2**16),
+        ("base-channels", network.base_channels, 2**14),
+        ("blocks-per-level", network.blocks_per_level, 64),
+        ("head-rank", network.head_rank or 0, 2**14),
+        *(("multipliers", multiplier, 64) for multiplier in network.multipliers),
     ]
 
 

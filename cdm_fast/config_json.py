@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -54,9 +55,38 @@ def from_json(kind: type[Config], value: Any, where: str = "config") -> Config:
     """
     hints = get_type_hints(kind)
     if not isinstance(value, dict) or value.keys() != hints.keys():
-        odd = sorted(set(value) ^ set(hints)) if isinstance(value, dict) else [repr(value)[:40]]
-        raise UserError(f"{where}: unexpected or missing {', '.join(map(str, odd))}; restore the file")
+        odd = sorted(value.keys() ^ hints.keys()) if isinstance(value, dict) else [_shown(value)]
+        named = ", ".join(name[:40] if name.isprintable() else ascii(name)[:40] for name in odd[:8])
+        raise UserError(f"{where}: unexpected or missing {named}; restore the file")
     return kind(**{name: _decode(hint, value[name], f"{where}: {name}") for name, hint in hints.items()})
+
+
+def parse_json(text: bytes) -> Any:
+    """The JSON value in `text`; ValueError where JSON parsers differ or a number is not one.
+
+    Refused beside what is no JSON: a key that stands twice, NaN and infinities, and nesting beyond the
+    interpreter's stack.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands in it twice")
+    return found
+
+
+def _refuse(word: str) -> Any:
+    raise ValueError(f"it holds {word}")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    return number if math.isfinite(number) else _refuse(f"a number beyond floating point ({digits[:20]})")
 
 
 def _decode(hint: Any, value: Any, where: str) -> Any:
@@ -70,8 +100,15 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
         return tuple(_decode(arguments[0], item, where) for item in value)
     if origin is Literal and value in arguments:
         return value
-    if hint is float and type(value) is int:
-        return float(value)
-    if isinstance(hint, type) and type(value) is hint:
+    if type(value) is int and abs(value) < 2**63 and hint in (int, float):
+        return hint(value)
+    if isinstance(hint, type) and type(value) is hint and hint is not int:
         return value
-    raise UserError(f"{where} is {value!r:.40}, which this version does not understand; restore the file")
+    raise UserError(f"{where} is {_shown(value)}, which this version does not understand; restore the file")
+
+
+def _shown(value: Any) -> str:
+    """The beginning of a value that may be long, deep or unprintable."""
+    if isinstance(value, dict | list) and value:
+        return f"a {type(value).__name__} of {len(value)}"
+    return ascii(value)[:40] if not isinstance(value, int) or abs(value) < 10**40 else "a huge number"

@@ -7,7 +7,6 @@ tensors' shapes. It is loaded with `weights_only=True`: a pickle that wants to r
 # L = T+2 noise levels, D pooled features, K classes
 """
 
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from cdm_fast.build import build_model
 from cdm_fast.checkpoint import Checkpoint, create_run, require_new, snapshot
 from cdm_fast.config import PRESETS, ImageShape, NetworkConfig, RunConfig, ScheduleConfig
 from cdm_fast.errors import UserError
+from cdm_fast.plain_pickle import load_plain
 
 State = Mapping[str, Tensor]
 
@@ -90,17 +90,7 @@ def read_public(file: str | Path) -> dict[str, dict[str, Tensor]]:
 
     Raises UserError that names the file when it is missing, damaged, not plain tensors, or of another format.
     """
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror or error}; name a checkpoint file") from error
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{file} is no plain checkpoint: it is damaged, or wants to execute code, and was refused;"
-            " save its state_dicts alone with torch.save"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{file} is damaged or no torch checkpoint; fetch it again") from error
+    content = load_plain(Path(file))
     keys = {"model": "model_state_dict", "ema": "ema_model_state_dict"}
     if not isinstance(content, dict) or not set(keys.values()) <= content.keys():
         raise UserError(
@@ -127,7 +117,8 @@ def infer_config(
     num_levels = _shape(state, "linear_layer.weight", where)[0]
     if any(width % base_channels for width in widths) or num_levels < 3:
         raise UserError(
-            f"{where}: widths {widths} over {base_channels} and {num_levels} levels are not those of a CDM"
+            f"{where}: widths {widths} over {base_channels} and {num_levels} levels are not those of a CDM;"
+            " convert takes the CDM paper's U-Net only"
         )
     classes = _shape(state, "label_emb.weight", where)[0] - 1 if "label_emb.weight" in state else None
     assumed = [f"schedule {schedule}", "256 grey levels"]
@@ -187,15 +178,31 @@ def _reversed_increments(r: Tensor) -> Tensor:
 
 def _plain_state(state: Any, where: str) -> dict[str, Tensor]:
     """A state_dict of finite fp32 tensors under names without `module.`."""
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{where} is no dict of tensors; convert takes the CDM paper's public format")
-    plain = {name.removeprefix("module."): value.float() for name, value in state.items()}
+    if not isinstance(state, dict) or not all(_is_plain(name, value) for name, value in state.items()):
+        raise UserError(
+            f"{where} is no dict of names and dense tensors; convert takes the CDM paper's public format"
+        )
+    plain = {name.removeprefix("module."): value.detach().float() for name, value in state.items()}
     for name, value in plain.items():
         if not torch.isfinite(value).all():
             raise UserError(
                 f"{where}: {name} holds NaN or infinity; the file is damaged or its training diverged"
             )
     return plain
+
+
+def _is_plain(name: Any, value: Any) -> bool:
+    """Whether an entry is a printable name and a dense real tensor, with memory for each of its numbers."""
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and len(name) < 200
+        and isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and value.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    )
 
 
 def _require_match(state: State, expected: State, where: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from cdm_fast.build import build_model
 from cdm_fast.checkpoint import (
     Checkpoint,
+    require_network,
     restore_optimizer,
     restore_weights,
     snapshot,
@@ -98,6 +99,15 @@ class TrainingState:
         self.logged_step, self.logged_seconds = self.step, self.seconds
 
 
+def _fill(target: Tensor, values: object, kind: type[int] | type[float]) -> None:
+    """Copies a list of as many numbers of a kind into `target`; ValueError if it is none."""
+    if not isinstance(values, list) or len(values) != len(target):
+        raise ValueError(f"no list of {len(target)} numbers")
+    if any(type(value) not in (kind, int) for value in values):
+        raise ValueError(f"a list of other values than {kind.__name__}")
+    target.copy_(torch.tensor([kind(value) for value in values], dtype=target.dtype))
+
+
 def new_state(config: RunConfig, device: torch.device) -> TrainingState:
     """An untrained state; the weights are drawn from the config's seed."""
     torch.manual_seed(derived_seed(config.train.seed, 0, "weights"))
@@ -146,20 +156,23 @@ def from_checkpoint(
     facts = checkpoint.state
     if facts.get("config_digest") != digest(config):
         raise UserError(f"{where}: its checkpoint belongs to another config.json; restore that one")
+    require_network(config, checkpoint.tensors["model"], where)
     state = new_state(config, device)
     restore_weights(state.model, checkpoint.tensors["model"], where)
     restore_weights(state.ema.model, checkpoint.tensors["ema"], where)
     restore_optimizer(state.optimizer, state.model, checkpoint.tensors["optimizer"], where)
     try:
-        state.sums.copy_(torch.tensor(facts["sums"], dtype=torch.float64))
-        state.bad.copy_(torch.tensor(facts["bad_steps"]))
-        recent = [math.inf if loss is None else float(loss) for loss in facts["recent_losses"]]
-        state.recent.copy_(torch.tensor(recent))
-        state.spikes.copy_(torch.tensor(facts["spikes"], dtype=torch.float64))
+        _fill(state.sums, facts["sums"], float)
+        _fill(state.bad, facts["bad_steps"], int)
+        _fill(state.spikes, facts["spikes"], float)
+        recent = facts["recent_losses"]
+        _fill(state.recent, [math.inf if loss is None else loss for loss in recent], float)
         state.step, state.seconds = int(facts["step"]), float(facts["seconds"])
         state.logged_step, state.logged_seconds = int(facts["logged_step"]), float(facts["logged_seconds"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{where}: state.json lacks or garbles {error}; restore it") from error
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise UserError(
+            f"{where}: state.json lacks or garbles a counter ({ascii(error)[:80]}); restore it"
+        ) from error
     if facts.get("threads") != torch.get_num_threads():
         warnings.warn(
             f"resuming with {torch.get_num_threads()} threads a run of {facts.get('threads')}:"

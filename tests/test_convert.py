@@ -176,7 +176,9 @@ def replace(name, value):
         pytest.param(
             replace("norm_out.weight", torch.full((BASE,), math.nan)), "norm_out.weight holds NaN", id="nan"
         ),
-        pytest.param(replace("norm_out.weight", [1.0]), "no dict of tensors", id="not-a-tensor"),
+        pytest.param(
+            replace("norm_out.weight", [1.0]), "no dict of names and dense tensors", id="not-a-tensor"
+        ),
     ],
 )
 def test_another_network_is_named_in_one_line(tmp_path, damage, message):
@@ -195,16 +197,18 @@ def write_truncated(path):
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        pytest.param(lambda path: None, "cannot read", id="missing"),
-        pytest.param(lambda path: path.write_bytes(b""), "damaged", id="empty"),
-        pytest.param(lambda path: path.write_text("not a checkpoint"), "damaged", id="text"),
-        pytest.param(write_truncated, "damaged", id="truncated"),
+        pytest.param(lambda path: None, "no such file", id="missing"),
+        pytest.param(lambda path: path.write_bytes(b""), "not a whole zip file", id="empty"),
+        pytest.param(lambda path: path.write_text("not a checkpoint"), "not a whole zip file", id="text"),
+        pytest.param(write_truncated, "not a whole zip file", id="truncated"),
         pytest.param(lambda path: torch.save(Malicious(), path), "wants to execute code", id="executes-code"),
         pytest.param(
             lambda path: torch.save({"weights": {}}, path), "holds no model_state_dict", id="other-keys"
         ),
         pytest.param(
-            lambda path: safetensors.torch.save_file(make_state(), path), "damaged", id="safetensors"
+            lambda path: safetensors.torch.save_file(make_state(), path),
+            "not a whole zip file",
+            id="safetensors",
         ),
     ],
 )

@@ -54,8 +54,8 @@ def read_idx_folder(folder: Path) -> Source:
         if images_path is None or labels_path is None:
             missing = f"{stem}-images-idx3-ubyte" if images_path is None else f"{stem}-labels-idx1-ubyte"
             raise bad(folder, f"has no {missing} (or .gz of it); put all four files of the data set there")
-        images = read_idx(images_path, 3)
-        labels = check_labels(labels_path, read_idx(labels_path, 1), len(images))
+        images = read_idx(images_path, 3, folder)
+        labels = check_labels(labels_path, read_idx(labels_path, 1, folder), len(images))
         parts[split] = array_part(images_path, images[:, None], labels)
     return make_source(folder, parts)
 
@@ -66,12 +66,14 @@ def _idx_path(folder: Path, stem: str, kind: str) -> Path | None:
     return next((folder / name for name in names if (folder / name).exists()), None)
 
 
-def read_idx(path: Path, rank: int) -> Pixels:
+def read_idx(path: Path, rank: int, folder: Path | None = None) -> Pixels:
     """One IDX file of unsigned bytes with `rank` axes, plain or gzipped. UserError if it is anything else.
+
+    folder: what a link may not lead out of.
 
     Format: two zero bytes, a type (8: bytes), the number of axes, each length as big-endian uint32, the data.
     """
-    with open_regular(path) as raw:
+    with open_regular(path, folder) as raw:
         file_size = os.fstat(raw.fileno()).st_size
         packed = path.suffix == ".gz"
         stream = gzip.GzipFile(fileobj=raw) if packed else raw
@@ -125,7 +127,7 @@ def read_cifar_folder(folder: Path) -> Source:
         parts = {}
         for split, names in (("train", train_names), ("test", (test_name,))):
             records = np.concatenate(
-                [_cifar_records(place / name, label_bytes, num_classes) for name in names]
+                [_cifar_records(place / name, folder, label_bytes, num_classes) for name in names]
             )
             images = records[:, label_bytes:].reshape(-1, 3, 32, 32)
             parts[split] = array_part(place, images, records[:, label_bytes - 1].astype(np.int64))
@@ -133,10 +135,10 @@ def read_cifar_folder(folder: Path) -> Source:
     raise bad(folder, "has no data_batch_1.bin or train.bin; unpack CIFAR's binary version there")
 
 
-def _cifar_records(path: Path, label_bytes: int, num_classes: int) -> Pixels:
+def _cifar_records(path: Path, folder: Path, label_bytes: int, num_classes: int) -> Pixels:
     """The records of one file, (N, label_bytes + 3072)."""
     length = label_bytes + _CIFAR_PIXELS
-    with open_regular(path) as stream:
+    with open_regular(path, folder) as stream:
         size = os.fstat(stream.fileno()).st_size
         check_size(path, size)
         if size == 0 or size % length:

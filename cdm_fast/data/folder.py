@@ -20,6 +20,7 @@ from cdm_fast.data.reading import (
     open_zip,
     read_bytes,
     read_member,
+    require_inside,
 )
 from cdm_fast.data.source import Part, Source, make_source
 
@@ -90,14 +91,13 @@ def read_image_folder(folder: Path) -> Source:
 
     @contextmanager
     def opener() -> Iterator[Callable[[str], bytes]]:
-        yield lambda key: read_bytes(folder / key, MAX_PICTURE_BYTES)
+        yield lambda key: read_bytes(folder / key, MAX_PICTURE_BYTES, folder)
 
     return _collect(folder, sorted(_walk(folder)), opener)
 
 
 def _walk(folder: Path) -> Iterator[str]:
     """Relative names of the pictures under a folder. Links may point to files inside it, nowhere else."""
-    root = folder.resolve()
 
     def stop(error: OSError) -> None:
         raise bad(error.filename, f"cannot be listed ({error_text(error)}); check its permissions")
@@ -106,8 +106,10 @@ def _walk(folder: Path) -> Iterator[str]:
         folders[:] = [name for name in folders if not _is_hidden(name)]
         for name in (*folders, *files):
             path = Path(place, name)
-            if path.is_symlink() and (name in folders or not path.resolve().is_relative_to(root)):
-                raise bad(path, "is a link to a folder or out of the data; put the files themselves there")
+            if path.is_symlink():
+                require_inside(path, folder)
+                if name in folders:
+                    raise bad(path, "is a link to a folder; put the files themselves there")
         for name in files:
             if _is_picture(name):
                 yield Path(place, name).relative_to(folder).as_posix()

@@ -56,9 +56,21 @@ def check_size(name: object, num_bytes: int, packed_bytes: int | None = None) ->
         )
 
 
+def require_inside(path: Path, folder: Path) -> None:
+    """Raise UserError if `path` is a link that leads out of `folder`, of which it is a part."""
+    root = os.path.realpath(folder)
+    if not Path(os.path.realpath(path)).is_relative_to(root):
+        raise bad(path, "is a link that leads out of its folder; put the file itself there")
+
+
 @contextmanager
-def open_regular(path: Path) -> Iterator[BinaryIO]:
-    """Open a regular file for reading; UserError if missing, unreadable, or a device, pipe or folder."""
+def open_regular(path: Path, folder: Path | None = None) -> Iterator[BinaryIO]:
+    """Open a regular file for reading; UserError if missing, unreadable, or a device, pipe or folder.
+
+    folder: what the file is a part of; a link that leads out of it is refused too.
+    """
+    if folder is not None:
+        require_inside(path, folder)
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise bad(path, "is not a regular file; give the path of a file")
@@ -71,9 +83,9 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
         yield stream
 
 
-def read_bytes(path: Path, limit: int) -> bytes:
-    """The content of a regular file of at most `limit` bytes; UserError otherwise."""
-    with open_regular(path) as stream:
+def read_bytes(path: Path, limit: int, folder: Path | None = None) -> bytes:
+    """The content of a regular file of at most `limit` bytes (see `open_regular`); UserError otherwise."""
+    with open_regular(path, folder) as stream:
         size = os.fstat(stream.fileno()).st_size
         if size > limit:
             raise bad(path, f"has {size} bytes, above the limit of {limit}; make it smaller")

@@ -1,0 +1,119 @@
+"""Files of `torch.save` that come from strangers: what they ask for is looked at before anything is loaded.
+
+PyTorch's `weights_only` loading runs no code, but it follows orders: to make four billion bytes, to unpack a
+bomb, to hash a tuple of 2**60 leaves. Here the container must hold its tensors as they are, and the pickle
+may name nothing but tensors and dicts.
+"""
+
+import io
+import pickle
+import pickletools
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cdm_fast.data.reading import MAX_DATA_BYTES, bad, error_text, open_zip, read_member
+from cdm_fast.errors import UserError
+
+MAX_PICKLE_BYTES = 2**26  # of the structure alone; the numbers lie beside it
+MAX_TUPLE_LEAVES = 1000  # a tensor's size, stride and storage have a dozen
+
+_STORAGES = "Float Double Half BFloat16 Long Int Short Char Byte Bool".split()
+_ALLOWED = {
+    "collections OrderedDict",
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+    *(f"torch {kind}Storage" for kind in _STORAGES),
+}
+
+# What its loader lets through when a file is damaged.
+_DAMAGE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+)
+
+
+def load_plain(path: Path) -> Any:
+    """The content of a file of `torch.save`, on the CPU: numbers, strings, tensors, lists and dicts of them.
+
+    Raises UserError that names the file when it is missing, damaged, older than PyTorch 1.6, compressed, or
+    asks for anything else. Takes twice the memory of the file.
+    """
+    try:
+        return torch.load(_checked(path), map_location="cpu", weights_only=True)
+    except _DAMAGE as error:
+        if isinstance(error, UserError):
+            raise
+        raise bad(path, f"is damaged ({ascii(error_text(error))[:100]}); fetch it again") from None
+
+
+def _checked(path: Path) -> io.BytesIO:
+    """The file packed anew from members that were looked at: PyTorch's reader must not see other ones."""
+    packed = io.BytesIO()
+    with open_zip(path) as archive, zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as copy:
+        members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+        if "data.pkl" not in members or len(members) < len(archive.infolist()):
+            raise bad(path, "is no torch checkpoint (PyTorch 1.6 or newer); save it again with torch.save")
+        if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()):
+            raise bad(path, "is compressed, which torch.save never does; save it again with torch.save")
+        if sum(info.file_size for info in members.values()) > path.stat().st_size:
+            raise bad(path, "holds members that overlap, as a decompression bomb does; fetch it again")
+        for name, info in members.items():
+            limit = MAX_PICKLE_BYTES if name == "data.pkl" else MAX_DATA_BYTES
+            content = read_member(path, archive, info, limit)
+            if name == "data.pkl":
+                _check_pickle(path, content)
+            copy.writestr(f"archive/{name}", content)
+    packed.seek(0)
+    return packed
+
+
+def _check_pickle(path: Path, program: bytes) -> None:
+    """Raises UserError if a pickle names anything but tensors and dicts, or holds a tuple with many leaves.
+
+    Only tuples are followed: they are hashed when they are keys, again for every way that leads to a leaf.
+    """
+    stack: list[int] = []  # of each value: its leaves, if it is a tuple; -1 for a mark
+    memo: dict[int, int] = {}
+    for opcode, argument, _ in pickletools.genops(program):
+        name, index = opcode.name, argument if isinstance(argument, int) else len(memo)
+        if name in ("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"):
+            if name != "GLOBAL" or argument not in _ALLOWED:
+                told = ascii(argument)[:80] if name == "GLOBAL" else name
+                raise bad(path, f"wants to execute code ({told}) and was refused; save its state_dicts alone")
+            stack.append(1)
+        elif name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
+            memo[index] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET", "GET"):
+            stack.append(memo[index])
+        else:
+            _step(opcode, stack)
+        if stack and stack[-1] > MAX_TUPLE_LEAVES:
+            raise bad(path, "holds a tuple within tuples without end; save its state_dicts alone")
+
+
+def _step(opcode: pickletools.OpcodeInfo, stack: list[int]) -> None:
+    """What an opcode does to the number of leaves on the stack."""
+    taken: list[int] = []
+    for kind in reversed(opcode.stack_before):
+        if kind is pickletools.stackslice:
+            while stack[-1] != -1:
+                taken.append(stack.pop())
+        else:
+            taken.append(stack.pop())
+    leaves = 1 + sum(value for value in taken if value > 0) if opcode.name.startswith("TUPLE") else 1
+    for kind in opcode.stack_after:
+        stack.append(-1 if kind is pickletools.markobject else leaves)
