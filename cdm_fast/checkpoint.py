@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from cdm_fast.build import build_model, build_network
 from cdm_fast.config import RunConfig, check
 from cdm_fast.config_json import from_json, parse_json, to_json
-from cdm_fast.data.reading import read_bytes
+from cdm_fast.data.reading import read_bytes, shown
 from cdm_fast.errors import UserError
 from cdm_fast.files import directory_in_one_step, remove, remove_unfinished, saving, write_atomically
 from cdm_fast.tensor_file import HashedFile, write_tensors
@@ -163,7 +163,8 @@ def load_checkpoint(run: str | Path, parts: Sequence[str] = PARTS) -> Checkpoint
         except (OSError, ValueError, SafetensorError) as error:
             if folder.exists():  # else a training run has replaced it meanwhile by a newer one
                 warnings.warn(
-                    f"checkpoint {folder} is damaged ({error}); trying the one before", stacklevel=2
+                    f"checkpoint {folder} is damaged ({shown(str(error), 300)}); trying the one before",
+                    stacklevel=2,
                 )
     what = "no intact checkpoint" if tried else "no checkpoint"
     raise UserError(f"{run} holds {what}; restore its checkpoints folder, or train again into another --out")
@@ -208,8 +209,11 @@ def snapshot_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module) -> d
 
 def require_network(config: RunConfig, tensors: Mapping[str, Tensor], where: str) -> None:
     """UserError unless `tensors` hold the network of `config`: to be asked before memory is taken for it."""
-    with torch.device("meta"):
-        network = build_network(config)
+    try:
+        with torch.device("meta"):
+            network = build_network(config)
+    except UserError as error:
+        raise UserError(f"{where}/config.json: {error}") from None
     _require_shapes(
         {f"network.{name}": value for name, value in network.state_dict().items()}, tensors, where
     )
@@ -232,7 +236,7 @@ def restore_weights(module: nn.Module, tensors: Mapping[str, Tensor], where: str
     for name, value in tensors.items():
         if name not in expected:
             raise UserError(
-                f"{where}: weights of another architecture: {_printable(name)} is not in the network of"
+                f"{where}: weights of another architecture: {shown(name, 100)} is not in the network of"
                 " config.json; restore the config.json that belongs to them"
             )
         _require_numbers(name, value, where)
@@ -253,7 +257,7 @@ def restore_optimizer(
         whole = parameters[name].shape if name in parameters else None
         if shapes != {"step": torch.Size(), "exp_avg": whole, "exp_avg_sq": whole}:
             raise UserError(
-                f"{where}: optimizer state of another network ({_printable(name)});"
+                f"{where}: optimizer state of another network ({shown(name, 100)});"
                 " restore the folder or train anew"
             )
         for moment, value in moments.items():
@@ -272,10 +276,6 @@ def _require_numbers(name: str, value: Tensor, where: str) -> None:
         raise UserError(f"{where}: {name} holds {value.dtype}, not floating-point numbers; restore the file")
     if not torch.isfinite(value).all():
         raise UserError(f"{where}: {name} holds NaN or infinity; restore the file, or an older checkpoint")
-
-
-def _printable(name: str) -> str:
-    return name[:100] if name.isprintable() else ascii(name)[:100]
 
 
 def _like_parameter(value: Tensor, parameter: Tensor) -> Tensor:

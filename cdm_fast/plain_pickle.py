@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from cdm_fast.data.reading import MAX_DATA_BYTES, bad, error_text, open_zip, read_member
+from cdm_fast.data.reading import MAX_DATA_BYTES, bad, error_text, open_zip, read_member, shown
 from cdm_fast.errors import UserError
 
 MAX_PICKLE_BYTES = 2**26  # of the structure alone; the numbers lie beside it
@@ -57,7 +57,7 @@ def load_plain(path: Path) -> Any:
     except _DAMAGE as error:
         if isinstance(error, UserError):
             raise
-        raise bad(path, f"is damaged ({ascii(error_text(error))[:100]}); fetch it again") from None
+        raise bad(path, f"is damaged ({shown(error_text(error), 100)}); fetch it again") from None
 
 
 def _checked(path: Path) -> io.BytesIO:
@@ -69,8 +69,6 @@ def _checked(path: Path) -> io.BytesIO:
             raise bad(path, "is no torch checkpoint (PyTorch 1.6 or newer); save it again with torch.save")
         if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()):
             raise bad(path, "is compressed, which torch.save never does; save it again with torch.save")
-        if sum(info.file_size for info in members.values()) > path.stat().st_size:
-            raise bad(path, "holds members that overlap, as a decompression bomb does; fetch it again")
         for name, info in members.items():
             limit = MAX_PICKLE_BYTES if name == "data.pkl" else MAX_DATA_BYTES
             content = read_member(path, archive, info, limit)

@@ -3,7 +3,7 @@
 import math
 import warnings
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -99,6 +99,13 @@ class TrainingState:
         self.logged_step, self.logged_seconds = self.step, self.seconds
 
 
+def _counter(value: Any, limit: float) -> Any:
+    """The value, if it is a number from 0 to `limit`; ValueError if not."""
+    if type(value) not in (int, float) or not 0 <= value <= limit:
+        raise ValueError(f"{value!r:.40} for a number from 0")
+    return value
+
+
 def _fill(target: Tensor, values: object, kind: type[int] | type[float]) -> None:
     """Copies a list of as many numbers of a kind into `target`; ValueError if it is none."""
     if not isinstance(values, list) or len(values) != len(target):
@@ -167,15 +174,17 @@ def from_checkpoint(
         _fill(state.spikes, facts["spikes"], float)
         recent = facts["recent_losses"]
         _fill(state.recent, [math.inf if loss is None else loss for loss in recent], float)
-        state.step, state.seconds = int(facts["step"]), float(facts["seconds"])
-        state.logged_step, state.logged_seconds = int(facts["logged_step"]), float(facts["logged_seconds"])
+        state.step, state.logged_step = (_counter(facts[key], 2**53) for key in ("step", "logged_step"))
+        state.seconds, state.logged_seconds = (
+            float(_counter(facts[key], 1e12)) for key in ("seconds", "logged_seconds")
+        )
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise UserError(
             f"{where}: state.json lacks or garbles a counter ({ascii(error)[:80]}); restore it"
         ) from error
     if facts.get("threads") != torch.get_num_threads():
         warnings.warn(
-            f"resuming with {torch.get_num_threads()} threads a run of {facts.get('threads')}:"
+            f"resuming with {torch.get_num_threads()} threads a run of {ascii(facts.get('threads'))[:20]}:"
             " the numbers may differ in their last bits (OMP_NUM_THREADS sets the count)",
             stacklevel=2,
         )

@@ -48,12 +48,8 @@ def picture_part(
 
     def read(indices: Indices, image_size: int | None, channels: int | None) -> Pixels:
         with opener() as fetch:
-
-            def decode_one(key: str) -> Pixels:
-                return decode(fetch(key), f"{name}/{key}", image_size, channels)
-
             if reference is None:
-                first = decode_one(keys[0])
+                first = decode(fetch(keys[0]), f"{name}/{keys[0]}", image_size, channels)
             else:
                 first = reference.read(_FIRST, image_size, channels)[0]
             if max(first.shape) > MAX_SIDE:
@@ -61,10 +57,15 @@ def picture_part(
                 raise bad(name, f"holds {width}x{height} pictures; give an image size, at most {MAX_SIDE}")
             check_size(name, len(indices) * first.size)
             out = np.empty((len(indices), *first.shape), np.uint8)
-            for row, index in zip(out, indices, strict=True):
-                pixels = decode_one(keys[index])
+            packed = 0
+            for count, (row, index) in enumerate(zip(out, indices, strict=True), start=1):
+                content = fetch(keys[index])
+                pixels = decode(content, f"{name}/{keys[index]}", image_size, channels)
                 _check_like(f"{name}/{keys[index]}", pixels, first)
                 row[:] = pixels  # one grey plane fills three of colour
+                packed += len(content)
+                if image_size is None:  # else the user chose how large they become
+                    check_size(name, count * first.size, packed)
         return out
 
     return Part(len(keys), labels, read)

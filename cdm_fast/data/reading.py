@@ -37,9 +37,13 @@ _ZIP_ERRORS = (
 
 def bad(name: object, problem: str) -> UserError:
     """The error `NAME: PROBLEM`, on one line whatever characters the file name or the problem hold."""
-    text = str(name)
+    return UserError(f"{shown(str(name), 1000)}: {shown(' '.join(problem.split()), 500)}")
+
+
+def shown(text: str, limit: int) -> str:
+    """A stranger's text for a terminal: without control characters, its middle left out beyond `limit`."""
     text = text if text.isprintable() else repr(text)
-    return UserError(f"{text}: {' '.join(problem.split())}")
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
 
 
 def check_size(name: object, num_bytes: int, packed_bytes: int | None = None) -> None:
@@ -104,13 +108,16 @@ def error_text(error: BaseException) -> str:
 
 @contextmanager
 def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
-    """Open a zip container (also .npz); UserError if the file is missing or its directory is damaged."""
+    """Open a zip container (also .npz); UserError if it is missing, or its directory is damaged or a lie."""
     with open_regular(path) as stream:
         try:
             archive = zipfile.ZipFile(stream)
         except _ZIP_ERRORS as error:
             raise bad(path, f"is not a whole zip file ({error_text(error)}); create it again") from None
         with archive:
+            packed = sum(info.compress_size for info in archive.infolist())
+            if packed > os.fstat(stream.fileno()).st_size:
+                raise bad(path, "holds overlapping members, as a decompression bomb does; create it again")
             yield archive
 
 

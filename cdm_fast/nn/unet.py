@@ -421,5 +421,5 @@ def _check_sizes(image_size: int, base_channels: int, multipliers: Sequence[int]
         )
     if base_channels % num_groups:
         raise UserError(
-            f"base_channels {base_channels} is not a multiple of num_groups {num_groups}: change one of them"
+            f"base_channels {base_channels} is not a multiple of num_groups {num_groups}; change one"
         )

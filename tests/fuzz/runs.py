@@ -59,7 +59,7 @@ def run_directory(rng: Random) -> Case:
         else:
             files[name] = _hostile_tensors(rng, files[name])
     if chance(rng, 0.9):
-        _make_right(files)
+        make_right(files)
     if chance(rng, 0.2):
         older = {
             name.replace("step-00000001", rng.choice(("step-00000000", "step-x", "step-2"))) for name in files
@@ -72,7 +72,7 @@ def run_directory(rng: Random) -> Case:
     return case
 
 
-def _make_right(files: dict[str, bytes]) -> None:
+def make_right(files: dict[str, bytes]) -> None:
     """Gives the state the digest of the config, and the manifest the checksums of the files."""
     folder = next(name for name in files if name.endswith("state.json")).removesuffix("state.json")
     try:
