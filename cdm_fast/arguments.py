@@ -222,4 +222,23 @@ class Doctor:
     """Print the findings as one JSON object on stdout."""
 
 
-Command = Train | Sample | Nll | Classify | Denoise | Plot | Convert | Doctor
+@dataclass(frozen=True)
+class Replay:
+    """Compute one training step again: its loss, gradient and worst images.
+
+    Nothing in the run directory changes.
+    """
+
+    run: Positional[Path]
+    """Run directory; it must hold a checkpoint of that step or before."""
+    step: int
+    """The step, counted from 0, as the log and the message of a diverged run name it."""
+    out: Path | None = None
+    """Also write the batch into this .npz: x_t, eps, level, label, index, loss."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    json: Json = False
+    """Print the result as one JSON object on stdout."""
+
+
+Command = Train | Replay | Sample | Nll | Classify | Denoise | Plot | Convert | Doctor

@@ -149,13 +149,17 @@ def save_checkpoint(
     return target
 
 
-def load_checkpoint(run: str | Path, parts: Sequence[str] = PARTS) -> Checkpoint:
+def load_checkpoint(run: str | Path, parts: Sequence[str] = PARTS, at_most: int | None = None) -> Checkpoint:
     """The newest intact checkpoint of a run; a damaged one is named in a warning and the one before it tried.
 
-    Raises UserError when none is left.
+    at_most: pass over checkpoints of later steps. Raises UserError when none is left.
     """
     tried: set[Path] = set()
-    while left := [folder for folder in checkpoint_folders(Path(run)) if folder not in tried]:
+    while left := [
+        folder
+        for folder in checkpoint_folders(Path(run))
+        if folder not in tried and (at_most is None or _step_of(folder) <= at_most)
+    ]:
         folder = left[0]
         tried.add(folder)
         try:
@@ -166,6 +170,11 @@ def load_checkpoint(run: str | Path, parts: Sequence[str] = PARTS) -> Checkpoint
                     f"checkpoint {folder} is damaged ({shown(str(error), 300)}); trying the one before",
                     stacklevel=2,
                 )
+    if at_most is not None:
+        raise UserError(
+            f"{run} holds no intact checkpoint of step {at_most} or before; give a later step"
+            " (--keep sets how many checkpoints a run keeps)"
+        )
     what = "no intact checkpoint" if tried else "no checkpoint"
     raise UserError(f"{run} holds {what}; restore its checkpoints folder, or train again into another --out")
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, TextIO, Union
 import tyro
 from tyro.conf import subcommand
 
-from cdm_fast.arguments import Classify, Command, Convert, Denoise, Doctor, Nll, Plot, Sample, Train
+from cdm_fast.arguments import Classify, Command, Convert, Denoise, Doctor, Nll, Plot, Replay, Sample, Train
 from cdm_fast.config import preset
 from cdm_fast.errors import UserError
 
@@ -34,6 +34,7 @@ def parse(arguments: Sequence[str]) -> Command:
         Annotated[Classify, subcommand("classify")],
         Annotated[Denoise, subcommand("denoise")],
         Annotated[Plot, subcommand("plot")],
+        Annotated[Replay, subcommand("replay")],
         Annotated[Convert, subcommand("convert")],
         Annotated[Doctor, subcommand("doctor")],
     ]

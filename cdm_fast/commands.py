@@ -23,6 +23,7 @@ from cdm_fast.files import write_atomically
 from cdm_fast.likelihood import denoise_blind, describe_score
 from cdm_fast.likelihood.export import check_name, write_per_image
 from cdm_fast.model import CDM, DDM
+from cdm_fast.replay import replay
 from cdm_fast.report import (
     class_labels,
     displayable,
@@ -259,6 +260,24 @@ def plot_command(command: arguments.Plot) -> Outcome:
     return Outcome({"run": str(command.run), "pictures": [str(path) for path in paths]}, [*map(str, paths)])
 
 
+def replay_command(command: arguments.Replay) -> Outcome:
+    """`cdm-fast replay`."""
+    found = replay(command.run, command.step, device=command.device, out=command.out)
+    verdict = "finite" if found["finite"] else "not finite: training skips it"
+    lines = [
+        f"step {found['step']} (seed {found['seed']}), from the checkpoint of step {found['from_step']}: loss"
+        f" {found['loss']:.6g}, CE {found['ce']:.6g}, MSE {found['mse']:.6g}, gradient norm"
+        f" {found['grad_norm']:.6g}, {verdict}",
+        *(f"gradient norm {row['grad_norm']:.6g} of {row['name']}" for row in found["parameters"]),
+        *(
+            f"loss {row['loss']:.6g} of training image {row['index']} at level {row['level']}"
+            + ("" if row["label"] is None else f", label {row['label']}")
+            for row in found["images"]
+        ),
+    ]
+    return Outcome(found, lines)
+
+
 def convert_command(command: arguments.Convert) -> Outcome:
     """`cdm-fast convert`."""
     out = command.out or Path("runs") / command.file.stem
@@ -280,6 +299,7 @@ _COMMANDS: dict[type, Callable[[Any], Outcome]] = {
     arguments.Classify: classify_command,
     arguments.Denoise: denoise_command,
     arguments.Plot: plot_command,
+    arguments.Replay: replay_command,
     arguments.Convert: convert_command,
     arguments.Doctor: doctor_command,
 }

@@ -88,14 +88,7 @@ def training_step(
     A step whose loss or gradient is not finite changes no weight and no moment; its result says `bad`.
     """
     optimizer.zero_grad()
-    device = batch.x_t.device.type
-    totals = torch.zeros(3, device=batch.x_t.device)
-    for part in parts_of(batch, parts):
-        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-            terms = loss_function(model, part)
-        (terms.loss / parts).backward()
-        ce = torch.zeros_like(terms.mse) if terms.ce is None else terms.ce
-        totals += torch.stack([terms.loss, ce, terms.mse]).detach() / parts
+    totals = accumulate_gradient(model, batch, loss_function, parts=parts, precision=precision)
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     grad_norm = nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
     bad = (~(torch.isfinite(grad_norm) & torch.isfinite(totals[0]))).float()
@@ -104,6 +97,21 @@ def training_step(
     ema.update(step)
     loss, ce, mse = totals
     return StepResult(loss, ce, mse, grad_norm, bad)
+
+
+def accumulate_gradient(
+    model: CDM | DDM, batch: Noised, loss_function: LossFunction, *, parts: int = 1, precision: str = "fp32"
+) -> Tensor:
+    """Adds the gradient of the batch to that of the weights, part by part; (3,) loss, CE (or 0) and MSE."""
+    device = batch.x_t.device.type
+    totals = torch.zeros(3, device=batch.x_t.device)
+    for part in parts_of(batch, parts):
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            terms = loss_function(model, part)
+        (terms.loss / parts).backward()
+        ce = torch.zeros_like(terms.mse) if terms.ce is None else terms.ce
+        totals += torch.stack([terms.loss, ce, terms.mse]).detach() / parts
+    return totals
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -134,6 +142,11 @@ def derived_seed(seed: int, step: int, purpose: str) -> int:
     """A 63-bit seed that depends on nothing but its arguments."""
     words = hashlib.blake2b(f"{seed} {step} {purpose}".encode(), digest_size=8).digest()
     return int.from_bytes(words) >> 1
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seeds what dropout draws from, for one step."""
+    torch.manual_seed(derived_seed(seed, step, "dropout"))
 
 
 def draw_batch(data: ImageData, model: CDM | DDM, config: RunConfig, step: int) -> Noised:

@@ -35,7 +35,7 @@ from cdm_fast.report import first_images, run_data, write_final, write_loss_curv
 from cdm_fast.runlog import Display, Sink, open_sinks, require_extras
 from cdm_fast.saver import Saver
 from cdm_fast.state import TrainingState, from_checkpoint, new_state, to_checkpoint
-from cdm_fast.step import LossFunction, derived_seed, draw_batch, learning_rate, make_loss, training_step
+from cdm_fast.step import LossFunction, draw_batch, learning_rate, make_loss, seed_step, training_step
 from cdm_fast.stop import Stopper
 from cdm_fast.tuning import compiled, pick_precision
 
@@ -78,7 +78,7 @@ def train(
     require_new(out)
     require_extras(config)
     place = pick_device(device)
-    with _own_randomness(place):
+    with own_randomness(place):
         data = run_data(config, "train")
         config = resolve(config, data, place)
         validation = first_images(run_data(config, "validation"), config.output.evaluate_images)
@@ -108,7 +108,7 @@ def resume(
         raise UserError(f"--resume {run} cannot change {'; '.join(changed)}; train into another --out")
     require_extras(config)
     place = pick_device(device)
-    with alone_in(Path(run)), _own_randomness(place):
+    with alone_in(Path(run)), own_randomness(place):
         data = run_data(config, "train")
         if resolve(config, data, place).image != config.image:
             raise UserError(f"--data {config.data.source} is not what {run} was trained on; give that data")
@@ -144,7 +144,7 @@ def class_counts(data: ImageData) -> tuple[int, ...] | None:
 
 
 @contextlib.contextmanager
-def _own_randomness(device: torch.device) -> Iterator[None]:
+def own_randomness(device: torch.device) -> Iterator[None]:
     """Keeps the caller's global generator, which dropout draws from and training seeds at each step."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
@@ -162,7 +162,7 @@ def _train(
     with contextlib.ExitStack() as stack:
         sinks = stack.enter_context(open_sinks(run, config, state.step))
         saver = stack.enter_context(Saver(run, config.output.keep, state.step, sinks))
-        training = _on_device(data, state.sums.device)
+        training = on_device(data, state.sums.device)
         session = Session(config, run, state, training, validation, sinks, saver)
         stopper = stack.enter_context(Stopper(max_time))
         with Display(state.step, config.train.steps) as display:
@@ -173,7 +173,8 @@ def _train(
         return _finish(session, stopped)
 
 
-def _on_device(data: ImageData, device: torch.device) -> ImageData:
+def on_device(data: ImageData, device: torch.device) -> ImageData:
+    """Images and labels moved to the device."""
     labels = None if data.labels is None else data.labels.to(device)
     return replace(data, images=data.images.to(device), labels=labels)
 
@@ -186,7 +187,7 @@ def _loop(session: Session, display: Display, stopper: Stopper) -> None:
     first = state.step
     while state.step < config.train.steps and not stopper.reason:
         began = time.perf_counter()
-        _one_step(session, loss_function)
+        take_step(state, session.data, config, loss_function)
         last = state.step == config.train.steps
         at_log_line = last or state.step % output.log_every == 0
         if at_log_line or state.sums.device.type == "cpu":  # elsewhere reading the counters stalls the device
@@ -211,16 +212,17 @@ def _loop(session: Session, display: Display, stopper: Stopper) -> None:
         display.say(f"stopping: saving step {state.step} (Ctrl-C now leaves at once)")
 
 
-def _one_step(session: Session, loss_function: LossFunction) -> None:
-    train, state = session.config.train, session.state
-    torch.manual_seed(derived_seed(train.seed, state.step, "dropout"))
+def take_step(state: TrainingState, data: ImageData, config: RunConfig, loss_function: LossFunction) -> None:
+    """The step that follows the state's, a function of the state and the config alone."""
+    train = config.train
+    seed_step(train.seed, state.step)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(train, state.step)
     result = training_step(
         state.model,
         state.optimizer,
         state.ema,
-        draw_batch(session.data, state.model, session.config, state.step),
+        draw_batch(data, state.model, config, state.step),
         loss_function,
         step=state.step,
         clip_norm=train.clip_norm,

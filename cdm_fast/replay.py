@@ -1,0 +1,138 @@
+"""One step of a run again: its batch, loss and gradient, to see why it was skipped or where the loss jumped.
+
+Every draw of step n is a function of (seed, n), so a checkpoint of that step or before is enough.
+
+# B batch
+"""
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cdm_fast.build import pick_device
+from cdm_fast.checkpoint import load_checkpoint, read_config
+from cdm_fast.config import RunConfig
+from cdm_fast.data import ImageData, batch_indices
+from cdm_fast.errors import UserError
+from cdm_fast.files import write_atomically
+from cdm_fast.losses import Noised
+from cdm_fast.report import run_data
+from cdm_fast.state import TrainingState, from_checkpoint
+from cdm_fast.step import LossFunction, accumulate_gradient, draw_batch, make_loss, parts_of, seed_step
+from cdm_fast.train import on_device, own_randomness, take_step
+
+_WORST = 5  # parameters and images to name
+
+
+def replay(run: str | Path, step: int, *, device: str = "auto", out: Path | None = None) -> dict[str, Any]:
+    """What happened in step `step` (from 0) of a run; nothing in the run directory changes.
+
+    Walks from the newest checkpoint at or before the step, on a CPU bitwise as training did (with as many
+    threads), and computes the step's gradient without taking the step. Returns JSON values:
+
+    run, seed, step, from_step: where it walked from; loss, ce (nats; 0 for a DDM), mse, grad_norm: of the
+    whole batch, as in training; finite: whether training would take the step; parameters: those with the
+    largest norm of the gradient, first those that are not finite; images: the worst of the batch, each with
+    its index in the training split, level, label and loss, taken alone and without dropout.
+
+    out: an .npz for the batch: x_t and eps (B,...) float32, level, label, index (B,) int64, loss (B,).
+    Raises UserError when no intact checkpoint at or before the step is left.
+    """
+    if step < 0:
+        raise UserError(f"--step is {step}; give 0 or more")
+    if out is not None and out.suffix != ".npz":
+        raise UserError(f"--out {out}: give a name that ends in .npz")
+    config = read_config(run)
+    place = pick_device(device)
+    with own_randomness(place):
+        data = on_device(run_data(config, "train"), place)
+        state = from_checkpoint(load_checkpoint(run, at_most=step), config, place, str(run))
+        from_step, loss_function = state.step, make_loss(config.train)
+        while state.step < step:
+            take_step(state, data, config, loss_function)
+        found, batch = _gradient(state, data, config, loss_function)
+        losses = _losses_alone(state, batch, config, loss_function)
+    index = batch_indices(len(data.images), config.train.batch_size, config.train.seed, step)
+    if out is not None:
+        _write_batch(out, batch, index, losses)
+    facts = {"run": str(run), "seed": config.train.seed, "step": step, "from_step": from_step}
+    return {**facts, **found, "images": _worst_images(batch, index, losses), "out": out and str(out)}
+
+
+def _gradient(
+    state: TrainingState, data: ImageData, config: RunConfig, loss_function: LossFunction
+) -> tuple[dict[str, Any], Noised]:
+    """Loss and gradient of the state's next step, which is not taken, and its batch."""
+    train = config.train
+    seed_step(train.seed, state.step)
+    batch = draw_batch(data, state.model, config, state.step)
+    state.optimizer.zero_grad()
+    loss, ce, mse = accumulate_gradient(
+        state.model, batch, loss_function, parts=train.accumulate, precision=train.precision
+    ).tolist()
+    norms = {
+        name: float(parameter.grad.double().norm())
+        for name, parameter in state.model.named_parameters()
+        if parameter.grad is not None
+    }
+    norm = math.hypot(*norms.values())
+    worst = sorted(norms, key=lambda name: _badness(norms[name]), reverse=True)[:_WORST]
+    return {
+        "loss": loss,
+        "ce": ce,
+        "mse": mse,
+        "grad_norm": norm,
+        "finite": math.isfinite(loss) and math.isfinite(norm),
+        "parameters": [{"name": name, "grad_norm": norms[name]} for name in worst],
+    }, batch
+
+
+@torch.no_grad()
+def _losses_alone(
+    state: TrainingState, batch: Noised, config: RunConfig, loss_function: LossFunction
+) -> Tensor:
+    """The loss of each image of the batch, without dropout; (B,) float32 on the CPU."""
+    state.model.eval()
+    half = torch.autocast(batch.x_t.device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
+    with half:
+        losses = [loss_function(state.model, one).loss for one in parts_of(batch, len(batch.level))]
+    return torch.stack(losses).float().cpu()
+
+
+def _badness(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
+
+
+def _worst_images(batch: Noised, index: Tensor, losses: Tensor) -> list[dict[str, Any]]:
+    order = sorted(range(len(losses)), key=lambda i: _badness(float(losses[i])), reverse=True)[:_WORST]
+    labels: Sequence[int | None] = [None] * len(losses) if batch.label is None else batch.label.tolist()
+    return [
+        {
+            "index": int(index[i]),
+            "level": int(batch.level[i]),
+            "label": labels[i],
+            "loss": float(losses[i]),
+        }
+        for i in order
+    ]
+
+
+def _write_batch(out: Path, batch: Noised, index: Tensor, losses: Tensor) -> None:
+    arrays = {
+        "x_t": batch.x_t.cpu().numpy(),
+        "eps": batch.eps.cpu().numpy(),
+        "level": batch.level.cpu().numpy(),
+        "index": index.numpy(),
+        "loss": losses.numpy(),
+    }
+    if batch.label is not None:
+        arrays["label"] = batch.label.cpu().numpy()
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    write_atomically(out, buffer.getvalue())
