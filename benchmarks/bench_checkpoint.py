@@ -1,0 +1,64 @@
+"""Training with checkpoints written behind its back, against training without any.
+
+The digits preset on its own data with a checkpoint in the middle of 100 steps, and the 33.4 M CIFAR-10
+network, batch 8, with one in the middle of 10 steps: ten times as often as anyone would, so that its cost
+shows. A call ends when its checkpoint is on the disk.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.cases import both_finite
+from cdm_fast.checkpoint import create_run
+from cdm_fast.config import PRESETS, RunConfig
+from cdm_fast.data import ImageData, load_data
+from cdm_fast.saver import Saver
+from cdm_fast.state import new_state, to_checkpoint
+from cdm_fast.step import make_loss
+from cdm_fast.train import on_device, resolve, take_step
+from cdm_fast.tuning import compiled
+
+
+def digits() -> tuple[RunConfig, ImageData]:
+    """The preset on its data."""
+    return PRESETS["digits"], load_data("digits")
+
+
+def cifar10() -> tuple[RunConfig, ImageData]:
+    """The 33.4 M network at batch 8, on random images."""
+    config = PRESETS["cifar10"]
+    images = torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8)
+    config = replace(config, train=replace(config.train, batch_size=8))
+    return config, ImageData(images, None, 256, None, "random", "train")
+
+
+@pytest.mark.parametrize(
+    ("case", "steps", "rounds"),
+    [(digits, 100, 7), (cifar10, 10, 3)],
+    ids=["digits-100-steps", "33M-10-steps"],
+)
+def test_training_with_a_checkpoint(benchmark, compare, device, small, tmp_path, case, steps, rounds):
+    config, data = (digits if small else case)()
+    config = resolve(config, data, device)
+    steps = 3 if small else steps
+    data, state = on_device(data, device), new_state(config, device)
+    loss_function = compiled(make_loss(config.train), config.train.compile, device)
+    create_run(tmp_path / "run", config, to_checkpoint(state, config))
+
+    def train(saver: Saver | None) -> torch.Tensor:
+        for i in range(steps):
+            take_step(state, data, config, loss_function)
+            if saver is not None:
+                saver.after_step(i == steps // 2, lambda: to_checkpoint(state, config))
+        return next(state.model.parameters()).detach()
+
+    def with_checkpoint() -> torch.Tensor:
+        with Saver(tmp_path / "run", keep=1, saved=-1) as saver:
+            weights = train(saver)
+        assert saver.saved == state.step - steps + steps // 2 + 1
+        return weights
+
+    compare(benchmark, with_checkpoint, lambda: train(None), both_finite, rounds=rounds)
+    benchmark.extra_info["shape"] = [config.train.batch_size, *data.images.shape[1:]]
