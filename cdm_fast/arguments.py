@@ -12,7 +12,7 @@ Json = Annotated[bool, FlagCreatePairsOff]
 Split = Literal["train", "validation", "test"]
 AttackName = Literal["fgsm", "pgd", "deepfool", "cw"]
 AttackNorm = Literal["linf", "l2"]
-ClassifyMethod = Literal["joint", "embedding", "denoising", "ode"]
+ClassifyMethod = Literal["joint", "embedding", "denoising", "ode", "discriminative"]
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,9 @@ class Classify:
     split: Split = "test"
     """Which part of the data."""
     method: ClassifyMethod | None = None
-    """By default the run's own: `joint`, all classes in one pass, or `embedding`, a pass per class. Any run
-    with classes takes `denoising`, mean denoising error of each, and `ode`, probability-flow ODE of each."""
+    """By default the run's own: `joint`, all classes in one pass, `embedding`, a pass per class, or the
+    `discriminative` one of a classifier. Any other run with classes takes `denoising`, mean denoising error
+    of each, and `ode`, probability-flow ODE of each."""
     draws: int | None = None
     """Dequantisation draws, averaged in log-probability; by default 3, or 1 for denoising and ode."""
     images: int | None = None

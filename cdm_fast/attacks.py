@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cdm_fast.arguments import AttackName, AttackNorm
 from cdm_fast.classify import labels_for, require_classes
 from cdm_fast.data import ImageData
+from cdm_fast.discriminative import Classifier
 from cdm_fast.errors import UserError
 from cdm_fast.likelihood.images import choose, like_network, require_likelihood, stderr
 from cdm_fast.model import CDM, measures
@@ -34,26 +35,31 @@ STEPS = {"fgsm": 1, "pgd": 40, "deepfool": 50, "cw": 200}
 class ClassLogLikelihoods(nn.Module):
     """Pixels (B, C, H, W) in [0, 1] -> `log p(x|c) + log p(c)` in nats, (B, K), differentiable in the pixels.
 
-    Its softmax is the class posterior, its logsumexp `log p(x)`. A pixel p is grey level `u = (N-1) p`, not
-    rounded, in the middle of its interval: `x = 2 (u + 1/2)/N - 1`, with no dequantisation noise.
+    Its softmax is the class posterior, its logsumexp `log p(x)`; of a `Classifier` it is `log p(c|x)`.
+    A pixel p is grey level `u = (N-1) p`, not rounded, in the middle of its interval:
+    `x = 2 (u + 1/2)/N - 1`, with no dequantisation noise.
 
     Args:
-        model: a CDM with classes, joint logits or embedding.
+        model: a CDM with classes, joint logits or embedding; or a `Classifier`.
         num_grey_levels: N of its data.
 
-    Raises UserError for a model without likelihood or classes.
+    Raises UserError for another model, or one without classes.
     """
 
-    def __init__(self, model: CDM, num_grey_levels: int) -> None:
+    def __init__(self, model: CDM | Classifier, num_grey_levels: int) -> None:
         super().__init__()
-        require_likelihood(model)
+        if not isinstance(model, Classifier):
+            require_likelihood(model)
         require_classes(model)
         self.model = model
         self.num_grey_levels = num_grey_levels
 
     def forward(self, pixels: Tensor) -> Tensor:
         N = self.num_grey_levels
-        log_prob = self.model.log_prob_classes((pixels * (N - 1) + 0.5) * (2 / N) - 1)
+        x = (pixels * (N - 1) + 0.5) * (2 / N) - 1
+        if isinstance(self.model, Classifier):
+            return self.model.log_class_posterior(x)
+        log_prob = self.model.log_prob_classes(x)
         return log_prob + self.model.log_class_prior.to(log_prob)  # type: ignore[union-attr]
 
 
@@ -68,7 +74,8 @@ class AttackReport:
         budgets: largest norm of the perturbation, ascending, white being 1.
         accuracy, accuracy_stderr: at each, with standard error.
         detection_auroc: how well `log p(x)` tells attacked images from the clean ones at each budget: the
-            chance that a clean image has the larger one. 0.5 is guessing, 1 is perfect.
+            chance that a clean image has the larger one. 0.5 is guessing, 1 is perfect; None for a
+            `Classifier`, which has no log p(x).
     """
 
     attack: str
@@ -78,7 +85,7 @@ class AttackReport:
     budgets: list[float]
     accuracy: list[float]
     accuracy_stderr: list[float]
-    detection_auroc: list[float]
+    detection_auroc: list[float] | None
     num_images: int
     seconds: float
 
@@ -89,7 +96,7 @@ class AttackReport:
 
 @measures
 def evaluate_attack(
-    model: CDM,
+    model: CDM | Classifier,
     data: ImageData,
     attack: AttackName,
     norm: AttackNorm = "linf",
@@ -151,7 +158,7 @@ def evaluate_attack(
         budgets=epsilons,
         accuracy=still_right.mean(1).tolist(),
         accuracy_stderr=[stderr(row) for row in still_right],
-        detection_auroc=[auroc(clean, row) for row in noisy],
+        detection_auroc=[auroc(clean, row) for row in noisy] if isinstance(model, CDM) else None,
         num_images=len(index),
         seconds=seconds,
     )
@@ -217,12 +224,9 @@ def describe_attack(report: AttackReport) -> list[str]:
         f"{report.attack} in {report.norm}, {report.steps} steps, {report.num_images} images: accuracy"
         f" {100 * report.clean_accuracy:.1f} % without attack"
     ]
-    for row in zip(
-        report.budgets, report.accuracy, report.accuracy_stderr, report.detection_auroc, strict=True
-    ):
+    areas: Sequence[float | None] = report.detection_auroc or [None] * len(report.budgets)
+    for row in zip(report.budgets, report.accuracy, report.accuracy_stderr, areas, strict=True):
         budget, accuracy, error, area = row
-        lines.append(
-            f"  budget {budget:.4f}: {100 * accuracy:5.1f} +- {100 * error:.1f} %,"
-            f" told by log p(x) with AUROC {area:.3f}"
-        )
+        detected = "" if area is None else f", told by log p(x) with AUROC {area:.3f}"
+        lines.append(f"  budget {budget:.4f}: {100 * accuracy:5.1f} +- {100 * error:.1f} %{detected}")
     return lines

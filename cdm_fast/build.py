@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from cdm_fast.config import RunConfig, ScheduleConfig, check
+from cdm_fast.discriminative import Classifier
 from cdm_fast.errors import UserError
 from cdm_fast.model import CDM, DDM
-from cdm_fast.nn import UNet, UNetDenoiser
+from cdm_fast.nn import UNet, UNetClassifier, UNetDenoiser
 from cdm_fast.schedule import NoiseSchedule
 
 # A full joint head has L K D weights, and training holds eight copies of them: 1 GiB at 2^25.
@@ -36,7 +37,7 @@ def level_distribution(config: ScheduleConfig, schedule: NoiseSchedule) -> Tenso
     return torch.cat([around[:1], around, around[-1:]])
 
 
-def build_network(config: RunConfig) -> UNet | UNetDenoiser:
+def build_network(config: RunConfig) -> UNet | UNetDenoiser | UNetClassifier:
     """The untrained network of a run, its weights drawn from torch's global generator.
 
     Raises UserError for a config that cannot work.
@@ -54,6 +55,8 @@ def build_network(config: RunConfig) -> UNet | UNetDenoiser:
         "num_groups": network.num_groups,
         "num_classes": config.image.num_classes if network.conditioning != "none" else None,
     }
+    if config.train.objective == "classifier":
+        return UNetClassifier(**{**shape, "num_classes": config.image.num_classes})
     if config.train.objective == "ddm":
         return UNetDenoiser(**shape)
     if network.conditioning == "joint":
@@ -61,9 +64,11 @@ def build_network(config: RunConfig) -> UNet | UNetDenoiser:
     return UNet(num_levels=config.schedule.T + 2, **shape)
 
 
-def build_model(config: RunConfig) -> CDM | DDM:
+def build_model(config: RunConfig) -> CDM | DDM | Classifier:
     """The untrained model of a run, on the CPU; see `build_network`."""
     network, schedule = build_network(config), build_schedule(config.schedule)
+    if isinstance(network, UNetClassifier):
+        return Classifier(network, schedule)
     if isinstance(network, UNetDenoiser):
         return DDM(network, schedule)
     return CDM(

@@ -38,6 +38,7 @@ from cdm_fast.files import directory_in_one_step, remove, remove_unfinished, sav
 from cdm_fast.tensor_file import HashedFile, write_tensors
 
 if TYPE_CHECKING:
+    from cdm_fast.discriminative import Classifier
     from cdm_fast.model import CDM, DDM
 
 PARTS = ("model", "ema", "optimizer")
@@ -61,7 +62,7 @@ class Checkpoint:
         return int(self.state["step"])
 
 
-def load(run: str | Path, weights: Literal["ema", "raw"] = "ema") -> "CDM | DDM":
+def load(run: str | Path, weights: Literal["ema", "raw"] = "ema") -> "CDM | DDM | Classifier":
     """The trained model of a run directory, in evaluation mode, on the CPU.
 
     weights: "ema", the moving average that sampling and scoring should use, or "raw", the optimizer's own.

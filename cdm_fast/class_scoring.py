@@ -8,15 +8,16 @@ from cdm_fast.build import class_prior
 from cdm_fast.classify import ClassReport, describe_classes, evaluate_classes, fitting_method, require_classes
 from cdm_fast.config import RunConfig
 from cdm_fast.data import ImageData
+from cdm_fast.discriminative import Classifier
 from cdm_fast.errors import UserError
-from cdm_fast.model import CDM, DDM
+from cdm_fast.model import CDM, Denoiser
 from cdm_fast.plots import write_attack, write_classes, write_corruptions
 from cdm_fast.progress import to_stderr
 from cdm_fast.robustness import describe_corruptions, evaluate_corruptions
 from cdm_fast.scoring import Scored
 
 
-def score_classes(command: Classify, config: RunConfig, model: CDM | DDM, data: ImageData) -> Scored:
+def score_classes(command: Classify, config: RunConfig, model: Denoiser, data: ImageData) -> Scored:
     """The JSON values, the lines for a person, and the columns of the per-image file.
 
     Draws RUN/classes.png and, if asked for, RUN/corruptions.png and RUN/attack.png. Raises UserError as
@@ -24,8 +25,10 @@ def score_classes(command: Classify, config: RunConfig, model: CDM | DDM, data: 
     """
     require_classes(model)
     if command.attack is not None:  # what it lacks is told before any work
-        if fitting_method(model, command.method) not in ("joint", "embedding"):
-            raise UserError("--attack needs the gradient of logits: a run and --method joint or embedding")
+        if fitting_method(model, command.method) in ("denoising", "ode"):
+            raise UserError(
+                "--attack needs the gradient of logits: a run and --method joint, embedding or discriminative"
+            )
         check_attack(command.attack, command.attack_norm, command.budgets, command.attack_steps)
         load_foolbox()
     report = _evaluate(command, config, model, data)
@@ -47,9 +50,9 @@ def score_classes(command: Classify, config: RunConfig, model: CDM | DDM, data: 
     return result, lines, report.columns()
 
 
-def _attack(command: Classify, model: CDM | DDM, data: ImageData) -> tuple[dict[str, Any], list[str]]:
+def _attack(command: Classify, model: Denoiser, data: ImageData) -> tuple[dict[str, Any], list[str]]:
     """JSON values and lines of `--attack`; draws RUN/attack.png."""
-    assert command.attack is not None and isinstance(model, CDM)
+    assert command.attack is not None and isinstance(model, CDM | Classifier)
     report = evaluate_attack(
         model,
         data,
@@ -66,7 +69,7 @@ def _attack(command: Classify, model: CDM | DDM, data: ImageData) -> tuple[dict[
     return {**report.to_json(), "picture": str(picture)}, [*describe_attack(report), str(picture)]
 
 
-def _evaluate(command: Classify, config: RunConfig, model: CDM | DDM, data: ImageData) -> ClassReport:
+def _evaluate(command: Classify, config: RunConfig, model: Denoiser, data: ImageData) -> ClassReport:
     return evaluate_classes(
         model,
         data,

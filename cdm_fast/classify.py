@@ -1,11 +1,12 @@
 """Generative classification: every class's likelihood of an image, then Bayes' rule; and how good that is.
 
-Four ways to a score of each class, all from networks that denoise:
+Four ways to a score of each class from networks that denoise, and one baseline that does not:
 
 - joint: `log p(x|c)` of all classes from one forward pass of joint (level, class) logits;
 - embedding: the same from one pass per class of a network that takes the label;
 - ode: `log p(x|c)` by the probability-flow ODE, one integration per class (arXiv 2110.00473);
-- denoising: minus the mean denoising error given each class (arXiv 2303.16203), which is no likelihood.
+- denoising: minus the mean denoising error given each class (arXiv 2303.16203), which is no likelihood;
+- discriminative: `log p(c|x)` of an ordinary classifier on the same trunk.
 
 # B batch, n images, K classes, d = C*H*W
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from cdm_fast.arguments import ClassifyMethod
 from cdm_fast.data import ImageData
+from cdm_fast.discriminative import Classifier
 from cdm_fast.errors import UserError
 from cdm_fast.likelihood.images import (
     batches,
@@ -36,7 +38,7 @@ from cdm_fast.progress import Progress, silent
 
 BINS = 15  # of the calibration error
 ODE_IMAGES, ODE_BATCH = 32, 64
-DRAWS = {"joint": 3, "embedding": 3, "denoising": 1, "ode": 1}
+DRAWS = {"joint": 3, "embedding": 3, "denoising": 1, "ode": 1, "discriminative": 3}
 
 
 @dataclass(frozen=True)
@@ -151,13 +153,14 @@ class ClassReport:
         ece: calibration error of that class's posterior, 0..1.
         log_loss: mean of `-log p(label|x)`, nats.
         bits_per_dim, bits_per_dim_stderr: of the marginal `sum_c p(c) p(x|c)` on dequantised images, with its
-            standard error; None for the method "denoising", which has no likelihood.
+            standard error; None for "denoising" and "discriminative", which have no likelihood.
         confusion: (K, K) rows are true classes.
         reliability: the bins of `ece`.
         draws: dequantisation draws; an image's class scores are their mean: log-probabilities are averaged.
         trials: pairs of level and noise of "denoising"; tolerance: of "ode"; None for the others.
         images_per_second: classified, once each: images times draws over seconds.
-        index: (n,) which images of the split; score: (n, K) log p(x|c) in nats, or for "denoising" its score;
+        index: (n,) which images of the split; score: (n, K) log p(x|c) in nats, for "denoising" its score,
+            for "discriminative" log p(c|x);
         posterior: (n, K) `p(c|x)`.
     """
 
@@ -191,7 +194,9 @@ class ClassReport:
 
     def columns(self) -> dict[str, tuple[Tensor, Tensor]]:
         """`predicted` and each class's score, as `write_per_image` takes them."""
-        name = "denoising_score" if self.method == "denoising" else "log_prob"
+        name = {"denoising": "denoising_score", "discriminative": "log_posterior"}.get(
+            self.method, "log_prob"
+        )
         classes = {f"{name}_{c}": (self.index, values) for c, values in enumerate(self.score.T)}
         return {"predicted": (self.index, self.posterior.argmax(1)), **classes}
 
@@ -217,7 +222,7 @@ def evaluate_classes(
     Args:
         method: the model's own conditioning by default, and "denoising" for a plain denoiser.
         num_images: so many images, drawn from the data; by default all, or `ODE_IMAGES` by the ODE.
-        draws: of dequantisation noise; by default 3 for "joint" and "embedding", 1 for the others.
+        draws: of dequantisation noise; by default 1 for "ode" and "denoising", 3 for the others.
         trials: of "denoising"; tolerance, probes: of "ode".
         batch_size: network inputs per evaluation.
         seed: of every draw.
@@ -251,8 +256,8 @@ def evaluate_classes(
         def scores(x: Tensor, first: int, generator: torch.Generator) -> Tensor:
             return denoising_scores(model, x, num_classes, trials, generator)
     else:
-        assert isinstance(model, CDM)
-        one_pass = model.log_prob_classes
+        assert isinstance(model, CDM | Classifier)
+        one_pass = model.log_class_posterior if isinstance(model, Classifier) else model.log_prob_classes
 
         def scores(x: Tensor, first: int, generator: torch.Generator) -> Tensor:
             return one_pass(x)
@@ -273,7 +278,7 @@ def evaluate_classes(
     predicted = log_posterior.argmax(1)
     right = (predicted == label).double()
     calibration = reliability(log_posterior.exp(), label)
-    has_likelihood = method != "denoising"
+    has_likelihood = method not in ("denoising", "discriminative")
     return ClassReport(
         method=method,
         accuracy=float(right.mean()),
@@ -301,7 +306,8 @@ def evaluate_classes(
 
 def require_classes(model: Denoiser) -> int:
     """K; UserError for a model without classes."""
-    num_classes = model.num_classes if isinstance(model, CDM) else getattr(model.network, "num_classes", None)
+    own = model if isinstance(model, CDM) else model.network
+    num_classes = getattr(own, "num_classes", None)
     if num_classes is None:
         raise UserError(
             "this model was trained without classes: train with --conditioning joint or embedding"
@@ -312,10 +318,17 @@ def require_classes(model: Denoiser) -> int:
 def fitting_method(model: Denoiser, method: ClassifyMethod | None = None) -> ClassifyMethod:
     """`method`, or the model's own; UserError for an unknown one and for one that the model cannot serve."""
     own: ClassifyMethod = model.conditioning if isinstance(model, CDM) else "denoising"
+    if isinstance(model, Classifier):
+        own = "discriminative"
     if method is None:
         return own
     if method not in get_args(ClassifyMethod):
         raise UserError(f"unknown method {method!r}: choose one of {', '.join(get_args(ClassifyMethod))}")
+    if method != own and "discriminative" in (method, own):
+        raise UserError(
+            f"--method {method} does not fit: a run of --objective classifier takes discriminative, and no"
+            " other run does"
+        )
     if method in ("joint", "embedding") and method != own:
         if own == "denoising":
             raise UserError(
@@ -353,7 +366,9 @@ def require_labels(data: ImageData) -> Tensor:
 
 
 def _log_class_prior(model: Denoiser, num_classes: int, class_prior: Tensor | None) -> Tensor:
-    """(K,) float64 in nats, on the CPU."""
+    """(K,) float64 in nats, on the CPU; 0 where the scores are posteriors already."""
+    if isinstance(model, Classifier):
+        return torch.zeros(num_classes, dtype=torch.float64)
     if class_prior is None and isinstance(model, CDM) and model.log_class_prior is not None:
         return model.log_class_prior.double().cpu()
     prior = torch.ones(num_classes) if class_prior is None else class_prior

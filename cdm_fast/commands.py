@@ -18,6 +18,7 @@ from cdm_fast.classify import describe_accuracy
 from cdm_fast.config import RunConfig
 from cdm_fast.convert import convert
 from cdm_fast.data import ImageData, quantize, read_image, write_image
+from cdm_fast.discriminative import Classifier
 from cdm_fast.errors import UserError
 from cdm_fast.files import write_atomically
 from cdm_fast.likelihood import denoise_blind, describe_score
@@ -74,7 +75,7 @@ def _stopped(summary: dict[str, Any]) -> str:
     return f"stopped by {cause} at {progress} (cdm-fast train --resume {summary['run']} continues)"
 
 
-def _load(run: Path, device: str) -> CDM | DDM:
+def _load(run: Path, device: str) -> CDM | DDM | Classifier:
     return load(run).to(pick_device(device))
 
 
@@ -254,7 +255,7 @@ def plot_command(command: arguments.Plot) -> Outcome:
     data = run_data(config, command.split)
     _require_fit(data, config, command.run)
     model = _load(command.run, command.device)
-    paths = write_level_pictures(model, data, command.run)
+    paths = [] if isinstance(model, Classifier) else write_level_pictures(model, data, command.run)
     if (command.run / "log.jsonl").exists():  # a converted run has none
         paths += write_loss_curves(command.run)
     return Outcome({"run": str(command.run), "pictures": [str(path) for path in paths]}, [*map(str, paths)])

@@ -13,7 +13,7 @@ from cdm_fast.errors import UserError
 
 Sampler = Literal["ddpm", "ddim", "dpm_solver_pp_2m", "heun", "euler_ot"]
 Preset = Literal["digits", "fashion-mnist", "cifar10", "celeba64"]
-Objective = Literal["cdm", "ddm"]
+Objective = Literal["cdm", "ddm", "classifier"]
 Precision = Literal["auto", "fp32", "bf16"]
 Compile = Literal["auto", "off", "default", "reduce-overhead"]
 
@@ -90,7 +90,8 @@ class TrainConfig:
     """The objective and the optimizer."""
 
     objective: Objective = "cdm"
-    """`cdm`: classify the noise level and denoise by its gradient; `ddm`: the plain denoising baseline."""
+    """`cdm`: classify the noise level and denoise by its gradient; `ddm`: the plain denoising baseline;
+    `classifier`: the discriminative one, cross-entropy over the classes of clean images."""
     steps: int = 1000
     """Optimizer steps in all."""
     batch_size: int = 128
@@ -256,6 +257,13 @@ def check(config: RunConfig) -> None:
             f"--conditioning {config.network.conditioning} needs labels, and {source} has none;"
             " give labelled data or --conditioning none"
         )
+    if train.objective == "classifier" and config.network.conditioning != "none":
+        raise UserError(
+            f"--objective classifier predicts the label and is not told it: give --conditioning none, not"
+            f" {config.network.conditioning}"
+        )
+    if train.objective == "classifier" and config.image.num_classes is None:
+        raise UserError(f"--objective classifier needs labels, and {source} has none; give labelled data")
     if config.network.conditioning == "joint" and train.objective == "ddm":
         raise UserError(
             "--conditioning joint needs logits, and --objective ddm has none; give --conditioning embedding"

@@ -6,14 +6,17 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from cdm_fast.discriminative import Classifier
 from cdm_fast.model import CDM, DDM, Denoiser
 from cdm_fast.ops import denoise_loss, noising
 
 
 class LossTerms(NamedTuple):
-    """Scalars of one batch: `loss` to minimise, `mse` of eps_hat per value, `ce` in nats (None for a DDM)."""
+    """Scalars of one batch: `loss` to minimise, `mse` of eps_hat per value (0 for a classifier), `ce` in nats
+    (None for a DDM)."""
 
     loss: Tensor
     mse: Tensor
@@ -81,6 +84,13 @@ def noised_ddm_loss(model: DDM, batch: Noised) -> LossTerms:
     x_t, eps, level, label = batch
     mse = (model.denoise(x_t, level, label) - eps).square().mean()
     return LossTerms(mse, mse, None)
+
+
+def noised_classifier_loss(model: Classifier, batch: Noised) -> LossTerms:
+    """`-log p(label | x)` in nats of inputs at level 0, which is no noise."""
+    assert batch.label is not None
+    ce = F.cross_entropy(model.logits(batch.x_t), batch.label)
+    return LossTerms(ce, torch.zeros_like(ce), ce)
 
 
 def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:

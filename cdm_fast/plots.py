@@ -28,7 +28,7 @@ from cdm_fast.files import write_atomically
 # Panels of the loss picture: key in log.jsonl -> (title, logarithmic axis).
 LOSS_PANELS = {
     "loss": ("training loss", True),
-    "ce": ("cross-entropy over levels [nats]", False),
+    "ce": ("cross-entropy [nats]", False),
     "mse": ("denoising error, mean (eps_hat - eps)^2", True),
     "bits_per_dim": ("validation, bits/dim (unaudited)", False),
 }
@@ -242,7 +242,8 @@ def write_attack(
     path: str | Path,
 ) -> Path:
     """Accuracy against budget, and how well log p(x) tells attacked images, as a PNG under `path`."""
-    figure, (accuracy, detection) = _figure(2)
+    areas = report["detection_auroc"]  # None for a classifier
+    figure, (accuracy, *others) = _figure(1 if areas is None else 2)
     budgets = [0.0, *report["budgets"]]
     errors = [0.0, *report["accuracy_stderr"]]
     values = [report["clean_accuracy"], *report["accuracy"]]
@@ -250,10 +251,11 @@ def write_attack(
     accuracy.set_ylim(-0.02, 1.02)
     where = f"budget, {report['norm']}, white is 1"
     _label(accuracy, f"accuracy under {report['attack']}, {report['steps']} steps", where)
-    detection.axhline(0.5, color="grey", linestyle="--", linewidth=0.8)
-    detection.plot(report["budgets"], report["detection_auroc"], marker=".", linewidth=1.2)
-    detection.set_ylim(-0.02, 1.02)
-    _label(detection, "attacked or clean, by log p(x): AUROC", where)
+    for detection in others:
+        detection.axhline(0.5, color="grey", linestyle="--", linewidth=0.8)
+        detection.plot(report["budgets"], areas, marker=".", linewidth=1.2)
+        detection.set_ylim(-0.02, 1.02)
+        _label(detection, "attacked or clean, by log p(x): AUROC", where)
     return _write(figure, path)
 
 

@@ -15,6 +15,7 @@ from cdm_fast.checkpoint import write_json
 from cdm_fast.classify import evaluate_classes
 from cdm_fast.config import RunConfig
 from cdm_fast.data import ImageData, load_data, quantize, write_grid
+from cdm_fast.discriminative import Classifier
 from cdm_fast.likelihood import evaluate, level_confusion, mse_per_level
 from cdm_fast.model import CDM, DDM
 from cdm_fast.plots import (
@@ -111,12 +112,16 @@ def first_images(data: ImageData, count: int) -> ImageData:
     return replace(data, images=data.images[:count], labels=labels)
 
 
-def write_final(model: CDM | DDM, config: RunConfig, validation: ImageData, run: Path) -> dict[str, Any]:
-    """Every picture of a finished run, and for a CDM its scores of the test split; returns these.
+def write_final(
+    model: CDM | DDM | Classifier, config: RunConfig, validation: ImageData, run: Path
+) -> dict[str, Any]:
+    """Every picture of a finished run, and for all but a DDM its scores of the test split; returns these.
 
-    They are RUN/nll.json, and with classes RUN/classes.json, of which accuracy and ECE are returned.
+    They are RUN/nll.json of a CDM, and with classes RUN/classes.json, of which accuracy and ECE are returned.
     """
     print("drawing samples and scoring the test images", file=sys.stderr)
+    if isinstance(model, Classifier):
+        return {"run": str(run), **_write_accuracy(model, run_data(config, "test"), config.output.draws, run)}
     write_samples(model, config, run)
     write_level_pictures(model, validation, run)
     if not isinstance(model, CDM):
@@ -127,7 +132,7 @@ def write_final(model: CDM | DDM, config: RunConfig, validation: ImageData, run:
     return {**score, **_write_accuracy(model, test, config.output.draws, run)}
 
 
-def _write_accuracy(model: CDM, test: ImageData, draws: int, run: Path) -> dict[str, Any]:
+def _write_accuracy(model: CDM | Classifier, test: ImageData, draws: int, run: Path) -> dict[str, Any]:
     """RUN/classes.json and RUN/classes.png of a class-conditional model; returns the figures, if any."""
     if model.num_classes is None:
         return {}

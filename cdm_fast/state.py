@@ -19,6 +19,7 @@ from cdm_fast.checkpoint import (
 )
 from cdm_fast.config import RunConfig
 from cdm_fast.config_json import digest
+from cdm_fast.discriminative import Classifier
 from cdm_fast.errors import UserError
 from cdm_fast.model import CDM, DDM
 from cdm_fast.nn.unet import UNetTrunk
@@ -32,7 +33,7 @@ SPIKE = 3.0  # a loss above so many running medians is one
 class TrainingState:
     """Everything that changes while a run trains, and that a checkpoint holds."""
 
-    model: CDM | DDM
+    model: CDM | DDM | Classifier
     ema: Ema
     optimizer: torch.optim.Optimizer
     sums: Tensor  # (5,) float64 since the last log line: loss, ce, mse, grad_norm of good steps; how many
@@ -71,9 +72,8 @@ class TrainingState:
         loss, ce, mse, grad_norm = (value / count if count else math.nan for value in sums)
         images = (self.step - self.logged_step) * config.train.batch_size
         seconds = self.seconds - self.logged_seconds
-        numbers = {
+        numbers: dict[str, float | int] = {
             "loss": loss,
-            "mse": mse,
             "grad_norm": grad_norm,
             "lr": learning_rate(config.train, max(self.step - 1, 0)),
             "skipped_steps": int(self.bad[0]),
@@ -81,9 +81,8 @@ class TrainingState:
             "images_per_second": images / seconds if seconds > 0 else math.nan,
             "seconds": self.seconds,
         }
-        if config.train.objective == "cdm":
-            numbers = {"ce": ce, **numbers}
-        return numbers | self._incidents()
+        terms = {"cdm": {"ce": ce, "mse": mse}, "ddm": {"mse": mse}, "classifier": {"ce": ce}}
+        return terms[config.train.objective] | numbers | self._incidents()
 
     def _incidents(self) -> dict[str, float | int]:
         """Since the last log line: the last step that was skipped, and the worst spike of the loss."""

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from cdm_fast.config import RunConfig, TrainConfig
 from cdm_fast.data import ImageData, batch_indices
-from cdm_fast.losses import LossTerms, Noised, draw_seed, noised_cdm_loss, noised_ddm_loss
+from cdm_fast.discriminative import Classifier
+from cdm_fast.losses import (
+    LossTerms,
+    Noised,
+    draw_seed,
+    noised_cdm_loss,
+    noised_classifier_loss,
+    noised_ddm_loss,
+)
 from cdm_fast.model import CDM, DDM
 from cdm_fast.ops import noising
 
@@ -65,7 +73,7 @@ class StepResult(NamedTuple):
 
 
 def training_step(
-    model: CDM | DDM,
+    model: CDM | DDM | Classifier,
     optimizer: torch.optim.Optimizer,  # fused: its `found_inf` holds the step back on the device
     ema: Ema,
     batch: Noised,
@@ -135,6 +143,8 @@ def make_loss(config: TrainConfig) -> LossFunction:
     """The loss function of the objective, with its weights bound: f(model, batch)."""
     if config.objective == "ddm":
         return noised_ddm_loss
+    if config.objective == "classifier":
+        return noised_classifier_loss
     return partial(noised_cdm_loss, ce_weight=config.ce_weight, mse_weight=config.mse_weight)
 
 
@@ -149,7 +159,7 @@ def seed_step(seed: int, step: int) -> None:
     torch.manual_seed(derived_seed(seed, step, "dropout"))
 
 
-def draw_batch(data: ImageData, model: CDM | DDM, config: RunConfig, step: int) -> Noised:
+def draw_batch(data: ImageData, model: CDM | DDM | Classifier, config: RunConfig, step: int) -> Noised:
     """The batch of a step (from 0), a function of (seed, step): images, dequantisation, flips, levels, noise.
 
     `data` and `model` must be on one device.
@@ -175,7 +185,9 @@ def draw_batch(data: ImageData, model: CDM | DDM, config: RunConfig, step: int) 
 def _draw_labels(
     data: ImageData, config: RunConfig, index: Tensor, generator: torch.Generator
 ) -> Tensor | None:
-    """The labels (B,) of a class-conditional run, some replaced by -1, no class; else None."""
+    """(B,) labels: all for a classifier, some replaced by -1 for a class-conditional run; else None."""
+    if config.train.objective == "classifier" and data.labels is not None:
+        return data.labels[index]
     if config.network.conditioning == "none" or data.labels is None:
         return None
     dropped = torch.rand(len(index), generator=generator, device=index.device) < config.train.label_dropout

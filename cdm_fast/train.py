@@ -27,6 +27,7 @@ from cdm_fast.checkpoint import (
 from cdm_fast.config import ImageShape, RunConfig, check
 from cdm_fast.config_json import differences
 from cdm_fast.data import ImageData
+from cdm_fast.discriminative import Classifier
 from cdm_fast.errors import DiskError, UserError
 from cdm_fast.files import alone_in
 from cdm_fast.likelihood import evaluate
@@ -265,7 +266,8 @@ def _intermediate_results(session: Session, display: Display) -> None:
         display.say(f"step {step}: {bits_per_dim:.3f} bits/dim on validation images, unaudited")
     if output.sample_every and step % output.sample_every == 0:
         try:
-            write_samples(model, session.config, session.run)
+            if not isinstance(model, Classifier):
+                write_samples(model, session.config, session.run)
             write_loss_curves(session.run)
         except DiskError as error:
             warnings.warn(f"{error}; training goes on without this picture", stacklevel=2)

@@ -8,6 +8,7 @@ import torch
 
 from cdm_fast import CDM, MLP, NoiseSchedule, UserError
 from cdm_fast.attacks import ClassLogLikelihoods, auroc, describe_attack, evaluate_attack
+from cdm_fast.discriminative import Classifier
 from tests.test_classify import MODELS, SCHEDULE, SPREAD, classes, draw, train
 from tests.test_cli import call, call_json
 
@@ -107,6 +108,19 @@ def test_attack_leaves_model_and_random_numbers_alone():
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     again = evaluate_attack(model, draw(classes(), 8), "pgd", budgets=(0.1,), num_images=8, steps=3)
     assert first.accuracy == again.accuracy and first.detection_auroc == again.detection_auroc
+
+
+def test_a_classifier_is_attacked_and_detects_nothing():
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(2, 2))
+    network.num_classes = 2
+    with torch.no_grad():  # the plane that parts the classes
+        network[1].weight.copy_(torch.tensor([[-9.0, -9.0], [9.0, 9.0]]))
+        network[1].bias.zero_()
+    data, budgets = draw(classes(), 40), (0.02, 0.1)
+    report = evaluate_attack(Classifier(network, SCHEDULE), data, "pgd", budgets=budgets, num_images=40)
+    wanted = (margins(data) > torch.tensor(budgets)[:, None] * 2**0.5).double().mean(1)
+    torch.testing.assert_close(torch.tensor(report.accuracy).double(), wanted, rtol=0, atol=1 / 40 + 1e-9)
+    assert report.detection_auroc is None and "AUROC" not in "".join(describe_attack(report))
 
 
 def test_auroc_counts_pairs():

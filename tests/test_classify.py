@@ -4,6 +4,7 @@ K classes of flat "images" (1, H, W); a class is a Gaussian with its own mean.
 """
 
 import csv
+import json
 import math
 from dataclasses import replace
 
@@ -14,7 +15,9 @@ import torch
 from cdm_fast import CDM, NoiseSchedule, UserError
 from cdm_fast.classify import confusion_matrix, evaluate_classes, reliability
 from cdm_fast.corruptions import KINDS
-from cdm_fast.data import ImageData
+from cdm_fast.data import ImageData, write_image
+from cdm_fast.discriminative import Classifier
+from cdm_fast.losses import Noised, noised_classifier_loss
 from cdm_fast.robustness import describe_corruptions, evaluate_corruptions
 from tests.analytic import Density, ExactDenoiser, ExactNetwork, GaussianMixture
 from tests.test_cli import call, call_json
@@ -22,6 +25,7 @@ from tests.test_joint import ExactJoint
 from tests.tiny_run import CLASSES, FLAGS, write_images
 
 SCHEDULE = NoiseSchedule.uniform(T=40)
+CLEAN = SCHEDULE.a[:1], SCHEDULE.s[:1]
 SPREAD, DISTANCE = 0.25, 0.25  # two classes with means -+ DISTANCE / 2 along the diagonal
 # One dequantised pixel stands for a coordinate; 256 grey levels add nothing to see to a spread of 0.25.
 BAYES = 0.5 * (1 + math.erf(DISTANCE / 2 / SPREAD / math.sqrt(2)))
@@ -100,6 +104,24 @@ def test_exact_likelihoods_reach_the_bayes_accuracy_and_are_calibrated(method):
     assert report.ece < 0.03
     confusion = torch.tensor(report.confusion)
     assert confusion.sum() == 4000 and confusion.trace() == round(4000 * report.accuracy)
+
+
+def test_an_exact_classifier_reaches_the_bayes_accuracy_and_is_calibrated():
+    density = classes((0.8, 0.2))
+    data = draw(density, 4000)
+    posterior = Flattened(lambda x: density.components_log_prob(x, *CLEAN)[:, 0] + density.weights.log())
+    posterior.num_classes = 2
+    model = Classifier(posterior, SCHEDULE)
+    report = evaluate_classes(model, data)
+    bayes = evaluate_classes(joint_model(density), data)
+    assert report.method == "discriminative" and report.bits_per_dim is None
+    assert report.accuracy == bayes.accuracy and report.ece == pytest.approx(bayes.ece, abs=1e-6)
+    assert bool((model.draw_levels(5) == 0).all())
+    loss = noised_classifier_loss(
+        model, Noised(torch.zeros(2, 1, 1, 2).double(), None, None, data.labels[:2])
+    )
+    at_zero = posterior(torch.zeros(1, 2).double()).log_softmax(1)[0]
+    assert float(loss.loss) == pytest.approx(-float(at_zero[data.labels[:2]].mean()))
 
 
 @pytest.mark.parametrize("method", MODELS)
@@ -226,6 +248,28 @@ def plain(tmp_path_factory):
     return train(tmp_path_factory.mktemp("ddm"), "--conditioning", "embedding", "--objective", "ddm")
 
 
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("classifier"), "--objective", "classifier")
+
+
+def test_a_classifier_serves_classify_and_nothing_else(classifier, tmp_path):
+    found = call_json("classify", classifier, "--out", tmp_path / "classes.csv")
+    assert found["method"] == "discriminative" and found["bits_per_dim"] is None
+    assert json.loads((classifier / "classes.json").read_text())["accuracy"] == found["accuracy"]
+    with open(tmp_path / "classes.csv") as file:
+        each = [[float(row[f"log_posterior_{c}"]) for c in range(CLASSES)] for row in csv.DictReader(file)]
+    assert np.exp(each).sum(1) == pytest.approx(1.0, abs=1e-3)
+    write_image(torch.zeros(1, 8, 8, dtype=torch.uint8), tmp_path / "image.png")
+    assert "--objective classifier" in _error(call("sample", classifier, "--num", "1", "--steps", "2"))
+    assert "classifier, which has no likelihood" in _error(call("nll", classifier))
+    assert "classifier, which has no likelihood" in _error(
+        call("denoise", classifier, tmp_path / "image.png")
+    )
+    assert "takes discriminative" in _error(call("classify", classifier, "--method", "ode"))
+    assert (classifier / "loss.png").exists() and not (classifier / "samples.png").exists()
+
+
 def test_json_of_a_joint_run(joint, tmp_path):
     found = call_json("classify", joint, "--out", tmp_path / "classes.csv")
     assert found["method"] == "joint" and found["num_classes"] == CLASSES
@@ -256,7 +300,8 @@ def test_lines_of_an_embedding_run(embedding):
 )
 def test_every_conditional_run_serves_denoiser_and_ode(run, method, request, tmp_path):
     out = tmp_path / "classes.npz"
-    options = ["--method", method, "--images", "2", "--trials", "4", "--tolerance", "0.3", "--out", out]
+    options = ["--method", method, "--images", "2", "--trials", "4", "--out", out]
+    options += ["--tolerance", "0.3", "--probes", "2"]
     found = call_json("classify", request.getfixturevalue(run), *options)
     assert found["method"] == method and found["num_images"] == 2
     assert (found["bits_per_dim"] is None) == (method == "denoising")

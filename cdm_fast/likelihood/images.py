@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cdm_fast.data import ImageData, dequantize
 from cdm_fast.errors import UserError
-from cdm_fast.model import CDM, Denoiser, prototype
+from cdm_fast.model import CDM, DDM, Denoiser, prototype
 from cdm_fast.schedule import NoiseSchedule
 
 Protocol = Literal["dequantized", "paper"]
@@ -21,9 +21,8 @@ Protocol = Literal["dequantized", "paper"]
 def require_likelihood(model: Denoiser) -> None:
     """UserError for a model without a likelihood."""
     if not isinstance(model, CDM):
-        raise UserError(
-            "this is a plain denoising model (DDM), which has no likelihood: train with --objective cdm"
-        )
+        kind = "plain denoising model (DDM)" if isinstance(model, DDM) else "classifier"
+        raise UserError(f"this is a {kind}, which has no likelihood: train with --objective cdm")
 
 
 def like_network(model: Denoiser, x: Tensor) -> Tensor:

@@ -2,6 +2,6 @@
 
 from cdm_fast.nn.mlp import MLP, MLPDenoiser
 from cdm_fast.nn.network import AdjointNetwork
-from cdm_fast.nn.unet import UNet, UNetDenoiser
+from cdm_fast.nn.unet import UNet, UNetClassifier, UNetDenoiser
 
-__all__ = ["MLP", "AdjointNetwork", "MLPDenoiser", "UNet", "UNetDenoiser"]
+__all__ = ["MLP", "AdjointNetwork", "MLPDenoiser", "UNet", "UNetClassifier", "UNetDenoiser"]

@@ -395,6 +395,50 @@ class UNetDenoiser(UNetTrunk):
             return self.conv_out(h)[0]
 
 
+class UNetClassifier(UNetTrunk):
+    """The same trunk as an ordinary classifier: mean over pixels, one logit per class.
+
+    Args:
+        num_classes: K.
+        image_size and the others: see `UNetTrunk`.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        channels: int,
+        num_classes: int,
+        base_channels: int = 128,
+        multipliers: Sequence[int] = (1, 2, 2, 2),
+        blocks_per_level: int = 2,
+        attention_resolutions: Sequence[int] = (16,),
+        dropout: float = 0.0,
+        num_groups: int = 32,
+    ) -> None:
+        super().__init__(
+            image_size,
+            channels,
+            base_channels,
+            multipliers,
+            blocks_per_level,
+            attention_resolutions,
+            dropout,
+            None,
+            num_groups,
+        )
+        self.num_classes = num_classes
+        self.conv_out = ConvMeanPool(self.out_channels, 2 * base_channels)
+        self.linear_layer = nn.Linear(2 * base_channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` (B, C, H, W) -> logits (B, K), in the parameters' precision."""
+        _check_input(x, self.input_shape)
+        h, _ = self.run(x, None, keep_residuals=False)
+        h, _ = self.conv_out(h)
+        with full_precision(h):
+            return self.linear_layer(h)
+
+
 def sinusoids(position: Tensor, width: int) -> Tensor:
     """(B,) -> (B, width): sines and cosines of `position` at geometric wavelengths up to 10,000 (DDPM)."""
     half = width // 2

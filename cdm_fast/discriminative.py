@@ -1,0 +1,46 @@
+"""The discriminative baseline: the trunk of the others as an ordinary classifier of clean images.
+
+# B batch, K classes
+"""
+
+import torch
+from torch import Tensor, nn
+
+from cdm_fast.errors import UserError
+from cdm_fast.model import Denoiser
+from cdm_fast.schedule import NoiseSchedule
+
+
+class Classifier(Denoiser):
+    """`network(x)` is `log p(c | x)` up to one constant per x; trained by cross-entropy, and nothing else.
+
+    A schedule makes it trainable as the others are, at level 0 throughout. It has no denoiser: whatever asks
+    for one (sampling, likelihoods, plots of levels) raises UserError.
+
+    Args:
+        network: a module from (B, ...) to logits (B, K), with an attribute `num_classes`.
+        schedule: of the runs to compare with.
+    """
+
+    def __init__(self, network: nn.Module, schedule: NoiseSchedule) -> None:
+        super().__init__(network, schedule)
+        self.num_classes: int = network.num_classes  # type: ignore[assignment]
+
+    def draw_levels(self, num: int, generator: torch.Generator | None = None) -> Tensor:
+        """(num,) zeros: clean images."""
+        return torch.zeros(num, dtype=torch.int64, device=self.a.device)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(B, K)."""
+        return self.network(x)
+
+    def log_class_posterior(self, x: Tensor) -> Tensor:
+        """`log p(c | x)` in nats, (B, K)."""
+        return self.logits(x).log_softmax(1)
+
+    def denoise(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
+        """Raises UserError."""
+        raise UserError(
+            "this is a run of --objective classifier, which cannot denoise or draw images:"
+            " it serves classify alone"
+        )
