@@ -50,6 +50,18 @@ def test_guided_evaluation_against_ddm(benchmark, compare, models, device, dtype
 
 
 @DTYPES
+def test_guided_evaluation_against_unguided(benchmark, compare, models, device, dtype):
+    """The same joint head, the same labels, with guidance and without."""
+    batch = BATCH_SIZE[device.type]
+    label, model = torch.arange(batch, device=device) % CLASSES, models.joint()
+    guided, plain = (
+        _evaluation(models, model, dtype, batch, label=label, guidance=guidance) for guidance in (1.0, 0.0)
+    )
+    compare(benchmark, guided, plain, both_finite, rounds=9)
+    benchmark.extra_info["shape"] = list(models.images(batch).shape)
+
+
+@DTYPES
 def test_ddim(benchmark, compare, models, device, small, dtype):
     """The same noise through 50 steps of both."""
     batch, steps = BATCH_SIZE[device.type] // 2, 5 if small else 50

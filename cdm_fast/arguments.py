@@ -10,7 +10,7 @@ from cdm_fast.config import Compile, Preset, RunConfig, Sampler
 
 Json = Annotated[bool, FlagCreatePairsOff]
 Split = Literal["train", "validation", "test"]
-AttackName = Literal["fgsm", "pgd", "deepfool", "cw"]
+AttackName = Literal["fgsm", "pgd", "deepfool", "cw", "square"]
 AttackNorm = Literal["linf", "l2"]
 ClassifyMethod = Literal["joint", "embedding", "denoising", "ode", "discriminative"]
 
@@ -57,6 +57,8 @@ class Sample:
     """Class to draw; by default all in turn. Only for class-conditional runs."""
     guidance: float = 0.0
     """How much to overstate the class: w in (1+w) eps(x, class) - w eps(x). Class-conditional runs only."""
+    between: int | None = None
+    """Draw the way from --label to this class: a row of 9 images from the same noise for each of --num."""
     out: Path | None = None
     """A .png sheet, or an .npz of uint8 images (N,H,W,C); by default RUN/samples-SAMPLER-STEPS-SEED.png."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -148,13 +150,16 @@ class Classify:
     corruptions: Annotated[bool, FlagCreatePairsOff] = False
     """Also classify under the 15 standard corruptions at 5 severities each; draws RUN/corruptions.png."""
     attack: AttackName | None = None
-    """Also attack the classifier with foolbox (extra: attacks); draws RUN/attack.png. Joint and embedding."""
+    """Also attack the classifier with foolbox (extra: attacks), or by `square`, a random search that sees no
+    gradient; draws RUN/attack.png. Joint, embedding and discriminative."""
     attack_norm: AttackNorm = "linf"
-    """Norm of the perturbation; cw takes l2 alone."""
+    """Norm of the perturbation; cw takes l2 alone, square linf."""
+    attack_from: Path | None = None
+    """Run directory to attack instead; its images are then shown to this run: a check of masked gradients."""
     budgets: tuple[float, ...] = ()
     """Largest norms of the perturbation, white being 1; by default the usual ones."""
     attack_steps: int | None = None
-    """Steps of the attack; by default 40 for pgd, 50 for deepfool, 200 for cw."""
+    """Steps of the attack; by default 40 for pgd, 50 for deepfool, 200 for cw, 1000 for square."""
     attack_images: int = 100
     """Images to attack, drawn from the split."""
     out: Path | None = None

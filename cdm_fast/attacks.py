@@ -1,4 +1,5 @@
-"""White-box adversarial attacks by foolbox: the classifier's gradients are exact, with no ODE and no noise.
+"""Adversarial attacks: white-box ones by foolbox, on exact gradients with no ODE and no noise; and two checks
+that these gradients are not masked, a black-box attack and one carried over from another model.
 
 # B batch, n images, K classes, N grey levels, m budgets
 """
@@ -22,6 +23,7 @@ from cdm_fast.errors import UserError
 from cdm_fast.likelihood.images import choose, like_network, require_likelihood, stderr
 from cdm_fast.model import CDM, measures
 from cdm_fast.progress import Progress, silent
+from cdm_fast.square_attack import SquareAttack
 
 # In units of white, the whole range of a pixel; the usual ones of 8-bit pictures and of MNIST.
 BUDGETS: dict[str, tuple[float, ...]] = {
@@ -29,7 +31,7 @@ BUDGETS: dict[str, tuple[float, ...]] = {
     "l2": (0.1, 0.25, 0.5, 1.0, 2.0, 3.0),
 }
 PGD_WAY = 2.5  # budgets that all steps of PGD together could go (arXiv 1706.06083)
-STEPS = {"fgsm": 1, "pgd": 40, "deepfool": 50, "cw": 200}
+STEPS = {"fgsm": 1, "pgd": 40, "deepfool": 50, "cw": 200, "square": 1000}
 
 
 class ClassLogLikelihoods(nn.Module):
@@ -69,7 +71,8 @@ class AttackReport:
 
     Fields:
         attack, norm, steps: the attack's settings; PGD starts at random and its steps are 2.5 budgets in all;
-            the others are foolbox's defaults.
+            "square" is `SquareAttack`; the others are foolbox's defaults.
+        transferred: whether another model's gradients made the images.
         clean_accuracy: without attack, on the same images.
         budgets: largest norm of the perturbation, ascending, white being 1.
         accuracy, accuracy_stderr: at each, with standard error.
@@ -81,6 +84,7 @@ class AttackReport:
     attack: str
     norm: str
     steps: int
+    transferred: bool
     clean_accuracy: float
     budgets: list[float]
     accuracy: list[float]
@@ -103,6 +107,7 @@ def evaluate_attack(
     budgets: Sequence[float] = (),
     *,
     steps: int | None = None,
+    surrogate: CDM | Classifier | None = None,
     num_images: int = 100,
     batch_size: int = 100,
     seed: int = 0,
@@ -111,9 +116,12 @@ def evaluate_attack(
     """Attacks `num_images` images of `data` with foolbox; see `AttackReport` and `ClassLogLikelihoods`.
 
     Args:
-        attack: "fgsm" (with "l2" the fast gradient method), "pgd", "deepfool", or "cw" (Carlini & Wagner).
+        attack: "fgsm" (with "l2" the fast gradient method), "pgd", "deepfool", "cw" (Carlini & Wagner), or
+            "square" (random search, no gradients).
         budgets: positive, white being 1; `BUDGETS[norm]` by default.
-        steps: of "pgd", "deepfool" and "cw" (each of its 9 searches); `STEPS` by default.
+        steps: of "pgd", "deepfool", "square" and "cw" (each of its 9 searches); `STEPS` by default.
+        surrogate: a model of the same images and classes to attack instead; its images are then shown to
+            `model`.
         seed: of the choice of images and of the attack's random start.
 
     Raises:
@@ -126,6 +134,7 @@ def evaluate_attack(
     if num_images < 2:
         raise UserError(f"{num_images} images to attack: at least 2 are needed for an error bar")
     foolbox = load_foolbox()
+    target = classifier if surrogate is None else ClassLogLikelihoods(surrogate, data.num_grey_levels).eval()
     steps = steps or STEPS[attack]
     epsilons = sorted(budgets or BUDGETS[norm])
     index = choose(len(data), num_images, torch.Generator().manual_seed(seed))
@@ -133,9 +142,9 @@ def evaluate_attack(
     label = label[index].to(pixels.device)
     began = time.perf_counter()
     clean_log_prob, right, log_prob, survived = [], [], [], []
-    with torch.enable_grad(), _frozen(model), torch.random.fork_rng():
+    with torch.enable_grad(), _frozen(target), torch.random.fork_rng():
         torch.manual_seed(seed)
-        attacked = foolbox.PyTorchModel(classifier, bounds=(0, 1), device=pixels.device)
+        attacked = foolbox.PyTorchModel(target, bounds=(0, 1), device=pixels.device)
         run = _ATTACKS[attack, norm](foolbox.attacks, steps)
         for first in range(0, len(pixels), batch_size):
             progress(f"{attack}, {norm}: image {first} of {len(pixels)}")
@@ -145,8 +154,9 @@ def evaluate_attack(
                 outputs = classifier(x)
                 right.append(outputs.argmax(1) == c)
                 clean_log_prob.append(outputs.logsumexp(1))
-                log_prob.append(torch.stack([classifier(adversary).logsumexp(1) for adversary in clipped]))
-            survived.append(~success)
+                seen = torch.stack([classifier(adversary) for adversary in clipped])  # (m, B, K)
+                log_prob.append(seen.logsumexp(2))
+            survived.append(~success if surrogate is None else seen.argmax(2) == c)
     seconds = time.perf_counter() - began
     still_right = torch.cat(survived, dim=1).double().cpu()  # (m, n)
     clean, noisy = torch.cat(clean_log_prob).cpu(), torch.cat(log_prob, dim=1).cpu()
@@ -154,6 +164,7 @@ def evaluate_attack(
         attack=attack,
         norm=norm,
         steps=steps,
+        transferred=surrogate is not None,
         clean_accuracy=float(torch.cat(right).double().mean()),
         budgets=epsilons,
         accuracy=still_right.mean(1).tolist(),
@@ -186,7 +197,8 @@ def check_attack(attack: str, norm: str, budgets: Sequence[float], steps: int | 
     if norm not in get_args(AttackNorm):
         raise UserError(f"unknown norm {norm!r}: choose one of {', '.join(get_args(AttackNorm))}")
     if (attack, norm) not in _ATTACKS:
-        raise UserError("the attack cw is one in l2: give --attack-norm l2")
+        only = "l2" if attack == "cw" else "linf"
+        raise UserError(f"the attack {attack} is one in {only}: give --attack-norm {only}")
     for budget in budgets:
         if not 0 < budget < float("inf"):
             raise UserError(f"budget {budget}: give finite numbers above 0, in units of white")
@@ -214,6 +226,7 @@ _ATTACKS: dict[tuple[str, str], Callable[[Any, int], Callable[..., Any]]] = {
     ("pgd", "l2"): lambda attacks, steps: attacks.L2PGD(steps=steps, rel_stepsize=PGD_WAY / steps),
     ("deepfool", "linf"): lambda attacks, steps: attacks.LinfDeepFoolAttack(steps=steps),
     ("deepfool", "l2"): lambda attacks, steps: attacks.L2DeepFoolAttack(steps=steps),
+    ("square", "linf"): lambda attacks, steps: SquareAttack(steps),
     ("cw", "l2"): lambda attacks, steps: attacks.L2CarliniWagnerAttack(steps=steps),
 }
 
@@ -221,7 +234,8 @@ _ATTACKS: dict[tuple[str, str], Callable[[Any, int], Callable[..., Any]]] = {
 def describe_attack(report: AttackReport) -> list[str]:
     """The report as lines for a person."""
     lines = [
-        f"{report.attack} in {report.norm}, {report.steps} steps, {report.num_images} images: accuracy"
+        f"{report.attack} in {report.norm}{' on another model' if report.transferred else ''},"
+        f" {report.steps} steps, {report.num_images} images: accuracy"
         f" {100 * report.clean_accuracy:.1f} % without attack"
     ]
     areas: Sequence[float | None] = report.detection_auroc or [None] * len(report.budgets)

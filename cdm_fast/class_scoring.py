@@ -1,10 +1,13 @@
 """`cdm-fast classify`: from parsed arguments to what is told."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from cdm_fast.arguments import Classify
 from cdm_fast.attacks import check_attack, describe_attack, evaluate_attack, load_foolbox
 from cdm_fast.build import class_prior
+from cdm_fast.checkpoint import load, read_config
 from cdm_fast.classify import ClassReport, describe_classes, evaluate_classes, fitting_method, require_classes
 from cdm_fast.config import RunConfig
 from cdm_fast.data import ImageData
@@ -30,6 +33,8 @@ def score_classes(command: Classify, config: RunConfig, model: Denoiser, data: I
                 "--attack needs the gradient of logits: a run and --method joint, embedding or discriminative"
             )
         check_attack(command.attack, command.attack_norm, command.budgets, command.attack_steps)
+        if command.attack_from is not None:
+            _require_same_kind(command.attack_from, config)
         load_foolbox()
     report = _evaluate(command, config, model, data)
     result = report.to_json()
@@ -60,6 +65,7 @@ def _attack(command: Classify, model: Denoiser, data: ImageData) -> tuple[dict[s
         command.attack_norm,
         command.budgets,
         steps=command.attack_steps,
+        surrogate=None if command.attack_from is None else _surrogate(command.attack_from, model),
         num_images=command.attack_images,
         batch_size=command.batch_size,
         seed=command.seed,
@@ -67,6 +73,20 @@ def _attack(command: Classify, model: Denoiser, data: ImageData) -> tuple[dict[s
     )
     picture = write_attack(report.to_json(), command.run / "attack.png")
     return {**report.to_json(), "picture": str(picture)}, [*describe_attack(report), str(picture)]
+
+
+def _require_same_kind(run: Path, config: RunConfig) -> None:
+    """UserError unless images of `run` can be shown to the run of `config`, and told apart by its classes."""
+    other, own = (replace(each.image, class_counts=None) for each in (read_config(run), config))
+    if other != own:
+        raise UserError(f"--attack-from {run} was trained on other images or classes; give a run on the same")
+
+
+def _surrogate(run: Path, model: Denoiser) -> CDM | Classifier:
+    surrogate = load(run).to(model.a.device)
+    if not isinstance(surrogate, CDM | Classifier):
+        raise UserError(f"--attack-from {run} has no logits to attack; give a CDM or a classifier")
+    return surrogate
 
 
 def _evaluate(command: Classify, config: RunConfig, model: Denoiser, data: ImageData) -> ClassReport:

@@ -3,6 +3,7 @@
 import io
 import time
 from collections.abc import Callable
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,8 @@ from cdm_fast.errors import UserError
 from cdm_fast.files import write_atomically
 from cdm_fast.likelihood import denoise_blind, describe_score
 from cdm_fast.likelihood.export import check_name, write_per_image
-from cdm_fast.model import CDM, DDM
+from cdm_fast.model import CDM, DDM, Denoiser
+from cdm_fast.plots import write_rows
 from cdm_fast.replay import replay
 from cdm_fast.report import (
     class_labels,
@@ -34,10 +36,12 @@ from cdm_fast.report import (
     write_loss_curves,
     write_sheet,
 )
-from cdm_fast.sampling import sample
+from cdm_fast.sampling import Between, Guided, sample
 from cdm_fast.scoring import score
 from cdm_fast.train import resume, train
 from cdm_fast.tuning import compile_network
+
+WAY = 9  # images on the way from one class to another
 
 
 class Outcome(NamedTuple):
@@ -89,23 +93,19 @@ def sample_command(command: arguments.Sample) -> Outcome:
     if out.suffix not in (".png", ".npz"):
         raise UserError(f"--out {out}: give a name that ends in .png or .npz")
     labels = _sample_labels(command, config)
+    _check_between(command, config, out)
     model = _load(command.run, command.device)
     compile_network(model, command.compile)
+    shares = [0.0] if command.between is None else [column / (WAY - 1) for column in range(WAY)]
     began = time.perf_counter()
-    images = sample(
-        model,
-        command.num,
-        command.sampler,
-        command.steps,
-        command.seed,
-        label=labels,
-        guidance=command.guidance,
-        eta=command.eta,
-        precision=command.precision,
-    )
+    columns = [_draw(command, model, labels, share) for share in shares]
     seconds = time.perf_counter() - began
-    grey = config.image.num_grey_levels
-    if out.suffix == ".png":
+    images, grey = columns[0], config.image.num_grey_levels
+    if command.between is not None:
+        rows = displayable(torch.stack(columns, 1).flatten(0, 1), grey).unflatten(0, (command.num, WAY))
+        title = f"from class {command.label} to {command.between}, guidance {command.guidance:g}"
+        write_rows({f"{i}": row for i, row in enumerate(rows)}, out, title, [f"{s:.3g}" for s in shares])
+    elif out.suffix == ".png":
         title = f"{command.sampler}, {command.steps} steps, guidance {command.guidance:g}"
         write_sheet(displayable(images, grey), labels, out, title)
     else:
@@ -118,11 +118,46 @@ def sample_command(command: arguments.Sample) -> Outcome:
         "steps": command.steps,
         "seed": command.seed,
         "guidance": command.guidance,
+        "between": command.between,
         "precision": command.precision,
         "seconds": seconds,
-        "images_per_second": command.num / seconds,
+        "images_per_second": len(shares) * command.num / seconds,
     }
-    return Outcome(result, [f"{command.num} images in {out}, drawn in {seconds:.1f} s"])
+    return Outcome(result, [f"{len(shares) * command.num} images in {out}, drawn in {seconds:.1f} s"])
+
+
+def _draw(command: arguments.Sample, model: Denoiser, labels: Tensor | None, share: float) -> Tensor:
+    """`--num` images, a share of the way to the class of `--between`, always from the same noise."""
+    guidance = command.guidance
+    if command.between is not None:
+        model, guidance = Between(Guided(model, guidance), command.between, share), 0.0
+    return sample(
+        model,
+        command.num,
+        command.sampler,
+        command.steps,
+        command.seed,
+        label=labels,
+        guidance=guidance,
+        eta=command.eta,
+        precision=command.precision,
+    )
+
+
+def _check_between(command: arguments.Sample, config: RunConfig, out: Path) -> None:
+    """UserError for a way between classes that does not exist, or that is no picture."""
+    if command.between is None:
+        return
+    classes = config.image.num_classes
+    if command.label is None or classes is None or not 0 <= command.between < classes:
+        raise UserError(
+            f"--between {command.between} goes with --label, both classes of {command.run}: 0 to"
+            f" {(classes or 1) - 1}"
+        )
+    if out.suffix != ".png":
+        raise UserError(f"--out {out}: --between draws a sheet, give a name that ends in .png")
+    if not isfinite(command.guidance):
+        raise UserError(f"guidance is {command.guidance}: it must be a finite number")
 
 
 def _sample_labels(command: arguments.Sample, config: RunConfig) -> Tensor | None:

@@ -183,6 +183,31 @@ class Guided(Denoiser):
         return self.model.guided_denoise(x, level, label, self.guidance)
 
 
+class Between(Denoiser):
+    """A class-conditional model on the way from the labelled class to another.
+
+    `eps_hat = (1 - share) eps_hat(x, label) + share eps_hat(x, other)`, the denoiser of logits mixed in these
+    proportions, that is of `p(x|label)^(1-share) p(x|other)^share` at every level up to a factor.
+
+    Args:
+        model: the model; `Guided` overstates both classes.
+        other: the class at share 1, 0..K-1.
+        share: 0..1.
+    """
+
+    def __init__(self, model: Denoiser, other: int, share: float) -> None:
+        super().__init__(model, model.schedule, model.input_shape)
+        self.model = model
+        self.other = other
+        self.share = share
+
+    def denoise(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
+        if label is None:
+            return self.model.denoise(x, level)
+        here, there = (self.model.denoise(x, level, c) for c in (label, torch.full_like(label, self.other)))
+        return torch.lerp(here, there, self.share)
+
+
 @measures
 def sample(
     model: Denoiser,

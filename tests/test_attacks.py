@@ -9,6 +9,7 @@ import torch
 from cdm_fast import CDM, MLP, NoiseSchedule, UserError
 from cdm_fast.attacks import ClassLogLikelihoods, auroc, describe_attack, evaluate_attack
 from cdm_fast.discriminative import Classifier
+from cdm_fast.square_attack import square_side
 from tests.test_classify import MODELS, SCHEDULE, SPREAD, classes, draw, train
 from tests.test_cli import call, call_json
 
@@ -64,6 +65,7 @@ def test_gradients_of_a_network_are_those_of_finite_differences(conditioning):
         ("deepfool", "linf"),
         ("deepfool", "l2"),
         ("cw", "l2"),
+        ("square", "linf"),
     ],
 )
 def test_accuracy_falls_as_the_margins_say(attack, norm):
@@ -77,7 +79,7 @@ def test_accuracy_falls_as_the_margins_say(attack, norm):
         norm,
         budgets,
         num_images=60,
-        steps=40 if attack == "cw" else None,
+        steps={"cw": 40, "square": 60}.get(attack),
     )
     reach = torch.tensor(budgets) * (2**0.5 if norm == "linf" else 1)
     wanted = (margins(data) > reach[:, None]).double().mean(1)
@@ -121,6 +123,26 @@ def test_a_classifier_is_attacked_and_detects_nothing():
     wanted = (margins(data) > torch.tensor(budgets)[:, None] * 2**0.5).double().mean(1)
     torch.testing.assert_close(torch.tensor(report.accuracy).double(), wanted, rtol=0, atol=1 / 40 + 1e-9)
     assert report.detection_auroc is None and "AUROC" not in "".join(describe_attack(report))
+
+
+def test_an_attack_carried_over_is_judged_by_the_model_it_meets():
+    """Images that cross the surrogate's plane by a lot cross this one too; a blind surrogate's do nothing."""
+    model, data = MODELS["joint"](classes()), draw(classes(), 40)
+    own = evaluate_attack(model, data, "pgd", budgets=(0.05,), num_images=40)
+    same = evaluate_attack(model, data, "pgd", budgets=(0.05,), num_images=40, surrogate=model)
+    assert same.transferred and not own.transferred and same.accuracy == own.accuracy
+    blind = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(2, 2).double())
+    blind.num_classes = 2
+    torch.nn.init.zeros_(blind[1].weight)
+    nothing = Classifier(blind, SCHEDULE)
+    spared = evaluate_attack(model, data, "fgsm", budgets=(0.05,), num_images=40, surrogate=nothing)
+    assert spared.accuracy[0] == spared.clean_accuracy > own.accuracy[0]
+
+
+@pytest.mark.parametrize(("progress", "side"), [(0.0, 7), (0.5, 1), (0.03, 3), (0.9, 1)])
+def test_squares_shrink(progress, side):
+    """sqrt(0.8 x 64), sqrt(0.8 / 2^7 x 64) < 1, sqrt(0.1 x 64): the paper's halvings."""
+    assert square_side(progress, 8, 8) == side
 
 
 def test_auroc_counts_pairs():

@@ -134,6 +134,18 @@ def test_sample_writes_a_sheet_that_the_seed_determines(trained, tmp_path):
         assert sheet.width > 3 * 8 and sheet.mode == "L"
 
 
+def test_the_way_between_two_classes_is_a_sheet(trained, tmp_path):
+    out, _ = trained
+    flags = ["--num", "2", "--steps", "2", "--label", "0", "--between"]
+    found = call_json("sample", out, *flags, "2", "--out", tmp_path / "way.png")
+    assert found["between"] == 2
+    with Image.open(tmp_path / "way.png") as sheet:
+        assert sheet.width > 9 * 64 and 2 * 64 < sheet.height < 4 * 64
+    for wrong, told in ((["3"], "0 to 2"), (["2", "--out", tmp_path / "way.npz"], "ends in .png")):
+        status, _, err = call("sample", out, *flags, *wrong)
+        assert status == 2 and told in err
+
+
 def test_samples_in_bf16_are_those_of_fp32_rounded(trained, tmp_path):
     out, _ = trained
     sheets = []

@@ -11,7 +11,7 @@ from torch import nn
 
 from cdm_fast import CDM, DDM, MLP, MLPDenoiser, NoiseSchedule, UNet, UserError, cdm_loss, sample, use_backend
 from cdm_fast.nn.heads import JointHead, LowRankHead
-from cdm_fast.sampling import Guided
+from cdm_fast.sampling import Between, Guided
 from tests.analytic import GaussianMixture, eps_hat, noisy_sample, random_mixture
 from tests.opaque import Opaque
 
@@ -291,6 +291,17 @@ def test_guidance_pushes_samples_away_from_the_other_classes():
     means = [float(x.mean()) for x in draws]
     assert means[0] == pytest.approx(0.5, abs=0.1)
     assert means[0] + 0.1 < means[1] < means[2] - 0.1
+
+
+def test_between_two_classes_the_denoiser_is_that_of_mixed_logits(exact, mixture):
+    x, level = noisy_sample(mixture, SCHEDULE, 4, num=6), 4
+    label = torch.tensor([0, 1, 2, 0, 1, 2])
+    here, there = (exact.score(x, level, c) for c in (label, torch.full_like(label, 2)))
+    mixed = -SCHEDULE.s[level] * (0.75 * here + 0.25 * there)
+    torch.testing.assert_close(Between(exact, 2, 0.25).denoise(x, level, label), mixed, **EXACT)
+    for share, c in ((0.0, label), (1.0, torch.full_like(label, 2))):
+        got = Between(Guided(exact, 1.5), 2, share).denoise(x, level, label)
+        torch.testing.assert_close(got, Guided(exact, 1.5).denoise(x, level, c), **EXACT)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,219 @@
+"""The table of docs/classification.md: one data set, five ways to classify it, and what each withstands.
+
+    python -m benchmarks.classification_table digits --runs RUNS [--kinds joint ...] [--seeds 0 1 2]
+    python -m benchmarks.classification_table svm                  # RBF SVM on the same splits of digits
+    python -m benchmarks.classification_table show                 # results/classification.jsonl as tables
+
+A run that is missing is trained into RUNS/DATA-KIND-SEED by the preset; a row that stands in the file is not
+measured again. Each row carries its command, device, versions and commit.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.model_selection import GridSearchCV
+from sklearn.svm import SVC
+
+from benchmarks.environment import facts
+from cdm_fast import load
+from cdm_fast.attacks import evaluate_attack
+from cdm_fast.build import class_prior
+from cdm_fast.checkpoint import read_config
+from cdm_fast.classify import evaluate_classes
+from cdm_fast.config import RunConfig, preset
+from cdm_fast.data import ImageData, load_data
+from cdm_fast.discriminative import Classifier
+from cdm_fast.likelihood import evaluate_elbo
+from cdm_fast.model import CDM
+from cdm_fast.progress import to_stderr
+from cdm_fast.report import run_data
+from cdm_fast.robustness import evaluate_corruptions
+from cdm_fast.train import train
+
+Figures = Callable[[], dict[str, Any]]
+RESULTS = Path(__file__).parent / "results" / "classification.jsonl"
+KINDS = ("joint", "unconditional", "embedding", "ddm", "discriminative")
+# Methods that a run is scored by, its own first; the slow ones on so many images of the test split.
+METHODS: dict[str, tuple[str, ...]] = {
+    "joint": ("joint", "denoising", "ode"),
+    "embedding": ("embedding",),
+    "ddm": ("denoising", "ode"),
+    "discriminative": ("discriminative",),
+    "unconditional": (),
+}
+IMAGES = {"denoising": 100, "ode": 32}
+BUDGETS = {"digits": (0.05, 0.1, 0.2), "fashion-mnist": (2 / 255, 4 / 255, 8 / 255)}
+ATTACKED = 100
+
+
+def configured(data: str, kind: str, seed: int) -> RunConfig:
+    """The preset with what the kind changes, and nothing drawn on the way."""
+    base = preset(data)
+    conditioning = {"joint": "joint", "embedding": "embedding", "ddm": "embedding"}.get(kind, "none")
+    objective = kind if kind == "ddm" else "classifier" if kind == "discriminative" else "cdm"
+    return replace(
+        base,
+        data=replace(base.data, split_seed=seed),
+        network=replace(base.network, conditioning=conditioning),
+        train=replace(base.train, objective=objective, precision="fp32"),
+        output=replace(base.output, sample_every=0, evaluate_every=0),
+    )
+
+
+def trained(data: str, kind: str, seed: int, runs: Path) -> Path:
+    """The run directory, trained first if it is missing."""
+    run = runs / f"{data}-{kind}-{seed}"
+    if not run.exists():
+        train(configured(data, kind, seed), run)
+    return run
+
+
+def measurements(data: str, kind: str, seed: int, runs: Path) -> Iterator[tuple[str, Figures]]:
+    """(what, how to measure it) of one run."""
+    run = trained(data, kind, seed, runs)
+    model, config = load(run), read_config(run)
+    test, prior = run_data(config, "test"), class_prior(config)
+
+    def classified(images: Any, method: str) -> Any:  # noqa: ANN401  (ImageData -> ClassReport)
+        return evaluate_classes(
+            model, images, method, num_images=IMAGES.get(method), trials=10, class_prior=prior
+        )
+
+    for method in METHODS[kind]:
+        yield method, lambda method=method: classified(test, method).to_json()
+    if isinstance(model, CDM):
+        yield "elbo", lambda: bound(model, test)
+    if seed or kind in ("ddm", "unconditional"):
+        return
+    own = METHODS[kind][0]
+    corrupted = partial(evaluate_corruptions, lambda images: classified(images, own), test, to_stderr)
+    yield "corruptions", lambda: corrupted().to_json()
+    assert isinstance(model, CDM | Classifier)
+    for attack, norm in (("pgd", "linf"), ("square", "linf"), ("deepfool", "l2"), ("cw", "l2")):
+        budgets = BUDGETS[data] if norm == "linf" else ()
+        found = partial(evaluate_attack, model, test, attack, norm, budgets, num_images=ATTACKED)  # type: ignore[arg-type]
+        yield attack, lambda found=found: found().to_json()
+    for other in ("joint", "discriminative"):
+        path = runs / f"{data}-{other}-0"
+        if other != kind and path.exists():
+            surrogate = load(path)
+            assert isinstance(surrogate, CDM | Classifier)
+            found = partial(
+                evaluate_attack,
+                model,
+                test,
+                "pgd",
+                "linf",
+                BUDGETS[data],
+                surrogate=surrogate,
+                num_images=ATTACKED,
+            )
+            yield f"pgd from {other}", lambda found=found: found().to_json()
+
+
+def bound(model: CDM, test: ImageData) -> dict[str, float]:
+    """The variational bound of the marginal on the whole test split, bits/dim."""
+    found = evaluate_elbo(model, test, len(test), 500, 0, to_stderr)
+    return {"bits_per_dim": found.bits_per_dim, "bits_per_dim_stderr": found.bits_per_dim_stderr}
+
+
+def support_vectors(seed: int) -> dict[str, Any]:
+    """An RBF SVM of digits' pixels: C and gamma by 5 folds of training and validation images together."""
+    parts = [load_data("digits", split, split_seed=seed) for split in ("train", "validation", "test")]
+    x = [part.images.flatten(1).numpy() / 16 for part in parts]
+    y = [part.labels.numpy() for part in parts if part.labels is not None]
+    grid = {"C": [1, 3, 10, 30], "gamma": [0.02, 0.05, 0.1, 0.2, "scale"]}
+    search = GridSearchCV(SVC(), grid, cv=5).fit(np.concatenate(x[:2]), np.concatenate(y[:2]))
+    accuracy = float(search.score(x[2], y[2]))
+    return {"accuracy": accuracy, "num_images": len(y[2]), **search.best_params_}
+
+
+def add_rows(key: tuple[str, str, int], measured: Iterable[tuple[str, Figures]], command: str) -> None:
+    """Measures what the results file lacks of a run, and appends it row by row."""
+    present = {(r["data"], r["kind"], r["seed"], r["what"]) for r in read_rows()}
+    data, kind, seed = key
+    for what, figures in measured:
+        if (*key, what) not in present:
+            row = {"data": data, "kind": kind, "seed": seed, "what": what, **figures()}
+            with open(RESULTS, "a") as file:
+                print(json.dumps({**row, "environment": facts("cpu"), "command": command}), file=file)
+
+
+def read_rows() -> list[dict[str, Any]]:
+    """All rows of the results file, oldest first."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def show() -> str:
+    """The results as markdown."""
+    rows = {(r["data"], r["kind"], r["seed"], r["what"]): r for r in read_rows()}
+    lines = ["| data | run | method | accuracy, % | bits/dim | bound, bits/dim | images/s | corrupted, % |"]
+    lines[0] += " PGD at three budgets, % |"
+    lines.append("|---" * 9 + "|")
+    for (data, kind, seed, what), row in rows.items():
+        if "accuracy" not in row or "attack" in row:
+            continue
+        first = (METHODS.get(kind) or (what,))[0] == what
+        bound = rows.get((data, kind, seed, "elbo")) if first else None
+        hurt = rows.get((data, kind, seed, "corruptions")) if first else None
+        pgd = rows.get((data, kind, seed, "pgd")) if first else None
+        cells = [
+            data,
+            f"{kind}, split {seed}",
+            what,
+            with_error(100 * row["accuracy"], 100 * row.get("accuracy_stderr", math.nan), 2),
+            with_error(row.get("bits_per_dim"), row.get("bits_per_dim_stderr"), 3),
+            "-" if bound is None else with_error(bound["bits_per_dim"], bound["bits_per_dim_stderr"], 3),
+            "-" if "images_per_second" not in row else f"{row['images_per_second']:.3g}",
+            "-" if hurt is None else f"{100 * hurt['corrupted_accuracy']:.1f}",
+            "-" if pgd is None else ", ".join(f"{100 * value:.0f}" for value in pgd["accuracy"]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| data | run | attack | steps | budgets | accuracy, % |", "|---" * 6 + "|"]
+    for (data, kind, _, what), row in rows.items():
+        if "attack" in row:
+            budgets = ", ".join(f"{budget:.3g}" for budget in row["budgets"])
+            left = ", ".join(f"{100 * value:.0f}" for value in row["accuracy"])
+            cells = [data, kind, f"{what}, {row['norm']}", str(row["steps"]), budgets, left]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def with_error(value: float | None, error: float | None, digits: int) -> str:
+    """`value +- error`, or "-"."""
+    if value is None:
+        return "-"
+    known = error is not None and math.isfinite(error)
+    return f"{value:.{digits}f}" + (f" +- {error:.{digits}f}" if known else "")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("what", choices=("digits", "fashion-mnist", "svm", "show"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/classification"))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0,))
+    options = parser.parse_args(arguments)
+    if options.what == "show":
+        print(show())
+        return
+    program = f"python -m benchmarks.classification_table {options.what}"
+    for seed in options.seeds:
+        if options.what == "svm":
+            rows: list[tuple[str, Figures]] = [("svm", partial(support_vectors, seed))]
+            add_rows(("digits", "svm", seed), rows, f"{program} --seeds {seed}")
+            continue
+        for kind in options.kinds:
+            found = measurements(options.what, kind, seed, options.runs)
+            add_rows((options.what, kind, seed), found, f"{program} --kinds {kind} --seeds {seed}")
+
+
+if __name__ == "__main__":
+    main()
