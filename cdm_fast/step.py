@@ -108,7 +108,12 @@ def training_step(
 
 
 def accumulate_gradient(
-    model: CDM | DDM, batch: Noised, loss_function: LossFunction, *, parts: int = 1, precision: str = "fp32"
+    model: CDM | DDM | Classifier,
+    batch: Noised,
+    loss_function: LossFunction,
+    *,
+    parts: int = 1,
+    precision: str = "fp32",
 ) -> Tensor:
     """Adds the gradient of the batch to that of the weights, part by part; (3,) loss, CE (or 0) and MSE."""
     device = batch.x_t.device.type
