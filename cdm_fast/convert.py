@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cdm_fast.build import build_model
+from cdm_fast.build import build_model, build_network
 from cdm_fast.checkpoint import Checkpoint, create_run, require_new, snapshot
 from cdm_fast.config import PRESETS, ImageShape, NetworkConfig, RunConfig, ScheduleConfig
 from cdm_fast.errors import UserError
@@ -72,12 +72,15 @@ def convert(
     require_new(out)
     weights = {part: _with_levels_from_data(state, schedule) for part, state in read_public(file).items()}
     config, assumed = infer_config(weights["ema"], schedule, image_size, str(file))
+    with torch.device("meta"):  # before memory is taken for what the shapes of some tensors promise
+        expected = build_network(config).state_dict()
+    for state in weights.values():
+        _require_match(state, expected, str(file))
     # build_model draws weights; the caller's random numbers should not notice.
     with torch.random.fork_rng(devices=[]):
         model = build_model(config)
     tensors: dict[str, State] = {"optimizer": {}}
     for part, state in weights.items():
-        _require_match(state, model.network.state_dict(), str(file))
         model.network.load_state_dict(state)
         tensors[part] = snapshot(model)
     create_run(out, config, Checkpoint(tensors, {"step": 0}))
@@ -110,17 +113,17 @@ def infer_config(
     Raises UserError that begins with `where` when a tensor is missing that every such network has, or when
     the image size is neither given nor to be guessed.
     """
-    base_channels, channels = _shape(state, "conv_in.weight", where)[:2]
+    base_channels, channels = _shape(state, "conv_in.weight", 4, where)[:2]
     num_resolutions = _count(state, r"down\.(\d+)\.", where)
-    widths = [_shape(state, f"down.{i}.block.0.conv1.weight", where)[0] for i in range(num_resolutions)]
+    widths = [_shape(state, f"down.{i}.block.0.conv1.weight", 4, where)[0] for i in range(num_resolutions)]
     attention = [i for i in range(num_resolutions) if f"down.{i}.attn.0.q.weight" in state]
-    num_levels = _shape(state, "linear_layer.weight", where)[0]
+    num_levels = _shape(state, "linear_layer.weight", 2, where)[0]
     if any(width % base_channels for width in widths) or num_levels < 3:
         raise UserError(
             f"{where}: widths {widths} over {base_channels} and {num_levels} levels are not those of a CDM;"
             " convert takes the CDM paper's U-Net only"
         )
-    classes = _shape(state, "label_emb.weight", where)[0] - 1 if "label_emb.weight" in state else None
+    classes = _shape(state, "label_emb.weight", 2, where)[0] - 1 if "label_emb.weight" in state else None
     assumed = [f"schedule {schedule}", "256 grey levels"]
     if image_size is None:
         image_size = _usual_image_size(attention, where)
@@ -216,9 +219,10 @@ def _require_match(state: State, expected: State, where: str) -> None:
             )
 
 
-def _shape(state: State, name: str, where: str) -> torch.Size:
-    if name not in state or state[name].dim() == 0:
-        raise UserError(f"{where}: no tensor {name}; convert takes the CDM paper's U-Net only")
+def _shape(state: State, name: str, rank: int, where: str) -> torch.Size:
+    """The shape of a tensor with `rank` axes, none of them empty."""
+    if name not in state or state[name].dim() != rank or state[name].numel() == 0:
+        raise UserError(f"{where}: no tensor {name} of {rank} axes; convert takes the CDM paper's U-Net only")
     return state[name].shape
 
 

@@ -9,7 +9,9 @@ import io
 import pickle
 import pickletools
 import struct
+import warnings
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +88,7 @@ def _check_pickle(path: Path, program: bytes) -> None:
     """
     stack: list[int] = []  # of each value: its leaves, if it is a tuple; -1 for a mark
     memo: dict[int, int] = {}
-    for opcode, argument, _ in pickletools.genops(program):
+    for opcode, argument, _ in _opcodes(program):
         name, index = opcode.name, argument if isinstance(argument, int) else len(memo)
         if name in ("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"):
             if name != "GLOBAL" or argument not in _ALLOWED:
@@ -101,6 +103,12 @@ def _check_pickle(path: Path, program: bytes) -> None:
             _step(opcode, stack)
         if stack and stack[-1] > MAX_TUPLE_LEAVES:
             raise bad(path, "holds a tuple within tuples without end; save its state_dicts alone")
+
+
+def _opcodes(program: bytes) -> Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]]:
+    """The pickle's opcodes and arguments, without the warnings that decoding a damaged string gives."""
+    with warnings.catch_warnings(action="ignore"):
+        yield from pickletools.genops(program)
 
 
 def _step(opcode: pickletools.OpcodeInfo, stack: list[int]) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import resource
 import shutil
 import struct
 import time
@@ -287,6 +288,40 @@ def test_tensor_that_is_no_plain_one(tmp_path, value):
     torch.save({"model_state_dict": {"a": value}, "ema_model_state_dict": {}}, tmp_path / "a.pt")
     refused(lambda: convert(tmp_path / "a.pt", tmp_path / "out"), name="a.pt")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "told"),
+    [
+        ("conv_in.weight", (32,), "no tensor conv_in.weight of 4 axes"),
+        ("conv_in.weight", (0, 1, 3, 3), "no tensor conv_in.weight of 4 axes"),
+        ("linear_layer.weight", (), "no tensor linear_layer.weight of 2 axes"),
+        ("down.0.block.0.conv1.weight", (32,), "conv1.weight of 4 axes"),
+    ],
+    ids=str.split("one-axis empty scalar width"),
+)
+def test_network_of_odd_shapes(tmp_path, name, shape, told):
+    state = {**public.tiny_state(), name: torch.ones(shape)}
+    torch.save({"model_state_dict": state, "ema_model_state_dict": state}, tmp_path / "a.pt")
+    refused(lambda: convert(tmp_path / "a.pt", tmp_path / "out", image_size=4), told, name="a.pt")
+
+
+def test_few_small_tensors_that_describe_a_giant(tmp_path):
+    """16,384 channels in two thin tensors: 9 GB for each convolution of the network that they tell of."""
+    state = {
+        **public.tiny_state(),
+        "conv_in.weight": torch.ones(2**14, 1, 1, 1),
+        "down.0.block.0.conv1.weight": torch.ones(2**14, 1, 1, 1),
+    }
+    torch.save({"model_state_dict": state, "ema_model_state_dict": state}, tmp_path / "a.pt")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused(lambda: convert(tmp_path / "a.pt", tmp_path / "out", image_size=4), "(32,)", name="a.pt")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KB
+
+
+def test_pickle_that_makes_its_reader_warn(tmp_path, recwarn):
+    refused(lambda: load_plain(torch_file(tmp_path / "a.pt", b"\x80\x02S'\\K'\n.")), name="a.pt")
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("name", [3, None, ("a",), "\x1b[31m\n"], ids=str.split("number none tuple escape"))

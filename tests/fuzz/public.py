@@ -72,7 +72,7 @@ _PROGRAMS = (
 
 
 @cache
-def _tiny_state() -> dict[str, torch.Tensor]:
+def tiny_state() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     network = UNet(4, 1, 4, 32, (1,), 1, (), 0.0)
     return {name: value + 0.1 for name, value in network.state_dict().items()}
@@ -87,7 +87,7 @@ def _records(content: bytes) -> dict[str, bytes]:
 
 @cache
 def sample() -> bytes:
-    return _saved(_public(_tiny_state()))
+    return _saved(_public(tiny_state()))
 
 
 def _public(state: Any) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def _hostile_pickle(rng: Random, program: bytes) -> bytes:
 
 
 def _hostile_object(rng: Random) -> Any:
-    state: dict[Any, Any] = dict(_tiny_state())
+    state: dict[Any, Any] = dict(tiny_state())
     for _ in range(rng.randrange(1, 4)):
         _edit_state(rng, state)
     kind = rng.randrange(12)
@@ -176,7 +176,7 @@ def _hostile_object(rng: Random) -> Any:
             "ema_model_state_dict": rng.choice((None, {}, [], 3, "x", torch.ones(1))),
         }
     if kind == 3:
-        return {"model_state_dict": state, "ema_model_state_dict": _tiny_state()}
+        return {"model_state_dict": state, "ema_model_state_dict": tiny_state()}
     return _public(state)
 
 
