@@ -121,6 +121,9 @@ class TrainConfig:
     """Weight of the cross-entropy over noise levels (cdm only)."""
     mse_weight: float = 1.0
     """Weight of the denoising error (cdm only)."""
+    dropout_until: float = 1.0
+    """Share of the steps, from the first, that drop activations; the rest trains the network as it is used
+    afterwards, whose likelihoods are off otherwise."""
     label_dropout: float = 0.1
     """Share of the labels left out (class-conditional networks only)."""
     precision: Precision = "auto"
@@ -336,6 +339,7 @@ def _upper_bounds(config: RunConfig) -> list[tuple[str, int, int]]:
 def _unit_interval(config: RunConfig) -> list[tuple[str, float, bool]]:
     return [
         ("dropout", config.network.dropout, True),
+        ("dropout-until", config.train.dropout_until, False),
         ("label-dropout", config.train.label_dropout, False),
         ("ema-decay", config.train.ema_decay, True),
         ("decay-factor", config.train.decay_factor, False),

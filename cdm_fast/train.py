@@ -36,7 +36,15 @@ from cdm_fast.report import first_images, run_data, write_final, write_loss_curv
 from cdm_fast.runlog import Display, Sink, open_sinks, require_extras
 from cdm_fast.saver import Saver
 from cdm_fast.state import TrainingState, from_checkpoint, new_state, to_checkpoint
-from cdm_fast.step import LossFunction, draw_batch, learning_rate, make_loss, seed_step, training_step
+from cdm_fast.step import (
+    LossFunction,
+    draw_batch,
+    learning_rate,
+    make_loss,
+    seed_step,
+    set_dropout,
+    training_step,
+)
 from cdm_fast.stop import Stopper
 from cdm_fast.tuning import compiled, pick_precision
 
@@ -217,6 +225,7 @@ def take_step(state: TrainingState, data: ImageData, config: RunConfig, loss_fun
     """The step that follows the state's, a function of the state and the config alone."""
     train = config.train
     seed_step(train.seed, state.step)
+    set_dropout(state.model, config, state.step)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(train, state.step)
     result = training_step(

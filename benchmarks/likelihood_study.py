@@ -1,0 +1,313 @@
+"""What gives the lowest *audited* bits/dim on 8x8 digits for one training budget, the digits preset's steps.
+
+    python -m benchmarks.likelihood_study run             # every configuration that has no row yet
+    python -m benchmarks.likelihood_study run base tail   # these
+    python -m benchmarks.likelihood_study show            # the rows so far, as a Markdown table
+
+Every configuration appends one JSON line to `--out`. Choices look at the validation images; the test images
+are there for the last line. `--log-z` adds the cheap setting of log Z, which takes longest.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.environment import facts
+from cdm_fast import CDM
+from cdm_fast.checkpoint import create_run
+from cdm_fast.config import RunConfig, preset
+from cdm_fast.data import ImageData
+from cdm_fast.likelihood import evaluate, evaluate_elbo, measure_log_z, ratio_check
+from cdm_fast.losses import LossTerms, Noised
+from cdm_fast.nn import UNet
+from cdm_fast.nn.layers import Conv2d, CumulativeHead, full_precision
+from cdm_fast.report import run_data
+from cdm_fast.state import TrainingState, new_state, to_checkpoint
+from cdm_fast.step import (
+    Ema,
+    derived_seed,
+    draw_batch,
+    learning_rate,
+    make_loss,
+    make_optimizer,
+    set_dropout,
+    training_step,
+)
+from cdm_fast.train import resolve
+
+DEVICE = torch.device("cpu")
+ELBO_IMAGES = {"validation": 180, "test": 100}
+RATIO_IMAGES = 256
+CHEAP_LOG_Z = {"particles": 48, "runs": 3, "moves": 1}
+PAIRS = 64  # products of the image with a feature map, for `EnergyUNet`
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How one configuration differs from the digits preset.
+
+    Fields:
+        schedule, network, train: settings that replace the preset's.
+        energy: features `<x, g_m(x)>` beside the pooled ones; see `EnergyUNet`.
+        ratio_weight: of the penalty on adjacent-level ratios; see `with_ratio_penalty`.
+    """
+
+    schedule: dict[str, Any] = field(default_factory=dict)
+    network: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+    energy: bool = False
+    ratio_weight: float = 0.0
+
+
+def variant(
+    network: dict[str, Any] | None = None, train: dict[str, Any] | None = None, **rest: Any
+) -> Variant:
+    return Variant(network=network or {}, train=train or {}, **rest)
+
+
+class EnergyUNet(UNet):
+    """The U-Net with features `<x, g_m(x)> / sqrt(d)` beside the pooled ones: a path of full resolution.
+
+    Their gradient `g_m(x) + J_m(x)^T x` holds a feature map itself, as a plain denoiser's output does. The
+    head's rows for them start at zero.
+    """
+
+    def __init__(
+        self, image_size: int, channels: int, num_levels: int, base_channels: int, **rest: Any
+    ) -> None:
+        super().__init__(image_size, channels, num_levels, base_channels, **rest)
+        self.pair = Conv2d(self.out_channels, PAIRS * channels)
+        pooled = self.linear_layer.in_features
+        self.linear_layer = CumulativeHead(pooled + PAIRS, num_levels)
+        torch.nn.init.zeros_(self.linear_layer.weight[:, pooled:])
+        self.scale = (channels * image_size**2) ** -0.5
+
+    def features(
+        self, x: Tensor, label: Tensor | None = None, keep_residuals: bool = True
+    ) -> tuple[Tensor, Any]:
+        h, trunk_residuals = self.run(x, None, keep_residuals)
+        pooled, pool_residuals = self.conv_out(h)
+        maps = self.pair(h)[0]
+        with full_precision(x):
+            maps = self.scale * maps.to(x.dtype).unflatten(1, (PAIRS, -1))  # (B, M, C, H, W)
+            paired = torch.einsum("bmchw,bchw->bm", maps, x)
+        return torch.cat([pooled, paired], dim=1), (trunk_residuals, pool_residuals, maps, x)
+
+    def adjoint(self, residuals: Any, g: Tensor) -> Tensor:
+        trunk_residuals, pool_residuals, maps, x = residuals
+        g_pooled, g_paired = g.split([g.shape[1] - PAIRS, PAIRS], dim=1)
+        with full_precision(x):
+            direct = torch.einsum("bm,bmchw->bchw", g_paired, maps)
+            g_maps = torch.einsum("bm,bchw->bmchw", self.scale * g_paired, x).flatten(1, 2)
+        g_h = self.conv_out.adjoint(pool_residuals, g_pooled)
+        g_h = g_h + self.pair.adjoint(None, g_maps.to(g_h.dtype)).to(g_h.dtype)
+        return self.run_adjoint(trunk_residuals, g_h) + direct
+
+
+def energy_state(config: RunConfig) -> TrainingState:
+    """As `new_state`, with an `EnergyUNet`."""
+    state = new_state(config, DEVICE)
+    model = state.model
+    torch.manual_seed(derived_seed(config.train.seed, 0, "weights"))
+    image, network = config.image, config.network
+    model.network = EnergyUNet(
+        image.size,
+        image.channels,
+        model.schedule.num_levels,
+        network.base_channels,
+        multipliers=network.multipliers,
+        blocks_per_level=network.blocks_per_level,
+        attention_resolutions=network.attention_resolutions,
+        dropout=network.dropout,
+        num_groups=network.num_groups,
+    ).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    ema = Ema(model, config.train.ema_decay)
+    return replace(state, ema=ema, optimizer=make_optimizer(config.train, model))
+
+
+def with_ratio_penalty(config: RunConfig, weight: float) -> Callable[[CDM, Noised], LossTerms]:
+    """The loss and `weight (E_t[p_{t-1}/p_t] - E_t[log p_t/p_{t+1}])`, means over the batch.
+
+    Least where every adjacent ratio is the true one (the f-divergence bound of arXiv 0809.0853): it pulls on
+    the very means that the ratio check looks at. For a uniform p(t) and logits without classes.
+    """
+    plain = make_loss(config.train)
+
+    def loss(model: CDM, batch: Noised) -> LossTerms:
+        terms = plain(model, batch)
+        logits = model.logits(batch.x_t)
+        step = logits[:, :-1] - logits[:, 1:]  # log p_t / p_{t+1}, t = 0..T
+        level, last = batch.level, step.shape[1]
+        below = step.gather(1, (level - 1).clamp(min=0)[:, None])[:, 0].exp()
+        above = step.gather(1, level.clamp(max=last - 1)[:, None])[:, 0]
+        penalty = below[level > 0].sum() - above[level < last].sum()
+        return terms._replace(loss=terms.loss + weight * penalty / len(level))
+
+    return loss
+
+
+def trained(config: RunConfig, change: Variant, run: Path | None = None) -> tuple[CDM, float]:
+    """The averaged model after the config's steps, and the seconds they took; kept as `run`, if given."""
+    data = run_data(config, "train")
+    config = resolve(config, data, DEVICE)
+    state = energy_state(config) if change.energy else new_state(config, DEVICE)
+    loss = with_ratio_penalty(config, change.ratio_weight) if change.ratio_weight else make_loss(config.train)
+    began = time.perf_counter()
+    for step in range(config.train.steps):
+        torch.manual_seed(derived_seed(config.train.seed, step, "dropout"))
+        set_dropout(state.model, config, step)
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate(config.train, step)
+        batch = draw_batch(data, state.model, config, step)
+        training_step(
+            state.model,
+            state.optimizer,
+            state.ema,
+            batch,
+            loss,
+            step=step,
+            clip_norm=config.train.clip_norm,
+            precision=config.train.precision,
+        )
+        state.step += 1
+    seconds = time.perf_counter() - began
+    if run is not None:
+        create_run(run, config, to_checkpoint(state, config))
+    return state.ema.model, seconds  # type: ignore[return-value]
+
+
+def measured(model: CDM, config: RunConfig, log_z: bool) -> dict[str, Any]:
+    """The figures of one trained model on validation and test images, bits/dim."""
+    row: dict[str, Any] = {}
+    normalised = config.train.ce_weight > 0
+    for split, images in ELBO_IMAGES.items():
+        data = run_data(config, split)
+        if normalised:
+            single = evaluate(model, data, check_levels=0)
+            row |= {
+                f"{split}_single": single.bits_per_dim,
+                f"{split}_single_stderr": single.bits_per_dim_stderr,
+            }
+            row |= _ratios(model, data, split)
+        elbo = evaluate_elbo(model, data, images)
+        row |= {f"{split}_elbo": elbo.bits_per_dim, f"{split}_elbo_stderr": elbo.bits_per_dim_stderr}
+    if log_z and normalised:
+        row |= cheap_log_z(model, run_data(config, "test"))
+    return row
+
+
+def _ratios(model: CDM, data: ImageData, split: str) -> dict[str, Any]:
+    check = ratio_check(model, data, num_images=RATIO_IMAGES)
+    return {f"{split}_ratio": check.sum_bits_per_dim, f"{split}_ratio_stderr": check.sum_bits_per_dim_stderr}
+
+
+def cheap_log_z(model: CDM, data: ImageData) -> dict[str, Any]:
+    """log Z of level 0 by walks both ways, bits/dim."""
+    found = measure_log_z(model, data, **CHEAP_LOG_Z)
+    unit = math.log(2) * data.images[0].numel()
+    return {
+        f"log_z_{name}": getattr(found, key)[-1] / unit
+        for name, key in (
+            ("down", "log_z"),
+            ("down_stderr", "log_z_stderr"),
+            ("up", "log_z_up"),
+            ("up_stderr", "log_z_up_stderr"),
+        )
+    }
+
+
+TAIL = {"dropout_until": 0.7}
+VARIANTS: dict[str, Variant] = {
+    "base": variant(train={"dropout_until": 1.0, "ce_weight": 0.01}),
+    "tail": variant(train=TAIL),
+    "tail CE 0.1": variant(train={**TAIL, "ce_weight": 0.1}),
+    "no dropout": variant(network={"dropout": 0.0}),
+    "tail ratio 0.01": variant(train=TAIL, ratio_weight=0.01),
+    "tail energy": variant(train=TAIL, energy=True),
+    "tail log-snr": variant(train=TAIL, schedule={"level_distribution": "log-snr"}),
+    "tail ot": variant(train=TAIL, schedule={"schedule": "ot"}),
+    "tail linear": variant(train=TAIL, schedule={"schedule": "linear"}),
+    "tail T 100": variant(train=TAIL, schedule={"T": 100}),
+    "tail dropout 0.3": variant(train=TAIL, network={"dropout": 0.3}),
+    "tail weight decay 0.3": variant(train={**TAIL, "weight_decay": 0.3}),
+    "tail CE 0.001": variant(train={**TAIL, "ce_weight": 0.001}),
+    "CE only": variant(train={**TAIL, "ce_weight": 1.0, "mse_weight": 0.0}),
+    "MSE only": variant(train={**TAIL, "ce_weight": 0.0}),
+}
+
+
+def configured(change: Variant) -> RunConfig:
+    """The digits preset with the changes of a variant, in the precision that it would choose here."""
+    config = preset("digits")
+    return replace(
+        config,
+        schedule=replace(config.schedule, **change.schedule),
+        network=replace(config.network, **{"conditioning": "none", **change.network}),
+        train=replace(config.train, **change.train),
+    )
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    """The table in Markdown; figures in bits/dim."""
+
+    def figure(row: dict[str, Any], key: str, sign: str = "") -> str:
+        return f"{row[key]:{sign}.3f} +- {row[key + '_stderr']:.3f}" if key in row else "-"
+
+    lines = [
+        "| configuration | validation bound | test bound | single pass | ratio check | log Z up | down | s |",
+        "|" + "---|" * 8,
+    ]
+    for row in sorted(rows, key=lambda row: row["validation_elbo"]):
+        cells = [
+            row["name"],
+            figure(row, "validation_elbo"),
+            figure(row, "test_elbo"),
+            figure(row, "test_single"),
+            *(figure(row, key, "+") for key in ("test_ratio", "log_z_up", "log_z_down")),
+            f"{row['seconds']:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("what", choices=("run", "show"))
+    parser.add_argument("names", nargs="*", help="configurations; all by default")
+    parser.add_argument("--log-z", action="store_true")
+    parser.add_argument("--runs", type=Path, help="keep the trained models as run directories in this folder")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/likelihood_study.jsonl"))
+    arguments = parser.parse_args()
+    unknown = sorted(set(arguments.names) - VARIANTS.keys())
+    if unknown:
+        parser.error(f"unknown: {', '.join(unknown)}; choose among {', '.join(VARIANTS)}")
+    torch.set_num_threads(arguments.threads)
+    lines = arguments.out.read_text().splitlines() if arguments.out.exists() else []
+    rows = [json.loads(line) for line in lines]
+    if arguments.what == "show":
+        print(show(rows))
+        return
+    for name in arguments.names or VARIANTS:
+        if any(row["name"] == name for row in rows):
+            continue
+        config = configured(VARIANTS[name])
+        run = None if VARIANTS[name].energy or not arguments.runs else arguments.runs / name.replace(" ", "-")
+        model, seconds = trained(config, VARIANTS[name], run)
+        row = {"name": name, "seconds": seconds, **measured(model, config, arguments.log_z)}
+        row["environment"] = facts("cpu")
+        with arguments.out.open("a") as file:
+            print(json.dumps(row), file=file)
+        print(show([row]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
