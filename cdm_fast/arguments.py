@@ -124,6 +124,39 @@ class Nll:
 
 
 @dataclass(frozen=True)
+class Calibrate:
+    """Measure log Z of the single pass at every level and fold it into what the run's likelihoods say.
+
+    The weights stay as they are; RUN/calibration.json holds the constants.
+    """
+
+    run: Positional[Path]
+    """Run directory."""
+    undo: Annotated[bool, FlagCreatePairsOff] = False
+    """Remove the calibration instead."""
+    data: str | None = None
+    """Data source; by default the run's own."""
+    split: Split = "validation"
+    """Images to score before and after, and from which walks back to noise begin."""
+    particles: int = 128
+    """Particles of each run that measures log Z."""
+    runs: int = 3
+    """Independent runs that measure log Z; their spread is the error bar."""
+    moves: int = 1
+    """Langevin moves of every particle at each level."""
+    rungs: int | None = None
+    """Levels that the particles visit, by default all of up to 256; the others are interpolated."""
+    batch_size: int = 500
+    """Images per forward pass."""
+    seed: int = 0
+    """Seed of everything random."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    json: Json = False
+    """Print the result as one JSON object on stdout."""
+
+
+@dataclass(frozen=True)
 class Classify:
     """Classify images by every class's likelihood: accuracy, calibration, bits/dim."""
 
@@ -247,4 +280,4 @@ class Replay:
     """Print the result as one JSON object on stdout."""
 
 
-Command = Train | Replay | Sample | Nll | Classify | Denoise | Plot | Convert | Doctor
+Command = Train | Replay | Sample | Nll | Calibrate | Classify | Denoise | Plot | Convert | Doctor

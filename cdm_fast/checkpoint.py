@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cdm_fast.build import build_model, build_network
+from cdm_fast.calibration import apply_calibration
 from cdm_fast.config import RunConfig, check
 from cdm_fast.config_json import from_json, parse_json, to_json
 from cdm_fast.data.reading import read_bytes, shown
@@ -62,10 +63,13 @@ class Checkpoint:
         return int(self.state["step"])
 
 
-def load(run: str | Path, weights: Literal["ema", "raw"] = "ema") -> "CDM | DDM | Classifier":
+def load(
+    run: str | Path, weights: Literal["ema", "raw"] = "ema", calibrated: bool = True
+) -> "CDM | DDM | Classifier":
     """The trained model of a run directory, in evaluation mode, on the CPU.
 
     weights: "ema", the moving average that sampling and scoring should use, or "raw", the optimizer's own.
+    calibrated: fold in the calibration of the average, if the run has one (`cdm-fast calibrate`).
     Raises UserError when `run` is no run directory, or holds no intact checkpoint of its architecture.
     """
     if weights not in ("ema", "raw"):
@@ -76,6 +80,8 @@ def load(run: str | Path, weights: Literal["ema", "raw"] = "ema") -> "CDM | DDM 
     require_network(config, checkpoint.tensors[part], str(run))
     model = build_model(config)
     restore_weights(model, checkpoint.tensors[part], str(run))
+    if calibrated and weights == "ema":
+        apply_calibration(model, run)
     return model.eval()
 
 

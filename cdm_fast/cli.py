@@ -16,7 +16,19 @@ from typing import Annotated, Any, TextIO, Union
 import tyro
 from tyro.conf import subcommand
 
-from cdm_fast.arguments import Classify, Command, Convert, Denoise, Doctor, Nll, Plot, Replay, Sample, Train
+from cdm_fast.arguments import (
+    Calibrate,
+    Classify,
+    Command,
+    Convert,
+    Denoise,
+    Doctor,
+    Nll,
+    Plot,
+    Replay,
+    Sample,
+    Train,
+)
 from cdm_fast.config import preset
 from cdm_fast.errors import UserError
 
@@ -31,6 +43,7 @@ def parse(arguments: Sequence[str]) -> Command:
         Annotated[Train, subcommand("train", default=train)],
         Annotated[Sample, subcommand("sample")],
         Annotated[Nll, subcommand("nll")],
+        Annotated[Calibrate, subcommand("calibrate")],
         Annotated[Classify, subcommand("classify")],
         Annotated[Denoise, subcommand("denoise")],
         Annotated[Plot, subcommand("plot")],

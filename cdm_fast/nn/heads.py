@@ -52,6 +52,12 @@ class JointHead(CumulativeHead):
         down = steps.flip(0).cumsum(0).flip(0)
         return torch.cat([noise - down.flatten(0, 1), noise])
 
+    @torch.no_grad()
+    def shift(self, by: Tensor) -> None:
+        """Adds `by` (L,) to the logits of every level, for all its classes, by the bias."""
+        each = by.diff().repeat_interleave(self.num_classes)
+        self.bias.add_(torch.cat([each, by[-1:]]).to(self.bias))
+
     def cotangent(
         self,
         h: Tensor,  # (B, D)

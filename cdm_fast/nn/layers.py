@@ -403,3 +403,8 @@ class CumulativeHead(nn.Linear):
     def forward(self, h: Tensor) -> Tensor:
         """(B, D) -> logits (B, L)."""
         return self.logits(h, *self.cumulated())
+
+    @torch.no_grad()
+    def shift(self, by: Tensor) -> None:
+        """Adds `by` (L,) to the logits, by the bias."""
+        self.bias.add_(by.diff(prepend=by.new_zeros(1)).to(self.bias))
