@@ -231,6 +231,7 @@ TAIL = {"dropout_until": 0.7}
 VARIANTS: dict[str, Variant] = {
     "base": variant(train={"dropout_until": 1.0, "ce_weight": 0.01}),
     "tail": variant(train=TAIL),
+    "tail joint": variant(train=TAIL, network={"conditioning": "joint"}),
     "tail CE 0.1": variant(train={**TAIL, "ce_weight": 0.1}),
     "no dropout": variant(network={"dropout": 0.0}),
     "tail ratio 0.01": variant(train=TAIL, ratio_weight=0.01),

@@ -32,6 +32,8 @@ class JointHead(CumulativeHead):
         num_classes: K, at least 1.
     """
 
+    common_rows = slice(None)  # of a level's rows, those that between them hold every class's logit once
+
     def __init__(self, in_features: int, num_levels: int, num_classes: int) -> None:
         if num_classes < 1:
             raise UserError(f"num_classes is {num_classes}: it must be at least 1")
@@ -55,8 +57,8 @@ class JointHead(CumulativeHead):
     @torch.no_grad()
     def shift(self, by: Tensor) -> None:
         """Adds `by` (L,) to the logits of every level, for all its classes, by the bias."""
-        each = by.diff().repeat_interleave(self.num_classes)
-        self.bias.add_(torch.cat([each, by[-1:]]).to(self.bias))
+        self.bias[:-1].unflatten(0, (-1, self.rows_per_level))[:, self.common_rows] += by.diff()[:, None]
+        self.bias[-1] += by[-1]
 
     def cotangent(
         self,
@@ -123,6 +125,8 @@ class LowRankHead(JointHead):
         num_classes: K, at least 1.
         rank: R, at least 1.
     """
+
+    common_rows = slice(1)
 
     def __init__(self, in_features: int, num_levels: int, num_classes: int, rank: int) -> None:
         if rank < 1 or num_classes < 1:
