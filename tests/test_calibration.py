@@ -10,7 +10,8 @@ from cdm_fast import CDM, NoiseSchedule, UserError
 from cdm_fast.calibration import calibrate, fold
 from cdm_fast.checkpoint import load
 from cdm_fast.data import ImageData
-from cdm_fast.nn.heads import noise_head
+from cdm_fast.nn.heads import JointHead, LowRankHead, noise_head
+from cdm_fast.nn.layers import CumulativeHead
 from cdm_fast.nn.network import AdjointNetwork
 from tests.opaque import Opaque
 from tests.test_cli import call, call_json
@@ -72,6 +73,23 @@ X = torch.randn(5, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().man
 LEVEL = torch.tensor([0, 1, 7, T, T + 1])
 
 
+@pytest.mark.parametrize(
+    "head",
+    [CumulativeHead(5, 7), JointHead(5, 7, 4), LowRankHead(5, 7, 4, rank=2)],
+    ids=lambda h: type(h).__name__,
+)
+def test_shift_adds_to_every_logit_of_its_level(head):
+    head = head.double()
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter)
+    h, by = torch.randn(3, 5, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
+    before = head(h)
+    head.shift(by)
+    classes = 1 if type(head) is CumulativeHead else 4
+    wanted = torch.cat([by[:-1].repeat_interleave(classes), by[-1:]])
+    assert torch.allclose(head(h) - before, wanted.expand_as(before), atol=1e-12)
+
+
 def test_folding_the_constants_in_gives_the_exact_density(shifted):
     score = shifted.score(X, LEVEL)
     assert torch.allclose(shifted.log_prob_levels(X), exact(X) + RAMP, atol=1e-10)
@@ -99,13 +117,10 @@ def test_a_network_without_our_head_is_refused():
         fold(model, (0.0, 0.0, 0.0))
 
 
-@pytest.mark.parametrize("conditioning", ["none", "joint"])
-def test_a_run_keeps_its_calibration_and_gives_it_up(tmp_path, conditioning):
+def test_a_run_keeps_its_calibration_and_gives_it_up(tmp_path):
     data, run = write_images(tmp_path / "images.npz"), tmp_path / "run"
-    call_json(
-        "train", "--data", data, "--out", run, *FLAGS, "--conditioning", conditioning, "--device", "cpu"
-    )
-    quick = ["--particles", "8", "--runs", "2", "--device", "cpu"]
+    call_json("train", "--data", data, "--out", run, *FLAGS, "--conditioning", "joint", "--device", "cpu")
+    quick = ["--particles", "8", "--runs", "2", "--rungs", "3", "--device", "cpu"]
     before = call_json("nll", run)
     found = call_json("calibrate", run, *quick)
     after = call_json("nll", run)

@@ -17,7 +17,7 @@ from cdm_fast.data import load_data
 from cdm_fast.errors import DiskError, UserError
 from cdm_fast.losses import noised_cdm_loss
 from cdm_fast.state import new_state
-from cdm_fast.step import Ema, derived_seed, draw_batch, learning_rate, make_loss, training_step
+from cdm_fast.step import Ema, derived_seed, draw_batch, learning_rate, make_loss, set_dropout, training_step
 from cdm_fast.train import resume, train
 from tests.tiny_run import GREY_LEVELS, tiny_config, write_images
 
@@ -446,3 +446,17 @@ def test_missing_extra_is_told_before_anything_is_written(tmp_path, config, monk
     with pytest.raises(UserError, match=rf"--{extra} needs .*pip install 'cdm_fast\[{extra}\]'"):
         train(config, tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_last_part_trains_without_dropout(config):
+    config = replace(config, network=replace(config.network, dropout=0.5))
+    config = replace(config, train=replace(config.train, steps=10, dropout_until=0.7))
+    model = build_model(config)
+    batch = draw_batch(load_data(config.data.source), model, config, 0)
+    used = model.eval()(batch.x_t)
+
+    def differs(step):
+        set_dropout(model, config, step)
+        return not torch.equal(model.train()(batch.x_t), used)
+
+    assert [differs(step) for step in (0, 6, 7, 9)] == [True, True, False, False]
