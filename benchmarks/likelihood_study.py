@@ -31,17 +31,8 @@ from cdm_fast.nn import UNet
 from cdm_fast.nn.layers import Conv2d, CumulativeHead, full_precision
 from cdm_fast.report import run_data
 from cdm_fast.state import TrainingState, new_state, to_checkpoint
-from cdm_fast.step import (
-    Ema,
-    derived_seed,
-    draw_batch,
-    learning_rate,
-    make_loss,
-    make_optimizer,
-    set_dropout,
-    training_step,
-)
-from cdm_fast.train import resolve
+from cdm_fast.step import Ema, derived_seed, make_loss, make_optimizer
+from cdm_fast.train import resolve, take_step
 
 DEVICE = torch.device("cpu")
 ELBO_IMAGES = {"validation": 180, "test": 100}
@@ -167,23 +158,8 @@ def trained(config: RunConfig, change: Variant, run: Path | None = None) -> tupl
     state = energy_state(config) if change.energy else new_state(config, DEVICE)
     loss = with_ratio_penalty(config, change.ratio_weight) if change.ratio_weight else make_loss(config.train)
     began = time.perf_counter()
-    for step in range(config.train.steps):
-        torch.manual_seed(derived_seed(config.train.seed, step, "dropout"))
-        set_dropout(state.model, config, step)
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(config.train, step)
-        batch = draw_batch(data, state.model, config, step)
-        training_step(
-            state.model,
-            state.optimizer,
-            state.ema,
-            batch,
-            loss,
-            step=step,
-            clip_norm=config.train.clip_norm,
-            precision=config.train.precision,
-        )
-        state.step += 1
+    for _ in range(config.train.steps):
+        take_step(state, data, config, loss)
     state.seconds = time.perf_counter() - began
     if run is not None:
         create_run(run, config, to_checkpoint(state, config))

@@ -19,7 +19,18 @@ from cdm_fast.config import PRESETS
 from cdm_fast.data import load_data
 from tests.tiny_run import CLASSES, FLAGS, GREY_LEVELS, with_settings, write_images
 
-COMMANDS = ("train", "sample", "nll", "calibrate", "classify", "denoise", "plot", "replay", "convert", "doctor")
+COMMANDS = (
+    "train",
+    "sample",
+    "nll",
+    "calibrate",
+    "classify",
+    "denoise",
+    "plot",
+    "replay",
+    "convert",
+    "doctor",
+)
 
 
 def call(*arguments):
