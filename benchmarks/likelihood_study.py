@@ -3,6 +3,7 @@
     python -m benchmarks.likelihood_study run             # every configuration that has no row yet
     python -m benchmarks.likelihood_study run base tail   # these
     python -m benchmarks.likelihood_study show            # the rows so far, as a Markdown table
+    python -m benchmarks.likelihood_study dropout RUN     # the ratio check of a run with and without its dropout
 
 Every configuration appends one JSON line to `--out`. Choices look at the validation images; the test images
 are there for the last line. `--log-z` adds the cheap setting of log Z, which takes longest.
@@ -22,10 +23,11 @@ from torch import Tensor
 
 from benchmarks.environment import facts
 from cdm_fast import CDM
-from cdm_fast.checkpoint import create_run, load, load_checkpoint
+from cdm_fast.checkpoint import create_run, load, load_checkpoint, read_config
 from cdm_fast.config import RunConfig, preset
 from cdm_fast.data import ImageData
 from cdm_fast.likelihood import evaluate, evaluate_elbo, measure_log_z, ratio_check
+from cdm_fast.likelihood.images import add_noise, draw_images, nats_per_bit_per_dim
 from cdm_fast.losses import LossTerms, Noised
 from cdm_fast.nn import UNet
 from cdm_fast.nn.layers import Conv2d, CumulativeHead, full_precision
@@ -204,6 +206,30 @@ def cheap_log_z(model: CDM, data: ImageData) -> dict[str, Any]:
 
 
 TAIL = {"dropout_until": 0.7}
+
+
+@torch.no_grad()
+def ratios_under_dropout(run: Path, num_images: int = 512) -> str:
+    """Sum over levels of `log E[p_t / p_{t+1}]` in bits/dim on two splits, as used and as trained; a table."""
+    model = load(run, calibrated=False)
+    lines = ["| images | without dropout | with dropout |", "|---|---|---|"]
+    for split in ("train", "validation"):
+        data, sums = run_data(read_config(run), split), []
+        for training in (False, True):
+            model.train(training)
+            torch.manual_seed(0)
+            generator = torch.Generator().manual_seed(0)
+            total = 0.0
+            for t in range(model.schedule.T + 1):
+                x = add_noise(model.schedule, draw_images(data, num_images, generator), t + 1, generator)
+                log_prob = model.log_prob_levels(x).double()  # type: ignore[operator]
+                ratio = log_prob[:, t] - log_prob[:, t + 1]
+                total += float(ratio.logsumexp(0)) - math.log(num_images)
+            sums.append(total / nats_per_bit_per_dim(data))
+        lines.append(f"| {split} | {sums[0]:+.3f} | {sums[1]:+.3f} |")
+    return "\n".join(lines)
+
+
 VARIANTS: dict[str, Variant] = {
     "base": variant(train={"dropout_until": 1.0, "ce_weight": 0.01}),
     "tail": variant(train=TAIL),
@@ -260,17 +286,20 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=("run", "show"))
-    parser.add_argument("names", nargs="*", help="configurations; all by default")
+    parser.add_argument("what", choices=("run", "show", "dropout"))
+    parser.add_argument("names", nargs="*", help="configurations, all by default; or a run directory")
     parser.add_argument("--log-z", action="store_true")
     parser.add_argument("--runs", type=Path, help="keep the trained models as run directories in this folder")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/likelihood_study.jsonl"))
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.what == "dropout":
+        print(ratios_under_dropout(Path(arguments.names[0])))
+        return
     unknown = sorted(set(arguments.names) - VARIANTS.keys())
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; choose among {', '.join(VARIANTS)}")
-    torch.set_num_threads(arguments.threads)
     lines = arguments.out.read_text().splitlines() if arguments.out.exists() else []
     rows = [json.loads(line) for line in lines]
     if arguments.what == "show":
