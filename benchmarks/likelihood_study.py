@@ -3,7 +3,7 @@
     python -m benchmarks.likelihood_study run             # every configuration that has no row yet
     python -m benchmarks.likelihood_study run base tail   # these
     python -m benchmarks.likelihood_study show            # the rows so far, as a Markdown table
-    python -m benchmarks.likelihood_study dropout RUN     # the ratio check of a run with and without its dropout
+    python -m benchmarks.likelihood_study dropout RUN     # ratio check of a run with and without its dropout
 
 Every configuration appends one JSON line to `--out`. Choices look at the validation images; the test images
 are there for the last line. `--log-z` adds the cheap setting of log Z, which takes longest.
@@ -210,7 +210,7 @@ TAIL = {"dropout_until": 0.7}
 
 @torch.no_grad()
 def ratios_under_dropout(run: Path, num_images: int = 512) -> str:
-    """Sum over levels of `log E[p_t / p_{t+1}]` in bits/dim on two splits, as used and as trained; a table."""
+    """Sum over levels of `log E[p_t / p_{t+1}]` in bits/dim, as used and as trained; a table."""
     model = load(run, calibrated=False)
     lines = ["| images | without dropout | with dropout |", "|---|---|---|"]
     for split in ("train", "validation"):
