@@ -138,7 +138,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return rate
 
 
-def set_dropout(model: CDM | DDM, config: RunConfig, step: int) -> None:
+def set_dropout(model: CDM | DDM | Classifier, config: RunConfig, step: int) -> None:
     """Dropout as step `step` (from 0) wants it: the network's, or none in the last part of the run.
 
     A likelihood learned under dropout is that of the noisy network: without the noise its levels no longer
