@@ -1,6 +1,6 @@
 """The table of docs/classification.md: one data set, five ways to classify it, and what each withstands.
 
-    python -m benchmarks.classification_table digits --runs RUNS [--kinds joint ...] [--seeds 0 1 2]
+    python -m benchmarks.classification_table digits --runs RUNS [--kinds joint] [--seeds 0 1] [--only pgd]
     python -m benchmarks.classification_table svm                  # RBF SVM on the same splits of digits
     python -m benchmarks.classification_table show                 # results/classification.jsonl as tables
 
@@ -135,12 +135,14 @@ def support_vectors(seed: int) -> dict[str, Any]:
     return {"accuracy": accuracy, "num_images": len(y[2]), **search.best_params_}
 
 
-def add_rows(key: tuple[str, str, int], measured: Iterable[tuple[str, Figures]], command: str) -> None:
-    """Measures what the results file lacks of a run, and appends it row by row."""
+def add_rows(
+    key: tuple[str, str, int], measured: Iterable[tuple[str, Figures]], command: str, only: Sequence[str] = ()
+) -> None:
+    """Measures what the results file lacks of a run, or of `only`, and appends it row by row."""
     present = {(r["data"], r["kind"], r["seed"], r["what"]) for r in read_rows()}
     data, kind, seed = key
     for what, figures in measured:
-        if (*key, what) not in present:
+        if (*key, what) not in present and (not only or what in only):
             row = {"data": data, "kind": kind, "seed": seed, "what": what, **figures()}
             with open(RESULTS, "a") as file:
                 print(json.dumps({**row, "environment": facts("cpu"), "command": command}), file=file)
@@ -200,6 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/classification"))
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--seeds", nargs="+", type=int, default=(0,))
+    parser.add_argument("--only", nargs="+", default=(), help="such as joint, elbo, corruptions, pgd, square")
     options = parser.parse_args(arguments)
     if options.what == "show":
         print(show())
@@ -212,7 +215,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         for kind in options.kinds:
             found = measurements(options.what, kind, seed, options.runs)
-            add_rows((options.what, kind, seed), found, f"{program} --kinds {kind} --seeds {seed}")
+            command = f"{program} --kinds {kind} --seeds {seed}"
+            add_rows((options.what, kind, seed), found, command, options.only)
 
 
 if __name__ == "__main__":
