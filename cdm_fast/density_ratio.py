@@ -23,6 +23,7 @@ from cdm_fast.model import CDM, log_normal
 from cdm_fast.sampling import sample
 from cdm_fast.schedule import NoiseSchedule
 from cdm_fast.vectors import (
+    CHUNK,
     Array,
     Budget,
     Columns,
@@ -32,9 +33,6 @@ from cdm_fast.vectors import (
     separate_values,
     train_cdm,
 )
-
-# Rows scored at a time.
-CHUNK = 4096
 
 
 class _Estimator(BaseEstimator):

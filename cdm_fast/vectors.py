@@ -17,7 +17,8 @@ from torch import Tensor
 from cdm_fast.errors import UserError
 from cdm_fast.losses import cdm_loss
 from cdm_fast.model import CDM
-from cdm_fast.nn import MLP
+from cdm_fast.nn import MLP, AdjointNetwork
+from cdm_fast.nn.heads import JointHead
 from cdm_fast.schedule import NoiseSchedule
 
 Array = NDArray[np.float64]
@@ -27,6 +28,11 @@ Draw = Callable[[int, torch.Generator], tuple[Tensor, Tensor | None]]  # B -> x 
 LARGEST_ATOM, FEWEST_DISTINCT = 0.1, 0.5
 # Columns of more values than these are as good as continuous once their ties are broken.
 FEW_VALUES = 20
+
+
+# Rows that fit the constants of the logits at the end, rows at a time, and the fewest for each logit.
+MOST_ROWS, CHUNK, FEWEST_ROWS = 100_000, 4096, 10
+NEWTON_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -137,10 +143,14 @@ def normal_scores(x: Array, generator: np.random.Generator) -> Tensor:
     An increasing map of a column keeps mutual information, and so does the noise that breaks ties, being
     independent of everything.
     """
-    order = np.lexsort((generator.random(x.shape), x), axis=0)
-    ranks = np.empty_like(order)
-    np.put_along_axis(ranks, order, np.arange(len(x))[:, None], axis=0)
-    return torch.special.ndtri(torch.from_numpy((ranks + 0.5) / len(x)))
+    quantiles = torch.special.ndtri((torch.arange(len(x), dtype=torch.float64) + 0.5) / len(x)).numpy()
+    scores = np.empty_like(x)
+    for j, column in enumerate(x.T):
+        order = np.argsort(column)
+        if (np.diff(column[order]) == 0).any():
+            order = np.lexsort((generator.random(len(x)), column))
+        scores[order, j] = quantiles
+    return torch.from_numpy(scores)
 
 
 def separate_values(x: Array, scores: Tensor, generator: np.random.Generator) -> Tensor:
@@ -220,4 +230,46 @@ def train_cdm(
             print(
                 f"step {step + 1}/{budget.max_steps}  CE {terms.ce:.4f}  MSE {terms.mse:.4f}", file=sys.stderr
             )
-    return model.double().eval()
+    model.double().eval()
+    fit_constants(model, draw, min(MOST_ROWS, budget.max_steps * budget.batch_size), generator)
+    return model
+
+
+@torch.no_grad()
+def fit_constants(model: CDM, draw: Draw, num: int, generator: torch.Generator) -> None:
+    """Refits the head's biases alone, to `num` fresh rows: the maximum of their mean log posterior.
+
+    The last batches leave their noise in the constant of every logit, and so in every density and ratio. With
+    the weights held the problem is concave, and Newton's method solves it over many rows at once. Then the
+    posteriors of a logit, summed over rows, are the number of rows that are its own: the equations of MBAR
+    (doi 10.1063/1.2978177), the best that samples of all levels say of the levels' normalisation.
+
+    Does nothing where a logit would have fewer than `FEWEST_ROWS` rows of its own on average.
+    """
+    assert isinstance(model.network, AdjointNetwork)
+    head = model.network.linear_layer
+    outputs = head.out_features
+    if num < FEWEST_ROWS * outputs:
+        return
+    logits, own = [], []
+    for size in [CHUNK] * (num // CHUNK) + [num % CHUNK] * bool(num % CHUNK):
+        x, label = draw(size, generator)
+        level = torch.randperm(size, generator=generator) % model.schedule.num_levels
+        a, s = model.amplitudes(level, x)
+        logits.append(model.logits((a * x + s * torch.randn(x.shape, generator=generator)).double()))
+        entry = level if label is None else level * model.joint_classes + label
+        own.append(entry.clamp(max=outputs - 1))
+    rows = torch.bincount(torch.cat(own), minlength=outputs).double()
+    constants = torch.zeros(outputs, dtype=torch.float64)
+    for _ in range(NEWTON_STEPS):
+        gradient, curvature = rows.clone(), torch.zeros(outputs, outputs, dtype=torch.float64)
+        for part in logits:
+            posterior = (part + constants).softmax(1)
+            gradient -= posterior.sum(0)
+            curvature += posterior.sum(0).diag() - posterior.T @ posterior
+        # Pure noise keeps 0, for one constant is free.
+        step = torch.linalg.lstsq(curvature[:-1, :-1], gradient[:-1], driver="gelsd").solution
+        constants[:-1] += step.clamp(-1, 1)
+        if bool(step.abs().max() < 1e-6):
+            break
+    head.shift_each(constants) if isinstance(head, JointHead) else head.shift(constants)

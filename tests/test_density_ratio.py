@@ -10,11 +10,13 @@ import torch
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from cdm_fast.density_ratio import CDMDensity, DensityRatio, MutualInformation, log_density_ratio
-from cdm_fast.vectors import measure, normal_scores
+from cdm_fast.model import CDM
+from cdm_fast.nn import MLP
+from cdm_fast.vectors import even_in_log_noise, fit_constants, measure, normal_scores
 
 SMALL = {"max_steps": 3, "hidden": 8, "depth": 1, "num_levels": 6, "batch_size": 16}
 QUICK = {
-    "max_steps": 800,
+    "max_steps": 400,
     "hidden": 32,
     "depth": 1,
     "num_levels": 16,
@@ -52,12 +54,48 @@ def test_density_integrates_to_one():
     """Two far clusters on the line, which no Gaussian fits; Riemann sum over the line."""
     rng = np.random.default_rng(0)
     x = np.where(rng.random(4000) < 0.3, -2.0, 1.0) + 0.3 * rng.normal(size=4000)
-    density = CDMDensity(**QUICK).fit(x[:, None])
+    density = CDMDensity(**{**QUICK, "max_steps": 700}).fit(x[:, None])
     grid = np.linspace(-6, 6, 2001)
     values = np.exp(density.score_samples(grid[:, None]))
     assert values.sum() * (grid[1] - grid[0]) == pytest.approx(1, abs=0.1)
     left = values[grid < -0.5].sum() / values.sum()
     assert left == pytest.approx(0.3, abs=0.04)
+
+
+@pytest.mark.parametrize("widths", [[0.4], [0.3, 0.8]], ids=["levels", "levels-and-classes"])
+@torch.no_grad()
+def test_constants_are_fitted_whatever_they_were(widths):
+    """x_0 ~ N(0, widths[c]^2) on the line: exact logits are -x^2 / 2v - log(v) / 2, v the variance of x_t."""
+    schedule, num_classes = even_in_log_noise(10, 0.1), None if len(widths) == 1 else len(widths)
+    conditioning = "embedding" if num_classes is None else "joint"
+    network = MLP(1, 10, 2, 1, num_classes=num_classes, conditioning=conditioning).double()
+    head, width = network.linear_layer, torch.tensor(widths).double()
+    shift = head.shift if num_classes is None else head.shift_each
+    variance = (schedule.a[:-1, None] ** 2 * width**2 + schedule.s[:-1, None] ** 2).flatten()
+    variance = torch.cat([variance, torch.ones(1)])
+    for parameter, value in ((head.weight, 0), (network.square.weight, 1), (network.square.bias, 0)):
+        parameter.fill_(value)
+    head.bias.zero_()
+    shift(-1 / (2 * variance))
+    head.weight[:, -1] = head.bias  # of the squared feature
+    head.bias.zero_()
+
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    before, spoiled = network(x), torch.randn(len(variance), dtype=torch.float64)
+    torch.testing.assert_close(before, -(x**2) / (2 * variance))
+    shift(spoiled)
+    torch.testing.assert_close(network(x), before + spoiled)
+
+    def draw(num, generator):
+        label = torch.arange(num) % len(widths)
+        x = (width[label] * torch.randn(num, generator=generator))[:, None]
+        return x.float(), None if num_classes is None else label
+
+    fit_constants(CDM(network, schedule), draw, 40_000, torch.Generator().manual_seed(0))
+    constants = (network(x) - before)[0]
+    exact = -variance.log() / 2
+    exact[:-1] -= math.log(len(widths))  # a class holds a share of its level's rows, pure noise all of them
+    torch.testing.assert_close(constants - constants[-1], exact, atol=0.05, rtol=0)
 
 
 def test_density_of_whole_numbers_is_their_probability():
@@ -115,7 +153,7 @@ def test_mutual_information_with_a_discrete_variable():
     bells = np.exp(-0.5 * ((grid[:, None] - [0, 1]) / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
     density = bells.mean(1)
     exact = -(density * np.log(density)).sum() * 1e-3 - math.log(sigma * math.sqrt(2 * math.pi * math.e))
-    more = {**QUICK, "hidden": 64, "depth": 2, "max_steps": 1500, "learning_rate": 5e-3}
+    more = {**QUICK, "hidden": 64, "depth": 2, "max_steps": 1000, "learning_rate": 5e-3}
     assert MutualInformation(**more).fit(x, y).mutual_information_ == pytest.approx(exact, abs=0.06)
 
 

@@ -60,6 +60,14 @@ class JointHead(CumulativeHead):
         self.bias[:-1].unflatten(0, (-1, self.rows_per_level))[:, self.common_rows] += by.diff()[:, None]
         self.bias[-1] += by[-1]
 
+    @torch.no_grad()
+    def shift_each(self, by: Tensor) -> None:
+        """Adds `by` (N,) to the logits, a constant of its own for every (level, class) pair, by the bias."""
+        assert self.rows_per_level == self.num_classes, "only a full head has a row for every pair"
+        noise = by[-1:].expand(1, self.num_classes)
+        joint = torch.cat([by[:-1].unflatten(0, (-1, self.num_classes)), noise])
+        self.bias.add_(torch.cat([joint.diff(dim=0).flatten(), by[-1:]]).to(self.bias))
+
     def cotangent(
         self,
         h: Tensor,  # (B, D)
