@@ -34,7 +34,7 @@ MIXTURES = {
 }
 PAIRED_ROWS = 200_000
 NATS = {20: 5, 40: 10, 80: 20, 160: 40, 320: 80}  # the literature's table, dimensions -> mutual information
-INFORMATION = {"max_steps": 2000, "hidden": 128, "test_share": 0.1}
+INFORMATION = {"max_steps": 3000, "test_share": 0.1}
 MAPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "as they are": lambda x: x,
     "cubed": lambda x: x**3,

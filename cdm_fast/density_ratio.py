@@ -315,7 +315,7 @@ class MutualInformation(_Estimator):
         confidence: float = 0.95,
         max_steps: int = 3000,
         batch_size: int = 256,
-        hidden: int = 256,
+        hidden: int = 128,
         depth: int = 2,
         num_levels: int = 102,
         learning_rate: float = 3e-3,
