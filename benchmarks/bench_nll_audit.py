@@ -1,7 +1,7 @@
 """One forward pass against the probability-flow ODE: log-likelihoods of the same images, the same network.
 
 The digits network after a short training (the ODE's steps depend on what was learned), tolerance 1e-5 and 4
-probes of the divergence, the defaults of `cdm-fast nll --method ode`; both on one batch of 4 images.
+probes of the divergence, the defaults of `cdm-fast nll --method ode`; both on one batch of 2 images.
 """
 
 import pytest
@@ -15,7 +15,7 @@ from cdm_fast.likelihood import flow_log_prob
 from cdm_fast.losses import cdm_loss
 
 TOLERANCE = 1e-5
-IMAGES = 4
+IMAGES = 2
 STEPS = 150
 
 
@@ -42,12 +42,13 @@ def digits(small, device):
 def test_single_pass_against_ode(benchmark, compare, digits, small):
     model, x = digits
     tolerance = 1e-2 if small else TOLERANCE
-    tight = flow_log_prob(model, x, 1, tolerance=tolerance / 10)
+    loose = flow_log_prob(model, x, 1, tolerance=10 * tolerance)
 
     def check(single, flow):
         assert bool(torch.isfinite(single).all()) and single.shape == flow.log_prob.shape
-        # Converged: tenfold tighter moves the mean by less than 0.01 bits/dim (0.44 nats of an 8x8 image).
-        assert small or abs(float((flow.log_prob - tight.log_prob).mean())) < 0.44
+        # Converged: tenfold looser moves the mean by less than 0.01 bits/dim (0.44 nats of an 8x8 image).
+        assert small or abs(float((flow.log_prob - loose.log_prob).mean())) < 0.44
+        benchmark.extra_info["evaluations"] = flow.evaluations
 
     compare(
         benchmark,
@@ -57,4 +58,3 @@ def test_single_pass_against_ode(benchmark, compare, digits, small):
         rounds=2,
     )
     benchmark.extra_info["shape"] = list(x.shape)
-    benchmark.extra_info["evaluations"] = tight.evaluations
