@@ -74,13 +74,13 @@ def compare(request: pytest.FixtureRequest, device: torch.device, small: bool) -
             benchmark(candidate)
             return
         rounds = 2 if small else rounds or request.config.getoption("--rounds") or 15
-        calls = max(_calls_per_round(candidate, device), _calls_per_round(baseline, device))
+        calls, baseline_calls = (_calls_per_round(function, device) for function in (candidate, baseline))
         baseline_seconds: list[float] = []
         candidate_seconds: list[float] = []
         # pytest-benchmark calls `setup` untimed before each round of the candidate: the baseline's turn.
         benchmark.pedantic(
             lambda: candidate_seconds.append(_seconds_per_call(candidate, calls, device)),
-            setup=lambda: baseline_seconds.append(_seconds_per_call(baseline, calls, device)),
+            setup=lambda: baseline_seconds.append(_seconds_per_call(baseline, baseline_calls, device)),
             rounds=rounds,
         )
         benchmark.extra_info.update(_summary(candidate_seconds, baseline_seconds))

@@ -30,7 +30,7 @@ ODE_POINTS = {2: 200, 16: 100, 64: 100}
 MIXTURES = {
     2: {"max_steps": 8000, "batch_size": 1024, "hidden": 128, "depth": 3, "num_levels": 32},
     16: {"max_steps": 6000, "batch_size": 512, "hidden": 256, "depth": 2, "num_levels": 52},
-    64: {"max_steps": 14000, "batch_size": 256, "hidden": 256, "depth": 2, "num_levels": 102},
+    64: {"max_steps": 18000, "batch_size": 256, "hidden": 256, "depth": 2, "num_levels": 102},
 }
 PAIRED_ROWS = 200_000
 NATS = {20: 5, 40: 10, 80: 20, 160: 40, 320: 80}  # the literature's table, dimensions -> mutual information
