@@ -4,6 +4,7 @@ import io
 import os
 import resource
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -51,6 +52,7 @@ class Watch:
     def __init__(self, reader: Reader, root: Path) -> None:
         self.reader, self.root = reader, root
         self._opened: list[str] | None = None
+        tempfile.gettempdir()  # tries once, by writing a file, which is no reader's doing
         sys.addaudithook(self._audit)
 
     def limit_memory(self) -> None:
