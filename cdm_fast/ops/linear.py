@@ -26,9 +26,12 @@ _MIN_MULTIPLICATIONS = 1 << 22
 _MIN_WEIGHTS = 1 << 14
 
 
-def has_onednn(x: Tensor) -> bool:
-    """Whether `onednn_linear` takes tensors like `x`: fp32 on the CPU, in a PyTorch that has it."""
-    return _ONEDNN_LINEAR is not None and x.dtype == torch.float32 and x.device.type == "cpu"
+def onednn_pays(x: Tensor, weight: Tensor) -> bool:
+    """Whether to take `onednn_linear` for the product of matrices with the last two sizes of these."""
+    if _ONEDNN_LINEAR is None or x.dtype != torch.float32 or x.device.type != "cpu":
+        return False
+    weights = weight.shape[-2] * weight.shape[-1]
+    return weights >= _MIN_WEIGHTS and x.shape[-2] * weights >= _MIN_MULTIPLICATIONS
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -47,18 +50,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Differentiable to any order; under `torch.func` on the reference backend.
     """
-    if not _onednn_pays(x, weight):
+    plain = torch.compiler.is_compiling() or _backend.selected_backend() == "reference"
+    if plain or torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias)
-    rows = _OneDNNLinear.apply(x.flatten(0, -2), weight, bias)
-    return rows.unflatten(0, x.shape[:-1])
-
-
-def _onednn_pays(x: Tensor, weight: Tensor) -> bool:
-    if not has_onednn(x) or torch.compiler.is_compiling() or _backend.selected_backend() == "reference":
-        return False
-    multiplications = x.shape[:-1].numel() * weight.numel()
-    large = multiplications >= _MIN_MULTIPLICATIONS and weight.numel() >= _MIN_WEIGHTS
-    return large and weight.dtype == x.dtype and not torch.is_autocast_enabled("cpu")
+    rows = x.flatten(0, -2)
+    if not onednn_pays(rows, weight) or weight.dtype != x.dtype:
+        return F.linear(x, weight, bias)
+    return _OneDNNLinear.apply(rows, weight, bias).unflatten(0, x.shape[:-1])
 
 
 class _OneDNNLinear(torch.autograd.Function):

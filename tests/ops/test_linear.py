@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cdm_fast.ops import linear, use_backend
-from cdm_fast.ops.linear import has_onednn
 
 LARGE = (300, 128, 160)  # rows, features in, features out: enough for oneDNN
 NAMES = ("y", "grad_x", "grad_weight", "grad_bias", "grad_grad_x", "grad_grad_weight")
@@ -103,9 +102,3 @@ def test_reference_works_under_torch_func():
     with use_backend("reference"):
         gradient = torch.func.grad(lambda x: linear(x, weight).sum())(x)
     torch.testing.assert_close(gradient, weight.sum(0).expand_as(x), rtol=1e-5, atol=1e-4)
-
-
-def test_onednn_is_for_fp32_on_the_cpu():
-    assert has_onednn(torch.zeros(1))
-    assert not has_onednn(torch.zeros(1, dtype=torch.float64))
-    assert not has_onednn(torch.zeros(1, device="meta"))
