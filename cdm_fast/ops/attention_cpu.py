@@ -108,8 +108,8 @@ def _vjp_backward(
 def _matmul(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
     """`a @ b` of a few heads, (heads, N, K) and (heads, K, M); plus `added`, which it may overwrite.
 
-    Large heads in fp32 go to oneDNN one by one, for the reason that `cdm_fast/ops/linear.py` gives: 15 ms instead
-    of 20 for an attention over 1,024 tokens of 128 channels with its VJP. bf16 is oneDNN's already.
+    Large heads in fp32 go to oneDNN one by one, for the reason that `cdm_fast/ops/linear.py` gives: 15 ms
+    instead of 20 for an attention over 1,024 tokens of 128 channels with its VJP. bf16 is oneDNN's already.
     """
     if not onednn_pays(a, b.mT):
         return a @ b if added is None else torch.baddbmm(added, a, b)
