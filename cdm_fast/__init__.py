@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cdm_fast.model import CDM as CDM
     from cdm_fast.model import DDM as DDM
     from cdm_fast.nn import MLP as MLP
+    from cdm_fast.nn import Encoder as Encoder
     from cdm_fast.nn import MLPDenoiser as MLPDenoiser
     from cdm_fast.nn import UNet as UNet
     from cdm_fast.nn import UNetDenoiser as UNetDenoiser
@@ -34,6 +35,7 @@ _HOME = {
     "MLPDenoiser": "cdm_fast.nn",
     "MutualInformation": "cdm_fast.density_ratio",
     "NoiseSchedule": "cdm_fast.schedule",
+    "Encoder": "cdm_fast.nn",
     "UNet": "cdm_fast.nn",
     "UNetDenoiser": "cdm_fast.nn",
     "UserError": "cdm_fast.errors",

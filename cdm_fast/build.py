@@ -12,7 +12,7 @@ from cdm_fast.config import RunConfig, ScheduleConfig, check
 from cdm_fast.discriminative import Classifier
 from cdm_fast.errors import UserError
 from cdm_fast.model import CDM, DDM
-from cdm_fast.nn import UNet, UNetClassifier, UNetDenoiser
+from cdm_fast.nn import Encoder, UNet, UNetClassifier, UNetDenoiser
 from cdm_fast.schedule import NoiseSchedule
 
 # A full joint head has L K D weights, and training holds eight copies of them: 1 GiB at 2^25.
@@ -37,7 +37,7 @@ def level_distribution(config: ScheduleConfig, schedule: NoiseSchedule) -> Tenso
     return torch.cat([around[:1], around, around[-1:]])
 
 
-def build_network(config: RunConfig) -> UNet | UNetDenoiser | UNetClassifier:
+def build_network(config: RunConfig) -> UNet | Encoder | UNetDenoiser | UNetClassifier:
     """The untrained network of a run, its weights drawn from torch's global generator.
 
     Raises UserError for a config that cannot work.
@@ -61,7 +61,8 @@ def build_network(config: RunConfig) -> UNet | UNetDenoiser | UNetClassifier:
         return UNetDenoiser(**shape)
     if network.conditioning == "joint":
         shape |= {"conditioning": "joint", "head_rank": head_rank(config)}
-    return UNet(num_levels=config.schedule.T + 2, **shape)
+    build = Encoder if network.architecture == "encoder" else UNet
+    return build(num_levels=config.schedule.T + 2, **shape)
 
 
 def build_model(config: RunConfig) -> CDM | DDM | Classifier:

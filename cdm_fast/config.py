@@ -4,7 +4,7 @@ The field docstrings are the command line's help, the field names its flags (`ba
 and the tree as JSON is the `config.json` of a run directory. Nothing here imports torch.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import tyro
@@ -12,7 +12,15 @@ import tyro
 from cdm_fast.errors import UserError
 
 Sampler = Literal["ddpm", "ddim", "dpm_solver_pp_2m", "heun", "euler_ot"]
-Preset = Literal["digits", "fashion-mnist", "cifar10", "celeba64"]
+Preset = Literal[
+    "digits",
+    "fashion-mnist",
+    "cifar10",
+    "celeba64",
+    "digits-encoder",
+    "fashion-mnist-encoder",
+    "cifar10-encoder",
+]
 Objective = Literal["cdm", "ddm", "classifier"]
 Precision = Literal["auto", "fp32", "bf16"]
 Compile = Literal["auto", "off", "default", "reduce-overhead"]
@@ -63,8 +71,10 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """The U-Net."""
+    """The network."""
 
+    architecture: Literal["unet", "encoder"] = "unet"
+    """`unet`: the paper's; `encoder`: its way down alone, whose adjoint takes the part of the way up."""
     base_channels: int = 32
     """Channels at full resolution; a multiple of the number of groups."""
     multipliers: tuple[int, ...] = (1, 2)
@@ -218,6 +228,10 @@ PRESETS: dict[str, RunConfig] = {
     ),
 }
 
+for _name in ("digits", "fashion-mnist", "cifar10"):
+    _network = replace(PRESETS[_name].network, architecture="encoder")
+    PRESETS[f"{_name}-encoder"] = replace(PRESETS[_name], network=_network)
+
 
 def preset(name: str) -> RunConfig:
     """The preset called `name`; raises UserError naming the known ones."""
@@ -259,6 +273,11 @@ def check(config: RunConfig) -> None:
         raise UserError(
             f"--conditioning {config.network.conditioning} needs labels, and {source} has none;"
             " give labelled data or --conditioning none"
+        )
+    if config.network.architecture == "encoder" and train.objective != "cdm":
+        raise UserError(
+            f"--architecture encoder classifies noise levels, which --objective {train.objective} does not;"
+            " give --architecture unet"
         )
     if train.objective == "classifier" and config.network.conditioning != "none":
         raise UserError(

@@ -22,7 +22,7 @@ from cdm_fast.config_json import digest
 from cdm_fast.discriminative import Classifier
 from cdm_fast.errors import UserError
 from cdm_fast.model import CDM, DDM
-from cdm_fast.nn.unet import UNetTrunk
+from cdm_fast.nn.unet import DownTrunk
 from cdm_fast.step import Ema, StepResult, derived_seed, learning_rate, make_optimizer
 
 RECENT = 64  # good steps over whose losses the running median is taken
@@ -127,7 +127,7 @@ def new_state(config: RunConfig, device: torch.device) -> TrainingState:
     spikes = torch.zeros(4, dtype=torch.float64, device=device)
     ema = Ema(model, config.train.ema_decay)
     # After the average's copy was taken, which nothing differentiates.
-    cast(UNetTrunk, model.network).recompute = config.train.checkpoint_blocks
+    cast(DownTrunk, model.network).recompute = config.train.checkpoint_blocks
     return TrainingState(model, ema, make_optimizer(config.train, model), sums, bad, recent, spikes)
 
 

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from benchmarks.plain_unet import PlainUNet, double_backward_loss
-from cdm_fast import CDM, MLP, NoiseSchedule, UNet, cdm_loss, use_backend
+from cdm_fast import CDM, MLP, Encoder, NoiseSchedule, UNet, cdm_loss, use_backend
 from cdm_fast.nn import layers
+from cdm_fast.nn.encoder import EnergyPool
 from cdm_fast.nn.mlp import MLPBlock
 from tests.opaque import Opaque
 
@@ -40,6 +41,7 @@ LAYERS = {
     "resnet-embedding": (embedded_block, SHAPE),
     "resnet-dropout": (lambda: with_dropout(layers.ResnetBlock(8, 8, 4, dropout=0.3)), SHAPE),
     "conv-mean-pool": (lambda: layers.ConvMeanPool(8, 5), SHAPE),
+    "energy-pool": (lambda: EnergyPool(8, num_groups=4, num_means=5, num_squares=3), SHAPE),
     "linear": (lambda: layers.Linear(7, 5), (4, 7)),
     "silu": (layers.SiLU, (4, 7)),
     "mlp-block": (lambda: MLPBlock(7), (4, 7)),
@@ -120,9 +122,15 @@ def test_a_skip_connection_counts_as_further_channels(channels_last, relative_er
         assert relative_error(got, expected) < 1e-12
 
 
-def test_recomputation_changes_memory_and_nothing_else(relative_error):
-    """Loss and gradient, dropout included; and what autograd keeps of a step shrinks."""
-    network = randomise(UNet(16, 3, 22, 8, (1, 2), 1, (8,), dropout=0.3, num_groups=4, num_classes=3)).train()
+@pytest.mark.parametrize(("build", "shrinks"), [(UNet, 3.0), (Encoder, 2.5)])
+def test_recomputation_changes_memory_and_nothing_else(build, shrinks, relative_error):
+    """Loss and gradient, dropout included; and what autograd keeps of a step shrinks.
+
+    The encoder's pools are no stages: they keep what they read.
+    """
+    network = randomise(
+        build(16, 3, 22, 8, (1, 2), 1, (8,), dropout=0.3, num_groups=4, num_classes=3)
+    ).train()
     model = CDM(network, NoiseSchedule.uniform(T=20))
     x0, eps = torch.rand(4, 3, 16, 16, dtype=torch.float64), torch.randn(4, 3, 16, 16, dtype=torch.float64)
     level, label = torch.tensor([0, 4, 13, 21]), torch.tensor([0, 1, 2, 0])
@@ -139,13 +147,16 @@ def test_recomputation_changes_memory_and_nothing_else(relative_error):
         results.append((loss, whole_gradient(loss, network)))
     assert results[0][0] == results[1][0]
     assert relative_error(results[1][1], results[0][1]) < 1e-12
-    assert kept[1] < kept[0] / 3
+    assert kept[1] < kept[0] / shrinks
 
 
 NETWORKS = {
     "unet": lambda classes=None: UNet(16, 3, 22, 8, (1, 2, 2), 2, (8,), num_groups=4, num_classes=classes),
     "unet-one-resolution": lambda classes=None: UNet(
         8, 1, 22, 8, (1,), 1, (), num_groups=2, num_classes=classes
+    ),
+    "encoder": lambda classes=None: Encoder(
+        16, 3, 22, 8, (1, 2, 2), 2, (8,), num_groups=4, num_classes=classes
     ),
     "mlp": lambda classes=None: MLP(5, 22, hidden=16, depth=2, num_classes=classes),
 }
@@ -211,8 +222,9 @@ def test_loss_never_calls_autograd(monkeypatch):
         assert model.denoise(torch.zeros(2, 1, 8, 8), 3).shape == (2, 1, 8, 8)
 
 
-def test_general_path_agrees_with_the_fast_one(relative_error):
-    network = randomise(NETWORKS["unet"]())
+@pytest.mark.parametrize("name", ["unet", "encoder"])
+def test_general_path_agrees_with_the_fast_one(name, relative_error):
+    network = randomise(NETWORKS[name]())
     schedule = NoiseSchedule.linear(T=20)
     fast, general = CDM(network, schedule), CDM(Opaque(network), schedule, input_shape=network.input_shape)
     x0, eps = torch.rand(4, 3, 16, 16, dtype=torch.float64), torch.randn(4, 3, 16, 16, dtype=torch.float64)

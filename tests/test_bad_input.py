@@ -198,7 +198,10 @@ def test_bad_data(tmp_path, make):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--preset", "cifar100"], ["'cifar100'", "digits, fashion-mnist, cifar10, celeba64"]),
+        (
+            ["--preset", "cifar100"],
+            ["'cifar100'", "digits, fashion-mnist, cifar10, celeba64, digits-encoder"],
+        ),
         (["--steps", "many"], ["--steps", "'many'"]),
         (["--steps", "0"], ["--steps is 0"]),
         (["--step", "5"], ["--step"]),

@@ -1,7 +1,8 @@
 """Networks whose input gradient is a forward computation, and the plain denoisers to compare them with."""
 
+from cdm_fast.nn.encoder import Encoder
 from cdm_fast.nn.mlp import MLP, MLPDenoiser
 from cdm_fast.nn.network import AdjointNetwork
 from cdm_fast.nn.unet import UNet, UNetClassifier, UNetDenoiser
 
-__all__ = ["MLP", "AdjointNetwork", "MLPDenoiser", "UNet", "UNetClassifier", "UNetDenoiser"]
+__all__ = ["MLP", "AdjointNetwork", "Encoder", "MLPDenoiser", "UNet", "UNetClassifier", "UNetDenoiser"]

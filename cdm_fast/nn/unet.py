@@ -136,19 +136,20 @@ def _checkpoint(function: Callable[..., Any], *inputs: Any) -> Any:
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-class UNetTrunk(nn.Module):
-    """Everything of the U-Net but its head: image (B, C, H, W) -> feature map (B, base, H, W).
+class DownTrunk(nn.Module):
+    """The way down and the middle, image (B, C, H, W) -> feature map at the lowest resolution.
 
     Args:
         image_size: H = W; divisible by 2 once per resolution after the first.
         channels: C of the image.
         base_channels: width at full resolution; divisible by `num_groups`.
         multipliers: width of each resolution in units of `base_channels`.
-        blocks_per_level: residual blocks per resolution on the way down (one more on the way up).
+        blocks_per_level: residual blocks per resolution on the way down.
         attention_resolutions: sizes H at which every block is followed by attention (the middle always is).
         dropout: in every residual block.
         num_classes: K if the label is to enter every block (with one extra null class), else None.
         num_groups: G of every GroupNorm; 32 in the paper.
+        timed: whether the noise level enters every block.
 
     Set `recompute` to keep only the input of every stage, and compute the rest of it again in the adjoint and
     in the backward pass: less memory, more time, the same numbers.
@@ -175,65 +176,53 @@ class UNetTrunk(nn.Module):
         super().__init__()
         _check_sizes(image_size, base_channels, multipliers, num_groups)
         self.input_shape: tuple[int, ...] = (channels, image_size, image_size)
-        self.base_channels = base_channels
-        self.dropout = dropout
+        self.base_channels, self.num_groups, self.dropout = base_channels, num_groups, dropout
+        self.attention_resolutions = tuple(attention_resolutions)
         self.num_classes = self.embedded_classes = num_classes
         embedded = timed or num_classes is not None
-        embedding_width = 4 * base_channels if embedded else None
+        self.embedding_width = 4 * base_channels if embedded else None
         if embedded:
             self.temb = Embedding(base_channels)
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes + 1, base_channels)
 
-        def resolution(size: int, widths: list[tuple[int, int]]) -> Resolution:
-            attends = size in attention_resolutions
-            blocks = [ResnetBlock(*pair, num_groups, dropout, embedding_width) for pair in widths]
-            return Resolution(blocks, [AttentionBlock(after, num_groups) for _, after in widths if attends])
-
         self.conv_in = Conv2d(channels, base_channels, exact=True)
-        widths = [base_channels * multiplier for multiplier in multipliers]
-        last = len(widths) - 1
-        width, skips = base_channels, [base_channels]
+        self.widths = [base_channels * multiplier for multiplier in multipliers]
+        width = base_channels
         self.down = nn.ModuleList()
-        for i, after in enumerate(widths):
+        for i, after in enumerate(self.widths):
             befores = ([width] + [after] * blocks_per_level)[:blocks_per_level]
-            down = resolution(image_size >> i, [(before, after) for before in befores])
-            skips += [after] * blocks_per_level
-            if i < last:
+            down = self._resolution(image_size >> i, [(before, after) for before in befores])
+            if i < len(self.widths) - 1:
                 down.downsample = Downsample(after)
-                skips.append(after)
             self.down.append(down)
             width = after
-        self.mid = Middle(width, num_groups, dropout, embedding_width)
-        ups: list[Resolution] = []
-        for i, after in reversed(list(enumerate(widths))):
-            befores = [width] + [after] * blocks_per_level
-            up = resolution(image_size >> i, [(before + skips.pop(), after) for before in befores])
-            if i > 0:
-                up.upsample = Upsample(after)
-            ups.append(up)
-            width = after
-        self.up = nn.ModuleList(reversed(ups))
-        self.norm_out = GroupNorm(width, num_groups)
-        self.out_channels = width
+        self.mid = Middle(width, num_groups, dropout, self.embedding_width)
+
+    def _resolution(self, size: int, widths: list[tuple[int, int]]) -> Resolution:
+        """Blocks from and to these widths, with attention if this size has it."""
+        attends = size in self.attention_resolutions
+        blocks = [ResnetBlock(*pair, self.num_groups, self.dropout, self.embedding_width) for pair in widths]
+        return Resolution(blocks, [AttentionBlock(after, self.num_groups) for _, after in widths if attends])
+
+    def stages_of(self, down: Resolution) -> Iterator[Stage]:
+        """The stages of one resolution on the way down, its change of size last."""
+        yield from (Stage(layers, self.recompute) for layers in down.stages())
+        if down.downsample is not None:
+            yield Stage([down.downsample])
 
     def down_stages(self) -> Iterator[Stage]:
-        """The stages on the way down after `conv_in`; the output of each is kept for a skip connection."""
+        """The stages on the way down after `conv_in`."""
         for down in cast(Iterable[Resolution], self.down):
-            yield from (Stage(layers, self.recompute) for layers in down.stages())
-            if down.downsample is not None:
-                yield Stage([down.downsample])
+            yield from self.stages_of(down)
 
     def middle(self) -> Stage:
-        """The stage between the way down and the way up."""
+        """The stage after the way down."""
         return Stage(self.mid.layers(), self.recompute)
 
-    def up_stages(self) -> Iterator[Stage]:
-        """The stages on the way up; each takes one skip connection."""
-        for up in reversed(list(cast(Iterable[Resolution], self.up))):
-            *stages, last = up.stages()
-            yield from (Stage(layers, self.recompute) for layers in stages)
-            yield Stage(last if up.upsample is None else [*last, up.upsample], self.recompute)
+    def stages(self) -> list[Stage]:
+        """All stages after `conv_in`, in the order they run."""
+        return [*self.down_stages(), self.middle()]
 
     def embedding(self, label: Tensor | None, time: Tensor | None, batch: int) -> Tensor | None:
         """(B, E) from the time and the class (the null class where there is no label), or None."""
@@ -246,6 +235,75 @@ class UNetTrunk(nn.Module):
             terms.append(self.label_emb(index))
         return self.temb(sum(terms[1:], start=terms[0])) if terms else None
 
+    def dropout_seeds(self, device: torch.device) -> Iterator[Tensor | None]:
+        """For each stage, in the order they run, its `StageInputs.seeds`, from torch's global generator."""
+        if not (self.training and self.dropout > 0):
+            return repeat(None)
+        counts = [stage.num_blocks for stage in self.stages()]
+        return iter(torch.randint(2**62, (sum(counts), 2), device=device).split(counts))
+
+
+class UNetTrunk(DownTrunk):
+    """Everything of the U-Net but its head: image (B, C, H, W) -> feature map (B, base, H, W).
+
+    Args:
+        blocks_per_level: residual blocks per resolution on the way down; one more on the way up. The output
+            of every stage on the way down is kept for a skip connection.
+        image_size and the others: see `DownTrunk`.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        channels: int,
+        base_channels: int,
+        multipliers: Sequence[int],
+        blocks_per_level: int,
+        attention_resolutions: Sequence[int],
+        dropout: float,
+        num_classes: int | None,
+        num_groups: int,
+        timed: bool = False,
+    ) -> None:
+        super().__init__(
+            image_size,
+            channels,
+            base_channels,
+            multipliers,
+            blocks_per_level,
+            attention_resolutions,
+            dropout,
+            num_classes,
+            num_groups,
+            timed,
+        )
+        skips = [base_channels]
+        for after in self.widths:
+            skips += [after] * (blocks_per_level + 1)  # the last is the downsampled one
+        skips.pop()
+        width = self.widths[-1]
+        ups: list[Resolution] = []
+        for i, after in reversed(list(enumerate(self.widths))):
+            befores = [width] + [after] * blocks_per_level
+            up = self._resolution(image_size >> i, [(before + skips.pop(), after) for before in befores])
+            if i > 0:
+                up.upsample = Upsample(after)
+            ups.append(up)
+            width = after
+        self.up = nn.ModuleList(reversed(ups))
+        self.norm_out = GroupNorm(width, num_groups)
+        self.out_channels = width
+
+    def up_stages(self) -> Iterator[Stage]:
+        """The stages on the way up; each takes one skip connection."""
+        for up in reversed(list(cast(Iterable[Resolution], self.up))):
+            *stages, last = up.stages()
+            yield from (Stage(layers, self.recompute) for layers in stages)
+            yield Stage(last if up.upsample is None else [*last, up.upsample], self.recompute)
+
+    def stages(self) -> list[Stage]:
+        return [*super().stages(), *self.up_stages()]
+
     def run(
         self, x: Tensor, embedding: Tensor | None, keep_residuals: bool = True
     ) -> tuple[Tensor, list[Any]]:
@@ -255,7 +313,7 @@ class UNetTrunk(nn.Module):
         """
         h, _ = self.conv_in(x)
         skips, residuals = [h], []
-        seeds = self._dropout_seeds(x.device)
+        seeds = self.dropout_seeds(x.device)
 
         def apply(stage: Stage, h: Tensor, skip: Tensor | None = None) -> Tensor:
             h, kept = stage.run(StageInputs(h, embedding, skip, next(seeds)))
@@ -284,13 +342,6 @@ class UNetTrunk(nn.Module):
         for stage in reversed(list(self.down_stages())):
             g = stage.adjoint(residuals.pop(), g + skip_grads.pop())
         return self.conv_in.adjoint(None, g + skip_grads.pop())
-
-    def _dropout_seeds(self, device: torch.device) -> Iterator[Tensor | None]:
-        """For each stage, in the order they run, its `StageInputs.seeds`, from torch's global generator."""
-        if not (self.training and self.dropout > 0):
-            return repeat(None)
-        counts = [stage.num_blocks for stage in (*self.down_stages(), self.middle(), *self.up_stages())]
-        return iter(torch.randint(2**62, (sum(counts), 2), device=device).split(counts))
 
 
 class UNet(UNetTrunk, AdjointNetwork):
@@ -344,7 +395,7 @@ class UNet(UNetTrunk, AdjointNetwork):
         self, x: Tensor, label: Tensor | None = None, keep_residuals: bool = True
     ) -> tuple[Tensor, Any]:
         """`x` (B, C, H, W) -> pooled features (B, 2 base channels) in fp32 or wider, and residuals."""
-        _check_input(x, self.input_shape)
+        check_input(x, self.input_shape)
         h, trunk_residuals = self.run(x, self.embedding(label, None, len(x)), keep_residuals)
         h, pool_residuals = self.conv_out(h)
         return h, (trunk_residuals, pool_residuals)
@@ -389,7 +440,7 @@ class UNetDenoiser(UNetTrunk):
 
     def forward(self, x: Tensor, level: Tensor, label: Tensor | None = None) -> Tensor:
         """`x` (B, C, H, W), `level` (B,) -> eps_hat like `x`."""
-        _check_input(x, self.input_shape)
+        check_input(x, self.input_shape)
         h, _ = self.run(x, self.embedding(label, level, len(x)), keep_residuals=False)
         with full_precision(h):
             return self.conv_out(h)[0]
@@ -432,7 +483,7 @@ class UNetClassifier(UNetTrunk):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` (B, C, H, W) -> logits (B, K), in the parameters' precision."""
-        _check_input(x, self.input_shape)
+        check_input(x, self.input_shape)
         h, _ = self.run(x, None, keep_residuals=False)
         h, _ = self.conv_out(h)
         with full_precision(h):
@@ -447,7 +498,7 @@ def sinusoids(position: Tensor, width: int) -> Tensor:
     return F.pad(torch.cat([angle.sin(), angle.cos()], dim=1), (0, width - 2 * half))
 
 
-def _check_input(x: Tensor, shape: tuple[int, ...]) -> None:
+def check_input(x: Tensor, shape: tuple[int, ...]) -> None:
     if x.shape[1:] != shape:
         raise UserError(
             f"the network takes images of shape (B, {', '.join(map(str, shape))}), not {tuple(x.shape)}"
