@@ -44,6 +44,7 @@ class TrainingState:
     seconds: float = 0.0  # of training, pictures and scores excluded
     logged_step: int = 0
     logged_seconds: float = 0.0
+    data: str = ""  # digest of the training images
 
     def record(self, result: StepResult) -> None:
         """Counts the step that `result` came from; stays on the device."""
@@ -142,6 +143,7 @@ def to_checkpoint(state: TrainingState, config: RunConfig) -> Checkpoint:
         "step": state.step,
         "seed": config.train.seed,
         "config_digest": digest(config),
+        "data_digest": state.data,
         "sums": state.sums.tolist(),
         "bad_steps": state.bad.tolist(),
         "recent_losses": [loss if math.isfinite(loss) else None for loss in state.recent.tolist()],
@@ -173,6 +175,7 @@ def from_checkpoint(
         _fill(state.spikes, facts["spikes"], float)
         recent = facts["recent_losses"]
         _fill(state.recent, [math.inf if loss is None else loss for loss in recent], float)
+        state.data = str(facts["data_digest"])
         state.step, state.logged_step = (_counter(facts[key], 2**53) for key in ("step", "logged_step"))
         state.seconds, state.logged_seconds = (
             float(_counter(facts[key], 1e12)) for key in ("seconds", "logged_seconds")

@@ -5,6 +5,7 @@ uninterrupted one would have taken.
 """
 
 import contextlib
+import hashlib
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -92,6 +93,7 @@ def train(
         config = resolve(config, data, place)
         validation = first_images(run_data(config, "validation"), config.output.evaluate_images)
         state = new_state(config, place)
+        state.data = data_digest(data)
         create_run(out, config, to_checkpoint(state, config))
         with alone_in(Path(out)):
             return _train(config, Path(out), state, data, validation, max_time)
@@ -123,6 +125,8 @@ def resume(
             raise UserError(f"--data {config.data.source} is not what {run} was trained on; give that data")
         validation = first_images(run_data(config, "validation"), config.output.evaluate_images)
         state = from_checkpoint(load_checkpoint(run), config, place, str(run))
+        if state.data != data_digest(data):
+            raise UserError(f"{config.data.source} has changed since {run} began; restore those images")
         make_ready(Path(run), state.step)
         if config != stored:
             write_config(Path(run), config)
@@ -143,6 +147,14 @@ def resolve(config: RunConfig, data: ImageData, device: torch.device) -> RunConf
         network=replace(config.network, head_rank=rank),
         train=replace(config.train, precision=pick_precision(config, device)),
     )
+
+
+def data_digest(data: ImageData) -> str:
+    """A digest of the number of images, the labels, and 4096 images spread evenly over them."""
+    spread = torch.linspace(0, len(data.images) - 1, min(len(data.images), 4096)).long()
+    parts = [torch.tensor(data.images.shape), data.images[spread]]
+    parts += [] if data.labels is None else [data.labels]
+    return hashlib.blake2b(b"".join(part.numpy().tobytes() for part in parts), digest_size=16).hexdigest()
 
 
 def class_counts(data: ImageData) -> tuple[int, ...] | None:

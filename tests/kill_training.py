@@ -19,6 +19,7 @@ import signal
 import struct
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -44,7 +45,7 @@ NONE = -1
 class Progress:
     """Numbers that a child writes and that outlive it."""
 
-    NAMES = ("step", "being_saved", "saved", "steps_during_a_save")
+    NAMES = ("step", "being_saved", "saved", "busy", "most_busy")
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, 8 * len(self.NAMES))
@@ -63,21 +64,26 @@ class Progress:
 
 def watch(progress: Progress) -> None:
     """Makes the training of this process report; its final pictures, which change nothing, are left out."""
-    take_step, save = train.take_step, saver.save_checkpoint
+    take_step, save, start = train.take_step, saver.save_checkpoint, saver.Saver._start
 
     def step(state, *rest):
         take_step(state, *rest)
         progress["step"] = state.step
+        if any(thread.name == "saver" for thread in threading.enumerate()):
+            progress["busy"] += 1
+            progress["most_busy"] = max(progress["most_busy"], progress["busy"])
 
     def save_checkpoint(run, checkpoint, *rest):
         progress["being_saved"] = checkpoint.step
         save(run, checkpoint, *rest)
-        during = progress["step"] - checkpoint.step
-        progress["steps_during_a_save"] = max(progress["steps_during_a_save"], during)
         progress["saved"] = checkpoint.step
         progress["being_saved"] = NONE
 
-    train.take_step, saver.save_checkpoint = step, save_checkpoint
+    def started(self, checkpoint):
+        progress["busy"] = 0
+        start(self, checkpoint)
+
+    train.take_step, saver.save_checkpoint, saver.Saver._start = step, save_checkpoint, started
     train.write_loss_curves, train.write_final = lambda *_: [], lambda *_: {}
 
 
@@ -101,8 +107,13 @@ def child(config: RunConfig, run: Path) -> int:
         os._exit(status)
 
 
-def kill_at_random(run: Path, process: int, progress: Progress, chance: random.Random) -> str | None:
-    """Kills the process at a random moment; tells what it was doing, or None when it had ended by itself."""
+def kill_at_random(
+    run: Path, process: int, progress: Progress, chance: random.Random, before: int
+) -> str | None:
+    """Kills the process at a random moment; tells what it was doing, or None when it had ended by itself.
+
+    before: step of the checkpoint that it begins from.
+    """
     ended = False
 
     def wait(seconds: float, until: Callable[[], bool] = lambda: False) -> None:
@@ -117,13 +128,11 @@ def kill_at_random(run: Path, process: int, progress: Progress, chance: random.R
     if chance.random() < 1 / 8:
         wait(chance.uniform(0, 0.2))
     else:
-        wait(60, until=lambda: progress["step"] != NONE)
+        target = before + chance.randint(1, 12)
+        wait(60, until=lambda: progress["step"] >= target)
         if chance.random() < 1 / 2:
-            wait(chance.uniform(0, 0.3))
-            wait(1, until=lambda: progress["being_saved"] != NONE)
-            wait(chance.uniform(0, 0.02))
-        else:
-            wait(chance.uniform(0, 0.5))
+            wait(60, until=lambda: progress["being_saved"] != NONE)
+        wait(chance.uniform(0, 0.02))
     if ended:
         return None
     os.kill(process, signal.SIGKILL)
@@ -144,10 +153,8 @@ def check_after_kill(run: Path, progress: Progress, save_every: int, before: int
     written = max(before, progress["saved"])
     assert newest in (written, progress["being_saved"]), (newest, written, progress["being_saved"])
     reached = max(progress["step"], before)
-    meanwhile = max(0, progress["steps_during_a_save"])
-    if progress["being_saved"] != NONE:
-        meanwhile = max(meanwhile, reached - progress["being_saved"])
-    assert reached - newest <= save_every + meanwhile, (reached, newest, save_every, meanwhile)
+    busy = max(0, progress["most_busy"])  # steps while one checkpoint was being written
+    assert reached - newest <= max(save_every, busy + 1) + busy, (reached, newest, save_every, busy)
     return reached - newest
 
 
@@ -198,7 +205,7 @@ def kill_training(kills: int, seed: int, folder: Path) -> dict[str, object]:
             if sum(moments.values()) == kills:
                 assert os.waitpid(process, 0)[1] == 0, run.with_suffix(".stderr").read_text()
                 break
-            moment = kill_at_random(run, process, progress, chance)
+            moment = kill_at_random(run, process, progress, chance, before)
             if moment is not None:
                 moments[moment] += 1
                 if run.exists():  # else it was killed before there was a run: nothing to lose

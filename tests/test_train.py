@@ -6,6 +6,7 @@ import os
 import signal
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -278,6 +279,17 @@ def test_resume_refuses_other_data(quick, tmp_path, config, images):
     write_images(images, num_grey_levels=GREY_LEVELS + 3)
     with pytest.raises(UserError, match="images.npz is not what .* was trained on"):
         resume(run)
+
+
+def test_resume_refuses_other_images_of_the_same_kind(quick, tmp_path, config, images):
+    run = tmp_path / "run"
+    train(config, run, device="cpu")
+    with np.load(images) as arrays:
+        changed = dict(arrays)
+    changed["images"][:, 0, 0] = 5
+    np.savez(images, **changed)
+    with pytest.raises(UserError, match="images.npz has changed since .*run began"):
+        resume(run, device="cpu")
 
 
 def test_resume_with_other_threads_is_told(quick, tmp_path, config):
