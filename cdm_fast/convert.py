@@ -72,8 +72,11 @@ def convert(
     require_new(out)
     weights = {part: _with_levels_from_data(state, schedule) for part, state in read_public(file).items()}
     config, assumed = infer_config(weights["ema"], schedule, image_size, str(file))
-    with torch.device("meta"):  # before memory is taken for what the shapes of some tensors promise
-        expected = build_network(config).state_dict()
+    try:
+        with torch.device("meta"):  # before memory is taken for what the shapes of some tensors promise
+            expected = build_network(config).state_dict()
+    except UserError as error:
+        raise UserError(f"{file} describes no network that works: {error}") from None
     for state in weights.values():
         _require_match(state, expected, str(file))
     # build_model draws weights; the caller's random numbers should not notice.

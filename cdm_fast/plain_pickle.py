@@ -55,7 +55,8 @@ def load_plain(path: Path) -> Any:
     asks for anything else. Takes twice the memory of the file.
     """
     try:
-        return torch.load(_checked(path), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of storages in odd places: what comes out is judged
+            return torch.load(_checked(path), map_location="cpu", weights_only=True)
     except _DAMAGE as error:
         if isinstance(error, UserError):
             raise

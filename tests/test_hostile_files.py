@@ -306,6 +306,12 @@ def test_network_of_odd_shapes(tmp_path, name, shape, told):
     refused(lambda: convert(tmp_path / "a.pt", tmp_path / "out", image_size=4), told, name="a.pt")
 
 
+def test_network_that_cannot_be_built(tmp_path):
+    state = {**public.tiny_state(), "conv_in.weight": torch.ones(1, 1, 3, 3)}
+    torch.save({"model_state_dict": state, "ema_model_state_dict": state}, tmp_path / "a.pt")
+    refused(lambda: convert(tmp_path / "a.pt", tmp_path / "out", image_size=4), "num_groups", name="a.pt")
+
+
 def test_few_small_tensors_that_describe_a_giant(tmp_path):
     """16,384 channels in two thin tensors: 9 GB for each convolution of the network that they tell of."""
     state = {
