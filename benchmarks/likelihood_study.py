@@ -292,7 +292,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, help="keep the trained models as run directories in this folder")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/likelihood_study.jsonl"))
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     torch.set_num_threads(arguments.threads)
     if arguments.what == "dropout":
         print(ratios_under_dropout(Path(arguments.names[0])))
