@@ -9,6 +9,7 @@ from tyro.conf import FlagCreatePairsOff, Positional
 from cdm_fast.config import Compile, Preset, RunConfig, Sampler
 
 Json = Annotated[bool, FlagCreatePairsOff]
+CorrectedSampler = Literal["mala", "smc"]
 Split = Literal["train", "validation", "test"]
 AttackName = Literal["fgsm", "pgd", "deepfool", "cw", "square"]
 AttackNorm = Literal["linf", "l2"]
@@ -45,14 +46,16 @@ class Sample:
     """Run directory."""
     num: int = 64
     """Images to draw."""
-    sampler: Sampler = "ddim"
-    """Sampling algorithm."""
+    sampler: Sampler | CorrectedSampler = "ddim"
+    """Sampling algorithm; `mala` and `smc` correct each level by Langevin moves, accepted by log p(x)."""
     steps: int = 50
     """Steps of the sampler, at most T."""
     seed: int = 0
     """The same seed gives the same images."""
     eta: float = 0.0
     """Noise added back by ddim: 0 none, 1 as much as ddpm."""
+    moves: int = 2
+    """Langevin moves at each level, of mala and smc."""
     label: int | None = None
     """Class to draw; by default all in turn. Only for class-conditional runs."""
     guidance: float = 0.0

@@ -20,6 +20,7 @@ from cdm_fast.class_scoring import score_classes
 from cdm_fast.classify import describe_accuracy
 from cdm_fast.config import RunConfig
 from cdm_fast.convert import convert
+from cdm_fast.corrected import CORRECTED, MoveLog
 from cdm_fast.data import ImageData, quantize, read_image, write_image
 from cdm_fast.discriminative import Classifier
 from cdm_fast.errors import UserError
@@ -28,7 +29,7 @@ from cdm_fast.likelihood import LikelihoodReport, denoise_blind, describe_score,
 from cdm_fast.likelihood.export import check_name, write_per_image
 from cdm_fast.likelihood.images import require_likelihood
 from cdm_fast.model import CDM, DDM, Denoiser
-from cdm_fast.plots import write_rows
+from cdm_fast.plots import write_acceptance, write_rows
 from cdm_fast.progress import to_stderr
 from cdm_fast.replay import replay
 from cdm_fast.report import (
@@ -101,8 +102,9 @@ def sample_command(command: arguments.Sample) -> Outcome:
     model = _load(command.run, command.device)
     compile_network(model, command.compile)
     shares = [0.0] if command.between is None else [column / (WAY - 1) for column in range(WAY)]
+    log = MoveLog()
     began = time.perf_counter()
-    columns = [_draw(command, model, labels, share) for share in shares]
+    columns = [_draw(command, model, labels, share, log) for share in shares]
     seconds = time.perf_counter() - began
     images, grey = columns[0], config.image.num_grey_levels
     if command.between is not None:
@@ -127,10 +129,19 @@ def sample_command(command: arguments.Sample) -> Outcome:
         "seconds": seconds,
         "images_per_second": len(shares) * command.num / seconds,
     }
-    return Outcome(result, [f"{len(shares) * command.num} images in {out}, drawn in {seconds:.1f} s"])
+    lines = [f"{len(shares) * command.num} images in {out}, drawn in {seconds:.1f} s"]
+    if log.moved:
+        found = {"moves": command.moves, **log.to_json()}
+        picture = write_acceptance(found, out.with_name(f"{out.stem}-acceptance.png"))
+        result |= {**found, "acceptance_picture": str(picture)}
+        rates = found["acceptance"]
+        lines.append(f"acceptance {min(rates):.2f} to {max(rates):.2f} over {len(rates)} levels: {picture}")
+    return Outcome(result, lines)
 
 
-def _draw(command: arguments.Sample, model: Denoiser, labels: Tensor | None, share: float) -> Tensor:
+def _draw(
+    command: arguments.Sample, model: Denoiser, labels: Tensor | None, share: float, log: MoveLog
+) -> Tensor:
     """`--num` images, a share of the way to the class of `--between`, always from the same noise."""
     guidance = command.guidance
     if command.between is not None:
@@ -145,6 +156,8 @@ def _draw(command: arguments.Sample, model: Denoiser, labels: Tensor | None, sha
         guidance=guidance,
         eta=command.eta,
         precision=command.precision,
+        moves=command.moves,
+        log=log,
     )
 
 
@@ -160,6 +173,8 @@ def _check_between(command: arguments.Sample, config: RunConfig, out: Path) -> N
         )
     if out.suffix != ".png":
         raise UserError(f"--out {out}: --between draws a sheet, give a name that ends in .png")
+    if command.sampler in CORRECTED:
+        raise UserError(f"--between goes with a plain sampler such as ddim, not {command.sampler}")
     if not isfinite(command.guidance):
         raise UserError(f"guidance is {command.guidance}: it must be a finite number")
 

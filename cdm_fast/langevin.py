@@ -1,24 +1,38 @@
 """Metropolis-adjusted Langevin moves at one noise level, and particles carried from level to level by them.
 
-A CDM knows both `log p_t` and its gradient, so a Langevin proposal can be accepted or refused exactly: the
-moves leave the model's own density at the level unchanged, whatever the step size (Roberts & Tweedie 1996).
+An energy (a CDM, or what is composed of CDMs) knows both `log p_t` and its gradient, so a Langevin proposal
+can be accepted or refused exactly: the moves leave the model's own density at the level unchanged, whatever
+the step size (Roberts & Tweedie 1996).
 
 # N particles, d values of one, L = T+2 noise levels, K rungs of a ladder of levels
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cdm_fast.errors import UserError
-from cdm_fast.model import CDM, measures
+from cdm_fast.model import Energy, measures
 from cdm_fast.schedule import NoiseSchedule
 
 # Acceptance at which Langevin moves explore fastest in many dimensions (Roberts & Rosenthal 1998).
 TARGET_ACCEPTANCE = 0.574
+
+# For particles x: standard normal noise like x, and (N,) uniform float64 numbers, fresh at each call.
+Draw = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def draw_from(generator: torch.Generator) -> Draw:
+    """The noise of moves from one generator on the CPU, whatever the particles' device."""
+
+    def draw(x: Tensor) -> tuple[Tensor, Tensor]:
+        z = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+        return z, torch.rand(len(x), generator=generator, dtype=torch.float64).to(x.device)
+
+    return draw
 
 
 @dataclass(frozen=True)
@@ -30,40 +44,41 @@ class Particles:
         level: the level at which they move.
         log_prob: (N, L) `log p_t(x)` at every level, nats.
         score: like x, `grad_x log p_level(x)`.
+        label: (N,) int64 classes, or None.
     """
 
     x: Tensor
     level: int
     log_prob: Tensor
     score: Tensor
+    label: Tensor | None = None
 
     @classmethod
-    def at(cls, model: CDM, x: Tensor, level: int) -> "Particles":
+    def at(cls, model: Energy, x: Tensor, level: int, label: Tensor | None = None) -> "Particles":
         """One evaluation of the model at `x`."""
-        log_prob, score = model.log_prob_levels_and_score(x, level)
-        return cls(x, level, log_prob.double(), score)
+        log_prob, score = model.log_prob_levels_and_score(x, level, label)
+        return cls(x, level, log_prob.double(), score, label)
 
     def pick(self, index: Tensor) -> "Particles":
         """Those of `index` (N,) int64, with repetitions."""
-        return Particles(self.x[index], self.level, self.log_prob[index], self.score[index])
+        label = None if self.label is None else self.label[index]
+        return Particles(self.x[index], self.level, self.log_prob[index], self.score[index], label)
 
 
 @measures
-def mala(
-    model: CDM, particles: Particles, step_size: float, generator: torch.Generator
-) -> tuple[Particles, Tensor]:
+def mala(model: Energy, particles: Particles, step_size: float, draw: Draw) -> tuple[Particles, Tensor]:
     """One move of every particle at its level: `(particles, accepted (N,) bool)`.
 
     Proposal `x' = x + h score(x) + sqrt(2h) z`, accepted with probability
     `min(1, p(x') q(x|x') / (p(x) q(x'|x)))`; h is the step size, in units of x squared.
     """
     x, level = particles.x, particles.level
-    z = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
-    proposal = Particles.at(model, x + step_size * particles.score + math.sqrt(2 * step_size) * z, level)
+    z, uniform = draw(x)
+    proposed = x + step_size * particles.score + math.sqrt(2 * step_size) * z
+    proposal = Particles.at(model, proposed, level, particles.label)
     backwards = (x - proposal.x - step_size * proposal.score).double() / math.sqrt(2 * step_size)
     log_ratio = proposal.log_prob[:, level] - particles.log_prob[:, level]
     log_ratio += 0.5 * (z.double().square() - backwards.square()).flatten(1).sum(1)
-    uniform = torch.rand(len(x), generator=generator, dtype=torch.float64).to(x.device)
     accepted = uniform.log() < log_ratio  # a NaN is refused
     return _choose(accepted, proposal, particles), accepted
 
@@ -75,6 +90,7 @@ def _choose(accepted: Tensor, proposal: Particles, particles: Particles) -> Part
         particles.level,
         torch.where(accepted[:, None], proposal.log_prob, particles.log_prob),
         torch.where(wide, proposal.score, particles.score),
+        particles.label,
     )
 
 
@@ -93,29 +109,39 @@ def ladder(schedule: NoiseSchedule, rungs: int | None = None, lowest: int = 1) -
     return even.tolist()
 
 
+def stay(particles: Particles, level: int) -> Tensor:
+    """The particles where they are: the plainest way from their level to the next."""
+    return particles.x
+
+
 @measures
 def tune_step_sizes(
-    model: CDM,
+    model: Energy,
     x: Tensor,
     levels: Sequence[int],
     generator: torch.Generator,
     moves: int = 2,
     target: float = TARGET_ACCEPTANCE,
+    label: Tensor | None = None,
+    carry: Callable[[Particles, int], Tensor] = stay,
 ) -> dict[int, float]:
-    """A step size for every level, by a walk of `x` (N, ...) ~ N(0, I) down `levels`, the first being T+1.
+    """A step size for every level, by a walk of `x` (N, ...) ~ N(0, I) down `levels`, from T+1 or T.
 
     At each level the logarithm of the step size follows the acceptance (Robbins-Monro), from the one before.
-    Fixed afterwards, so that moves with it are exact and the same in every run.
+    Fixed afterwards, so that moves with it are exact and the same in every run. `carry` takes the particles
+    to the level that it is given.
     """
-    size = x[0].numel() ** (-1 / 3)
-    sizes = {}
+    size, draw = x[0].numel() ** (-1 / 3), draw_from(generator)
+    sizes: dict[int, float] = {}
+    particles = Particles.at(model, x, levels[0], label)
     for position, level in enumerate(levels):
-        particles = Particles.at(model, x, level)
+        if position > 0:
+            particles = Particles.at(model, carry(particles, level), level, label)
         warm_up = 20 if position == 0 else 0
         for _ in range(moves + warm_up):
-            particles, accepted = mala(model, particles, size, generator)
+            particles, accepted = mala(model, particles, size, draw)
             size *= math.exp(float(accepted.double().mean()) - target)
-        x, sizes[level] = particles.x, size
+        sizes[level] = size
     return sizes
 
 
@@ -140,13 +166,14 @@ class Annealed:
 
 @measures
 def anneal(
-    model: CDM,
+    model: Energy,
     x: Tensor,
     levels: Sequence[int],
     step_sizes: dict[int, float],
     generator: torch.Generator,
     moves: int = 1,
     resample_below: float = 0.5,
+    label: Tensor | None = None,
 ) -> Annealed:
     """Carry `x` (N, ...), draws of `p[levels[0]]`, along `levels`: at each, reweight, resample and move.
 
@@ -156,8 +183,9 @@ def anneal(
         step_sizes: of the moves at every level but the first, from `tune_step_sizes`.
         moves: at each level.
         resample_below: effective sample size over N under which particles are resampled; 0 never does.
+        label: (N,) int64, one class for all: particles of two classes cannot stand for each other.
     """
-    particles = Particles.at(model, x, levels[0])
+    particles, draw = Particles.at(model, x, levels[0], label), draw_from(generator)
     log_weight = torch.full((len(x),), -math.log(len(x)), dtype=torch.float64, device=x.device)
     total, log_ratio, ess, acceptance = 0.0, [0.0], [1.0], [math.nan]
     for level in levels[1:]:
@@ -170,22 +198,28 @@ def anneal(
         if ess[-1] < resample_below:
             particles = particles.pick(resample(log_weight, generator))
             log_weight = torch.full_like(log_weight, -math.log(len(x)))
-        particles, rate = move(model, particles.x, level, step_sizes[level], generator, moves)
-        acceptance.append(rate)
+        particles, accepted = move(model, particles.x, level, step_sizes[level], draw, moves, label)
+        acceptance.append(float(accepted.mean()))
     series = (torch.tensor(values, dtype=torch.float64) for values in (log_ratio, ess, acceptance))
     return Annealed(particles.x, log_weight, *series)
 
 
 def move(
-    model: CDM, x: Tensor, level: int, step_size: float, generator: torch.Generator, moves: int
-) -> tuple[Particles, float]:
-    """`moves` Langevin moves of `x` at `level`: (particles, share of accepted moves, NaN for none)."""
-    particles = Particles.at(model, x, level)
-    rates = []
+    model: Energy,
+    x: Tensor,
+    level: int,
+    step_size: float,
+    draw: Draw,
+    moves: int,
+    label: Tensor | None = None,
+) -> tuple[Particles, Tensor]:
+    """`moves` Langevin moves of `x` (N, ...) at `level`: (particles, accepted share (N,) float64)."""
+    particles = Particles.at(model, x, level, label)
+    count = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     for _ in range(moves):
-        particles, accepted = mala(model, particles, step_size, generator)
-        rates.append(float(accepted.double().mean()))
-    return particles, sum(rates) / moves if moves else math.nan
+        particles, accepted = mala(model, particles, step_size, draw)
+        count += accepted
+    return particles, count / moves  # NaN for no moves
 
 
 def resample(log_weight: Tensor, generator: torch.Generator) -> Tensor:

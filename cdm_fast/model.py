@@ -144,7 +144,54 @@ class DDM(Denoiser):
         return self.network(x, self.schedule.levels(level, x), label)
 
 
-class CDM(Denoiser):
+class Energy(Denoiser):
+    """A denoiser whose score is the gradient of a function that it knows: `log p_t(x)` up to constants.
+
+    What Metropolis-adjusted moves need. At level T+1 every energy is N(0, I), so that walks start from exact
+    draws. Subclasses provide `log_prob_levels_and_score`; the rest follows.
+    """
+
+    def log_prob_levels_and_score(
+        self, x: Tensor, level: int | Tensor, label: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`(log_prob_levels(x) (B, L), score(x, level) like x)` from one evaluation."""
+        raise NotImplementedError
+
+    def guided_log_prob_levels_and_score(
+        self, x: Tensor, level: int | Tensor, label: Tensor, guidance: float
+    ) -> tuple[Tensor, Tensor]:
+        """The same of `(1 + w) log p_t(x|label) - w log p_t(x)`, w = `guidance`, whose denoiser is
+        `guided_denoise`. The two are evaluated as one batch."""
+        level = self.schedule.levels(level, x)
+        labels = torch.cat([label, torch.full_like(label, -1)])
+        both = self.log_prob_levels_and_score(torch.cat([x, x]), level.repeat(2), labels)
+        log_prob, score = ((1 + guidance) * given - guidance * free for given, free in map(_halves, both))
+        return log_prob, score
+
+    def log_prob_levels(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        """`log p_t(x)` in nats at every level, (B, L)."""
+        return self.log_prob_levels_and_score(x, 0, label)[0]
+
+    def log_prob(self, x: Tensor, level: int | Tensor = 0, label: Tensor | None = None) -> Tensor:
+        """`log p_t(x)` in nats, (B,), or `log p_t(x|c)` of labelled ones; `level` an int or (B,) int64."""
+        index = self.schedule.levels(level, x)[:, None]
+        return self.log_prob_levels(x, label).gather(1, index)[:, 0]
+
+    def score(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
+        """`grad_x log p_t(x)`, like `x`, at every level, 0 and T+1 included."""
+        return self.log_prob_levels_and_score(x, level, label)[1]
+
+    def denoise(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
+        level = self.schedule.levels(level, x)
+        return -self.amplitudes(level, x)[1] * self.score(x, level, label)
+
+
+def _halves(both: Tensor) -> tuple[Tensor, Tensor]:
+    first, second = both.chunk(2)
+    return first, second
+
+
+class CDM(Energy):
     """A Classification Diffusion Model (arXiv 2402.10095): one network of noise levels, read in two ways.
 
     Its logits `f(x)[t] = log p(t|x) + const` are density ratios between levels (Thm 3.2), and the input
@@ -253,13 +300,14 @@ class CDM(Denoiser):
             return gradient(x, level, label, guidance)[0]
 
     def logits_and_ratio_gradient(
-        self, x: Tensor, level: Tensor, label: Tensor | None = None
+        self, x: Tensor, level: Tensor, label: Tensor | None = None, guidance: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """`(logits(x), grad_x F(x, level) like x)` from one evaluation."""
+        """`(logits(x), grad_x F(x, level) like x)` from one evaluation; `guidance` for joint logits only."""
         if isinstance(self.network, AdjointNetwork):
-            return self.network.logits_and_ratio_gradient(x, level, label)
+            return self.network.logits_and_ratio_gradient(x, level, label, guidance)
         with use_backend("reference"):
-            grad_x, logits = torch.func.grad(self._log_ratio_of_noise, has_aux=True)(x, level, label)
+            gradient = torch.func.grad(self._log_ratio_of_noise, has_aux=True)
+            grad_x, logits = gradient(x, level, label, guidance)
         return logits, grad_x
 
     def cross_entropy_and_ratio_gradient(
@@ -301,17 +349,24 @@ class CDM(Denoiser):
         """
         return self._to_log_prob(self.level_logits(x, label), x)
 
-    def log_prob(self, x: Tensor, level: int | Tensor = 0, label: Tensor | None = None) -> Tensor:
-        """`log p_t(x)` in nats, (B,), or `log p_t(x|c)` of labelled ones; `level` an int or (B,) int64."""
-        index = self.schedule.levels(level, x)[:, None]
-        return self.log_prob_levels(x, label).gather(1, index)[:, 0]
-
     def log_prob_levels_and_score(
         self, x: Tensor, level: int | Tensor, label: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """`(log_prob_levels(x), score(x, level))` from one evaluation; what Langevin moves need."""
         logits, grad_x = self.logits_and_ratio_gradient(x, self.schedule.levels(level, x), label)
         return self._to_log_prob(self._of_levels(logits, label), x), -(grad_x + x)
+
+    def guided_log_prob_levels_and_score(
+        self, x: Tensor, level: int | Tensor, label: Tensor, guidance: float
+    ) -> tuple[Tensor, Tensor]:
+        """As for any energy; joint logits take one evaluation, of the scalar `(1 + w) z[t,c] - w f[t]`."""
+        if self.conditioning == "embedding":
+            return super().guided_log_prob_levels_and_score(x, level, label, guidance)
+        level = self.schedule.levels(level, x)
+        logits, grad_x = self.logits_and_ratio_gradient(x, level, label, guidance)
+        given, free = self._of_levels(logits, label), self._of_levels(logits, None)
+        guided = (1 + guidance) * given - guidance * free
+        return self._to_log_prob(guided, x), -(grad_x + x)
 
     def log_prob_classes(self, x: Tensor, level: int | Tensor = 0) -> Tensor:
         """`log p_t(x|c)` in nats for every class, (B, K); from one forward pass with joint logits, or from K.
@@ -323,11 +378,11 @@ class CDM(Denoiser):
         num_classes = self._require_classes()
         index = self.schedule.levels(level, x)[:, None]
         if self.conditioning == "embedding":
-            labels = torch.arange(num_classes, device=x.device)[:, None].expand(-1, len(x))
+            labels = torch.arange(num_classes, device=x.device)[:, None].expand(-1, x.shape[0])
             return torch.stack([self.log_prob_levels(x, c).gather(1, index)[:, 0] for c in labels], dim=1)
         per_class = self._per_class(self.logits(x)).transpose(1, 2)  # (B, K, L)
         log_prob = self._to_log_prob(per_class.flatten(0, 1), x.repeat_interleave(num_classes, 0))
-        return log_prob.gather(1, index.repeat_interleave(num_classes, 0)).view(len(x), num_classes)
+        return log_prob.gather(1, index.repeat_interleave(num_classes, 0)).view(x.shape[0], num_classes)
 
     def log_class_posterior(
         self, x: Tensor, level: int | Tensor = 0, class_prior: Tensor | None = None
@@ -354,7 +409,7 @@ class CDM(Denoiser):
         return self.num_classes
 
     def _check_labels(self, label: Tensor | None, x: Tensor) -> None:
-        check_labels(label, self.num_classes, len(x))
+        check_labels(label, self.num_classes, x.shape[0])
 
     def _per_class(self, logits: Tensor) -> Tensor:
         """(B, L, K): `log p(t | x, c)` up to one constant per x and c, out of joint logits."""

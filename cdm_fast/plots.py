@@ -288,6 +288,25 @@ def write_audit(
     return _write(figure, path)
 
 
+def write_acceptance(
+    report: Mapping[str, Any],  # `MoveLog.to_json()`
+    path: str | Path,
+) -> Path:
+    """Acceptance and step size of a corrected sampler's moves by level, as a PNG under `path`.
+
+    The dashed line is the acceptance that the pilot aimed at.
+    """
+    figure, (acceptance, step_size) = _figure(2)
+    acceptance.axhline(report["target_acceptance"], color="grey", linestyle="--", linewidth=0.8)
+    acceptance.plot(report["levels"], report["acceptance"], marker=".", linewidth=1.2)
+    acceptance.set_ylim(-0.02, 1.02)
+    _label(acceptance, "accepted moves, share", "level (0 = data)")
+    step_size.plot(report["levels"], report["step_size"], marker=".", linewidth=1.2)
+    step_size.set_yscale("log")
+    _label(step_size, "step size h", "level (0 = data)")
+    return _write(figure, path)
+
+
 def _by_level(
     axes: Axes, levels: ArrayLike, values: ArrayLike, errors: ArrayLike, name: str | None = None
 ) -> None:

@@ -9,8 +9,8 @@ of order a_T (0.1 for `uniform` at T = 200, 0.001 for `ot` at T = 1000) and vani
 The second-order samplers spread their steps evenly over log-SNR by default: on closed-form data they show
 their order only there (over the level index the first steps are too long), while the others lose by it.
 
-A sampler uses `schedule`, `denoise` and `predict_x0` of a model and nothing else, so a wrapper that changes
-what they return (`Guided`) needs no sampler of its own.
+These samplers use `schedule`, `denoise` and `predict_x0` of a model and nothing else, so a wrapper that
+changes what they return (`Guided`) needs no sampler of its own. The two of `corrected.py` use `log p_t` too.
 """
 
 from collections.abc import Callable
@@ -21,8 +21,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cdm_fast.corrected import CORRECTED, MoveLog, prepare
 from cdm_fast.errors import UserError
-from cdm_fast.model import Denoiser, measures, prototype
+from cdm_fast.model import Denoiser, Energy, measures, prototype
 from cdm_fast.ops.philox import Stream, box_muller, philox4x32_10
 from cdm_fast.schedule import Spacing
 
@@ -161,6 +162,7 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "dpm_solver_pp_2m": dpm_solver_pp_2m,
     "heun": heun,
     "euler_ot": euler_ot,
+    **CORRECTED,
 }
 
 
@@ -181,6 +183,24 @@ class Guided(Denoiser):
         if label is None:
             return self.model.denoise(x, level)
         return self.model.guided_denoise(x, level, label, self.guidance)
+
+
+class GuidedEnergy(Guided, Energy):
+    """The same of a model that knows `log p_t`: `(1 + w) log p_t(x|label) - w log p_t(x)` is an energy too.
+
+    Args:
+        model: the model.
+        guidance: w.
+    """
+
+    model: Energy
+
+    def log_prob_levels_and_score(
+        self, x: Tensor, level: int | Tensor, label: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if label is None:
+            return self.model.log_prob_levels_and_score(x, level)
+        return self.model.guided_log_prob_levels_and_score(x, level, label, self.guidance)
 
 
 class Between(Denoiser):
@@ -223,14 +243,18 @@ def sample(
     shape: tuple[int, ...] | None = None,
     spacing: Spacing | None = None,
     precision: Literal["fp32", "bf16"] = "fp32",
+    moves: int = 2,
+    log: MoveLog | None = None,
 ) -> Tensor:
     """`num` images drawn from the model, (num, *shape), in the dtype and on the device of its parameters.
 
     Arguments: `sampler`, one of `SAMPLERS`; `steps`, 1..T, the number of levels it visits; `label`, one class
     for all or (num,) int64; `guidance`, w in `(1 + w) eps_hat(x, label) - w eps_hat(x)`; `eta`, 0..1, the
     noise of `ddim`; `shape` of one image, by default `model.input_shape`; `spacing` of the levels visited,
-    the sampler's own by default; `precision` of the network ("bf16": under autocast, images stay fp32).
-    Image i depends on the seed, i and its label alone: any `batch_size` gives the same result up to rounding.
+    the sampler's own by default; `precision` of the network ("bf16": under autocast, images stay fp32);
+    `moves` of `mala` and `smc` at each level, and `log`, to which they add the acceptance of each.
+    Image i depends on the seed, i and its label alone: any `batch_size` gives the same result up to rounding,
+    but for `smc`, where a batch is one population. The step sizes of moves come from a pilot of a fixed seed.
     Global random generators are neither read nor changed; dropout is off while sampling.
     Raises UserError for an argument out of range.
     """
@@ -243,6 +267,15 @@ def sample(
     labels = _labels(label, num, like.device)
     if guidance:
         model = _guided(model, guidance, labels)
+    if sampler in CORRECTED:
+        _check_range("moves", moves, 1, bits=32)
+        if precision == "bf16":
+            raise UserError(
+                f"sampler {sampler!r} compares log-densities, for which bf16 is too coarse: use fp32"
+            )
+        log = MoveLog() if log is None else log
+        log.step_size = prepare(model, sampler, steps, shape, labels, spacing)
+        run = partial(run, moves=moves, log=log)
     images = [like.new_empty((0, *shape))]
     for start in range(0, num, batch_size):
         batch = slice(start, min(start + batch_size, num))
@@ -268,12 +301,25 @@ class ImageNoise:
 
     def __call__(self) -> Tensor:
         size = prod(self.shape)
-        block = torch.arange((size + 3) // 4, device=self.image.device)
-        stream, draw = torch.full_like(block, Stream.SAMPLING), torch.full_like(block, self.draws)
-        self.draws += 1
-        w0, w1, w2, w3 = philox4x32_10((block, stream, self.image, draw), self.key)
+        w0, w1, w2, w3 = self._words((size + 3) // 4)
         normals = torch.stack((*box_muller(w0, w1), *box_muller(w2, w3)), dim=-1)
         return normals.flatten(1)[:, :size].reshape(-1, *self.shape).to(self.dtype)
+
+    def uniform(self) -> Tensor:
+        """The next draw as one number in (0, 1) for each image, (B,) float64."""
+        return (self._words(1)[0][:, 0].double() + 0.5) * 2.0**-32
+
+    def generator(self) -> torch.Generator:
+        """For what concerns a batch as a whole, such as resampling; seeded by the first image's next draw."""
+        low, high = (int(word[0, 0]) for word in self._words(1)[:2])
+        return torch.Generator().manual_seed(low | high << 32)
+
+    def _words(self, num_blocks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Four (B, num_blocks) words of the next draw."""
+        block = torch.arange(num_blocks, device=self.image.device)
+        stream, draw = torch.full_like(block, Stream.SAMPLING), torch.full_like(block, self.draws)
+        self.draws += 1
+        return philox4x32_10((block, stream, self.image, draw), self.key)
 
 
 def _sampler(name: str, eta: float, spacing: Spacing | None) -> Callable[..., Tensor]:
@@ -294,7 +340,7 @@ def _guided(model: Denoiser, guidance: float, labels: Tensor | None) -> Denoiser
         raise UserError(f"guidance is {guidance}: it must be a finite number")
     if labels is None:
         raise UserError(f"guidance is {guidance}, but towards no class: pass label= too")
-    return Guided(model, guidance)
+    return (GuidedEnergy if isinstance(model, Energy) else Guided)(model, guidance)
 
 
 def _check_range(name: str, value: int, lowest: int, bits: int) -> None:

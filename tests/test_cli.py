@@ -185,6 +185,16 @@ def test_sample_goes_into_the_run_directory_by_default(trained):
     assert (out / "samples-ddim-2-0.png").exists()
 
 
+def test_corrected_samples_tell_their_acceptance(trained, tmp_path):
+    out, _ = trained
+    flags = ["--num", "4", "--steps", "3", "--sampler", "mala", "--moves", "1", "--out", tmp_path / "m.png"]
+    result = call_json("sample", out, *flags)
+    assert len(result["acceptance"]) == len(result["levels"]) == 3 and result["moves"] == 1
+    assert all(0 <= rate <= 1 for rate in result["acceptance"])
+    assert result["acceptance_picture"] == str(tmp_path / "m-acceptance.png")
+    assert (tmp_path / "m-acceptance.png").stat().st_size > 1000
+
+
 def test_nll_agrees_with_training(trained):
     out, summary = trained
     result = call_json("nll", out, "--draws", "2")

@@ -7,9 +7,11 @@ from typing import get_args
 import pytest
 import torch
 
+from cdm_fast.arguments import CorrectedSampler
 from cdm_fast.build import build_model, level_distribution
 from cdm_fast.config import PRESETS, Preset, RunConfig, Sampler, ScheduleConfig, check, preset
 from cdm_fast.config_json import differences, digest, from_json, to_json
+from cdm_fast.corrected import CORRECTED
 from cdm_fast.errors import UserError
 from cdm_fast.sampling import SAMPLERS
 from cdm_fast.schedule import SCHEDULES, NoiseSchedule
@@ -30,7 +32,8 @@ def test_presets_are_valid_and_survive_json(name):
 
 def test_choices_on_the_command_line_are_those_that_exist():
     assert get_args(Preset) == tuple(PRESETS)
-    assert set(get_args(Sampler)) == set(SAMPLERS)
+    assert set(get_args(Sampler)) == set(SAMPLERS) - set(CORRECTED)
+    assert set(get_args(CorrectedSampler)) == set(CORRECTED)
     assert set(get_args(ScheduleConfig.__annotations__["schedule"])) == set(SCHEDULES)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cdm_fast import CDM, NoiseSchedule, UserError
-from cdm_fast.langevin import Particles, anneal, ladder, mala, resample, tune_step_sizes
+from cdm_fast.langevin import Particles, anneal, draw_from, ladder, mala, resample, tune_step_sizes
 from tests.analytic import ExactNetwork, noisy_sample, random_mixture
 
 MIXTURE_2D = random_mixture(2, 8, seed=1)
@@ -25,10 +25,10 @@ def test_moves_leave_the_density_unchanged(step_size):
     """Draws of p_20 stay draws of p_20: mean, covariance and mean log-density, for steps of any size."""
     level, num = 20, 4000
     before = noisy_sample(MIXTURE_2D, SCHEDULE, level, num)
-    model, generator = exact_model(MIXTURE_2D), torch.Generator().manual_seed(1)
+    model, draw = exact_model(MIXTURE_2D), draw_from(torch.Generator().manual_seed(1))
     particles = Particles.at(model, before, level)
     for _ in range(10):
-        particles, _ = mala(model, particles, step_size, generator)
+        particles, _ = mala(model, particles, step_size, draw)
     assert float((particles.x - before).norm(dim=1).mean()) > 0.2  # they did move
     torch.testing.assert_close(particles.x.mean(0), before.mean(0), rtol=0, atol=0.06)
     torch.testing.assert_close(particles.x.T.cov(), before.T.cov(), rtol=0, atol=0.08)
@@ -42,10 +42,10 @@ def test_moves_leave_the_density_unchanged(step_size):
 def test_moves_find_the_density_from_elsewhere():
     """From a cloud in the wrong place to the moments of p_20, which a biased acceptance would miss."""
     level, num = 20, 2000
-    model, generator = exact_model(MIXTURE_2D), torch.Generator().manual_seed(1)
+    model, draw = exact_model(MIXTURE_2D), draw_from(torch.Generator().manual_seed(1))
     particles = Particles.at(model, torch.randn(num, 2, dtype=torch.float64) * 0.3 + 1, level)
     for _ in range(60):
-        particles, _ = mala(model, particles, 0.4, generator)
+        particles, _ = mala(model, particles, 0.4, draw)
     exact = noisy_sample(MIXTURE_2D, SCHEDULE, level, 20_000)
     torch.testing.assert_close(particles.x.mean(0), exact.mean(0), rtol=0, atol=0.08)
     torch.testing.assert_close(particles.x.T.cov(), exact.T.cov(), rtol=0, atol=0.12)

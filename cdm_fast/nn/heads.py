@@ -83,7 +83,7 @@ class JointHead(CumulativeHead):
         its graph. With guidance w labelled rows take `z_N - ((1 + w) z[level, label] - w f[level])`.
         Raises UserError for a label out of range.
         """
-        check_labels(label, self.num_classes, len(h))
+        check_labels(label, self.num_classes, h.shape[0])
         weight, bias = cumulated
         with full_precision(h):
             at_level = self._at_level(h, weight, bias, level) if logits is None else self._pick(logits, level)

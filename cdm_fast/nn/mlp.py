@@ -93,7 +93,7 @@ class MLP(AdjointNetwork):
     ) -> tuple[Tensor, Any]:
         """`x` (B, d) -> (B, W + num_squares) and residuals, which are small enough to keep always."""
         _check_input(x, self.input_shape)
-        embedding = self._embedding(label, len(x))
+        embedding = self._embedding(label, x.shape[0])
         h, _ = self.linear_in(x)
         residuals = []
         for block in self.blocks:
@@ -141,7 +141,7 @@ class MLPDenoiser(nn.Module):
         """`x` (B, d), `level` (B,) -> eps_hat (B, d)."""
         _check_input(x, self.input_shape)
         embedding = self.time(sinusoids(level, self.linear_in.out_features).to(x.dtype))
-        index = class_index(label, self.num_classes, len(x), x.device)
+        index = class_index(label, self.num_classes, x.shape[0], x.device)
         if index is not None:
             embedding = embedding + self.label_emb(index)
         h, _ = self.linear_in(x)

@@ -54,16 +54,16 @@ class AdjointNetwork(nn.Module):
         return self.adjoint(residuals, head.cotangent(h, head.cumulated(), level, label, guidance))
 
     def logits_and_ratio_gradient(
-        self, x: Tensor, level: Tensor, label: Tensor | None = None
+        self, x: Tensor, level: Tensor, label: Tensor | None = None, guidance: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """Logits (B, N) and `grad_x (f(x)[T+1] - f(x)[level])` from one set of features; labels as above."""
+        """Logits (B, N) and `ratio_gradient` from one set of features; arguments as there."""
         head = self.linear_layer
         joint = isinstance(head, JointHead)
         h, residuals = self.features(x, None if joint else label)
         weight, bias = head.cumulated()
         logits = head.logits(h, weight, bias)
         if isinstance(head, JointHead):
-            cotangent = head.cotangent(h, (weight, bias), level, label, logits=logits)
+            cotangent = head.cotangent(h, (weight, bias), level, label, guidance, logits)
         else:
             cotangent = head_cotangent(weight, level)
         return logits, self.adjoint(residuals, cotangent)

@@ -396,7 +396,7 @@ class UNet(UNetTrunk, AdjointNetwork):
     ) -> tuple[Tensor, Any]:
         """`x` (B, C, H, W) -> pooled features (B, 2 base channels) in fp32 or wider, and residuals."""
         check_input(x, self.input_shape)
-        h, trunk_residuals = self.run(x, self.embedding(label, None, len(x)), keep_residuals)
+        h, trunk_residuals = self.run(x, self.embedding(label, None, x.shape[0]), keep_residuals)
         h, pool_residuals = self.conv_out(h)
         return h, (trunk_residuals, pool_residuals)
 
@@ -441,7 +441,7 @@ class UNetDenoiser(UNetTrunk):
     def forward(self, x: Tensor, level: Tensor, label: Tensor | None = None) -> Tensor:
         """`x` (B, C, H, W), `level` (B,) -> eps_hat like `x`."""
         check_input(x, self.input_shape)
-        h, _ = self.run(x, self.embedding(label, level, len(x)), keep_residuals=False)
+        h, _ = self.run(x, self.embedding(label, level, x.shape[0]), keep_residuals=False)
         with full_precision(h):
             return self.conv_out(h)[0]
 

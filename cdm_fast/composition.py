@@ -1,0 +1,183 @@
+"""Compositions of densities: products, mixtures and negations of models, or of the classes of one.
+
+A composition is an `Energy` like a CDM: it has `denoise`, `score` and `log_prob` at every level (up to a
+constant a level), but no logits. Noise and composition do not commute: the product of two noised densities is
+not the product's noised density, so no denoiser of the parts is the composition's, and a plain sampler draws
+from something else (arXiv 2302.11552). The densities that these objects define at the levels are a path from
+N(0, I) to the composition itself at level 0; samplers that follow it exactly are `mala` and `smc`.
+
+# B batch, L = T+2 noise levels, N parts
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from cdm_fast.errors import UserError
+from cdm_fast.model import CDM, Energy, log_normal
+
+
+class OfClass(Energy):
+    """One class of a class-conditional CDM as a density of its own.
+
+    Args:
+        model: trained with classes.
+        label: the class.
+
+    Raises:
+        UserError: a model without classes, or a class that it does not know.
+    """
+
+    def __init__(self, model: CDM, label: int) -> None:
+        super().__init__(model, model.schedule, model.input_shape)
+        self.model, self.label = model, label
+        classes = model.num_classes
+        if classes is None:
+            raise UserError(f"class {label} of a model that was trained without classes")
+        if not 0 <= label < classes:
+            raise UserError(f"class {label} does not exist: the model knows the classes 0 to {classes - 1}")
+
+    def log_prob_levels_and_score(
+        self, x: Tensor, level: int | Tensor, label: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self.model.log_prob_levels_and_score(x, level, self._label(x, label))
+
+    def log_prob_levels(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        return self.model.log_prob_levels(x, self._label(x, label))
+
+    def _label(self, x: Tensor, label: Tensor | None) -> Tensor:
+        _refuse_label(label)
+        return torch.full((len(x),), self.label, device=x.device)
+
+
+class Composition(Energy):
+    """What products and mixtures share: N parts on one schedule, a weight for each.
+
+    Raises:
+        UserError: no parts, parts of different schedules or shapes, or not one finite weight for each.
+    """
+
+    weights: Tensor
+
+    def __init__(self, parts: Sequence[Energy], weights: Sequence[float]) -> None:
+        if not parts:
+            raise UserError("a composition needs at least one part")
+        first = parts[0]
+        super().__init__(nn.ModuleList(parts), first.schedule, first.input_shape)
+        for part in parts:
+            if not isinstance(part, Energy):
+                raise UserError(
+                    f"a {type(part).__name__} knows no log p(x) and cannot be composed: give CDMs"
+                )
+            same = torch.equal(part.schedule.a, first.schedule.a) and torch.equal(
+                part.schedule.s, first.schedule.s
+            )
+            if not same or part.input_shape != first.input_shape:
+                raise UserError(
+                    "the parts of a composition must share the noise schedule and the input shape"
+                )
+        if len(weights) != len(parts) or not all(math.isfinite(w) for w in weights):
+            raise UserError(f"weights {tuple(weights)}: give a finite one for each of the {len(parts)} parts")
+        self.parts = list(parts)
+        self.register_buffer("weights", torch.tensor(weights, dtype=torch.float64))
+
+    def log_prob_levels(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        _refuse_label(label)
+        return self._compose(x, torch.stack([part.log_prob_levels(x) for part in self.parts], dim=2))
+
+    def log_prob_levels_and_score(
+        self, x: Tensor, level: int | Tensor, label: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        _refuse_label(label)
+        level = self.schedule.levels(level, x)
+        each = [part.log_prob_levels_and_score(x, level) for part in self.parts]
+        log_prob = torch.stack([part for part, _ in each], dim=2)
+        share = self._shares(log_prob, level).to(x.dtype)  # (B, N)
+        scores = torch.stack([score.flatten(1) for _, score in each], dim=1)  # (B, N, d)
+        score = (share[:, None] @ scores).view_as(x) - self._pull(x, level)
+        return self._compose(x, log_prob), score
+
+    def _compose(self, x: Tensor, log_prob: Tensor) -> Tensor:
+        """(B, L) log-density at every level, out of the parts' (B, L, N)."""
+        raise NotImplementedError
+
+    def _shares(self, log_prob: Tensor, level: Tensor) -> Tensor:
+        """(B, N) derivative of the log-density at `level` (B,) by each part's."""
+        raise NotImplementedError
+
+    def _pull(self, x: Tensor, level: Tensor) -> Tensor:
+        """What the score has beside the parts', with the opposite sign; like `x`."""
+        return torch.zeros_like(x)
+
+
+class Product(Composition):
+    """`log q_t(x) = sum_i w_i log p_i,t(x) + (1 - sum_i w_i) s_t^2 log N(x; 0, I)`, up to a constant a level.
+
+    At level 0 it is the product of the densities, each to the power w_i. The last term only chooses the path
+    there: it makes level T+1 N(0, I), whatever the weights, and keeps quotients integrable on the way. A
+    negative weight divides; see `negation`.
+
+    Args:
+        parts: the densities.
+        weights: w_i, 1 by default.
+    """
+
+    def __init__(self, parts: Sequence[Energy], weights: Sequence[float] | None = None) -> None:
+        super().__init__(parts, [1.0] * len(parts) if weights is None else weights)
+
+    def _compose(self, x: Tensor, log_prob: Tensor) -> Tensor:
+        log_prob = log_prob.double()
+        reference = log_normal(x.double())[:, None] * self.s.double() ** 2
+        return log_prob @ self.weights.double() + (1 - float(self.weights.sum())) * reference
+
+    def _shares(self, log_prob: Tensor, level: Tensor) -> Tensor:
+        return self.weights.expand(len(log_prob), -1)
+
+    def _pull(self, x: Tensor, level: Tensor) -> Tensor:
+        return (1 - float(self.weights.sum())) * self.amplitudes(level, x)[1] ** 2 * x
+
+
+class Mixture(Composition):
+    """`q_t(x) = sum_i w_i p_i,t(x)`: the one composition whose densities at the levels are its noised ones.
+
+    The parts' constants count here: a model whose density integrates to e.g. 2 has twice its weight.
+
+    Args:
+        parts: the densities.
+        weights: w_i, positive, up to a factor; equal by default.
+
+    Raises:
+        UserError: as `Composition`, and for a weight that is not positive.
+    """
+
+    def __init__(self, parts: Sequence[Energy], weights: Sequence[float] | None = None) -> None:
+        weights = [1.0] * len(parts) if weights is None else weights
+        if not all(weight > 0 for weight in weights):
+            raise UserError(f"weights {tuple(weights)}: those of a mixture must be positive")
+        super().__init__(parts, [weight / sum(weights) for weight in weights])
+
+    def _compose(self, x: Tensor, log_prob: Tensor) -> Tensor:
+        return (log_prob.double() + self.weights.double().log()).logsumexp(2)
+
+    def _shares(self, log_prob: Tensor, level: Tensor) -> Tensor:
+        at_level = log_prob.double()[torch.arange(len(level), device=level.device), level]
+        return (at_level + self.weights.double().log()).softmax(1)
+
+
+def negation(keep: Energy, avoid: Energy, strength: float = 1.0) -> Product:
+    """`keep` but not `avoid`: `p_keep(x) / p_avoid(x)^strength` (arXiv 2206.01714), up to a constant.
+
+    Integrable only where `avoid` has the heavier tails, or the strength stays below what its tails allow.
+    """
+    if not strength > 0:
+        raise UserError(f"strength is {strength}: give a positive number")
+    return Product([keep, avoid], [1.0, -strength])
+
+
+def _refuse_label(label: Tensor | None) -> None:
+    if label is not None:
+        raise UserError(
+            "a composition takes no label: compose the classes themselves, as OfClass(model, label)"
+        )

@@ -1,0 +1,157 @@
+"""Corrected samplers: Metropolis-adjusted Langevin moves on the way from noise to data.
+
+A predictor's step is never exact, and for a composition or a guided model no number of steps is: its density
+at a level is not the noised density of the next. Moves that leave `p_t` unchanged pull the images back to it.
+
+Legend: B batch, t a level, t_prev the next one towards data, a = a[t], s = s[t].
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cdm_fast.errors import UserError
+from cdm_fast.langevin import TARGET_ACCEPTANCE, Particles, anneal, draw_from, move, resample, tune_step_sizes
+from cdm_fast.model import Denoiser, Energy, measures, prototype
+from cdm_fast.schedule import Spacing
+
+PILOTS = 64  # particles that find the step sizes
+PILOT_MOVES = 4  # of each of them at every level
+
+
+class BatchNoise(Protocol):
+    """Noise of a batch of images (`sampling.ImageNoise`): normals by a call, uniforms, and a generator."""
+
+    def __call__(self) -> Tensor: ...
+
+    def uniform(self) -> Tensor: ...
+
+    def generator(self) -> torch.Generator: ...
+
+
+@dataclass
+class MoveLog:
+    """What the moves of a corrected sampler did, level by level, over all batches.
+
+    Fields:
+        step_size: level -> h of its moves.
+        accepted, moved: level -> number of accepted, and of all moves.
+    """
+
+    step_size: dict[int, float] = field(default_factory=dict)
+    accepted: dict[int, float] = field(default_factory=dict)
+    moved: dict[int, int] = field(default_factory=dict)
+
+    def add(self, level: int, share: Tensor, moves: int) -> None:
+        """`share` (B,) of accepted moves, of `moves` each, at `level`."""
+        self.accepted[level] = self.accepted.get(level, 0.0) + float(share.sum()) * moves
+        self.moved[level] = self.moved.get(level, 0) + len(share) * moves
+
+    def to_json(self) -> dict[str, Any]:
+        """Levels from noise to data, with the acceptance and the step size of each."""
+        levels = sorted(self.moved, reverse=True)
+        return {
+            "target_acceptance": TARGET_ACCEPTANCE,
+            "levels": levels,
+            "acceptance": [self.accepted[t] / self.moved[t] for t in levels],
+            "step_size": [self.step_size[t] for t in levels],
+        }
+
+
+def mala(
+    model: Energy,
+    x: Tensor,  # (B, ...) at level T
+    noise: BatchNoise,
+    steps: int,
+    label: Tensor | None = None,  # (B,) int64
+    spacing: Spacing = "log_snr",
+    *,
+    moves: int,
+    log: MoveLog,
+) -> Tensor:
+    """Annealed MALA: at each level `moves` moves, then a `ddim` step to the next; x0_hat of level 1 last.
+
+    The step takes its score from the last move, so a level costs 1 + moves evaluations.
+    """
+    for t, t_prev in model.schedule.pairs(steps, spacing):
+        particles, share = move(
+            model, x, t, log.step_size[t], lambda _: (noise(), noise.uniform()), moves, label
+        )
+        log.add(t, share, moves)
+        x = ddim_step(model, particles, t_prev)
+    return x
+
+
+def ddim_step(model: Denoiser, particles: Particles, t_prev: int) -> Tensor:
+    """DDIM eq. 12 with eta = 0 (arXiv 2010.02502) from the particles' level, by the score that they hold."""
+    a, s, t = model.schedule.a.tolist(), model.schedule.s.tolist(), particles.level
+    x0_hat = (particles.x + s[t] ** 2 * particles.score) / a[t]
+    return a[t_prev] * x0_hat - s[t_prev] * s[t] * particles.score
+
+
+def smc(
+    model: Energy,
+    x: Tensor,  # (B, ...) ~ N(0, I)
+    noise: BatchNoise,
+    steps: int,
+    label: Tensor | None = None,  # (B,) int64
+    spacing: Spacing = "log_snr",
+    *,
+    moves: int,
+    log: MoveLog,
+) -> Tensor:
+    """Annealed particles, reweighted and resampled (`langevin.anneal`); x0_hat of level 1 at the end.
+
+    Moves are local: they cannot shift mass between modes that have parted, weights can. The images of a batch
+    and a class are one population and depend on each other: some are copies that have moved apart. Where that
+    matters, draw more than are wanted and keep some.
+    """
+    levels = [t for t, _ in model.schedule.pairs(steps, spacing)]
+    generator, result = noise.generator(), torch.empty_like(x)
+    groups = torch.zeros(len(x), dtype=torch.int64, device=x.device) if label is None else label
+    for group in groups.unique():
+        rows = (groups == group).nonzero()[:, 0]
+        of_rows = None if label is None else label[rows]
+        walk = anneal(
+            model, x[rows], [model.schedule.T + 1, *levels], log.step_size, generator, moves, label=of_rows
+        )
+        for t, rate in zip(levels, walk.acceptance[1:], strict=True):
+            log.add(t, rate.expand(len(rows)), moves)
+        drawn, last = walk.x[resample(walk.log_weight, generator).to(x.device)], levels[-1]
+        copies, _ = move(model, drawn, last, log.step_size[last], draw_from(generator), moves, of_rows)
+        result[rows] = ddim_step(model, copies, 0)
+    return result
+
+
+CORRECTED: dict[str, Callable[..., Tensor]] = {"mala": mala, "smc": smc}
+
+
+@measures
+def prepare(
+    model: Denoiser,
+    sampler: str,
+    steps: int,
+    shape: tuple[int, ...],
+    label: Tensor | None = None,  # of the images to come, (N,) int64
+    spacing: Spacing | None = None,
+) -> dict[int, float]:
+    """The step size of a sampler's moves at each level: tuned by a pilot walk of a fixed seed, then fixed.
+
+    Raises UserError for a model that knows no log p_t(x).
+    """
+    if not isinstance(model, Energy):
+        raise UserError(
+            f"sampler {sampler!r} accepts or refuses moves by log p(x), which a plain denoiser (DDM) does not"
+            " know: choose another sampler, such as 'ddim', or train with --objective cdm"
+        )
+    like, generator = prototype(model), torch.Generator().manual_seed(0)
+    x = torch.randn((PILOTS, *shape), generator=generator, dtype=like.dtype).to(like.device)
+    pilots = None if label is None else label[torch.arange(PILOTS, device=label.device) % len(label)]
+    levels = [t for t, _ in model.schedule.pairs(steps, spacing or "log_snr")]
+    return tune_step_sizes(
+        model, x, levels, generator, PILOT_MOVES, label=pilots, carry=partial(ddim_step, model)
+    )

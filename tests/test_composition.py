@@ -1,0 +1,141 @@
+"""Products, mixtures and negations of densities whose composition has a closed form."""
+
+import pytest
+import torch
+
+from cdm_fast import CDM, DDM, MLP, MLPDenoiser, NoiseSchedule, UserError, sample
+from cdm_fast.composition import Mixture, OfClass, Product, negation
+from cdm_fast.quality import two_sample_test
+from tests.analytic import ExactNetwork, GaussianMixture, random_mixture
+
+SCHEDULE = NoiseSchedule.uniform(60)
+A, B = random_mixture(2, 4, seed=1), random_mixture(2, 4, seed=7)
+WIDE = GaussianMixture.gaussian(torch.tensor([0.3, -0.2]), 1.2 * torch.eye(2))
+
+
+def exact_model(density):
+    return CDM(ExactNetwork(density, SCHEDULE), SCHEDULE, input_shape=(density.dim,))
+
+
+def product(p, q, power=1.0):
+    """`p(x) q(x)^power`, normalised; q is one Gaussian unless the power is 1.
+
+    A product of Gaussians is one: precisions add, and so do precisions times means; its constant is what is
+    left of theirs.
+    """
+    P, Q = torch.linalg.inv(p.covariances)[:, None], power * torch.linalg.inv(q.covariances)[None]
+    covariances = torch.linalg.inv(P + Q)
+    pulls = (P @ p.means[:, None, :, None] + Q @ q.means[None, :, :, None])[..., 0]
+    means = (covariances @ pulls[..., None])[..., 0]
+
+    def constant(precision, mean):
+        return -0.5 * torch.einsum("...d,...de,...e->...", mean, precision, mean)
+
+    weights = p.weights.log()[:, None] + power * q.weights.log()[None]
+    weights = weights + constant(P, p.means[:, None]) + constant(Q, q.means[None]) - constant(P + Q, means)
+    weights = weights + 0.5 * (torch.logdet(P) + power * torch.logdet(Q / power) - torch.logdet(P + Q))
+    dim = p.dim
+    return GaussianMixture(
+        weights.flatten().softmax(0), means.reshape(-1, dim), covariances.reshape(-1, dim, dim)
+    )
+
+
+def mixture(p, q, share):
+    return GaussianMixture(
+        torch.cat([share * p.weights, (1 - share) * q.weights]),
+        torch.cat([p.means, q.means]),
+        torch.cat([p.covariances, q.covariances]),
+    )
+
+
+CASES = {
+    "product": (Product([exact_model(A), exact_model(B)]), product(A, B)),
+    "mixture": (Mixture([exact_model(A), exact_model(B)], [3, 7]), mixture(A, B, 0.3)),
+    "negation": (negation(exact_model(A), exact_model(WIDE)), product(A, WIDE, -1.0)),
+}
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+@every_case
+def test_level_0_is_the_composition_and_the_last_is_noise(case):
+    model, density = CASES[case]
+    x = torch.randn(6, 2, dtype=torch.float64)
+    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    for level, (a, s) in {0: (one, zero), SCHEDULE.T + 1: (zero, one)}.items():
+        difference = model.log_prob(x, level) - density.log_prob(x, a, s)[:, 0]
+        torch.testing.assert_close(difference, difference[:1].expand(6))  # equal up to a constant
+    if case == "mixture":  # even that is right, at every level
+        torch.testing.assert_close(model.log_prob_levels(x), density.log_prob(x, SCHEDULE.a, SCHEDULE.s))
+
+
+@every_case
+def test_the_score_is_the_gradient(case):
+    model, _ = CASES[case]
+    level = torch.tensor([0, 1, 20, 40, 60, 61])
+    x = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(model.log_prob(x, level).sum(), x)
+    torch.testing.assert_close(model.score(x.detach(), level), expected)
+    wanted = -SCHEDULE.s[level][:, None] * expected
+    torch.testing.assert_close(model.denoise(x.detach(), level), wanted)
+    log_prob, _ = model.log_prob_levels_and_score(x.detach(), level)
+    torch.testing.assert_close(log_prob, model.log_prob_levels(x.detach()))
+
+
+def p_value(density, drawn):
+    exact = density.sample(400, torch.Generator().manual_seed(2))
+    return two_sample_test(drawn, exact, 499).p_value
+
+
+@every_case
+def test_samples_match_the_analytic_composition(case):
+    """Two-sample test of level 5 % by 499 permutations."""
+    model, density = CASES[case]
+    assert p_value(density, sample(model, 400, "mala", 20, seed=1, moves=4, batch_size=400)) > 0.05
+
+
+@pytest.mark.parametrize("case", ["product", "negation"])
+def test_no_number_of_plain_steps_will_do(case):
+    """What the test above would find out: DDIM through every level."""
+    model, density = CASES[case]
+    assert p_value(density, sample(model, 400, "ddim", SCHEDULE.T, seed=1, batch_size=400)) < 0.01
+
+
+def test_particles_match_the_analytic_product():
+    """Every third of a population, as its members depend on each other."""
+    model, density = CASES["product"]
+    assert p_value(density, sample(model, 1200, "smc", 20, seed=1, batch_size=1200)[::3]) > 0.05
+
+
+@pytest.mark.parametrize("conditioning", ["joint", "embedding"])
+def test_classes_of_one_model(conditioning):
+    torch.manual_seed(0)
+    network = MLP(3, SCHEDULE.num_levels, 16, num_classes=4, conditioning=conditioning).double()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model = CDM(network, SCHEDULE)
+    x, two, three = torch.randn(5, 3, dtype=torch.float64), torch.full((5,), 2), torch.full((5,), 3)
+    torch.testing.assert_close(OfClass(model, 3).score(x, 9), model.score(x, 9, three))
+    mixed = Mixture([OfClass(model, c) for c in range(4)]).log_prob(x, 9)
+    torch.testing.assert_close(mixed, model.log_prob_classes(x, 9).logsumexp(1) - torch.tensor(4.0).log())
+    nested = negation(Product([OfClass(model, 2), model]), OfClass(model, 3), 0.5)
+    expected = model.log_prob(x, 0, two) + model.log_prob(x, 0) - 0.5 * model.log_prob(x, 0, three)
+    torch.testing.assert_close(nested.log_prob(x, 0), expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda m: Product([]), "at least one part"),
+        (lambda m: Product([m, exact_model(random_mixture(3, 1))]), "share the noise schedule"),
+        (lambda m: Product([m, m], [1.0]), "one for each of the 2 parts"),
+        (lambda m: Mixture([m, m], [1.0, 0.0]), "must be positive"),
+        (lambda m: negation(m, m, 0.0), "strength is 0.0"),
+        (lambda m: OfClass(m, 0), "trained without classes"),
+        (lambda m: Product([m, DDM(MLPDenoiser(2, 16), SCHEDULE)]), "a DDM knows no log p"),
+        (lambda m: sample(Product([m]), 2, "mala", 3, label=0), "takes no label"),
+    ],
+    ids=["empty", "shape", "weights", "zero weight", "strength", "classless", "ddm", "label"],
+)
+def test_what_is_refused(make, told):
+    with pytest.raises(UserError, match=told):
+        make(exact_model(A))

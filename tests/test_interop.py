@@ -1,0 +1,93 @@
+"""diffusers' schedulers walk our grid to our samples; exported graphs give the model's numbers."""
+
+import pytest
+import torch
+
+from cdm_fast import CDM, MLP, NoiseSchedule, UNet, UserError
+from cdm_fast.interop import Classifier, Likelihood, NoisePredictor, export, export_onnx, scheduler_config
+from cdm_fast.sampling import Guided, ddim, dpm_solver_pp_2m
+from tests.analytic import ExactNetwork, random_mixture
+
+
+def silent():
+    raise AssertionError("a deterministic sampler drew noise")
+
+
+@pytest.mark.parametrize("steps", [10, 50])
+@pytest.mark.parametrize("schedule_name", ["uniform", "linear", "cosine"])
+@pytest.mark.parametrize("sampler", [ddim, dpm_solver_pp_2m], ids=lambda sampler: sampler.__name__)
+def test_diffusers_schedulers_agree_with_our_samplers(sampler, schedule_name, steps):
+    """On the same noise and grid, to 1e-4: their tables of levels are fp32."""
+    diffusers = pytest.importorskip("diffusers")
+    schedule, density = NoiseSchedule.by_name(schedule_name, 200), random_mixture(3, 4, seed=1)
+    model = CDM(ExactNetwork(density, schedule), schedule, input_shape=(3,))
+    if sampler is ddim:
+        scheduler = diffusers.DDIMScheduler(**scheduler_config(schedule), clip_sample=False)
+    else:
+        scheduler = diffusers.DPMSolverMultistepScheduler(**scheduler_config(schedule))
+    scheduler.set_timesteps(steps)
+    assert (scheduler.timesteps + 1).tolist() == [t for t, _ in schedule.pairs(steps)]
+    start = torch.randn(20, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x, predictor = start, NoisePredictor(model)
+    for timestep in scheduler.timesteps:
+        x = scheduler.step(predictor(x, timestep).sample, timestep, x).prev_sample
+    wanted = sampler(model, start, silent, steps, spacing="level")
+    assert float((wanted - start).abs().max()) > 0.5
+    torch.testing.assert_close(x.double(), wanted, rtol=0, atol=1e-4)
+
+
+def joint_unet():
+    torch.manual_seed(0)
+    schedule = NoiseSchedule.uniform(8)
+    network = UNet(8, 1, schedule.num_levels, 32, (1,), 1, (8,), num_classes=3, conditioning="joint")
+    with torch.no_grad():
+        network.linear_layer.weight.normal_(std=0.3)
+    return CDM(network, schedule, class_prior=torch.tensor([1.0, 2.0, 3.0]))
+
+
+def test_the_predictor_is_the_denoiser():
+    model = joint_unet()
+    x, label = torch.randn(4, 1, 8, 8), torch.tensor([0, 2, 1, -1])
+    torch.testing.assert_close(NoisePredictor(model)(x, 3, label).sample, model.denoise(x, 4, label))
+    guided = Guided(model, 1.5)
+    found = NoisePredictor(guided)(x, torch.tensor([0, 3, 5, 7]), label)[0]
+    torch.testing.assert_close(found, guided.denoise(x, torch.tensor([1, 4, 6, 8]), label))
+    assert not found.requires_grad
+
+
+MODULES = {"likelihood": Likelihood, "classifier": Classifier}
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_exported_graphs_agree(kind, tmp_path):
+    """At another batch size, after a round trip through a file, without an operation of our own."""
+    module, x = MODULES[kind](joint_unet()), torch.randn(5, 1, 8, 8)
+    program = export(module)
+    assert "cdm_fast" not in str(program.graph)
+    torch.export.save(program, tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), module(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_onnx_agrees(kind, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    module, x = MODULES[kind](joint_unet()), torch.randn(5, 1, 8, 8)
+    path = export_onnx(module, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (found,) = session.run(["log_prob"], {"x": x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), module(x), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_refused():
+    schedule = NoiseSchedule.ot(8)
+    model = CDM(MLP(2, schedule.num_levels, 16), schedule)
+    with pytest.raises(UserError, match="'ot' does not preserve variance"):
+        NoisePredictor(model)
+    with pytest.raises(UserError, match="trained without classes"):
+        Classifier(model)
+    with pytest.raises(UserError, match="does not know the shape"):
+        export(Likelihood(CDM(ExactNetwork(random_mixture(2, 1), schedule), schedule)))
