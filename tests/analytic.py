@@ -206,6 +206,38 @@ def random_mixture(dim: int, components: int, seed: int = 0, spread: float = 1.0
     return GaussianMixture(weights / weights.sum(), means, covariances)
 
 
+def product(p: GaussianMixture, q: GaussianMixture, power: float = 1.0) -> GaussianMixture:
+    """`p(x) q(x)^power`, normalised; q is one Gaussian unless the power is 1.
+
+    A product of Gaussians is one: precisions add, and so do precisions times means; its constant is what is
+    left of theirs.
+    """
+    P, Q = torch.linalg.inv(p.covariances)[:, None], power * torch.linalg.inv(q.covariances)[None]
+    covariances = torch.linalg.inv(P + Q)
+    pulls = (P @ p.means[:, None, :, None] + Q @ q.means[None, :, :, None])[..., 0]
+    means = (covariances @ pulls[..., None])[..., 0]
+
+    def constant(precision: Tensor, mean: Tensor) -> Tensor:
+        return -0.5 * torch.einsum("...d,...de,...e->...", mean, precision, mean)
+
+    weights = p.weights.log()[:, None] + power * q.weights.log()[None]
+    weights = weights + constant(P, p.means[:, None]) + constant(Q, q.means[None]) - constant(P + Q, means)
+    weights = weights + 0.5 * (torch.logdet(P) + power * torch.logdet(Q / power) - torch.logdet(P + Q))
+    dim = p.dim
+    return GaussianMixture(
+        weights.flatten().softmax(0), means.reshape(-1, dim), covariances.reshape(-1, dim, dim)
+    )
+
+
+def mixture(p: GaussianMixture, q: GaussianMixture, share: float) -> GaussianMixture:
+    """`share p(x) + (1 - share) q(x)`."""
+    return GaussianMixture(
+        torch.cat([share * p.weights, (1 - share) * q.weights]),
+        torch.cat([p.means, q.means]),
+        torch.cat([p.covariances, q.covariances]),
+    )
+
+
 def gaussian_flow(density: GaussianMixture, schedule: NoiseSchedule, x: Tensor, level: int) -> Tensor:
     """(B, d) where the probability-flow ODE carries x_t = x to at level 0, for one Gaussian.
 

@@ -6,7 +6,7 @@ import torch
 from cdm_fast import CDM, DDM, MLP, MLPDenoiser, NoiseSchedule, UserError, sample
 from cdm_fast.composition import Mixture, OfClass, Product, negation
 from cdm_fast.quality import two_sample_test
-from tests.analytic import ExactNetwork, GaussianMixture, random_mixture
+from tests.analytic import ExactNetwork, GaussianMixture, mixture, product, random_mixture
 
 SCHEDULE = NoiseSchedule.uniform(60)
 A, B = random_mixture(2, 4, seed=1), random_mixture(2, 4, seed=7)
@@ -15,37 +15,6 @@ WIDE = GaussianMixture.gaussian(torch.tensor([0.3, -0.2]), 1.2 * torch.eye(2))
 
 def exact_model(density):
     return CDM(ExactNetwork(density, SCHEDULE), SCHEDULE, input_shape=(density.dim,))
-
-
-def product(p, q, power=1.0):
-    """`p(x) q(x)^power`, normalised; q is one Gaussian unless the power is 1.
-
-    A product of Gaussians is one: precisions add, and so do precisions times means; its constant is what is
-    left of theirs.
-    """
-    P, Q = torch.linalg.inv(p.covariances)[:, None], power * torch.linalg.inv(q.covariances)[None]
-    covariances = torch.linalg.inv(P + Q)
-    pulls = (P @ p.means[:, None, :, None] + Q @ q.means[None, :, :, None])[..., 0]
-    means = (covariances @ pulls[..., None])[..., 0]
-
-    def constant(precision, mean):
-        return -0.5 * torch.einsum("...d,...de,...e->...", mean, precision, mean)
-
-    weights = p.weights.log()[:, None] + power * q.weights.log()[None]
-    weights = weights + constant(P, p.means[:, None]) + constant(Q, q.means[None]) - constant(P + Q, means)
-    weights = weights + 0.5 * (torch.logdet(P) + power * torch.logdet(Q / power) - torch.logdet(P + Q))
-    dim = p.dim
-    return GaussianMixture(
-        weights.flatten().softmax(0), means.reshape(-1, dim), covariances.reshape(-1, dim, dim)
-    )
-
-
-def mixture(p, q, share):
-    return GaussianMixture(
-        torch.cat([share * p.weights, (1 - share) * q.weights]),
-        torch.cat([p.means, q.means]),
-        torch.cat([p.covariances, q.covariances]),
-    )
 
 
 CASES = {
