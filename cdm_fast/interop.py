@@ -85,7 +85,7 @@ class Likelihood(nn.Module):
         return self.model.log_prob_levels(x)
 
 
-class Classifier(nn.Module):
+class ClassPosterior(nn.Module):
     """`log p(c | x)` in nats at a level, (B, K), as a plain module of one tensor.
 
     Raises UserError for a model without classes.
@@ -102,7 +102,7 @@ class Classifier(nn.Module):
         return self.model.log_class_posterior(x, self.level)
 
 
-def export(module: Likelihood | Classifier) -> torch.export.ExportedProgram:
+def export(module: Likelihood | ClassPosterior) -> torch.export.ExportedProgram:
     """The module as one graph of PyTorch's own operations, for any batch size: `torch.export.save` keeps it.
 
     It runs where cdm_fast is not installed; dropout is off.
@@ -117,7 +117,7 @@ def export(module: Likelihood | Classifier) -> torch.export.ExportedProgram:
 
 
 def export_onnx(
-    module: Likelihood | Classifier,
+    module: Likelihood | ClassPosterior,
     path: str | Path,  # ends in .onnx
 ) -> Path:
     """The module as an ONNX file, input `x`, output `log_prob`, any batch size.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cdm_fast import CDM, MLP, NoiseSchedule, UNet, UserError
-from cdm_fast.interop import Classifier, Likelihood, NoisePredictor, export, export_onnx, scheduler_config
+from cdm_fast.interop import ClassPosterior, Likelihood, NoisePredictor, export, export_onnx, scheduler_config
 from cdm_fast.sampling import Guided, ddim, dpm_solver_pp_2m
 from tests.analytic import ExactNetwork, random_mixture
 
@@ -53,12 +53,12 @@ def test_the_predictor_is_the_denoiser():
     x, label = torch.randn(4, 1, 8, 8), torch.tensor([0, 2, 1, -1])
     torch.testing.assert_close(NoisePredictor(model)(x, 3, label).sample, model.denoise(x, 4, label))
     guided = Guided(model, 1.5)
-    found = NoisePredictor(guided)(x, torch.tensor([0, 3, 5, 7]), label)[0]
-    torch.testing.assert_close(found, guided.denoise(x, torch.tensor([1, 4, 6, 8]), label))
+    found = NoisePredictor(guided)(x, torch.tensor([0, 3, 4, 5]), label)[0]
+    torch.testing.assert_close(found, guided.denoise(x, torch.tensor([1, 4, 5, 6]), label))
     assert not found.requires_grad
 
 
-MODULES = {"likelihood": Likelihood, "classifier": Classifier}
+MODULES = {"likelihood": Likelihood, "classifier": ClassPosterior}
 
 
 def joint_mlp():
@@ -89,7 +89,7 @@ def test_exported_graphs_agree(kind, model, tmp_path):
 def test_onnx_agrees(tmp_path):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
-    module, x = Classifier(joint_unet()), torch.randn(5, 1, 8, 8)
+    module, x = ClassPosterior(joint_unet()), torch.randn(5, 1, 8, 8)
     path = export_onnx(module, tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (found,) = session.run(["log_prob"], {"x": x.numpy()})
@@ -103,6 +103,6 @@ def test_what_is_refused():
     with pytest.raises(UserError, match="'ot' does not preserve variance"):
         NoisePredictor(model)
     with pytest.raises(UserError, match="trained without classes"):
-        Classifier(model)
+        ClassPosterior(model)
     with pytest.raises(UserError, match="does not know the shape"):
         export(Likelihood(CDM(ExactNetwork(random_mixture(2, 1), schedule), schedule)))
