@@ -119,7 +119,7 @@ class Encoder(DownTrunk, AdjointNetwork):
     ) -> tuple[Tensor, Any]:
         """`x` (B, C, H, W) -> pooled features (B, D) in fp32 or wider, and residuals."""
         check_input(x, self.input_shape)
-        embedding, seeds = self.embedding(label, None, len(x)), self.dropout_seeds(x.device)
+        embedding, seeds = self.embedding(label, None, x.shape[0]), self.dropout_seeds(x.device)
         h, _ = self.conv_in(x)
         residuals, pooled = [], []
 
