@@ -11,6 +11,7 @@ from cdm_fast.config import Compile, Preset, RunConfig, Sampler
 Json = Annotated[bool, FlagCreatePairsOff]
 CorrectedSampler = Literal["mala", "smc"]
 Split = Literal["train", "validation", "test"]
+Parallel = Literal["ddp", "fsdp"]
 AttackName = Literal["fgsm", "pgd", "deepfool", "cw", "square"]
 AttackNorm = Literal["linf", "l2"]
 ClassifyMethod = Literal["joint", "embedding", "denoising", "ode", "discriminative"]
@@ -33,6 +34,8 @@ class Train:
     """Stop after this many seconds, with everything saved."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
+    parallel: Parallel = "ddp"
+    """Under torchrun: `ddp`, every process holds the whole model; `fsdp`, each holds a part of it."""
     json: Json = False
     """Print the summary as one JSON object on stdout."""
     config: RunConfig = field(default_factory=RunConfig)
@@ -284,3 +287,4 @@ class Replay:
 
 
 Command = Train | Replay | Sample | Nll | Calibrate | Classify | Denoise | Plot | Convert | Doctor
+Shared = Train | Sample | Nll | Classify  # many processes may share their work

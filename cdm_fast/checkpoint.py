@@ -34,6 +34,7 @@ from cdm_fast.calibration import apply_calibration
 from cdm_fast.config import RunConfig, check
 from cdm_fast.config_json import from_json, parse_json, to_json
 from cdm_fast.data.reading import read_bytes, shown
+from cdm_fast.distributed import whole
 from cdm_fast.errors import UserError
 from cdm_fast.files import directory_in_one_step, remove, remove_unfinished, saving, write_atomically
 from cdm_fast.tensor_file import HashedFile, write_tensors
@@ -301,7 +302,7 @@ def _like_parameter(value: Tensor, parameter: Tensor) -> Tensor:
 
 def _host_copy(tensor: Tensor) -> Tensor:
     """A copy in the memory layout of the original: the quickest, and training waits for it."""
-    return tensor.detach().to("cpu", copy=True)
+    return whole(tensor.detach()).to("cpu", copy=True)
 
 
 def _step_of(folder: Path) -> int:

@@ -14,6 +14,7 @@ Four ways to a score of each class from networks that denoise, and one baseline 
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from cdm_fast.arguments import ClassifyMethod
 from cdm_fast.data import ImageData
 from cdm_fast.discriminative import Classifier
+from cdm_fast.distributed import by_rows, in_turn
 from cdm_fast.errors import UserError
 from cdm_fast.likelihood.images import (
     batches,
@@ -111,11 +113,12 @@ def ode_log_prob_classes(
 
     Arguments and errors as of `flow_log_prob`.
     """
-    flows = [
-        flow_log_prob(OfClass(model, c), x, tolerance=tolerance, probes=probes, seed=seed).log_prob
-        for c in range(num_classes)
-    ]
-    return torch.stack(flows, dim=1)
+
+    def of_class(c: int) -> Tensor:
+        flow = flow_log_prob(OfClass(model, c), x, tolerance=tolerance, probes=probes, seed=seed)
+        return flow.log_prob.cpu()
+
+    return torch.stack(in_turn(of_class, range(num_classes)), dim=1)
 
 
 @measures
@@ -132,16 +135,22 @@ def denoising_scores(
     in common cancels (arXiv 2303.16203, section 3).
     """
     levels = spread(1, model.schedule.T, trials)
-    label = torch.arange(num_classes, device=x.device).repeat_interleave(len(x))
-    total = torch.zeros(num_classes, len(x), dtype=torch.float64, device=x.device)
+    total = torch.zeros(len(x), num_classes, dtype=torch.float64, device=x.device)
     for trial in range(trials):
         t = levels[trial % len(levels)]
         eps = torch.randn(x.shape, generator=generator).to(x)
-        a, s = model.schedule.gather(t, x)
-        noisy = (a * x + s * eps).repeat(num_classes, *[1] * (x.dim() - 1))
-        error = model.denoise(noisy, t, label).unflatten(0, (num_classes, -1)) - eps
-        total += error.double().square().flatten(2).sum(2)
-    return -total.T / trials
+        total += by_rows(partial(_class_errors, model, num_classes, t), torch.stack([x, eps], dim=1))
+    return -total / trials
+
+
+def _class_errors(model: Denoiser, num_classes: int, t: int, x_and_eps: Tensor) -> Tensor:
+    """(B, K) `|eps_hat(x_t, t, c) - eps|^2` from (B, 2, C, H, W)."""
+    x, eps = x_and_eps.unbind(1)
+    label = torch.arange(num_classes, device=x.device).repeat_interleave(len(x))
+    a, s = model.schedule.gather(t, x)
+    noisy = (a * x + s * eps).repeat(num_classes, *[1] * (x.dim() - 1))
+    error = model.denoise(noisy, t, label).unflatten(0, (num_classes, -1)) - eps
+    return error.double().square().flatten(2).sum(2).T
 
 
 @dataclass(frozen=True)
@@ -260,7 +269,7 @@ def evaluate_classes(
         one_pass = model.log_class_posterior if isinstance(model, Classifier) else model.log_prob_classes
 
         def scores(x: Tensor, first: int, generator: torch.Generator) -> Tensor:
-            return one_pass(x)
+            return by_rows(one_pass, x)
 
     began = time.perf_counter()
     score = torch.zeros(len(index), num_classes, dtype=torch.float64)

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,7 @@ from cdm_fast.arguments import (
 )
 from cdm_fast.config import preset
 from cdm_fast.errors import UserError
+from cdm_fast.processes import launched
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -101,9 +103,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status.
 
     With `--json` stdout is exactly one JSON object, {"error": ...} if the command failed; everything else,
-    the output of libraries included, goes to stderr.
+    the output of libraries included, goes to stderr. Of several processes the one of rank 0 prints.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    process = launched()
+    if process is None or process.rank == 0:
+        return _run(arguments)
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
     as_json = "--json" in arguments
     try:
         command = parse(arguments)

@@ -23,6 +23,7 @@ from cdm_fast.convert import convert
 from cdm_fast.corrected import CORRECTED, MoveLog
 from cdm_fast.data import ImageData, quantize, read_image, write_image
 from cdm_fast.discriminative import Classifier
+from cdm_fast.distributed import from_main, joined
 from cdm_fast.errors import UserError
 from cdm_fast.files import write_atomically
 from cdm_fast.likelihood import LikelihoodReport, denoise_blind, describe_score, evaluate
@@ -30,6 +31,7 @@ from cdm_fast.likelihood.export import check_name, write_per_image
 from cdm_fast.likelihood.images import require_likelihood
 from cdm_fast.model import CDM, DDM, Denoiser
 from cdm_fast.plots import write_acceptance, write_rows
+from cdm_fast.processes import is_main, launched
 from cdm_fast.progress import to_stderr
 from cdm_fast.replay import replay
 from cdm_fast.report import (
@@ -43,7 +45,7 @@ from cdm_fast.report import (
 )
 from cdm_fast.sampling import Between, Guided, sample
 from cdm_fast.scoring import score
-from cdm_fast.train import resume, train
+from cdm_fast.train import begun, resume, train
 from cdm_fast.tuning import compile_network
 
 WAY = 9  # images on the way from one class to another
@@ -57,7 +59,15 @@ class Outcome(NamedTuple):
 
 
 def run(command: arguments.Command) -> Outcome:
-    """Runs a parsed command; UserError for whatever the user can put right."""
+    """Runs a parsed command; UserError for whatever the user can put right.
+
+    Under torchrun the processes share the work, and each returns the outcome.
+    """
+    if isinstance(command, arguments.Shared):
+        with joined(command.device):
+            return _COMMANDS[type(command)](command)
+    if launched() is not None:
+        raise UserError(f"{type(command).__name__.lower()} is the work of one process; leave torchrun out")
     return _COMMANDS[type(command)](command)
 
 
@@ -65,11 +75,19 @@ def train_command(command: arguments.Train) -> Outcome:
     """`cdm-fast train`."""
     if command.max_time is not None and not command.max_time >= 0:
         raise UserError(f"--max-time is {command.max_time}; give seconds, 0 or more")
-    options: dict[str, Any] = {"max_time": command.max_time, "device": command.device}
-    if command.resume is not None:
-        summary = resume(command.resume, command.config, **options)
-    else:
-        summary = train(command.config, command.out or Path("runs") / command.preset, **options)
+    options: dict[str, Any] = {
+        "max_time": command.max_time,
+        "device": command.device,
+        "parallel": command.parallel,
+    }
+    run, config, begins = command.resume, command.config, command.resume is None
+    if run is None:
+        run = command.out or Path("runs") / command.preset
+        again = from_main(begun(config, run) if launched() and is_main() else None)
+        if again is not None:
+            to_stderr(f"{run} holds the beginning of this run: continuing it")
+            config, begins = again, False
+    summary = train(config, run, **options) if begins else resume(run, config, **options)
     lines = [f"{summary['run']}: {_stopped(summary)} after {summary['seconds']:.0f} s of training"]
     lines += describe_score(summary) if "bits_per_dim" in summary else []
     lines += [describe_accuracy(summary)] if "accuracy" in summary else []

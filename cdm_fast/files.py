@@ -8,15 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cdm_fast.errors import DiskError, UserError
+from cdm_fast.processes import is_main
 
 
 def write_atomically(path: str | Path, data: bytes) -> Path:
     """Writes a file that is seen under its name only when it is complete and on the disk; returns its path.
 
-    Missing folders are made. What stood under the name before stays until then, and stays on failure.
+    Missing folders are made. What stood under the name before stays until then, and stays on failure. Of
+    several processes, which hold the same results, the one of rank 0 writes.
     Raises DiskError naming the file where the system refuses (no space, no permission).
     """
     path = Path(path)
+    if not is_main():
+        return path
     unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,10 +96,14 @@ def saving(run: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone_in(run: Path) -> Iterator[None]:
-    """Holds a run against a second training process, until the block or the process ends.
+    """Holds a run against a second training, until the block or the process ends.
 
-    Raises UserError when another process trains in it.
+    Of several processes that train together the one of rank 0 holds it. Raises UserError when another
+    training has it.
     """
+    if not is_main():
+        yield
+        return
     descriptor = os.open(run, os.O_RDONLY)
     try:
         try:

@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Callable
 
+from cdm_fast.processes import is_main
+
 Progress = Callable[[str], None]
 
 
@@ -11,5 +13,6 @@ def silent(message: str) -> None:
 
 
 def to_stderr(message: str) -> None:
-    """One line on stderr, at once."""
-    print(message, file=sys.stderr, flush=True)
+    """One line on stderr, at once, from one process."""
+    if is_main():
+        print(message, file=sys.stderr, flush=True)

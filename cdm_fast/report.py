@@ -3,7 +3,6 @@
 Legend: B images, C channels, H W pixels, N grey levels, K classes.
 """
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from cdm_fast.plots import (
     write_losses,
     write_rows,
 )
+from cdm_fast.progress import to_stderr
 from cdm_fast.sampling import sample
 
 MAX_ROWS = 20  # of a sheet with one class in each: more would be too small to read
@@ -119,7 +119,7 @@ def write_final(
 
     They are RUN/nll.json of a CDM, and with classes RUN/classes.json, of which accuracy and ECE are returned.
     """
-    print("drawing samples and scoring the test images", file=sys.stderr)
+    to_stderr("drawing samples and scoring the test images")
     if isinstance(model, Classifier):
         return {"run": str(run), **_write_accuracy(model, run_data(config, "test"), config.output.draws, run)}
     write_samples(model, config, run)

@@ -19,6 +19,7 @@ from cdm_fast.config import RunConfig
 from cdm_fast.config_json import to_json
 from cdm_fast.errors import DiskError, UserError
 from cdm_fast.files import write_atomically
+from cdm_fast.processes import is_main
 
 Numbers = Mapping[str, float | int | str | None]
 
@@ -152,10 +153,13 @@ def require_extras(config: RunConfig) -> None:
 
 @contextlib.contextmanager
 def open_sinks(run: Path, config: RunConfig, last_step: int) -> Iterator[list[Sink]]:
-    """The log file and what else the config asks for, closed when the block ends.
+    """The log file and what else the config asks for, closed when the block ends; of many processes one logs.
 
     Raises DiskError when the log cannot be completed, unless something else went wrong before.
     """
+    if not is_main():
+        yield []
+        return
     sinks: list[Sink] = [JsonLines(run / "log.jsonl", last_step)]
     failed = True
     try:
@@ -180,7 +184,7 @@ class Display:
     _SECONDS_BETWEEN = 1.0
 
     def __init__(self, start: int, total: int) -> None:
-        self._console = Console(stderr=True, highlight=False)
+        self._console = Console(stderr=True, highlight=False, quiet=not is_main())
         self._total = total
         self._shown = 0.0
         self._bar = Progress(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from cdm_fast.corrected import CORRECTED, MoveLog, prepare
+from cdm_fast.distributed import gather_rows, share
 from cdm_fast.errors import UserError
 from cdm_fast.model import Denoiser, Energy, measures, prototype
 from cdm_fast.ops.philox import Stream, box_muller, philox4x32_10
@@ -254,7 +255,8 @@ def sample(
     the sampler's own by default; `precision` of the network ("bf16": under autocast, images stay fp32);
     `moves` of `mala` and `smc` at each level, and `log`, to which they add the acceptance of each.
     Image i depends on the seed, i and its label alone: any `batch_size` gives the same result up to rounding,
-    but for `smc`, where a batch is one population. The step sizes of moves come from a pilot of a fixed seed.
+    and so does any number of processes (see `distributed.joined`), which share the images; but for `smc`, where
+    a batch is one population. The step sizes of moves come from a pilot of a fixed seed.
     Global random generators are neither read nor changed; dropout is off while sampling.
     Raises UserError for an argument out of range.
     """
@@ -277,13 +279,14 @@ def sample(
         log.step_size = prepare(model, sampler, steps, shape, labels, spacing)
         run = partial(run, moves=moves, log=log)
     images = [like.new_empty((0, *shape))]
-    for start in range(0, num, batch_size):
-        batch = slice(start, min(start + batch_size, num))
+    mine = share(num)
+    for start in range(mine.start, mine.stop, batch_size):
+        batch = slice(start, min(start + batch_size, mine.stop))
         noise = ImageNoise(seed, batch, shape, like)
         label_b = None if labels is None else labels[batch]
         with torch.autocast(like.device.type, torch.bfloat16, enabled=precision == "bf16"):
             images.append(run(model, noise(), noise, steps, label_b))
-    return torch.cat(images)
+    return gather_rows(torch.cat(images), num)
 
 
 class ImageNoise:

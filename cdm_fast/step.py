@@ -9,6 +9,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Generic, NamedTuple, TypeVar, cast
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from cdm_fast.config import RunConfig, TrainConfig
 from cdm_fast.data import ImageData, batch_indices
 from cdm_fast.discriminative import Classifier
+from cdm_fast.distributed import mean_over_processes, own_rows, whole
 from cdm_fast.losses import (
     LossTerms,
     Noised,
@@ -52,9 +54,14 @@ class Ema(Generic[Model]):
 
     def __init__(self, model: Model, decay: float) -> None:
         self.decay = decay
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self._averages = [parameter.detach() for parameter in self.model.parameters()]
+        self._model = copy.deepcopy(model).eval().requires_grad_(False)
+        self._averages = [parameter.detach() for parameter in self._model.parameters()]
         self._weights = [parameter.detach() for parameter in model.parameters()]
+
+    @property
+    def model(self) -> Model:
+        """The averaged model."""
+        return self._model
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -84,22 +91,28 @@ def training_step(
     clip_norm: float = 0.0,
     parts: int = 1,
     precision: str = "fp32",
+    keep_local: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> StepResult:
     """One optimizer step: loss, gradient, clipping, update, average. Nothing here waits for the device.
 
     Args:
-        batch: split into `parts` equal ones whose gradients add up to that of the whole.
+        batch: split into `parts` equal ones whose gradients add up to that of the whole; among several
+            processes, this one's rows of it.
         loss_function: see `make_loss`.
         step: from 0; for the average's warm-up.
         clip_norm: largest norm of the whole gradient; 0 for any.
         precision: "bf16" runs the network under autocast.
+        keep_local: of a distributed loss function, around all parts but the last: see `parallel.Wrapped`.
 
     A step whose loss or gradient is not finite changes no weight and no moment; its result says `bad`.
     """
     optimizer.zero_grad()
-    totals = accumulate_gradient(model, batch, loss_function, parts=parts, precision=precision)
+    totals = accumulate_gradient(
+        model, batch, loss_function, parts=parts, precision=precision, keep_local=keep_local
+    )
+    totals = mean_over_processes(totals)
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    grad_norm = nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
+    grad_norm = whole(nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf))
     bad = (~(torch.isfinite(grad_norm) & torch.isfinite(totals[0]))).float()
     optimizer.found_inf = bad  # type: ignore[attr-defined]
     optimizer.step()
@@ -115,14 +128,19 @@ def accumulate_gradient(
     *,
     parts: int = 1,
     precision: str = "fp32",
+    keep_local: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Tensor:
-    """Adds the gradient of the batch to that of the weights, part by part; (3,) loss, CE (or 0) and MSE."""
+    """Adds the gradient of the batch to that of the weights, part by part; (3,) loss, CE (or 0) and MSE.
+
+    Arguments as in `training_step`. Among several processes the gradient is that of all, the numbers are not.
+    """
     device = batch.x_t.device.type
     totals = torch.zeros(3, device=batch.x_t.device)
-    for part in parts_of(batch, parts):
-        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-            terms = loss_function(model, part)
-        (terms.loss / parts).backward()
+    for number, part in enumerate(parts_of(batch, parts), 1):
+        with keep_local() if number < parts else nullcontext():
+            with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+                terms = loss_function(model, part)
+            (terms.loss / parts).backward()
         ce = torch.zeros_like(terms.mse) if terms.ce is None else terms.ce
         totals += torch.stack([terms.loss, ce, terms.mse]).detach() / parts
     return totals
@@ -178,6 +196,7 @@ def seed_step(seed: int, step: int) -> None:
 def draw_batch(data: ImageData, model: CDM | DDM | Classifier, config: RunConfig, step: int) -> Noised:
     """The batch of a step (from 0), a function of (seed, step): images, dequantisation, flips, levels, noise.
 
+    Several processes draw all of it, which takes far less than a step does, and each returns its own rows.
     `data` and `model` must be on one device.
     """
     train, device = config.train, data.images.device
@@ -193,9 +212,11 @@ def draw_batch(data: ImageData, model: CDM | DDM | Classifier, config: RunConfig
         num_grey_levels=data.num_grey_levels,
         flip=config.data.flip,
     )
+    label = _draw_labels(data, config, index, generator)
+    x_t, eps, level = (own_rows(drawn, train.accumulate) for drawn in (x_t, eps, level))
     if train.channels_last:
         x_t, eps = (x.contiguous(memory_format=torch.channels_last) for x in (x_t, eps))
-    return Noised(x_t, eps, level, _draw_labels(data, config, index, generator))
+    return Noised(x_t, eps, level, label if label is None else own_rows(label, train.accumulate))
 
 
 def _draw_labels(

@@ -11,10 +11,11 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
+from cdm_fast.arguments import Parallel
 from cdm_fast.build import head_rank, pick_device
 from cdm_fast.checkpoint import (
     Checkpoint,
@@ -29,10 +30,12 @@ from cdm_fast.config import ImageShape, RunConfig, check
 from cdm_fast.config_json import differences
 from cdm_fast.data import ImageData
 from cdm_fast.discriminative import Classifier
+from cdm_fast.distributed import agreed, from_main, lost_another
 from cdm_fast.errors import DiskError, UserError
 from cdm_fast.files import alone_in
 from cdm_fast.likelihood import evaluate
 from cdm_fast.model import CDM
+from cdm_fast.processes import is_main, launched, this_process
 from cdm_fast.report import first_images, run_data, write_final, write_loss_curves, write_samples
 from cdm_fast.runlog import Display, Sink, open_sinks, require_extras
 from cdm_fast.saver import Saver
@@ -49,6 +52,11 @@ from cdm_fast.step import (
 from cdm_fast.stop import Stopper
 from cdm_fast.tuning import compiled, pick_precision
 
+if TYPE_CHECKING:
+    from cdm_fast.parallel import JointSaver, Wrapped
+
+SavesCheckpoints: TypeAlias = "Saver | JointSaver"
+
 
 @dataclass(frozen=True)
 class Session:
@@ -60,7 +68,8 @@ class Session:
     data: ImageData  # training images, on the state's device
     validation: ImageData  # the first `evaluate_images`
     sinks: list[Sink]
-    saver: Saver
+    saver: "SavesCheckpoints"
+    wrapped: "Wrapped | None"  # among several processes
 
     def write(self, numbers: Mapping[str, float | int | str | None]) -> None:
         """Sends the numbers of the present step to every log."""
@@ -78,25 +87,30 @@ def train(
     *,
     max_time: float | None = None,
     device: str = "auto",
+    parallel: Parallel = "ddp",
 ) -> dict[str, Any]:
     """Trains a new run into the directory `out` and returns its summary (see `_summary`).
 
-    max_time: stop after so many seconds, with everything saved; device: "auto", "cpu", "cuda", ...
+    max_time: stop after so many seconds, with everything saved; device: "auto", "cpu", "cuda", ...;
+    parallel: how processes that have joined (`distributed.joined`) share the work.
     Raises UserError for bad data or settings, before anything is written; when `out` exists; when the disk
     refuses; and when `max_bad_steps` steps in a row are not finite.
     """
-    require_new(out)
+    if is_main():
+        require_new(out)
     require_extras(config)
+    check_parallel(config, parallel)
     place = pick_device(device)
     with own_randomness(place):
         data = run_data(config, "train")
-        config = resolve(config, data, place)
+        config = from_main(resolve(config, data, place))
         validation = first_images(run_data(config, "validation"), config.output.evaluate_images)
         state = new_state(config, place)
         state.data = data_digest(data)
-        create_run(out, config, to_checkpoint(state, config))
+        if is_main():
+            create_run(out, config, to_checkpoint(state, config))
         with alone_in(Path(out)):
-            return _train(config, Path(out), state, data, validation, max_time)
+            return _train(config, Path(out), state, data, validation, max_time, parallel)
 
 
 def resume(
@@ -105,6 +119,7 @@ def resume(
     *,
     max_time: float | None = None,
     device: str = "auto",
+    parallel: Parallel = "ddp",
 ) -> dict[str, Any]:
     """Continues a run from its newest intact checkpoint, exactly as if it had never stopped.
 
@@ -118,19 +133,45 @@ def resume(
     if changed:
         raise UserError(f"--resume {run} cannot change {'; '.join(changed)}; train into another --out")
     require_extras(config)
+    check_parallel(config, parallel)
     place = pick_device(device)
     with alone_in(Path(run)), own_randomness(place):
         data = run_data(config, "train")
-        if resolve(config, data, place).image != config.image:
+        if from_main(resolve(config, data, place)).image != config.image:
             raise UserError(f"--data {config.data.source} is not what {run} was trained on; give that data")
         validation = first_images(run_data(config, "validation"), config.output.evaluate_images)
         state = from_checkpoint(load_checkpoint(run), config, place, str(run))
         if state.data != data_digest(data):
             raise UserError(f"{config.data.source} has changed since {run} began; restore those images")
-        make_ready(Path(run), state.step)
+        if from_main(state.step) != state.step:
+            raise UserError(f"{run} is another one on another machine; put it where all of them see it")
+        if is_main():
+            make_ready(Path(run), state.step)
         if config != stored:
             write_config(Path(run), config)
-        return _train(config, Path(run), state, data, validation, max_time)
+        return _train(config, Path(run), state, data, validation, max_time, parallel)
+
+
+def begun(config: RunConfig, out: str | Path) -> RunConfig | None:
+    """The config with which to resume `out`, if it holds the beginning of this very run; else None.
+
+    torchrun starts its command again when a process has died, and so does a queue when a machine has.
+    """
+    if not (Path(out) / "config.json").is_file():
+        return None
+    stored = read_config(out)
+    network, train = config.network, config.train
+    told_by_machine = replace(
+        config,
+        image=stored.image,
+        network=replace(
+            network, head_rank=stored.network.head_rank if network.head_rank is None else network.head_rank
+        ),
+        train=replace(
+            train, precision=stored.train.precision if train.precision == "auto" else train.precision
+        ),
+    )
+    return None if differences(stored, told_by_machine) else told_by_machine
 
 
 def resolve(config: RunConfig, data: ImageData, device: torch.device) -> RunConfig:
@@ -157,6 +198,25 @@ def data_digest(data: ImageData) -> str:
     return hashlib.blake2b(b"".join(part.numpy().tobytes() for part in parts), digest_size=16).hexdigest()
 
 
+def check_parallel(config: RunConfig, parallel: Parallel) -> None:
+    """UserError for a batch that the processes cannot share evenly, or settings that FSDP2 cannot serve."""
+    train, count = config.train, this_process().count
+    if train.batch_size % (train.accumulate * count):
+        parts = f" and {train.accumulate} parts each (--accumulate)" if train.accumulate > 1 else ""
+        raise UserError(
+            f"--batch-size {train.batch_size} is that of all processes together, and {count}{parts} cannot"
+            f" share it evenly; give a multiple of {count * train.accumulate}"
+        )
+    if parallel == "fsdp" and launched() is None:
+        raise UserError(
+            "--parallel fsdp splits a model over processes, and there is one; start with torchrun"
+        )
+    if parallel == "fsdp" and train.checkpoint_blocks:
+        raise UserError("--parallel fsdp does not go with --checkpoint-blocks; leave one of them out")
+    if parallel == "fsdp" and train.compile not in ("auto", "off"):
+        raise UserError(f"--parallel fsdp does not go with --compile {train.compile}; give off")
+
+
 def class_counts(data: ImageData) -> tuple[int, ...] | None:
     """Images of each class, (K,); None without labels."""
     if data.labels is None:
@@ -178,20 +238,27 @@ def _train(
     data: ImageData,
     validation: ImageData,
     max_time: float | None,
+    parallel: Parallel,
 ) -> dict[str, Any]:
     """Trains to the last step or until stopped, leaves everything on the disk, and returns the summary."""
     with contextlib.ExitStack() as stack:
         sinks = stack.enter_context(open_sinks(run, config, state.step))
-        saver = stack.enter_context(Saver(run, config.output.keep, state.step, sinks))
+        writer = stack.enter_context(Saver(run, config.output.keep, state.step, sinks))
+        saver: SavesCheckpoints = writer
+        wrapped = None
+        if this_process().count > 1:
+            from cdm_fast.parallel import JointSaver, wrap  # takes a second to import
+
+            wrapped = wrap(state, config, parallel)
+            saver = JointSaver(writer, together=parallel == "fsdp")
         training = on_device(data, state.sums.device)
-        session = Session(config, run, state, training, validation, sinks, saver)
+        session = Session(config, run, state, training, validation, sinks, saver, wrapped)
         stopper = stack.enter_context(Stopper(max_time))
         with Display(state.step, config.train.steps) as display:
-            _loop(session, display, stopper)
+            reason = _loop(session, display, stopper)
             saver.finish(state.step, session.copy)
         stopper.all_saved = True
-        stopped = "finished" if state.step == config.train.steps else stopper.reason
-        return _finish(session, stopped)
+        return _finish(session, "finished" if state.step == config.train.steps else reason)
 
 
 def on_device(data: ImageData, device: torch.device) -> ImageData:
@@ -200,15 +267,20 @@ def on_device(data: ImageData, device: torch.device) -> ImageData:
     return replace(data, images=data.images.to(device), labels=labels)
 
 
-def _loop(session: Session, display: Display, stopper: Stopper) -> None:
-    """The training loop: steps, and at their intervals log lines, scores, pictures and checkpoints."""
+def _loop(session: Session, display: Display, stopper: Stopper) -> str | None:
+    """The training loop: steps, and at their intervals log lines, scores, pictures and checkpoints.
+
+    Returns why it stopped before the last step, or None.
+    """
     config, state, output = session.config, session.state, session.config.output
     plain_loss = make_loss(config.train)
-    loss_function = compiled(plain_loss, config.train.compile, state.sums.device)
-    first = state.step
-    while state.step < config.train.steps and not stopper.reason:
+    sharded = session.wrapped is not None and session.wrapped.sharded
+    mode = "off" if sharded else config.train.compile  # what FSDP2 does between blocks fits in no graph
+    loss_function = compiled(plain_loss, mode, state.sums.device)
+    first, reason = state.step, None
+    while state.step < config.train.steps and not (reason := agreed(stopper.reason)):
         began = time.perf_counter()
-        take_step(state, session.data, config, loss_function)
+        take_step(state, session.data, config, loss_function, session.wrapped)
         last = state.step == config.train.steps
         at_log_line = last or state.step % output.log_every == 0
         if at_log_line or state.sums.device.type == "cpu":  # elsewhere reading the counters stalls the device
@@ -229,12 +301,22 @@ def _loop(session: Session, display: Display, stopper: Stopper) -> None:
         if not last:
             _intermediate_results(session, display)
             session.saver.after_step(state.step % output.save_every == 0, session.copy)
-    if stopper.reason == "signal":
+    if reason == "signal":
         display.say(f"stopping: saving step {state.step} (Ctrl-C now leaves at once)")
+    return reason
 
 
-def take_step(state: TrainingState, data: ImageData, config: RunConfig, loss_function: LossFunction) -> None:
-    """The step that follows the state's, a function of the state and the config alone."""
+def take_step(
+    state: TrainingState,
+    data: ImageData,
+    config: RunConfig,
+    loss_function: LossFunction,
+    wrapped: "Wrapped | None" = None,
+) -> None:
+    """The step that follows the state's, a function of the state and the config alone.
+
+    wrapped: the model as several processes train it, each with its own part of the batch.
+    """
     train = config.train
     seed_step(train.seed, state.step)
     set_dropout(state.model, config, state.step)
@@ -245,11 +327,12 @@ def take_step(state: TrainingState, data: ImageData, config: RunConfig, loss_fun
         state.optimizer,
         state.ema,
         draw_batch(data, state.model, config, state.step),
-        loss_function,
+        loss_function if wrapped is None else wrapped.loss(loss_function),
         step=state.step,
         clip_norm=train.clip_norm,
         parts=train.accumulate,
         precision=train.precision,
+        keep_local=contextlib.nullcontext if wrapped is None else wrapped.keep_local,
     )
     state.record(result)
 
@@ -280,16 +363,20 @@ def _tell_incidents(numbers: Mapping[str, float | int], session: Session, displa
 
 def _intermediate_results(session: Session, display: Display) -> None:
     """Validation score and pictures, where their intervals end."""
-    output, step, model = session.config.output, session.state.step, session.state.ema.model
-    if output.evaluate_every and step % output.evaluate_every == 0 and isinstance(model, CDM):
+    output, step = session.config.output, session.state.step
+    scores, draws = (every and step % every == 0 for every in (output.evaluate_every, output.sample_every))
+    if not (scores or draws):
+        return
+    model = session.state.ema.model
+    if scores and isinstance(model, CDM):
         bits_per_dim = evaluate(model, session.validation, draws=1, check_levels=0).bits_per_dim
         session.write({"split": "validation", "bits_per_dim": bits_per_dim})
         display.say(f"step {step}: {bits_per_dim:.3f} bits/dim on validation images, unaudited")
-    if output.sample_every and step % output.sample_every == 0:
+    if draws:
         try:
             if not isinstance(model, Classifier):
                 write_samples(model, session.config, session.run)
-            write_loss_curves(session.run)
+            _write_loss_curves(session.run)
         except DiskError as error:
             warnings.warn(f"{error}; training goes on without this picture", stacklevel=2)
 
@@ -298,11 +385,19 @@ def _finish(session: Session, stopped: str | None) -> dict[str, Any]:
     """Final pictures and test score, cut short by a signal, whose sender waits; returns the summary."""
     model, run = session.state.ema.model, session.run
     try:
-        write_loss_curves(run)
+        _write_loss_curves(run)
         score = {} if stopped == "signal" else write_final(model, session.config, session.validation, run)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RuntimeError) as error:
+        # A signal may reach another process first, which is then gone; everything is saved.
+        if isinstance(error, RuntimeError) and not lost_another(error):
+            raise
         score, stopped = {}, "signal"
     return {**score, **_summary(session, stopped)}
+
+
+def _write_loss_curves(run: Path) -> None:
+    if is_main():  # the log that they are drawn from is its own
+        write_loss_curves(run)
 
 
 def _summary(session: Session, stopped: str | None) -> dict[str, Any]:

@@ -221,7 +221,7 @@ struct Worker {
     __device__ __forceinline__ void drop(Values& values, const Place& at) const {
         if (a.seed == nullptr) return;
         const PhiloxKey key = philox_key(a.seed[0], a.seed[1]);
-        const int64_t image = range.image * a.channels * a.pixels;
+        const int64_t image = (a.seed[2] + range.image) * a.channels * a.pixels;
         int64_t drawn_block = -1;
         Philox4 words = {};
 #pragma unroll

@@ -33,7 +33,7 @@ struct GroupNormSilu {
     void* grad_g;       // like g; only in the derivative of the VJP
     void* grad_weight;  // (batch, channels), or null: not wanted
     void* grad_bias;
-    const int64_t* seed;  // (seed, offset), or null: no dropout
+    const int64_t* seed;  // (seed, offset, number of the first image), or null: no dropout
     int64_t batch, channels, pixels, groups;
     int64_t split;             // channels of the first piece of x, v and grad_x: all, if there is no second
     int64_t parameter_stride;  // from one image's weight to the next: 0 or channels

@@ -209,7 +209,8 @@ struct ChannelsLast {
 static void draw_mask(const GroupNormSilu& a, const GroupRange& item, uint8_t* mask) {
     const cdm::PhiloxKey key = cdm::philox_key(a.seed[0], a.seed[1]);
     const uint32_t threshold = a.drop_threshold;
-    const int64_t width = item.channels(), first = item.image * a.pixels * a.channels + item.begin;
+    const int64_t width = item.channels(), image = a.seed[2] + item.image;
+    const int64_t first = image * a.pixels * a.channels + item.begin;
     const int64_t pixel_step = a.channels_last ? width : 1, channel_step = a.channels_last ? 1 : a.pixels;
     if (a.channels % 4 || item.begin % 4 || width % 4) {
         for (int64_t pixel = 0; pixel < a.pixels; ++pixel)

@@ -469,7 +469,7 @@ def _dropped(
     keep_scale: tl.constexpr,
 ) -> tl.tensor:
     """value times the dropout mask: word i % 4 of block i / 4, i counted in channels-last order."""
-    index = (image * pixels + pixel) * channels + channel
+    index = ((tl.load(seed_ptr + 2) + image) * pixels + pixel) * channels + channel
     block = (index // 4).to(tl.uint32)
     seed = tl.load(seed_ptr).to(tl.uint64)
     offset = tl.load(seed_ptr + 1).to(tl.uint64)

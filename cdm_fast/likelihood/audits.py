@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cdm_fast.data import ImageData
+from cdm_fast.distributed import in_turn
 from cdm_fast.errors import UserError
 from cdm_fast.likelihood.elbo import VariationalBound, variational_bound
 from cdm_fast.likelihood.images import (
@@ -94,30 +95,35 @@ def evaluate_ode(
     x_t = like_network(model, add_noise(model.schedule, x, level, generator))
     later = model.schedule.pairs(min(COMPARED_LEVELS, model.schedule.T), "log_snr")
     levels = sorted(t for t, _ in later if t > level)
-    began, single, ode, probe, at, evaluations = time.perf_counter(), [], [], [], [], 0
-    for first in range(0, len(x_t), batch_size):
+
+    def integrate(first: int) -> tuple[int, Tensor, Tensor, Tensor, Tensor]:
+        """Evaluations, single pass, ODE, error of the probes, difference on the way, of one batch."""
         progress(f"ODE, images {first} to {min(first + batch_size, len(x_t))} of {len(x_t)}")
         batch = x_t[first : first + batch_size]
         flow = flow_log_prob(
             model, batch, level, tolerance=tolerance, probes=probes, seed=seed + first, levels=levels
         )
-        evaluations += flow.evaluations
-        single.append(model.log_prob(batch, level).double())
-        ode.append(flow.log_prob)
-        probe.append(flow.probe_stderr)
+        single = model.log_prob(batch, level).double()
         on_the_way = [
             model.log_prob(like_network(model, x), t).double() for t, x in zip(levels, flow.x, strict=True)
         ]
-        at.append(torch.stack(on_the_way) - flow.log_prob_at)
+        at = torch.stack(on_the_way) - flow.log_prob_at
+        return flow.evaluations, single.cpu(), flow.log_prob.cpu(), flow.probe_stderr.cpu(), at.cpu()
+
+    began = time.perf_counter()
+    # Whole batches: the step sizes of the solver, and its probes, belong to a batch.
+    evaluations, single, ode, probe, at = zip(
+        *in_turn(integrate, range(0, len(x_t), batch_size)), strict=True
+    )
     seconds = time.perf_counter() - began
     few = x_t[: min(8, batch_size)]
     progress(f"ODE, {len(few)} images again with the tolerance tightened to {TIGHTENED * tolerance:g}")
     tight = flow_log_prob(model, few, level, tolerance=TIGHTENED * tolerance, probes=probes, seed=seed)
-    shift = (torch.cat(ode)[: len(few)] - tight.log_prob).mean()
+    shift = (torch.cat(ode)[: len(few)] - tight.log_prob.cpu()).mean()
     unit = nats_per_bit_per_dim(data)
-    per_image = bits_per_dim(torch.cat(ode), data).cpu()
-    difference = (torch.cat(ode) - torch.cat(single)).cpu() / unit
-    difference_at = -torch.cat(at, dim=1).cpu() / unit  # (levels, n)
+    per_image = bits_per_dim(torch.cat(ode), data)
+    difference = (torch.cat(ode) - torch.cat(single)) / unit
+    difference_at = -torch.cat(at, dim=1) / unit  # (levels, n)
     return OdeReport(
         bits_per_dim=float(per_image.mean()),
         bits_per_dim_stderr=stderr(per_image),
@@ -132,7 +138,7 @@ def evaluate_ode(
         level=level,
         tolerance=tolerance,
         probes=probes,
-        evaluations=evaluations,
+        evaluations=sum(evaluations),
         num_images=len(x_t),
         seconds=seconds,
         index=index,

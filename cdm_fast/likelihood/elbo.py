@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cdm_fast.distributed import gather_rows, share
 from cdm_fast.errors import UserError
 from cdm_fast.model import Denoiser, measures
 
@@ -66,7 +67,8 @@ def variational_bound(
     if not used or used[0] < 1 or used[-1] > T:
         raise UserError(f"levels of the variational bound lie in 1 to T = {T}, not {used[:1]} to {used[-1:]}")
     generator = torch.Generator().manual_seed(seed)
-    error = torch.stack([_squared_error(model, x, t, generator, batch_size) for t in used])  # (m, n)
+    mine = torch.stack([_squared_error(model, x, t, generator, batch_size) for t in used])
+    error = gather_rows(mine.T.contiguous(), len(x)).T  # (m, n)
     dim = x[0].numel()
     mse = _mean_of_other_half(error) / dim  # (m, n)
 
@@ -87,11 +89,13 @@ def variational_bound(
 
 
 def _squared_error(model: Denoiser, x: Tensor, t: int, generator: torch.Generator, batch_size: int) -> Tensor:
-    """(n,) `|eps_hat - eps|^2` in float64."""
+    """`|eps_hat - eps|^2` in float64 of this process's share of the images."""
     a, s = float(model.schedule.a[t]), float(model.schedule.s[t])
     noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
-    errors = []
-    for batch, eps_cpu in zip(x.split(batch_size), noise.split(batch_size), strict=True):
+    errors = [torch.empty(0, dtype=torch.float64)]  # for a process without images
+    mine = share(len(x))
+    x, noise = x[mine.start : mine.stop], noise[mine.start : mine.stop]
+    for batch, eps_cpu in zip(x.split(batch_size), noise.split(batch_size), strict=True) if mine else ():
         eps = eps_cpu.to(x.device)
         residual = model.denoise(a * batch + s * eps, t) - eps
         errors.append(residual.double().square().flatten(1).sum(1).cpu())

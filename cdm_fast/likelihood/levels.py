@@ -4,11 +4,13 @@
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from cdm_fast.data import ImageData
+from cdm_fast.distributed import by_rows
 from cdm_fast.likelihood.images import add_noise, draw_images, require_likelihood, spread
 from cdm_fast.model import CDM, Denoiser, measures
 
@@ -56,7 +58,7 @@ def mse_per_level(
         x = draw_images(data, num_images, generator)
         eps = torch.randn(x.shape, generator=generator)
         a, s = model.schedule.gather(t, x)
-        eps_hat = model.denoise((a * x + s * eps).to(model.a.device), t).cpu()
+        eps_hat = by_rows(partial(model.denoise, level=t), (a * x + s * eps).to(model.a.device)).cpu()
         errors.append(float((eps_hat - eps).square().mean()))
     return levels, errors
 
@@ -77,9 +79,8 @@ def level_confusion(
     for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         x = draw_images(data, num_images, generator)
         level = torch.randint(low, high, (num_images,), generator=generator)
-        posterior = model.log_posterior(
-            add_noise(model.schedule, x, level, generator).to(model.a.device)
-        ).exp()
+        x_t = add_noise(model.schedule, x, level, generator).to(model.a.device)
+        posterior = by_rows(model.log_posterior, x_t).exp()
         mass = posterior.double().mean(dim=0).cpu().cumsum(0)
         rows.append(torch.diff(mass[edges[1:] - 1], prepend=torch.zeros(1, dtype=mass.dtype)))
     return edges, torch.stack(rows)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cdm_fast.data import ImageData
+from cdm_fast.distributed import by_rows
 from cdm_fast.errors import UserError
 from cdm_fast.likelihood.images import (
     Protocol,
@@ -108,6 +109,10 @@ def evaluate(
     if protocol not in ("dequantized", "paper"):
         raise UserError(f"unknown protocol {protocol!r}: choose 'dequantized' or 'paper'")
     device = model.a.device
+
+    def log_prob_of(x_t: Tensor) -> Tensor:
+        return model.log_prob(x_t, level).double().cpu()
+
     start = time.perf_counter()
     bits = torch.empty(draws, len(data.images), dtype=torch.float64)
     first_inputs: list[Tensor] = []
@@ -116,7 +121,7 @@ def evaluate(
         for first, x in batches(data, batch_size, generator, protocol):
             x_t = add_noise(model.schedule, x, level, generator).to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                log_prob = model.log_prob(x_t, level).double().cpu()
+                log_prob = by_rows(log_prob_of, x_t)
             bits[draw, first : first + len(x)] = bits_per_dim(log_prob, data)
             if draw == 0 and first < COST_IMAGES:
                 first_inputs.append(x_t[: COST_IMAGES - first])
@@ -127,7 +132,7 @@ def evaluate(
     per_image = bits.mean(dim=0)
     cost = None
     if precision == "bf16":
-        exact = torch.cat([model.log_prob(x_t, level).double().cpu() for x_t in first_inputs])
+        exact = torch.cat([by_rows(log_prob_of, x_t) for x_t in first_inputs])
         cost = float((bits[0, : len(exact)] - bits_per_dim(exact, data)).mean())
     return LikelihoodReport(
         bits_per_dim=float(per_image.mean()),

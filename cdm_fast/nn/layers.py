@@ -213,8 +213,8 @@ class GroupNorm(Layer):
     ) -> tuple[Tensor, Residuals]:
         """`x` (B, C1, H, W); `skip` the channels that follow those of `x`, or None.
 
-        seed: (2,) int64. The dropout mask is a function of it, so forward and adjoint see the same one and
-        nothing is stored; None for no dropout.
+        seed: (2,) or (3,) int64. The dropout mask is a function of it: forward and adjoint see the same one
+        and nothing is stored; None for no dropout.
         """
         dropout = 0.0 if seed is None else self.dropout
         y, mean, rstd = group_norm_silu(

@@ -85,7 +85,7 @@ class StageInputs(NamedTuple):
     x: Tensor  # (B, C, H, W)
     embedding: Tensor | None  # (B, E), for the residual blocks
     skip: Tensor | None  # (B, C2, H, W), for the first layer of a stage on the way up
-    seeds: Tensor | None  # (residual blocks, 2) int64: of their dropouts
+    seeds: Tensor | None  # (residual blocks, 3) int64: of their dropouts
 
 
 class Stage:
@@ -152,13 +152,15 @@ class DownTrunk(nn.Module):
         timed: whether the noise level enters every block.
 
     Set `recompute` to keep only the input of every stage, and compute the rest of it again in the adjoint and
-    in the backward pass: less memory, more time, the same numbers.
+    in the backward pass: less memory, more time, the same numbers. Where the batch is part of a larger one,
+    set `first_image` to the number of images before it: dropout masks are then those of the larger one.
 
     Raises:
         UserError: a size that the resolutions cannot divide, or widths that the groups cannot.
     """
 
     recompute = False
+    first_image = 0
 
     def __init__(
         self,

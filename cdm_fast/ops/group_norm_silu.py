@@ -39,7 +39,7 @@ def group_norm_silu(
     *,
     silu: bool = True,
     dropout: float = 0.0,
-    seed: Tensor | None = None,  # (2,) int64: (seed, offset)
+    seed: Tensor | None = None,  # (2,) or (3,) int64: (seed, offset), number of the first image
     skip: Tensor | None = None,  # (B, C2, *spatial)
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`mask silu(weight (x - mean) rstd + bias)`, statistics per image and group: returns (y, mean, rstd).
@@ -47,8 +47,9 @@ def group_norm_silu(
     x: float tensor of two or more dimensions. weight, bias: per channel, or per image and channel (the scale
     and shift of an embedding). silu=False: plain GroupNorm. dropout: probability in [0, 1) of zeroing an
     element of the result, kept ones grow by 1/(1 - dropout); the mask is a function of `seed` and of the
-    element's index in channels-last order. y: like x. mean, rstd: (B, G) in fp32 (fp64 for fp64), constants
-    to autograd.
+    element's index in channels-last order. A third number in `seed` says how many images come before the
+    first, so that a part of a batch has the mask that it has within the whole. y: like x. mean, rstd: (B, G)
+    in fp32 (fp64 for fp64), constants to autograd.
 
     skip: the input is then cat((x, skip), 1), of C + C2 channels, and so are weight, bias and y; a group may
     have channels of both. The kernels read the two where they lie; the reference concatenates them, with the
@@ -66,7 +67,7 @@ def group_norm_silu(
     x, skip = _dense(x, skip)
     weight, bias = _parameters(weight, bias, x)
     op = overload("group_norm_silu", backend)
-    return op(x, skip, weight, bias, seed, num_groups, silu, dropout, eps)
+    return op(x, skip, weight, bias, _with_first_image(seed), num_groups, silu, dropout, eps)
 
 
 @typed
@@ -132,7 +133,7 @@ def group_norm_silu_vjp(
         return grad if skip is None else (grad[:, : x.shape[1]], grad[:, x.shape[1] :])
     x, skip = _dense(x, skip)
     weight, bias = _parameters(weight, bias, x)
-    saved = mean.contiguous(), rstd.contiguous(), seed
+    saved = mean.contiguous(), rstd.contiguous(), _with_first_image(seed)
     op = overload("group_norm_silu_vjp", backend)
     grad_x, grad_skip = op(_laid_out_as(x, g), x, skip, weight, bias, *saved, num_groups, silu, dropout)
     return grad_x if skip is None else (grad_x, grad_skip)
@@ -197,12 +198,13 @@ def group_norm_silu_vjp_reference(
 def dropout_mask(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
     """What dropout multiplies with: 0 or 1/(1 - dropout), of x's shape, in the precision of the statistics.
 
-    Element i, counted in channels-last order, survives if word i of the DROPOUT stream is at least
-    `drop_threshold(dropout)`.
+    Element i, counted in channels-last order from the image that `seed` calls the first, survives if word i
+    of the DROPOUT stream is at least `drop_threshold(dropout)`.
     """
     if seed is None:
         raise ValueError("seed: dropout > 0 needs a (2,) int64 tensor (seed, offset), got None")
-    words = philox_words(seed, x.numel(), Stream.DROPOUT)
+    before = None if len(seed) == 2 else seed[2] * (x.numel() // len(x))
+    words = philox_words(seed[:2], x.numel(), Stream.DROPOUT, before)
     kept = (words >= drop_threshold(dropout)).to(_statistics_dtype(x)) / (1 - dropout)
     return kept.reshape(x.movedim(1, -1).shape).movedim(-1, 1)
 
@@ -263,7 +265,12 @@ def _check(
     if dropout > 0 and seed is None:
         raise ValueError("seed: dropout > 0 needs a (2,) int64 tensor (seed, offset), got None")
     if seed is not None:
-        check_seed(seed, x.device)
+        check_seed(seed[:2] if isinstance(seed, Tensor) and seed.shape == (3,) else seed, x.device)
+
+
+def _with_first_image(seed: Tensor | None) -> Tensor | None:
+    """(3,) int64, as the kernels read it: 0 is the number of the first image where none is given."""
+    return seed if seed is None or len(seed) == 3 else F.pad(seed, (0, 1))
 
 
 def _check_skip(skip: Tensor, x: Tensor) -> None:

@@ -78,14 +78,18 @@ def philox4x32_10(
     return c0, c1, c2, c3
 
 
-def philox_words(seed: Tensor, num: int, stream: Stream) -> Tensor:
+def philox_words(seed: Tensor, num: int, stream: Stream, before: Tensor | None = None) -> Tensor:
     """Words 0..num-1 of a stream: (num,) int64 with values in [0, 2^32).
 
-    seed: (2,) int64, (seed, offset), on the device where the words are wanted. Raises TypeError or ValueError
-    for any other seed, ValueError for num > 2^34.
+    seed: (2,) int64, (seed, offset), on the device where the words are wanted. before: an int64 scalar there;
+    so many words are left out first. Raises TypeError or ValueError for any other seed, ValueError for
+    num > 2^34.
     """
     check_seed(seed, seed.device)
-    return torch.stack(_blocks(seed, num, stream), dim=-1).flatten()[:num]
+    if before is None:
+        return torch.stack(_blocks(seed, num, stream), dim=-1).flatten()[:num]
+    words = torch.stack(_blocks(seed, num + 3, stream, before // 4), dim=-1).flatten()
+    return words[torch.arange(num, device=seed.device) + before % 4]
 
 
 def philox_uniform(seed: Tensor, shape: Sequence[int], stream: Stream = Stream.DEQUANTISATION) -> Tensor:
@@ -143,10 +147,13 @@ def check_seed(seed: Tensor, device: torch.device) -> None:
         raise ValueError(f"seed: expected it on {device}, where the images are, got {seed.device}")
 
 
-def _blocks(seed: Tensor, num: int, stream: Stream) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _blocks(
+    seed: Tensor, num: int, stream: Stream, before: Tensor | int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The blocks that hold `num` words, after leaving out `before` blocks."""
     if num > MAX_ELEMENTS:
         raise ValueError(f"a draw holds at most {MAX_ELEMENTS} elements, asked for {num}; draw it in parts")
-    block = torch.arange((num + 3) // 4, device=seed.device)
+    block = torch.arange((num + 3) // 4, device=seed.device) + before
     seed_low, seed_high = seed[0] & _MASK, _high(seed[0])
     offset_low, offset_high = seed[1] & _MASK, _high(seed[1])
     stream_word = torch.full_like(block, int(stream))

@@ -369,6 +369,21 @@ def test_the_dropout_mask_is_philox_in_channels_last_order(backend):
     torch.testing.assert_close(dropout_mask(x, 0.25, SEED), torch.where(words >= 2**30, 1 / 0.75, 0.0))
 
 
+@pytest.mark.parametrize("shape", [(5, 8, 3, 2), (5, 6, 3, 3)], ids=["whole-blocks", "odd"])
+def test_a_part_of_a_batch_drops_what_it_drops_within_the_whole(backend, shape):
+    whole = _inputs(shape, torch.float32)
+    part = [tensor[3:].contiguous() for tensor in whole[:4]] + whole[4:]
+    numbered = torch.cat([SEED, torch.tensor([3])])
+    for of_whole, of_part, name in zip(
+        _all_quantities(whole, 2, dropout=0.4, seed=SEED),
+        _all_quantities(part, 2, dropout=0.4, seed=numbered),
+        NAMES,
+        strict=True,
+    ):
+        if not name.endswith(("weight", "bias")):  # these are sums over the images
+            torch.testing.assert_close(of_part, of_whole[3:], msg=name)
+
+
 @pytest.mark.parametrize("dropout", [0.1, 0.5])
 def test_dropout_keeps_the_share_it_should(dropout):
     mask = dropout_mask(torch.empty(64, 64, 8, 8), dropout, SEED)

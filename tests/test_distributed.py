@@ -1,0 +1,183 @@
+"""Many processes give what one gives, and they stop, fail and restart together."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cdm_fast import build
+from cdm_fast import distributed as module
+from cdm_fast.checkpoint import load_checkpoint
+from cdm_fast.config import NetworkConfig
+from cdm_fast.distributed import gather_rows, own_rows, share
+from cdm_fast.errors import UserError
+from cdm_fast.processes import Process, join
+from cdm_fast.train import begun, resume, train
+from tests import workers
+from tests.tiny_run import FLAGS, tiny_config, write_images
+
+LOSSES = 50
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Everything that could tell processes apart: dropout, flips, classes, parts, clipping, attention."""
+    images = write_images(tmp_path_factory.mktemp("data") / "images.npz")
+    settings = {"accumulate": 2, "clip_norm": 0.5, "optimizer": "adamw", "weight_decay": 0.01}
+    config = tiny_config(images, **settings)
+    network = replace(config.network, conditioning="embedding", dropout=0.3, attention_resolutions=(8,))
+    return replace(config, data=replace(config.data, flip=True), network=network)
+
+
+@pytest.fixture(scope="module")
+def alone(config):
+    """What one process computes, with one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield workers.steps_taken(config, None, LOSSES)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def several():
+    """Lets this process be one of three."""
+    yield lambda rank: join(Process(rank, 3, rank, 3))
+    join(Process())
+
+
+@pytest.mark.parametrize(
+    ("count", "parallel", "steps"), [(2, "ddp", LOSSES), (4, "ddp", LOSSES), (2, "fsdp", 5), (4, "fsdp", 2)]
+)
+def test_processes_take_the_steps_of_one(tmp_path, config, alone, relative_error, count, parallel, steps):
+    found = workers.start(count, workers.joint_steps, tmp_path, config, parallel, steps)
+    for dtype, tolerance in (("torch.float32", 1e-5), ("torch.float64", 1e-10)):
+        for name, expected in alone[dtype].items():
+            assert relative_error(found[0][dtype][name], expected) < tolerance, (dtype, name)
+    many, expected = found[0]["losses"], alone["losses"]
+    assert (many["loss"] - expected["loss"][:steps]).abs().max() < 1e-4
+    assert all(torch.equal(other["losses"]["ema"], many["ema"]) for other in found)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_step_that_is_bad_in_one_process_is_skipped_by_all(tmp_path, config, parallel):
+    for found in workers.start(2, workers.joint_bad_step, tmp_path, config, parallel):
+        assert found["bad"].tolist() == [1, 0, 2]
+        assert found["loss"].isfinite().tolist() == [True, True, False, True]
+        assert found["ema"].isfinite().all()
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_measurements_that_processes_share_are_those_of_one(tmp_path, config, relative_error, count):
+    config = replace(config, network=replace(config.network, conditioning="joint"))
+    expected = workers.measurements(config)
+    for found in workers.start(count, workers.joint_measurements, tmp_path, config):
+        for name, value in expected.items():
+            assert relative_error(found[name], value) < 1e-5, name
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_run_of_processes_is_continued_by_one(tmp_path, config, monkeypatch, relative_error, parallel):
+    monkeypatch.setattr("cdm_fast.train.write_final", lambda *_: {})
+    train(config, tmp_path / "alone", device="cpu")
+    stopped = workers.start(2, workers.joint_run, tmp_path, config, tmp_path / "run", parallel, 3)
+    assert [(summary["stopped"], summary["step"]) for summary in stopped] == [("signal", 4)] * 2
+    assert resume(tmp_path / "run", device="cpu")["stopped"] == "finished"
+    got, expected = (load_checkpoint(tmp_path / name).tensors for name in ("run", "alone"))
+    for part, tensors in expected.items():
+        assert tensors.keys() == got[part].keys()
+        vectors = (torch.cat([t[name].flatten() for name in tensors]) for t in (got[part], tensors))
+        assert relative_error(*vectors) < 1e-4, part
+    lines = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert lines == [2, 4, 6]
+
+
+def test_failure_of_one_ends_all_with_its_reason(tmp_path, config):
+    began = time.monotonic()
+    said = workers.start(2, workers.joint_failure, tmp_path, config, tmp_path / "run")
+    assert said == ["process 1: its disk is on fire; put it out", "its disk is on fire; put it out"]
+    assert time.monotonic() - began < 30
+
+
+def test_batch_that_cannot_be_shared_is_told(tmp_path, config):
+    (said, _) = workers.start(2, workers.uneven, tmp_path, config, tmp_path / "run")
+    assert "--batch-size 9" in said or "--accumulate" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_shares_and_rows_cover_everything_in_order(several):
+    rows, shares = [], []
+    batch = torch.arange(24).reshape(12, 2)
+    for rank in range(3):
+        several(rank)
+        shares += share(7)
+        rows.append(own_rows(batch, parts=2))
+    assert shares == list(range(7))
+    assert [row[:, 0].tolist() for row in rows] == [[0, 2, 12, 14], [4, 6, 16, 18], [8, 10, 20, 22]]
+
+
+def test_alone_nothing_is_copied():
+    batch = torch.arange(4)
+    assert own_rows(batch, 2) is batch and gather_rows(batch, 4) is batch
+    assert module.mean_over_processes(batch) is batch and module.from_main(batch) is batch
+
+
+def test_more_processes_than_gpus_are_told(several, monkeypatch):
+    monkeypatch.setattr(build.torch.cuda, "device_count", lambda: 2)
+    several(1)
+    with pytest.raises(UserError, match=r"3 processes on a machine of 2 GPUs.*--nproc-per-node"):
+        build.pick_device("cuda")
+    with pytest.raises(UserError, match="--device cuda:1.*give cuda"):
+        build.pick_device("cuda:1")
+
+
+def test_the_beginning_of_a_run_is_recognised(tmp_path, config, monkeypatch):
+    monkeypatch.setattr("cdm_fast.train.write_final", lambda *_: {})
+    auto = replace(config, train=replace(config.train, precision="auto"))
+    assert begun(auto, tmp_path / "run") is None
+    train(auto, tmp_path / "run", device="cpu")
+    again = begun(auto, tmp_path / "run")
+    assert again is not None and resume(tmp_path / "run", again, device="cpu")["step"] == 6
+    other = replace(auto, network=NetworkConfig(base_channels=64))
+    assert begun(other, tmp_path / "run") is None
+
+
+def worker_of(launcher: int, rank: int) -> int:
+    """The process of that rank among the children of torchrun."""
+    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return int(child)
+    raise AssertionError(f"torchrun runs no process of rank {rank}")
+
+
+def test_torchrun_restarts_a_run_after_one_worker_was_killed(tmp_path, config):
+    run = tmp_path / "run"
+    settings = ["--objective", "ddm", "--steps", "60", "--save-every", "10", "--out", str(run), "--json"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
+    launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "cdm_fast.cli", "train", *FLAGS]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [*launch, *settings, "--data", config.data.source],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as torchrun:
+        deadline = time.monotonic() + 120
+        while not (run / "checkpoints" / "step-00000010").exists():
+            assert torchrun.poll() is None and time.monotonic() < deadline, torchrun.communicate()
+            time.sleep(0.02)
+        os.kill(worker_of(torchrun.pid, 1), signal.SIGKILL)
+        out, errors = torchrun.communicate(timeout=120)
+    assert torchrun.returncode == 0, errors
+    summary = json.loads(out)
+    assert (summary["stopped"], summary["step"]) == ("finished", 60)
+    assert "holds the beginning of this run: continuing it" in errors
+    steps = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(2, 61, 2))
