@@ -29,7 +29,7 @@ from cdm_fast.distributed import largest
 from cdm_fast.losses import LossTerms, Noised
 from cdm_fast.model import CDM, DDM
 from cdm_fast.nn.layers import AttentionBlock, ResnetBlock
-from cdm_fast.nn.unet import UNetTrunk
+from cdm_fast.nn.unet import DownTrunk
 from cdm_fast.processes import is_main, this_process
 from cdm_fast.saver import Saver
 from cdm_fast.state import TrainingState
@@ -78,7 +78,7 @@ def wrap(state: TrainingState, config: RunConfig, parallel: Parallel) -> Wrapped
     With "fsdp" the weights, their moments and their average are split over the processes in `state`.
     """
     network, count = state.model.network, this_process().count
-    if isinstance(network, UNetTrunk):
+    if isinstance(network, DownTrunk):
         part = config.train.batch_size // (config.train.accumulate * count)
         network.first_image = this_process().rank * part
     if parallel == "fsdp":

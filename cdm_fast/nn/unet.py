@@ -242,7 +242,8 @@ class DownTrunk(nn.Module):
         if not (self.training and self.dropout > 0):
             return repeat(None)
         counts = [stage.num_blocks for stage in self.stages()]
-        return iter(torch.randint(2**62, (sum(counts), 2), device=device).split(counts))
+        seeds = torch.randint(2**62, (sum(counts), 2), device=device)
+        return iter(F.pad(seeds, (0, 1), value=self.first_image).split(counts))
 
 
 class UNetTrunk(DownTrunk):
