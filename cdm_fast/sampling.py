@@ -255,8 +255,8 @@ def sample(
     the sampler's own by default; `precision` of the network ("bf16": under autocast, images stay fp32);
     `moves` of `mala` and `smc` at each level, and `log`, to which they add the acceptance of each.
     Image i depends on the seed, i and its label alone: any `batch_size` gives the same result up to rounding,
-    and so does any number of processes (see `distributed.joined`), which share the images; but for `smc`, where
-    a batch is one population. The step sizes of moves come from a pilot of a fixed seed.
+    and so does any number of processes (see `distributed.joined`), which share the images. Not so for `smc`,
+    where a batch is one population. The step sizes of moves come from a pilot of a fixed seed.
     Global random generators are neither read nor changed; dropout is off while sampling.
     Raises UserError for an argument out of range.
     """
