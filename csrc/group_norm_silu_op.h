@@ -113,7 +113,11 @@ struct GroupNormSiluOps {
         a.bias = bias.data_ptr();
         a.mean = mean.data_ptr();
         a.rstd = rstd.data_ptr();
-        a.seed = dropout > 0 ? static_cast<const int64_t*>(seed->data_ptr()) : nullptr;
+        if (dropout > 0) {
+            STD_TORCH_CHECK(seed && seed->numel() == 3,
+                            "group_norm_silu: dropout needs a seed of three numbers");
+            a.seed = static_cast<const int64_t*>(seed->data_ptr());
+        }
         a.batch = x.size(0);
         a.split = x.size(1);
         a.channels = a.split + (skip ? skip->size(1) : 0);

@@ -1,8 +1,13 @@
 """Many processes give what one gives, and they stop, fail and restart together."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +21,7 @@ from cdm_fast.errors import UserError
 from cdm_fast.processes import Process, join
 from cdm_fast.train import begun, resume, train
 from tests import workers
-from tests.tiny_run import tiny_config, write_images
+from tests.tiny_run import FLAGS, tiny_config, write_images
 
 LOSSES = 50
 
@@ -68,11 +73,10 @@ def test_a_step_that_is_bad_in_one_process_is_skipped_by_all(tmp_path, config, p
         assert found["ema"].isfinite().all()
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_measurements_that_processes_share_are_those_of_one(tmp_path, config, relative_error, count):
+def test_measurements_that_processes_share_are_those_of_one(tmp_path, config, relative_error):
     config = replace(config, network=replace(config.network, conditioning="joint"))
     expected = workers.measurements(config)
-    for found in workers.start(count, workers.joint_measurements, tmp_path, config):
+    for found in workers.start(2, workers.joint_measurements, tmp_path, config):
         for name, value in expected.items():
             assert relative_error(found[name], value) < 1e-5, name
 
@@ -141,3 +145,38 @@ def test_the_beginning_of_a_run_is_recognised(tmp_path, config, monkeypatch):
     assert again is not None and resume(tmp_path / "run", again, device="cpu")["step"] == 6
     other = replace(auto, network=NetworkConfig(base_channels=64))
     assert begun(other, tmp_path / "run") is None
+
+
+def worker_of(launcher: int, rank: int) -> int:
+    """The process of that rank among the children of torchrun."""
+    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return int(child)
+    raise AssertionError(f"torchrun runs no process of rank {rank}")
+
+
+def test_torchrun_restarts_a_run_after_one_worker_was_killed(tmp_path, config):
+    run = tmp_path / "run"
+    settings = ["--objective", "ddm", "--steps", "60", "--save-every", "10", "--out", str(run), "--json"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
+    launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "cdm_fast.cli", "train", *FLAGS]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [*launch, *settings, "--data", config.data.source],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as torchrun:
+        deadline = time.monotonic() + 120
+        while not (run / "checkpoints" / "step-00000010").exists():
+            assert torchrun.poll() is None and time.monotonic() < deadline, torchrun.communicate()
+            time.sleep(0.02)
+        os.kill(worker_of(torchrun.pid, 1), signal.SIGKILL)
+        out, errors = torchrun.communicate(timeout=120)
+    assert torchrun.returncode == 0, errors
+    summary = json.loads(out)
+    assert (summary["stopped"], summary["step"]) == ("finished", 60)
+    assert "holds the beginning of this run: continuing it" in errors
+    steps = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(2, 61, 2))

@@ -432,10 +432,11 @@ def test_opcheck(needs_cpp, split):
     (x, skip), (v, v_skip) = (
         ((x, None), (v, None)) if split is None else (_pieces(x, split), _pieces(v, split))
     )
-    inputs, saved = (x, skip, weight, bias), (mean, rstd, SEED, 2, True, 0.2)
+    seed = torch.cat([SEED, torch.tensor([0])])  # as the ops themselves take it
+    inputs, saved = (x, skip, weight, bias), (mean, rstd, seed, 2, True, 0.2)
     leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in (g, *inputs)]
     ops = torch.ops.cdm_fast
-    torch.library.opcheck(ops.group_norm_silu.default, (*leaves[1:], SEED, 2, True, 0.2, EPS))
+    torch.library.opcheck(ops.group_norm_silu.default, (*leaves[1:], seed, 2, True, 0.2, EPS))
     torch.library.opcheck(ops.group_norm_silu_vjp.default, (*leaves, *saved))
     torch.library.opcheck(ops.group_norm_silu_backward.default, (g, *inputs, *saved))
     torch.library.opcheck(ops.group_norm_silu_vjp_backward.default, (v, v_skip, g, *inputs, *saved))
