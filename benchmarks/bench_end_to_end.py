@@ -27,6 +27,7 @@ def config(small, device):
         config = replace(
             PRESETS["digits"],
             image=ImageShape(8, 1, 17, None),
+            network=replace(PRESETS["digits"].network, conditioning="none"),
             train=replace(PRESETS["digits"].train, batch_size=8),
         )
     return replace(config, train=replace(config.train, precision=pick_precision(config, device)))

@@ -30,6 +30,13 @@ class Classifier(Denoiser):
         """(num,) zeros: clean images."""
         return torch.zeros(num, dtype=torch.int64, device=self.a.device)
 
+    def features(self, x: Tensor) -> Tensor:
+        """What the last layer reads, (B, D), for `cdm_fast.quality` where there are no Inception weights.
+
+        Such a distance is neither FID nor KID, and compares with figures of the same classifier alone.
+        """
+        return self.network.features(x)  # type: ignore[operator]
+
     def logits(self, x: Tensor) -> Tensor:
         """(B, K)."""
         return self.network(x)

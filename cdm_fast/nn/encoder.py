@@ -31,15 +31,11 @@ class EnergyPool(Layer):
         super().__init__()
         self.norm = GroupNorm(channels, num_groups)
         self.means = ConvMeanPool(channels, num_means)
-        self.num_squares = num_squares
-        if num_squares:
-            self.squares = Conv2d(channels, num_squares, kernel_size=1)
+        self.squares = Conv2d(channels, num_squares, kernel_size=1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Any]:
         h, norm_residuals = self.norm(x)
         means, mean_residuals = self.means(h)
-        if not self.num_squares:
-            return means, (norm_residuals, mean_residuals, None)
         root, _ = self.squares(h)
         with full_precision(x):
             squares = root.to(means.dtype).square().mean((2, 3))
@@ -47,9 +43,7 @@ class EnergyPool(Layer):
 
     def adjoint(self, residuals: Any, g: Tensor) -> Tensor:
         norm_residuals, mean_residuals, root = residuals
-        if root is None:
-            return self.norm.adjoint(norm_residuals, self.means.adjoint(mean_residuals, g))
-        g_means, g_squares = g.split([g.shape[1] - self.num_squares, self.num_squares], dim=1)
+        g_means, g_squares = g.split([self.means.out_channels, self.squares.out_channels], dim=1)
         h = self.means.adjoint(mean_residuals, g_means)
         scale = (g_squares * (2 / (root.shape[2] * root.shape[3]))).to(root.dtype)
         h = h + self.squares.adjoint(None, scale[:, :, None, None] * root)
@@ -57,10 +51,16 @@ class EnergyPool(Layer):
 
 
 class Encoder(DownTrunk, AdjointNetwork):
-    """The U-Net's way down and middle, with features pooled at every resolution.
+    """The U-Net's way down and middle, with features pooled at every resolution (`EnergyPool`).
+
+    `Encoder(32, 3, 1002, 128, (1, 2, 2, 2), 2, (16,), dropout=0.1)` has the way down of the paper's CIFAR-10
+    network.
 
     Args:
         image_size and the others: see `UNet`.
+
+    Raises:
+        UserError: sizes that do not fit together; the message names them.
     """
 
     def __init__(
@@ -77,7 +77,6 @@ class Encoder(DownTrunk, AdjointNetwork):
         num_groups: int = 32,
         conditioning: Conditioning = "embedding",
         head_rank: int = 0,
-        squares: float = 1.0,
     ) -> None:
         super().__init__(
             image_size,
@@ -91,12 +90,11 @@ class Encoder(DownTrunk, AdjointNetwork):
             num_groups,
         )
         self.num_classes, self.conditioning = num_classes, conditioning
-        num_squares = int(squares * base_channels)
         self.pool = nn.ModuleList(
-            EnergyPool(width, num_groups, 2 * base_channels, num_squares) for width in self.widths
+            EnergyPool(width, num_groups, 2 * base_channels, base_channels) for width in self.widths
         )
         self.linear_layer = noise_head(
-            len(self.widths) * (2 * base_channels + num_squares),
+            3 * base_channels * len(self.widths),
             num_levels,
             num_classes,
             conditioning,

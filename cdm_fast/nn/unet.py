@@ -484,11 +484,15 @@ class UNetClassifier(UNetTrunk):
         self.conv_out = ConvMeanPool(self.out_channels, 2 * base_channels)
         self.linear_layer = nn.Linear(2 * base_channels, num_classes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` (B, C, H, W) -> logits (B, K), in the parameters' precision."""
+    def features(self, x: Tensor) -> Tensor:
+        """`x` (B, C, H, W) -> pooled features (B, 2 base channels), in the parameters' precision."""
         check_input(x, self.input_shape)
         h, _ = self.run(x, None, keep_residuals=False)
-        h, _ = self.conv_out(h)
+        return self.conv_out(h)[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` (B, C, H, W) -> logits (B, K), in the parameters' precision."""
+        h = self.features(x)
         with full_precision(h):
             return self.linear_layer(h)
 
