@@ -14,6 +14,7 @@ Split = Literal["train", "validation", "test"]
 Parallel = Literal["ddp", "fsdp"]
 AttackName = Literal["fgsm", "pgd", "deepfool", "cw", "square"]
 AttackNorm = Literal["linf", "l2"]
+RestoreTask = Literal["inpaint", "denoise", "super-resolution"]
 ClassifyMethod = Literal["joint", "embedding", "denoising", "ode", "discriminative"]
 
 
@@ -230,6 +231,43 @@ class Denoise:
 
 
 @dataclass(frozen=True)
+class Restore:
+    """Draw what an image may have been, given what was measured of it: the most probable candidate first."""
+
+    run: Positional[Path]
+    """Run directory."""
+    image: Positional[Path]
+    """Image file: of the run's size, or for super-resolution smaller by --factor."""
+    task: RestoreTask
+    """`inpaint`: fill in --mask or --box; `denoise`: remove noise of --sigma; `super-resolution`: enlarge."""
+    mask: Path | None = None
+    """Image file of the same size, bright (128 or more) where the image is to be filled in."""
+    box: tuple[int, int, int, int] | None = None
+    """Fill in this box instead: left, top, width and height in pixels."""
+    factor: int | None = None
+    """How much larger than IMAGE the result is to be along each side."""
+    sigma: float | None = None
+    """Noise of what was measured, in units of [-1, 1]; by default what rounding to grey levels leaves open.
+    `denoise` needs it."""
+    candidates: int = 8
+    """How many to draw."""
+    level: int = 0
+    """Noise level at which candidates are ranked by log p; a higher one looks at the coarse alone."""
+    steps: int = 50
+    """Noise levels to visit, at most T."""
+    moves: int = 4
+    """Langevin moves at each of them."""
+    seed: int = 0
+    """The same seed gives the same candidates."""
+    out: Path | None = None
+    """A .png of the input, the mean and all candidates; by default RUN/restored-TASK.png."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    json: Json = False
+    """Print the result as one JSON object on stdout."""
+
+
+@dataclass(frozen=True)
 class Plot:
     """Draw loss curves, level confusion and denoising error per level into the run directory."""
 
@@ -286,5 +324,5 @@ class Replay:
     """Print the result as one JSON object on stdout."""
 
 
-Command = Train | Replay | Sample | Nll | Calibrate | Classify | Denoise | Plot | Convert | Doctor
+Command = Train | Replay | Sample | Nll | Calibrate | Classify | Denoise | Restore | Plot | Convert | Doctor
 Shared = Train | Sample | Nll | Classify  # many processes may share their work

@@ -27,6 +27,7 @@ from cdm_fast.arguments import (
     Nll,
     Plot,
     Replay,
+    Restore,
     Sample,
     Train,
 )
@@ -48,6 +49,7 @@ def parse(arguments: Sequence[str]) -> Command:
         Annotated[Calibrate, subcommand("calibrate")],
         Annotated[Classify, subcommand("classify")],
         Annotated[Denoise, subcommand("denoise")],
+        Annotated[Restore, subcommand("restore")],
         Annotated[Plot, subcommand("plot")],
         Annotated[Replay, subcommand("replay")],
         Annotated[Convert, subcommand("convert")],

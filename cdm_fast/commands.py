@@ -21,7 +21,7 @@ from cdm_fast.classify import describe_accuracy
 from cdm_fast.config import RunConfig
 from cdm_fast.convert import convert
 from cdm_fast.corrected import CORRECTED, MoveLog
-from cdm_fast.data import ImageData, quantize, read_image, write_image
+from cdm_fast.data import ImageData, quantize, write_image
 from cdm_fast.discriminative import Classifier
 from cdm_fast.distributed import from_main, joined
 from cdm_fast.errors import UserError
@@ -37,12 +37,14 @@ from cdm_fast.replay import replay
 from cdm_fast.report import (
     class_labels,
     displayable,
-    from_display,
+    read_input,
     run_data,
     write_level_pictures,
     write_loss_curves,
     write_sheet,
 )
+from cdm_fast.restoration import restore
+from cdm_fast.restored_pictures import measure, write_candidates
 from cdm_fast.sampling import Between, Guided, sample
 from cdm_fast.scoring import score
 from cdm_fast.train import begun, resume, train
@@ -344,7 +346,7 @@ def denoise_command(command: arguments.Denoise) -> Outcome:
     targets = [folder / f"{path.stem}.png" for path in command.images]
     if len(set(targets)) < len(targets):
         raise UserError("two of the images have the same name; denoise them apart, each into its own --out")
-    noisy = torch.stack([_read_noisy(path, config) for path in command.images])
+    noisy = torch.stack([read_input(path, config) for path in command.images])
     model = _load(command.run, command.device)
     clean, sigma, level = denoise_blind(model, noisy.to(model.a.device))  # type: ignore[arg-type]  # a DDM is refused
     for image, target in zip(displayable(clean, config.image.num_grey_levels), targets, strict=True):
@@ -361,16 +363,46 @@ def denoise_command(command: arguments.Denoise) -> Outcome:
     return Outcome({"run": str(command.run), "images": rows}, lines)
 
 
-def _read_noisy(path: Path, config: RunConfig) -> Tensor:
-    """An image file as the model sees it, (C,H,W) in [-1, 1]; UserError if it is of another size."""
-    size = config.image.size
-    image = read_image(path, channels=config.image.channels)
-    if image.shape[1:] != (size, size):
-        height, width = image.shape[1:]
-        raise UserError(
-            f"{path} is {height}x{width} pixels and the run takes {size}x{size}; cut that out of it"
-        )
-    return from_display(image, config.image.num_grey_levels)
+def restore_command(command: arguments.Restore) -> Outcome:
+    """`cdm-fast restore`."""
+    config = read_config(command.run)
+    out = command.out or command.run / f"restored-{command.task}.png"
+    if out.suffix != ".png":
+        raise UserError(f"--out {out}: give a name that ends in .png")
+    measurement, shown = measure(command, config)
+    model = load(command.run)
+    require_likelihood(model)
+    log = MoveLog()
+    found = restore(
+        cast(CDM, model.to(pick_device(command.device))),
+        measurement,
+        command.candidates,
+        command.steps,
+        command.seed,
+        level=command.level,
+        moves=command.moves,
+        log=log,
+    )
+    write_candidates(found, shown, config, command, out)
+    log_prob, rates = found.log_prob.tolist(), log.to_json()["acceptance"]
+    result = {
+        "run": str(command.run),
+        "image": str(command.image),
+        "task": command.task,
+        "sigma": measurement.sigma,
+        "level": command.level,
+        "log_prob": log_prob,
+        "log_likelihood": found.log_likelihood.tolist(),
+        "out": str(out),
+        "moves": command.moves,
+        **log.to_json(),
+    }
+    lines = [
+        f"{command.candidates} candidates, log p {log_prob[0]:.1f} to {log_prob[-1]:.1f} nats at level"
+        f" {command.level}, best first: {out}",
+        f"acceptance {min(rates):.2f} to {max(rates):.2f} over {len(rates)} levels",
+    ]
+    return Outcome(result, lines)
 
 
 def plot_command(command: arguments.Plot) -> Outcome:
@@ -424,6 +456,7 @@ _COMMANDS: dict[type, Callable[[Any], Outcome]] = {
     arguments.Calibrate: calibrate_command,
     arguments.Classify: classify_command,
     arguments.Denoise: denoise_command,
+    arguments.Restore: restore_command,
     arguments.Plot: plot_command,
     arguments.Replay: replay_command,
     arguments.Convert: convert_command,

@@ -13,8 +13,9 @@ from torch import Tensor
 from cdm_fast.checkpoint import write_json
 from cdm_fast.classify import evaluate_classes
 from cdm_fast.config import RunConfig
-from cdm_fast.data import ImageData, load_data, quantize, write_grid
+from cdm_fast.data import ImageData, load_data, quantize, read_image, write_grid
 from cdm_fast.discriminative import Classifier
+from cdm_fast.errors import UserError
 from cdm_fast.likelihood import evaluate, level_confusion, mse_per_level
 from cdm_fast.model import CDM, DDM
 from cdm_fast.plots import (
@@ -48,6 +49,17 @@ def from_display(pixels: Tensor, num_grey_levels: int) -> Tensor:
     intervals.
     """
     return (pixels.float() * ((num_grey_levels - 1) / 255) + 0.5) * (2 / num_grey_levels) - 1
+
+
+def read_input(path: Path, config: RunConfig, factor: int = 1) -> Tensor:
+    """An image file as the model sees it, (C,H,W) in [-1, 1]; UserError unless `factor` times smaller."""
+    size = config.image.size // factor
+    image = read_image(path, channels=config.image.channels)
+    if image.shape[1:] != (size, size):
+        height, width = image.shape[1:]
+        takes = f"the run takes {size}x{size}" if factor == 1 else f"--factor {factor} takes {size}x{size}"
+        raise UserError(f"{path} is {height}x{width} pixels and {takes}; cut that out of it")
+    return from_display(image, config.image.num_grey_levels)
 
 
 def class_labels(config: RunConfig, num: int) -> Tensor | None:

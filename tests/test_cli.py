@@ -26,6 +26,7 @@ COMMANDS = (
     "calibrate",
     "classify",
     "denoise",
+    "restore",
     "plot",
     "replay",
     "convert",

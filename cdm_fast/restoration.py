@@ -1,0 +1,235 @@
+"""Restoration: draws of p(x_0 | y) for a linear measurement y = A x_0 + sigma n, ranked by the model.
+
+`Posterior` is an `Energy` like the model that it conditions, so the corrected samplers take it; its path and
+why it is exact at both ends stand in docs/energy.md.
+
+# B batch, k measured values, L = T+2 noise levels, N candidates
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cdm_fast.corrected import MoveLog
+from cdm_fast.errors import UserError
+from cdm_fast.model import Energy, measures, prototype
+from cdm_fast.sampling import sample
+
+LEVEL_DRAWS = 8  # of the noise under which candidates are compared at a level above 0
+
+
+class Measurement(nn.Module):
+    """`y = A x_0 + sigma n`, n ~ N(0, I), with `A A^T = gain I`; subclasses know A.
+
+    Args:
+        y: what was measured, any shape of k values.
+        sigma: standard deviation of its noise, in the images' units, positive.
+        shape: of one image.
+        gain: squared length of a row of A.
+
+    Raises:
+        UserError: nothing measured, a value that is not finite, or a sigma that is not positive and finite.
+    """
+
+    y: Tensor
+
+    def __init__(self, y: Tensor, sigma: float, shape: tuple[int, ...], gain: float = 1.0) -> None:
+        super().__init__()
+        if y.numel() == 0:
+            raise UserError("nothing was measured: at least one value of the image must be known")
+        if not bool(torch.isfinite(y).all()):
+            raise UserError("the measurement holds a value that is not finite")
+        if not (sigma > 0 and math.isfinite(sigma)):
+            raise UserError(f"sigma is {sigma}: the noise of a measurement is a positive number")
+        self.register_buffer("y", y.flatten())
+        self.sigma, self.shape, self.gain = float(sigma), tuple(shape), gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`A x`, (B, k), for x (B, *shape)."""
+        raise NotImplementedError
+
+    def transpose(self, values: Tensor) -> Tensor:
+        """`A^T values`, (B, *shape), for values (B, k)."""
+        raise NotImplementedError
+
+
+class Known(Measurement):
+    """Some values of an image, each with noise: inpainting; all of them: denoising.
+
+    Args:
+        image: (C, H, W), or any shape; read where `known`.
+        known: bool, like `image`; everywhere by default.
+        sigma: of the known values.
+    """
+
+    index: Tensor
+
+    def __init__(self, image: Tensor, sigma: float, known: Tensor | None = None) -> None:
+        known = torch.ones_like(image, dtype=torch.bool) if known is None else known
+        if known.shape != image.shape or known.dtype != torch.bool:
+            raise UserError(
+                f"known is {known.dtype} of shape {tuple(known.shape)}: pass bool {tuple(image.shape)}"
+            )
+        super().__init__(image[known], sigma, tuple(image.shape))
+        self.register_buffer("index", known.flatten().nonzero()[:, 0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)[:, self.index]
+
+    def transpose(self, values: Tensor) -> Tensor:
+        empty = values.new_zeros(len(values), math.prod(self.shape))
+        return empty.index_copy(1, self.index, values).view(-1, *self.shape)
+
+
+class MeanPool(Measurement):
+    """Means of `factor` x `factor` pixels, each with noise: super-resolution. `A A^T = I / factor^2`.
+
+    Args:
+        small: (C, H/factor, W/factor).
+        factor: 2 or more.
+        sigma: of the means.
+    """
+
+    def __init__(self, small: Tensor, factor: int, sigma: float) -> None:
+        if factor < 2 or small.dim() != 3:
+            raise UserError(
+                f"factor {factor}, image of shape {tuple(small.shape)}: give 2 or more, and (C, H, W)"
+            )
+        channels, height, width = small.shape
+        super().__init__(small, sigma, (channels, height * factor, width * factor), factor**-2)
+        self.factor, self.small_shape = factor, tuple(small.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, self.factor).flatten(1)
+
+    def transpose(self, values: Tensor) -> Tensor:
+        small = values.view(-1, *self.small_shape)
+        return small.repeat_interleave(self.factor, 2).repeat_interleave(self.factor, 3) / self.factor**2
+
+
+class Posterior(Energy):
+    """`log q_t(x) = log p_t(x) + log N(y; m_t A x, sigma^2 I + r_t^2 A A^T)`, up to a constant a level.
+
+    `m_t = a / (a^2 + s^2)` and `r_t^2 = s^2 / (a^2 + s^2)` are the mean (times x) and the variance of
+    x_0 | x_t = x under x_0 ~ N(0, I). At level 0 it is log p(x) + log p(y | x), at level T+1 N(0, I): exact,
+    whatever the data. Between them it is p(x_t | y) if the data are N(0, I), else a path to it. The variance
+    is that of pseudoinverse guidance (Song et al., ICLR 2023), whose mean is the denoiser's instead: its
+    gradient needs the denoiser's Jacobian, that of a mean linear in x costs nothing.
+
+    Args:
+        model: the prior.
+        measurement: of one image; all candidates share it.
+
+    Raises:
+        UserError: a model that knows no log p(x), or an image of another shape.
+    """
+
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, model: Energy, measurement: Measurement) -> None:
+        if not isinstance(model, Energy):
+            raise UserError(f"a {type(model).__name__} knows no log p(x) and has no posterior: give a CDM")
+        super().__init__(model, model.schedule, model.input_shape or measurement.shape)
+        if self.input_shape != measurement.shape:
+            raise UserError(
+                f"a measurement of an image of shape {measurement.shape}: the model's are {self.input_shape}"
+            )
+        self.model, self.measurement = model, measurement
+        power = self.a**2 + self.s**2
+        self.register_buffer("mean", self.a / power, persistent=False)  # (L,) m_t
+        spread = measurement.gain * self.s**2 / power
+        self.register_buffer("variance", measurement.sigma**2 + spread, persistent=False)  # (L,) of y | x_t
+
+    def log_likelihood_levels(self, x: Tensor) -> Tensor:
+        """`log N(y; m_t A x, variance_t I)` in nats at every level, (B, L) float64."""
+        measured, y = self.measurement(x.double()), self.measurement.y.double()
+        mean, variance = self.mean.double(), self.variance.double()
+        products = torch.stack([measured @ y, measured.square().sum(1)], dim=1)  # (B, 2)
+        distance = (y @ y) - 2 * products[:, :1] * mean + products[:, 1:] * mean**2
+        return -0.5 * (distance / variance + len(y) * (2 * math.pi * variance).log())
+
+    def log_likelihood_score(self, x: Tensor, level: int | Tensor) -> Tensor:
+        """`m_t A^T (y - m_t A x) / variance_t`, like `x`: the gradient of the above at `level`."""
+        index = self.schedule.levels(level, x)
+        mean, variance = (table[index].to(x.dtype)[:, None] for table in (self.mean, self.variance))
+        residual = self.measurement.y.to(x.dtype) - mean * self.measurement(x)
+        return self.measurement.transpose(mean / variance * residual)
+
+    def log_prob_levels(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        return self.model.log_prob_levels(x, label).double() + self.log_likelihood_levels(x)
+
+    def log_prob_levels_and_score(
+        self, x: Tensor, level: int | Tensor, label: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        log_prob, score = self.model.log_prob_levels_and_score(x, level, label)
+        return log_prob.double() + self.log_likelihood_levels(x), score + self.log_likelihood_score(x, level)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """Candidates of a restoration, best first.
+
+    Fields:
+        images: (N, ...).
+        log_prob: (N,) float64, the model's own, nats; what they are ranked by.
+        log_likelihood: (N,) float64, `log p(y | x)` of the measurement, nats.
+    """
+
+    images: Tensor
+    log_prob: Tensor
+    log_likelihood: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean of the candidates, (...): of all estimates the one of least squared error."""
+        return self.images.mean(0)
+
+
+@measures
+def restore(
+    model: Energy,
+    measurement: Measurement,
+    candidates: int = 16,
+    steps: int = 50,
+    seed: int = 0,
+    *,
+    level: int = 0,
+    moves: int = 4,
+    label: int | None = None,
+    log: MoveLog | None = None,
+) -> Restored:
+    """Draws of p(x_0 | y) by annealed MALA (`corrected.mala`), ranked by `log_prob_at`.
+
+    Arguments: `steps`, `seed`, `moves`, `label` and `log` as for `sample`; `level` of the ranking.
+    Raises UserError for a model without log p(x), and for an argument out of range.
+    """
+    posterior = Posterior(model, measurement).to(prototype(model).device)
+    if candidates < 1:
+        raise UserError(f"{candidates} candidates: draw 1 or more")
+    if not 0 <= level <= model.schedule.T:
+        raise UserError(f"level {level}: candidates differ at the levels 0 to T = {model.schedule.T}")
+    x = sample(posterior, candidates, "mala", steps, seed, label=label, moves=moves, log=log)
+    log_prob = log_prob_at(model, x, level, label)
+    order = log_prob.argsort(descending=True, stable=True)
+    return Restored(x[order], log_prob[order], posterior.log_likelihood_levels(x)[order, 0])
+
+
+@measures
+def log_prob_at(model: Energy, x: Tensor, level: int, label: int | None = None, seed: int = 0) -> Tensor:
+    """How probable clean images (B, ...) are at a noise level, (B,) float64 nats: what candidates rank by.
+
+    At level 0 `log p(x)`; above it the mean of `log p_t(a x + s eps)` over `LEVEL_DRAWS` draws of eps, the
+    same for every image. Noise hides the details that are smaller than itself, and so does the comparison.
+    """
+    labels = None if label is None else torch.full((len(x),), label, device=x.device)
+    if level == 0:
+        return model.log_prob(x, 0, labels).double()
+    a, s = model.schedule.gather(level, x)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(LEVEL_DRAWS, *x.shape[1:], generator=generator, dtype=torch.float64).to(x)
+    each = [model.log_prob(a * x + s * eps, level, labels).double() for eps in noise]
+    return torch.stack(each).mean(0)

@@ -1,0 +1,103 @@
+"""What `cdm-fast restore` reads and draws: image files as measurements, candidates as a picture.
+
+# C channels, H W pixels
+"""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cdm_fast.arguments import Restore
+from cdm_fast.config import RunConfig
+from cdm_fast.data import read_image
+from cdm_fast.errors import UserError
+from cdm_fast.plots import write_rows
+from cdm_fast.report import displayable, read_input
+from cdm_fast.restoration import Known, MeanPool, Measurement, Restored
+
+FLAGS = {"inpaint": ("mask", "box"), "denoise": (), "super-resolution": ("factor",)}
+BRIGHT = 128  # of 0..255: from here on a mask's pixel is to be filled in
+
+
+def measure(command: Restore, config: RunConfig) -> tuple[Measurement, Tensor]:
+    """The measurement that the files and flags describe, and (C,H,W) what the picture shows of it.
+
+    Raises UserError for flags of another task, a missing one, and images or boxes that do not fit the run.
+    """
+    _check_flags(command)
+    rounding = 1 / (config.image.num_grey_levels * math.sqrt(3))  # of a value uniform on 2/N
+    if command.task == "inpaint":
+        image = read_input(command.image, config)
+        known = ~_to_fill_in(command, config).expand_as(image)
+        return Known(image, _sigma(command, rounding), known), torch.where(known, image, 0.0)
+    if command.task == "denoise":
+        image = read_input(command.image, config)
+        return Known(image, _sigma(command, None)), image
+    factor, size = command.factor, config.image.size
+    if factor is None or factor < 2 or size % factor:
+        raise UserError(f"--factor is {factor}: give a number from 2 on that divides the run's {size} pixels")
+    small = read_input(command.image, config, factor)
+    shown = small.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    return MeanPool(small, factor, _sigma(command, rounding / factor)), shown
+
+
+def _check_flags(command: Restore) -> None:
+    for task, flags in FLAGS.items():
+        for flag in flags:
+            if task != command.task and getattr(command, flag) is not None:
+                raise UserError(f"--{flag} goes with --task {task}, not {command.task}; leave it out")
+    if command.task == "inpaint" and (command.mask is None) == (command.box is None):
+        raise UserError("--task inpaint needs to know what to fill in: give --mask FILE or --box X Y W H")
+
+
+def _sigma(command: Restore, default: float | None) -> float:
+    if command.sigma is not None:
+        if not (command.sigma > 0 and math.isfinite(command.sigma)):
+            raise UserError(f"--sigma is {command.sigma}: give a positive number, in units of [-1, 1]")
+        return command.sigma
+    if default is None:
+        raise UserError(
+            "--task denoise needs --sigma, in units of [-1, 1]; cdm-fast denoise estimates an unknown one"
+        )
+    return default
+
+
+def _to_fill_in(command: Restore, config: RunConfig) -> Tensor:
+    """(1,H,W) bool, from `--mask` or `--box`; UserError if it is empty, everything, or of another size."""
+    size = config.image.size
+    missing = torch.zeros(1, size, size, dtype=torch.bool)
+    if command.box is not None:
+        x, y, width, height = command.box
+        inside = x >= 0 and y >= 0 and x + width <= size and y + height <= size
+        if not inside or width < 1 or height < 1:
+            raise UserError(
+                f"--box {x} {y} {width} {height}: give left, top, width, height inside {size}x{size} pixels"
+            )
+        missing[:, y : y + height, x : x + width] = True
+        name = f"--box {x} {y} {width} {height}"
+    else:
+        mask = read_image(command.mask, channels=1)  # type: ignore[arg-type]  # one of the two is given
+        if mask.shape != missing.shape:
+            raise UserError(
+                f"{command.mask} is {mask.shape[1]}x{mask.shape[2]} pixels and the run takes {size}x{size}"
+            )
+        missing, name = mask >= BRIGHT, f"the mask {command.mask}"
+    if not bool(missing.any()):
+        raise UserError(f"{name} is empty: nothing to fill in; paint what is missing white")
+    if bool(missing.all()):
+        raise UserError(f"{name} leaves no pixel known: use cdm-fast sample")
+    return missing
+
+
+def write_candidates(found: Restored, shown: Tensor, config: RunConfig, command: Restore, path: Path) -> Path:
+    """The input, the mean and the candidates, best first with their log p, as a PNG."""
+    grey = config.image.num_grey_levels
+    rows = {
+        "input": displayable(shown[None], grey),
+        "mean": displayable(found.mean[None], grey),
+        "log p": displayable(found.images, grey),
+    }
+    title = f"{command.task}: candidates by log p at level {command.level}"
+    return write_rows(rows, path, title, [f"{value:.1f}" for value in found.log_prob.tolist()])
