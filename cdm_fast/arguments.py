@@ -215,6 +215,46 @@ class Classify:
 
 
 @dataclass(frozen=True)
+class Score:
+    """Rank images by how unusual they are: likelihood, typicality, level posterior, from one pass.
+
+    Draws RUN/score.png, and a map of what is unusual in the least likely images into RUN/anomaly.png.
+    """
+
+    run: Positional[Path]
+    """Run directory."""
+    data: str | None = None
+    """Data source; by default the run's own."""
+    split: Split = "test"
+    """Which part of the data, and of that of --against."""
+    against: str | None = None
+    """Other data to tell from the data, brought to its size and grey levels, or `corrupted`: the data itself
+    under 15 corruptions at 5 severities."""
+    level: int = 0
+    """Noise level at which to score; 0 is the data itself."""
+    draws: int = 1
+    """Dequantisation draws, over which an image's scores are averaged."""
+    images: int | None = None
+    """Images to score, drawn from the split; by default all."""
+    false_alarms: float = 0.05
+    """Share of images like the run's validation split that may be flagged."""
+    map_level: int | None = None
+    """Noise level of the anomaly map; by default the one whose sigma is nearest to 0.5 of [-1, 1]."""
+    noise: Annotated[bool, FlagCreatePairsOff] = False
+    """Also add noise of known sigma and estimate it; draws RUN/sigma.png."""
+    out: Path | None = None
+    """Also write the scores of every image into this .npz or .csv, and those of other data beside it."""
+    batch_size: int = 500
+    """Images per forward pass."""
+    seed: int = 0
+    """Seed of everything random."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    json: Json = False
+    """Print the result as one JSON object on stdout."""
+
+
+@dataclass(frozen=True)
 class Denoise:
     """Denoise image files of unknown noise: estimates its sigma, and removes it."""
 
@@ -324,5 +364,7 @@ class Replay:
     """Print the result as one JSON object on stdout."""
 
 
-Command = Train | Replay | Sample | Nll | Calibrate | Classify | Denoise | Restore | Plot | Convert | Doctor
+Command = (
+    Train | Replay | Sample | Nll | Calibrate | Classify | Score | Denoise | Restore | Plot | Convert | Doctor
+)
 Shared = Train | Sample | Nll | Classify  # many processes may share their work

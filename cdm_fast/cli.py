@@ -29,6 +29,7 @@ from cdm_fast.arguments import (
     Replay,
     Restore,
     Sample,
+    Score,
     Train,
 )
 from cdm_fast.config import preset
@@ -48,6 +49,7 @@ def parse(arguments: Sequence[str]) -> Command:
         Annotated[Nll, subcommand("nll")],
         Annotated[Calibrate, subcommand("calibrate")],
         Annotated[Classify, subcommand("classify")],
+        Annotated[Score, subcommand("score")],
         Annotated[Denoise, subcommand("denoise")],
         Annotated[Restore, subcommand("restore")],
         Annotated[Plot, subcommand("plot")],

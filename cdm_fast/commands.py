@@ -30,6 +30,7 @@ from cdm_fast.likelihood import LikelihoodReport, denoise_blind, describe_score,
 from cdm_fast.likelihood.export import check_name, write_per_image
 from cdm_fast.likelihood.images import require_likelihood
 from cdm_fast.model import CDM, DDM, Denoiser
+from cdm_fast.outlier_scoring import score_images
 from cdm_fast.plots import write_acceptance, write_rows
 from cdm_fast.processes import is_main, launched
 from cdm_fast.progress import to_stderr
@@ -320,6 +321,24 @@ def classify_command(command: arguments.Classify) -> Outcome:
     return Outcome(found, lines)
 
 
+def score_command(command: arguments.Score) -> Outcome:
+    """`cdm-fast score`."""
+    config = read_config(command.run)
+    if command.batch_size < 1:
+        raise UserError(f"--batch-size is {command.batch_size}; give 1 or more")
+    if command.images is not None and command.images < 1:
+        raise UserError(f"--images is {command.images}; give 1 or more")
+    if command.out is not None:
+        check_name(command.out)
+    data = run_data(config, command.split, command.data)
+    _require_fit(data, config, command.run)
+    result, lines, columns = score_images(command, config, _load(command.run, command.device), data)
+    found = {"run": str(command.run), **result}
+    if command.out is not None:
+        found["out"] = str(write_per_image(command.out, data, columns))
+    return Outcome(found, lines)
+
+
 def _require_fit(data: ImageData, config: RunConfig, run: Path) -> None:
     """UserError unless the images are of the run's kind."""
     image = config.image
@@ -455,6 +474,7 @@ _COMMANDS: dict[type, Callable[[Any], Outcome]] = {
     arguments.Nll: nll_command,
     arguments.Calibrate: calibrate_command,
     arguments.Classify: classify_command,
+    arguments.Score: score_command,
     arguments.Denoise: denoise_command,
     arguments.Restore: restore_command,
     arguments.Plot: plot_command,

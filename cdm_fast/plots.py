@@ -149,24 +149,37 @@ def write_rows(
     columns: Sequence[str] = (),  # names
 ) -> Path:
     """Rows of images with their names, enlarged smoothly so that a person can read tiny ones, as a PNG."""
-    tiles = {name: [_enlarged(image) for image in images] for name, images in rows.items()}
-    height, width = next(iter(tiles.values()))[0].shape[:2]
-    longest = max(map(len, tiles.values()))
-    sheet = np.full((len(tiles) * (height + 4), longest * (width + 4), 3), 255, dtype=np.uint8)
-    for row, images in enumerate(tiles.values()):
-        for column, image in enumerate(images):
-            top, left = row * (height + 4) + 2, column * (width + 4) + 2
-            sheet[top : top + height, left : left + width] = image
+    sheet = _sheet(rows)
     figure = Figure(figsize=(1 + sheet.shape[1] / 100, 0.5 + sheet.shape[0] / 100), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    axes.imshow(sheet, interpolation="nearest")
-    axes.set_yticks([(row + 0.5) * (height + 4) for row in range(len(tiles))], list(tiles))
-    axes.set_xticks([(column + 0.5) * (width + 4) for column in range(len(columns))], list(columns))
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
+    _show_sheet(axes, sheet, list(rows), columns)
     axes.set_title(title, fontsize=10)
     return _write(figure, path)
+
+
+def _sheet(rows: Mapping[str, Tensor]) -> NDArray[np.uint8]:
+    """(H',W',3): rows of images, (B,C,H,W) uint8 each, enlarged, with white between them."""
+    tiles = [[_enlarged(image) for image in images] for images in rows.values()]
+    height, width = tiles[0][0].shape[:2]
+    longest = max(map(len, tiles))
+    sheet = np.full((len(tiles) * (height + 4), longest * (width + 4), 3), 255, dtype=np.uint8)
+    for row, images in enumerate(tiles):
+        for column, image in enumerate(images):
+            top, left = row * (height + 4) + 2, column * (width + 4) + 2
+            sheet[top : top + height, left : left + width] = image
+    return sheet
+
+
+def _show_sheet(axes: Axes, sheet: NDArray[np.uint8], rows: Sequence[str], columns: Sequence[str]) -> None:
+    """A sheet with the names of its rows, and of its columns if they have any."""
+    height = sheet.shape[0] / len(rows)
+    width = sheet.shape[1] / max(1, len(columns))
+    axes.imshow(sheet, interpolation="nearest")
+    axes.set_yticks([(row + 0.5) * height for row in range(len(rows))], list(rows))
+    axes.set_xticks([(column + 0.5) * width for column in range(len(columns))], list(columns))
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
 
 
 def _enlarged(image: Tensor) -> NDArray[np.uint8]:
@@ -285,6 +298,66 @@ def write_audit(
     _label(integral, "log Z of the single pass, nats", "level (0 = data)")
     _by_level(ratios, check["levels"], check["log_mean_ratio"], check["log_mean_ratio_stderr"])
     _label(ratios, "log mean of p_t / p_t+1, nats", "level t (0 = data)")
+    return _write(figure, path)
+
+
+def write_outliers(
+    rows: Mapping[str, Tensor],  # name -> (B,C,H,W) uint8
+    bits: Mapping[str, ArrayLike],  # name of a data set -> bits/dim of its images
+    typical: float,  # bits/dim
+    report: Mapping[str, Any],  # `OutlierReport.to_json()`
+    curves: Mapping[str, tuple[ArrayLike, ArrayLike]],  # score -> false alarms, detected; none without others
+    path: str | Path,
+) -> Path:
+    """The most and least likely images, bits/dim of each set, and how well scores tell them, as a PNG.
+
+    The third panel shows ROC curves against other data, or the mean AUROC by severity of corruption.
+    """
+    severities = report["corruptions_mean"]
+    figure, (sheet, histogram, *others) = _figure(3 if curves or severities else 2, height=3.6)
+    _show_sheet(sheet, _sheet(rows), [name.replace(" ", "\n") for name in rows], ())
+    sheet.set_title(f"by likelihood at level {report['level']}", fontsize=10)
+    values = {name: np.asarray(each, dtype=np.float64) for name, each in bits.items()}
+    edges = np.histogram_bin_edges(np.concatenate(list(values.values())), 40).tolist()
+    for name, each in values.items():
+        histogram.hist(each, edges, weights=np.full(len(each), 1 / len(each)), alpha=0.6, label=name)
+    histogram.axvline(typical, color="grey", linestyle="--", linewidth=0.8, label="typical")
+    histogram.legend(fontsize=8)
+    _label(histogram, "share of the images", "bits/dim")
+    for panel in others:
+        if curves:
+            panel.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=0.8)
+            for score, (false_alarms, detected) in curves.items():
+                name = f"{score.replace('_', ' ')}, AUROC {report['against']['auroc'][score]:.3f}"
+                panel.plot(false_alarms, detected, linewidth=1.2, label=name)
+            _label(panel, "other images detected", "false alarms")
+        else:
+            panel.axhline(0.5, color="grey", linestyle="--", linewidth=0.8)
+            for score, areas in severities.items():
+                name = score.replace("_", " ")
+                panel.plot(range(1, len(areas) + 1), areas, marker=".", linewidth=1.2, label=name)
+            panel.set_xticks(range(1, 1 + max(map(len, severities.values()))))
+            _label(panel, "corrupted or not: AUROC, mean over kinds", "severity")
+        panel.set_ylim(-0.02, 1.02)
+        panel.legend(fontsize=8)
+    return _write(figure, path)
+
+
+def write_sigma(
+    report: Mapping[str, Any],  # `SigmaCalibration.to_json()`
+    path: str | Path,
+) -> Path:
+    """Known noise against estimated, median and 10th to 90th percentile, as a PNG under `path`.
+
+    Estimates on the dashed line are right. An estimate of 0 (no noise found) has no place on the axis.
+    """
+    figure, (axes,) = _figure(1, height=4.2)
+    sigma = np.asarray(report["sigma"])
+    axes.plot(sigma, sigma, color="grey", linestyle="--", linewidth=0.8)
+    axes.fill_between(sigma, report["low"], report["high"], alpha=0.3)
+    axes.plot(sigma, report["median"], marker=".", linewidth=1.2)
+    axes.set(xscale="log", yscale="log")
+    _label(axes, f"sigma estimated, {report['num_images']} images", "sigma added, of [-1, 1]")
     return _write(figure, path)
 
 

@@ -25,6 +25,7 @@ COMMANDS = (
     "nll",
     "calibrate",
     "classify",
+    "score",
     "denoise",
     "restore",
     "plot",

@@ -15,7 +15,14 @@ from cdm_fast.likelihood.audits import (
 )
 from cdm_fast.likelihood.describe import describe_audit, describe_elbo, describe_ode, describe_score
 from cdm_fast.likelihood.elbo import VariationalBound, variational_bound
-from cdm_fast.likelihood.levels import denoise_blind, estimate_level, level_confusion, mse_per_level
+from cdm_fast.likelihood.levels import (
+    SigmaCalibration,
+    calibrate_sigma,
+    denoise_blind,
+    estimate_level,
+    level_confusion,
+    mse_per_level,
+)
 from cdm_fast.likelihood.normalisation import Normalisation, measure_log_z
 from cdm_fast.likelihood.ode import FlowLikelihood, flow_log_prob
 from cdm_fast.likelihood.ratios import RatioCheck, ratio_check
@@ -29,8 +36,10 @@ __all__ = [
     "Normalisation",
     "OdeReport",
     "RatioCheck",
+    "SigmaCalibration",
     "VariationalBound",
     "audit",
+    "calibrate_sigma",
     "denoise_blind",
     "describe_audit",
     "describe_elbo",

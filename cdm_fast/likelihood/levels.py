@@ -4,14 +4,16 @@
 """
 
 import math
+from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cdm_fast.data import ImageData
 from cdm_fast.distributed import by_rows
-from cdm_fast.likelihood.images import add_noise, draw_images, require_likelihood, spread
+from cdm_fast.likelihood.images import add_noise, choose_images, draw_images, require_likelihood, spread
 from cdm_fast.model import CDM, Denoiser, measures
 
 
@@ -36,6 +38,49 @@ def estimate_level(model: CDM, y: Tensor, batch_size: int = 256) -> tuple[Tensor
         levels.append(_most_likely(model, image, fine, batch_size))
     level = torch.tensor(levels, device=y.device)
     return level, model.schedule.sigma.to(y.device, y.dtype)[level]
+
+
+@dataclass(frozen=True)
+class SigmaCalibration:
+    """Known noise against the estimated, in units of the data ([-1, 1]).
+
+    Fields: sigma, what was added; median, low, high: of the estimates, low and high their 10th and 90th
+    percentile over images.
+    """
+
+    sigma: list[float]
+    median: list[float]
+    low: list[float]
+    high: list[float]
+    num_images: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, ready for `json.dumps`."""
+        return asdict(self)
+
+
+SIGMAS = (0.01, 2.0)  # least and most noise that a calibration adds, where the schedule reaches so far
+
+
+@measures
+def calibrate_sigma(
+    model: CDM, data: ImageData, num_images: int = 16, points: int = 8, seed: int = 0, batch_size: int = 256
+) -> SigmaCalibration:
+    """Adds noise of `points` known sigmas, even in their logarithm, to images and estimates it again."""
+    require_likelihood(model)
+    generator = torch.Generator().manual_seed(seed)
+    index, x = choose_images(data, num_images, generator)
+    noisy = model.schedule.sigma[1:-1]
+    least, most = max(SIGMAS[0], float(noisy[0])), min(SIGMAS[1], float(noisy[-1]))
+    sigma = torch.logspace(math.log10(least), math.log10(most), points, dtype=torch.float64)
+    q = torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
+    found = []
+    for known in sigma.tolist():
+        y = (x + known * torch.randn(x.shape, generator=generator)).to(model.a.device)
+        estimate = estimate_level(model, y, batch_size)[1].double().cpu()
+        found.append(estimate.quantile(q))
+    median, low, high = (values.tolist() for values in torch.stack(found, 1))
+    return SigmaCalibration(sigma.tolist(), median, low, high, len(index))
 
 
 @measures

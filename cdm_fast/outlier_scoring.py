@@ -1,0 +1,155 @@
+"""`cdm-fast score`: from parsed arguments to what is told and drawn."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from sklearn.metrics import roc_curve
+from torch import Tensor
+
+from cdm_fast.arguments import Score
+from cdm_fast.config import RunConfig
+from cdm_fast.data import ImageData, dequantize, load_data
+from cdm_fast.likelihood import calibrate_sigma
+from cdm_fast.likelihood.export import write_per_image
+from cdm_fast.likelihood.images import choose, draw_generator, require_likelihood
+from cdm_fast.model import CDM, Denoiser
+from cdm_fast.outliers import (
+    SCORES,
+    OutlierReport,
+    Scores,
+    anomaly_map,
+    describe_outliers,
+    evaluate_outliers,
+    level_of,
+)
+from cdm_fast.plots import write_outliers, write_rows, write_sigma
+from cdm_fast.progress import to_stderr
+from cdm_fast.report import run_data
+from cdm_fast.scoring import Scored
+
+CORRUPTED = "corrupted"  # what --against takes besides data sources
+REFERENCE_IMAGES = 2000  # whose mean is the typical likelihood
+SHOWN = 8  # images in a row of a picture
+MAP_SIGMA = 0.5  # noise of the anomaly map, of [-1, 1], unless a level is given
+
+
+def score_images(command: Score, config: RunConfig, model: Denoiser, data: ImageData) -> Scored:
+    """The JSON values, the lines for a person, and the columns of the per-image file.
+
+    Draws RUN/score.png, RUN/anomaly.png and, if asked for, RUN/sigma.png; writes the per-image file of the
+    other data. Raises UserError as `evaluate_outliers` and `anomaly_map` do.
+    """
+    require_likelihood(model)
+    assert isinstance(model, CDM)
+    generator = torch.Generator().manual_seed(command.seed)
+    index = choose(len(data), command.images, generator)
+    chosen = _take(data, index)
+    other = None
+    if command.against not in (None, CORRUPTED):
+        other = other_data(command.against, command.split, config)
+        other = _take(other, choose(len(other), command.images, generator))
+    reference = run_data(config, "validation")
+    map_level = level_of(model, MAP_SIGMA) if command.map_level is None else command.map_level
+    report = evaluate_outliers(
+        model,
+        chosen,
+        _take(reference, choose(len(reference), REFERENCE_IMAGES, generator)),
+        other,
+        command.against == CORRUPTED,
+        command.level,
+        command.draws,
+        command.false_alarms,
+        command.batch_size,
+        command.seed,
+        to_stderr,
+    )
+    order = report.order()
+    least = order.flip(0)[:SHOWN]
+    anomaly = _draw_anomaly(command, model, chosen, least, map_level)
+    result = {
+        **report.to_json(),
+        "most_likely": index[order[:SHOWN]].tolist(),
+        "least_likely": index[least].tolist(),
+        "picture": str(_draw_ranking(command.run, report, chosen, other)),
+        "anomaly_level": map_level,
+        "anomaly_picture": str(anomaly),
+    }
+    lines = [
+        *describe_outliers(report),
+        f"least likely images: {', '.join(map(str, result['least_likely']))}",
+        result["picture"],
+        result["anomaly_picture"],
+    ]
+    if command.noise:
+        to_stderr("estimating known noise")
+        found = calibrate_sigma(model, chosen, seed=command.seed).to_json()
+        picture = write_sigma(found, command.run / "sigma.png")
+        result |= {"sigma": found, "sigma_picture": str(picture)}
+        lines += ["sigma added and estimated (median, 10th to 90th percentile):"]
+        rows = zip(*(found[key] for key in ("sigma", "median", "low", "high")), strict=True)
+        lines += ["  {:.4f}  {:.4f}  {:.4f} to {:.4f}".format(*row) for row in rows] + [str(picture)]
+    if command.out is not None and other is not None and report.against is not None:
+        path = command.out.with_name(f"{command.out.stem}-against{command.out.suffix}")
+        columns = _columns(report.against.scores, torch.arange(len(other)))
+        result["against_out"] = str(write_per_image(path, other, columns))
+    return result, lines, {**_columns(report.scores, index), "p_value": (index, report.p_value)}
+
+
+def other_data(source: str, split: str, config: RunConfig) -> ImageData:
+    """A split of another source as images of the run's size, channels and grey levels.
+
+    Its grey levels are spread evenly over the run's, black to black and white to white.
+    """
+    image = config.image
+    data = load_data(source, split, image.size, config.data.split_seed, image.channels)
+    scaled = data.images.float() * ((image.num_grey_levels - 1) / (data.num_grey_levels - 1))
+    return replace(data, images=scaled.round().to(torch.uint8), num_grey_levels=image.num_grey_levels)
+
+
+def _take(data: ImageData, index: Tensor) -> ImageData:
+    labels = None if data.labels is None else data.labels[index]
+    return replace(data, images=data.images[index], labels=labels)
+
+
+def _columns(scores: Scores, index: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Scores as columns of a per-image file, where the likelihood is called by its unit."""
+    return {"bits_per_dim" if name == "likelihood" else name: (index, scores[name]) for name in SCORES}
+
+
+def _draw_ranking(run: Path, report: OutlierReport, data: ImageData, other: ImageData | None) -> Path:
+    """RUN/score.png."""
+    order = report.order()
+    rows = {"most likely": order[:SHOWN], "least likely": order.flip(0)[:SHOWN]}
+    shown = {name: _pixels(_take(data, index)) for name, index in rows.items()}
+    bits = {f"{data.name}, {data.split}": report.scores["likelihood"]}
+    curves = {}
+    if other is not None and report.against is not None:
+        theirs = report.against.scores
+        likeliest = theirs["likelihood"].argsort(stable=True)[:SHOWN]
+        shown["likeliest others"] = _pixels(_take(other, likeliest))
+        bits[report.against.data] = theirs["likelihood"]
+        for name in SCORES:
+            kind = torch.cat([torch.zeros(len(data)), torch.ones(len(other))])
+            values = torch.cat([report.scores[name], theirs[name]])
+            curves[name] = roc_curve(kind.numpy(), values.numpy())[:2]
+    return write_outliers(
+        shown, bits, report.reference_bits_per_dim, report.to_json(), curves, run / "score.png"
+    )
+
+
+def _draw_anomaly(command: Score, model: CDM, data: ImageData, index: Tensor, level: int) -> Path:
+    """RUN/anomaly.png: images over their anomaly maps, all on one scale."""
+    chosen = _take(data, index)
+    x = dequantize(chosen.images, chosen.num_grey_levels, draw_generator(command.seed, 0))
+    maps = anomaly_map(model, x, level, seed=command.seed)
+    white = float(maps.max())
+    rows = {"image": _pixels(chosen), "anomaly": (maps[:, None] * (255 / white)).round().to(torch.uint8)}
+    sigma = float(model.schedule.sigma[level])
+    title = f"least likely images; |x0_hat(x_t) - x|, level {level} (sigma {sigma:.2g}), white {white:.2g}"
+    return write_rows(rows, command.run / "anomaly.png", title)
+
+
+def _pixels(data: ImageData) -> Tensor:
+    """(n,C,H,W) uint8 0..255."""
+    return (data.images.float() * (255 / (data.num_grey_levels - 1))).round().to(torch.uint8)

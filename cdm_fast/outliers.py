@@ -1,0 +1,303 @@
+"""How unusual single images are under a model, and how well that tells other data from its own.
+
+Three scores come from one forward pass, and all grow with how unusual an image is. None is right alone: see
+docs/score.md.
+
+# B batch, n images, C channels, H W pixels, d = C*H*W, L = T+2 noise levels, m reference images
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cdm_fast.attacks import auroc
+from cdm_fast.corruptions import KINDS, SEVERITIES, corrupt
+from cdm_fast.data import ImageData
+from cdm_fast.distributed import by_rows
+from cdm_fast.errors import UserError
+from cdm_fast.likelihood.images import (
+    add_noise,
+    batches,
+    bits_per_dim,
+    draw_generator,
+    require_likelihood,
+    stderr,
+)
+from cdm_fast.model import CDM, measures
+from cdm_fast.progress import Progress, silent
+
+SCORES = ("likelihood", "typicality", "level_posterior")
+
+Scores = dict[str, Tensor]  # name, of SCORES -> (n,) float64
+
+
+@dataclass(frozen=True)
+class Separation:
+    """How well each score tells other images from the data.
+
+    Fields:
+        data: name of the other images.
+        bits_per_dim: mean over them.
+        auroc: of each score, the chance that one of them scores higher than one of the data; ties count half.
+        auroc_stderr: standard error over both sets (DeLong et al. 1988).
+        scores: of every image.
+    """
+
+    data: str
+    bits_per_dim: float
+    auroc: dict[str, float]
+    auroc_stderr: dict[str, float]
+    scores: Scores
+
+
+@dataclass(frozen=True)
+class OutlierReport:
+    """Scores of a data set, and what they are worth against other data.
+
+    Fields:
+        reference, reference_bits_per_dim: the split whose mean is the typical likelihood, and that mean.
+        p_value: (n,) share of the reference images, this one counted in, that are as untypical or more: a
+            conformal p-value, so that `p_value <= q` raises a false alarm on a share q of data like the
+            reference.
+        false_alarms, flagged: q, and the share of the data with `p_value <= q`.
+        against: of other data, if asked for.
+        corruptions: AUROC of each kind by score, at severity 1 to 5, if asked for.
+    """
+
+    data: str
+    split: str
+    num_images: int
+    level: int
+    draws: int
+    bits_per_dim: float
+    bits_per_dim_stderr: float
+    reference: str
+    reference_images: int
+    reference_bits_per_dim: float
+    false_alarms: float
+    flagged: float
+    scores: Scores
+    p_value: Tensor
+    against: Separation | None
+    corruptions: dict[str, dict[str, list[float]]] | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the values of single images, ready for `json.dumps`."""
+        hidden = ("scores", "p_value", "against")
+        fields = {name: value for name, value in vars(self).items() if name not in hidden}
+        other = self.against
+        fields["against"] = None if other is None else {k: v for k, v in vars(other).items() if k != "scores"}
+        mean = None if self.corruptions is None else mean_by_severity(self.corruptions)
+        return {**fields, "corruptions_mean": mean}
+
+    def order(self) -> Tensor:
+        """(n,) int64, the likeliest image first."""
+        return self.scores["likelihood"].argsort(stable=True)
+
+
+@measures
+def evaluate_outliers(
+    model: CDM,
+    data: ImageData,
+    reference: ImageData,
+    against: ImageData | None = None,
+    corruptions: bool = False,
+    level: int = 0,
+    draws: int = 1,
+    false_alarms: float = 0.05,
+    batch_size: int = 500,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> OutlierReport:
+    """Scores every image of `data`, and of `against`, in one forward pass a draw.
+
+    likelihood: `-log2 p_t(x_t)/d + log2(N/2)`, bits/dim. typicality: its distance from the mean of
+    `reference`, bits/dim. level_posterior: `E|t' - t|` for t' from `p(t'|x_t)`, levels: how noisy an image
+    looks beyond the level t it is at.
+
+    Args:
+        reference: images like those of the training that the model was not fitted to.
+        corruptions: also score `data` under every kind of `corruptions.KINDS` at every severity.
+        level: t, 0 for the data itself; above 0, `x_t = a x + s eps` is scored.
+        draws: of dequantisation noise (and eps), whose scores are averaged.
+        false_alarms: q of `OutlierReport`.
+
+    Raises:
+        UserError: a model without likelihood, a level outside 0..T+1, or an argument out of range.
+    """
+    require_likelihood(model)
+    if draws < 1:
+        raise UserError(f"draws is {draws}: at least one is needed")
+    if not 0 < false_alarms < 1:
+        raise UserError(f"the share of false alarms is {false_alarms}: it must lie between 0 and 1")
+
+    def raw(images: ImageData) -> tuple[Tensor, Tensor]:
+        return _bits_and_distance(model, images, level, draws, batch_size, seed)
+
+    typical, _ = raw(reference)
+    centre = float(typical.mean())
+
+    def scores(images: ImageData) -> Scores:
+        bits, distance = raw(images)
+        return dict(zip(SCORES, (bits, (bits - centre).abs(), distance), strict=True))
+
+    own = scores(data)
+    p_value = conformal_p_value(own["typicality"], (typical - centre).abs())
+    areas: dict[str, dict[str, list[float]]] = {}
+    for kind in KINDS if corruptions else ():
+        progress(f"corruption {len(areas) + 1} of {len(KINDS)}: {kind}")
+        found = []
+        for severity in SEVERITIES:
+            images = corrupt(data.images, kind, severity, data.num_grey_levels, seed)
+            found.append(scores(replace(data, images=images)))
+        areas[kind] = {name: [auroc(each[name], own[name]) for each in found] for name in SCORES}
+    return OutlierReport(
+        data=data.name,
+        split=data.split,
+        num_images=len(data),
+        level=level,
+        draws=draws,
+        bits_per_dim=float(own["likelihood"].mean()),
+        bits_per_dim_stderr=stderr(own["likelihood"]),
+        reference=f"{reference.name}, {reference.split}",
+        reference_images=len(reference),
+        reference_bits_per_dim=centre,
+        false_alarms=false_alarms,
+        flagged=float((p_value <= false_alarms).double().mean()),
+        scores=own,
+        p_value=p_value,
+        against=None if against is None else _separation(against, scores(against), own),
+        corruptions=areas or None,
+    )
+
+
+def _bits_and_distance(
+    model: CDM, data: ImageData, level: int, draws: int, batch_size: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """`(bits/dim (n,), E|t' - level| under the level posterior (n,))`, float64, means over draws."""
+    prior = model.log_level_prior.double().cpu()
+    apart = (torch.arange(len(prior)) - level).abs().double()
+
+    def log_prob_levels(x_t: Tensor) -> Tensor:
+        return model.log_prob_levels(x_t).double().cpu()
+
+    total = torch.zeros(2, len(data), dtype=torch.float64)
+    for draw in range(draws):
+        generator = draw_generator(seed, draw)
+        for first, x in batches(data, batch_size, generator):
+            x_t = add_noise(model.schedule, x, level, generator).to(model.a.device)
+            log_prob = by_rows(log_prob_levels, x_t)
+            rows = slice(first, first + len(x))
+            total[0, rows] += bits_per_dim(log_prob[:, level], data)
+            total[1, rows] += (log_prob + prior).softmax(1) @ apart  # Bayes: p(t|x) ~ p_t(x) p(t)
+    bits, distance = total / draws
+    return bits, distance
+
+
+def conformal_p_value(
+    score: Tensor,  # (n,)
+    reference: Tensor,  # (m,) of held-out data
+) -> Tensor:
+    """`(1 + #{reference >= score}) / (1 + m)`, (n,): at most q on a share q of data like the reference."""
+    below = torch.searchsorted(reference.sort().values, score)
+    return (1 + len(reference) - below).double() / (1 + len(reference))
+
+
+def auroc_stderr(
+    higher: Tensor,  # (n,)
+    lower: Tensor,  # (m,)
+) -> float:
+    """Standard error of `auroc(higher, lower)` (DeLong et al. 1988); NaN where a set has one value.
+
+    The area is a mean, over either set, of the share of the other that a value beats; so is its variance.
+    """
+    if min(len(higher), len(lower)) < 2:
+        return math.nan
+    variance = sum(_beaten(x, y).var() / len(x) for x, y in ((higher, lower), (-lower, -higher)))
+    return math.sqrt(float(variance))
+
+
+def _beaten(values: Tensor, others: Tensor) -> Tensor:
+    """Share of `others` (m,) below each of `values` (n,), ties counting half."""
+    ordered = others.sort().values
+    below, upto = (torch.searchsorted(ordered, values.contiguous(), right=right) for right in (False, True))
+    return (below + upto).double() / (2 * len(others))
+
+
+def _separation(other: ImageData, theirs: Scores, own: Scores) -> Separation:
+    return Separation(
+        data=f"{other.name}, {other.split}",
+        bits_per_dim=float(theirs["likelihood"].mean()),
+        auroc={name: auroc(theirs[name], own[name]) for name in SCORES},
+        auroc_stderr={name: auroc_stderr(theirs[name], own[name]) for name in SCORES},
+        scores=theirs,
+    )
+
+
+def mean_by_severity(areas: dict[str, dict[str, list[float]]]) -> dict[str, list[float]]:
+    """By score: the mean over kinds of corruption at each severity."""
+    return {
+        name: torch.tensor([kind[name] for kind in areas.values()], dtype=torch.float64).mean(0).tolist()
+        for name in SCORES
+    }
+
+
+@measures
+def anomaly_map(
+    model: CDM,
+    x: Tensor,  # (n, C, H, W) in [-1, 1]
+    level: int,
+    draws: int = 8,
+    seed: int = 0,
+) -> Tensor:
+    """How far each pixel is from what the rest of the image makes the model expect: (n, H, W), units of x.
+
+    `sqrt(mean (x0_hat(x_t) - x)^2)` over channels and `draws` of `x_t = a x + s eps` at one level. Raises
+    UserError for level 0, where nothing is removed, and T+1, where nothing is left.
+    """
+    require_likelihood(model)
+    if not 1 <= level <= model.schedule.T:
+        raise UserError(f"level {level} makes no anomaly map: choose one of 1 to {model.schedule.T}")
+    if draws < 1:
+        raise UserError(f"draws is {draws}: at least one is needed")
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.zeros(x.shape, dtype=torch.float64)
+    for _ in range(draws):
+        x_t = add_noise(model.schedule, x, level, generator).to(model.a.device)
+        total += (model.predict_x0(x_t, level).cpu() - x).double().square()
+    return (total / draws).mean(1).sqrt()
+
+
+def level_of(model: CDM, sigma: float) -> int:
+    """The level 1..T whose noise is nearest to `sigma` (of [-1, 1]), by ratio."""
+    return 1 + int((model.schedule.sigma[1:-1].log() - math.log(sigma)).abs().argmin())
+
+
+def describe_outliers(report: OutlierReport) -> list[str]:
+    """The report as lines for a person."""
+    lines = [
+        f"{report.bits_per_dim:.4f} +- {report.bits_per_dim_stderr:.4f} bits/dim at level {report.level}"
+        f" ({report.num_images} images of {report.data}, {report.split}; unaudited)",
+        f"typical: {report.reference_bits_per_dim:.4f} ({report.reference_images} images of"
+        f" {report.reference}); {100 * report.flagged:.1f} % flagged at {100 * report.false_alarms:g} %"
+        " false alarms",
+    ]
+    other = report.against
+    if other is not None:
+        lines.append(f"against {other.data}, {other.bits_per_dim:.4f} bits/dim:")
+        lines += [
+            f"  AUROC {other.auroc[name]:.4f} +- {other.auroc_stderr[name]:.4f} by {_words(name)}"
+            for name in SCORES
+        ]
+    if report.corruptions is not None:
+        lines.append(f"against its own {len(report.corruptions)} corruptions, severity 1 to 5, mean AUROC:")
+        for name, areas in mean_by_severity(report.corruptions).items():
+            lines.append(f"  {_words(name):16}" + " ".join(f"{area:7.4f}" for area in areas))
+    return lines
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
