@@ -1,7 +1,9 @@
 """Scores of unusual images against closed forms, and `cdm-fast score` on a run that trains in a second."""
 
 import csv
+import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from cdm_fast.outliers import (
     anomaly_map,
     auroc_stderr,
     conformal_p_value,
+    describe_outliers,
     evaluate_outliers,
     level_of,
 )
@@ -136,7 +139,7 @@ def test_conformal_p_value():
 
 def test_anomaly_map_of_a_gaussian(model):
     """x0_hat = w x_t: the residual of a pixel is (w a - 1) x + w s eps."""
-    x = gaussian_images(VARIANCE, 3, count=2).images.double() / 128 - 1
+    x = gaussian_images(VARIANCE, 3, count=1).images.double() / 128 - 1
     x[0, 0, 2, 3] = 3.0  # a pixel out of the ordinary
     level = level_of(model, 0.5)
     assert abs(math.log(float(SCHEDULE.sigma[level]) / 0.5)) < 0.1
@@ -144,7 +147,7 @@ def test_anomaly_map_of_a_gaussian(model):
     w = a * VARIANCE / (a**2 * VARIANCE + s**2)
     maps = anomaly_map(model, x, level, draws=600)
     expected = ((w * a - 1) ** 2 * x[:, 0] ** 2 + w**2 * s**2).sqrt()
-    assert maps.shape == (2, SIDE, SIDE)
+    assert maps.shape == (1, SIDE, SIDE)
     torch.testing.assert_close(maps, expected, rtol=0.15, atol=0.005)
     assert int(maps[0].argmax()) == 2 * SIDE + 3
     for options, told in (((0,), "level 0"), ((31,), "level 31"), ((3, 0), "draws is 0")):
@@ -220,13 +223,20 @@ def test_score_against_other_data(run, tmp_path):
 @JOINT
 def test_score_against_corruptions(run):
     flags = ["--against", "corrupted", "--images", "6", "--device", "cpu"]
-    status, told, progress = call("score", run, *flags)
-    assert status == 0 and "15 corruptions" in told and "level posterior" in told
-    assert "corruption 15 of 15" in progress
-    found = call_json("score", run, *flags)
+    status, out, progress = call("score", run, *flags, "--json")
+    found = json.loads(out)
+    assert status == 0 and "corruption 15 of 15" in progress
     assert found["against"] is None and found["num_images"] == 6 and len(found["corruptions"]) == 15
     means = np.mean([kind["likelihood"] for kind in found["corruptions"].values()], axis=0)
     assert found["corruptions_mean"]["likelihood"] == pytest.approx(means)
+
+
+def test_what_a_person_is_told(model):
+    areas = {"fog": {name: [0.5, 0.75] for name in SCORES}, "snow": {name: [0.75, 1.0] for name in SCORES}}
+    told = "\n".join(describe_outliers(replace(scored(model, VARIANCE), corruptions=areas)))
+    for part in ("bits/dim at level 0", "flagged at 5 % false alarms", "against others, test", "AUROC 0."):
+        assert part in told
+    assert "level posterior  0.6250  0.8750" in told
 
 
 @JOINT
