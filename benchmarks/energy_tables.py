@@ -2,9 +2,11 @@
 
     python -m benchmarks.energy_tables samplers
     python -m benchmarks.energy_tables composition
+    python -m benchmarks.energy_tables restoration
     python -m benchmarks.energy_tables digits RUN OUT.png   # of a class-conditional run
+    python -m benchmarks.energy_tables restored RUN         # errors of restored test images
 
-The first two print, for each target and sampler, the p-values of a two-sample test (energy distance, 499
+The first three print, for each target and sampler, the p-values of a two-sample test (energy distance, 499
 permutations, 500 draws on each side, three seeds) against exact draws.
 """
 
@@ -12,21 +14,31 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.nn.functional import avg_pool2d
 
 from cdm_fast import CDM, NoiseSchedule, load, sample
 from cdm_fast.checkpoint import read_config
 from cdm_fast.composition import Mixture, OfClass, Product, negation
 from cdm_fast.data import write_grid
 from cdm_fast.quality import two_sample_test
-from cdm_fast.report import displayable
-from tests.analytic import ExactNetwork, GaussianMixture, mixture, product, random_mixture
+from cdm_fast.report import displayable, first_images, from_display, run_data
+from cdm_fast.restoration import Known, MeanPool, Posterior, restore
+from tests.analytic import (
+    ExactNetwork,
+    GaussianMixture,
+    given,
+    mixture,
+    product,
+    random_mixture,
+    smooth_pixels,
+)
 
 NUM, SEEDS, PERMUTATIONS = 500, 3, 499
 
 
-def exact_model(density, T):
+def exact_model(density, T, shape=None):
     schedule = NoiseSchedule.uniform(T)
-    return CDM(ExactNetwork(density, schedule), schedule, input_shape=(density.dim,))
+    return CDM(ExactNetwork(density, schedule), schedule, input_shape=shape or (density.dim,))
 
 
 def p_values(model, density, sampler, steps, moves):
@@ -34,7 +46,7 @@ def p_values(model, density, sampler, steps, moves):
     for seed in range(SEEDS):
         drawn = sample(model, NUM, sampler, steps, seed=seed, moves=moves, batch_size=NUM)
         exact = density.sample(NUM, torch.Generator().manual_seed(100 + seed))
-        found.append(two_sample_test(drawn, exact, PERMUTATIONS).p_value)
+        found.append(two_sample_test(drawn.flatten(1), exact, PERMUTATIONS).p_value)
     return found
 
 
@@ -69,6 +81,52 @@ def composition():
     return [(name, model, density, way) for name, (model, density) in targets.items() for way in ways]
 
 
+def restoration():
+    """4x4 correlated Gaussian pixels, half of them known, all with noise 0.3, or 2x2 means; T = 60."""
+    density, shape = smooth_pixels(4), (1, 4, 4)
+    prior, eye = exact_model(density, 60, shape), torch.eye(16, dtype=torch.float64).view(16, *shape)
+    y = density.sample(1, torch.Generator().manual_seed(5)).view(shape)
+    y = y + 0.3 * torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    tasks = {
+        "inpaint": Known(y, 0.3, (torch.arange(16) % 4 < 2).view(shape)),
+        "denoise": Known(y, 0.3),
+        "super": MeanPool(avg_pool2d(y, 2), 2, 0.15),
+    }
+    ways = [("ddim", 60, 1), ("mala", 10, 4), ("mala", 30, 1), ("mala", 30, 4)]
+    return [
+        (name, Posterior(prior, task), given(density, task(eye).T, task.y, task.sigma**2), way)
+        for name, task in tasks.items()
+        for way in ways
+    ]
+
+
+def restored(run, count=12, candidates=8):
+    """Root mean squared errors over the pixels of test images: of the mean, the best candidate, any."""
+    model, config = load(run), read_config(run)
+    data = first_images(run_data(config, "test"), count)
+    grey = data.num_grey_levels
+    x = from_display((data.images.float() * (255 / (grey - 1))).round().to(torch.uint8), grey)
+    rounding, size = 1 / (grey * 3**0.5), config.image.size
+    known = torch.ones_like(x[0], dtype=torch.bool)
+    known[:, size // 2 :] = False
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    tasks = {
+        "lower half": lambda i: Known(x[i], rounding, known),
+        "noise 0.3": lambda i: Known(x[i] + 0.3 * noise[i], 0.3),
+        "factor 2": lambda i: MeanPool(avg_pool2d(x[i], 2), 2, rounding / 2),
+    }
+    for name, task in tasks.items():
+        found = [restore(model, task(i), candidates, steps=25, seed=i) for i in range(len(x))]
+        errors = {
+            "mean": [r.mean - x[i] for i, r in enumerate(found)],
+            "best": [r.images[0] - x[i] for i, r in enumerate(found)],
+            "any": [r.images - x[i] for i, r in enumerate(found)],
+            "last": [r.images[-1] - x[i] for i, r in enumerate(found)],
+        }
+        told = (f"{key} {torch.stack(e).square().mean().sqrt():.3f}" for key, e in errors.items())
+        print(f"{name}: {', '.join(told)}", flush=True)
+
+
 def digits(run, out):
     """Rows of 10: a 3, an 8, 3 times 8, 3 or 8, 3 but not 8, 4 times 9, 1 times 7."""
     model = load(run)
@@ -85,10 +143,13 @@ def digits(run, out):
 if __name__ == "__main__":
     if sys.argv[1] == "digits":
         digits(Path(sys.argv[2]), Path(sys.argv[3]))
+    elif sys.argv[1] == "restored":
+        restored(Path(sys.argv[2]))
     else:
         for name, model, density, (sampler, steps, moves) in {
             "samplers": samplers,
             "composition": composition,
+            "restoration": restoration,
         }[sys.argv[1]]():
             found = ", ".join(f"{p:.3f}" for p in p_values(model, density, sampler, steps, moves))
             told = f"{steps} steps" + (f", {moves} moves" if sampler == "mala" else "")

@@ -238,6 +238,38 @@ def mixture(p: GaussianMixture, q: GaussianMixture, share: float) -> GaussianMix
     )
 
 
+def given(
+    p: GaussianMixture,
+    A: Tensor,  # (k, d)
+    y: Tensor,  # (k,)
+    variance: float,
+) -> GaussianMixture:
+    """The law of x_0 given `y = A x_0 + n`, n ~ N(0, variance I).
+
+    Each component is conditioned as a Gaussian, and weighted by its density of y.
+    """
+    A, y = A.double(), y.double()
+    predicted = A @ p.covariances @ A.T + variance * torch.eye(len(A), dtype=torch.float64)  # (M, k, k)
+    gain = torch.linalg.solve(predicted, A @ p.covariances).mT  # (M, d, k)
+    residual = y - p.means @ A.T  # (M, k)
+    means = p.means + (gain @ residual[..., None])[..., 0]
+    covariances = p.covariances - gain @ A @ p.covariances
+    mahalanobis = (residual * torch.linalg.solve(predicted, residual)).sum(1)
+    weights = p.weights.log() - 0.5 * (mahalanobis + torch.logdet(predicted))
+    return GaussianMixture(weights.softmax(0), means, (covariances + covariances.mT) / 2)
+
+
+def smooth_pixels(side: int, length: float = 3.0) -> GaussianMixture:
+    """One Gaussian of side x side pixels that say much about each other, and far from N(0, I).
+
+    Covariance `0.4 exp(-distance / length)`, mean from -0.6 to 0.5 down the rows.
+    """
+    grid = torch.arange(side, dtype=torch.float64)
+    place = torch.cartesian_prod(grid, grid)
+    covariance = 0.4 * torch.exp(-torch.cdist(place, place) / length)
+    return GaussianMixture.gaussian(torch.linspace(-0.6, 0.5, side**2, dtype=torch.float64), covariance)
+
+
 def gaussian_flow(density: GaussianMixture, schedule: NoiseSchedule, x: Tensor, level: int) -> Tensor:
     """(B, d) where the probability-flow ODE carries x_t = x to at level 0, for one Gaussian.
 

@@ -13,7 +13,7 @@ from cdm_fast.report import read_input
 from cdm_fast.restoration import Known, MeanPool, Posterior, log_prob_at, restore
 from cdm_fast.restored_pictures import measure
 from cdm_fast.state import new_state, to_checkpoint
-from tests.analytic import ExactNetwork, GaussianMixture
+from tests.analytic import ExactNetwork, GaussianMixture, given, random_mixture, smooth_pixels
 from tests.test_bad_input import refused
 from tests.test_cli import call_json
 from tests.tiny_run import GREY_LEVELS, tiny_config, write_images
@@ -23,14 +23,7 @@ SIGMA = 0.3
 KNOWN = (torch.arange(16) % 4 < 2).view(1, 4, 4)  # the left half
 
 
-def correlated():
-    """A Gaussian of 4x4 pixels that says much about each other, and far from N(0, I)."""
-    place = torch.cartesian_prod(torch.arange(4.0), torch.arange(4.0)).double()
-    covariance = 0.4 * torch.exp(-torch.cdist(place, place) / 3)
-    return GaussianMixture.gaussian(torch.linspace(-0.6, 0.5, 16, dtype=torch.float64), covariance)
-
-
-DENSITY = correlated()
+DENSITY = smooth_pixels(4)
 MODEL = CDM(ExactNetwork(DENSITY, SCHEDULE), SCHEDULE, input_shape=(1, 4, 4))
 TRUTH = DENSITY.sample(1, torch.Generator().manual_seed(5)).view(1, 4, 4)
 NOISY = TRUTH + SIGMA * torch.randn(1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
@@ -48,13 +41,9 @@ def matrix(measurement):
     return measurement(torch.eye(16, dtype=torch.float64).view(16, 1, 4, 4)).T
 
 
-def exact_posterior(measurement, variance=None):
-    """Conditioning of a Gaussian on `y = A x + sigma n`; `variance` in place of sigma^2."""
-    A, C, mean = matrix(measurement), DENSITY.covariances[0], DENSITY.means[0]
-    noise = (variance or measurement.sigma**2) * torch.eye(len(A), dtype=torch.float64)
-    gain = C @ A.T @ torch.linalg.inv(A @ C @ A.T + noise)
-    covariance = C - gain @ A @ C
-    return GaussianMixture.gaussian(mean + gain @ (measurement.y - A @ mean), (covariance + covariance.T) / 2)
+def exact_posterior(measurement, factor=1.0):
+    """Where the noise has `factor` times the measurement's variance."""
+    return given(DENSITY, matrix(measurement), measurement.y, factor * measurement.sigma**2)
 
 
 @every_task
@@ -116,12 +105,29 @@ def test_samples_match_the_analytic_posterior(task):
     measurement = TASKS[task]
     drawn = sample(Posterior(MODEL, measurement), 300, "mala", 30, seed=1, moves=4, batch_size=300)
     generator = torch.Generator().manual_seed(2)
-    right, wrong = (
-        exact_posterior(measurement, factor * measurement.sigma**2).sample(300, generator)
-        for factor in (1, 3)
-    )
+    right, wrong = (exact_posterior(measurement, factor).sample(300, generator) for factor in (1, 3))
     assert two_sample_test(drawn.flatten(1), right, 499).p_value > 0.05
     assert two_sample_test(drawn.flatten(1), wrong, 499).p_value < 0.01
+
+
+def test_components_have_the_mass_that_the_measurement_leaves_them():
+    """One of two coordinates of a mixture: its four components' shares go from even to 59, 2, 14 and 25 %."""
+    density = random_mixture(2, 4, seed=1)
+    model = CDM(ExactNetwork(density, SCHEDULE), SCHEDULE, input_shape=(2,))
+    measurement = Known(torch.tensor([0.2, 0.0]).double(), 0.5, torch.tensor([True, False]))
+    exact = given(density, torch.tensor([[1.0, 0.0]]), measurement.y, 0.5**2)
+    drawn = sample(Posterior(model, measurement), 400, "mala", 20, seed=1, moves=2, batch_size=400)
+    generator = torch.Generator().manual_seed(2)
+    assert two_sample_test(drawn, exact.sample(400, generator), 499).p_value > 0.05
+    assert two_sample_test(drawn, density.sample(400, generator), 499).p_value < 0.01
+
+
+def test_no_number_of_plain_steps_will_do():
+    """The path's densities are not the noised posterior: DDIM through every level draws something else."""
+    measurement = TASKS["inpaint"]
+    drawn = sample(Posterior(MODEL, measurement), 300, "ddim", SCHEDULE.T, seed=1, batch_size=300)
+    right = exact_posterior(measurement).sample(300, torch.Generator().manual_seed(2))
+    assert two_sample_test(drawn.flatten(1), right, 499).p_value < 0.01
 
 
 @pytest.mark.parametrize("level", [0, 12])
@@ -202,7 +208,7 @@ def in_folder(folder, flags):
     return [folder / f"{flag}.png" if flag in ("mask", "black", "odd") else flag for flag in flags]
 
 
-QUICK = ["--steps", 3, "--moves", 1, "--candidates", 3, "--device", "cpu"]
+QUICK = ["--steps", 2, "--moves", 1, "--candidates", 3, "--device", "cpu"]
 ROUNDING = 1 / (GREY_LEVELS * 3**0.5)  # standard deviation of a value uniform on one grey level, 2/N
 
 
