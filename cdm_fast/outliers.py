@@ -126,7 +126,8 @@ def evaluate_outliers(
         false_alarms: q of `OutlierReport`.
 
     Raises:
-        UserError: a model without likelihood, a level outside 0..T+1, or an argument out of range.
+        UserError: a model without likelihood, or one that has diverged; a level outside 0..T+1, or another
+            argument out of range.
     """
     require_likelihood(model)
     if draws < 1:
@@ -193,6 +194,9 @@ def _bits_and_distance(
             rows = slice(first, first + len(x))
             total[0, rows] += bits_per_dim(log_prob[:, level], data)
             total[1, rows] += (log_prob + prior).softmax(1) @ apart  # Bayes: p(t|x) ~ p_t(x) p(t)
+    if not bool(total.isfinite().all()):
+        bad = int((~total.isfinite()).any(0).sum())
+        raise UserError(f"{bad} of {len(data)} images have no finite score; the model has diverged")
     bits, distance = total / draws
     return bits, distance
 

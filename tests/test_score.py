@@ -180,6 +180,16 @@ def test_refusals(model):
         evaluate_outliers(DDM(torch.nn.Identity(), SCHEDULE, input_shape=(1, 8, 8)), own, own)
 
 
+def test_a_diverged_model_is_told(model):
+    class Diverged(torch.nn.Module):
+        def forward(self, x):
+            return torch.full((len(x), SCHEDULE.num_levels), torch.nan)
+
+    own = gaussian_images(VARIANCE, 0, count=4)
+    with pytest.raises(UserError, match="4 of 4 images .* diverged"):
+        evaluate_outliers(CDM(Diverged(), SCHEDULE, input_shape=(1, SIDE, SIDE)), own, own)
+
+
 @pytest.fixture(scope="module", params=["joint", "embedding"])
 def run(request, tmp_path_factory):
     """The directory of a class-conditional run."""
