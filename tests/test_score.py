@@ -180,7 +180,7 @@ def test_refusals(model):
         evaluate_outliers(DDM(torch.nn.Identity(), SCHEDULE, input_shape=(1, 8, 8)), own, own)
 
 
-def test_a_diverged_model_is_told(model):
+def test_a_diverged_model_is_told():
     class Diverged(torch.nn.Module):
         def forward(self, x):
             return torch.full((len(x), SCHEDULE.num_levels), torch.nan)
