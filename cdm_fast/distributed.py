@@ -7,6 +7,7 @@ the same calls in the same order; each then holds the same results, and the one 
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -44,9 +45,11 @@ def joined(device: str) -> Iterator[None]:
         if place.type == "cuda":
             torch.cuda.set_device(place)
         store, rank, count = next(dist.rendezvous("env://", process.rank, process.count))
+        # torchrun may keep its store over a restart, with the addresses of processes that are gone.
+        store = dist.PrefixStore(f"cdm_fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo",
-            store=dist.PrefixStore("cdm_fast", store),
+            store=store,
             rank=rank,
             world_size=count,
             timeout=_TIMEOUT,

@@ -201,7 +201,7 @@ def data_digest(data: ImageData) -> str:
 def check_parallel(config: RunConfig, parallel: Parallel) -> None:
     """UserError for a batch that the processes cannot share evenly, or settings that FSDP2 cannot serve."""
     train, count = config.train, this_process().count
-    if train.batch_size % (train.accumulate * count):
+    if count > 1 and train.batch_size % (train.accumulate * count):
         parts = f" and {train.accumulate} parts each (--accumulate)" if train.accumulate > 1 else ""
         raise UserError(
             f"--batch-size {train.batch_size} is that of all processes together, and {count}{parts} cannot"
