@@ -1,7 +1,7 @@
 """Encoder-only networks beside the U-Net on 8x8 digits, by the digits preset: the table of docs/encoder.md.
 
-    python -m benchmarks.encoder_study run --runs RUNS [encoder unet ...]   # every network, or these
-    python -m benchmarks.encoder_study show                                 # the rows so far, as Markdown
+    python -m benchmarks.encoder_study run --runs RUNS [--seed 1] [encoder unet ...]   # all, or these
+    python -m benchmarks.encoder_study show                                              # the rows so far
 
 A run that is missing is trained into RUNS; a row that stands in the file is not measured again. The Frechet
 distance is of features of a classifier that is trained on the same digits (`--objective classifier`): it is
@@ -50,10 +50,10 @@ def trained(config: RunConfig, run: Path) -> Path:
     return run
 
 
-def configured(network: dict[str, Any]) -> RunConfig:
-    """The digits preset with another network."""
+def configured(network: dict[str, Any], seed: int) -> RunConfig:
+    """The digits preset with another network, trained from a seed; the split stays."""
     base = preset("digits")
-    return replace(base, network=replace(base.network, **network))
+    return replace(base, network=replace(base.network, **network), train=replace(base.train, seed=seed))
 
 
 def extractor(runs: Path) -> Classifier:
@@ -113,14 +113,15 @@ def rows() -> list[dict[str, Any]]:
 def show() -> str:
     """The rows in Markdown."""
     lines = [
-        "| network | parameters | bound | single pass | ratio check | accuracy, % | MSE low, middle, high |"
+        "| network | seed | parameters | bound | single pass | ratio check | accuracy, % |"
+        " MSE low, middle, high | Frechet |"
     ]
-    lines[0] += " Frechet |"
-    lines.append("|---" * 8 + "|")
+    lines.append("|---" * 9 + "|")
     for row in rows():
         check = "-" if row["ratio_check"] is None else "{:+.3f} +- {:.3f}".format(*row["ratio_check"])
         cells = [
             row["name"],
+            str(row["seed"]),
             f"{row['parameters'] / 1e6:.2f} M",
             "{:.3f} +- {:.3f}".format(*row["bound"]),
             "{:.3f} +- {:.3f}".format(*row["single"]),
@@ -138,6 +139,7 @@ def main() -> None:
     parser.add_argument("what", choices=("run", "show"))
     parser.add_argument("names", nargs="*", help=f"among {', '.join(NETWORKS)}")
     parser.add_argument("--runs", type=Path, default=Path("runs/encoder-study"))
+    parser.add_argument("--seed", type=int, default=0, help="of the training")
     arguments = parser.parse_intermixed_args()
     if arguments.what == "show":
         print(show())
@@ -145,12 +147,14 @@ def main() -> None:
     unknown = sorted(set(arguments.names) - NETWORKS.keys())
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; choose among {', '.join(NETWORKS)}")
-    done = {row["name"] for row in rows()}
+    seed, done = arguments.seed, {(row["name"], row["seed"]) for row in rows()}
     for name in arguments.names or NETWORKS:
-        if name in done:
+        if (name, seed) in done:
             continue
-        run = trained(configured(NETWORKS[name]), arguments.runs / name.replace(",", "").replace(" ", "-"))
-        row = {"name": name, **measured(run, extractor(arguments.runs)), "environment": facts("cpu")}
+        folder = name.replace(",", "").replace(" ", "-") + (f"-{seed}" if seed else "")
+        run = trained(configured(NETWORKS[name], seed), arguments.runs / folder)
+        found = measured(run, extractor(arguments.runs))
+        row = {"name": name, "seed": seed, **found, "environment": facts("cpu")}
         with RESULTS.open("a") as file:
             print(json.dumps(row), file=file)
         print(name, row["bound"], flush=True)
