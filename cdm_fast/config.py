@@ -159,7 +159,7 @@ class OutputConfig:
     log_every: int = 50
     """Steps between two lines of log.jsonl; each holds means over the steps since the one before."""
     save_every: int = 500
-    """Steps between two checkpoints."""
+    """Steps that may be lost, whatever ends the run: a checkpoint is begun after every half of so many."""
     keep: int = 2
     """Newest checkpoints to keep."""
     sample_every: int = 500

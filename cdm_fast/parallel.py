@@ -166,9 +166,9 @@ class JointSaver:
     def __init__(self, saver: Saver, together: bool) -> None:
         self._saver, self._together = saver, together
 
-    def after_step(self, due: bool, copy: Callable[[], Checkpoint]) -> None:
+    def after_step(self, step: int, copy: Callable[[], Checkpoint]) -> None:
         """As `Saver.after_step`, after the same step in every process."""
-        self._jointly(partial(self._saver.after_step, due), copy)
+        self._jointly(partial(self._saver.after_step, step), copy)
 
     def finish(self, step: int, copy: Callable[[], Checkpoint]) -> None:
         """As `Saver.finish`, at the same step in every process."""

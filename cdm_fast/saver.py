@@ -15,7 +15,10 @@ from cdm_fast.runlog import Sink
 
 
 class Saver:
-    """Writes checkpoints in a thread, one at a time: training only waits for the copy to host memory.
+    """Writes checkpoints in a thread, one at a time: training waits for the copy to host memory only.
+
+    Whatever ends the process, at most `every` steps are lost. So a save begins at every half of that interval
+    and has the other half to reach the disk. Where a half is too short for the disk, training waits for it.
 
     A context manager. Leaving it by KeyboardInterrupt gives up the save in flight; otherwise it is completed.
     A disk that refuses is told in a warning, and a minute later another save is tried; anything else that a
@@ -23,6 +26,7 @@ class Saver:
 
     Args:
         run: the run directory.
+        every: steps that may be lost.
         keep: newest checkpoints to keep.
         saved: step of the newest checkpoint on the disk.
         sinks: logs that must be on the disk before a checkpoint that follows their lines.
@@ -30,10 +34,11 @@ class Saver:
 
     _PATIENCE = 1.0  # seconds that leaving at once may take, to tidy up
     _PAUSE = 60.0  # seconds until the next attempt on a disk that refused
+    _SLOW = 10.0  # seconds of waiting for the disk, in all, after which it is told
 
-    def __init__(self, run: Path, keep: int, saved: int, sinks: Sequence[Sink] = ()) -> None:
-        self.saved = saved
-        self._run, self._keep, self._sinks = run, keep, sinks
+    def __init__(self, run: Path, every: int, keep: int, saved: int, sinks: Sequence[Sink] = ()) -> None:
+        self.saved, self.waited = saved, 0.0
+        self._run, self._every, self._keep, self._sinks = run, every, keep, sinks
         self._due, self._not_before = False, 0.0
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -51,13 +56,30 @@ class Saver:
         else:
             self._join()
 
-    def after_step(self, due: bool, copy: Callable[[], Checkpoint]) -> None:
-        """Starts a save of `copy()` if one is due, now or since an earlier step, and none is in flight."""
-        self._due |= due
-        if self._thread is not None and not self._thread.is_alive():
-            self._collect()
+    def after_step(self, step: int, copy: Callable[[], Checkpoint]) -> None:
+        """Starts a save of `copy()` if one is due, now or since an earlier step, and none is in flight.
+
+        step: those taken. Waits for the save in flight where one more step could be one too many to lose.
+        """
+        self._due |= step % max(1, self._every // 2) == 0
+        self._make_sure(step)
         if self._due and self._thread is None and time.monotonic() >= self._not_before:
             self._start(copy())
+            self._make_sure(step)
+
+    def _make_sure(self, step: int) -> None:
+        """Waits for the save in flight if no later step may be taken before it ends; sees to one that has."""
+        if self._thread is None or (self._thread.is_alive() and step - self.saved < self._every):
+            return
+        began, told = time.monotonic(), self.waited >= self._SLOW
+        self._collect()
+        self.waited += time.monotonic() - began
+        if self.waited >= self._SLOW and not told:
+            warnings.warn(
+                f"training has waited {self.waited:.0f} s for checkpoints to reach the disk of {self._run},"
+                f" which takes longer than half of --save-every {self._every}; give a larger one",
+                stacklevel=3,
+            )
 
     def finish(self, step: int, copy: Callable[[], Checkpoint]) -> None:
         """Returns once a checkpoint of the present `step` is on the disk; raises DiskError if that fails."""

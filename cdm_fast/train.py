@@ -241,9 +241,10 @@ def _train(
     parallel: Parallel,
 ) -> dict[str, Any]:
     """Trains to the last step or until stopped, leaves everything on the disk, and returns the summary."""
+    output = config.output
     with contextlib.ExitStack() as stack:
         sinks = stack.enter_context(open_sinks(run, config, state.step))
-        writer = stack.enter_context(Saver(run, config.output.keep, state.step, sinks))
+        writer = stack.enter_context(Saver(run, output.save_every, output.keep, state.step, sinks))
         saver: SavesCheckpoints = writer
         wrapped = None
         if this_process().count > 1:
@@ -300,7 +301,7 @@ def _loop(session: Session, display: Display, stopper: Stopper) -> str | None:
                 state.start_interval()
         if not last:
             _intermediate_results(session, display)
-            session.saver.after_step(state.step % output.save_every == 0, session.copy)
+            session.saver.after_step(state.step, session.copy)
     if reason == "signal":
         display.say(f"stopping: saving step {state.step} (Ctrl-C now leaves at once)")
     return reason

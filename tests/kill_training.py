@@ -5,7 +5,8 @@
 A small run (dropout, classes, two parts a batch) is trained by child processes of one that has everything
 imported, each killed at a random moment: 1 of 8 while it starts, half of the others while a checkpoint is
 being written, the rest anywhere. After each kill the run directory must load, without any complaint, at the
-newest checkpoint whose writing had ended or at the one that was being written, and the next child resumes it.
+newest checkpoint whose writing had ended or at the one that was being written, at most `--save-every` steps
+before the last one taken, and the next child resumes it.
 What a run ends with, weights, average, optimizer state and log, must be bitwise what an uninterrupted one
 ends with; then another run begins.
 """
@@ -19,7 +20,6 @@ import signal
 import struct
 import sys
 import tempfile
-import threading
 import time
 import traceback
 import warnings
@@ -37,7 +37,7 @@ from cdm_fast.config import RunConfig
 from tests.tiny_run import tiny_config, write_images
 
 STEPS = 40
-SAVE_EVERY = (1, 5)  # drawn for each run
+SAVE_EVERY = (1, 8)  # drawn for each run
 TIMINGS = ("seconds", "images_per_second")
 NONE = -1
 
@@ -45,7 +45,7 @@ NONE = -1
 class Progress:
     """Numbers that a child writes and that outlive it."""
 
-    NAMES = ("step", "being_saved", "saved", "busy", "most_busy")
+    NAMES = ("step", "being_saved", "saved")
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, 8 * len(self.NAMES))
@@ -64,14 +64,11 @@ class Progress:
 
 def watch(progress: Progress) -> None:
     """Makes the training of this process report; its final pictures, which change nothing, are left out."""
-    take_step, save, start = train.take_step, saver.save_checkpoint, saver.Saver._start
+    take_step, save = train.take_step, saver.save_checkpoint
 
     def step(state, *rest):
         take_step(state, *rest)
         progress["step"] = state.step
-        if any(thread.name == "saver" for thread in threading.enumerate()):
-            progress["busy"] += 1
-            progress["most_busy"] = max(progress["most_busy"], progress["busy"])
 
     def save_checkpoint(run, checkpoint, *rest):
         progress["being_saved"] = checkpoint.step
@@ -79,11 +76,7 @@ def watch(progress: Progress) -> None:
         progress["saved"] = checkpoint.step
         progress["being_saved"] = NONE
 
-    def started(self, checkpoint):
-        progress["busy"] = 0
-        start(self, checkpoint)
-
-    train.take_step, saver.save_checkpoint, saver.Saver._start = step, save_checkpoint, started
+    train.take_step, saver.save_checkpoint = step, save_checkpoint
     train.write_loss_curves, train.write_final = lambda *_: [], lambda *_: {}
 
 
@@ -153,8 +146,7 @@ def check_after_kill(run: Path, progress: Progress, save_every: int, before: int
     written = max(before, progress["saved"])
     assert newest in (written, progress["being_saved"]), (newest, written, progress["being_saved"])
     reached = max(progress["step"], before)
-    busy = max(0, progress["most_busy"])  # steps while one checkpoint was being written
-    assert reached - newest <= max(save_every, busy + 1) + busy, (reached, newest, save_every, busy)
+    assert reached - newest <= save_every, (reached, newest, save_every)
     return reached - newest
 
 
@@ -191,8 +183,8 @@ def kill_training(kills: int, seed: int, folder: Path) -> dict[str, object]:
     assert os.waitpid(process, 0)[1] == 0, (folder / "whole.stderr").read_text()
     expected = what_is_left(folder / "whole")
     moments: Counter[str] = Counter()
-    lost: list[int] = []
-    overlong = runs = 0
+    lost: list[tuple[int, int]] = []  # steps, of how many that may be lost
+    runs = 0
     while sum(moments.values()) < kills:
         runs += 1
         run, save_every = folder / f"run-{runs}", chance.randint(*SAVE_EVERY)
@@ -209,16 +201,15 @@ def kill_training(kills: int, seed: int, folder: Path) -> dict[str, object]:
             if moment is not None:
                 moments[moment] += 1
                 if run.exists():  # else it was killed before there was a run: nothing to lose
-                    lost.append(check_after_kill(run, progress, save_every, before))
-                    overlong += lost[-1] > save_every
+                    lost.append((check_after_kill(run, progress, save_every, before), save_every))
         check_same(run, expected)
     return {
         "kills": sum(moments.values()),
         "while": dict(moments),
         "runs": runs,
         "ended_bitwise_equal": runs,
-        "most_steps_lost": max(lost),
-        "lost_more_than_one_interval": overlong,
+        "most_steps_lost": max(steps for steps, _ in lost),
+        "most_intervals_lost": max(steps / interval for steps, interval in lost),
         "threads": torch.get_num_threads(),
         "seed": seed,
     }
@@ -231,6 +222,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "training has waited")  # on a busy machine it may
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps(kill_training(arguments.kills, arguments.seed, Path(folder))))
 

@@ -78,33 +78,63 @@ def steps_on_disk(run):
     return [int(folder.name.split("-")[1]) for folder in checkpoint_folders(run)]
 
 
-def test_training_goes_on_and_one_save_at_most_is_in_flight(run, at, gate):
-    with Saver(run, keep=5, saved=0) as saver:
-        saver.after_step(False, at(1))
-        saver.after_step(True, at(2))
-        saver.after_step(False, at(3))
-        saver.after_step(True, at(4))  # due while step 2 is being written: neither waits nor copies
-        assert at.steps == [2] and steps_on_disk(run) == [0]
+def test_training_goes_on_until_a_step_too_many_could_be_lost(run, at, gate):
+    """Every 8: a save begins at step 4 and has until step 8 to reach the disk; then training waits for it."""
+    with Saver(run, every=8, keep=5, saved=0) as saver:
+        for step in range(1, 8):
+            saver.after_step(step, at(step))
+        assert at.steps == [4] and steps_on_disk(run) == [0]
+        waiting = threading.Thread(target=saver.after_step, args=[8, at(8)])
+        waiting.start()
+        waiting.join(0.2)
+        assert waiting.is_alive()
         gate.door.set()
-        saver._thread.join()
-        saver.after_step(False, at(5))  # the first chance for what was due at step 4
-        saver.finish(6, at(6))
-    assert at.steps == [2, 5, 6]
-    assert steps_on_disk(run) == [6, 5, 2, 0]
+        waiting.join()
+        assert saver.waited >= 0.2 and steps_on_disk(run)[-2:] == [4, 0]
+        saver.finish(9, at(9))
+    assert at.steps == [4, 8, 9]
+    assert steps_on_disk(run) == [9, 8, 4, 0]
+
+
+def test_a_save_that_was_due_while_another_was_written_follows_it(run, at, gate):
+    with Saver(run, every=4, keep=5, saved=0) as saver:
+        saver.after_step(2, at(2))
+        saver.after_step(3, at(3))
+        gate.door.set()
+        saver.after_step(4, at(4))  # the first may still be in flight; step 5 must not begin before it ended
+        saver.after_step(5, at(5))
+    assert at.steps == [2, 4]
+
+
+def test_with_every_step_to_be_kept_each_is_waited_for(run, at):
+    with Saver(run, every=1, keep=9, saved=0) as saver:
+        for step in range(1, 4):
+            saver.after_step(step, at(step))
+            assert steps_on_disk(run)[0] == step
+
+
+def test_a_disk_too_slow_for_the_interval_is_told_once(run, at, monkeypatch):
+    monkeypatch.setattr(Saver, "_SLOW", 0.0001)
+    with Saver(run, every=1, keep=2, saved=0) as saver:
+        with pytest.warns(
+            UserWarning, match="has waited .* longer than half of --save-every 1; give a larger"
+        ):
+            saver.after_step(1, at(1))
+        saver.after_step(2, at(2))  # a warning is an error here
 
 
 def test_finish_does_not_write_the_same_step_twice(run, at):
-    with Saver(run, keep=5, saved=0) as saver:
+    with Saver(run, every=2, keep=5, saved=0) as saver:
         saver.finish(0, at(0))
-        saver.after_step(True, at(1))
+        saver.after_step(1, at(1))
         saver.finish(1, at(1))
     assert at.steps == [1] and steps_on_disk(run) == [1, 0]
 
 
 def test_a_copy_does_not_change_while_it_is_written(run, at, gate, state):
     before = state.model.network.conv_in.weight.detach().clone()
-    with Saver(run, keep=2, saved=0) as saver:
-        saver.after_step(True, at(1))
+    with Saver(run, every=2, keep=2, saved=0) as saver:
+        saver.after_step(1, at(1))
         with torch.no_grad():
             state.model.network.conv_in.weight.add_(1)
         gate.door.set()
@@ -124,8 +154,8 @@ def test_leaving_at_once_gives_up_the_save_in_flight(run, at, monkeypatch):
         return save(run, checkpoint, keep, slowly)
 
     monkeypatch.setattr(module, "save_checkpoint", slow)
-    with pytest.raises(KeyboardInterrupt), Saver(run, keep=2, saved=0) as saver:
-        saver.after_step(True, at(1))
+    with pytest.raises(KeyboardInterrupt), Saver(run, every=2, keep=2, saved=0) as saver:
+        saver.after_step(1, at(1))
         assert begun.wait(10)
         raise KeyboardInterrupt
     assert not saver._thread.is_alive()
@@ -134,27 +164,27 @@ def test_leaving_at_once_gives_up_the_save_in_flight(run, at, monkeypatch):
 
 
 def test_other_exceptions_complete_the_save_in_flight(run, at):
-    with pytest.raises(ZeroDivisionError), Saver(run, keep=2, saved=0) as saver:
-        saver.after_step(True, at(1))
+    with pytest.raises(ZeroDivisionError), Saver(run, every=2, keep=2, saved=0) as saver:
+        saver.after_step(1, at(1))
         raise ZeroDivisionError
     assert load_checkpoint(run).step == 1
 
 
 def test_a_full_disk_is_told_and_saved_to_once_there_is_room(run, at, monkeypatch):
     monkeypatch.setattr(Saver, "_PAUSE", 0.2)
-    with Saver(run, keep=2, saved=0) as saver:
+    with Saver(run, every=2, keep=2, saved=0) as saver:
         with monkeypatch.context() as full:
             full.setattr(os, "fsync", refuse)
-            saver.after_step(True, at(1))
+            saver.after_step(1, at(1))
             saver._thread.join()
         with pytest.warns(UserWarning, match="No space left on device.*training goes on"):
-            saver.after_step(False, at(2))  # too early for another attempt
+            saver.after_step(2, at(2))  # too early for another attempt
+        saver.after_step(3, at(3))  # nor does training wait for what cannot be
         assert steps_on_disk(run) == [0] and not list(run.rglob(".*"))
         time.sleep(0.2)
-        saver.after_step(False, at(3))
-        saver.finish(3, at(3))
-    assert at.steps == [1, 3]
-    assert load_checkpoint(run).step == 3
+        saver.after_step(4, at(4))  # too many could be lost: waited for
+        assert steps_on_disk(run) == [4, 0]
+    assert at.steps == [1, 4]
 
 
 def refuse(descriptor):
@@ -164,7 +194,7 @@ def refuse(descriptor):
 def test_a_disk_full_in_the_end_is_an_error_that_names_what_is_left(run, at, monkeypatch):
     monkeypatch.setattr(os, "fsync", refuse)
     message = "No space left on device.*--resume .*run continues from step 0"
-    with pytest.raises(DiskError, match=message), Saver(run, keep=2, saved=0) as saver:
+    with pytest.raises(DiskError, match=message), Saver(run, every=2, keep=2, saved=0) as saver:
         saver.finish(1, at(1))
 
 
@@ -172,10 +202,10 @@ def test_weights_that_are_not_finite_stop_the_training(run, at, state):
     with torch.no_grad():
         state.model.network.conv_in.weight.view(-1)[0] = float("inf")
     with pytest.raises(UserError, match="model: network.conv_in.weight is not finite at step 1"):
-        with Saver(run, keep=2, saved=0) as saver:
-            saver.after_step(True, at(1))
+        with Saver(run, every=2, keep=2, saved=0) as saver:
+            saver.after_step(1, at(1))
             saver._thread.join()
-            saver.after_step(False, at(2))
+            saver.after_step(2, at(2))
     assert steps_on_disk(run) == [0]
 
 
