@@ -6,8 +6,9 @@ variance-preserving schedules only (`a^2 + s^2 = 1`: all of ours but `ot`).
 # B batch, L = T+2 noise levels, K classes
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,18 @@ from cdm_fast.errors import UserError
 from cdm_fast.model import CDM, Denoiser, prototype
 from cdm_fast.ops import use_backend
 from cdm_fast.schedule import NoiseSchedule
+
+
+class Scheduler(Protocol):
+    """What diffusers' variance-preserving schedulers share; most of them also have `sigmas`."""
+
+    alphas_cumprod: Tensor
+    timesteps: Tensor
+
+    def set_timesteps(self, num_inference_steps: int) -> None: ...
+
+
+SchedulerKind = TypeVar("SchedulerKind", bound=Scheduler)
 
 
 class Prediction(NamedTuple):
@@ -27,7 +40,7 @@ class Prediction(NamedTuple):
 class NoisePredictor(nn.Module):
     """A model as diffusers calls its networks: `predictor(x, timestep).sample` is eps_hat.
 
-    For schedulers built with `scheduler_config(model.schedule)`, in a loop of one's own or in a pipeline.
+    For schedulers of `build_scheduler(kind, model.schedule, steps)`, in a loop of one's own or in a pipeline.
 
     Args:
         model: a CDM, a DDM, a composition, or `sampling.Guided(model, w)`.
@@ -35,7 +48,7 @@ class NoisePredictor(nn.Module):
 
     def __init__(self, model: Denoiser) -> None:
         super().__init__()
-        scheduler_config(model.schedule)  # refuses schedules that diffusers does not have
+        _betas(model.schedule)  # refuses schedules that diffusers does not have
         self.model = model
 
     @torch.no_grad()
@@ -50,27 +63,50 @@ class NoisePredictor(nn.Module):
         return Prediction(self.model.denoise(sample, level.expand(len(sample)).contiguous(), class_labels))
 
 
-def scheduler_config(schedule: NoiseSchedule) -> dict[str, Any]:
-    """What makes a diffusers scheduler use this schedule's levels: keyword arguments for its constructor.
+def build_scheduler(
+    kind: Callable[..., SchedulerKind],  # a scheduler's class, such as diffusers.DDIMScheduler
+    schedule: NoiseSchedule,
+    steps: int,
+    **options: object,
+) -> SchedulerKind:
+    """A diffusers scheduler whose timesteps are set on this schedule's levels, with tables in fp64.
 
-    With `timestep_spacing="trailing"` and steps that divide T, its grid is `schedule.pairs(steps)`. Give
-    `DDIMScheduler` also `clip_sample=False`: ours does not clip.
+    Their own tables are fp32: of the noisiest level of `cosine`, `1 - beta` = 0.001 keeps 4 digits, and the
+    first step divides an error of 3e-8 in s by a_T = 2e-4. So ours take their place. (A pipeline sets the
+    timesteps anew, and with them fp32 sigmas.)
 
-    Raises UserError for a schedule that is not variance preserving.
+    Args:
+        steps: where they divide T, the grid is `schedule.pairs(steps)`.
+        options: of the scheduler. `DDIMScheduler` wants `clip_sample=False`: ours does not clip.
+
+    Raises:
+        UserError: a schedule that is not variance preserving.
     """
+    ours: dict[str, object] = {
+        "num_train_timesteps": schedule.T,
+        "trained_betas": _betas(schedule).tolist(),
+        "prediction_type": "epsilon",
+        "timestep_spacing": "trailing",
+    }
+    scheduler = kind(**{**ours, **options})
+    scheduler.alphas_cumprod = schedule.a[1:-1] ** 2
+    scheduler.set_timesteps(steps)
+    if isinstance(sigmas := getattr(scheduler, "sigmas", None), Tensor):
+        exact = torch.cat([schedule.sigma[scheduler.timesteps.long() + 1], sigmas[-1:].double()])
+        if exact.shape == sigmas.shape and torch.allclose(exact, sigmas.double(), rtol=1e-6):
+            scheduler.sigmas = exact  # type: ignore[attr-defined]
+    return scheduler
+
+
+def _betas(schedule: NoiseSchedule) -> Tensor:
+    """(T,) variance added between levels t-1 and t; UserError where variance is not preserved."""
     a, s = schedule.a, schedule.s
     if not torch.allclose(a**2 + s**2, torch.ones_like(a), rtol=0, atol=1e-9):
         raise UserError(
             f"schedule {schedule.name!r} does not preserve variance, and diffusers' schedulers need one that"
             " does: train with --schedule linear, uniform or cosine"
         )
-    betas = 1 - (a[1:-1] / a[:-2]) ** 2
-    return {
-        "num_train_timesteps": schedule.T,
-        "trained_betas": betas.tolist(),
-        "prediction_type": "epsilon",
-        "timestep_spacing": "trailing",
-    }
+    return 1 - (a[1:-1] / a[:-2]) ** 2
 
 
 class Likelihood(nn.Module):
