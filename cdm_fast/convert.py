@@ -70,7 +70,7 @@ def convert(
     an image size that cannot be guessed or does not fit, and when `out` exists.
     """
     require_new(out)
-    weights = {part: _with_levels_from_data(state, schedule) for part, state in read_public(file).items()}
+    weights = read_public(file)
     config, assumed = infer_config(weights["ema"], schedule, image_size, str(file))
     try:
         with torch.device("meta"):  # before memory is taken for what the shapes of some tensors promise
@@ -84,7 +84,7 @@ def convert(
         model = build_model(config)
     tensors: dict[str, State] = {"optimizer": {}}
     for part, state in weights.items():
-        model.network.load_state_dict(state)
+        model.network.load_state_dict(_with_levels_from_data(state, schedule))
         tensors[part] = snapshot(model)
     create_run(out, config, Checkpoint(tensors, {"step": 0}))
     num_parameters = sum(parameter.numel() for parameter in model.parameters())

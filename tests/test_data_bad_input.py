@@ -265,6 +265,8 @@ def test_npz_with_a_pickle_runs_nothing(tmp_path):
         (IMAGES.astype(np.float32), ("0 to 119", "k/255")),
         (IMAGES / 255 * 2 - 1, ("-1 to", "k/255")),
         (IMAGES / 16, ("k/255",)),
+        (IMAGES * 1e306, ("0 to 1.19e+308", "k/255")),
+        (IMAGES * np.longdouble("1e4000"), ("0 to", "k/255")),
         (IMAGES.astype(np.int16) - 1, ("-1 to 118",)),
         (IMAGES.astype(np.uint16) * 100, ("0 to 11900",)),
         (IMAGES > 3, ("bool",)),
@@ -279,8 +281,8 @@ def test_npz_with_a_pickle_runs_nothing(tmp_path):
         (np.zeros((1, 1025, 4), np.uint8), ("1024",)),
     ],
     ids=str.split(
-        "nan inf whole-floats minus-one-to-one sixteenths negative too-large bool complex text structured "
-        "one-image five-axes two-channels ambiguous empty too-wide"
+        "nan inf whole-floats minus-one-to-one sixteenths huge-floats long-doubles negative too-large bool "
+        "complex text structured one-image five-axes two-channels ambiguous empty too-wide"
     ),
 )
 def test_npz_images_that_are_no_grey_levels(tmp_path, images, words):

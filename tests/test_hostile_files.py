@@ -306,6 +306,16 @@ def test_network_of_odd_shapes(tmp_path, name, shape, told):
     refused(lambda: convert(tmp_path / "a.pt", tmp_path / "out", image_size=4), told, name="a.pt")
 
 
+def test_head_of_an_odd_shape_whose_levels_are_turned_round(tmp_path):
+    state = {**public.tiny_state(), "linear_layer.bias": torch.tensor(1.0)}
+    torch.save({"model_state_dict": state, "ema_model_state_dict": state}, tmp_path / "a.pt")
+    refused(
+        lambda: convert(tmp_path / "a.pt", tmp_path / "out", schedule="ot", image_size=4),
+        "linear_layer.bias is ()",
+        name="a.pt",
+    )
+
+
 def test_network_that_cannot_be_built(tmp_path):
     state = {**public.tiny_state(), "conv_in.weight": torch.ones(1, 1, 3, 3)}
     torch.save({"model_state_dict": state, "ema_model_state_dict": state}, tmp_path / "a.pt")

@@ -119,9 +119,19 @@ def _from_floats(name: str, images: NDArray) -> Pixels:
     if not finite.all():
         worst = tuple(np.argwhere(~finite)[0])
         raise bad(name, f"image {worst[0]} holds {images[worst]}; remove NaN and infinite values")
+    levels = _levels_of(images)
+    if levels is None:
+        span = f"{images.min():g} to {images.max():g}"
+        raise bad(name, f"holds floats from {span} that are not k/255 in [0, 1]; save grey levels as uint8")
+    return levels
+
+
+def _levels_of(images: NDArray) -> Pixels | None:
+    """The k of finite floats k/255; None where one is not."""
+    if images.min() < -1 or images.max() > 2:  # 255 times as much may not be a number
+        return None
     scaled = images.astype(np.float64) * 255
     levels = np.rint(scaled)
     if levels.min() < 0 or levels.max() > 255 or np.abs(scaled - levels).max() > _FLOAT_SLACK:
-        span = f"{images.min():g} to {images.max():g}"
-        raise bad(name, f"holds floats from {span} that are not k/255 in [0, 1]; save grey levels as uint8")
+        return None
     return levels.astype(np.uint8)
