@@ -10,13 +10,15 @@ N(0, I) to the composition itself at level 0; samplers that follow it exactly ar
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from cdm_fast.errors import UserError
 from cdm_fast.model import CDM, Energy, log_normal
+
+WeightedScore = Callable[[Tensor], Tensor]  # weights (B, n) of n densities -> sum_i w_i score_i, like x
 
 
 class OfClass(Energy):
@@ -85,31 +87,42 @@ class Composition(Energy):
 
     def log_prob_levels(self, x: Tensor, label: Tensor | None = None) -> Tensor:
         _refuse_label(label)
-        return self._compose(x, torch.stack([part.log_prob_levels(x) for part in self.parts], dim=2))
+        return self._of_leaves(x, _read(self._leaves(), x)[0])
 
     def log_prob_levels_and_score(
         self, x: Tensor, level: int | Tensor, label: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        """One evaluation of each model, however many of its classes take part in a joint one."""
         _refuse_label(label)
         level = self.schedule.levels(level, x)
-        each = [part.log_prob_levels_and_score(x, level) for part in self.parts]
-        log_prob = torch.stack([part for part, _ in each], dim=2)
-        share = self._shares(log_prob, level).to(x.dtype)  # (B, N)
-        scores = torch.stack([score.flatten(1) for _, score in each], dim=1)  # (B, N, d)
-        score = (share[:, None] @ scores).view_as(x) - self._pull(x, level)
-        return self._compose(x, log_prob), score
+        log_prob, weighted_score = _read(self._leaves(), x, level)
+
+        def at_level(x: Tensor, log_prob: Tensor) -> tuple[Tensor, Tensor]:
+            composed = self._of_leaves(x, log_prob)
+            return composed.gather(1, level[:, None]).sum(), composed
+
+        # The chain rule: autograd sees the few numbers per image that are composed, and no network.
+        (own, weight), composed = torch.func.grad(at_level, argnums=(0, 1), has_aux=True)(x, log_prob)
+        weight = weight.gather(1, level[:, None, None].expand(-1, 1, weight.shape[2])).squeeze(1)
+        return composed, weighted_score(weight) + own
+
+    def _leaves(self) -> list[Energy]:
+        """The N' parts that are no compositions, in order."""
+        each = (part._leaves() if isinstance(part, Composition) else [part] for part in self.parts)
+        return [leaf for leaves in each for leaf in leaves]
+
+    def _of_leaves(self, x: Tensor, log_prob: Tensor) -> Tensor:
+        """(B, L) log-density at every level, out of the leaves' (B, L, N')."""
+        counts = [len(part._leaves()) if isinstance(part, Composition) else 1 for part in self.parts]
+        each = zip(self.parts, log_prob.split(counts, dim=2), strict=True)
+        found = [
+            part._of_leaves(x, own) if isinstance(part, Composition) else own[:, :, 0] for part, own in each
+        ]
+        return self._compose(x, torch.stack(found, dim=2))
 
     def _compose(self, x: Tensor, log_prob: Tensor) -> Tensor:
         """(B, L) log-density at every level, out of the parts' (B, L, N)."""
         raise NotImplementedError
-
-    def _shares(self, log_prob: Tensor, level: Tensor) -> Tensor:
-        """(B, N) derivative of the log-density at `level` (B,) by each part's."""
-        raise NotImplementedError
-
-    def _pull(self, x: Tensor, level: Tensor) -> Tensor:
-        """What the score has beside the parts', with the opposite sign; like `x`."""
-        return torch.zeros_like(x)
 
 
 class Product(Composition):
@@ -131,12 +144,6 @@ class Product(Composition):
         log_prob = log_prob.double()
         reference = log_normal(x.double())[:, None] * self.s.double() ** 2
         return log_prob @ self.weights.double() + (1 - float(self.weights.sum())) * reference
-
-    def _shares(self, log_prob: Tensor, level: Tensor) -> Tensor:
-        return self.weights.expand(len(log_prob), -1)
-
-    def _pull(self, x: Tensor, level: Tensor) -> Tensor:
-        return (1 - float(self.weights.sum())) * self.amplitudes(level, x)[1] ** 2 * x
 
 
 class Mixture(Composition):
@@ -161,10 +168,6 @@ class Mixture(Composition):
     def _compose(self, x: Tensor, log_prob: Tensor) -> Tensor:
         return (log_prob.double() + self.weights.double().log()).logsumexp(2)
 
-    def _shares(self, log_prob: Tensor, level: Tensor) -> Tensor:
-        at_level = log_prob.double()[torch.arange(len(level), device=level.device), level]
-        return (at_level + self.weights.double().log()).softmax(1)
-
 
 def negation(keep: Energy, avoid: Energy, strength: float = 1.0) -> Product:
     """`keep` but not `avoid`: `p_keep(x) / p_avoid(x)^strength` (arXiv 2206.01714), up to a constant.
@@ -174,6 +177,57 @@ def negation(keep: Energy, avoid: Energy, strength: float = 1.0) -> Product:
     if not strength > 0:
         raise UserError(f"strength is {strength}: give a positive number")
     return Product([keep, avoid], [1.0, -strength])
+
+
+def _read(leaves: Sequence[Energy], x: Tensor, level: Tensor | None = None) -> tuple[Tensor, WeightedScore]:
+    """The leaves' log-densities (B, L, N') and their weighted scores at `level`; without one, no scores.
+
+    Classes of one joint model, and that model itself, are read off one evaluation.
+    """
+    columns: dict[Energy, list[int]] = {}
+    for column, leaf in enumerate(leaves):
+        columns.setdefault(_source(leaf), []).append(column)
+    read = [_read_source(source, [leaves[i] for i in own], x, level) for source, own in columns.items()]
+    order = [column for own in columns.values() for column in own]
+    back = sorted(range(len(order)), key=order.__getitem__)
+
+    def weighted_score(weight: Tensor) -> Tensor:
+        pieces = weight[:, order].to(x.dtype).split([len(own) for own in columns.values()], dim=1)
+        scores = (of_source(piece) for (_, of_source), piece in zip(read, pieces, strict=True))
+        return sum(scores, torch.zeros_like(x))
+
+    return torch.cat([log_prob for log_prob, _ in read], dim=2)[:, :, back], weighted_score
+
+
+def _source(leaf: Energy) -> Energy:
+    """What is evaluated for a leaf: the joint model for any of its classes, otherwise the leaf itself."""
+    model = leaf.model if isinstance(leaf, OfClass) else leaf
+    return model if isinstance(model, CDM) and model.conditioning == "joint" else leaf
+
+
+def _read_source(
+    source: Energy, leaves: Sequence[Energy], x: Tensor, level: Tensor | None
+) -> tuple[Tensor, WeightedScore]:
+    """`_read` of leaves that have one source."""
+    if isinstance(source, CDM) and source.conditioning == "joint":
+        at = torch.zeros(len(x), dtype=torch.int64, device=x.device) if level is None else level
+        each, pull = source.log_prob_levels_each_and_pullback(x, at)
+        everything = source.joint_classes
+        classes = [leaf.label if isinstance(leaf, OfClass) else everything for leaf in leaves]
+
+        def of_classes(weight: Tensor) -> Tensor:
+            wide = weight.new_zeros(len(x), everything + 1)
+            return pull(wide.index_add(1, torch.tensor(classes, device=x.device), weight))
+
+        return each[:, :, classes], of_classes
+    if level is None:
+        log_prob, score = source.log_prob_levels(x), torch.zeros_like(x)
+    else:
+        log_prob, score = source.log_prob_levels_and_score(x, level)
+    return (
+        log_prob[:, :, None].expand(-1, -1, len(leaves)),
+        lambda weight: weight.sum(1).view(-1, *[1] * (x.dim() - 1)) * score,
+    )
 
 
 def _refuse_label(label: Tensor | None) -> None:

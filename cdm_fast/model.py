@@ -380,9 +380,47 @@ class CDM(Energy):
         if self.conditioning == "embedding":
             labels = torch.arange(num_classes, device=x.device)[:, None].expand(-1, x.shape[0])
             return torch.stack([self.log_prob_levels(x, c).gather(1, index)[:, 0] for c in labels], dim=1)
-        per_class = self._per_class(self.logits(x)).transpose(1, 2)  # (B, K, L)
-        log_prob = self._to_log_prob(per_class.flatten(0, 1), x.repeat_interleave(num_classes, 0))
-        return log_prob.gather(1, index.repeat_interleave(num_classes, 0)).view(x.shape[0], num_classes)
+        log_prob = self._to_log_prob(self._per_class(self.logits(x)), x)  # (B, L, K)
+        return log_prob.gather(1, index[:, :, None].expand(-1, 1, num_classes)).squeeze(1)
+
+    def log_prob_levels_each_and_pullback(
+        self,
+        x: Tensor,  # (B, ...)
+        level: Tensor,  # (B,) int64
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Every class's density and that of all data, with any sum of their scores, from one evaluation.
+
+        Returns `log p_t(x|c)` in nats at every level, (B, L, K + 1), the last one `log p_t(x)`; and a
+        function of weights (B, K + 1): the sum of their scores at `level` so weighted, like `x`. Joint only.
+        """
+        if isinstance(self.network, AdjointNetwork):
+            logits, pull = self.network.logits_and_pullback(x)
+        else:
+            logits, pull = self._logits_and_pullback(x)
+        classes = self.joint_classes
+        each = torch.cat([self._per_class(logits), level_logits(logits, classes)[:, :, None]], dim=2)
+
+        def weighted_score(weight: Tensor) -> Tensor:
+            at_level = logits[:, :-1].unflatten(1, (-1, classes))  # at T+1 any level's: its scores are all -x
+            row = level.clamp(max=at_level.shape[1] - 1)[:, None, None].expand(-1, 1, classes)
+            share = at_level.gather(1, row).squeeze(1).softmax(1)  # of the classes in all data
+            gradient = pull(level, weight[:, :-1] + weight[:, -1:] * share)
+            return -(gradient + weight.sum(1).view(-1, *[1] * (x.dim() - 1)) * x)
+
+        return self._to_log_prob(each, x), weighted_score
+
+    def _logits_and_pullback(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
+        """`AdjointNetwork.logits_and_pullback` of any network."""
+        with use_backend("reference"):
+            logits, pull_logits, *_ = torch.func.vjp(self.logits, x)
+
+        def pull(level: Tensor, class_weight: Tensor) -> Tensor:
+            levels = torch.arange(self.schedule.num_levels - 1, device=level.device)
+            joint = (levels == level[:, None])[:, :, None] * class_weight[:, None]  # (B, L-1, K)
+            cotangent = torch.cat([-joint.flatten(1), joint.sum((1, 2))[:, None]], dim=1)
+            return pull_logits(cotangent.to(logits))[0]
+
+        return logits, pull
 
     def log_class_posterior(
         self, x: Tensor, level: int | Tensor = 0, class_prior: Tensor | None = None
@@ -419,8 +457,11 @@ class CDM(Energy):
         return torch.cat([joint, z[:, -1:, None].expand(-1, -1, self.joint_classes)], dim=1)
 
     def _to_log_prob(self, logits: Tensor, x: Tensor) -> Tensor:
+        """Thm 3.2 for level logits (B, L), or (B, L, n) of n densities."""
         prior = self.log_level_prior.to(logits.dtype)
-        return logits - logits[:, -1:] + (prior[-1] - prior) + log_normal(x)[:, None].to(logits.dtype)
+        each = (slice(None), *[None] * (logits.dim() - 2))
+        normal = log_normal(x)[:, None].to(logits.dtype)
+        return logits - logits[:, -1:] + (prior[-1] - prior)[each] + normal[:, *each]
 
     def _log_ratio_of_noise(
         self, x: Tensor, level: Tensor, label: Tensor | None, guidance: float = 0.0

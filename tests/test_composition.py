@@ -1,5 +1,7 @@
 """Products, mixtures and negations of densities whose composition has a closed form."""
 
+import math
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from cdm_fast import CDM, DDM, MLP, MLPDenoiser, NoiseSchedule, UserError, sampl
 from cdm_fast.composition import Mixture, OfClass, Product, negation
 from cdm_fast.quality import two_sample_test
 from tests.analytic import ExactNetwork, GaussianMixture, mixture, product, random_mixture
+from tests.opaque import Opaque
 
 SCHEDULE = NoiseSchedule.uniform(60)
 A, B = random_mixture(2, 4, seed=1), random_mixture(2, 4, seed=7)
@@ -89,6 +92,56 @@ def test_classes_of_one_model(conditioning):
     nested = negation(Product([OfClass(model, 2), model]), OfClass(model, 3), 0.5)
     expected = model.log_prob(x, 0, two) + model.log_prob(x, 0) - 0.5 * model.log_prob(x, 0, three)
     torch.testing.assert_close(nested.log_prob(x, 0), expected)
+
+
+NETWORKS = {
+    "full head": {},
+    "low-rank head": {"head_rank": 2},
+    "no adjoint": {},
+}
+
+
+def joint_model(kind):
+    """Four classes that differ, and the list of its network's evaluations."""
+    torch.manual_seed(1)
+    network = MLP(3, SCHEDULE.num_levels, 16, num_classes=4, conditioning="joint", **NETWORKS[kind]).double()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    prior, calls = torch.tensor([1.0, 2.0, 3.0, 4.0]), []
+    trunk = network.features
+    network.features = lambda *args, **kwargs: calls.append(1) or trunk(*args, **kwargs)
+    if kind == "no adjoint":
+        model = CDM(Opaque(network), SCHEDULE, class_prior=prior, conditioning="joint")
+    else:
+        model = CDM(network, SCHEDULE, class_prior=prior)
+    return model, calls
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_classes_of_a_joint_model_take_one_evaluation(kind):
+    """However many take part, however deep, beside another model; the score is that of the parts."""
+    model, calls = joint_model(kind)
+    other = CDM(ExactNetwork(random_mixture(3, 2, seed=3), SCHEDULE), SCHEDULE, input_shape=(3,))
+    mixed = Mixture([OfClass(model, 0), model, other, OfClass(model, 2)], [1.0, 2.0, 2.0, 3.0])
+    tree = negation(Product([mixed, OfClass(model, 1), other], [1.0, 0.7, 0.3]), OfClass(model, 3), 0.5)
+    x, level = torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 20, 40, 60, 61])
+    log_prob, score = tree.log_prob_levels_and_score(x, level)
+    assert len(calls) == 1
+
+    def composed(x):
+        of = [model.log_prob(x, level, torch.full((6,), c)) for c in range(4)]
+        parts = torch.stack([of[0], model.log_prob(x, level), other.log_prob(x, level), of[2]])
+        weight = torch.tensor([[1.0], [2.0], [2.0], [3.0]], dtype=torch.float64) / 8
+        inner = torch.logsumexp(parts + weight.log(), 0) + 0.7 * of[1] + 0.3 * other.log_prob(x, level)
+        noise = SCHEDULE.s[level] ** 2 * -0.5 * (x.square().sum(1) + 3 * math.log(2 * math.pi))
+        return inner - noise - 0.5 * of[3] + 0.5 * noise
+
+    torch.testing.assert_close(log_prob.gather(1, level[:, None])[:, 0], composed(x))
+    x.requires_grad_()
+    torch.testing.assert_close(score, torch.autograd.grad(composed(x).sum(), x)[0])
+    before = len(calls)
+    torch.testing.assert_close(tree.log_prob(x.detach(), level), composed(x).detach())
+    assert len(calls) - before == 1 + 5  # five for `composed`
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,16 @@ class JointHead(CumulativeHead):
             at_level = self._at_level(h, weight, bias, level) if logits is None else self._pick(logits, level)
             return head_cotangent(weight, level, self._row_weights(class_weights(at_level, label, guidance)))
 
+    def weighted_cotangent(
+        self,
+        weight: Tensor,  # (N, D), cumulated
+        level: Tensor,  # (B,) int64
+        class_weight: Tensor,  # (B, K), of any sum
+    ) -> Tensor:  # (B, D)
+        """Gradient of `sum_c class_weight[c] (z_N - z[level, c])` with respect to the features."""
+        of_noise = (class_weight.sum(1) - 1) * (level * self.rows_per_level < len(weight) - 1)
+        return head_cotangent(weight, level, self._row_weights(class_weight)) + of_noise[:, None] * weight[-1]
+
     def cross_entropy(
         self,
         h: Tensor,  # (B, D)

@@ -3,6 +3,7 @@
 # B batch, D features, L = T+2 noise levels, K classes, N = L logits, or (L-1) K + 1 joint ones (`heads.py`)
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -67,6 +68,21 @@ class AdjointNetwork(nn.Module):
         else:
             cotangent = head_cotangent(weight, level)
         return logits, self.adjoint(residuals, cotangent)
+
+    def logits_and_pullback(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
+        """Joint logits (B, N), and a function of the same features for weights that depend on them.
+
+        `pull(level (B,), weight (B, K))` is `grad_x sum_c weight[c] (z_N - z[level, c])`, like `x`.
+        """
+        head = self.linear_layer
+        assert isinstance(head, JointHead)
+        h, residuals = self.features(x)
+        weight, bias = head.cumulated()
+
+        def pull(level: Tensor, class_weight: Tensor) -> Tensor:
+            return self.adjoint(residuals, head.weighted_cotangent(weight, level, class_weight.to(weight)))
+
+        return head.logits(h, weight, bias), pull
 
     def cross_entropy_and_ratio_gradient(
         self, x: Tensor, level: Tensor, label: Tensor | None = None
