@@ -7,11 +7,12 @@
     python -m benchmarks.energy_tables restored RUN         # errors of restored test images
 
 The first three print, for each target and sampler, the p-values of a two-sample test (energy distance, 499
-permutations, 500 draws on each side, three seeds) against exact draws.
+permutations, 500 draws on each side, a seed each) against exact draws, and the evaluations of an image.
 """
 
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import avg_pool2d
@@ -33,7 +34,27 @@ from tests.analytic import (
     smooth_pixels,
 )
 
-NUM, SEEDS, PERMUTATIONS = 500, 3, 499
+NUM, PERMUTATIONS = 500, 499
+
+
+class Way(NamedTuple):
+    """How to sample."""
+
+    sampler: str
+    steps: int
+    moves: int = 1
+    leapfrog: int = 1
+
+    def __str__(self):
+        told = f"{self.sampler:4} {self.steps:3} steps"
+        if self.sampler == "mala":
+            told += f", {self.moves} moves of {self.leapfrog}"
+        return f"{told}, {self.evaluations} evaluations"
+
+    @property
+    def evaluations(self):
+        """Of one image; the pilot that tunes the moves is another 64 walks, however many images there are."""
+        return self.steps * (1 + self.moves * self.leapfrog * (self.sampler == "mala"))
 
 
 def exact_model(density, T, shape=None):
@@ -41,10 +62,11 @@ def exact_model(density, T, shape=None):
     return CDM(ExactNetwork(density, schedule), schedule, input_shape=shape or (density.dim,))
 
 
-def p_values(model, density, sampler, steps, moves):
+def p_values(model, density, way, seeds):
     found = []
-    for seed in range(SEEDS):
-        drawn = sample(model, NUM, sampler, steps, seed=seed, moves=moves, batch_size=NUM)
+    for seed in range(seeds):
+        options = {"moves": way.moves, "leapfrog": way.leapfrog}
+        drawn = sample(model, NUM, way.sampler, way.steps, seed=seed, batch_size=NUM, **options)
         exact = density.sample(NUM, torch.Generator().manual_seed(100 + seed))
         found.append(two_sample_test(drawn.flatten(1), exact, PERMUTATIONS).p_value)
     return found
@@ -52,13 +74,14 @@ def p_values(model, density, sampler, steps, moves):
 
 def samplers():
     """Two mixtures, uniform schedule, T = 200."""
-    ways = [
-        ("ddim", 5, 1),
-        ("ddim", 10, 1),
-        ("ddim", 40, 1),
-        ("mala", 5, 2),
-        ("mala", 10, 1),
-        ("mala", 10, 3),
+    ways = [Way("ddim", steps) for steps in (5, 7, 10, 14, 20, 28, 40, 56)]
+    ways += [Way("mala", steps) for steps in (5, 7, 10, 14)]
+    ways += [
+        Way("mala", 5, 2),
+        Way("mala", 7, 2),
+        Way("mala", 10, 2),
+        Way("mala", 5, 1, 3),
+        Way("mala", 10, 1, 3),
     ]
     targets = {
         "2-D": random_mixture(2, 8, seed=1),
@@ -72,7 +95,7 @@ def composition():
     a, b = random_mixture(2, 4, seed=1), random_mixture(2, 4, seed=7)
     wide = GaussianMixture.gaussian(torch.tensor([0.3, -0.2]), 1.2 * torch.eye(2))
     A, B, W = (exact_model(density, 100) for density in (a, b, wide))
-    ways = [("ddim", 20, 1), ("ddim", 100, 1), ("mala", 20, 2), ("mala", 20, 5)]
+    ways = [Way("ddim", 20), Way("ddim", 100), Way("mala", 20, 2), Way("mala", 20, 5), Way("mala", 20, 2, 3)]
     targets = {
         "product": (Product([A, B]), product(a, b)),
         "mixture": (Mixture([A, B], [0.3, 0.7]), mixture(a, b, 0.3)),
@@ -92,7 +115,7 @@ def restoration():
         "denoise": Known(y, 0.3),
         "super": MeanPool(avg_pool2d(y, 2), 2, 0.15),
     }
-    ways = [("ddim", 60, 1), ("mala", 10, 4), ("mala", 30, 1), ("mala", 30, 4)]
+    ways = [Way("ddim", 60), Way("mala", 10, 4), Way("mala", 30), Way("mala", 30, 4)]
     return [
         (name, Posterior(prior, task), given(density, task(eye).T, task.y, task.sigma**2), way)
         for name, task in tasks.items()
@@ -140,17 +163,15 @@ def digits(run, out):
     write_grid(displayable(images, read_config(run).image.num_grey_levels), out, columns=10)
 
 
+TABLES = {"samplers": (samplers, 5), "composition": (composition, 3), "restoration": (restoration, 3)}
+
 if __name__ == "__main__":
     if sys.argv[1] == "digits":
         digits(Path(sys.argv[2]), Path(sys.argv[3]))
     elif sys.argv[1] == "restored":
         restored(Path(sys.argv[2]))
     else:
-        for name, model, density, (sampler, steps, moves) in {
-            "samplers": samplers,
-            "composition": composition,
-            "restoration": restoration,
-        }[sys.argv[1]]():
-            found = ", ".join(f"{p:.3f}" for p in p_values(model, density, sampler, steps, moves))
-            told = f"{steps} steps" + (f", {moves} moves" if sampler == "mala" else "")
-            print(f"{name:9} {sampler} {told}: {found}", flush=True)
+        table, seeds = TABLES[sys.argv[1]]
+        for name, model, density, way in table():
+            found = ", ".join(f"{p:.3f}" for p in p_values(model, density, way, seeds))
+            print(f"{name:9} {way}: {found}", flush=True)

@@ -51,7 +51,7 @@ class Sample:
     num: int = 64
     """Images to draw."""
     sampler: Sampler | CorrectedSampler = "ddim"
-    """Sampling algorithm; `mala` and `smc` correct each level by Langevin moves, accepted by log p(x)."""
+    """Sampling algorithm; `mala` and `smc` correct each level by moves that are accepted by log p(x)."""
     steps: int = 50
     """Steps of the sampler, at most T."""
     seed: int = 0
@@ -59,7 +59,9 @@ class Sample:
     eta: float = 0.0
     """Noise added back by ddim: 0 none, 1 as much as ddpm."""
     moves: int = 2
-    """Langevin moves at each level, of mala and smc."""
+    """Moves at each level, of mala and smc."""
+    leapfrog: int = 1
+    """Steps of each move: one is a Langevin move, several a Hamiltonian one (HMC), accepted as a whole."""
     label: int | None = None
     """Class to draw; by default all in turn. Only for class-conditional runs."""
     guidance: float = 0.0

@@ -178,6 +178,7 @@ def _draw(
         eta=command.eta,
         precision=command.precision,
         moves=command.moves,
+        leapfrog=command.leapfrog,
         log=log,
     )
 

@@ -1,4 +1,4 @@
-"""Corrected samplers: Metropolis-adjusted Langevin moves on the way from noise to data.
+"""Corrected samplers: Metropolis-adjusted moves on the way from noise to data.
 
 A predictor's step is never exact, and for a composition or a guided model no number of steps is: its density
 at a level is not the noised density of the next. Moves that leave `p_t` unchanged pull the images back to it.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cdm_fast.errors import UserError
-from cdm_fast.langevin import TARGET_ACCEPTANCE, Particles, anneal, draw_from, move, resample, tune_step_sizes
+from cdm_fast.langevin import DrawFrom, Particles, anneal, move, resample, target_acceptance, tune_step_sizes
 from cdm_fast.model import Denoiser, Energy, measures, prototype
 from cdm_fast.schedule import Spacing
 
@@ -33,15 +33,30 @@ class BatchNoise(Protocol):
     def generator(self) -> torch.Generator: ...
 
 
+@dataclass(frozen=True)
+class _DrawOfImages:
+    """The noise of a batch as moves ask for it."""
+
+    noise: BatchNoise
+
+    def normal(self, x: Tensor) -> Tensor:
+        return self.noise()
+
+    def uniform(self, x: Tensor) -> Tensor:
+        return self.noise.uniform()
+
+
 @dataclass
 class MoveLog:
     """What the moves of a corrected sampler did, level by level, over all batches.
 
     Fields:
+        leapfrog: steps of each move.
         step_size: level -> h of its moves.
         accepted, moved: level -> number of accepted, and of all moves.
     """
 
+    leapfrog: int = 1
     step_size: dict[int, float] = field(default_factory=dict)
     accepted: dict[int, float] = field(default_factory=dict)
     moved: dict[int, int] = field(default_factory=dict)
@@ -55,7 +70,8 @@ class MoveLog:
         """Levels from noise to data, with the acceptance and the step size of each."""
         levels = sorted(self.moved, reverse=True)
         return {
-            "target_acceptance": TARGET_ACCEPTANCE,
+            "leapfrog": self.leapfrog,
+            "target_acceptance": target_acceptance(self.leapfrog),
             "levels": levels,
             "acceptance": [self.accepted[t] / self.moved[t] for t in levels],
             "step_size": [self.step_size[t] for t in levels],
@@ -73,14 +89,13 @@ def mala(
     moves: int,
     log: MoveLog,
 ) -> Tensor:
-    """Annealed MALA: at each level `moves` moves, then a `ddim` step to the next; x0_hat of level 1 last.
+    """Annealed MALA, or HMC: at each level moves, then a `ddim` step to the next; x0_hat of level 1 last.
 
-    The step takes its score from the last move, so a level costs 1 + moves evaluations.
+    The step takes its score from the last move, so a level costs 1 + moves x leapfrog evaluations.
     """
+    draw = _DrawOfImages(noise)
     for t, t_prev in model.schedule.pairs(steps, spacing):
-        particles, share = move(
-            model, x, t, log.step_size[t], lambda _: (noise(), noise.uniform()), moves, label
-        )
+        particles, share = move(model, x, t, log.step_size[t], draw, moves, label, log.leapfrog)
         log.add(t, share, moves)
         x = ddim_step(model, particles, t_prev)
     return x
@@ -117,12 +132,20 @@ def smc(
         rows = (groups == group).nonzero()[:, 0]
         of_rows = None if label is None else label[rows]
         walk = anneal(
-            model, x[rows], [model.schedule.T + 1, *levels], log.step_size, generator, moves, label=of_rows
+            model,
+            x[rows],
+            [model.schedule.T + 1, *levels],
+            log.step_size,
+            generator,
+            moves,
+            label=of_rows,
+            leapfrog=log.leapfrog,
         )
         for t, rate in zip(levels, walk.acceptance[1:], strict=True):
             log.add(t, rate.expand(len(rows)), moves)
         drawn, last = walk.x[resample(walk.log_weight, generator).to(x.device)], levels[-1]
-        copies, _ = move(model, drawn, last, log.step_size[last], draw_from(generator), moves, of_rows)
+        draw = DrawFrom(generator)
+        copies, _ = move(model, drawn, last, log.step_size[last], draw, moves, of_rows, log.leapfrog)
         result[rows] = ddim_step(model, copies, 0)
     return result
 
@@ -138,6 +161,7 @@ def prepare(
     shape: tuple[int, ...],
     label: Tensor | None = None,  # of the images to come, (N,) int64
     spacing: Spacing | None = None,
+    leapfrog: int = 1,
 ) -> dict[int, float]:
     """The step size of a sampler's moves at each level: tuned by a pilot walk of a fixed seed, then fixed.
 
@@ -152,6 +176,5 @@ def prepare(
     x = torch.randn((PILOTS, *shape), generator=generator, dtype=like.dtype).to(like.device)
     pilots = None if label is None else label[torch.arange(PILOTS, device=label.device) % len(label)]
     levels = [t for t, _ in model.schedule.pairs(steps, spacing or "log_snr")]
-    return tune_step_sizes(
-        model, x, levels, generator, PILOT_MOVES, label=pilots, carry=partial(ddim_step, model)
-    )
+    carry = partial(ddim_step, model)
+    return tune_step_sizes(model, x, levels, generator, PILOT_MOVES, pilots, carry, leapfrog)

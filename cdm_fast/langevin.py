@@ -1,8 +1,8 @@
-"""Metropolis-adjusted Langevin moves at one noise level, and particles carried from level to level by them.
+"""Metropolis-adjusted Langevin and Hamiltonian moves at one noise level, and particles carried along by them.
 
-An energy (a CDM, or what is composed of CDMs) knows both `log p_t` and its gradient, so a Langevin proposal
-can be accepted or refused exactly: the moves leave the model's own density at the level unchanged, whatever
-the step size (Roberts & Tweedie 1996).
+An energy (a CDM, or what is composed of CDMs) knows both `log p_t` and its gradient, so a proposal along the
+gradient can be accepted or refused exactly: the moves leave the model's own density at the level unchanged,
+whatever the step size (Roberts & Tweedie 1996; Duane et al. 1987).
 
 # N particles, d values of one, L = T+2 noise levels, K rungs of a ladder of levels
 """
@@ -10,6 +10,7 @@ the step size (Roberts & Tweedie 1996).
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,21 +19,38 @@ from cdm_fast.errors import UserError
 from cdm_fast.model import Energy, measures
 from cdm_fast.schedule import NoiseSchedule
 
-# Acceptance at which Langevin moves explore fastest in many dimensions (Roberts & Rosenthal 1998).
-TARGET_ACCEPTANCE = 0.574
-
-# For particles x: standard normal noise like x, and (N,) uniform float64 numbers, fresh at each call.
-Draw = Callable[[Tensor], tuple[Tensor, Tensor]]
+JITTER = 0.2  # of the step size of paths of several steps: those of one length may come back to their start
 
 
-def draw_from(generator: torch.Generator) -> Draw:
-    """The noise of moves from one generator on the CPU, whatever the particles' device."""
+class Draw(Protocol):
+    """Fresh random numbers for particles x at every call."""
 
-    def draw(x: Tensor) -> tuple[Tensor, Tensor]:
-        z = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
-        return z, torch.rand(len(x), generator=generator, dtype=torch.float64).to(x.device)
+    def normal(self, x: Tensor) -> Tensor:
+        """N(0, I) like x."""
 
-    return draw
+    def uniform(self, x: Tensor) -> Tensor:
+        """(N,) float64 in (0, 1)."""
+
+
+@dataclass(frozen=True)
+class DrawFrom:
+    """The numbers from one generator on the CPU, whatever the particles' device."""
+
+    generator: torch.Generator
+
+    def normal(self, x: Tensor) -> Tensor:
+        return torch.randn(x.shape, generator=self.generator, dtype=x.dtype).to(x.device)
+
+    def uniform(self, x: Tensor) -> Tensor:
+        return torch.rand(len(x), generator=self.generator, dtype=torch.float64).to(x.device)
+
+
+def target_acceptance(leapfrog: int) -> float:
+    """Acceptance at which moves explore fastest in many dimensions.
+
+    Of Langevin moves, 0.574 (Roberts & Rosenthal 1998); of longer paths, 0.651 (arXiv 1001.4460).
+    """
+    return 0.574 if leapfrog == 1 else 0.651
 
 
 @dataclass(frozen=True)
@@ -66,21 +84,44 @@ class Particles:
 
 
 @measures
-def mala(model: Energy, particles: Particles, step_size: float, draw: Draw) -> tuple[Particles, Tensor]:
-    """One move of every particle at its level: `(particles, accepted (N,) bool)`.
+def hmc(
+    model: Energy, particles: Particles, step_size: float, draw: Draw, leapfrog: int = 1
+) -> tuple[Particles, Tensor]:
+    """One Hamiltonian move of each particle: (particles, accepted (N,) bool). `leapfrog` evaluations.
 
-    Proposal `x' = x + h score(x) + sqrt(2h) z`, accepted with probability
-    `min(1, p(x') q(x|x') / (p(x) q(x'|x)))`; h is the step size, in units of x squared.
+    From a momentum p ~ N(0, I) the path takes leapfrog steps of length e = sqrt(2h),
+
+        p <- p + e/2 score(x),   x <- x + e p,   p <- p + e/2 score(x),
+
+    and its end is accepted with probability `min(1, exp(log p(x') - log p(x) + |p|^2/2 - |p'|^2/2))`. One
+    step is the Langevin move of MALA, `x' = x + h score(x) + sqrt(2h) p`. Several go further in one direction
+    than as many moves would; then each particle's e is drawn from within 20 % of sqrt(2h).
+
+    Args:
+        step_size: h, in units of x squared.
+        leapfrog: steps, 1 or more.
     """
     x, level = particles.x, particles.level
-    z, uniform = draw(x)
-    proposed = x + step_size * particles.score + math.sqrt(2 * step_size) * z
-    proposal = Particles.at(model, proposed, level, particles.label)
-    backwards = (x - proposal.x - step_size * proposal.score).double() / math.sqrt(2 * step_size)
-    log_ratio = proposal.log_prob[:, level] - particles.log_prob[:, level]
-    log_ratio += 0.5 * (z.double().square() - backwards.square()).flatten(1).sum(1)
-    accepted = uniform.log() < log_ratio  # a NaN is refused
+    wide = (-1, *[1] * (x.dim() - 1))
+    momentum = draw.normal(x)
+    log_joint = particles.log_prob[:, level] - _kinetic(momentum)
+    length = torch.full_like(particles.log_prob[:, 0], math.sqrt(2 * step_size))
+    if leapfrog > 1:
+        length = length * (1 - JITTER + 2 * JITTER * draw.uniform(x))
+    length = length.to(x.dtype).view(wide)
+    proposal = particles
+    momentum = momentum + length / 2 * particles.score
+    for step in range(leapfrog):
+        proposal = Particles.at(model, proposal.x + length * momentum, level, particles.label)
+        momentum = momentum + (length if step + 1 < leapfrog else length / 2) * proposal.score
+    log_ratio = proposal.log_prob[:, level] - _kinetic(momentum) - log_joint
+    accepted = draw.uniform(x).log() < log_ratio  # a NaN is refused
     return _choose(accepted, proposal, particles), accepted
+
+
+def _kinetic(momentum: Tensor) -> Tensor:
+    """(N,) float64 `|p|^2 / 2`."""
+    return 0.5 * momentum.double().square().flatten(1).sum(1)
 
 
 def _choose(accepted: Tensor, proposal: Particles, particles: Particles) -> Particles:
@@ -121,17 +162,17 @@ def tune_step_sizes(
     levels: Sequence[int],
     generator: torch.Generator,
     moves: int = 2,
-    target: float = TARGET_ACCEPTANCE,
     label: Tensor | None = None,
     carry: Callable[[Particles, int], Tensor] = stay,
+    leapfrog: int = 1,
 ) -> dict[int, float]:
     """A step size for every level, by a walk of `x` (N, ...) ~ N(0, I) down `levels`, from T+1 or T.
 
-    At each level the logarithm of the step size follows the acceptance (Robbins-Monro), from the one before.
-    Fixed afterwards, so that moves with it are exact and the same in every run. `carry` takes the particles
-    to the level that it is given.
+    At each level the logarithm of the step size follows the acceptance, from the one before, towards
+    `target_acceptance` (Robbins-Monro). Fixed afterwards, so that moves with it are exact and the same in
+    every run. `carry` takes the particles to the level that it is given.
     """
-    size, draw = x[0].numel() ** (-1 / 3), draw_from(generator)
+    size, draw, target = x[0].numel() ** (-1 / 3), DrawFrom(generator), target_acceptance(leapfrog)
     sizes: dict[int, float] = {}
     particles = Particles.at(model, x, levels[0], label)
     for position, level in enumerate(levels):
@@ -139,7 +180,7 @@ def tune_step_sizes(
             particles = Particles.at(model, carry(particles, level), level, label)
         warm_up = 20 if position == 0 else 0
         for _ in range(moves + warm_up):
-            particles, accepted = mala(model, particles, size, draw)
+            particles, accepted = hmc(model, particles, size, draw, leapfrog)
             size *= math.exp(float(accepted.double().mean()) - target)
         sizes[level] = size
     return sizes
@@ -174,6 +215,7 @@ def anneal(
     moves: int = 1,
     resample_below: float = 0.5,
     label: Tensor | None = None,
+    leapfrog: int = 1,
 ) -> Annealed:
     """Carry `x` (N, ...), draws of `p[levels[0]]`, along `levels`: at each, reweight, resample and move.
 
@@ -184,8 +226,9 @@ def anneal(
         moves: at each level.
         resample_below: effective sample size over N under which particles are resampled; 0 never does.
         label: (N,) int64, one class for all: particles of two classes cannot stand for each other.
+        leapfrog: steps of each move.
     """
-    particles, draw = Particles.at(model, x, levels[0], label), draw_from(generator)
+    particles, draw = Particles.at(model, x, levels[0], label), DrawFrom(generator)
     log_weight = torch.full((len(x),), -math.log(len(x)), dtype=torch.float64, device=x.device)
     total, log_ratio, ess, acceptance = 0.0, [0.0], [1.0], [math.nan]
     for level in levels[1:]:
@@ -198,7 +241,7 @@ def anneal(
         if ess[-1] < resample_below:
             particles = particles.pick(resample(log_weight, generator))
             log_weight = torch.full_like(log_weight, -math.log(len(x)))
-        particles, accepted = move(model, particles.x, level, step_sizes[level], draw, moves, label)
+        particles, accepted = move(model, particles.x, level, step_sizes[level], draw, moves, label, leapfrog)
         acceptance.append(float(accepted.mean()))
     series = (torch.tensor(values, dtype=torch.float64) for values in (log_ratio, ess, acceptance))
     return Annealed(particles.x, log_weight, *series)
@@ -212,12 +255,13 @@ def move(
     draw: Draw,
     moves: int,
     label: Tensor | None = None,
+    leapfrog: int = 1,
 ) -> tuple[Particles, Tensor]:
-    """`moves` Langevin moves of `x` (N, ...) at `level`: (particles, accepted share (N,) float64)."""
+    """`moves` moves (`hmc`) of `x` (N, ...) at `level`: (particles, accepted share (N,) float64)."""
     particles = Particles.at(model, x, level, label)
     count = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     for _ in range(moves):
-        particles, accepted = mala(model, particles, step_size, draw)
+        particles, accepted = hmc(model, particles, step_size, draw, leapfrog)
         count += accepted
     return particles, count / moves  # NaN for no moves
 

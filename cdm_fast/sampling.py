@@ -245,6 +245,7 @@ def sample(
     spacing: Spacing | None = None,
     precision: Literal["fp32", "bf16"] = "fp32",
     moves: int = 2,
+    leapfrog: int = 1,
     log: MoveLog | None = None,
 ) -> Tensor:
     """`num` images drawn from the model, (num, *shape), in the dtype and on the device of its parameters.
@@ -253,7 +254,8 @@ def sample(
     for all or (num,) int64; `guidance`, w in `(1 + w) eps_hat(x, label) - w eps_hat(x)`; `eta`, 0..1, the
     noise of `ddim`; `shape` of one image, by default `model.input_shape`; `spacing` of the levels visited,
     the sampler's own by default; `precision` of the network ("bf16": under autocast, images stay fp32);
-    `moves` of `mala` and `smc` at each level, and `log`, to which they add the acceptance of each.
+    `moves` of `mala` and `smc` at each level, each of `leapfrog` steps (Langevin moves with one, HMC with
+    more), and `log`, to which they add the acceptance of each level.
     Image i depends on the seed, i and its label alone: any `batch_size` gives the same result up to rounding,
     and so does any number of processes (see `distributed.joined`), which share the images. Not so for `smc`,
     where a batch is one population. The step sizes of moves come from a pilot of a fixed seed.
@@ -275,9 +277,15 @@ def sample(
             raise UserError(
                 f"sampler {sampler!r} compares log-densities, for which bf16 is too coarse: use fp32"
             )
+        _check_range("leapfrog", leapfrog, 1, bits=32)
         log = MoveLog() if log is None else log
-        log.step_size = prepare(model, sampler, steps, shape, labels, spacing)
+        log.leapfrog = leapfrog
+        log.step_size = prepare(model, sampler, steps, shape, labels, spacing, leapfrog)
         run = partial(run, moves=moves, log=log)
+    elif leapfrog != 1:
+        raise UserError(
+            f"leapfrog is {leapfrog}, but sampler {sampler!r} makes no moves: choose 'mala' or 'smc'"
+        )
     images = [like.new_empty((0, *shape))]
     mine = share(num)
     for start in range(mine.start, mine.stop, batch_size):

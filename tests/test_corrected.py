@@ -34,12 +34,17 @@ def test_moves_mend_few_steps(density, steps):
     assert p_value(density, "mala", steps) > LEVEL
 
 
+def test_paths_mend_few_steps():
+    """Moves of several leapfrog steps: HMC."""
+    assert p_value(MIXTURE_16D, "mala", 10, moves=1, leapfrog=3) > LEVEL
+
+
 def test_particles_draw_from_the_model():
     assert p_value(MIXTURE_2D, "smc", 10) > LEVEL
 
 
 def test_particles_part_after_resampling():
-    drawn = sample(exact_model(MIXTURE_16D), 100, "smc", 5)
+    drawn = sample(exact_model(MIXTURE_16D), 100, "smc", 5, leapfrog=2)
     apart = torch.cdist(drawn, drawn) + 9 * torch.eye(100)
     assert float((apart.min(1).values > 1e-9).double().mean()) > 0.6
 
@@ -79,10 +84,12 @@ def test_classes(sampler):
     torch.testing.assert_close(drawn, sample(exact_model(density), 60, sampler, 12, label=label))
 
 
-def test_batches_do_not_change_an_image():
+@pytest.mark.parametrize("leapfrog", [1, 3])
+def test_batches_do_not_change_an_image(leapfrog):
     model = exact_model(MIXTURE_2D)
-    whole = sample(model, 10, "mala", 5, seed=3, moves=1)
-    torch.testing.assert_close(sample(model, 10, "mala", 5, seed=3, moves=1, batch_size=4), whole)
+    whole = sample(model, 10, "mala", 5, seed=3, moves=1, leapfrog=leapfrog)
+    again = sample(model, 10, "mala", 5, seed=3, moves=1, leapfrog=leapfrog, batch_size=4)
+    torch.testing.assert_close(again, whole)
     assert not torch.allclose(whole, sample(model, 10, "mala", 5, seed=3, moves=2))
 
 
@@ -106,5 +113,9 @@ def test_what_is_refused(sampler):
     model = exact_model(MIXTURE_2D)
     with pytest.raises(UserError, match="moves is 0"):
         sample(model, 2, sampler, 3, moves=0)
+    with pytest.raises(UserError, match="leapfrog is 0"):
+        sample(model, 2, sampler, 3, leapfrog=0)
+    with pytest.raises(UserError, match="'ddim' makes no moves"):
+        sample(model, 2, "ddim", 3, leapfrog=2)
     with pytest.raises(UserError, match="bf16 is too coarse"):
         sample(model, 2, sampler, 3, precision="bf16")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cdm_fast.data import ImageData
 from cdm_fast.errors import UserError
-from cdm_fast.langevin import anneal, draw_from, ladder, move, tune_step_sizes
+from cdm_fast.langevin import DrawFrom, anneal, ladder, move, tune_step_sizes
 from cdm_fast.likelihood.images import (
     add_noise,
     draw_images,
@@ -163,7 +163,7 @@ class _Walker:
         images = draw_images(self.data, num, self.generator)
         x = like_network(self.model, add_noise(self.model.schedule, images, lowest, self.generator))
         moves = EQUILIBRATION * self.moves
-        draw = draw_from(self.generator)
+        draw = DrawFrom(self.generator)
         start = move(self.model, x, lowest, self.step_sizes[lowest], draw, moves)[0].x
         walk = anneal(self.model, start, self.levels[::-1], self.step_sizes, self.generator, self.moves)
         log_z = (walk.log_ratio - walk.log_ratio[-1]).flip(0)
