@@ -233,9 +233,20 @@ def ratios_under_dropout(run: Path, num_images: int = 512) -> str:
 VARIANTS: dict[str, Variant] = {
     "base": variant(train={"dropout_until": 1.0, "ce_weight": 0.01}),
     "tail": variant(train=TAIL),
+    "tail 0.85": variant(train={"dropout_until": 0.85}),
+    "tail 0.95": variant(train={"dropout_until": 0.95}),
+    "joint": variant(network={"conditioning": "joint"}),
     "tail joint": variant(train=TAIL, network={"conditioning": "joint"}),
+    "tail 0.9 joint": variant(train={"dropout_until": 0.9}, network={"conditioning": "joint"}),
+    "tail 0.9 joint label dropout 0.5": variant(
+        train={"dropout_until": 0.9, "label_dropout": 0.5}, network={"conditioning": "joint"}
+    ),
     "tail CE 0.1": variant(train={**TAIL, "ce_weight": 0.1}),
     "no dropout": variant(network={"dropout": 0.0}),
+    "encoder, twice the steps": variant(
+        train={"dropout_until": 0.9, "steps": 2000},
+        network={"conditioning": "joint", "architecture": "encoder"},
+    ),
     "tail ratio 0.01": variant(train=TAIL, ratio_weight=0.01),
     "tail energy": variant(train=TAIL, energy=True),
     "tail log-snr": variant(train=TAIL, schedule={"level_distribution": "log-snr"}),

@@ -206,9 +206,11 @@ PRESETS: dict[str, RunConfig] = {
         data=DataConfig(source="data/fashion-mnist"),
         image=ImageShape(size=28, channels=1, num_grey_levels=256, num_classes=10),
         schedule=ScheduleConfig(T=500),
-        network=NetworkConfig(multipliers=(1, 2, 2), attention_resolutions=(7,), num_groups=8),
-        train=TrainConfig(steps=4000, batch_size=64, lr=1e-3, warmup=200, ce_weight=0.01),
-        output=OutputConfig(draws=1),
+        network=NetworkConfig(
+            multipliers=(1, 2, 2), attention_resolutions=(7,), num_groups=8, dropout=0.0, conditioning="joint"
+        ),
+        train=TrainConfig(steps=8000, batch_size=64, lr=2e-3, warmup=200, ce_weight=0.01),
+        output=OutputConfig(sample_every=2000, evaluate_every=1000, draws=1, num_samples=80),
     ),
     "cifar10": RunConfig(
         data=DataConfig(source="data/cifar-10-batches-bin", flip=True),

@@ -6,8 +6,9 @@
 import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cdm_fast.errors import UserError
+from cdm_fast.likelihood.images import like_network
 from cdm_fast.losses import cdm_loss
 from cdm_fast.model import CDM
 from cdm_fast.nn import MLP, AdjointNetwork
@@ -30,8 +32,9 @@ LARGEST_ATOM, FEWEST_DISTINCT = 0.1, 0.5
 FEW_VALUES = 20
 
 
-# Rows that fit the constants of the logits at the end, rows at a time, and the fewest for each logit.
-MOST_ROWS, CHUNK, FEWEST_ROWS = 100_000, 4096, 10
+# Rows that fit the constants of the logits at the end, those of them that are stored, rows at a time, and the
+# fewest for each logit.
+MOST_ROWS, STORED_ROWS, CHUNK, FEWEST_ROWS = 2_000_000, 100_000, 4096, 10
 NEWTON_STEPS = 20
 
 
@@ -230,9 +233,8 @@ def train_cdm(
             print(
                 f"step {step + 1}/{budget.max_steps}  CE {terms.ce:.4f}  MSE {terms.mse:.4f}", file=sys.stderr
             )
-    model.double().eval()
-    fit_constants(model, draw, min(MOST_ROWS, budget.max_steps * budget.batch_size), generator)
-    return model
+    fit_constants(model.eval(), draw, min(MOST_ROWS, budget.max_steps * budget.batch_size), generator)
+    return model.double()
 
 
 @torch.no_grad()
@@ -244,32 +246,48 @@ def fit_constants(model: CDM, draw: Draw, num: int, generator: torch.Generator) 
     posteriors of a logit, summed over rows, are the number of rows that are its own: the equations of MBAR
     (doi 10.1063/1.2978177), the best that samples of all levels say of the levels' normalisation.
 
+    Newton's method converges on up to `STORED_ROWS` rows; one more step looks at all of them, each once. From
+    so near a start a single step is as good as the maximum itself. Densities far apart meet only through the
+    levels between them, whose errors add up, so the rows must be many.
+
     Does nothing where a logit would have fewer than `FEWEST_ROWS` rows of its own on average.
     """
     assert isinstance(model.network, AdjointNetwork)
     head = model.network.linear_layer
-    outputs = head.out_features
-    if num < FEWEST_ROWS * outputs:
+    if num < FEWEST_ROWS * head.out_features:
         return
-    logits, own = [], []
-    for size in [CHUNK] * (num // CHUNK) + [num % CHUNK] * bool(num % CHUNK):
-        x, label = draw(size, generator)
-        level = torch.randperm(size, generator=generator) % model.schedule.num_levels
-        a, s = model.amplitudes(level, x)
-        logits.append(model.logits((a * x + s * torch.randn(x.shape, generator=generator)).double()))
-        entry = level if label is None else level * model.joint_classes + label
-        own.append(entry.clamp(max=outputs - 1))
-    rows = torch.bincount(torch.cat(own), minlength=outputs).double()
-    constants = torch.zeros(outputs, dtype=torch.float64)
+    first = min(num, STORED_ROWS)
+    stored = list(_scored(model, draw, first, generator))
+    constants = torch.zeros(head.out_features, dtype=torch.float64)
     for _ in range(NEWTON_STEPS):
-        gradient, curvature = rows.clone(), torch.zeros(outputs, outputs, dtype=torch.float64)
-        for part in logits:
-            posterior = (part + constants).softmax(1)
-            gradient -= posterior.sum(0)
-            curvature += posterior.sum(0).diag() - posterior.T @ posterior
-        # Pure noise keeps 0, for one constant is free.
-        step = torch.linalg.lstsq(curvature[:-1, :-1], gradient[:-1], driver="gelsd").solution
-        constants[:-1] += step.clamp(-1, 1)
+        step = _newton_step(stored, constants)
+        constants += step
         if bool(step.abs().max() < 1e-6):
             break
+    if num > first:
+        constants += _newton_step(chain(stored, _scored(model, draw, num - first, generator)), constants)
     head.shift_each(constants) if isinstance(head, JointHead) else head.shift(constants)
+
+
+def _scored(model: CDM, draw: Draw, num: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """(logits, own entry) of `num` fresh rows, each level as often as any other, `CHUNK` at a time."""
+    for first in range(0, num, CHUNK):
+        x, label = draw(min(CHUNK, num - first), generator)
+        level = torch.randperm(len(x), generator=generator) % model.schedule.num_levels
+        a, s = model.amplitudes(level, x)
+        noise = torch.randn(x.shape, generator=generator)
+        logits = model.logits(like_network(model, a * x + s * noise))
+        entry = level if label is None else level * model.joint_classes + label
+        yield logits, entry.clamp(max=logits.shape[1] - 1)
+
+
+def _newton_step(scored: Iterable[tuple[Tensor, Tensor]], constants: Tensor) -> Tensor:
+    """The step of every constant, (outputs,), in [-1, 1]; pure noise keeps 0, for one constant is free."""
+    gradient, curvature = torch.zeros_like(constants), constants.new_zeros(2 * [len(constants)])
+    for logits, own in scored:
+        posterior = (logits + constants.to(logits.dtype)).softmax(1)
+        expected = posterior.sum(0).double()
+        gradient += torch.bincount(own, minlength=len(constants)) - expected
+        curvature += expected.diag() - (posterior.T @ posterior).double()
+    step = torch.linalg.lstsq(curvature[:-1, :-1], gradient[:-1], driver="gelsd").solution
+    return torch.cat([step.clamp(-1, 1), step.new_zeros(1)])
