@@ -29,9 +29,9 @@ MIXTURE_ROWS, TEST_ROWS = 200_000, 5_000
 ODE_POINTS = {2: 200, 16: 100, 64: 40}
 ODE_TOLERANCE = {2: 1e-5, 16: 1e-5, 64: 1e-4}
 MIXTURES = {
-    2: {"max_steps": 8000, "batch_size": 1024, "hidden": 128, "depth": 3, "num_levels": 32},
-    16: {"max_steps": 6000, "batch_size": 512, "hidden": 256, "depth": 2, "num_levels": 52},
-    64: {"max_steps": 18000, "batch_size": 256, "hidden": 256, "depth": 2, "num_levels": 102},
+    2: {"max_steps": 16000, "batch_size": 1024, "hidden": 128, "depth": 3, "num_levels": 32},
+    16: {"max_steps": 10000, "batch_size": 512, "hidden": 256, "depth": 2, "num_levels": 52},
+    64: {"max_steps": 30000, "batch_size": 256, "hidden": 256, "depth": 2, "num_levels": 102},
 }
 PAIRED_ROWS = 200_000
 NATS = {20: 5, 40: 10, 80: 20, 160: 40, 320: 80}  # the literature's table, dimensions -> mutual information
