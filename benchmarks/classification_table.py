@@ -62,7 +62,7 @@ def configured(data: str, kind: str, seed: int) -> RunConfig:
         base,
         data=replace(base.data, split_seed=seed),
         network=replace(base.network, conditioning=conditioning),
-        train=replace(base.train, objective=objective, precision="fp32"),
+        train=replace(base.train, objective=objective),
         output=replace(base.output, sample_every=0, evaluate_every=0),
     )
 

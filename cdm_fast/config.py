@@ -199,7 +199,14 @@ class RunConfig:
 PRESETS: dict[str, RunConfig] = {
     "digits": RunConfig(
         network=NetworkConfig(num_groups=8, dropout=0.2, conditioning="joint"),
-        train=TrainConfig(optimizer="adamw", lr=2e-3, weight_decay=0.05, ema_decay=0.995, ce_weight=0.01),
+        train=TrainConfig(
+            optimizer="adamw",
+            lr=2e-3,
+            weight_decay=0.05,
+            ema_decay=0.995,
+            ce_weight=0.01,
+            dropout_until=0.9,
+        ),
         output=OutputConfig(evaluate_every=250, num_samples=80, sampler="ddpm", sampling_steps=100),
     ),
     "fashion-mnist": RunConfig(
