@@ -1,11 +1,13 @@
 """The table of docs/classification.md: one data set, five ways to classify it, and what each withstands.
 
     python -m benchmarks.classification_table digits --runs RUNS [--kinds joint] [--seeds 0 1] [--only pgd]
+    python -m benchmarks.classification_table fashion-mnist --source DIR --kinds ddm --steps 1500
     python -m benchmarks.classification_table svm                  # RBF SVM on the same splits of digits
     python -m benchmarks.classification_table show                 # results/classification.jsonl as tables
 
-A run that is missing is trained into RUNS/DATA-KIND-SEED by the preset; a row that stands in the file is not
-measured again. Each row carries its command, device, versions and commit.
+A run that is missing is trained into RUNS/DATA-KIND-SEED by the preset, with `--architecture`, `--source` and
+`--steps` in place of its own; a row that stands in the file is not measured again. Each row carries its
+command, the run's network and steps, device, versions and commit.
 """
 
 import argparse
@@ -25,8 +27,8 @@ from benchmarks.environment import facts
 from cdm_fast import load
 from cdm_fast.attacks import evaluate_attack
 from cdm_fast.build import class_prior
-from cdm_fast.checkpoint import read_config
-from cdm_fast.classify import evaluate_classes
+from cdm_fast.checkpoint import load_checkpoint, read_config
+from cdm_fast.classify import ClassReport, evaluate_classes
 from cdm_fast.config import RunConfig, preset
 from cdm_fast.data import ImageData, load_data
 from cdm_fast.discriminative import Classifier
@@ -40,7 +42,7 @@ from cdm_fast.train import train
 Figures = Callable[[], dict[str, Any]]
 RESULTS = Path(__file__).parent / "results" / "classification.jsonl"
 KINDS = ("joint", "unconditional", "embedding", "ddm", "discriminative")
-# Methods that a run is scored by, its own first; the slow ones on so many images of the test split.
+# Methods that a run is scored by, its own first.
 METHODS: dict[str, tuple[str, ...]] = {
     "joint": ("joint", "denoising", "ode"),
     "embedding": ("embedding",),
@@ -48,60 +50,72 @@ METHODS: dict[str, tuple[str, ...]] = {
     "discriminative": ("discriminative",),
     "unconditional": (),
 }
-IMAGES = {"denoising": 100, "ode": 32}
+# Test images, drawn for what is slow; all for the rest.
+IMAGES = {
+    "digits": {"denoising": 100, "ode": 32, "elbo": 359, "corruptions": 359},
+    "fashion-mnist": {"denoising": 50, "ode": 8, "elbo": 64, "corruptions": 500},
+}
 BUDGETS = {"digits": (0.05, 0.1, 0.2), "fashion-mnist": (2 / 255, 4 / 255, 8 / 255)}
 ATTACKED = 100
+ODE_TOLERANCE = 1e-3
 
 
-def configured(data: str, kind: str, seed: int) -> RunConfig:
-    """The preset with what the kind changes, and nothing drawn on the way."""
+def configured(data: str, kind: str, seed: int, options: argparse.Namespace) -> RunConfig:
+    """The preset with what the kind and the options change, and nothing drawn on the way."""
     base = preset(data)
     conditioning = {"joint": "joint", "embedding": "embedding", "ddm": "embedding"}.get(kind, "none")
     objective = kind if kind == "ddm" else "classifier" if kind == "discriminative" else "cdm"
     return replace(
         base,
-        data=replace(base.data, split_seed=seed),
-        network=replace(base.network, conditioning=conditioning),
-        train=replace(base.train, objective=objective),
+        data=replace(base.data, split_seed=seed, source=options.source or base.data.source),
+        network=replace(base.network, conditioning=conditioning, architecture=options.architecture),
+        train=replace(base.train, objective=objective, steps=options.steps or base.train.steps),
         output=replace(base.output, sample_every=0, evaluate_every=0),
     )
 
 
-def trained(data: str, kind: str, seed: int, runs: Path) -> Path:
+def trained(data: str, kind: str, seed: int, options: argparse.Namespace) -> Path:
     """The run directory, trained first if it is missing."""
-    run = runs / f"{data}-{kind}-{seed}"
+    run: Path = options.runs / f"{data}-{kind}-{seed}"
     if not run.exists():
-        train(configured(data, kind, seed), run)
+        train(configured(data, kind, seed, options), run)
     return run
 
 
-def measurements(data: str, kind: str, seed: int, runs: Path) -> Iterator[tuple[str, Figures]]:
+def measurements(data: str, kind: str, run: Path) -> Iterator[tuple[str, Figures]]:
     """(what, how to measure it) of one run."""
-    run = trained(data, kind, seed, runs)
     model, config = load(run), read_config(run)
     test, prior = run_data(config, "test"), class_prior(config)
 
-    def classified(images: Any, method: str) -> Any:  # noqa: ANN401  (ImageData -> ClassReport)
+    def classified(images: ImageData, method: str, num_images: int | None) -> ClassReport:
         return evaluate_classes(
-            model, images, method, num_images=IMAGES.get(method), trials=10, class_prior=prior
+            model,
+            images,
+            method,
+            num_images=num_images,
+            trials=10,
+            tolerance=ODE_TOLERANCE,
+            class_prior=prior,
         )
 
     for method in METHODS[kind]:
-        yield method, lambda method=method: classified(test, method).to_json()
+        found = partial(classified, test, method, IMAGES[data].get(method))
+        yield method, lambda found=found: found().to_json()
     if isinstance(model, CDM):
-        yield "elbo", lambda: bound(model, test)
-    if seed or kind in ("ddm", "unconditional"):
+        yield "elbo", lambda: bound(model, test, IMAGES[data]["elbo"])
+    if config.data.split_seed or kind in ("ddm", "unconditional"):
         return
     own = METHODS[kind][0]
-    corrupted = partial(evaluate_corruptions, lambda images: classified(images, own), test, to_stderr)
-    yield "corruptions", lambda: corrupted().to_json()
+    few = IMAGES[data]["corruptions"]
+    found = partial(evaluate_corruptions, lambda images: classified(images, own, few), test, to_stderr)
+    yield "corruptions", lambda found=found: found().to_json()
     assert isinstance(model, CDM | Classifier)
     for attack, norm in (("pgd", "linf"), ("square", "linf"), ("deepfool", "l2"), ("cw", "l2")):
         budgets = BUDGETS[data] if norm == "linf" else ()
         found = partial(evaluate_attack, model, test, attack, norm, budgets, num_images=ATTACKED)  # type: ignore[arg-type]
         yield attack, lambda found=found: found().to_json()
     for other in ("joint", "discriminative"):
-        path = runs / f"{data}-{other}-0"
+        path = run.parent / f"{data}-{other}-0"
         if other != kind and path.exists():
             surrogate = load(path)
             assert isinstance(surrogate, CDM | Classifier)
@@ -118,9 +132,19 @@ def measurements(data: str, kind: str, seed: int, runs: Path) -> Iterator[tuple[
             yield f"pgd from {other}", lambda found=found: found().to_json()
 
 
-def bound(model: CDM, test: ImageData) -> dict[str, float]:
-    """The variational bound of the marginal on the whole test split, bits/dim."""
-    found = evaluate_elbo(model, test, len(test), 500, 0, to_stderr)
+def described(run: Path) -> dict[str, Any]:
+    """Network and budget of a run."""
+    config, state = read_config(run), load_checkpoint(run, ()).state
+    return {
+        "architecture": config.network.architecture,
+        "train_steps": config.train.steps,
+        "train_seconds": state["seconds"],
+    }
+
+
+def bound(model: CDM, test: ImageData, num_images: int) -> dict[str, float]:
+    """The variational bound of the marginal on test images, bits/dim."""
+    found = evaluate_elbo(model, test, num_images, 500, 0, to_stderr)
     return {"bits_per_dim": found.bits_per_dim, "bits_per_dim_stderr": found.bits_per_dim_stderr}
 
 
@@ -136,7 +160,10 @@ def support_vectors(seed: int) -> dict[str, Any]:
 
 
 def add_rows(
-    key: tuple[str, str, int], measured: Iterable[tuple[str, Figures]], command: str, only: Sequence[str] = ()
+    key: tuple[str, str, int],
+    measured: Iterable[tuple[str, Figures]],
+    details: dict[str, Any],
+    only: Sequence[str] = (),
 ) -> None:
     """Measures what the results file lacks of a run, or of `only`, and appends it row by row."""
     present = {(r["data"], r["kind"], r["seed"], r["what"]) for r in read_rows()}
@@ -145,7 +172,7 @@ def add_rows(
         if (*key, what) not in present and (not only or what in only):
             row = {"data": data, "kind": kind, "seed": seed, "what": what, **figures()}
             with open(RESULTS, "a") as file:
-                print(json.dumps({**row, "environment": facts("cpu"), "command": command}), file=file)
+                print(json.dumps({**row, "environment": facts("cpu"), **details}), file=file)
 
 
 def read_rows() -> list[dict[str, Any]]:
@@ -203,6 +230,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--seeds", nargs="+", type=int, default=(0,))
     parser.add_argument("--only", nargs="+", default=(), help="such as joint, elbo, corruptions, pgd, square")
+    parser.add_argument("--source", help="where the images are, by default where the preset says")
+    parser.add_argument("--architecture", choices=("unet", "encoder"), default="unet")
+    parser.add_argument("--steps", type=int, help="of training, by default the preset's")
     options = parser.parse_args(arguments)
     if options.what == "show":
         print(show())
@@ -211,12 +241,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for seed in options.seeds:
         if options.what == "svm":
             rows: list[tuple[str, Figures]] = [("svm", partial(support_vectors, seed))]
-            add_rows(("digits", "svm", seed), rows, f"{program} --seeds {seed}")
+            add_rows(("digits", "svm", seed), rows, {"command": f"{program} --seeds {seed}"})
             continue
         for kind in options.kinds:
-            found = measurements(options.what, kind, seed, options.runs)
-            command = f"{program} --kinds {kind} --seeds {seed}"
-            add_rows((options.what, kind, seed), found, command, options.only)
+            run = trained(options.what, kind, seed, options)
+            details = {"command": f"{program} --kinds {kind} --seeds {seed}", **described(run)}
+            add_rows((options.what, kind, seed), measurements(options.what, kind, run), details, options.only)
 
 
 if __name__ == "__main__":
