@@ -1,7 +1,7 @@
 """What gives the lowest *audited* bits/dim on 8x8 digits for one training budget, the digits preset's steps.
 
     python -m benchmarks.likelihood_study run             # every configuration that has no row yet
-    python -m benchmarks.likelihood_study run base tail   # these
+    python -m benchmarks.likelihood_study run base ot     # these
     python -m benchmarks.likelihood_study show            # the rows so far, as a Markdown table
     python -m benchmarks.likelihood_study dropout RUN     # ratio check of a run with and without its dropout
 
@@ -45,7 +45,7 @@ PAIRS = 64  # products of the image with a feature map, for `EnergyUNet`
 
 @dataclass(frozen=True)
 class Variant:
-    """How one configuration differs from the digits preset.
+    """How one configuration differs from `configured`.
 
     Fields:
         schedule, network, train: settings that replace the preset's.
@@ -205,9 +205,6 @@ def cheap_log_z(model: CDM, data: ImageData) -> dict[str, Any]:
     }
 
 
-TAIL = {"dropout_until": 0.7}
-
-
 @torch.no_grad()
 def ratios_under_dropout(run: Path, num_images: int = 512) -> str:
     """Sum over levels of `log E[p_t / p_{t+1}]` in bits/dim, as used and as trained; a table."""
@@ -230,44 +227,47 @@ def ratios_under_dropout(run: Path, num_images: int = 512) -> str:
     return "\n".join(lines)
 
 
+JOINT = {"conditioning": "joint"}
+UNET = {"architecture": "unet"}
 VARIANTS: dict[str, Variant] = {
-    "base": variant(train={"dropout_until": 1.0, "ce_weight": 0.01}),
-    "tail": variant(train=TAIL),
-    "tail 0.85": variant(train={"dropout_until": 0.85}),
-    "tail 0.95": variant(train={"dropout_until": 0.95}),
-    "joint": variant(network={"conditioning": "joint"}),
-    "tail joint": variant(train=TAIL, network={"conditioning": "joint"}),
-    "tail 0.9 joint": variant(train={"dropout_until": 0.9}, network={"conditioning": "joint"}),
-    "tail 0.9 joint label dropout 0.5": variant(
-        train={"dropout_until": 0.9, "label_dropout": 0.5}, network={"conditioning": "joint"}
-    ),
-    "tail CE 0.1": variant(train={**TAIL, "ce_weight": 0.1}),
+    "base": variant(),
+    "dropout throughout": variant(train={"dropout_until": 1.0}),
+    "dropout until 0.7": variant(train={"dropout_until": 0.7}),
     "no dropout": variant(network={"dropout": 0.0}),
-    "encoder, twice the steps": variant(
-        train={"dropout_until": 0.9, "steps": 2000},
-        network={"conditioning": "joint", "architecture": "encoder"},
-    ),
-    "tail ratio 0.01": variant(train=TAIL, ratio_weight=0.01),
-    "tail energy": variant(train=TAIL, energy=True),
-    "tail log-snr": variant(train=TAIL, schedule={"level_distribution": "log-snr"}),
-    "tail ot": variant(train=TAIL, schedule={"schedule": "ot"}),
-    "tail linear": variant(train=TAIL, schedule={"schedule": "linear"}),
-    "tail T 100": variant(train=TAIL, schedule={"T": 100}),
-    "tail dropout 0.3": variant(train=TAIL, network={"dropout": 0.3}),
-    "tail weight decay 0.3": variant(train={**TAIL, "weight_decay": 0.3}),
-    "tail CE 0.001": variant(train={**TAIL, "ce_weight": 0.001}),
-    "CE only": variant(train={**TAIL, "ce_weight": 1.0, "mse_weight": 0.0}),
-    "MSE only": variant(train={**TAIL, "ce_weight": 0.0}),
+    "CE only": variant(train={"ce_weight": 1.0, "mse_weight": 0.0}),
+    "MSE only": variant(train={"ce_weight": 0.0}),
+    "CE weight 0.1": variant(train={"ce_weight": 0.1}),
+    "CE weight 0.001": variant(train={"ce_weight": 0.001}),
+    "linear": variant(schedule={"schedule": "linear"}),
+    "ot": variant(schedule={"schedule": "ot"}),
+    "levels even in log-SNR": variant(schedule={"level_distribution": "log-snr"}),
+    "T 100": variant(schedule={"T": 100}),
+    "ratio penalty 0.01": variant(ratio_weight=0.01),
+    "dropout 0.3": variant(network={"dropout": 0.3}),
+    "weight decay 0.3": variant(train={"weight_decay": 0.3}),
+    "joint": variant(network=JOINT),
+    "joint, label dropout 0.5": variant(network=JOINT, train={"label_dropout": 0.5}),
+    "joint, 2000 steps": variant(network=JOINT, train={"steps": 2000}),
+    "joint, 2500 steps": variant(network=JOINT, train={"steps": 2500}),
+    "U-Net": variant(network=UNET),
+    "U-Net, dropout until 0.85": variant(network=UNET, train={"dropout_until": 0.85}),
+    "U-Net, joint": variant(network={**UNET, **JOINT}),
+    "U-Net with energy features": variant(network=UNET, energy=True),
 }
 
 
 def configured(change: Variant) -> RunConfig:
-    """The digits preset with the changes of a variant, in the precision that it would choose here."""
+    """The encoder by the digits preset, without classes, with the changes of a variant.
+
+    Its precision is what the preset would choose here.
+    """
     config = preset("digits")
     return replace(
         config,
         schedule=replace(config.schedule, **change.schedule),
-        network=replace(config.network, **{"conditioning": "none", **change.network}),
+        network=replace(
+            config.network, **{"architecture": "encoder", "conditioning": "none", **change.network}
+        ),
         train=replace(config.train, **change.train),
     )
 

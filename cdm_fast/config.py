@@ -240,6 +240,9 @@ PRESETS: dict[str, RunConfig] = {
 for _name in ("digits", "fashion-mnist", "cifar10"):
     _network = replace(PRESETS[_name].network, architecture="encoder")
     PRESETS[f"{_name}-encoder"] = replace(PRESETS[_name], network=_network)
+# As long as the U-Net's 1000 steps.
+_train = replace(PRESETS["digits-encoder"].train, steps=2500)
+PRESETS["digits-encoder"] = replace(PRESETS["digits-encoder"], train=_train)
 
 
 def preset(name: str) -> RunConfig:
