@@ -4,7 +4,7 @@
     RUN/checkpoints/step-00001000/
         model.safetensors  ema.safetensors     weights, raw and averaged
         optimizer.safetensors                  one tensor per parameter and moment
-        state.json                             step, counters, digest of the config
+        state.json                             step, counters, the settings trained with
         manifest.json                          size and SHA-256 of each file above
 
 There is no pickle anywhere. A directory appears under its name only when it is complete and on the disk: it

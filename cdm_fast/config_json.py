@@ -1,7 +1,6 @@
 """Configs as JSON, and what of a config a resumed run must keep."""
 
 import dataclasses
-import hashlib
 import json
 import math
 from types import NoneType, UnionType
@@ -27,11 +26,6 @@ def fixed_part(config: RunConfig) -> dict[str, Any]:
     return tree
 
 
-def digest(config: RunConfig) -> str:
-    """SHA-256 (hex) of `fixed_part`: two configs with one digest can continue each other's checkpoints."""
-    return hashlib.sha256(json.dumps(fixed_part(config), sort_keys=True).encode()).hexdigest()
-
-
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
     """The settings of `fixed_part` that differ, each as `name: old -> new`."""
     before, after = fixed_part(old), fixed_part(new)
@@ -49,16 +43,26 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def from_json(kind: type[Config], value: Any, where: str = "config") -> Config:
-    """The dataclass `kind` from nested JSON values: every field, each with its own type, and nothing else.
+    """The dataclass `kind` from nested JSON values: fields, each with its own type, and nothing else.
 
+    A field that is missing has its default, if it has one: the file may be older than the field.
     Raises UserError that names `where` and the field: the file may come from anywhere.
     """
     hints = get_type_hints(kind)
-    if not isinstance(value, dict) or value.keys() != hints.keys():
-        odd = sorted(value.keys() ^ hints.keys()) if isinstance(value, dict) else [_shown(value)]
+    if isinstance(value, dict):
+        odd = sorted(value.keys() - hints.keys() | _without_default(kind) - value.keys())
+    else:
+        odd = [_shown(value)]
+    if odd:
         named = ", ".join(name[:40] if name.isprintable() else ascii(name)[:40] for name in odd[:8])
         raise UserError(f"{where}: unexpected or missing {named}; restore the file")
-    return kind(**{name: _decode(hint, value[name], f"{where}: {name}") for name, hint in hints.items()})
+    return kind(**{name: _decode(hints[name], value[name], f"{where}: {name}") for name in value})
+
+
+def _without_default(kind: Any) -> set[str]:
+    """The fields of a dataclass that have no default."""
+    missing = dataclasses.MISSING
+    return {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is missing}
 
 
 def parse_json(text: bytes) -> Any:

@@ -18,7 +18,7 @@ from cdm_fast.checkpoint import (
     snapshot_optimizer,
 )
 from cdm_fast.config import RunConfig
-from cdm_fast.config_json import digest
+from cdm_fast.config_json import differences, fixed_part, from_json
 from cdm_fast.discriminative import Classifier
 from cdm_fast.errors import UserError
 from cdm_fast.model import CDM, DDM
@@ -142,7 +142,7 @@ def to_checkpoint(state: TrainingState, config: RunConfig) -> Checkpoint:
     facts = {
         "step": state.step,
         "seed": config.train.seed,
-        "config_digest": digest(config),
+        "config": fixed_part(config),
         "data_digest": state.data,
         "sums": state.sums.tolist(),
         "bad_steps": state.bad.tolist(),
@@ -162,8 +162,15 @@ def from_checkpoint(
 ) -> TrainingState:
     """The state that `to_checkpoint` copied; UserError when it does not belong to `config`."""
     facts = checkpoint.state
-    if facts.get("config_digest") != digest(config):
-        raise UserError(f"{where}: its checkpoint belongs to another config.json; restore that one")
+    if "config" not in facts:
+        raise UserError(
+            f"{where} was not trained here, so there is nothing to continue; train into another --out"
+        )
+    trained_with = from_json(RunConfig, facts["config"], f"{where}: state.json: config")
+    if others := [told.partition(":")[0] for told in differences(trained_with, config)]:
+        raise UserError(
+            f"{where}: its checkpoint was trained with another {', '.join(others)}; restore its config.json"
+        )
     require_network(config, checkpoint.tensors["model"], where)
     state = new_state(config, device)
     restore_weights(state.model, checkpoint.tensors["model"], where)

@@ -176,8 +176,26 @@ def test_another_architecture_is_refused_by_name(run, config):
 
 def test_checkpoint_of_another_config_is_refused(run, config):
     other = replace(config, train=replace(config.train, lr=0.5))
-    with pytest.raises(UserError, match="another config.json"):
+    with pytest.raises(UserError, match="trained with another lr; restore its config.json"):
         from_checkpoint(load_checkpoint(run), other, torch.device("cpu"), "run")
+
+
+def test_run_that_is_older_than_a_setting_continues(run, config):
+    tree, stored = json.loads((run / "config.json").read_text()), load_checkpoint(run)
+    del tree["train"]["clip_norm"]
+    (run / "config.json").write_text(json.dumps(tree))
+    older = {**stored.state["config"], "train": tree["train"]}
+    assert read_config(run) == config
+    state = from_checkpoint(
+        Checkpoint(stored.tensors, {**stored.state, "config": older}), config, torch.device("cpu"), "run"
+    )
+    assert state.step == stored.step
+
+
+def test_weights_that_were_not_trained_here_cannot_be_continued(run, config):
+    converted = Checkpoint(load_checkpoint(run).tensors, {"step": 0})
+    with pytest.raises(UserError, match="run was not trained here, so there is nothing to continue"):
+        from_checkpoint(converted, config, torch.device("cpu"), "run")
 
 
 def test_optimizer_state_of_another_network_is_refused(run, config):
@@ -201,10 +219,10 @@ def test_garbled_state_is_refused(run, config, key):
     [
         ("{", "cannot be read"),
         ("[" * 100_000, "cannot be read"),
-        ("{}", "unexpected or missing"),
+        ('{"more": 1}', "unexpected or missing more"),
         (" " * 2_000_000, "above the limit"),
     ],
-    ids=["torn", "deep", "empty", "huge"],
+    ids=["torn", "deep", "unknown", "huge"],
 )
 def test_hostile_config_is_refused(run, content, message):
     (run / "config.json").write_text(content)

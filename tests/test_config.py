@@ -1,7 +1,7 @@
 """The config tree: presets, bounds, JSON, and what a resumed run must keep."""
 
 import dataclasses
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 from cdm_fast.arguments import CorrectedSampler
 from cdm_fast.build import build_model, level_distribution
 from cdm_fast.config import PRESETS, Preset, RunConfig, Sampler, ScheduleConfig, check, preset
-from cdm_fast.config_json import differences, digest, from_json, to_json
+from cdm_fast.config_json import differences, fixed_part, from_json, to_json
 from cdm_fast.corrected import CORRECTED
 from cdm_fast.errors import UserError
 from cdm_fast.sampling import SAMPLERS
@@ -120,11 +120,24 @@ def test_foreign_json_is_refused_by_name(path, value, message):
         from_json(RunConfig, tree)
 
 
-def test_missing_field_is_named():
-    tree = to_json(RunConfig())
-    del tree["train"]["lr"]
-    with pytest.raises(UserError, match="missing lr"):
-        from_json(RunConfig, tree)
+def test_field_that_is_missing_has_its_default():
+    """A run is older than a field that was added since."""
+    config = changed("train", lr=0.5, clip_norm=7.0)
+    tree = to_json(config)
+    del tree["train"]["clip_norm"], tree["output"]
+    expected = replace(config, train=replace(config.train, clip_norm=RunConfig().train.clip_norm))
+    assert from_json(RunConfig, tree) == replace(expected, output=RunConfig().output)
+
+
+def test_missing_field_without_a_default_is_named():
+    @dataclass(frozen=True)
+    class Needs:
+        step: int
+        text: str = ""
+
+    assert from_json(Needs, {"step": 3}) == Needs(3)
+    with pytest.raises(UserError, match="missing step; restore"):
+        from_json(Needs, {"text": "x"})
 
 
 def test_whole_numbers_in_json_are_accepted_as_floats():
@@ -133,11 +146,11 @@ def test_whole_numbers_in_json_are_accepted_as_floats():
     assert from_json(RunConfig, tree).train.lr == 1.0
 
 
-def test_digest_ignores_length_and_output_only():
+def test_length_and_output_alone_may_change():
     config = RunConfig()
     longer = changed("train", steps=9)
-    assert digest(config) == digest(longer) == digest(changed("output", keep=5))
-    assert digest(config) != digest(changed("train", lr=0.5))
+    assert fixed_part(config) == fixed_part(longer) == fixed_part(changed("output", keep=5))
+    assert differences(config, from_json(RunConfig, fixed_part(longer))) == []
     assert differences(config, longer) == []
     assert differences(config, changed("train", lr=0.5)) == ["lr: 0.001 -> 0.5"]
 

@@ -15,7 +15,7 @@ import torch
 
 from cdm_fast.checkpoint import create_run
 from cdm_fast.config import RunConfig
-from cdm_fast.config_json import digest, from_json
+from cdm_fast.config_json import fixed_part, from_json
 from cdm_fast.errors import UserError
 from cdm_fast.state import new_state, to_checkpoint
 from tests.fuzz.case import Case, unusual_files
@@ -73,11 +73,11 @@ def run_directory(rng: Random) -> Case:
 
 
 def make_right(files: dict[str, bytes]) -> None:
-    """Gives the state the digest of the config, and the manifest the checksums of the files."""
+    """Gives the state what it must share with the config, and the manifest the checksums of the files."""
     folder = next(name for name in files if name.endswith("state.json")).removesuffix("state.json")
     try:
         state = json.loads(files[f"{folder}state.json"])
-        state["config_digest"] = digest(from_json(RunConfig, json.loads(files["config.json"])))
+        state["config"] = fixed_part(from_json(RunConfig, json.loads(files["config.json"])))
         files[f"{folder}state.json"] = json.dumps(state).encode()
     except (UserError, ValueError, TypeError, RecursionError, OverflowError, AttributeError):
         pass
