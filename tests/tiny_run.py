@@ -23,7 +23,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "train": {"steps": 6, "batch_size": 8, "warmup": 2, "precision": "fp32"},
     "output": {
         "log_every": 2,
-        "save_every": 3,
+        "save_every": 6,
         "sample_every": 0,
         "evaluate_every": 0,
         "evaluate_images": 8,
