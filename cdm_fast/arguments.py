@@ -25,7 +25,7 @@ class Train:
     Ctrl-C saves and stops; a second one leaves at once.
     """
 
-    preset: Preset = "digits"
+    preset: Preset = "digits-encoder"
     """Where the defaults of everything below come from."""
     out: Path | None = None
     """Run directory to make; by default runs/PRESET."""

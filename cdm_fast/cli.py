@@ -72,7 +72,7 @@ def _train_defaults(arguments: Sequence[str]) -> Train:
     """`train` as it stands before its own flags are read."""
     name, run = _value_of("--preset", arguments), _value_of("--resume", arguments)
     if run is None:
-        return Train(config=preset(name or "digits"))
+        return Train(config=preset(name or Train.preset))
     for flag in ("--preset", "--out"):
         if _value_of(flag, arguments) is not None:
             raise UserError(f"{flag} makes a new run and --resume {run} continues one; give only one of them")

@@ -245,12 +245,20 @@ def embedding(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("ddm"), "--conditioning", "embedding", "--objective", "ddm")
+    return train(
+        tmp_path_factory.mktemp("ddm"),
+        "--conditioning",
+        "embedding",
+        "--objective",
+        "ddm",
+        "--architecture",
+        "unet",
+    )
 
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("classifier"), "--objective", "classifier")
+    return train(tmp_path_factory.mktemp("classifier"), "--objective", "classifier", "--architecture", "unet")
 
 
 def test_a_classifier_serves_classify_and_nothing_else(classifier, tmp_path):

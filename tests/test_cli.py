@@ -104,7 +104,7 @@ def test_flags_override_the_preset():
 
 
 def test_every_kind_of_flag_arrives():
-    assert parse(["train", *FLAGS]).config == with_settings(PRESETS["digits"])
+    assert parse(["train", *FLAGS]).config == with_settings(PRESETS["digits-encoder"])
 
 
 def test_train_summary(trained):

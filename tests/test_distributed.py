@@ -157,7 +157,19 @@ def worker_of(launcher: int, rank: int) -> int:
 
 def test_torchrun_restarts_a_run_after_one_worker_was_killed(tmp_path, config):
     run = tmp_path / "run"
-    settings = ["--objective", "ddm", "--steps", "60", "--save-every", "10", "--out", str(run), "--json"]
+    settings = [
+        "--preset",
+        "digits",
+        "--objective",
+        "ddm",
+        "--steps",
+        "60",
+        "--save-every",
+        "10",
+        "--out",
+        str(run),
+        "--json",
+    ]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
     launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "cdm_fast.cli", "train", *FLAGS]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

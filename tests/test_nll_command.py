@@ -102,7 +102,20 @@ def test_a_missing_solver_is_one_line(run, monkeypatch, method):
 @pytest.mark.parametrize("method", ["single", "ode", "elbo", "audit"])
 def test_a_plain_denoising_run_has_no_likelihood(tmp_path, method):
     data, out = write_images(tmp_path / "images.npz"), tmp_path / "run"
-    call_json("train", "--data", data, "--out", out, *FLAGS, "--objective", "ddm", "--steps", "1")
+    call_json(
+        "train",
+        "--data",
+        data,
+        "--out",
+        out,
+        *FLAGS,
+        "--objective",
+        "ddm",
+        "--architecture",
+        "unet",
+        "--steps",
+        "1",
+    )
     status, _, err = call("nll", out, "--method", method)
     assert status == 2 and "DDM" in err and err.count("\n") == 1
 
