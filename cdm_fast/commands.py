@@ -134,6 +134,8 @@ def sample_command(command: arguments.Sample) -> Outcome:
         write_rows({f"{i}": row for i, row in enumerate(rows)}, out, title, [f"{s:.3g}" for s in shares])
     elif out.suffix == ".png":
         title = f"{command.sampler}, {command.steps} steps, guidance {command.guidance:g}"
+        if command.sampler in CORRECTED:
+            title += f", {command.moves} moves of {command.leapfrog}"
         write_sheet(displayable(images, grey), labels, out, title)
     else:
         _write_npz(out, quantize(images, grey), labels, grey)

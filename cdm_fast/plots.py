@@ -373,7 +373,7 @@ def write_acceptance(
     acceptance.axhline(report["target_acceptance"], color="grey", linestyle="--", linewidth=0.8)
     acceptance.plot(report["levels"], report["acceptance"], marker=".", linewidth=1.2)
     acceptance.set_ylim(-0.02, 1.02)
-    _label(acceptance, "accepted moves, share", "level (0 = data)")
+    _label(acceptance, "accepted moves, share (dashed: aimed at)", "level (0 = data)")
     step_size.plot(report["levels"], report["step_size"], marker=".", linewidth=1.2)
     step_size.set_yscale("log")
     _label(step_size, "step size h", "level (0 = data)")
