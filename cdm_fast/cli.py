@@ -130,15 +130,33 @@ def _run(arguments: list[str]) -> int:
 
             outcome = run(command)
     except UserError as error:
-        message = " ".join(str(error).split())
-        print(f"cdm-fast: error: {message}", file=sys.stderr)
-        if as_json:
-            print(json.dumps({"error": message}))
-        return 2
+        return _refuse(str(error), as_json)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _refuse(f"memory is not enough ({str(error)[:200]}); give a smaller --batch-size", as_json)
     except KeyboardInterrupt:
         return 130
     print(json.dumps(_finite(outcome.result)) if as_json else "\n".join(outcome.lines))
     return 0
+
+
+def _refuse(message: str, as_json: bool) -> int:
+    """Tells what the user can put right, on one line; returns the exit status."""
+    line = " ".join(message.split())
+    print(f"cdm-fast: error: {line}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"error": line}))
+    return 2
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Python's own, an accelerator's (torch.OutOfMemoryError), or that of PyTorch's allocator for CPUs."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
 
 
 @contextlib.contextmanager

@@ -241,6 +241,34 @@ def test_everything_but_the_result_goes_to_stderr(trained, monkeypatch):
     assert [stream.getvalue() for stream in streams] == ["", "a library speaks\n"]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 9 GiB"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+    ids=["python", "accelerator", "processor"],
+)
+def test_memory_that_is_not_enough_is_one_line(trained, monkeypatch, error):
+    def fail(command):
+        raise error
+
+    monkeypatch.setattr("cdm_fast.commands.run", fail)
+    status, out, err = call("sample", trained[0], "--json")
+    assert status == 2 and err.startswith("cdm-fast: error: memory is not enough (") and err.count("\n") == 1
+    assert str(error) in json.loads(out)["error"]
+
+
+def test_another_failure_of_ours_is_not_hidden(trained, monkeypatch):
+    def fail(command):
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr("cdm_fast.commands.run", fail)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        call("sample", trained[0])
+
+
 def test_second_interrupt_exits_130(trained, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt

@@ -116,6 +116,12 @@ def test_many_pictures_that_expand(tmp_path, monkeypatch):
     assert load_data(tmp_path, image_size=8).images.shape[1:] == (1, 8, 8)
 
 
+def test_long_name_of_a_member_is_shortened(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("/".join("a" * 2000) + ".png", b"no picture")
+    assert len(refused(lambda: load_data(tmp_path / "a.zip"), " ... ", name="a.zip")) < 1000
+
+
 def test_names_of_members_stay_on_one_line(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("\x1b[31m\u202e" + "x" * 5000, b"")

@@ -37,7 +37,7 @@ _ZIP_ERRORS = (
 
 def bad(name: object, problem: str) -> UserError:
     """The error `NAME: PROBLEM`, on one line whatever characters the file name or the problem hold."""
-    return UserError(f"{shown(str(name), 1000)}: {shown(' '.join(problem.split()), 500)}")
+    return UserError(f"{shown(str(name), 400)}: {shown(' '.join(problem.split()), 500)}")
 
 
 def shown(text: str, limit: int) -> str:
