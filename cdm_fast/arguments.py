@@ -181,6 +181,8 @@ class Classify:
     of each, and `ode`, probability-flow ODE of each."""
     draws: int | None = None
     """Dequantisation draws, averaged in log-probability; by default 3, or 1 for denoising and ode."""
+    level: int = 0
+    """Noise level at which to classify, joint and embedding: noise is added, anew in every draw."""
     images: int | None = None
     """Images to classify, drawn from the split; by default all, or 32 by ode."""
     trials: int = 50

@@ -27,6 +27,8 @@ def score_classes(command: Classify, config: RunConfig, model: Denoiser, data: I
     `evaluate_classes` and `evaluate_attack` do.
     """
     require_classes(model)
+    if command.attack is not None and command.level:
+        raise UserError(f"--attack is of clean images: leave --level {command.level} out")
     if command.attack is not None:  # what it lacks is told before any work
         if fitting_method(model, command.method) in ("denoising", "ode"):
             raise UserError(
@@ -96,6 +98,7 @@ def _evaluate(command: Classify, config: RunConfig, model: Denoiser, data: Image
         command.method,
         num_images=command.images,
         draws=command.draws,
+        level=command.level,
         trials=command.trials,
         tolerance=command.tolerance,
         probes=command.probes,

@@ -26,6 +26,7 @@ from cdm_fast.discriminative import Classifier
 from cdm_fast.distributed import by_rows, in_turn
 from cdm_fast.errors import UserError
 from cdm_fast.likelihood.images import (
+    add_noise,
     batches,
     bits_per_dim,
     choose,
@@ -166,6 +167,7 @@ class ClassReport:
         confusion: (K, K) rows are true classes.
         reliability: the bins of `ece`.
         draws: dequantisation draws; an image's class scores are their mean: log-probabilities are averaged.
+        level: noise level at which it was classified, and of `bits_per_dim`; every draw has its own noise.
         trials: pairs of level and noise of "denoising"; tolerance: of "ode"; None for the others.
         images_per_second: classified, once each: images times draws over seconds.
         index: (n,) which images of the split; score: (n, K) log p(x|c) in nats, for "denoising" its score,
@@ -183,6 +185,7 @@ class ClassReport:
     num_images: int
     num_classes: int
     draws: int
+    level: int
     trials: int | None
     tolerance: float | None
     seconds: float
@@ -218,6 +221,7 @@ def evaluate_classes(
     *,
     num_images: int | None = None,
     draws: int | None = None,
+    level: int = 0,
     trials: int = 50,
     tolerance: float = 1e-5,
     probes: int | None = None,
@@ -232,6 +236,8 @@ def evaluate_classes(
         method: the model's own conditioning by default, and "denoising" for a plain denoiser.
         num_images: so many images, drawn from the data; by default all, or `ODE_IMAGES` by the ODE.
         draws: of dequantisation noise; by default 1 for "ode" and "denoising", 3 for the others.
+        level: classify `x_level` by `p_level(x_level|c)`, with fresh noise in every draw; "joint" and
+            "embedding" only. Noise hides what tells images apart without telling classes apart.
         trials: of "denoising"; tolerance, probes: of "ode".
         batch_size: network inputs per evaluation.
         seed: of every draw.
@@ -247,6 +253,10 @@ def evaluate_classes(
     for what, value in (("draws", draws), ("trials", trials), ("images", num_images)):
         if value is not None and value < 1:
             raise UserError(f"{what} is {value}: at least one is needed")
+    if level and (method not in ("joint", "embedding") or not 0 < level <= model.schedule.T):
+        raise UserError(
+            f"level {level}: joint and embedding classify at 0 to T = {model.schedule.T}, other methods at 0"
+        )
     draws = draws or DRAWS[method]
     log_prior = _log_class_prior(model, num_classes, class_prior)
     wanted = num_images or (ODE_IMAGES if method == "ode" else None)
@@ -266,7 +276,11 @@ def evaluate_classes(
             return denoising_scores(model, x, num_classes, trials, generator)
     else:
         assert isinstance(model, CDM | Classifier)
-        one_pass = model.log_class_posterior if isinstance(model, Classifier) else model.log_prob_classes
+        one_pass: Callable[[Tensor], Tensor] = (
+            model.log_class_posterior
+            if isinstance(model, Classifier)
+            else partial(model.log_prob_classes, level=level)
+        )
 
         def scores(x: Tensor, first: int, generator: torch.Generator) -> Tensor:
             return by_rows(one_pass, x)
@@ -279,7 +293,8 @@ def evaluate_classes(
         for first, x in batches(chosen, batch_size, generator):
             if method in ("ode", "denoising"):
                 progress(f"{method}, draw {draw + 1} of {draws}, image {first} of {len(index)}")
-            each = scores(like_network(model, x), first, generator).double().cpu()
+            x = like_network(model, add_noise(model.schedule, x, level, generator))
+            each = scores(x, first, generator).double().cpu()
             score[first : first + len(x)] += each / draws
             bits[first : first + len(x)] += bits_per_dim((each + log_prior).logsumexp(1), data) / draws
     seconds = time.perf_counter() - began
@@ -299,6 +314,7 @@ def evaluate_classes(
         num_images=len(index),
         num_classes=num_classes,
         draws=draws,
+        level=level,
         trials=trials if method == "denoising" else None,
         tolerance=tolerance if method == "ode" else None,
         seconds=seconds,
@@ -400,6 +416,8 @@ def describe_classes(report: ClassReport) -> list[str]:
     draws = f"{report.draws} draws, their {averaged} averaged" if report.draws > 1 else "1 draw"
     if report.trials is not None:
         draws += f", {report.trials} trials"
+    if report.level:
+        draws += f", at level {report.level}"
     lines = [
         f"accuracy {100 * report.accuracy:.2f} +- {100 * report.accuracy_stderr:.2f} %"
         f" ({report.method}, {report.num_images} {report.split} images of {report.data},"

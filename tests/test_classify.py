@@ -125,6 +125,21 @@ def test_an_exact_classifier_reaches_the_bayes_accuracy_and_is_calibrated():
 
 
 @pytest.mark.parametrize("method", MODELS)
+def test_a_noisy_level_has_its_own_bayes_accuracy_and_draws_bring_back_the_clean_one(method):
+    density, level = classes(), 12
+    model, data = MODELS[method](density), draw(density, 4000)
+    a, s = float(SCHEDULE.a[level]), float(SCHEDULE.s[level])
+    spread = math.hypot(a * SPREAD, s)
+    bayes = 0.5 * (1 + math.erf(a * DISTANCE / 2 / spread / math.sqrt(2)))
+    one, many = (evaluate_classes(model, data, draws=draws, level=level) for draws in (1, 25))
+    assert BAYES - bayes > 8 * one.accuracy_stderr
+    assert abs(one.accuracy - bayes) < 3 * one.accuracy_stderr
+    assert many.accuracy - one.accuracy > 4 * one.accuracy_stderr
+    entropy = math.log2(2 * math.pi * math.e * spread**2) / 2  # of a coordinate, were there one class
+    assert one.bits_per_dim == pytest.approx(entropy + 7, abs=0.03)
+
+
+@pytest.mark.parametrize("method", MODELS)
 def test_scores_and_marginal_are_the_closed_forms(method):
     density = classes((0.8, 0.2))
     data = draw(density, 50)
@@ -217,6 +232,9 @@ def test_confusion_counts_rows_of_true_classes():
         ("joint", {}, {"method": "guess"}, "unknown method"),
         ("joint", {}, {"draws": 0}, "draws is 0"),
         ("joint", {}, {"num_images": 0}, "images is 0"),
+        ("joint", {}, {"level": -1}, "level -1: joint and embedding"),
+        ("embedding", {}, {"level": SCHEDULE.T + 1}, "level .*: joint and embedding"),
+        ("embedding", {}, {"level": 3, "method": "denoising"}, "level 3: joint and embedding"),
         ("joint", {}, {"class_prior": torch.tensor([1.0, 0.0])}, "2 positive finite numbers"),
     ],
 )
@@ -374,6 +392,7 @@ def test_flags_that_do_not_fit_are_one_line(joint, embedding, plain):
     assert "DDM" in _error(call("classify", plain, "--method", "joint"))
     assert ".npz or .csv" in _error(call("classify", joint, "--out", "classes.txt"))
     assert "batch-size" in _error(call("classify", joint, "--batch-size", "0"))
+    assert "--level 2" in _error(call("classify", joint, "--level", "2", "--attack", "fgsm"))
     assert "trials is 0" in _error(call("classify", joint, "--method", "denoising", "--trials", "0"))
 
 
