@@ -38,7 +38,7 @@ def cifar10() -> tuple[RunConfig, ImageData]:
 
 @pytest.mark.parametrize(
     ("case", "steps", "rounds"),
-    [(digits, 100, 7), (cifar10, 10, 3)],
+    [(digits, 100, 4), (cifar10, 10, 3)],
     ids=["digits-100-steps", "33M-10-steps"],
 )
 def test_training_with_a_checkpoint(benchmark, compare, device, small, tmp_path, case, steps, rounds):
