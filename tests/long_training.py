@@ -2,9 +2,9 @@
 
     python -m tests.long_training [--steps 5000]     # about two minutes; prints one JSON object
 
-Checkpoints every 50 steps, a log line every 10, samples and loss curves every 500. Memory is what the process
-holds at the end of each tenth of the run. Fails when, after the second tenth, it grows by more than
-8 MiB, or when a file is left open.
+Checkpoints every 25 steps (`--save-every 50`), a log line every 10, samples and loss curves every 500. Memory
+is what the process holds at the end of each tenth of the run. Fails when, after the second tenth, it grows by
+more than 8 MiB, or when a file is left open.
 """
 
 import argparse
