@@ -112,11 +112,13 @@ def test_attack_leaves_model_and_random_numbers_alone():
     assert first.accuracy == again.accuracy and first.detection_auroc == again.detection_auroc
 
 
-def test_a_classifier_is_attacked_and_detects_nothing():
+# The second is so sure that in fp32 a class has probability 1; nothing but its logit has a gradient.
+@pytest.mark.parametrize("weight", [[[-9.0, -9.0], [9.0, 9.0]], [[-400.0, -400.0], [0.0, 0.0]]])
+def test_a_classifier_is_attacked_and_detects_nothing(weight):
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(2, 2))
     network.num_classes = 2
     with torch.no_grad():  # the plane that parts the classes
-        network[1].weight.copy_(torch.tensor([[-9.0, -9.0], [9.0, 9.0]]))
+        network[1].weight.copy_(torch.tensor(weight))
         network[1].bias.zero_()
     data, budgets = draw(classes(), 40), (0.02, 0.1)
     report = evaluate_attack(Classifier(network, SCHEDULE), data, "pgd", budgets=budgets, num_images=40)
