@@ -5,6 +5,7 @@ Figures are matplotlib objects drawn by Agg, never pyplot: no display, no global
 # L = T+2 noise levels, N bins of neighbouring levels
 """
 
+import gc
 import io
 import json
 import math
@@ -408,4 +409,7 @@ def _label(axes: Axes, title: str, x: str, y: str | None = None) -> None:
 def _write(figure: Figure, path: str | Path) -> Path:
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110)
+    # A figure is a cycle of megabytes in few objects: left to itself the collector comes late. This takes the
+    # figures before this one.
+    gc.collect()
     return write_atomically(path, png.getvalue())

@@ -4,7 +4,7 @@
 
 Checkpoints every 25 steps (`--save-every 50`), a log line every 10, samples and loss curves every 500. Memory
 is what the process holds at the end of each tenth of the run. Fails when, after the second tenth, it grows by
-more than 8 MiB, or when a file is left open.
+more than 8 MiB, or there are more open files at the end than after the second tenth, or one of the run's own.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,12 +28,13 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def open_files() -> int:
-    """Files that the process has open."""
-    return len(os.listdir("/proc/self/fd"))
+def open_files() -> list[str]:
+    """Files that the process has open; matplotlib keeps its fonts open from the first picture on."""
+    links = (f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd"))
+    return [os.readlink(link) for link in links if os.path.islink(link)]
 
 
-def long_training(steps: int, folder: Path) -> dict[str, object]:
+def long_training(steps: int, folder: Path) -> dict[str, Any]:
     """Trains, and returns what was held over the run."""
     config = tiny_config(write_images(folder / "images.npz"), steps=steps)
     output = replace(config.output, log_every=10, save_every=50, sample_every=500)
@@ -43,18 +45,17 @@ def long_training(steps: int, folder: Path) -> dict[str, object]:
         take_step(state, *rest)
         if state.step % (steps // 10) == 0:
             memory.append(resident_bytes())
-            files.append(open_files())
+            files.append(len(open_files()))
 
     train.take_step, train.write_final = watched, lambda *_: {}
-    before = open_files()
     train.train(replace(config, output=output), folder / "run", device="cpu")
     log = (folder / "run" / "log.jsonl").stat().st_size
     return {
         "steps": steps,
         "memory_mib": [round(held / 2**20, 1) for held in memory],
         "growth_mib": round((memory[-1] - memory[1]) / 2**20, 1),
-        "files_left_open": open_files() - before,
-        "open_files": [min(files), max(files)],
+        "left_open_in_run": [name for name in open_files() if name.startswith(str(folder))],
+        "open_files": files,
         "log_bytes_per_line": round(log / (steps // 10)),
     }
 
@@ -68,7 +69,7 @@ def main() -> None:
         found = long_training(arguments.steps, Path(folder))
     print(json.dumps(found))
     assert found["growth_mib"] * 2**20 <= MAX_GROWTH, "memory grows"
-    assert found["files_left_open"] == 0, "files are left open"
+    assert not found["left_open_in_run"] and found["open_files"][-1] <= found["open_files"][1], "left open"
 
 
 if __name__ == "__main__":
