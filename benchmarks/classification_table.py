@@ -245,7 +245,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         for kind in options.kinds:
             run = trained(options.what, kind, seed, options)
-            details = {"command": f"{program} --kinds {kind} --seeds {seed}", **described(run)}
+            flags = f"--kinds {kind} --seeds {seed} --architecture {options.architecture}"
+            if options.steps:
+                flags += f" --steps {options.steps}"
+            details = {"command": f"{program} {flags}", **described(run)}
             add_rows((options.what, kind, seed), measurements(options.what, kind, run), details, options.only)
 
 
