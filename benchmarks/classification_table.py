@@ -53,7 +53,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 # Test images, drawn for what is slow; all for the rest.
 IMAGES = {
     "digits": {"denoising": 100, "ode": 32, "elbo": 359, "corruptions": 359},
-    "fashion-mnist": {"denoising": 50, "ode": 8, "elbo": 64, "corruptions": 100},
+    "fashion-mnist": {"embedding": 1000, "denoising": 50, "ode": 4, "elbo": 64, "corruptions": 100},
 }
 BUDGETS = {"digits": (0.05, 0.1, 0.2), "fashion-mnist": (2 / 255, 4 / 255, 8 / 255)}
 ATTACKED = 100
