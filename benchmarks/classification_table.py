@@ -11,7 +11,6 @@ command, the run's network and steps, device, versions and commit.
 """
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -23,7 +22,7 @@ import numpy as np
 from sklearn.model_selection import GridSearchCV
 from sklearn.svm import SVC
 
-from benchmarks.environment import facts
+from benchmarks.studies import add_row, read_rows, trained
 from cdm_fast import load
 from cdm_fast.attacks import evaluate_attack
 from cdm_fast.build import class_prior
@@ -37,7 +36,6 @@ from cdm_fast.model import CDM
 from cdm_fast.progress import to_stderr
 from cdm_fast.report import run_data
 from cdm_fast.robustness import evaluate_corruptions
-from cdm_fast.train import train
 
 Figures = Callable[[], dict[str, Any]]
 RESULTS = Path(__file__).parent / "results" / "classification.jsonl"
@@ -61,7 +59,7 @@ ODE_TOLERANCE = 1e-3
 
 
 def configured(data: str, kind: str, seed: int, options: argparse.Namespace) -> RunConfig:
-    """The preset with what the kind and the options change, and nothing drawn on the way."""
+    """The preset with what the kind and the options change."""
     base = preset(data)
     conditioning = {"joint": "joint", "embedding": "embedding", "ddm": "embedding"}.get(kind, "none")
     objective = kind if kind == "ddm" else "classifier" if kind == "discriminative" else "cdm"
@@ -70,16 +68,7 @@ def configured(data: str, kind: str, seed: int, options: argparse.Namespace) -> 
         data=replace(base.data, split_seed=seed, source=options.source or base.data.source),
         network=replace(base.network, conditioning=conditioning, architecture=options.architecture),
         train=replace(base.train, objective=objective, steps=options.steps or base.train.steps),
-        output=replace(base.output, sample_every=0, evaluate_every=0),
     )
-
-
-def trained(data: str, kind: str, seed: int, options: argparse.Namespace) -> Path:
-    """The run directory, trained first if it is missing."""
-    run: Path = options.runs / f"{data}-{kind}-{seed}"
-    if not run.exists():
-        train(configured(data, kind, seed, options), run)
-    return run
 
 
 def measurements(data: str, kind: str, run: Path) -> Iterator[tuple[str, Figures]]:
@@ -166,23 +155,17 @@ def add_rows(
     only: Sequence[str] = (),
 ) -> None:
     """Measures what the results file lacks of a run, or of `only`, and appends it row by row."""
-    present = {(r["data"], r["kind"], r["seed"], r["what"]) for r in read_rows()}
+    present = {(r["data"], r["kind"], r["seed"], r["what"]) for r in read_rows(RESULTS)}
     data, kind, seed = key
     for what, figures in measured:
         if (*key, what) not in present and (not only or what in only):
             row = {**figures(), "data": data, "kind": kind, "seed": seed, "what": what}
-            with open(RESULTS, "a") as file:
-                print(json.dumps({**row, "environment": facts("cpu"), **details}), file=file)
-
-
-def read_rows() -> list[dict[str, Any]]:
-    """All rows of the results file, oldest first."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+            add_row(RESULTS, {**row, **details})
 
 
 def show() -> str:
     """The results as markdown."""
-    rows = {(r["data"], r["kind"], r["seed"], r["what"]): r for r in read_rows()}
+    rows = {(r["data"], r["kind"], r["seed"], r["what"]): r for r in read_rows(RESULTS)}
     lines = ["| data | run | method | accuracy, % | bits/dim | bound, bits/dim | images/s | corrupted, % |"]
     lines[0] += " PGD at three budgets, % |"
     lines.append("|---" * 9 + "|")
@@ -244,7 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             add_rows(("digits", "svm", seed), rows, {"command": f"{program} --seeds {seed}"})
             continue
         for kind in options.kinds:
-            run = trained(options.what, kind, seed, options)
+            folder = options.runs / f"{options.what}-{kind}-{seed}"
+            run = trained(configured(options.what, kind, seed, options), folder)
             flags = f"--kinds {kind} --seeds {seed} --architecture {options.architecture}"
             if options.steps:
                 flags += f" --steps {options.steps}"

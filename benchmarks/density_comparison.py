@@ -10,7 +10,6 @@ extra `flows` (zuko). Each result is a JSON line of `--out`; those that are ther
 
 import argparse
 import copy
-import json
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -23,7 +22,7 @@ from sklearn.mixture import GaussianMixture
 from sklearn.neighbors import KernelDensity
 from torch import Tensor
 
-from benchmarks.environment import facts
+from benchmarks.studies import add_row, read_rows
 from cdm_fast import load
 from cdm_fast.checkpoint import load_checkpoint
 from cdm_fast.data import dequantize, load_data
@@ -167,13 +166,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/density_comparison.jsonl"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    lines = arguments.out.read_text().splitlines() if arguments.out.exists() else []
-    results = [json.loads(line) for line in lines]
+    results = read_rows(arguments.out)
 
     def add(row: dict[str, Any]) -> None:
-        results.append({**row, "environment": facts("cpu")})
-        with arguments.out.open("a") as file:
-            print(json.dumps(results[-1]), file=file)
+        results.append(add_row(arguments.out, row))
 
     if arguments.what == "run":
         for method in arguments.methods:

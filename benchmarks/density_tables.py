@@ -10,7 +10,6 @@ CPU seconds the sum over threads, which other jobs on the machine change less.
 """
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import sklearn.datasets
 import sklearn.mixture
 import torch
 
+from benchmarks.studies import add_row, read_rows
 from cdm_fast.density_ratio import CDMDensity, MutualInformation
 from cdm_fast.likelihood import flow_log_prob
 from tests.analytic import GaussianMixture, random_mixture
@@ -172,11 +172,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/density.jsonl"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    done = (
-        [json.loads(line) for line in arguments.out.read_text().splitlines()]
-        if arguments.out.exists()
-        else []
-    )
+    done = read_rows(arguments.out)
     if arguments.table == "show":
         print(show(done))
         return
@@ -196,12 +192,9 @@ def main() -> None:
                 if any(what.items() <= result.items() for result in done):
                     continue
                 run = run_mixture if arguments.table == "mixtures" else run_information
-                result = {**what, "threads": arguments.threads, "torch": torch.__version__}
-                result |= {name: float(value) for name, value in run(dim, seed, **key).items()}
-                done.append(result)
-                with arguments.out.open("a") as file:
-                    print(json.dumps(result), file=file)
-                print(result, flush=True)
+                found = {name: float(value) for name, value in run(dim, seed, **key).items()}
+                done.append(add_row(arguments.out, {**what, **found}))
+                print({**what, **found}, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ no FID, and orders the networks of this table alone.
 """
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.environment import facts
+from benchmarks.studies import add_row, read_rows, trained
 from cdm_fast import CDM, load, sample
 from cdm_fast.checkpoint import read_config
 from cdm_fast.classify import evaluate_classes
@@ -28,7 +27,6 @@ from cdm_fast.likelihood import evaluate, evaluate_elbo, mse_per_level
 from cdm_fast.likelihood.images import draw_images
 from cdm_fast.quality import frechet_distance
 from cdm_fast.report import run_data
-from cdm_fast.train import train
 
 RESULTS = Path(__file__).parent / "results" / "encoder_study.jsonl"
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -41,13 +39,6 @@ NETWORKS: dict[str, dict[str, Any]] = {
 # Levels over which the denoising error is averaged: s from 0.005 to 0.1, to 0.5, to 1.
 BANDS = {"low": (0.0, 0.1), "middle": (0.1, 0.5), "high": (0.5, 1.0)}
 SAMPLING_STEPS = 50
-
-
-def trained(config: RunConfig, run: Path) -> Path:
-    """The run directory, trained first if it is missing; nothing is drawn on the way."""
-    if not run.exists():
-        train(replace(config, output=replace(config.output, sample_every=0, evaluate_every=0)), run)
-    return run
 
 
 def configured(network: dict[str, Any], seed: int) -> RunConfig:
@@ -105,11 +96,6 @@ def sample_distance(model: CDM, test: ImageData, classifier: Classifier) -> floa
     return frechet_distance(features(sample(model, len(test), "ddpm", SAMPLING_STEPS)), features(real))
 
 
-def rows() -> list[dict[str, Any]]:
-    """All rows of the results file."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-
-
 def show() -> str:
     """The rows in Markdown."""
     lines = [
@@ -117,7 +103,7 @@ def show() -> str:
         " MSE low, middle, high | Frechet |"
     ]
     lines.append("|---" * 9 + "|")
-    for row in rows():
+    for row in read_rows(RESULTS):
         check = "-" if row["ratio_check"] is None else "{:+.3f} +- {:.3f}".format(*row["ratio_check"])
         cells = [
             row["name"],
@@ -147,16 +133,13 @@ def main() -> None:
     unknown = sorted(set(arguments.names) - NETWORKS.keys())
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; choose among {', '.join(NETWORKS)}")
-    seed, done = arguments.seed, {(row["name"], row["seed"]) for row in rows()}
+    seed, done = arguments.seed, {(row["name"], row["seed"]) for row in read_rows(RESULTS)}
     for name in arguments.names or NETWORKS:
         if (name, seed) in done:
             continue
         folder = name.replace(",", "").replace(" ", "-") + (f"-{seed}" if seed else "")
         run = trained(configured(NETWORKS[name], seed), arguments.runs / folder)
-        found = measured(run, extractor(arguments.runs))
-        row = {"name": name, "seed": seed, **found, "environment": facts("cpu")}
-        with RESULTS.open("a") as file:
-            print(json.dumps(row), file=file)
+        row = add_row(RESULTS, {"name": name, "seed": seed, **measured(run, extractor(arguments.runs))})
         print(name, row["bound"], flush=True)
 
 

@@ -24,7 +24,7 @@ from cdm_fast.composition import Mixture, OfClass, Product, negation
 from cdm_fast.langevin import DrawFrom, anneal, ladder, tune_step_sizes
 from cdm_fast.plots import write_rows
 from cdm_fast.quality import two_sample_test
-from cdm_fast.report import displayable, first_images, from_display, run_data
+from cdm_fast.report import displayable, from_display, levels_to_display, run_data
 from cdm_fast.restoration import Known, MeanPool, Posterior, restore
 from tests.analytic import (
     ExactNetwork,
@@ -123,9 +123,9 @@ def restoration():
 def restored(run, count=12, candidates=8):
     """Root mean squared errors over the pixels of test images: of the mean, the best candidate, any."""
     model, config = load(run), read_config(run)
-    data = first_images(run_data(config, "test"), count)
+    data = run_data(config, "test").take(slice(count))
     grey = data.num_grey_levels
-    x = from_display((data.images.float() * (255 / (grey - 1))).round().to(torch.uint8), grey)
+    x = from_display(levels_to_display(data.images, grey), grey)
     rounding, size = 1 / (grey * 3**0.5), config.image.size
     known = torch.ones_like(x[0], dtype=torch.bool)
     known[:, size // 2 :] = False

@@ -10,7 +10,6 @@ are there for the last line. `--log-z` adds the cheap setting of log Z, which ta
 """
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.environment import facts
+from benchmarks.studies import add_row, read_rows
 from cdm_fast import CDM
 from cdm_fast.checkpoint import create_run, load, load_checkpoint, read_config
 from cdm_fast.config import RunConfig, preset
@@ -311,8 +310,7 @@ def main() -> None:
     unknown = sorted(set(arguments.names) - VARIANTS.keys())
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; choose among {', '.join(VARIANTS)}")
-    lines = arguments.out.read_text().splitlines() if arguments.out.exists() else []
-    rows = [json.loads(line) for line in lines]
+    rows = read_rows(arguments.out)
     if arguments.what == "show":
         print(show(rows))
         return
@@ -323,10 +321,7 @@ def main() -> None:
         run = None if VARIANTS[name].energy or not arguments.runs else arguments.runs / name.replace(" ", "-")
         model, seconds = trained(config, VARIANTS[name], run)
         row = {"name": name, "seconds": seconds, **measured(model, config, arguments.log_z)}
-        row["environment"] = facts("cpu")
-        with arguments.out.open("a") as file:
-            print(json.dumps(row), file=file)
-        print(show([row]), flush=True)
+        print(show([add_row(arguments.out, row)]), flush=True)
 
 
 if __name__ == "__main__":

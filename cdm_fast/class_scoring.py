@@ -27,9 +27,9 @@ def score_classes(command: Classify, config: RunConfig, model: Denoiser, data: I
     `evaluate_classes` and `evaluate_attack` do.
     """
     require_classes(model)
-    if command.attack is not None and command.level:
-        raise UserError(f"--attack is of clean images: leave --level {command.level} out")
     if command.attack is not None:  # what it lacks is told before any work
+        if command.level:
+            raise UserError(f"--attack is of clean images: leave --level {command.level} out")
         if fitting_method(model, command.method) in ("denoising", "ode"):
             raise UserError(
                 "--attack needs the gradient of logits: a run and --method joint, embedding or discriminative"

@@ -13,7 +13,7 @@ Four ways to a score of each class from networks that denoise, and one baseline 
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, get_args
 
@@ -261,7 +261,7 @@ def evaluate_classes(
     log_prior = _log_class_prior(model, num_classes, class_prior)
     wanted = num_images or (ODE_IMAGES if method == "ode" else None)
     index = choose(len(data), wanted, torch.Generator().manual_seed(seed))
-    chosen, label = replace(data, images=data.images[index]), label[index]
+    chosen, label = data.take(index), label[index]
     scores: Callable[[Tensor, int, torch.Generator], Tensor]
     if method == "ode":
         load_solver()  # its absence is told before any work

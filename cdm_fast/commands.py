@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ from cdm_fast.report import (
 from cdm_fast.restoration import restore
 from cdm_fast.restored_pictures import measure, write_candidates
 from cdm_fast.sampling import Between, Guided, sample
-from cdm_fast.scoring import score
+from cdm_fast.scoring import Scored, score
 from cdm_fast.train import begun, resume, train
 from cdm_fast.tuning import compile_network
 
@@ -310,32 +310,29 @@ def calibrate_command(command: arguments.Calibrate) -> Outcome:
 
 def classify_command(command: arguments.Classify) -> Outcome:
     """`cdm-fast classify`."""
-    config = read_config(command.run)
-    if command.batch_size < 1:
-        raise UserError(f"--batch-size is {command.batch_size}; give 1 or more")
-    if command.out is not None:
-        check_name(command.out)
-    data = run_data(config, command.split, command.data)
-    _require_fit(data, config, command.run)
-    result, lines, columns = score_classes(command, config, _load(command.run, command.device), data)
-    found = {"run": str(command.run), **result}
-    if command.out is not None:
-        found["out"] = str(write_per_image(command.out, data, columns))
-    return Outcome(found, lines)
+    return _scored_by(score_classes, command)
 
 
 def score_command(command: arguments.Score) -> Outcome:
     """`cdm-fast score`."""
+    return _scored_by(score_images, command)
+
+
+ImageScoring = TypeVar("ImageScoring", arguments.Classify, arguments.Score)
+
+
+def _scored_by(
+    scoring: Callable[[ImageScoring, RunConfig, Denoiser, ImageData], Scored], command: ImageScoring
+) -> Outcome:
+    """Reads what a command names, has it scored, and writes the values of every image if asked to."""
     config = read_config(command.run)
     if command.batch_size < 1:
         raise UserError(f"--batch-size is {command.batch_size}; give 1 or more")
-    if command.images is not None and command.images < 1:
-        raise UserError(f"--images is {command.images}; give 1 or more")
     if command.out is not None:
         check_name(command.out)
     data = run_data(config, command.split, command.data)
     _require_fit(data, config, command.run)
-    result, lines, columns = score_images(command, config, _load(command.run, command.device), data)
+    result, lines, columns = scoring(command, config, _load(command.run, command.device), data)
     found = {"run": str(command.run), **result}
     if command.out is not None:
         found["out"] = str(write_per_image(command.out, data, columns))

@@ -10,6 +10,7 @@ from torch import Tensor
 from cdm_fast.arguments import Score
 from cdm_fast.config import RunConfig
 from cdm_fast.data import ImageData, dequantize, load_data
+from cdm_fast.errors import UserError
 from cdm_fast.likelihood import calibrate_sigma
 from cdm_fast.likelihood.export import write_per_image
 from cdm_fast.likelihood.images import choose, draw_generator, require_likelihood
@@ -25,7 +26,7 @@ from cdm_fast.outliers import (
 )
 from cdm_fast.plots import write_outliers, write_rows, write_sigma
 from cdm_fast.progress import to_stderr
-from cdm_fast.report import run_data
+from cdm_fast.report import levels_to_display, run_data
 from cdm_fast.scoring import Scored
 
 CORRUPTED = "corrupted"  # what --against takes besides data sources
@@ -40,21 +41,23 @@ def score_images(command: Score, config: RunConfig, model: Denoiser, data: Image
     Draws RUN/score.png, RUN/anomaly.png and, if asked for, RUN/sigma.png; writes the per-image file of the
     other data. Raises UserError as `evaluate_outliers` and `anomaly_map` do.
     """
+    if command.images is not None and command.images < 1:
+        raise UserError(f"--images is {command.images}; give 1 or more")
     require_likelihood(model)
     assert isinstance(model, CDM)
     generator = torch.Generator().manual_seed(command.seed)
     index = choose(len(data), command.images, generator)
-    chosen = _take(data, index)
+    chosen = data.take(index)
     other = None
     if command.against not in (None, CORRUPTED):
         other = other_data(command.against, command.split, config)
-        other = _take(other, choose(len(other), command.images, generator))
+        other = other.take(choose(len(other), command.images, generator))
     reference = run_data(config, "validation")
     map_level = level_of(model, MAP_SIGMA) if command.map_level is None else command.map_level
     report = evaluate_outliers(
         model,
         chosen,
-        _take(reference, choose(len(reference), REFERENCE_IMAGES, generator)),
+        reference.take(choose(len(reference), REFERENCE_IMAGES, generator)),
         other,
         command.against == CORRUPTED,
         command.level,
@@ -107,11 +110,6 @@ def other_data(source: str, split: str, config: RunConfig) -> ImageData:
     return replace(data, images=scaled.round().to(torch.uint8), num_grey_levels=image.num_grey_levels)
 
 
-def _take(data: ImageData, index: Tensor) -> ImageData:
-    labels = None if data.labels is None else data.labels[index]
-    return replace(data, images=data.images[index], labels=labels)
-
-
 def _columns(scores: Scores, index: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Scores as columns of a per-image file, where the likelihood is called by its unit."""
     return {"bits_per_dim" if name == "likelihood" else name: (index, scores[name]) for name in SCORES}
@@ -121,13 +119,13 @@ def _draw_ranking(run: Path, report: OutlierReport, data: ImageData, other: Imag
     """RUN/score.png."""
     order = report.order()
     rows = {"most likely": order[:SHOWN], "least likely": order.flip(0)[:SHOWN]}
-    shown = {name: _pixels(_take(data, index)) for name, index in rows.items()}
+    shown = {name: _pixels(data.take(index)) for name, index in rows.items()}
     bits = {f"{data.name}, {data.split}": report.scores["likelihood"]}
     curves = {}
     if other is not None and report.against is not None:
         theirs = report.against.scores
         likeliest = theirs["likelihood"].argsort(stable=True)[:SHOWN]
-        shown["likeliest others"] = _pixels(_take(other, likeliest))
+        shown["likeliest others"] = _pixels(other.take(likeliest))
         bits[report.against.data] = theirs["likelihood"]
         for name in SCORES:
             kind = torch.cat([torch.zeros(len(data)), torch.ones(len(other))])
@@ -140,7 +138,7 @@ def _draw_ranking(run: Path, report: OutlierReport, data: ImageData, other: Imag
 
 def _draw_anomaly(command: Score, model: CDM, data: ImageData, index: Tensor, level: int) -> Path:
     """RUN/anomaly.png: images over their anomaly maps, all on one scale."""
-    chosen = _take(data, index)
+    chosen = data.take(index)
     x = dequantize(chosen.images, chosen.num_grey_levels, draw_generator(command.seed, 0))
     maps = anomaly_map(model, x, level, seed=command.seed)
     white = float(maps.max())
@@ -152,4 +150,4 @@ def _draw_anomaly(command: Score, model: CDM, data: ImageData, index: Tensor, le
 
 def _pixels(data: ImageData) -> Tensor:
     """(n,C,H,W) uint8 0..255."""
-    return (data.images.float() * (255 / (data.num_grey_levels - 1))).round().to(torch.uint8)
+    return levels_to_display(data.images, data.num_grey_levels)

@@ -3,7 +3,6 @@
 Legend: B images, C channels, H W pixels, N grey levels, K classes.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,12 @@ def run_data(config: RunConfig, split: str, source: str | None = None) -> ImageD
 
 def displayable(x: Tensor, num_grey_levels: int) -> Tensor:
     """Model images (B,C,H,W) in [-1,1] as uint8 0..255: the grey level of each pixel, N-1 being white."""
-    return (quantize(x, num_grey_levels).float() * (255 / (num_grey_levels - 1))).round().to(torch.uint8)
+    return levels_to_display(quantize(x, num_grey_levels), num_grey_levels)
+
+
+def levels_to_display(levels: Tensor, num_grey_levels: int) -> Tensor:
+    """Grey levels 0..N-1 as uint8 0..255, N-1 being white."""
+    return (levels.float() * (255 / (num_grey_levels - 1))).round().to(torch.uint8)
 
 
 def from_display(pixels: Tensor, num_grey_levels: int) -> Tensor:
@@ -116,12 +120,6 @@ def write_level_pictures(model: CDM | DDM, data: ImageData, run: Path) -> list[P
         _, confusion = level_confusion(model, data)
         paths.append(write_confusion(confusion, run / "confusion.png", model.schedule.num_levels))
     return paths
-
-
-def first_images(data: ImageData, count: int) -> ImageData:
-    """The first `count` images of a split, or all if there are fewer."""
-    labels = None if data.labels is None else data.labels[:count]
-    return replace(data, images=data.images[:count], labels=labels)
 
 
 def write_final(

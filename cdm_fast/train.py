@@ -36,7 +36,7 @@ from cdm_fast.files import alone_in
 from cdm_fast.likelihood import evaluate
 from cdm_fast.model import CDM
 from cdm_fast.processes import is_main, launched, this_process
-from cdm_fast.report import first_images, run_data, write_final, write_loss_curves, write_samples
+from cdm_fast.report import run_data, write_final, write_loss_curves, write_samples
 from cdm_fast.runlog import Display, Sink, open_sinks, require_extras
 from cdm_fast.saver import Saver
 from cdm_fast.state import TrainingState, from_checkpoint, new_state, to_checkpoint
@@ -104,7 +104,7 @@ def train(
     with own_randomness(place):
         data = run_data(config, "train")
         config = from_main(resolve(config, data, place))
-        validation = first_images(run_data(config, "validation"), config.output.evaluate_images)
+        validation = run_data(config, "validation").take(slice(config.output.evaluate_images))
         state = new_state(config, place)
         state.data = data_digest(data)
         if is_main():
@@ -139,7 +139,7 @@ def resume(
         data = run_data(config, "train")
         if from_main(resolve(config, data, place)).image != config.image:
             raise UserError(f"--data {config.data.source} is not what {run} was trained on; give that data")
-        validation = first_images(run_data(config, "validation"), config.output.evaluate_images)
+        validation = run_data(config, "validation").take(slice(config.output.evaluate_images))
         state = from_checkpoint(load_checkpoint(run), config, place, str(run))
         if state.data != data_digest(data):
             raise UserError(f"{config.data.source} has changed since {run} began; restore those images")

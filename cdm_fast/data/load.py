@@ -3,7 +3,7 @@
 # N images, C channels, H W pixels, K classes
 
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,11 @@ class ImageData:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def take(self, index: Tensor | slice) -> "ImageData":
+        """Some of the images, with their labels."""
+        labels = None if self.labels is None else self.labels[index]
+        return replace(self, images=self.images[index], labels=labels)
 
 
 def load_data(

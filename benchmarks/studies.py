@@ -1,0 +1,30 @@
+"""What the studies share: result files that grow by a row, one JSON object a line, and runs trained once."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import facts
+from cdm_fast.config import RunConfig
+from cdm_fast.train import train
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All rows of a results file, oldest first; none where there is no file yet."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def add_row(path: Path, row: dict[str, Any]) -> dict[str, Any]:
+    """Appends a row with where it was measured: device, versions, commit. Returns what was written."""
+    row = {**row, "environment": facts("cpu")}
+    with path.open("a") as file:
+        print(json.dumps(row), file=file)
+    return row
+
+
+def trained(config: RunConfig, run: Path) -> Path:
+    """The run directory, trained first if it is missing; nothing is drawn on the way."""
+    if not run.exists():
+        train(replace(config, output=replace(config.output, sample_every=0, evaluate_every=0)), run)
+    return run
