@@ -91,8 +91,8 @@ class NetworkConfig:
     """`embedding` feeds the label to every block, and label dropout also trains the unconditional model;
     `joint` has a logit for every pair of level and class: all classes in one pass."""
     head_rank: int | None = None
-    """Rank of the joint head over classes: 0 for a full head, which is the default up to 2^25 weights; beyond
-    them 32."""
+    """Rank of the head over classes: 0 for a full head, which is the default up to 2^25 weights; beyond them
+    32 (--conditioning joint only)."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,9 @@ class TrainConfig:
     """Weight of the cross-entropy over noise levels (cdm only)."""
     mse_weight: float = 1.0
     """Weight of the denoising error (cdm only)."""
+    class_weight: float = 0.0
+    """Weight of the cross-entropy over classes at the input's level, on top of its part in the one over noise
+    levels (--conditioning joint only)."""
     dropout_until: float = 1.0
     """Share of the steps, from the first, that drop activations; the rest trains the network as it is used
     afterwards, whose likelihoods are off otherwise."""
@@ -212,11 +215,25 @@ PRESETS: dict[str, RunConfig] = {
     "fashion-mnist": RunConfig(
         data=DataConfig(source="data/fashion-mnist"),
         image=ImageShape(size=28, channels=1, num_grey_levels=256, num_classes=10),
-        schedule=ScheduleConfig(T=500),
+        schedule=ScheduleConfig(T=500, level_distribution="log-snr"),
         network=NetworkConfig(
-            multipliers=(1, 2, 2), attention_resolutions=(7,), num_groups=8, dropout=0.0, conditioning="joint"
+            base_channels=16,
+            multipliers=(1, 2, 4),
+            attention_resolutions=(7,),
+            num_groups=8,
+            dropout=0.0,
+            conditioning="joint",
+            head_rank=10,
         ),
-        train=TrainConfig(steps=8000, batch_size=64, lr=2e-3, warmup=200, ce_weight=0.01),
+        train=TrainConfig(
+            steps=6500,
+            batch_size=64,
+            lr=2e-3,
+            warmup=200,
+            ema_decay=0.998,
+            ce_weight=0.01,
+            class_weight=0.1,
+        ),
         output=OutputConfig(sample_every=2000, evaluate_every=1000, draws=1, num_samples=80),
     ),
     "cifar10": RunConfig(
@@ -262,11 +279,6 @@ def check(config: RunConfig) -> None:
             raise UserError(f"--{flag} is {whole}; give {high} or less")
     if (config.network.head_rank or 0) < 0:
         raise UserError(f"--head-rank is {config.network.head_rank}; give 0 (a full head) or more")
-    if config.network.head_rank and config.network.conditioning != "joint":
-        raise UserError(
-            f"--head-rank {config.network.head_rank} goes with --conditioning joint, not"
-            f" {config.network.conditioning}; leave it out"
-        )
     for flag, value, below in _unit_interval(config):
         if not 0.0 <= value <= 1.0 or (below and value == 1.0):
             raise UserError(f"--{flag} is {value}; give a number from 0 to {'below 1' if below else '1'}")
@@ -378,7 +390,7 @@ def _unit_interval(config: RunConfig) -> list[tuple[str, float, bool]]:
 
 
 def _nonnegative(config: RunConfig) -> list[tuple[str, float]]:
-    names = ("lr", "weight_decay", "clip_norm", "ce_weight", "mse_weight")
+    names = ("lr", "weight_decay", "clip_norm", "ce_weight", "mse_weight", "class_weight")
     of_training = [(name.replace("_", "-"), getattr(config.train, name)) for name in names]
     return [*of_training, ("guidance", config.output.guidance)]
 

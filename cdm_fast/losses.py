@@ -40,6 +40,7 @@ def cdm_loss(
     label: Tensor | None = None,  # (B,) int64, -1 for none
     ce_weight: float = 1e-3,
     mse_weight: float = 1.0,
+    class_weight: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> LossTerms:
     """`ce_weight CE(f(x_t), t) + mse_weight mean((eps_hat - eps)^2)` (CDM Alg. 1).
@@ -49,20 +50,34 @@ def cdm_loss(
     constant per level; both can be switched off by their weights.
 
     With joint logits the cross-entropy is over (level, class) pairs, and over levels alone for an input
-    without label; the squared error is that of the label's denoiser, or of the marginal's.
+    without label; the squared error is that of the label's denoiser, or of the marginal's. That cross-entropy
+    is `-log p(t | x_t) - log p(c | x_t, t)`; `class_weight` adds more of the second term, which the first
+    outweighs early in training. Every term by itself is smallest for the true densities.
     """
     if level is None:
         level = model.draw_levels(len(x0), generator)
-    return noised_cdm_loss(model, _noised(model, x0, level, eps, label, generator), ce_weight, mse_weight)
+    batch = _noised(model, x0, level, eps, label, generator)
+    return noised_cdm_loss(model, batch, ce_weight, mse_weight, class_weight)
 
 
-def noised_cdm_loss(model: CDM, batch: Noised, ce_weight: float = 1e-3, mse_weight: float = 1.0) -> LossTerms:
+def noised_cdm_loss(
+    model: CDM, batch: Noised, ce_weight: float = 1e-3, mse_weight: float = 1.0, class_weight: float = 0.0
+) -> LossTerms:
     """`cdm_loss` of inputs that are noised already."""
     x_t, eps, level, label = batch
-    cross_entropy, grad_x = model.cross_entropy_and_ratio_gradient(x_t, level, label)
+    cross_entropy, at_level, grad_x = model.cross_entropy_and_ratio_gradient(x_t, level, label)
     ce = cross_entropy.mean()
     mse = denoise_loss(grad_x, x_t, model.s[level].to(x_t.dtype), eps).sum() / x_t.numel()
-    return LossTerms(ce_weight * ce + mse_weight * mse, mse, ce)
+    loss = ce_weight * ce + mse_weight * mse
+    if class_weight and at_level is not None and label is not None:
+        loss = loss + class_weight * _class_cross_entropy(at_level, level, label, model.schedule.T)
+    return LossTerms(loss, mse, ce)
+
+
+def _class_cross_entropy(at_level: Tensor, level: Tensor, label: Tensor, T: int) -> Tensor:
+    """The mean of `-log p(c | x_t, t)` in nats, 0 for an input without label and for pure noise."""
+    known = torch.where(level <= T, label, -1)
+    return F.cross_entropy(at_level, known, ignore_index=-1, reduction="sum") / len(label)
 
 
 def ddm_loss(

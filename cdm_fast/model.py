@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cdm_fast.errors import UserError
 from cdm_fast.nn import AdjointNetwork
-from cdm_fast.nn.heads import Conditioning
+from cdm_fast.nn.heads import Conditioning, logits_at
 from cdm_fast.nn.labels import check_labels
 from cdm_fast.ops import denoise_epilogue, denoise_x0, level_logits, noise_level_ce, use_backend
 from cdm_fast.ops._checks import may_read
@@ -312,13 +312,17 @@ class CDM(Energy):
 
     def cross_entropy_and_ratio_gradient(
         self, x: Tensor, level: Tensor, label: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """`(cross-entropy (B,) in nats, grad_x F(x, level))` from one evaluation; what training needs."""
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """What training needs, from one evaluation: `(-log p(level, label | x) (B,) in nats, z[level] (B, K),
+        grad_x F(x, level))`; None for the second where the logits know no class."""
         classes = self.joint_classes
         if classes >= MANY_CLASSES and isinstance(self.network, AdjointNetwork):
             return self.network.cross_entropy_and_ratio_gradient(x, level, label)
         logits, grad_x = self.logits_and_ratio_gradient(x, level, label)
-        return noise_level_ce(logits, level, label if classes > 1 else None, classes).loss, grad_x
+        if classes == 1:
+            return noise_level_ce(logits, level).loss, None, grad_x
+        at_level = logits_at(logits, level, classes)
+        return noise_level_ce(logits, level, label, classes).loss, at_level, grad_x
 
     def denoise(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
         return self._eps_hat(x, level, label)
@@ -401,9 +405,7 @@ class CDM(Energy):
         each = torch.cat([self._per_class(logits), level_logits(logits, classes)[:, :, None]], dim=2)
 
         def weighted_score(weight: Tensor) -> Tensor:
-            at_level = logits[:, :-1].unflatten(1, (-1, classes))  # at T+1 any level's: its scores are all -x
-            row = level.clamp(max=at_level.shape[1] - 1)[:, None, None].expand(-1, 1, classes)
-            share = at_level.gather(1, row).squeeze(1).softmax(1)  # of the classes in all data
+            share = logits_at(logits, level, classes).softmax(1)  # of the classes in all data
             gradient = pull(level, weight[:, :-1] + weight[:, -1:] * share)
             return -(gradient + weight.sum(1).view(-1, *[1] * (x.dim() - 1)) * x)
 

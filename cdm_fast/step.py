@@ -179,7 +179,12 @@ def make_loss(config: TrainConfig) -> LossFunction:
         return noised_ddm_loss
     if config.objective == "classifier":
         return noised_classifier_loss
-    return partial(noised_cdm_loss, ce_weight=config.ce_weight, mse_weight=config.mse_weight)
+    return partial(
+        noised_cdm_loss,
+        ce_weight=config.ce_weight,
+        mse_weight=config.mse_weight,
+        class_weight=config.class_weight,
+    )
 
 
 def derived_seed(seed: int, step: int, purpose: str) -> int:

@@ -122,33 +122,38 @@ def gradients(loss, network):
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))])
 
 
-def double_backward_loss(network, x_t, eps, level, label, ce_weight):
+def double_backward_loss(network, x_t, eps, level, label, ce_weight, class_weight=0.0):
     """The loss by its definition: joint cross-entropy, and the denoiser by autograd of autograd."""
     x_t = x_t.detach().requires_grad_()
     with use_backend("reference"):
         logits = network(x_t)
     joint = logits[:, :-1].unflatten(1, (-1, K))
     f = torch.cat([joint.logsumexp(2), logits[:, -1:]], dim=1)
-    true = []
+    true, of_class = [], torch.zeros((), dtype=logits.dtype)
     for i, t in enumerate(level.tolist()):
         c = -1 if label is None else int(label[i])
-        true.append(joint[i, t, c] if c >= 0 and t <= SCHEDULE.T else f[i, t])
+        known = c >= 0 and t <= SCHEDULE.T
+        true.append(joint[i, t, c] if known else f[i, t])
+        of_class = of_class + (f[i, t] - joint[i, t, c] if known else 0.0) / len(level)
     true = torch.stack(true)
     (grad_x,) = torch.autograd.grad((logits[:, -1] - true).sum(), x_t, create_graph=True)
     s = SCHEDULE.s[level].view(-1, *[1] * (x_t.dim() - 1))
-    return ce_weight * (logits.logsumexp(1) - true).mean() + (s * (grad_x + x_t) - eps).square().mean()
+    mse = (s * (grad_x + x_t) - eps).square().mean()
+    return ce_weight * (logits.logsumexp(1) - true).mean() + mse + class_weight * of_class
 
 
+@pytest.mark.parametrize("class_weight", [0.0, 0.3])
 @pytest.mark.parametrize("label", LABELS.values(), ids=LABELS)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_loss_gradient_equals_plain_double_backward(name, label, relative_error):
+def test_loss_gradient_equals_plain_double_backward(name, label, class_weight, relative_error):
     network = randomised(name)
     model = CDM(network, SCHEDULE)
     x0 = torch.rand(6, *network.input_shape, dtype=torch.float64) * 2 - 1
     eps = torch.randn_like(x0)
     a, s = SCHEDULE.gather(LEVEL, x0)
-    expected = double_backward_loss(network, a * x0 + s * eps, eps, LEVEL, label, ce_weight=0.1)
-    terms = cdm_loss(model, x0, LEVEL, eps, label, ce_weight=0.1)
+    weights = {"ce_weight": 0.1, "class_weight": class_weight}
+    expected = double_backward_loss(network, a * x0 + s * eps, eps, LEVEL, label, **weights)
+    terms = cdm_loss(model, x0, LEVEL, eps, label, **weights)
     assert relative_error(terms.loss, expected) < 1e-9
     assert relative_error(gradients(terms.loss, network), gradients(expected, network)) < 1e-9
 
@@ -175,11 +180,13 @@ def test_many_classes_train_alike_without_all_their_logits(name, label, relative
     network = randomised(name)
     x0 = torch.rand(6, *network.input_shape, dtype=torch.float64)
     eps = torch.randn_like(x0)
-    terms = [cdm_loss(CDM(network, SCHEDULE), x0, LEVEL, eps, label, ce_weight=0.1)]
+    weights = {"ce_weight": 0.1, "class_weight": 0.3}
+    terms = [cdm_loss(CDM(network, SCHEDULE), x0, LEVEL, eps, label, **weights)]
     monkeypatch.setattr("cdm_fast.model.MANY_CLASSES", K)
     monkeypatch.setattr(type(network), "logits_and_ratio_gradient", None)
-    terms.append(cdm_loss(CDM(network, SCHEDULE), x0, LEVEL, eps, label, ce_weight=0.1))
+    terms.append(cdm_loss(CDM(network, SCHEDULE), x0, LEVEL, eps, label, **weights))
     assert relative_error(terms[1].ce, terms[0].ce) < 1e-9
+    assert relative_error(terms[1].loss, terms[0].loss) < 1e-9
     few, many = (gradients(each.loss, network) for each in terms)
     assert relative_error(many, few) < 1e-9
 

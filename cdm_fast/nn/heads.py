@@ -75,7 +75,7 @@ class JointHead(CumulativeHead):
         level: Tensor,  # (B,) int64
         label: Tensor | None = None,  # (B,) int64, -1 for none
         guidance: float = 0.0,
-        logits: Tensor | None = None,  # (B, N), if they are known already
+        at_level: Tensor | None = None,  # (B, K), z[level], if it is known already
     ) -> Tensor:  # (B, D)
         """Gradient of `z_N - z[level, label]` with respect to `h`, or of `z_N - f[level]` without a label.
 
@@ -84,9 +84,9 @@ class JointHead(CumulativeHead):
         Raises UserError for a label out of range.
         """
         check_labels(label, self.num_classes, h.shape[0])
-        weight, bias = cumulated
+        weight, _ = cumulated
         with full_precision(h):
-            at_level = self._at_level(h, weight, bias, level) if logits is None else self._pick(logits, level)
+            at_level = self.at_level(h, cumulated, level) if at_level is None else at_level
             return head_cotangent(weight, level, self._row_weights(class_weights(at_level, label, guidance)))
 
     def weighted_cotangent(
@@ -98,6 +98,21 @@ class JointHead(CumulativeHead):
         """Gradient of `sum_c class_weight[c] (z_N - z[level, c])` with respect to the features."""
         of_noise = (class_weight.sum(1) - 1) * (level * self.rows_per_level < len(weight) - 1)
         return head_cotangent(weight, level, self._row_weights(class_weight)) + of_noise[:, None] * weight[-1]
+
+    def at_level(
+        self,
+        h: Tensor,  # (B, D)
+        cumulated: tuple[Tensor, Tensor],
+        level: Tensor,  # (B,) int64
+    ) -> Tensor:  # (B, K)
+        """z[level] alone, without the other levels'; at pure noise, where no cotangent is, of no meaning."""
+        weight, bias = cumulated
+        of_level = torch.arange(self.rows_per_level, device=level.device)
+        rows = (level[:, None] * self.rows_per_level + of_level).clamp(max=len(weight) - 1)
+        picked = weight.index_select(0, rows.flatten()).unflatten(0, rows.shape)  # (B, rows of a level, D)
+        with full_precision(h):
+            basis = (picked @ h.to(weight.dtype).unsqueeze(2)).squeeze(2) + bias[rows]
+            return self._per_class(basis)
 
     def cross_entropy(
         self,
@@ -116,19 +131,6 @@ class JointHead(CumulativeHead):
     def _row_weights(self, class_weight: Tensor) -> Tensor:
         """How much each of a level's rows counts in `sum_c class_weight[c] z[level, c]`."""
         return class_weight
-
-    def _pick(self, logits: Tensor, level: Tensor) -> Tensor:
-        """(B, K): z[level] out of all logits; any level's at pure noise, where the cotangent is 0."""
-        joint = logits[:, :-1].unflatten(1, (-1, self.num_classes))
-        index = level.clamp(max=joint.shape[1] - 1)[:, None, None].expand(-1, 1, self.num_classes)
-        return joint.gather(1, index).squeeze(1)
-
-    def _at_level(self, h: Tensor, weight: Tensor, bias: Tensor, level: Tensor) -> Tensor:
-        """(B, K): z[level] alone, without the other levels'."""
-        of_level = torch.arange(self.rows_per_level, device=level.device)
-        rows = (level[:, None] * self.rows_per_level + of_level).clamp(max=len(weight) - 1)
-        picked = weight.index_select(0, rows.flatten()).unflatten(0, rows.shape)  # (B, rows of a level, D)
-        return self._per_class((picked @ h.to(weight.dtype).unsqueeze(2)).squeeze(2) + bias[rows])
 
 
 class LowRankHead(JointHead):
@@ -177,6 +179,13 @@ class LowRankHead(JointHead):
 
     def _row_weights(self, class_weight: Tensor) -> Tensor:
         return torch.cat([class_weight.sum(1, keepdim=True), class_weight @ self.classes], dim=1)
+
+
+def logits_at(logits: Tensor, level: Tensor, num_classes: int) -> Tensor:
+    """(B, K): z[level] out of all joint logits (B, N); at pure noise any level's."""
+    joint = logits[:, :-1].unflatten(1, (-1, num_classes))
+    index = level.clamp(max=joint.shape[1] - 1)[:, None, None].expand(-1, 1, num_classes)
+    return joint.gather(1, index).squeeze(1)
 
 
 def class_weights(

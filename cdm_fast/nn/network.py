@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cdm_fast.nn.heads import Conditioning, JointHead
+from cdm_fast.nn.heads import Conditioning, JointHead, logits_at
 from cdm_fast.nn.layers import CumulativeHead
 from cdm_fast.ops import head_cotangent
 
@@ -64,7 +64,8 @@ class AdjointNetwork(nn.Module):
         weight, bias = head.cumulated()
         logits = head.logits(h, weight, bias)
         if isinstance(head, JointHead):
-            cotangent = head.cotangent(h, (weight, bias), level, label, guidance, logits)
+            at_level = logits_at(logits, level, head.num_classes)
+            cotangent = head.cotangent(h, (weight, bias), level, label, guidance, at_level)
         else:
             cotangent = head_cotangent(weight, level)
         return logits, self.adjoint(residuals, cotangent)
@@ -86,14 +87,17 @@ class AdjointNetwork(nn.Module):
 
     def cross_entropy_and_ratio_gradient(
         self, x: Tensor, level: Tensor, label: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """As `logits_and_ratio_gradient` of a joint head, with the cross-entropy (B,) in place of the logits.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `logits_and_ratio_gradient` of a joint head, with the cross-entropy (B,) in place of the logits,
+        and with the logits (B, K) of each input's own level.
 
-        They never exist all at once: for many classes.
+        The others never exist all at once: for many classes.
         """
         head = self.linear_layer
         assert isinstance(head, JointHead)
         h, residuals = self.features(x)
         cumulated = head.cumulated()
         loss = head.cross_entropy(h, cumulated, level, label)
-        return loss, self.adjoint(residuals, head.cotangent(h, cumulated, level, label))
+        at_level = head.at_level(h, cumulated, level)
+        cotangent = head.cotangent(h, cumulated, level, label, at_level=at_level)
+        return loss, at_level, self.adjoint(residuals, cotangent)
