@@ -5,7 +5,7 @@
     python -m benchmarks.classification_table svm                  # RBF SVM on the same splits of digits
     python -m benchmarks.classification_table show                 # results/classification.jsonl as tables
 
-A run that is missing is trained into RUNS/DATA-KIND-SEED by the preset, with `--architecture`, `--source` and
+A run that is missing or unfinished is trained into RUNS/DATA-KIND-SEED by the preset, with `--architecture`, `--source` and
 `--steps` in place of its own; a row that stands in the file is not measured again. Each row carries its
 command, the run's network and steps, device, versions and commit.
 """

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import facts
+from cdm_fast.checkpoint import load_checkpoint, read_config
 from cdm_fast.config import RunConfig
-from cdm_fast.train import train
+from cdm_fast.train import resume, train
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -24,7 +25,9 @@ def add_row(path: Path, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def trained(config: RunConfig, run: Path) -> Path:
-    """The run directory, trained first if it is missing; nothing is drawn on the way."""
+    """The run directory, trained first if it is missing or unfinished; nothing is drawn on the way."""
     if not run.exists():
         train(replace(config, output=replace(config.output, sample_every=0, evaluate_every=0)), run)
+    elif load_checkpoint(run, ()).state["step"] < read_config(run).train.steps:
+        resume(run)
     return run

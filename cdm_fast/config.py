@@ -234,7 +234,14 @@ PRESETS: dict[str, RunConfig] = {
             ce_weight=0.01,
             class_weight=0.1,
         ),
-        output=OutputConfig(sample_every=2000, evaluate_every=1000, draws=1, num_samples=80),
+        output=OutputConfig(
+            sample_every=2000,
+            evaluate_every=1000,
+            draws=1,
+            num_samples=80,
+            sampler="ddpm",
+            sampling_steps=100,
+        ),
     ),
     "cifar10": RunConfig(
         data=DataConfig(source="data/cifar-10-batches-bin", flip=True),
