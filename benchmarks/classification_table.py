@@ -5,9 +5,9 @@
     python -m benchmarks.classification_table svm                  # RBF SVM on the same splits of digits
     python -m benchmarks.classification_table show                 # results/classification.jsonl as tables
 
-A run that is missing or unfinished is trained into RUNS/DATA-KIND-SEED by the preset, with `--architecture`, `--source` and
-`--steps` in place of its own; a row that stands in the file is not measured again. Each row carries its
-command, the run's network and steps, device, versions and commit.
+A run that is missing or unfinished is trained into RUNS/DATA-KIND-SEED by the preset, with `--architecture`,
+`--source` and `--steps` in place of its own; a row that stands in the file is not measured again. Each row
+carries its command, the run's network and steps, device, versions and commit.
 """
 
 import argparse
@@ -51,7 +51,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 # Test images, drawn for what is slow; all for the rest.
 IMAGES = {
     "digits": {"denoising": 100, "ode": 32, "elbo": 359, "corruptions": 359},
-    "fashion-mnist": {"embedding": 1000, "denoising": 50, "ode": 4, "elbo": 64, "corruptions": 100},
+    "fashion-mnist": {"embedding": 2000, "denoising": 50, "ode": 4, "elbo": 128, "corruptions": 500},
 }
 BUDGETS = {"digits": (0.05, 0.1, 0.2), "fashion-mnist": (2 / 255, 4 / 255, 8 / 255)}
 ATTACKED = 100
