@@ -8,7 +8,8 @@ from typing import Any
 from benchmarks.environment import facts
 from cdm_fast.checkpoint import load_checkpoint, read_config
 from cdm_fast.config import RunConfig
-from cdm_fast.train import resume, train
+from cdm_fast.errors import UserError
+from cdm_fast.train import begun, resume, train
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -25,9 +26,18 @@ def add_row(path: Path, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def trained(config: RunConfig, run: Path) -> Path:
-    """The run directory, trained first if it is missing or unfinished; nothing is drawn on the way."""
+    """The run directory, trained first if it is missing or unfinished; nothing is drawn on the way.
+
+    Raises UserError for a directory that holds another run.
+    """
+    config = replace(config, output=replace(config.output, sample_every=0, evaluate_every=0))
     if not run.exists():
-        train(replace(config, output=replace(config.output, sample_every=0, evaluate_every=0)), run)
-    elif load_checkpoint(run, ()).state["step"] < read_config(run).train.steps:
+        train(config, run)
+        return run
+    stored = read_config(run)
+    same = begun(replace(config, output=stored.output), run)
+    if same is None:
+        raise UserError(f"{run} holds a run of other settings; give another --runs")
+    if load_checkpoint(run, ()).step < stored.train.steps:
         resume(run)
     return run

@@ -299,7 +299,9 @@ def check(config: RunConfig) -> None:
             " change one of them"
         )
     if train.objective == "cdm" and train.ce_weight == train.mse_weight == 0:
-        raise UserError("--ce-weight and --mse-weight are both 0, so nothing is trained; raise one of them")
+        raise UserError(
+            "--ce-weight and --mse-weight are both 0, so neither levels nor denoiser are trained; raise one"
+        )
     if config.network.conditioning != "none" and config.image.num_classes is None:
         raise UserError(
             f"--conditioning {config.network.conditioning} needs labels, and {source} has none;"

@@ -40,8 +40,8 @@ def cdm_loss(
     label: Tensor | None = None,  # (B,) int64, -1 for none
     ce_weight: float = 1e-3,
     mse_weight: float = 1.0,
-    class_weight: float = 0.0,
     generator: torch.Generator | None = None,
+    class_weight: float = 0.0,
 ) -> LossTerms:
     """`ce_weight CE(f(x_t), t) + mse_weight mean((eps_hat - eps)^2)` (CDM Alg. 1).
 
@@ -51,8 +51,8 @@ def cdm_loss(
 
     With joint logits the cross-entropy is over (level, class) pairs, and over levels alone for an input
     without label; the squared error is that of the label's denoiser, or of the marginal's. That cross-entropy
-    is `-log p(t | x_t) - log p(c | x_t, t)`; `class_weight` adds more of the second term, which the first
-    outweighs early in training. Every term by itself is smallest for the true densities.
+    is `-log p(t | x_t) - log p(c | x_t, t)`; `class_weight` adds the second term to the loss once more. Every
+    term by itself is smallest for the true densities.
     """
     if level is None:
         level = model.draw_levels(len(x0), generator)

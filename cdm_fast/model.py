@@ -314,7 +314,9 @@ class CDM(Energy):
         self, x: Tensor, level: Tensor, label: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """What training needs, from one evaluation: `(-log p(level, label | x) (B,) in nats, z[level] (B, K),
-        grad_x F(x, level))`; None for the second where the logits know no class."""
+        grad_x F(x, level))`. The second is None where the logits know no class; at pure noise it means
+        nothing.
+        """
         classes = self.joint_classes
         if classes >= MANY_CLASSES and isinstance(self.network, AdjointNetwork):
             return self.network.cross_entropy_and_ratio_gradient(x, level, label)

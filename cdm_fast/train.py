@@ -182,10 +182,10 @@ def resolve(config: RunConfig, data: ImageData, device: torch.device) -> RunConf
     image = ImageShape(height, channels, data.num_grey_levels, data.num_classes, class_counts(data))
     config = replace(config, image=image)
     check(config)
-    rank = head_rank(config) if config.network.conditioning == "joint" else None
+    if config.network.conditioning == "joint":
+        config = replace(config, network=replace(config.network, head_rank=head_rank(config)))
     return replace(
         config,
-        network=replace(config.network, head_rank=rank),
         train=replace(config.train, precision=pick_precision(config, device)),
     )
 

@@ -70,6 +70,9 @@ def test_cifar10_preset_is_the_papers_network():
         (changed("train", seed=-1), "--seed is -1"),
         (changed("train", accumulate=3), "--accumulate 3 does not divide --batch-size 128"),
         (changed("train", ce_weight=0.0, mse_weight=0.0), "both 0"),
+        (changed("train", class_weight=-1.0), "--class-weight is -1.0"),
+        (changed("train", class_weight=float("nan")), "--class-weight is nan"),
+        (changed("network", head_rank=-1), "--head-rank is -1"),
         (changed("output", keep=0), "--keep is 0"),
         (changed("output", sampling_steps=201), "--sampling-steps is 201, more than the levels of --T 200"),
         (changed("output", sampler="euler_ot"), "--sampler euler_ot needs --schedule ot"),
@@ -88,6 +91,17 @@ def test_joint_logits_need_a_cdm_and_images_of_every_class():
         check(replace(config, train=replace(config.train, objective="ddm")))
     with pytest.raises(UserError, match="no training image of class 1"):
         check(replace(config, image=replace(config.image, num_classes=3, class_counts=(5, 0, 2))))
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "objective"),
+    [("none", "cdm"), ("embedding", "cdm"), ("none", "classifier"), ("embedding", "ddm"), ("none", "ddm")],
+)
+def test_what_a_preset_says_of_joint_heads_is_left_aside_by_others(conditioning, objective):
+    config = preset("fashion-mnist")
+    assert config.network.head_rank and config.train.class_weight
+    network = replace(config.network, conditioning=conditioning)
+    build_model(replace(config, network=network, train=replace(config.train, objective=objective)))
 
 
 def test_conditioning_needs_labels():

@@ -147,6 +147,13 @@ def test_the_beginning_of_a_run_is_recognised(tmp_path, config, monkeypatch):
     assert begun(other, tmp_path / "run") is None
 
 
+def test_a_head_rank_that_no_head_takes_changes_no_run(tmp_path, config, monkeypatch):
+    monkeypatch.setattr("cdm_fast.train.write_final", lambda *_: {})
+    config = replace(config, network=replace(config.network, conditioning="none", head_rank=10))
+    train(config, tmp_path / "run", device="cpu")
+    assert begun(config, tmp_path / "run") is not None
+
+
 def worker_of(launcher: int, rank: int) -> int:
     """The process of that rank among the children of torchrun."""
     for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():

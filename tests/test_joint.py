@@ -3,6 +3,7 @@
 With joint logits `z[t,c] = log p(t, c | x) + const` one forward pass gives every class's density.
 """
 
+import functools
 import math
 
 import pytest
@@ -205,8 +206,9 @@ def test_head_cumulates_from_noise_down_and_starts_without_opinion():
         torch.testing.assert_close(z[:, t * K : (t + 1) * K], wanted, **EXACT)
 
 
-def test_low_rank_head_is_a_full_one_of_that_rank():
-    low = LowRankHead(4, num_levels=5, num_classes=K, rank=2).double()
+@pytest.mark.parametrize("rank", [1, 2, K, K + 1])
+def test_low_rank_head_is_a_full_one_of_that_rank(rank):
+    low = LowRankHead(4, num_levels=5, num_classes=K, rank=rank).double()
     h = torch.randn(6, 4, dtype=torch.float64)
     joint = low(h)[:, :-1].view(6, 4, K)
     torch.testing.assert_close(joint[:, :, 1], joint[:, :, 0], **EXACT)  # all classes alike at first
@@ -216,7 +218,7 @@ def test_low_rank_head_is_a_full_one_of_that_rank():
     vectors = torch.cat([torch.ones(K, 1, dtype=torch.float64), low.classes], dim=1)  # (K, R+1)
     with torch.no_grad():
         for mine, theirs in ((full.weight, low.weight), (full.bias, low.bias)):
-            rows = theirs[:-1].unflatten(0, (4, 3))
+            rows = theirs[:-1].unflatten(0, (4, rank + 1))
             mine[:-1] = torch.einsum("cr,tr...->tc...", vectors, rows).flatten(0, 1)
             mine[-1] = theirs[-1]
     torch.testing.assert_close(low(h), full(h), **EXACT)
@@ -229,6 +231,27 @@ def test_low_rank_head_is_a_full_one_of_that_rank():
         )
     for got, wanted in zip(low.told, full.told, strict=True):
         torch.testing.assert_close(got, wanted, **EXACT)
+
+
+@pytest.mark.parametrize("head", [JointHead(4, 5, K), LowRankHead(4, 5, K, rank=2)], ids=["full", "low-rank"])
+def test_autocast_leaves_the_head_in_full_precision(head):
+    for parameter in head.parameters():
+        nn.init.normal_(parameter)
+    h, level, weight = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 4, 2]), torch.randn(6, K)
+
+    def told():
+        cumulated = head.cumulated()
+        return (
+            head(h),
+            head.cotangent(h, cumulated, level),
+            head.weighted_cotangent(cumulated[0], level, weight),
+        )
+
+    expected = told()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = told()
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
 def test_one_class_is_the_plain_head():
@@ -253,8 +276,9 @@ def test_loss_and_guided_denoiser_compile_as_one_graph(name, label, relative_err
     network = NETWORKS[name]()
     model = CDM(network, SCHEDULE)
     x0, eps = torch.rand(6, *network.input_shape), torch.randn(6, *network.input_shape)
-    expected = gradients(cdm_loss(model, x0, LEVEL, eps, label).loss, network)
-    compiled = torch.compile(lambda *args: cdm_loss(model, *args).loss, fullgraph=True, backend="aot_eager")
+    loss = functools.partial(cdm_loss, model, class_weight=0.3)
+    expected = gradients(loss(x0, LEVEL, eps, label).loss, network)
+    compiled = torch.compile(lambda *args: loss(*args).loss, fullgraph=True, backend="aot_eager")
     got = gradients(compiled(x0, LEVEL, eps, label), network)
     assert relative_error(got, expected) < tolerance[torch.float32]
     with torch.no_grad():

@@ -19,7 +19,7 @@ from cdm_fast.errors import DiskError, UserError
 from cdm_fast.losses import noised_cdm_loss
 from cdm_fast.state import new_state
 from cdm_fast.step import Ema, derived_seed, draw_batch, learning_rate, make_loss, set_dropout, training_step
-from cdm_fast.train import resume, train
+from cdm_fast.train import resolve, resume, train
 from tests.tiny_run import GREY_LEVELS, tiny_config, write_images
 
 CPU = torch.device("cpu")
@@ -73,6 +73,26 @@ def test_step_is_plain_adam_on_the_loss(config):
     torch.testing.assert_close(weights(state.model), weights(plain), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(torch.stack(result[:4]), torch.stack([terms.loss, terms.ce, terms.mse, norm]))
     assert not result.bad
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_class_weight_adds_the_cross_entropy_of_classes(config, rank):
+    network = replace(config.network, conditioning="joint", head_rank=rank, dropout=0.0)
+    config = replace(config, network=network)
+    model = new_state(resolve(config, load_data(config.data.source), CPU), CPU).model
+    for parameter in model.network.linear_layer.parameters():
+        torch.nn.init.normal_(parameter)
+    batch = draw_batch(load_data(config.data.source), model, config, 0)
+    classes = model.num_classes
+    expected = 0.0
+    for z, level, label in zip(model.logits(batch.x_t).detach(), batch.level, batch.label, strict=True):
+        if label >= 0 and level <= config.schedule.T:
+            of_level = z[level * classes : (level + 1) * classes]
+            expected += float(of_level.logsumexp(0) - of_level[label]) / len(batch.x_t)
+    plain = make_loss(replace(config.train, class_weight=0.0))(model, batch).loss
+    weighted = make_loss(replace(config.train, class_weight=0.5))(model, batch).loss
+    assert expected > 0.1
+    assert float(weighted - plain) == pytest.approx(0.5 * expected, rel=1e-3)
 
 
 def test_parts_add_up_to_the_whole_batch(config, relative_error, tolerance):

@@ -97,7 +97,9 @@ class JointHead(CumulativeHead):
     ) -> Tensor:  # (B, D)
         """Gradient of `sum_c class_weight[c] (z_N - z[level, c])` with respect to the features."""
         of_noise = (class_weight.sum(1) - 1) * (level * self.rows_per_level < len(weight) - 1)
-        return head_cotangent(weight, level, self._row_weights(class_weight)) + of_noise[:, None] * weight[-1]
+        with full_precision(weight):
+            cotangent = head_cotangent(weight, level, self._row_weights(class_weight))
+        return cotangent + of_noise[:, None] * weight[-1]
 
     def at_level(
         self,
@@ -134,10 +136,11 @@ class JointHead(CumulativeHead):
 
 
 class LowRankHead(JointHead):
-    """As `JointHead`, for many classes: `z[t,c] = z_N - sum_{u>=t} (w[u,0] + sum_r v[c,r] w[u,r]) h`.
+    """As `JointHead`, out of a few rows a level and class vectors that all levels share.
 
-    The levels have R + 1 rows each instead of K, and the classes a vector v[c] of R numbers each, the same at
-    all levels. Classes start equal: v = 0.
+    `z[t,c] = z_N - sum_{u>=t} (w[u,0] + sum_r v[c,r] w[u,r]) h`: R + 1 rows a level, and for each class a
+    vector v[c] of R numbers, the same at all levels. With R < K - 1 it saves memory; with more it can be any
+    full head, and learns few classes faster than one. Classes start equal: v = 0.
 
     Args:
         in_features: D.
@@ -158,7 +161,8 @@ class LowRankHead(JointHead):
     def logits(self, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """(B, N), every class's: for few images or few classes."""
         basis = super().logits(h, weight, bias)
-        joint = low_rank_logits(basis[:, :-1].unflatten(1, (-1, self.rows_per_level)), self.classes)
+        with full_precision(h):
+            joint = low_rank_logits(basis[:, :-1].unflatten(1, (-1, self.rows_per_level)), self.classes)
         return torch.cat([joint.flatten(1), basis[:, -1:]], dim=1)
 
     def cross_entropy(
