@@ -92,7 +92,7 @@ def test_class_weight_adds_the_cross_entropy_of_classes(config, rank):
     plain = make_loss(replace(config.train, class_weight=0.0))(model, batch).loss
     weighted = make_loss(replace(config.train, class_weight=0.5))(model, batch).loss
     assert expected > 0.1
-    assert float(weighted - plain) == pytest.approx(0.5 * expected, rel=1e-3)
+    assert float((weighted - plain).detach()) == pytest.approx(0.5 * expected, rel=1e-3)
 
 
 def test_parts_add_up_to_the_whole_batch(config, relative_error, tolerance):
