@@ -30,14 +30,10 @@ def trained(config: RunConfig, run: Path) -> Path:
 
     Raises UserError for a directory that holds another run.
     """
-    config = replace(config, output=replace(config.output, sample_every=0, evaluate_every=0))
     if not run.exists():
-        train(config, run)
-        return run
-    stored = read_config(run)
-    same = begun(replace(config, output=stored.output), run)
-    if same is None:
+        train(replace(config, output=replace(config.output, sample_every=0, evaluate_every=0)), run)
+    elif begun(config, run) is None or read_config(run).train.steps != config.train.steps:
         raise UserError(f"{run} holds a run of other settings; give another --runs")
-    if load_checkpoint(run, ()).step < stored.train.steps:
+    elif load_checkpoint(run, ()).step < config.train.steps:
         resume(run)
     return run

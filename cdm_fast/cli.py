@@ -34,7 +34,7 @@ from cdm_fast.arguments import (
 )
 from cdm_fast.config import preset
 from cdm_fast.errors import UserError
-from cdm_fast.processes import launched
+from cdm_fast.processes import launched, starts_again
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -107,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status.
 
     With `--json` stdout is exactly one JSON object, {"error": ...} if the command failed; everything else,
-    the output of libraries included, goes to stderr. Of several processes the one of rank 0 prints.
+    the output of libraries included, goes to stderr. Of several processes the one of rank 0 prints, and of
+    several starts by torchrun the last.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     process = launched()
@@ -145,7 +146,7 @@ def _refuse(message: str, as_json: bool) -> int:
     """Tells what the user can put right, on one line; returns the exit status."""
     line = " ".join(message.split())
     print(f"cdm-fast: error: {line}", file=sys.stderr)
-    if as_json:
+    if as_json and not starts_again():
         print(json.dumps({"error": line}))
     return 2
 

@@ -30,6 +30,12 @@ def launched() -> Process | None:
     return Process(rank, count, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", count)))
 
 
+def starts_again() -> bool:
+    """Whether torchrun would start this command once more if it failed."""
+    count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    return count < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+
+
 _joined = Process()
 
 
