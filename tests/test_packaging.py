@@ -16,7 +16,7 @@ import pytest
 import cdm_fast
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("cdm_fast", "kernels", "csrc", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+SOURCES = ("cdm_fast", "kernels", "csrc", "building", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 HEAVY = {"torch", "numpy", "matplotlib", "sklearn", "PIL", "scipy", "safetensors"}
 
 
@@ -59,8 +59,11 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     binaries = {name for name in names if re.fullmatch(r"cdm_fast/_C\.[\w.-]+\.(so|pyd)", name)}
+        record = json.loads(archive.read("cdm_fast/_build.json")) if "none-any" not in wheel.name else None
+    expected |= {"cdm_fast/_build.json"} if record else set()
+    expected |= {"cdm_fast/_build.log"} if record and record["log"] else set()
     assert names - binaries == expected
-    assert len(binaries) == (0 if "none-any" in wheel.name else 1)
+    assert len(binaries) == (1 if record and record["built"] else 0)
 
 
 def test_the_wheel_has_licence_entry_point_and_dependencies(wheel):
