@@ -58,8 +58,8 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel):
     expected |= {"cdm_fast/py.typed"}
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    binaries = {name for name in names if re.fullmatch(r"cdm_fast/_C\.[\w.-]+\.(so|pyd)", name)}
         record = json.loads(archive.read("cdm_fast/_build.json")) if "none-any" not in wheel.name else None
+    binaries = {name for name in names if re.fullmatch(r"cdm_fast/_C\.[\w.-]+\.(so|pyd)", name)}
     expected |= {"cdm_fast/_build.json"} if record else set()
     expected |= {"cdm_fast/_build.log"} if record and record["log"] else set()
     assert names - binaries == expected
