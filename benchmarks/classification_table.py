@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sklearn.model_selection import GridSearchCV
-from sklearn.svm import SVC
 
 from benchmarks.studies import add_row, read_rows, trained
 from cdm_fast import load
@@ -33,6 +31,7 @@ from cdm_fast.data import ImageData, load_data
 from cdm_fast.discriminative import Classifier
 from cdm_fast.likelihood import evaluate_elbo
 from cdm_fast.model import CDM
+from cdm_fast.optional import need
 from cdm_fast.progress import to_stderr
 from cdm_fast.report import run_data
 from cdm_fast.robustness import evaluate_corruptions
@@ -143,7 +142,8 @@ def support_vectors(seed: int) -> dict[str, Any]:
     x = [part.images.flatten(1).numpy() / 16 for part in parts]
     y = [part.labels.numpy() for part in parts if part.labels is not None]
     grid = {"C": [1, 3, 10, 30], "gamma": [0.02, 0.05, 0.1, 0.2, "scale"]}
-    search = GridSearchCV(SVC(), grid, cv=5).fit(np.concatenate(x[:2]), np.concatenate(y[:2]))
+    selection, svm = need("sklearn.model_selection", "the SVM"), need("sklearn.svm", "the SVM")
+    search = selection.GridSearchCV(svm.SVC(), grid, cv=5).fit(np.concatenate(x[:2]), np.concatenate(y[:2]))
     accuracy = float(search.score(x[2], y[2]))
     return {"accuracy": accuracy, "num_images": len(y[2]), **search.best_params_}
 

@@ -18,8 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.mixture import GaussianMixture
-from sklearn.neighbors import KernelDensity
 from torch import Tensor
 
 from benchmarks.studies import add_row, read_rows
@@ -28,6 +26,7 @@ from cdm_fast.checkpoint import load_checkpoint
 from cdm_fast.data import dequantize, load_data
 from cdm_fast.likelihood import evaluate, evaluate_elbo
 from cdm_fast.likelihood.images import bits_per_dim, draw_generator, stderr
+from cdm_fast.optional import need
 
 DRAWS = 3  # of dequantisation noise at the test images
 COPIES = 10  # dequantised copies of the training images, for estimators that take a fixed set
@@ -61,9 +60,13 @@ def best(fits: Iterable[tuple[str, Any]]) -> tuple[str, Any]:
 
 def gaussian_mixture() -> tuple[str, Score]:
     """Full covariances."""
+    fit = need("sklearn.mixture", "a Gaussian mixture").GaussianMixture
     x = np.concatenate([rows("train", copy).numpy() for copy in range(COPIES)])
     name, model = best(
-        (f"{k} components, ridge {ridge:g}", GaussianMixture(k, reg_covar=ridge, random_state=0).fit(x))
+        (
+            f"{k} components, ridge {ridge:g}",
+            fit(k, reg_covar=ridge, random_state=0).fit(x),
+        )
         for k in COMPONENTS
         for ridge in RIDGES
     )
@@ -72,9 +75,10 @@ def gaussian_mixture() -> tuple[str, Score]:
 
 def kernel_density() -> tuple[str, Score]:
     """Gaussian kernels at the training images."""
+    neighbours = need("sklearn.neighbors", "a kernel density")
     x = np.concatenate([rows("train", copy).numpy() for copy in range(COPIES)])
     name, model = best(
-        (f"bandwidth {width:g}", KernelDensity(bandwidth=width).fit(x)) for width in BANDWIDTHS
+        (f"bandwidth {width:g}", neighbours.KernelDensity(bandwidth=width).fit(x)) for width in BANDWIDTHS
     )
     return name, lambda x: torch.from_numpy(model.score_samples(x.double().numpy()))
 

@@ -16,13 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import sklearn.datasets
-import sklearn.mixture
 import torch
 
 from benchmarks.studies import add_row, read_rows
 from cdm_fast.density_ratio import CDMDensity, MutualInformation
 from cdm_fast.likelihood import flow_log_prob
+from cdm_fast.optional import need
 from tests.analytic import GaussianMixture, random_mixture
 
 MIXTURE_ROWS, TEST_ROWS = 200_000, 5_000
@@ -51,9 +50,10 @@ def mixture(dim: int) -> GaussianMixture:
     """8 components with full covariances, or at 64-D ten fitted to dequantised digits."""
     if dim != 64:
         return random_mixture(dim, 8, seed=0)
-    digits = sklearn.datasets.load_digits().data
+    digits = need("sklearn.datasets", "the mixture of digits").load_digits().data
     x = 2 * (digits + np.random.default_rng(0).random(digits.shape)) / 17 - 1
-    fitted = sklearn.mixture.GaussianMixture(10, reg_covar=1e-3, random_state=0).fit(x)
+    mixture = need("sklearn.mixture", "the mixture of digits")
+    fitted = mixture.GaussianMixture(10, reg_covar=1e-3, random_state=0).fit(x)
     return GaussianMixture(*map(torch.from_numpy, (fitted.weights_, fitted.means_, fitted.covariances_)))
 
 

@@ -6,12 +6,8 @@ python -m benchmarks.plot_scaling RESULT.json PICTURE.png
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 from benchmarks.report import BadResult, read
+from cdm_fast.optional import need
 
 
 def draw(result: Path, picture: Path) -> None:
@@ -24,6 +20,8 @@ def draw(result: Path, picture: Path) -> None:
     figures = [figure for figure in run.figures if figure["benchmark"] == "scaling" and "shape" in figure]
     if not figures:
         raise BadResult(f"{result}: no figures of bench_scaling.py; take them with its command")
+    need("matplotlib", "drawing").use("Agg")
+    plt = need("matplotlib.pyplot", "drawing")
     fig, (speed, share) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for size in sorted({figure["shape"][-1] for figure in figures}):
         rows = sorted((f for f in figures if f["shape"][-1] == size), key=lambda f: f["shape"][0])

@@ -12,15 +12,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib
 import torch
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 from benchmarks.environment import facts
 from cdm_fast.build import pick_device
 from cdm_fast.config import RunConfig, preset
+from cdm_fast.optional import need
 from cdm_fast.report import run_data
 from cdm_fast.state import new_state
 from cdm_fast.step import derived_seed, draw_batch, learning_rate, make_loss, training_step
@@ -74,6 +71,8 @@ def main() -> None:
     }
     print(json.dumps(summary, indent=1))
     if options.out is not None:
+        need("matplotlib", "drawing").use("Agg")
+        plt = need("matplotlib.pyplot", "drawing")
         plt.figure(layout="constrained")
         for name, curve in curves.items():
             plt.plot(curve, label=name, lw=1)

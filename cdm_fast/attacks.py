@@ -12,7 +12,6 @@ from types import ModuleType
 from typing import Any, get_args
 
 import torch
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from cdm_fast.arguments import AttackName, AttackNorm
@@ -22,6 +21,7 @@ from cdm_fast.discriminative import Classifier
 from cdm_fast.errors import UserError
 from cdm_fast.likelihood.images import choose, like_network, require_likelihood, stderr
 from cdm_fast.model import CDM, measures
+from cdm_fast.optional import need
 from cdm_fast.progress import Progress, silent
 from cdm_fast.square_attack import SquareAttack
 
@@ -200,6 +200,7 @@ def evaluate_attack(
 def auroc(higher: Tensor, lower: Tensor) -> float:
     """The chance that a value of `higher` exceeds one of `lower`, ties counting half."""
     kind = torch.cat([torch.ones(len(higher)), torch.zeros(len(lower))])
+    roc_auc_score = need("sklearn.metrics", "AUROC").roc_auc_score
     return float(roc_auc_score(kind.numpy(), torch.cat([higher, lower]).double().numpy()))
 
 

@@ -7,9 +7,8 @@ and the tree as JSON is the `config.json` of a run directory. Nothing here impor
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
-import tyro
-
 from cdm_fast.errors import UserError
+from cdm_fast.flags import Suppress, arg
 
 Sampler = Literal["ddpm", "ddim", "dpm_solver_pp_2m", "heun", "euler_ot"]
 Preset = Literal[
@@ -30,7 +29,7 @@ Compile = Literal["auto", "off", "default", "reduce-overhead"]
 class DataConfig:
     """Where the images come from."""
 
-    source: Annotated[str, tyro.conf.arg(name="data")] = "digits"
+    source: Annotated[str, arg(name="data")] = "digits"
     """`digits`, a folder of IDX files (MNIST family), a CIFAR binary folder, an image folder or zip, an .npz,
     or hf:NAME."""
     image_size: int | None = None
@@ -192,7 +191,7 @@ class RunConfig:
     """Everything that decides what a run computes and writes."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    image: tyro.conf.Suppress[ImageShape] = field(default_factory=ImageShape)
+    image: Suppress[ImageShape] = field(default_factory=ImageShape)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

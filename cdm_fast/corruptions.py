@@ -25,10 +25,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as nnf
-from PIL import Image
 from torch import Tensor
 
 from cdm_fast.errors import UserError
+from cdm_fast.optional import need
 
 SEVERITIES = (1, 2, 3, 4, 5)
 BASE = 32  # side of the images for which the strengths below are given, pixels
@@ -193,11 +193,12 @@ def jpeg_compression(x: Tensor, severity: int, generator: torch.Generator) -> Te
     """Pillow's JPEG of 8-bit pixels at quality 80 to 40."""
     quality = (80, 65, 58, 50, 40)[severity]
     pixels = (x.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    pillow = need("PIL.Image", "JPEG compression")
     decoded = []
     for image in pixels:
         file = io.BytesIO()
-        Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(file, "JPEG", quality=quality)
-        with Image.open(file) as read:
+        pillow.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(file, "JPEG", quality=quality)
+        with pillow.open(file) as read:
             decoded.append(np.asarray(read).reshape(image.shape))
     return torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).float() / 255
 

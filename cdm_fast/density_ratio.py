@@ -8,18 +8,16 @@ inside, and nothing is printed unless `verbose`.
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from sklearn.base import BaseEstimator, DensityMixin
-from sklearn.utils import ClassifierTags, Tags, check_random_state
-from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 from torch import Tensor
 
 from cdm_fast.errors import UserError
 from cdm_fast.model import CDM, log_normal
+from cdm_fast.optional import WithoutSklearn, without_sklearn
 from cdm_fast.sampling import sample
 from cdm_fast.schedule import NoiseSchedule
 from cdm_fast.vectors import (
@@ -33,6 +31,24 @@ from cdm_fast.vectors import (
     separate_values,
     train_cdm,
 )
+
+if TYPE_CHECKING:
+    from sklearn.base import BaseEstimator, DensityMixin
+    from sklearn.utils import ClassifierTags, Tags, check_random_state
+    from sklearn.utils.validation import check_array, check_is_fitted, validate_data
+else:
+    try:
+        from sklearn.base import BaseEstimator, DensityMixin
+        from sklearn.utils import ClassifierTags, Tags, check_random_state
+        from sklearn.utils.validation import check_array, check_is_fitted, validate_data
+    except ImportError:
+        BaseEstimator = WithoutSklearn
+
+        class DensityMixin:
+            """Nothing."""
+
+        check_array = without_sklearn
+        Tags = Any
 
 
 class _Estimator(BaseEstimator):

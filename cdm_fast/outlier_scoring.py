@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from sklearn.metrics import roc_curve
 from torch import Tensor
 
 from cdm_fast.arguments import Score
@@ -15,6 +14,7 @@ from cdm_fast.likelihood import calibrate_sigma
 from cdm_fast.likelihood.export import write_per_image
 from cdm_fast.likelihood.images import choose, draw_generator, require_likelihood
 from cdm_fast.model import CDM, Denoiser
+from cdm_fast.optional import need
 from cdm_fast.outliers import (
     SCORES,
     OutlierReport,
@@ -130,6 +130,7 @@ def _draw_ranking(run: Path, report: OutlierReport, data: ImageData, other: Imag
         for name in SCORES:
             kind = torch.cat([torch.zeros(len(data)), torch.ones(len(other))])
             values = torch.cat([report.scores[name], theirs[name]])
+            roc_curve = need("sklearn.metrics", "the ROC curve").roc_curve
             curves[name] = roc_curve(kind.numpy(), values.numpy())[:2]
     return write_outliers(
         shown, bits, report.reference_bits_per_dim, report.to_json(), curves, run / "score.png"

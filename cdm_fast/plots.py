@@ -11,20 +11,22 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from cdm_fast.errors import UserError
 from cdm_fast.files import write_atomically
+from cdm_fast.optional import need
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
 
 # Panels of the loss picture: key in log.jsonl -> (title, logarithmic axis).
 LOSS_PANELS = {
@@ -112,7 +114,7 @@ def write_confusion(
         matrix,
         origin="lower",
         extent=(-0.5, last + 0.5, -0.5, last + 0.5),
-        norm=PowerNorm(0.5, vmin=0),
+        norm=_square_root_colours(),
         cmap="viridis",
         interpolation="nearest",
     )
@@ -151,8 +153,7 @@ def write_rows(
 ) -> Path:
     """Rows of images with their names, enlarged smoothly so that a person can read tiny ones, as a PNG."""
     sheet = _sheet(rows)
-    figure = Figure(figsize=(1 + sheet.shape[1] / 100, 0.5 + sheet.shape[0] / 100), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _empty_figure(1 + sheet.shape[1] / 100, 0.5 + sheet.shape[0] / 100)
     axes = figure.subplots()
     _show_sheet(axes, sheet, list(rows), columns)
     axes.set_title(title, fontsize=10)
@@ -172,7 +173,7 @@ def _sheet(rows: Mapping[str, Tensor]) -> NDArray[np.uint8]:
     return sheet
 
 
-def _show_sheet(axes: Axes, sheet: NDArray[np.uint8], rows: Sequence[str], columns: Sequence[str]) -> None:
+def _show_sheet(axes: "Axes", sheet: NDArray[np.uint8], rows: Sequence[str], columns: Sequence[str]) -> None:
     """A sheet with the names of its rows, and of its columns if they have any."""
     height = sheet.shape[0] / len(rows)
     width = sheet.shape[1] / max(1, len(columns))
@@ -204,7 +205,7 @@ def write_classes(
     figure, (matrix, diagram) = _figure(2, height=4.6)
     confusion = np.asarray(report["confusion"], dtype=np.float64)
     rows = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    image = matrix.imshow(rows, norm=PowerNorm(0.5, vmin=0, vmax=1), cmap="viridis", interpolation="nearest")
+    image = matrix.imshow(rows, norm=_square_root_colours(vmax=1), cmap="viridis", interpolation="nearest")
     figure.colorbar(image, ax=matrix, label="share of the true class", shrink=0.7)
     for row, column in np.argwhere(confusion) if len(confusion) <= 20 else ():
         colour = "black" if rows[row, column] > 0.4 else "white"
@@ -382,7 +383,7 @@ def write_acceptance(
 
 
 def _by_level(
-    axes: Axes, levels: ArrayLike, values: ArrayLike, errors: ArrayLike, name: str | None = None
+    axes: "Axes", levels: ArrayLike, values: ArrayLike, errors: ArrayLike, name: str | None = None
 ) -> None:
     """Values with error bars over a line at 0, where a normalised density would be."""
     axes.axhline(0.0, color="grey", linestyle="--", linewidth=0.8)
@@ -391,13 +392,24 @@ def _by_level(
     )
 
 
-def _figure(num_panels: int, height: float = 3.2) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(4.8 * num_panels, height), layout="constrained")
-    FigureCanvasAgg(figure)
+def _empty_figure(width: float, height: float) -> "Figure":  # in inches
+    """A figure that Agg draws; UserError without matplotlib."""
+    figure = need("matplotlib.figure", "drawing plots").Figure(figsize=(width, height), layout="constrained")
+    need("matplotlib.backends.backend_agg", "drawing plots").FigureCanvasAgg(figure)
+    return figure
+
+
+def _square_root_colours(vmax: float | None = None) -> "PowerNorm":
+    """Colours that follow the square root of a value from 0 on."""
+    return need("matplotlib.colors", "drawing plots").PowerNorm(0.5, vmin=0, vmax=vmax)
+
+
+def _figure(num_panels: int, height: float = 3.2) -> "tuple[Figure, list[Axes]]":
+    figure = _empty_figure(4.8 * num_panels, height)
     return figure, list(figure.subplots(1, num_panels, squeeze=False)[0])
 
 
-def _label(axes: Axes, title: str, x: str, y: str | None = None) -> None:
+def _label(axes: "Axes", title: str, x: str, y: str | None = None) -> None:
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(x)
     if y is None:
@@ -406,7 +418,7 @@ def _label(axes: Axes, title: str, x: str, y: str | None = None) -> None:
         axes.set_ylabel(y)
 
 
-def _write(figure: Figure, path: str | Path) -> Path:
+def _write(figure: "Figure", path: str | Path) -> Path:
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110)
     # A figure is a cycle of megabytes in few objects: left to itself the collector comes late. This takes the

@@ -4,22 +4,23 @@ import contextlib
 import json
 import math
 import os
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typing import TYPE_CHECKING, Protocol, Self
 
 from cdm_fast.config import RunConfig
 from cdm_fast.config_json import to_json
 from cdm_fast.errors import DiskError, UserError
 from cdm_fast.files import write_atomically
 from cdm_fast.processes import is_main
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 Numbers = Mapping[str, float | int | str | None]
 
@@ -184,51 +185,70 @@ class Display:
     _SECONDS_BETWEEN = 1.0
 
     def __init__(self, start: int, total: int) -> None:
-        self._console = Console(stderr=True, highlight=False, quiet=not is_main())
         self._total = total
         self._shown = 0.0
-        self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TextColumn("ETA"),
-            TimeRemainingColumn(elapsed_when_finished=True, compact=True),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        self._task = self._bar.add_task("training", total=total, completed=start, numbers="")
+        self._bar = _progress_bar()
+        if self._bar is not None:
+            self._task = self._bar.add_task("training", total=total, completed=start, numbers="")
 
     def __enter__(self) -> Self:
-        self._bar.start()
+        if self._bar is not None:
+            self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        if self._bar is not None:
+            self._bar.stop()
 
     def due(self) -> bool:
-        """True once a second on a terminal, never elsewhere."""
-        return self._console.is_terminal and time.monotonic() - self._shown >= self._SECONDS_BETWEEN
+        """True once a second where there is a bar, never elsewhere."""
+        return self._bar is not None and time.monotonic() - self._shown >= self._SECONDS_BETWEEN
 
     def advance(self, step: int) -> None:
         """Moves the bar to `step`."""
-        self._bar.update(self._task, completed=step)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
 
     def show(self, step: int, numbers: Numbers) -> None:
         """Puts the numbers beside the bar."""
         self._shown = time.monotonic()
-        self._bar.update(self._task, completed=step, numbers=_text(numbers))
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, numbers=_text(numbers))
 
     def line(self, step: int, numbers: Numbers) -> None:
         """Prints the numbers where there is no bar."""
-        if not self._console.is_terminal:
+        if self._bar is None:
             self.say(f"step {step}/{self._total}  {_text(numbers)}")
 
     def say(self, message: str) -> None:
-        """Prints one line above the bar."""
-        self._console.print(message, soft_wrap=True, markup=False)
+        """Prints one line, above the bar if there is one; only one of several processes does."""
+        if self._bar is not None:
+            self._bar.console.print(message, soft_wrap=True, markup=False)
+        elif is_main():
+            print(message, file=sys.stderr, flush=True)
+
+
+def _progress_bar() -> "Progress | None":
+    """rich's progress bar; None where stderr is no terminal, in all processes but one, or without rich."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        return None
+    console = Console(stderr=True, highlight=False)
+    if not (console.is_terminal and is_main()):
+        return None
+    return Progress(
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[numbers]}"),
+        TextColumn("ETA"),
+        TimeRemainingColumn(elapsed_when_finished=True, compact=True),
+        console=console,
+    )
 
 
 _FORMATS = {

@@ -15,6 +15,7 @@ from cdm_fast.data.pictures import Pixels
 from cdm_fast.data.reading import bad, check_size, error_text, open_regular
 from cdm_fast.data.source import Part, Source, array_part, check_labels, make_source
 from cdm_fast.errors import UserError
+from cdm_fast.optional import need
 
 _IDX_STEMS = {"train": "train", "test": "t10k"}
 _IDX_BYTES = 0x08
@@ -29,9 +30,7 @@ _CIFAR_PIXELS = 3 * 32 * 32
 
 def read_digits() -> Source:
     """scikit-learn's 1,797 handwritten digits: 8x8, 17 grey levels (0..16), 10 classes, no shipped splits."""
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
+    found = need("sklearn.datasets", "the data source digits").load_digits()
     images = found.images.astype(np.uint8)[:, None]
     parts = {"train": array_part("digits", images, found.target.astype(np.int64), num_grey_levels=17)}
     return make_source("digits", parts, num_grey_levels=17, num_classes=10)

@@ -7,18 +7,23 @@ import math
 import struct
 import warnings
 import zlib
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from cdm_fast.data.pixels import quantize
 from cdm_fast.data.reading import MAX_PICTURE_BYTES, bad, error_text, read_bytes
 from cdm_fast.errors import UserError
 from cdm_fast.files import write_atomically
+from cdm_fast.optional import need
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".pgm", ".ppm", ".pnm"})
 MAX_PIXELS = 2**25  # of one picture before resizing; 4 bytes each in every copy while it is decoded
@@ -38,10 +43,14 @@ _DECODE_ERRORS = (
     ZeroDivisionError,
     struct.error,
     zlib.error,
-    Image.DecompressionBombError,
 )
 
 Pixels = NDArray[np.uint8]
+
+
+def _pillow() -> Any:
+    """The module PIL.Image, which also turns arrays into pictures; UserError without pillow."""
+    return need("PIL.Image", "reading and writing pictures")
 
 
 def check_shape(image_size: int | None, channels: int | None) -> None:
@@ -58,26 +67,27 @@ def decode(content: bytes, name: object, image_size: int | None, channels: int |
     Returns (C,H,W) uint8. Raises UserError, naming `name`, for anything but a whole PNG, JPEG, BMP, WebP or
     PNM picture of at most 2**25 pixels with 8 bits a channel and no transparency.
     """
+    pillow = _pillow()
     try:
         # The warnings that are silenced are of damaged EXIF tags and of sizes that we judge ourselves.
         with (
             warnings.catch_warnings(action="ignore"),
-            Image.open(io.BytesIO(content), formats=_FORMATS) as image,
+            pillow.open(io.BytesIO(content), formats=_FORMATS) as image,
         ):
             if math.prod(image.size) > MAX_PIXELS:
                 raise bad(name, f"has {image.width}x{image.height} pixels, over {MAX_PIXELS}; scale it down")
-            ImageOps.exif_transpose(image, in_place=True)
+            import_module("PIL.ImageOps").exif_transpose(image, in_place=True)
             plain = _grey_or_colour(image, name)
     except UserError:
         raise
-    except Image.UnidentifiedImageError:
+    except pillow.UnidentifiedImageError:
         raise bad(name, "is not a PNG, JPEG, BMP, WebP or PNM picture; convert it to PNG") from None
-    except _DECODE_ERRORS as error:
+    except (*_DECODE_ERRORS, pillow.DecompressionBombError) as error:
         raise bad(name, f"is damaged or truncated ({error_text(error)}); replace or remove it") from None
     return _to_array(_fit(plain, image_size, channels))
 
 
-def _grey_or_colour(image: Image.Image, name: object) -> Image.Image:
+def _grey_or_colour(image: "Image", name: object) -> "Image":
     """The picture in mode L or RGB; UserError if that would lose depth or transparency."""
     if image.mode in ("L", "RGB") and "transparency" not in image.info:
         return image.copy()
@@ -95,7 +105,7 @@ def _grey_or_colour(image: Image.Image, name: object) -> Image.Image:
     return with_alpha.convert(with_alpha.mode[:-1])
 
 
-def _fit(image: Image.Image, image_size: int | None, channels: int | None) -> Image.Image:
+def _fit(image: "Image", image_size: int | None, channels: int | None) -> "Image":
     if channels is not None:
         image = image.convert("L" if channels == 1 else "RGB")
     if image_size is None or image.size == (image_size, image_size):
@@ -104,10 +114,10 @@ def _fit(image: Image.Image, image_size: int | None, channels: int | None) -> Im
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     box = (left, top, left + side, top + side)
-    return image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
+    return image.resize((image_size, image_size), _pillow().Resampling.BICUBIC, box=box)
 
 
-def _to_array(image: Image.Image) -> Pixels:
+def _to_array(image: "Image") -> Pixels:
     pixels = np.asarray(image)
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
@@ -129,7 +139,7 @@ def reshape(images: Pixels, num_grey_levels: int, image_size: int | None, channe
     side = (height, width) if image_size is None else (image_size, image_size)
     out = np.empty((len(images), channels or own_channels, *side), np.uint8)
     for target, pixels in zip(out, images, strict=True):
-        picture = Image.fromarray(
+        picture = _pillow().fromarray(
             pixels[0] if own_channels == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0))
         )
         target[:] = _to_array(_fit(picture, image_size, channels))
@@ -180,7 +190,7 @@ def write_image(image: Tensor, path: str | Path) -> None:
 
 def _write_png(pixels: Tensor, path: str | Path) -> None:
     """(C,H,W) uint8 on the CPU as a PNG file."""
-    picture = Image.fromarray(
+    picture = _pillow().fromarray(
         pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).contiguous().numpy()
     )
     buffer = io.BytesIO()
