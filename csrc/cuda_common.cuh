@@ -17,8 +17,16 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <limits>
 #include <stdexcept>
 #include <string>
+#include <utility>
+
+// Shared memory is declared through these two, so that tests/cuda_on_cpu can give it bounds on a host.
+#ifndef CDM_SHARED_ARRAY
+#define CDM_SHARED_ARRAY(type, name, count) __shared__ type name[count]
+#define CDM_DYNAMIC_SHARED(type, name) extern __shared__ __align__(16) type name[]
+#endif
 
 namespace cdm {
 
@@ -79,12 +87,53 @@ inline cudaStream_t stream_of(const Tensor& tensor) {
     return static_cast<cudaStream_t>(stream);
 }
 
-inline void check_launch(const char* name) {
-    const cudaError_t error = cudaGetLastError();
-    if (error != cudaSuccess) throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
+// Throws for a call that failed. The runtime would also hand the error to the next cudaGetLastError(), and so
+// to whoever calls it after a good call: it is taken back here.
+inline void check(cudaError_t error, const char* op) {
+    if (error == cudaSuccess) return;
+    cudaGetLastError();
+    throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(error));
 }
 
-// Calls f(a value of the C++ type of `type`): fp32, bf16 or fp16.
+// Raises the dynamic shared memory that blocks of `kernel` may have; false if the device has less.
+template <typename... Parameters>
+bool allow_shared(void (*kernel)(Parameters...), int64_t bytes) {
+    constexpr int64_t always_allowed = 48 * 1024;
+    if (bytes <= always_allowed) return true;
+    if (bytes > std::numeric_limits<int>::max()) return false;
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)) ==
+        cudaSuccess)
+        return true;
+    cudaGetLastError();  // answered for: it is not the next launch's
+    return false;
+}
+
+struct Launch {
+    const char* op;  // what an error names
+    int64_t blocks;
+    int threads;
+    cudaStream_t stream;
+    int64_t shared_bytes = 0;
+};
+
+// Every launch goes through here. Blocks are numbered along x, which takes 2^31 - 1 of them (y and z:
+// 65,535).
+template <typename... Parameters, typename... Arguments>
+void launch_kernel(const Launch& launch, void (*kernel)(Parameters...), Arguments&&... arguments) {
+    constexpr int64_t most = std::numeric_limits<int>::max();
+    if (launch.blocks > most)
+        throw std::runtime_error(std::string(launch.op) + ": " + std::to_string(launch.blocks) +
+                                 " blocks are more than the " + std::to_string(most) +
+                                 " of one launch; call it on parts of the batch");
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(launch.blocks));
+    config.blockDim = dim3(static_cast<unsigned>(launch.threads));
+    config.dynamicSmemBytes = static_cast<size_t>(launch.shared_bytes);
+    config.stream = launch.stream;
+    check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), launch.op);
+}
+
+// Calls f(a value of the C++ type of `type`): fp32, bf16 or fp16; throws for any other.
 template <typename F>
 void with_float_type(ScalarType type, const F& f) {
     switch (type) {
@@ -92,8 +141,10 @@ void with_float_type(ScalarType type, const F& f) {
             return f(__nv_bfloat16());
         case ScalarType::Half:
             return f(__half());
-        default:
+        case ScalarType::Float:
             return f(float());
+        default:
+            throw std::runtime_error("the CUDA kernels take float32, bfloat16 and float16");
     }
 }
 

@@ -63,21 +63,18 @@ __global__ void __launch_bounds__(kThreads) elementwise(const DenoiseArguments p
 template <Kind kind, typename G, typename Out>
 void launch_elementwise(const DenoiseArguments& arguments, cudaStream_t stream) {
     const int64_t size = arguments.batch * arguments.image_size;
-    const unsigned blocks = static_cast<unsigned>(ceil_div(size, kThreads * kElements));
+    const Launch launch = {"denoise", ceil_div(size, kThreads * kElements), kThreads, stream};
     const bool packed = arguments.image_size % kElements == 0 &&
                         are_aligned({arguments.grad_x, arguments.x, arguments.eps, arguments.out});
-    if (packed)
-        elementwise<kind, G, Out, true><<<blocks, kThreads, 0, stream>>>(arguments);
-    else
-        elementwise<kind, G, Out, false><<<blocks, kThreads, 0, stream>>>(arguments);
-    check_launch("denoise");
+    launch_kernel(launch, packed ? elementwise<kind, G, Out, true> : elementwise<kind, G, Out, false>,
+                  arguments);
 }
 
 // One tile of one image: its squared error goes to partial[image * tiles + tile].
 template <typename G, bool packed>
 __global__ void __launch_bounds__(kThreads)
     loss_tiles(const DenoiseArguments p, float* partial, int64_t tiles) {
-    __shared__ float shared[32];
+    CDM_SHARED_ARRAY(float, shared, 32);
     const int64_t image = blockIdx.x / tiles, tile = blockIdx.x % tiles;
     const int64_t start = image * p.image_size;
     const int64_t begin = start + tile * kTile;
@@ -109,7 +106,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads) sum_tiles(const float* partial, int64_t tiles, float* out) {
-    __shared__ float shared[32];
+    CDM_SHARED_ARRAY(float, shared, 32);
     float sum = 0.0f;
     for (int64_t tile = threadIdx.x; tile < tiles; tile += kThreads)
         sum += partial[blockIdx.x * tiles + tile];
@@ -120,19 +117,19 @@ __global__ void __launch_bounds__(kThreads) sum_tiles(const float* partial, int6
 template <typename G>
 void launch_loss(const DenoiseArguments& arguments, const Tensor& like, cudaStream_t stream) {
     const int64_t tiles = ceil_div(arguments.image_size, kTile);
-    const unsigned blocks = static_cast<unsigned>(arguments.batch * tiles);
+    const Launch launch = {"denoise_loss", arguments.batch * tiles, kThreads, stream};
     const bool packed =
         arguments.image_size % kElements == 0 && are_aligned({arguments.grad_x, arguments.x, arguments.eps});
     const Tensor partial = torch::stable::new_empty(like, {arguments.batch * tiles}, ScalarType::Float);
     float* sums = static_cast<float*>(tiles == 1 ? arguments.out : partial.data_ptr());
-    if (packed)
-        loss_tiles<G, true><<<blocks, kThreads, 0, stream>>>(arguments, sums, tiles);
-    else
-        loss_tiles<G, false><<<blocks, kThreads, 0, stream>>>(arguments, sums, tiles);
+    launch_kernel(launch, packed ? loss_tiles<G, true> : loss_tiles<G, false>, arguments, sums, tiles);
     if (tiles > 1)
-        sum_tiles<<<static_cast<unsigned>(arguments.batch), kThreads, 0, stream>>>(
-            sums, tiles, static_cast<float*>(arguments.out));
-    check_launch("denoise_loss");
+        launch_kernel({"denoise_loss", arguments.batch, kThreads, stream}, sum_tiles, sums, tiles,
+                      static_cast<float*>(arguments.out));
+}
+
+__host__ __device__ __forceinline__ int64_t feature_tiles(const CotangentArguments& p) {
+    return (p.num_features + kFeatureThreads - 1) / kFeatureThreads;
 }
 
 __device__ __forceinline__ float share_of(const CotangentArguments& p, int64_t b, int64_t c) {
@@ -140,11 +137,11 @@ __device__ __forceinline__ float share_of(const CotangentArguments& p, int64_t b
                                      : static_cast<const float*>(p.class_weight)[b * p.num_classes + c];
 }
 
-// Block (b, tile of features).
+// Blocks (b, tile of features), the tiles of one b side by side.
 template <typename T>
 __global__ void __launch_bounds__(kFeatureThreads) cotangent_kernel(const CotangentArguments p) {
-    const int64_t b = blockIdx.x;
-    const int64_t d = static_cast<int64_t>(blockIdx.y) * kFeatureThreads + threadIdx.x;
+    const int64_t tiles = feature_tiles(p), b = blockIdx.x / tiles;
+    const int64_t d = blockIdx.x % tiles * kFeatureThreads + threadIdx.x;
     if (d >= p.num_features) return;
     const T* weight = static_cast<const T*>(p.weight);
     const int64_t row = first_row(p, p.level[b]);
@@ -157,11 +154,11 @@ __global__ void __launch_bounds__(kFeatureThreads) cotangent_kernel(const Cotang
     narrow(sum, static_cast<T*>(p.out) + b * p.num_features + d);
 }
 
-// Block (row of the weight, tile of features): adds the examples of that row in their order.
+// Blocks (row of the weight, tile of features): each adds the examples of that row in their order.
 template <typename T>
 __global__ void __launch_bounds__(kFeatureThreads) cotangent_grad_weight_kernel(const CotangentArguments p) {
-    const int64_t row = blockIdx.x;
-    const int64_t d = static_cast<int64_t>(blockIdx.y) * kFeatureThreads + threadIdx.x;
+    const int64_t tiles = feature_tiles(p), row = blockIdx.x / tiles;
+    const int64_t d = blockIdx.x % tiles * kFeatureThreads + threadIdx.x;
     if (d >= p.num_features) return;
     const int64_t last = p.num_rows - 1;
     float sum = 0.0f;
@@ -179,11 +176,11 @@ __global__ void __launch_bounds__(kFeatureThreads) cotangent_grad_weight_kernel(
     static_cast<float*>(p.grad_weight)[row * p.num_features + d] = sum;
 }
 
-// Block (b, class).
+// Blocks (b, class).
 template <typename T>
 __global__ void __launch_bounds__(kFeatureThreads) cotangent_grad_class_kernel(const CotangentArguments p) {
-    __shared__ float shared[32];
-    const int64_t b = blockIdx.x, c = blockIdx.y;
+    CDM_SHARED_ARRAY(float, shared, 32);
+    const int64_t b = blockIdx.x / p.num_classes, c = blockIdx.x % p.num_classes;
     const int64_t row = first_row(p, p.level[b]);
     float sum = is_known(p, p.level[b]) ? 0.0f : nanf("");
     if (is_known(p, p.level[b]) && row != p.num_rows - 1) {
@@ -196,7 +193,7 @@ __global__ void __launch_bounds__(kFeatureThreads) cotangent_grad_class_kernel(c
     if (threadIdx.x == 0) static_cast<float*>(p.grad_class_weight)[b * p.num_classes + c] = sum;
 }
 
-struct Launch {
+struct DenoiseOnCuda {
     static void epilogue(const DenoiseArguments& arguments, ScalarType type, const Tensor& like) {
         elementwise_to_float<Kind::eps_hat>(arguments, type, like);
     }
@@ -219,24 +216,26 @@ struct Launch {
 
     static void cotangent(const CotangentArguments& arguments, ScalarType type, const Tensor& like) {
         const torch::stable::accelerator::DeviceGuard guard(like.get_device());
-        const dim3 grid(arguments.batch, ceil_div(arguments.num_features, kFeatureThreads));
-        with_float_type(type, [&](auto t) {
-            cotangent_kernel<decltype(t)><<<grid, kFeatureThreads, 0, stream_of(like)>>>(arguments);
-        });
-        check_launch("head_cotangent");
+        const int64_t blocks = arguments.batch * feature_tiles(arguments);
+        const Launch launch = {"head_cotangent", blocks, kFeatureThreads, stream_of(like)};
+        with_float_type(type,
+                        [&](auto t) { launch_kernel(launch, cotangent_kernel<decltype(t)>, arguments); });
     }
 
     static void cotangent_backward(const CotangentArguments& arguments, ScalarType type, const Tensor& like) {
         const torch::stable::accelerator::DeviceGuard guard(like.get_device());
-        const dim3 rows(arguments.num_rows, ceil_div(arguments.num_features, kFeatureThreads));
-        const dim3 classes(arguments.batch, arguments.num_classes);
+        const char* op = "head_cotangent_backward";
+        const cudaStream_t stream = stream_of(like);
+        const int64_t of_weight = arguments.num_rows * feature_tiles(arguments);
+        const int64_t of_classes = arguments.batch * arguments.num_classes;
         with_float_type(type, [&](auto t) {
             using T = decltype(t);
-            cotangent_grad_weight_kernel<T><<<rows, kFeatureThreads, 0, stream_of(like)>>>(arguments);
+            launch_kernel({op, of_weight, kFeatureThreads, stream}, cotangent_grad_weight_kernel<T>,
+                          arguments);
             if (arguments.grad_class_weight != nullptr)
-                cotangent_grad_class_kernel<T><<<classes, kFeatureThreads, 0, stream_of(like)>>>(arguments);
+                launch_kernel({op, of_classes, kFeatureThreads, stream}, cotangent_grad_class_kernel<T>,
+                              arguments);
         });
-        check_launch("head_cotangent_backward");
     }
 
   private:
@@ -251,4 +250,4 @@ struct Launch {
 }  // namespace
 }  // namespace cdm
 
-CDM_IMPLEMENT_DENOISE(CUDA, cdm::Launch)
+CDM_IMPLEMENT_DENOISE(CUDA, cdm::DenoiseOnCuda)

@@ -20,7 +20,6 @@ constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kRows = 9;        // of numbers per channel, in shared memory
 constexpr int kLineBytes = 64;  // what neighbouring channels fill at least, when channels-last
-constexpr int64_t kDefaultShared = 48 * 1024;
 
 // Where a pack lies: in its image, among the range's channels, in channels-last order (for dropout), and in a
 // tensor of two pieces.
@@ -478,7 +477,7 @@ enum class Task { forward, vjp, vjp_backward };
 template <typename T, class Layout, int pack, bool silu, Task task>
 __global__ void __launch_bounds__(kThreads)
     kernel(const GroupNormSilu a, int ranges, int range_groups, int group_channels) {
-    extern __shared__ __align__(16) float shared[];
+    CDM_DYNAMIC_SHARED(float, shared);
     const int channels = range_groups * group_channels;
     const int64_t first = static_cast<int64_t>(blockIdx.x % ranges) * channels;
     const GroupRange range{blockIdx.x / ranges, first, min(first + channels, a.channels)};
@@ -490,7 +489,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, class Layout, int pack, bool silu, Task task>
-void launch(const GroupNormSilu& a, cudaStream_t stream) {
+void launch_task(const GroupNormSilu& a, cudaStream_t stream) {
     const int64_t group_channels = a.channels / a.groups;
     const int64_t wanted = a.channels_last ? kLineBytes / static_cast<int64_t>(sizeof(T)) : kWarps;
     // Whole packs in every range: pack divides the number of channels, and pack is a power of two.
@@ -500,22 +499,20 @@ void launch(const GroupNormSilu& a, cudaStream_t stream) {
     const int64_t row_length = row_length_of(range_groups * group_channels);
     const int64_t bytes = sizeof(float) * (row_length * (kNumSums + kRows) + kThreads * pack);
     const auto function = kernel<T, Layout, pack, silu, task>;
-    if (bytes > kDefaultShared && cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                       static_cast<int>(bytes)) != cudaSuccess)
+    if (!allow_shared(function, bytes))
         throw std::runtime_error("group_norm_silu: " + std::to_string(group_channels) +
                                  " channels in a group are more than this GPU's shared memory holds; use the "
                                  "triton or the reference backend");
     const int ranges = static_cast<int>(ceil_div(a.groups, range_groups));
-    function<<<static_cast<unsigned>(a.batch * ranges), kThreads, bytes, stream>>>(
-        a, ranges, static_cast<int>(range_groups), static_cast<int>(group_channels));
-    check_launch("group_norm_silu");
+    launch_kernel({"group_norm_silu", a.batch * ranges, kThreads, stream, bytes}, function, a, ranges,
+                  static_cast<int>(range_groups), static_cast<int>(group_channels));
 }
 
 template <typename T, class Layout, int pack, bool silu>
 void choose_task(const GroupNormSilu& a, cudaStream_t stream) {
-    if (a.v.at[0] != nullptr) return launch<T, Layout, pack, silu, Task::vjp_backward>(a, stream);
-    if (a.g != nullptr) return launch<T, Layout, pack, silu, Task::vjp>(a, stream);
-    launch<T, Layout, pack, silu, Task::forward>(a, stream);
+    if (a.v.at[0] != nullptr) return launch_task<T, Layout, pack, silu, Task::vjp_backward>(a, stream);
+    if (a.g != nullptr) return launch_task<T, Layout, pack, silu, Task::vjp>(a, stream);
+    launch_task<T, Layout, pack, silu, Task::forward>(a, stream);
 }
 
 template <typename T, int pack>
@@ -530,7 +527,7 @@ void choose_layout(const GroupNormSilu& a, cudaStream_t stream) {
 
 }  // namespace
 
-struct Launch {
+struct GroupNormSiluOnCuda {
     static void run(const GroupNormSilu& a, ScalarType dtype, const Tensor& x) {
         const torch::stable::accelerator::DeviceGuard guard(x.get_device());
         const cudaStream_t stream = stream_of(x);
@@ -555,4 +552,4 @@ struct Launch {
 
 }  // namespace cuda_device
 
-CDM_IMPLEMENT_GROUP_NORM_SILU(CUDA, cuda_device::Launch)
+CDM_IMPLEMENT_GROUP_NORM_SILU(CUDA, cuda_device::GroupNormSiluOnCuda)

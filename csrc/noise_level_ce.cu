@@ -77,7 +77,7 @@ __device__ LogSum<float> log_sum_of(const T* row, LogitRange range, Running* sha
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) forward_kernel(const LevelCEArguments p) {
-    __shared__ Running shared[kThreads / 32];
+    CDM_SHARED_ARRAY(Running, shared, kThreads / 32);
     const int64_t b = blockIdx.x;
     const T* z = static_cast<const T*>(p.logits) + b * p.num_logits;
     const LogitRange range = true_logits(p, p.level[b], p.label == nullptr ? -1 : p.label[b]);
@@ -153,10 +153,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& l
     const cudaStream_t stream = stream_of(logits);
     const auto launch = [&](const LevelCEArguments& arguments, ScalarType type) {
         with_float_type(type, [&](auto sample) {
-            forward_kernel<decltype(sample)>
-                <<<static_cast<unsigned>(arguments.batch), kThreads, 0, stream>>>(arguments);
+            launch_kernel({"noise_level_ce", arguments.batch, kThreads, stream},
+                          forward_kernel<decltype(sample)>, arguments);
         });
-        check_launch("noise_level_ce");
     };
     return level_ce_op(logits, level, label, num_levels, num_classes, launch);
 }
@@ -168,10 +167,9 @@ Tensor backward(const Tensor& logits, const Tensor& level, const std::optional<T
     const cudaStream_t stream = stream_of(logits);
     const auto launch = [&](const LevelCEArguments& arguments, ScalarType type) {
         with_float_type(type, [&](auto sample) {
-            backward_kernel<decltype(sample)>
-                <<<static_cast<unsigned>(arguments.batch), kThreads, 0, stream>>>(arguments);
+            launch_kernel({"noise_level_ce_backward", arguments.batch, kThreads, stream},
+                          backward_kernel<decltype(sample)>, arguments);
         });
-        check_launch("noise_level_ce_backward");
     };
     return level_ce_backward_op(logits, level, label, num_levels, num_classes, sums, grad_loss,
                                 grad_log_ratio, launch);

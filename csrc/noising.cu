@@ -126,20 +126,16 @@ __global__ void __launch_bounds__(kThreads) noising_ragged(const NoisingArgument
 }
 
 template <typename In, typename Out>
-void launch(const NoisingArguments& arguments, cudaStream_t stream) {
-    const unsigned blocks = static_cast<unsigned>(ceil_div(arguments.size, kThreads * kElements));
+void launch_noising(const NoisingArguments& arguments, cudaStream_t stream) {
+    const Launch launch = {"noising", ceil_div(arguments.size, kThreads * kElements), kThreads, stream};
     const bool packed = arguments.channels == 1 && arguments.image_size % kElements == 0 &&
                         are_aligned({arguments.x0, arguments.x_t, arguments.eps_given, arguments.eps_drawn});
-    if (packed)
-        noising_packed<In, Out><<<blocks, kThreads, 0, stream>>>(arguments);
-    else
-        noising_ragged<In, Out><<<blocks, kThreads, 0, stream>>>(arguments);
-    check_launch("noising");
+    launch_kernel(launch, packed ? noising_packed<In, Out> : noising_ragged<In, Out>, arguments);
 }
 
 template <typename In>
 void launch_from(const NoisingArguments& arguments, ScalarType out, cudaStream_t stream) {
-    with_float_type(out, [&](auto sample) { launch<In, decltype(sample)>(arguments, stream); });
+    with_float_type(out, [&](auto sample) { launch_noising<In, decltype(sample)>(arguments, stream); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> noising(const Tensor& x0, const Tensor& level, const Tensor& a,

@@ -118,14 +118,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--error-factor", type=float, default=ERROR_FACTOR, help="kernel error over PyTorch's own"
     )
     parser.addoption(
-        "--test-device", default="cpu", choices=("cpu", "cuda"), help="where tests/ops makes its tensors"
+        "--test-device",
+        default="cpu",
+        choices=("cpu", "cuda", "cuda-on-cpu"),
+        help="where tests/ops makes its tensors; cuda-on-cpu: on the CPU, for the CUDA kernels of --stand-in",
     )
+    parser.addoption("--stand-in", type=Path, help="the library that tests/cuda_on_cpu/stand_in.py builds")
+    parser.addoption("--thread-order", default="natural", help="of its threads: natural, reversed or random")
     parser.addoption("--wheel", type=Path, help="check this wheel instead of building a pure Python one")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
     config.addinivalue_line("markers", "cpu: not for tensors on a GPU; skipped with --test-device cuda")
+    if config.getoption("--test-device") == "cuda-on-cpu":
+        from tests.cuda_on_cpu import stand_in
+
+        if config.getoption("--stand-in") is None:
+            raise pytest.UsageError("--test-device cuda-on-cpu: name the library with --stand-in")
+        stand_in.install(config.getoption("--stand-in"), config.getoption("--thread-order"))
     if config.getoption("--test-device") == "cuda":
         if not torch.cuda.is_available():
             raise pytest.UsageError(

@@ -6,10 +6,14 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from cdm_fast.ops import _backend
+from tests.cuda_on_cpu import stand_in
 
-# With --test-device cuda every tensor of a test is on the GPU, and these are its kernels.
-KERNELS = {"cpu": ["cpp", "triton"], "cuda": ["cuda", "triton"]}
-NOT_COVERED = re.compile(r"backend '\w+' was asked for, but it (runs on|takes)")
+# With --test-device cuda every tensor of a test is on the GPU, and these are its kernels. With cuda-on-cpu
+# the CUDA kernels run on the CPU, and nothing else is there (tests/cuda_on_cpu).
+KERNELS = {"cpu": ["cpp", "triton"], "cuda": ["cuda", "triton"], "cuda-on-cpu": ["cuda"]}
+NOT_COVERED = re.compile(
+    r"backend '\w+' (was asked for, but it (runs on|takes)|cannot run here: the stand-in for CUDA)"
+)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -28,11 +32,14 @@ def _has_own(metafunc: pytest.Metafunc, name: str) -> bool:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """On a GPU, a test that asks a kernel for what it is not declared for (fp64, say) does not count."""
+    """A test that asks a CUDA kernel for what it is not declared for (fp64, say) does not count."""
+    before = stand_in.num_launches()
     try:
         yield
+        if item.config.getoption("--test-device") == "cuda-on-cpu" and stand_in.num_launches() == before:
+            pytest.skip("it launches no CUDA kernel")
     except RuntimeError as error:
-        if item.config.getoption("--test-device") == "cuda" and NOT_COVERED.search(str(error)):
+        if item.config.getoption("--test-device") != "cpu" and NOT_COVERED.search(str(error)):
             pytest.skip(str(error))
         raise
 
@@ -52,7 +59,7 @@ def kernels(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def native(request: pytest.FixtureRequest) -> str:
-    """The backend in C++: "cpp", or "cuda" with --test-device cuda."""
+    """The backend in C++: "cpp", or "cuda" with --test-device cuda or cuda-on-cpu."""
     return _present(KERNELS[request.config.getoption("--test-device")][0])
 
 
