@@ -30,7 +30,10 @@ from cdm_fast.losses import (
 )
 from cdm_fast.model import CDM, DDM
 from cdm_fast.nn.unet import UNetTrunk
+from cdm_fast.nn.working import working_weights
 from cdm_fast.ops import noising
+from cdm_fast.processes import this_process
+from cdm_fast.tuning import is_compiled
 
 Model = TypeVar("Model", bound=nn.Module)
 LossFunction = Callable[..., LossTerms]  # (model, batch)
@@ -136,11 +139,14 @@ def accumulate_gradient(
     """
     device = batch.x_t.device.type
     totals = torch.zeros(3, device=batch.x_t.device)
+    # Several processes send gradients while others are computed; a compiled graph casts as it goes.
+    lends = precision == "bf16" and this_process().count == 1 and not is_compiled(loss_function)
     for number, part in enumerate(parts_of(batch, parts), 1):
         with keep_local() if number < parts else nullcontext():
-            with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-                terms = loss_function(model, part)
-            (terms.loss / parts).backward()
+            with working_weights(model, torch.bfloat16) if lends else nullcontext():
+                with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+                    terms = loss_function(model, part)
+                (terms.loss / parts).backward()
         ce = torch.zeros_like(terms.mse) if terms.ce is None else terms.ce
         totals += torch.stack([terms.loss, ce, terms.mse]).detach() / parts
     return totals
