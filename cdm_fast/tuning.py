@@ -65,11 +65,6 @@ def compiled(function: Function, mode: Compile, device: torch.device) -> Functio
     return cast(Function, torch.compile(function, fullgraph=True, mode=mode))
 
 
-def is_compiled(function: Callable[..., Any]) -> bool:
-    """Whether `compiled` has made it."""
-    return hasattr(function, "_torchdynamo_orig_callable")
-
-
 def compile_network(model: Denoiser, mode: Compile) -> None:
     """Compiles what samplers and likelihoods call of a model: its network, forwards and backwards."""
     network, device = model.network, model.a.device

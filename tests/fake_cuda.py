@@ -139,13 +139,17 @@ def fake_cuda_class() -> type:
             return out
 
         def _launched(self, name: str, tensors: list[Tensor], out: Any, args: tuple[Any, ...]) -> None:
-            first = next((leaf for leaf in torch.utils._pytree.tree_leaves(out) if isinstance(leaf, Tensor)), None)
+            first = next(
+                (leaf for leaf in torch.utils._pytree.tree_leaves(out) if isinstance(leaf, Tensor)), None
+            )
             if name in NO_KERNEL or (first is not None and not first.is_cuda):
                 return
             self.record.launched(name, _chunks(name, args))
             if name in COPIES and first is not None:
                 source = tensors[-1] if name == "aten::copy_" else tensors[0]
-                kind = f"{_short(source)} -> {_short(first)}" if source.dtype != first.dtype else _short(first)
+                kind = (
+                    f"{_short(source)} -> {_short(first)}" if source.dtype != first.dtype else _short(first)
+                )
                 self.record.copies[kind] += 1
 
     return FakeCuda
@@ -221,7 +225,13 @@ def _waits(
         upload = not source.is_cuda and target == "cuda"
         download = source.is_cuda and target == "cpu"
         asynchronous = kwargs.get("non_blocking") and getattr(source, "pinned", False)
-        return "blocking copy to the device" if upload and not asynchronous else "copy to the host" if download else None
+        return (
+            "blocking copy to the device"
+            if upload and not asynchronous
+            else "copy to the host"
+            if download
+            else None
+        )
     if name == "aten::copy_" and on_host and on_device:
         return "blocking copy between host and device"
     if name.startswith("aten::index") and any(tensor.dim() for tensor in on_host):

@@ -49,7 +49,11 @@ class Scene:
             labels = torch.empty(50_000, dtype=torch.int64, device="cuda")
         self.state = state
         self.data = ImageData.__new__(ImageData)
-        for field, value in (("images", images), ("labels", labels), ("num_grey_levels", config.image.num_grey_levels)):
+        for field, value in (
+            ("images", images),
+            ("labels", labels),
+            ("num_grey_levels", config.image.num_grey_levels),
+        ):
             object.__setattr__(self.data, field, value)
 
     def step(self) -> None:
@@ -66,7 +70,9 @@ def main(cache: str, *names: str) -> None:
     results = {}
     for name in names or RUNS:
         results[name] = RUNS[name](device)
-    print(_table(results) if sys.stdout.isatty() or "TABLE" in __import__("os").environ else json.dumps(results))
+    print(
+        _table(results) if sys.stdout.isatty() or "TABLE" in __import__("os").environ else json.dumps(results)
+    )
 
 
 def _recorded(device: Any, run: Callable[[], Any]) -> dict[str, dict[str, int]]:
@@ -92,7 +98,9 @@ RUNS: dict[str, Callable[[Any], dict[str, dict[str, int]]]] = {
 def _table(results: dict[str, dict[str, dict[str, int]]]) -> str:
     lines = []
     for name, record in results.items():
-        lines.append(f"{name}: {sum(record['launches'].values())} launches, {sum(record['syncs'].values())} waits")
+        lines.append(
+            f"{name}: {sum(record['launches'].values())} launches, {sum(record['syncs'].values())} waits"
+        )
         for kind in ("syncs", "launches", "copies", "sites"):
             lines += [f"    {kind:10} {count:5} {what}" for what, count in list(record[kind].items())[:40]]
     return "\n".join(lines)

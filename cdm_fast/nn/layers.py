@@ -9,21 +9,25 @@ Residuals hold only what the adjoint reads; convolutions and linear layers need 
 # B batch, C channels, H W pixels, N = H*W tokens, G groups, K classes, E embedding width
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cdm_fast.devices import ieee_fp32
 from cdm_fast.ops import attention, attention_vjp, group_norm_silu, group_norm_silu_vjp, linear
 
 Residuals = Any  # whatever a layer's own adjoint reads: a tensor, a tuple, or None
 
 
-def full_precision(x: Tensor) -> torch.autocast:
-    """A region in which autocast leaves fp32 computations in fp32."""
-    return torch.autocast(device_type=x.device.type, enabled=False)
+@contextmanager
+def full_precision(x: Tensor) -> Iterator[None]:
+    """A region in which autocast leaves fp32 computations in fp32, and a GPU computes them in IEEE fp32."""
+    with torch.autocast(device_type=x.device.type, enabled=False), ieee_fp32():
+        yield
 
 
 def to_trunk_dtype(x: Tensor) -> Tensor:
