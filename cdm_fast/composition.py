@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from cdm_fast.devices import upload
 from cdm_fast.errors import UserError
 from cdm_fast.model import CDM, Energy, log_normal
 
@@ -217,7 +218,7 @@ def _read_source(
 
         def of_classes(weight: Tensor) -> Tensor:
             wide = weight.new_zeros(len(x), everything + 1)
-            return pull(wide.index_add(1, torch.tensor(classes, device=x.device), weight))
+            return pull(wide.index_add(1, upload(torch.tensor(classes), x.device), weight))
 
         return each[:, :, classes], of_classes
     if level is None:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from cdm_fast.devices import upload
 from cdm_fast.errors import UserError
 from cdm_fast.langevin import DrawFrom, Particles, anneal, move, resample, target_acceptance, tune_step_sizes
 from cdm_fast.model import Denoiser, Energy, measures, prototype
@@ -173,7 +174,7 @@ def prepare(
             " know: choose another sampler, such as 'ddim', or train with --objective cdm"
         )
     like, generator = prototype(model), torch.Generator().manual_seed(0)
-    x = torch.randn((PILOTS, *shape), generator=generator, dtype=like.dtype).to(like.device)
+    x = upload(torch.randn((PILOTS, *shape), generator=generator, dtype=like.dtype), like.device)
     pilots = None if label is None else label[torch.arange(PILOTS, device=label.device) % len(label)]
     levels = [t for t, _ in model.schedule.pairs(steps, spacing or "log_snr")]
     carry = partial(ddim_step, model)

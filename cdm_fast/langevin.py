@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from cdm_fast.devices import upload
 from cdm_fast.errors import UserError
 from cdm_fast.model import Energy, measures
 from cdm_fast.schedule import NoiseSchedule
@@ -39,10 +40,10 @@ class DrawFrom:
     generator: torch.Generator
 
     def normal(self, x: Tensor) -> Tensor:
-        return torch.randn(x.shape, generator=self.generator, dtype=x.dtype).to(x.device)
+        return upload(torch.randn(x.shape, generator=self.generator, dtype=x.dtype), x.device)
 
     def uniform(self, x: Tensor) -> Tensor:
-        return torch.rand(len(x), generator=self.generator, dtype=torch.float64).to(x.device)
+        return upload(torch.rand(len(x), generator=self.generator, dtype=torch.float64), x.device)
 
 
 def target_acceptance(leapfrog: int) -> float:

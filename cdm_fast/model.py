@@ -12,6 +12,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
+from cdm_fast.devices import ieee_fp32
 from cdm_fast.errors import UserError
 from cdm_fast.nn import AdjointNetwork
 from cdm_fast.nn.heads import Conditioning, logits_at
@@ -31,14 +32,17 @@ Result = TypeVar("Result")
 def measures(
     function: Callable[Concatenate[Model, Arguments], Result],
 ) -> Callable[Concatenate[Model, Arguments], Result]:
-    """For a function that only reads its model: no gradients, dropout off, every module's mode put back."""
+    """For a function that only reads its model: no gradients, dropout off, every module's mode put back.
+
+    fp32 is IEEE's there, on a GPU too (`ieee_fp32`).
+    """
 
     @wraps(function)
     def run(model: Model, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), ieee_fp32():
                 return function(model, *args, **kwargs)
         finally:
             for module, training in modes:

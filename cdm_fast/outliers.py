@@ -16,6 +16,7 @@ from torch import Tensor
 from cdm_fast.attacks import auroc
 from cdm_fast.corruptions import KINDS, SEVERITIES, corrupt
 from cdm_fast.data import ImageData
+from cdm_fast.devices import upload
 from cdm_fast.distributed import by_rows
 from cdm_fast.errors import UserError
 from cdm_fast.likelihood.images import (
@@ -189,7 +190,7 @@ def _bits_and_distance(
     for draw in range(draws):
         generator = draw_generator(seed, draw)
         for first, x in batches(data, batch_size, generator):
-            x_t = add_noise(model.schedule, x, level, generator).to(model.a.device)
+            x_t = upload(add_noise(model.schedule, x, level, generator), model.a.device)
             log_prob = by_rows(log_prob_levels, x_t)
             rows = slice(first, first + len(x))
             total[0, rows] += bits_per_dim(log_prob[:, level], data)
@@ -270,7 +271,7 @@ def anomaly_map(
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(x.shape, dtype=torch.float64)
     for _ in range(draws):
-        x_t = add_noise(model.schedule, x, level, generator).to(model.a.device)
+        x_t = upload(add_noise(model.schedule, x, level, generator), model.a.device)
         total += (model.predict_x0(x_t, level).cpu() - x).double().square()
     return (total / draws).mean(1).sqrt()
 

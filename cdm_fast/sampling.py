@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 
 from cdm_fast.corrected import CORRECTED, MoveLog, prepare
+from cdm_fast.devices import upload
 from cdm_fast.distributed import gather_rows, share
 from cdm_fast.errors import UserError
 from cdm_fast.model import Denoiser, Energy, measures, prototype
-from cdm_fast.ops.philox import Stream, box_muller, philox4x32_10
+from cdm_fast.nn.working import cast_weights
+from cdm_fast.ops.image_noise import image_normals, image_words
 from cdm_fast.schedule import Spacing
 
 Noise = Callable[[], Tensor]  # each call: fresh N(0, I) of the batch's shape
@@ -288,11 +290,11 @@ def sample(
         )
     images = [like.new_empty((0, *shape))]
     mine = share(num)
-    for start in range(mine.start, mine.stop, batch_size):
-        batch = slice(start, min(start + batch_size, mine.stop))
-        noise = ImageNoise(seed, batch, shape, like)
-        label_b = None if labels is None else labels[batch]
-        with torch.autocast(like.device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with cast_weights(model, like.device, precision):
+        for start in range(mine.start, mine.stop, batch_size):
+            batch = slice(start, min(start + batch_size, mine.stop))
+            noise = ImageNoise(seed, batch, shape, like)
+            label_b = None if labels is None else labels[batch]
             images.append(run(model, noise(), noise, steps, label_b))
     return gather_rows(torch.cat(images), num)
 
@@ -305,32 +307,27 @@ class ImageNoise:
     """
 
     def __init__(self, seed: int, batch: slice, shape: tuple[int, ...], like: Tensor) -> None:
-        device = like.device
-        self.key = (torch.tensor(seed & 0xFFFFFFFF, device=device), torch.tensor(seed >> 32, device=device))
-        self.image = torch.arange(batch.start, batch.stop, device=device)[:, None]
+        self.seed, self.first = seed, batch.start
+        self.image = torch.arange(batch.start, batch.stop, device=like.device)
         self.shape, self.dtype, self.draws = shape, like.dtype, 0
 
     def __call__(self) -> Tensor:
-        size = prod(self.shape)
-        w0, w1, w2, w3 = self._words((size + 3) // 4)
-        normals = torch.stack((*box_muller(w0, w1), *box_muller(w2, w3)), dim=-1)
-        return normals.flatten(1)[:, :size].reshape(-1, *self.shape).to(self.dtype)
+        normals = image_normals(self.image, prod(self.shape), self.seed, self._next())
+        return normals.view(-1, *self.shape).to(self.dtype)
 
     def uniform(self) -> Tensor:
         """The next draw as one number in (0, 1) for each image, (B,) float64."""
-        return (self._words(1)[0][:, 0].double() + 0.5) * 2.0**-32
+        return (image_words(self.image, 1, self.seed, self._next())[:, 0].double() + 0.5) * 2.0**-32
 
     def generator(self) -> torch.Generator:
         """For what concerns a batch as a whole, such as resampling; seeded by the first image's next draw."""
-        low, high = (int(word[0, 0]) for word in self._words(1)[:2])
+        first = torch.tensor([self.first])  # on the host: nothing there waits for a device
+        low, high = image_words(first, 2, self.seed, self._next())[0].tolist()
         return torch.Generator().manual_seed(low | high << 32)
 
-    def _words(self, num_blocks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Four (B, num_blocks) words of the next draw."""
-        block = torch.arange(num_blocks, device=self.image.device)
-        stream, draw = torch.full_like(block, Stream.SAMPLING), torch.full_like(block, self.draws)
+    def _next(self) -> int:
         self.draws += 1
-        return philox4x32_10((block, stream, self.image, draw), self.key)
+        return self.draws - 1
 
 
 def _sampler(name: str, eta: float, spacing: Spacing | None) -> Callable[..., Tensor]:
@@ -373,4 +370,4 @@ def _labels(label: int | Tensor | None, num: int, device: torch.device) -> Tenso
         raise UserError(
             f"label is {label.dtype} of shape {tuple(label.shape)}: pass int64 ({num},) or one int"
         )
-    return label if label is None else label.to(device)
+    return label if label is None else upload(label, device)

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cdm_fast.devices import upload
 from cdm_fast.errors import UserError
 from cdm_fast.ops._checks import may_read
 
@@ -136,7 +137,7 @@ class NoiseSchedule:
             )
         if may_read(level):
             self._check_range(int(level.min()), int(level.max()))
-        return level.to(like.device)
+        return upload(level, like.device)
 
     def gather(
         self,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cdm_fast.config import RunConfig, TrainConfig
 from cdm_fast.data import ImageData, batch_indices
+from cdm_fast.devices import ieee_fp32, upload
 from cdm_fast.discriminative import Classifier
 from cdm_fast.distributed import mean_over_processes, own_rows, whole
 from cdm_fast.losses import (
@@ -30,7 +31,9 @@ from cdm_fast.losses import (
 )
 from cdm_fast.model import CDM, DDM
 from cdm_fast.nn.unet import UNetTrunk
+from cdm_fast.nn.working import is_compiled, working_weights
 from cdm_fast.ops import noising
+from cdm_fast.processes import this_process
 
 Model = TypeVar("Model", bound=nn.Module)
 LossFunction = Callable[..., LossTerms]  # (model, batch)
@@ -136,11 +139,14 @@ def accumulate_gradient(
     """
     device = batch.x_t.device.type
     totals = torch.zeros(3, device=batch.x_t.device)
+    # Several processes send gradients while others are computed; a compiled graph casts as it goes.
+    lends = precision == "bf16" and this_process().count == 1 and not is_compiled(loss_function)
     for number, part in enumerate(parts_of(batch, parts), 1):
         with keep_local() if number < parts else nullcontext():
-            with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-                terms = loss_function(model, part)
-            (terms.loss / parts).backward()
+            with ieee_fp32(), working_weights(model, torch.bfloat16) if lends else nullcontext():
+                with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+                    terms = loss_function(model, part)
+                (terms.loss / parts).backward()
         ce = torch.zeros_like(terms.mse) if terms.ce is None else terms.ce
         totals += torch.stack([terms.loss, ce, terms.mse]).detach() / parts
     return totals
@@ -206,7 +212,7 @@ def draw_batch(data: ImageData, model: CDM | DDM | Classifier, config: RunConfig
     """
     train, device = config.train, data.images.device
     generator = torch.Generator(device).manual_seed(derived_seed(train.seed, step, "batch"))
-    index = batch_indices(len(data.images), train.batch_size, train.seed, step).to(device)
+    index = upload(batch_indices(len(data.images), train.batch_size, train.seed, step), device)
     level = model.draw_levels(train.batch_size, generator)
     x_t, eps, _ = noising(
         data.images[index],

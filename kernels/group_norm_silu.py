@@ -16,6 +16,7 @@ from cdm_fast.ops import philox
 _DROPOUT = tl.constexpr(int(philox.Stream.DROPOUT))
 
 _TILE = 512  # elements: with ten sums per element, more would spill
+_CHANNELS_TO_SUM = 16  # few, so that some programs run at once
 _LINE_BYTES = 128  # what neighbouring channels should fill, when channels-last
 
 
@@ -92,6 +93,15 @@ def vjp_backward(
     inputs = v, _pointer(v_skip, x), g, x, _pointer(skip, x), weight, bias, mean, rstd, _pointer(seed, x)
     outputs = grad_g, grad_x, _pointer(grad_skip, x), grad_weight, grad_bias
     _vjp_backward_kernel[grid](*inputs, *outputs, **sizes, silu=silu, **_dropout(dropout))
+
+
+def sum_images(grad_weight: Tensor, grad_bias: Tensor, weight_sum: Tensor, bias_sum: Tensor) -> None:
+    """Fills weight_sum and bias_sum (C,) with the sums of (B, C) over the images, both in one launch."""
+    batch, channels = grad_weight.shape
+    grid = (triton.cdiv(channels, _CHANNELS_TO_SUM), 2)
+    rows = min(triton.next_power_of_2(batch), 64)
+    sizes = {"rows": rows, "tile": _CHANNELS_TO_SUM}
+    _sum_images_kernel[grid](grad_weight, grad_bias, weight_sum, bias_sum, batch, channels, **sizes)
 
 
 def _geometry(
@@ -392,6 +402,29 @@ def _vjp_backward_kernel(
         grad_x = rstd * (grad_xhat - constant - xhat * slope)
         tl.store(grad_g_ptr + at, grad_g.to(grad_g_ptr.dtype.element_ty), mask=inside)
         tl.store(grad_x_at + pixel * piece_step, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _sum_images_kernel(
+    grad_weight_ptr: tl.tensor,
+    grad_bias_ptr: tl.tensor,
+    weight_sum_ptr: tl.tensor,
+    bias_sum_ptr: tl.tensor,
+    batch: int,
+    channels: int,
+    rows: tl.constexpr,
+    tile: tl.constexpr,
+) -> None:
+    source, target = grad_weight_ptr, weight_sum_ptr
+    if tl.program_id(1) == 1:
+        source, target = grad_bias_ptr, bias_sum_ptr
+    channel = tl.program_id(0) * tile + tl.arange(0, tile)
+    total = tl.zeros((rows, tile), source.dtype.element_ty)
+    for start in range(0, batch, rows):
+        image = start + tl.arange(0, rows)
+        inside = (image < batch)[:, None] & (channel < channels)[None, :]
+        total += tl.load(source + image[:, None] * channels + channel[None, :], mask=inside, other=0)
+    tl.store(target + channel, tl.sum(total, axis=0), mask=channel < channels)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cdm_fast.devices import upload
 from cdm_fast.distributed import gather_rows, share
 from cdm_fast.errors import UserError
 from cdm_fast.model import Denoiser, measures
@@ -96,7 +97,7 @@ def _squared_error(model: Denoiser, x: Tensor, t: int, generator: torch.Generato
     mine = share(len(x))
     x, noise = x[mine.start : mine.stop], noise[mine.start : mine.stop]
     for batch, eps_cpu in zip(x.split(batch_size), noise.split(batch_size), strict=True) if mine else ():
-        eps = eps_cpu.to(x.device)
+        eps = upload(eps_cpu, x.device)
         residual = model.denoise(a * batch + s * eps, t) - eps
         errors.append(residual.double().square().flatten(1).sum(1).cpu())
     return torch.cat(errors)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cdm_fast.data import ImageData
+from cdm_fast.devices import upload
 from cdm_fast.distributed import by_rows
 from cdm_fast.likelihood.images import add_noise, choose_images, draw_images, require_likelihood, spread
 from cdm_fast.model import CDM, Denoiser, measures
@@ -36,7 +37,7 @@ def estimate_level(model: CDM, y: Tensor, batch_size: int = 256) -> tuple[Tensor
         best = _most_likely(model, image, coarse, batch_size)
         fine = list(range(max(0, best - stride), min(T, best + stride) + 1))
         levels.append(_most_likely(model, image, fine, batch_size))
-    level = torch.tensor(levels, device=y.device)
+    level = upload(torch.tensor(levels), y.device)
     return level, model.schedule.sigma.to(y.device, y.dtype)[level]
 
 
@@ -76,7 +77,7 @@ def calibrate_sigma(
     q = torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
     found = []
     for known in sigma.tolist():
-        y = (x + known * torch.randn(x.shape, generator=generator)).to(model.a.device)
+        y = upload(x + known * torch.randn(x.shape, generator=generator), model.a.device)
         estimate = estimate_level(model, y, batch_size)[1].double().cpu()
         found.append(estimate.quantile(q))
     median, low, high = (values.tolist() for values in torch.stack(found, 1))
@@ -103,7 +104,7 @@ def mse_per_level(
         x = draw_images(data, num_images, generator)
         eps = torch.randn(x.shape, generator=generator)
         a, s = model.schedule.gather(t, x)
-        eps_hat = by_rows(partial(model.denoise, level=t), (a * x + s * eps).to(model.a.device)).cpu()
+        eps_hat = by_rows(partial(model.denoise, level=t), upload(a * x + s * eps, model.a.device)).cpu()
         errors.append(float((eps_hat - eps).square().mean()))
     return levels, errors
 
@@ -124,7 +125,7 @@ def level_confusion(
     for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         x = draw_images(data, num_images, generator)
         level = torch.randint(low, high, (num_images,), generator=generator)
-        x_t = add_noise(model.schedule, x, level, generator).to(model.a.device)
+        x_t = upload(add_noise(model.schedule, x, level, generator), model.a.device)
         posterior = by_rows(model.log_posterior, x_t).exp()
         mass = posterior.double().mean(dim=0).cpu().cumsum(0)
         rows.append(torch.diff(mass[edges[1:] - 1], prepend=torch.zeros(1, dtype=mass.dtype)))
@@ -135,7 +136,7 @@ def _most_likely(model: CDM, y: Tensor, levels: list[int], batch_size: int) -> i
     """The t among `levels` that maximises `log p_t(a_t y) + d log a_t` for one `y` (*input_shape)."""
     scores = []
     for first in range(0, len(levels), batch_size):
-        level = torch.tensor(levels[first : first + batch_size], device=y.device)
+        level = upload(torch.tensor(levels[first : first + batch_size]), y.device)
         copies = y.expand(len(level), *y.shape)
         a, _ = model.amplitudes(level, copies)
         log_prob = model.log_prob(a * copies, level).double()

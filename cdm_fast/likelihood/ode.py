@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cdm_fast.devices import upload
 from cdm_fast.errors import UserError
 from cdm_fast.likelihood.images import like_network
 from cdm_fast.model import Denoiser, log_normal, measures
@@ -201,7 +202,7 @@ class _Flow:
     def _eps_hat(self, u: Tensor, levels: list[int]) -> Tensor:
         """(len(levels), B, ...): eps_hat of every level at `x_t = r_t u`, as one batch."""
         x = like_network(self.model, torch.cat([float(self.r[t]) * u for t in levels]))
-        index = torch.tensor(levels, device=u.device).repeat_interleave(len(u))
+        index = upload(torch.tensor(levels).repeat_interleave(len(u)), u.device)
         return self.model.denoise(x, index).to(u.dtype).unflatten(0, (len(levels), -1))
 
     def _between_levels(self, log_snr: float, u: Tensor) -> Tensor:

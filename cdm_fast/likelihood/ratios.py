@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from cdm_fast.data import ImageData
+from cdm_fast.devices import upload
 from cdm_fast.distributed import by_rows
 from cdm_fast.likelihood.images import (
     add_noise,
@@ -65,7 +66,7 @@ def ratio_check(
     log_mean, error = [], []
     for t in levels:
         x = draw_images(data, num_images, generator)
-        x_next = add_noise(model.schedule, x, t + 1, generator).to(model.a.device)
+        x_next = upload(add_noise(model.schedule, x, t + 1, generator), model.a.device)
         log_prob = by_rows(model.log_prob_levels, x_next)
         ratio = (log_prob[:, t] - log_prob[:, t + 1]).double()
         log_mean.append(float(ratio.logsumexp(0)) - math.log(num_images))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cdm_fast.data import ImageData
+from cdm_fast.devices import upload
 from cdm_fast.distributed import by_rows
 from cdm_fast.errors import UserError
 from cdm_fast.likelihood.images import (
@@ -26,6 +27,7 @@ from cdm_fast.likelihood.images import (
 )
 from cdm_fast.likelihood.ratios import RatioCheck, ratio_check
 from cdm_fast.model import CDM, measures
+from cdm_fast.nn.working import cast_weights
 
 PAPER_PROTOCOL = (
     "not comparable with other bits/dim: pixels are scored as points, without dequantisation, and a density"
@@ -119,8 +121,8 @@ def evaluate(
     for draw in range(draws):
         generator = draw_generator(seed, draw)
         for first, x in batches(data, batch_size, generator, protocol):
-            x_t = add_noise(model.schedule, x, level, generator).to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            x_t = upload(add_noise(model.schedule, x, level, generator), device)
+            with cast_weights(model, device, precision):
                 log_prob = by_rows(log_prob_of, x_t)
             bits[draw, first : first + len(x)] = bits_per_dim(log_prob, data)
             if draw == 0 and first < COST_IMAGES:

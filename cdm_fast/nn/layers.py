@@ -9,21 +9,25 @@ Residuals hold only what the adjoint reads; convolutions and linear layers need 
 # B batch, C channels, H W pixels, N = H*W tokens, G groups, K classes, E embedding width
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cdm_fast.devices import ieee_fp32
 from cdm_fast.ops import attention, attention_vjp, group_norm_silu, group_norm_silu_vjp, linear
 
 Residuals = Any  # whatever a layer's own adjoint reads: a tensor, a tuple, or None
 
 
-def full_precision(x: Tensor) -> torch.autocast:
-    """A region in which autocast leaves fp32 computations in fp32."""
-    return torch.autocast(device_type=x.device.type, enabled=False)
+@contextmanager
+def full_precision(x: Tensor) -> Iterator[None]:
+    """A region in which autocast leaves fp32 computations in fp32, and a GPU computes them in IEEE fp32."""
+    with torch.autocast(device_type=x.device.type, enabled=False), ieee_fp32():
+        yield
 
 
 def to_trunk_dtype(x: Tensor) -> Tensor:
@@ -31,6 +35,17 @@ def to_trunk_dtype(x: Tensor) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
+
+
+def for_adjoint_name(name: str) -> str:
+    """The attribute under which a module keeps its weight `name` for the adjoint, where it has a second one."""
+    return f"{name}_for_adjoint"
+
+
+def for_adjoint(module: nn.Module, name: str) -> Tensor:
+    """The weight as the adjoint reads it: the module's own, or the alias that `working_weights` lends."""
+    alias: Tensor | None = getattr(module, for_adjoint_name(name), None)
+    return getattr(module, name) if alias is None else alias
 
 
 class Layer(nn.Module):
@@ -97,6 +112,7 @@ class Conv2d(nn.Conv2d):
         self.pad = kernel_size // 2
         super().__init__(in_channels, out_channels, kernel_size, padding=self.pad)
         self.exact = exact
+        self.casts = not exact  # whether autocast may cast the weights as they are
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         if not self.exact:
@@ -106,10 +122,11 @@ class Conv2d(nn.Conv2d):
         return to_trunk_dtype(y), None
 
     def adjoint(self, residuals: None, g: Tensor) -> Tensor:
+        weight = for_adjoint(self, "weight")
         if not self.exact:
-            return F.conv_transpose2d(g, self.weight, padding=self.pad)
+            return F.conv_transpose2d(g, weight, padding=self.pad)
         with full_precision(g):
-            return F.conv_transpose2d(g.to(self.weight.dtype), self.weight, padding=self.pad)
+            return F.conv_transpose2d(g.to(weight.dtype), weight, padding=self.pad)
 
 
 class Downsample(Layer):
@@ -124,7 +141,7 @@ class Downsample(Layer):
 
     def adjoint(self, residuals: None, g: Tensor) -> Tensor:
         height, width = 2 * g.shape[2], 2 * g.shape[3]
-        padded = F.conv_transpose2d(g, self.conv.weight, stride=2)
+        padded = F.conv_transpose2d(g, for_adjoint(self.conv, "weight"), stride=2)
         return padded[:, :, :height, :width]
 
 
@@ -143,18 +160,19 @@ class Upsample(Layer):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = Conv2d(channels, channels)
+        self.conv.casts = False  # the taps are summed first
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         if x.numel() // x.shape[1] < _MIN_PIXELS_TO_FOLD:
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        bias = self.conv.bias
-        y = F.conv2d(x, parity_kernels(self.conv.weight), None if bias is None else bias.repeat(4), padding=1)
-        return _interleave_parities(y), None
+        kernels, bias = to_trunk_dtype(parity_kernels(self.conv.weight)), self.conv.bias
+        y = F.conv2d(x, kernels, None if bias is None else bias.repeat(4), padding=1)
+        return _interleave_parities(y), kernels
 
-    def adjoint(self, residuals: None, g: Tensor) -> Tensor:
-        if g.numel() // g.shape[1] < 4 * _MIN_PIXELS_TO_FOLD:
+    def adjoint(self, residuals: Tensor | None, g: Tensor) -> Tensor:
+        if residuals is None:
             return F.avg_pool2d(self.conv.adjoint(None, g), 2, divisor_override=1)
-        return F.conv_transpose2d(_split_parities(g), parity_kernels(self.conv.weight), padding=1)
+        return F.conv_transpose2d(_split_parities(g), residuals, padding=1)
 
 
 def parity_kernels(weight: Tensor) -> Tensor:
@@ -175,18 +193,55 @@ def parity_kernels(weight: Tensor) -> Tensor:
 
 def _interleave_parities(y: Tensor) -> Tensor:
     """(B, 4 D, H+1, W+1) -> channels-last (B, D, 2H, 2W): (2i+p, 2j+q) is parity (p, q) at (i+p, j+q)."""
-    height, width = y.shape[2] - 1, y.shape[3] - 1
-    parts = y.permute(0, 2, 3, 1).unflatten(3, (2, 2, -1))
-    rows = [
-        torch.stack([parts[:, p : p + height, q : q + width, p, q] for q in (0, 1)], dim=3) for p in (0, 1)
-    ]
-    return torch.stack(rows, dim=2).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+    return _Interleave.apply(y)
 
 
 def _split_parities(g: Tensor) -> Tensor:
     """The adjoint of `_interleave_parities`, zero where that reads nothing."""
-    parts = [F.pad(g[:, :, p::2, q::2], (q, 1 - q, p, 1 - p)) for p in (0, 1) for q in (0, 1)]
-    return torch.cat(parts, dim=1)
+    return _Split.apply(g)
+
+
+class _Interleave(torch.autograd.Function):
+    """Its derivative is `_Split`: autograd would fill and add a whole map for each parity."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor) -> Tensor:
+        height, width = y.shape[2] - 1, y.shape[3] - 1
+        parts = y.permute(0, 2, 3, 1).unflatten(3, (2, 2, -1))
+        rows = [
+            torch.stack([parts[:, p : p + height, q : q + width, p, q] for q in (0, 1)], dim=3)
+            for p in (0, 1)
+        ]
+        return torch.stack(rows, dim=2).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return _Split.apply(g)
+
+
+class _Split(torch.autograd.Function):
+    """Its derivative is `_Interleave`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(g: Tensor) -> Tensor:
+        parts = [F.pad(g[:, :, p::2, q::2], (q, 1 - q, p, 1 - p)) for p in (0, 1) for q in (0, 1)]
+        return torch.cat(parts, dim=1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, y: Tensor) -> Tensor:
+        return _Interleave.apply(y)
 
 
 class GroupNorm(Layer):
@@ -235,7 +290,8 @@ class GroupNorm(Layer):
         x, skip, mean, rstd, seed = residuals
         dropout = 0.0 if seed is None else self.dropout
         options = {"silu": self.silu, "dropout": dropout, "seed": seed, "skip": skip}
-        return group_norm_silu_vjp(g, x, self.weight, self.bias, mean, rstd, self.num_groups, **options)
+        weight, bias = for_adjoint(self, "weight"), for_adjoint(self, "bias")
+        return group_norm_silu_vjp(g, x, weight, bias, mean, rstd, self.num_groups, **options)
 
 
 def tokens(x: Tensor) -> Tensor:
@@ -335,7 +391,7 @@ class ResnetBlock(Layer):
         h = self.norm1.adjoint(norm1_residuals, self.conv1.adjoint(None, h))
         if not isinstance(h, tuple):
             return h + (self.nin_shortcut.adjoint(None, g) if self.has_shortcut else g)
-        weights = self.nin_shortcut.weight.split([part.shape[1] for part in h], dim=1)
+        weights = for_adjoint(self.nin_shortcut, "weight").split([part.shape[1] for part in h], dim=1)
         return tuple(part + F.conv_transpose2d(g, weight) for part, weight in zip(h, weights, strict=True))
 
     def _shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:
@@ -355,9 +411,15 @@ class ConvMeanPool(Conv2d):
     vectors times the kernel give the exact result, and the adjoint is nine constant spatial patterns.
     """
 
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels)
+        self.casts = False  # the means are taken in full precision
+
     def _touched(self, x: Tensor) -> Tensor:
         """(9, N): 1/N where the tap reads the pixel, else 0."""
-        rows, columns = (_touched_positions(size, x) for size in x.shape[2:])
+        height, width = x.shape[2:]
+        rows = _touched_positions(height, x)
+        columns = rows if width == height else _touched_positions(width, x)
         return (rows[:, None, :, None] * columns[None, :, None, :]).reshape(9, -1) / (x.shape[2] * x.shape[3])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Residuals]:  # type: ignore[override]
@@ -371,7 +433,7 @@ class ConvMeanPool(Conv2d):
     def adjoint(self, residuals: Residuals, g: Tensor) -> Tensor:
         touched, (_, channels, height, width), dtype = residuals
         with full_precision(g):
-            kernel = self.weight.permute(0, 2, 3, 1).flatten(1)
+            kernel = for_adjoint(self, "weight").permute(0, 2, 3, 1).flatten(1)
             per_tap = (g @ kernel).unflatten(1, (9, channels))
             return pixels((touched.t() @ per_tap).to(dtype), height, width)
 
@@ -379,10 +441,10 @@ class ConvMeanPool(Conv2d):
 def _touched_positions(size: int, like: Tensor) -> Tensor:
     """(3, size): whether tap -1, 0, +1 of a padded kernel ever reads each position of a row of pixels."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    position = torch.arange(size, device=like.device)
-    # Tap k reads position p for the output p - k, which must lie inside the image.
-    reads = [(position - k >= 0) & (position - k < size) for k in (-1, 0, 1)]
-    return torch.stack(reads).to(dtype)
+    reads = torch.ones((3, size), dtype=dtype, device=like.device)
+    reads[0, -1:].zero_()  # tap k reads position p for the output p - k, which must lie inside the image
+    reads[2, :1].zero_()
+    return reads
 
 
 class CumulativeHead(nn.Linear):

@@ -356,7 +356,11 @@ def _triton_forward(
 def _triton_vjp(
     g: Tensor, x: Tensor, skip: Tensor | None, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor | None]:
-    return _triton_backward(g, x, skip, weight, *rest)[:2]
+    from cdm_fast.kernels import group_norm_silu as kernels
+
+    gradients = _empty_pieces(x, skip)
+    kernels.vjp(g, x, skip, weight, *rest[:4], *gradients, *_empty_pair(x, weight.shape[-1]), *rest[4:])
+    return gradients
 
 
 def _triton_backward(
@@ -404,7 +408,13 @@ def _triton_vjp_backward(
 
 
 def _like_parameters(of_images: tuple[Tensor, Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
-    return of_images if weight.dim() == 2 else (of_images[0].sum(0), of_images[1].sum(0))
+    from cdm_fast.kernels import group_norm_silu as kernels
+
+    if weight.dim() == 2:
+        return of_images
+    sums = torch.empty_like(weight), torch.empty_like(weight)
+    kernels.sum_images(*of_images, *sums)
+    return sums
 
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -1,0 +1,110 @@
+"""Steps, samplers and likelihoods on fake CUDA tensors; prints what each did, as JSON or as a table.
+
+    python -m tests.fake_cuda_runs CACHE [NAME ...]
+
+CACHE is a folder for the compiled stand-in, NAME one of `RUNS`. In a terminal it prints a table.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tests import fake_cuda
+
+IMAGES = 16  # drawn by a sampler, scored by a likelihood
+
+
+class Scene:
+    """A preset's model, optimizer and training images, all fake, in bf16."""
+
+    def __init__(self, device: Any, preset: str, batch_size: int) -> None:
+        import torch
+
+        from cdm_fast.config import PRESETS
+        from cdm_fast.data import ImageData
+        from cdm_fast.state import new_state
+        from cdm_fast.step import Ema, make_optimizer
+
+        config = PRESETS[preset]
+        train = replace(config.train, precision="bf16", batch_size=batch_size, seed=0)
+        self.config = config = replace(config, train=train)
+        state = new_state(config, torch.device("cpu"))
+        shape = (50_000, config.image.channels, config.image.size, config.image.size)
+        with device:
+            device.moved(state.model)
+            device.moved(state.ema.model)
+            state.optimizer = make_optimizer(config.train, state.model)
+            model = state.ema.model
+            state.ema = Ema.__new__(Ema)
+            state.ema.decay, state.ema._model = config.train.ema_decay, model
+            state.ema._averages = [parameter.detach() for parameter in model.parameters()]
+            state.ema._weights = [parameter.detach() for parameter in state.model.parameters()]
+            for name in ("sums", "bad", "recent", "spikes"):
+                setattr(state, name, device._like(getattr(state, name)))
+            images = torch.empty(shape, dtype=torch.uint8, device="cuda")
+            labels = torch.empty(50_000, dtype=torch.int64, device="cuda")
+        self.state = state
+        self.data = ImageData.__new__(ImageData)
+        for field, value in (
+            ("images", images),
+            ("labels", labels),
+            ("num_grey_levels", config.image.num_grey_levels),
+        ):
+            object.__setattr__(self.data, field, value)
+
+    def step(self) -> None:
+        from cdm_fast.step import make_loss
+        from cdm_fast.train import take_step
+
+        self.state.model.train()
+        take_step(self.state, self.data, self.config, make_loss(self.config.train))
+
+
+def main(cache: str, *names: str) -> None:
+    fake_cuda.stand_in(Path(cache))
+    device = fake_cuda.fake_cuda_class()()
+    results = {}
+    for name in names or RUNS:
+        results[name] = RUNS[name](device)
+    print(
+        _table(results) if sys.stdout.isatty() or "TABLE" in __import__("os").environ else json.dumps(results)
+    )
+
+
+def _recorded(device: Any, run: Callable[[], Any]) -> dict[str, dict[str, int]]:
+    device.record.clear()
+    with device:
+        run()
+    return device.record.to_json()
+
+
+def _step(preset: str, batch_size: int, device: Any) -> dict[str, dict[str, int]]:
+    """The second step: the first one makes the optimizer's moments."""
+    scene = Scene(device, preset, batch_size)
+    with device:
+        scene.step()
+    return _recorded(device, scene.step)
+
+
+RUNS: dict[str, Callable[[Any], dict[str, dict[str, int]]]] = {
+    "step": partial(_step, "cifar10", 128),
+}
+
+
+def _table(results: dict[str, dict[str, dict[str, int]]]) -> str:
+    lines = []
+    for name, record in results.items():
+        lines.append(
+            f"{name}: {sum(record['launches'].values())} launches, {sum(record['syncs'].values())} waits"
+        )
+        for kind in ("syncs", "launches", "copies", "sites"):
+            lines += [f"    {kind:10} {count:5} {what}" for what, count in list(record[kind].items())[:40]]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
