@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from cdm_fast.kernels import on_its_device
 from torch import Tensor
 
 from cdm_fast.ops import philox
@@ -19,6 +20,7 @@ _TILE = 512  # elements: with ten sums per element, more would spill
 _LINE_BYTES = 128  # what neighbouring channels should fill, when channels-last
 
 
+@on_its_device
 def forward(
     x: Tensor,
     skip: Tensor | None,
@@ -43,6 +45,7 @@ def forward(
     _forward_kernel[grid](*inputs, y, mean, rstd, eps, **sizes, silu=silu, **_dropout(dropout))
 
 
+@on_its_device
 def vjp(
     g: Tensor,
     x: Tensor,
@@ -67,6 +70,7 @@ def vjp(
     _vjp_kernel[grid](*inputs, *outputs, **sizes, silu=silu, **_dropout(dropout))
 
 
+@on_its_device
 def vjp_backward(
     v: Tensor,
     v_skip: Tensor | None,
