@@ -88,6 +88,7 @@ static LogSum<typename Math<T>::Scalar> log_sum_of(const T* row, LogitRange rang
     const int64_t size = range.end - range.begin;
     if (size == 1) return {widen(z[0]), Scalar(0)};
     const Scalar maximum = maximum_of(z, size);
+    if (maximum == -Scalar(__builtin_inf())) return {Scalar(0), maximum};  // nothing is possible here
     Vec sum{};
     int64_t i = 0;
     for (; i + lanes <= size; i += lanes) sum += exp_falling(load(z + i) - maximum);
@@ -154,6 +155,22 @@ static void store_terms(const T* row, T* row_grad, LogitRange range,
     store(grad + size - lanes, sum_of_terms(load(z + size - lanes), terms, num_terms));
 }
 
+// A single logit has softmax 1, even one of -inf, of which the exponentials above make 0.
+template <class T>
+static void store_impossible(const T* row, T* row_grad, LogitRange range, typename Math<T>::Scalar weight) {
+    using Scalar = typename Math<T>::Scalar;
+    using Vec = typename Math<T>::Vec;
+    if (range.end - range.begin == 1 && widen(row[range.begin]) == -Scalar(__builtin_inf()))
+        store_some(row_grad + range.begin, broadcast<Vec>(weight), 1);
+}
+
+// A log-sum-exp that z = -inf may be compared with.
+template <class Scalar>
+static LogSum<Scalar> above_infinity(Scalar maximum, Scalar log_sum) {
+    const Scalar lowest = Scalar(-3e38);
+    return {maximum < lowest ? lowest : maximum, log_sum};
+}
+
 template <class T>
 static void level_ce_backward(const LevelCEArguments& p, int64_t first, int64_t last) {
     using Scalar = typename Math<T>::Scalar;
@@ -164,9 +181,9 @@ static void level_ce_backward(const LevelCEArguments& p, int64_t first, int64_t 
         const Scalar g_loss = p.grad_loss == nullptr ? 0 : static_cast<const Scalar*>(p.grad_loss)[b];
         const Scalar g_ratio =
             p.grad_log_ratio == nullptr ? 0 : static_cast<const Scalar*>(p.grad_log_ratio)[b];
-        const Term<Scalar> all{g_loss, {sums[0], sums[1]}};
-        const Term<Scalar> truth{g_ratio - g_loss, {sums[2], sums[3]}};
-        const Term<Scalar> noise{-g_ratio, {sums[4], sums[5]}};
+        const Term<Scalar> all{g_loss, above_infinity(sums[0], sums[1])};
+        const Term<Scalar> truth{g_ratio - g_loss, above_infinity(sums[2], sums[3])};
+        const Term<Scalar> noise{-g_ratio, above_infinity(sums[4], sums[5])};
         const LogitRange range = true_logits(p, p.level[b], p.label == nullptr ? -1 : p.label[b]);
         const LogitRange noise_range = noise_logits(p);
         store_terms<T, 1>(z, grad, LogitRange{0, p.num_logits}, &all);
@@ -174,9 +191,12 @@ static void level_ce_backward(const LevelCEArguments& p, int64_t first, int64_t 
                            at_both[3] = {all, truth, noise};
         if (range.begin == noise_range.begin) {
             store_terms<T, 3>(z, grad, range, at_both);
+            store_impossible(z, grad, range, -g_loss);
         } else {
             store_terms<T, 2>(z, grad, range, at_truth);
             store_terms<T, 2>(z, grad, noise_range, at_noise);
+            store_impossible(z, grad, range, truth.weight);
+            store_impossible(z, grad, noise_range, noise.weight);
         }
     }
 }
@@ -209,7 +229,8 @@ CDM_INLINE typename Math<T>::Vec log_sums_across(const T* z, int64_t num_classes
     for (int64_t c = 1; c < num_classes; ++c) maximum = of_class[c] > maximum ? of_class[c] : maximum;
     Vec sum{};
     for (int64_t c = 0; c < num_classes; ++c) sum += exp_falling(of_class[c] - maximum);
-    return maximum + log_of_sum(sum);
+    const Vec impossible = broadcast<Vec>(-typename Math<T>::Scalar(__builtin_inf()));
+    return maximum == impossible ? impossible : maximum + log_of_sum(sum);
 }
 
 template <class T>

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from cdm_fast.kernels import on_its_device
 from torch import Tensor
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -33,6 +34,7 @@ class Blocks(NamedTuple):
     warps: int
 
 
+@on_its_device
 def attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, num_heads: int, out: Tensor, lse: Tensor
 ) -> None:
@@ -40,6 +42,7 @@ def attention(
     _launch(_forward_kernel, 1, _sizes(q, num_heads), (q, k, v, out, lse), scale)
 
 
+@on_its_device
 def attention_vjp(
     g: Tensor,
     q: Tensor,
@@ -60,6 +63,7 @@ def attention_vjp(
     _launch(_vjp_columns_kernel, 2, sizes, (g, q, k, v, lse, delta, grad_k, grad_v), scale)
 
 
+@on_its_device
 def attention_vjp_backward(
     u_q: Tensor,
     u_k: Tensor,
@@ -116,7 +120,7 @@ def _launch(
     batch, num_tokens, num_heads, width = sizes
     blocks = choose_blocks(width, tensors[0].dtype, products)
     num_blocks = triton.cdiv(num_tokens, blocks.block)
-    grid = (num_blocks * batch * num_heads, triton.cdiv(width, blocks.out_width))
+    grid = (triton.cdiv(width, blocks.out_width) * num_blocks * batch * num_heads,)
     kernel[grid](
         *tensors,
         scale,
@@ -252,12 +256,17 @@ def _tangents(
 
 
 @triton.jit
-def _place(num_blocks: int, num_tokens: int, num_heads: int, WIDTH: tl.constexpr) -> tuple[int, int, int]:
-    """This program's block of tokens, and its head's offsets into (B, h, N) and (B, N, C)."""
-    block = tl.program_id(0) % num_blocks
-    head = (tl.program_id(0) // num_blocks).to(tl.int64)
+def _place(
+    num_blocks: int, num_tokens: int, num_heads: int, WIDTH: tl.constexpr, OUT_WIDTH: tl.constexpr
+) -> tuple[int, int, int, int]:
+    """This program's part of the result's channels, its block of tokens, and its head's offsets into
+    (B, h, N) and (B, N, C)."""
+    parts: tl.constexpr = (WIDTH + OUT_WIDTH - 1) // OUT_WIDTH
+    part = tl.program_id(0) % parts
+    block = tl.program_id(0) // parts % num_blocks
+    head = (tl.program_id(0) // (parts * num_blocks)).to(tl.int64)
     first_channel = (head // num_heads) * num_tokens * num_heads * WIDTH + (head % num_heads) * WIDTH
-    return block, head * num_tokens, first_channel
+    return part, block, head * num_tokens, first_channel
 
 
 @triton.jit
@@ -272,7 +281,7 @@ def _row_dot_kernel(
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    block, first_row, first = _place(num_blocks, num_tokens, num_heads, WIDTH)
+    _, block, first_row, first = _place(num_blocks, num_tokens, num_heads, WIDTH, WIDTH)
     rows = block * BLOCK + tl.arange(0, BLOCK)
     channels = tl.arange(0, PADDED)
     stride = num_heads * WIDTH
@@ -299,11 +308,11 @@ def _forward_kernel(
     STEP: tl.constexpr,
 ) -> None:
     """Softmax with a running maximum and sum, so that each column is visited once."""
-    block, first_row, first = _place(num_blocks, num_tokens, num_heads, WIDTH)
+    part, block, first_row, first = _place(num_blocks, num_tokens, num_heads, WIDTH, OUT_WIDTH)
     q, k, v, out = q + first, k + first, v + first, out + first
     stride = num_heads * WIDTH
     rows = block * BLOCK + tl.arange(0, BLOCK)
-    channels = tl.program_id(1) * OUT_WIDTH + tl.arange(0, OUT_WIDTH)
+    channels = part * OUT_WIDTH + tl.arange(0, OUT_WIDTH)
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     result = tl.zeros((BLOCK, OUT_WIDTH), tl.float32)
@@ -319,7 +328,7 @@ def _forward_kernel(
         result = _add_product(result * shrink[:, None], p, v, columns, channels, num_tokens, stride, WIDTH)
         top = new_top
     _store_tile(out, result / total[:, None], rows, channels, num_tokens, stride, WIDTH)
-    if tl.program_id(1) == 0:
+    if part == 0:
         tl.store(lse + first_row + rows, (top + tl.log2(total)) / _LOG2_E, mask=rows < num_tokens)
 
 
@@ -343,11 +352,11 @@ def _vjp_rows_kernel(
     STEP: tl.constexpr,
 ) -> None:
     """grad_q of one block of rows."""
-    block, first_row, first = _place(num_blocks, num_tokens, num_heads, WIDTH)
+    part, block, first_row, first = _place(num_blocks, num_tokens, num_heads, WIDTH, OUT_WIDTH)
     g, q, k, v, grad_q = g + first, q + first, k + first, v + first, grad_q + first
     stride = num_heads * WIDTH
     rows = block * BLOCK + tl.arange(0, BLOCK)
-    channels = tl.program_id(1) * OUT_WIDTH + tl.arange(0, OUT_WIDTH)
+    channels = part * OUT_WIDTH + tl.arange(0, OUT_WIDTH)
     lse_rows = tl.load(lse + first_row + rows, mask=rows < num_tokens, other=float("inf"))[:, None]
     delta_rows = tl.load(delta + first_row + rows, mask=rows < num_tokens, other=0.0)[:, None]
     result = tl.zeros((BLOCK, OUT_WIDTH), tl.float32)
@@ -384,11 +393,11 @@ def _vjp_columns_kernel(
     STEP: tl.constexpr,
 ) -> None:
     """grad_k and grad_v of one block of columns. Tiles are transposed: (columns, rows)."""
-    block, first_row, first = _place(num_blocks, num_tokens, num_heads, WIDTH)
+    part, block, first_row, first = _place(num_blocks, num_tokens, num_heads, WIDTH, OUT_WIDTH)
     g, q, k, v = g + first, q + first, k + first, v + first
     stride = num_heads * WIDTH
     columns = block * BLOCK + tl.arange(0, BLOCK)
-    channels = tl.program_id(1) * OUT_WIDTH + tl.arange(0, OUT_WIDTH)
+    channels = part * OUT_WIDTH + tl.arange(0, OUT_WIDTH)
     result_k = tl.zeros((BLOCK, OUT_WIDTH), tl.float32)
     result_v = tl.zeros((BLOCK, OUT_WIDTH), tl.float32)
     for start in range(0, num_tokens, STEP):
@@ -433,11 +442,11 @@ def _out_dot_kernel(
     Two passes over the columns: `sum p scores_dot v - mean out` would need one, and cancel badly where the
     scores move together.
     """
-    block, first_row, first = _place(num_blocks, num_tokens, num_heads, WIDTH)
+    part, block, first_row, first = _place(num_blocks, num_tokens, num_heads, WIDTH, OUT_WIDTH)
     u_q, u_k, u_v, q, k, v = u_q + first, u_k + first, u_v + first, q + first, k + first, v + first
     stride = num_heads * WIDTH
     rows = block * BLOCK + tl.arange(0, BLOCK)
-    channels = tl.program_id(1) * OUT_WIDTH + tl.arange(0, OUT_WIDTH)
+    channels = part * OUT_WIDTH + tl.arange(0, OUT_WIDTH)
     lse_rows = tl.load(lse + first_row + rows, mask=rows < num_tokens, other=float("inf"))[:, None]
     mean_rows = tl.zeros((BLOCK,), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)  # 1, but for the rounding of lse
@@ -466,7 +475,7 @@ def _out_dot_kernel(
         result = _add_product(result, p_dot, v, columns, channels, num_tokens, stride, WIDTH)
         result = _add_product(result, p, u_v, columns, channels, num_tokens, stride, WIDTH)
     _store_tile(out_dot + first, result / total[:, None], rows, channels, num_tokens, stride, WIDTH)
-    if tl.program_id(1) == 0:
+    if part == 0:
         tl.store(mean + first_row + rows, mean_rows, mask=rows < num_tokens)
 
 
@@ -495,12 +504,12 @@ def _vjp_backward_rows_kernel(
     STEP: tl.constexpr,
 ) -> None:
     """The tangent of grad_q, one block of rows."""
-    block, first_row, first = _place(num_blocks, num_tokens, num_heads, WIDTH)
+    part, block, first_row, first = _place(num_blocks, num_tokens, num_heads, WIDTH, OUT_WIDTH)
     u_q, u_k, u_v, g = u_q + first, u_k + first, u_v + first, g + first
     q, k, v = q + first, k + first, v + first
     stride = num_heads * WIDTH
     rows = block * BLOCK + tl.arange(0, BLOCK)
-    channels = tl.program_id(1) * OUT_WIDTH + tl.arange(0, OUT_WIDTH)
+    channels = part * OUT_WIDTH + tl.arange(0, OUT_WIDTH)
     exist = rows < num_tokens
     lse_rows = tl.load(lse + first_row + rows, mask=exist, other=float("inf"))[:, None]
     mean_rows = tl.load(mean + first_row + rows, mask=exist, other=0.0)[:, None]
@@ -551,12 +560,12 @@ def _vjp_backward_columns_kernel(
     STEP: tl.constexpr,
 ) -> None:
     """The tangents of grad_k and grad_v, one block of columns. Tiles are transposed: (columns, rows)."""
-    block, first_row, first = _place(num_blocks, num_tokens, num_heads, WIDTH)
+    part, block, first_row, first = _place(num_blocks, num_tokens, num_heads, WIDTH, OUT_WIDTH)
     u_q, u_k, u_v, g = u_q + first, u_k + first, u_v + first, g + first
     q, k, v = q + first, k + first, v + first
     stride = num_heads * WIDTH
     columns = block * BLOCK + tl.arange(0, BLOCK)
-    channels = tl.program_id(1) * OUT_WIDTH + tl.arange(0, OUT_WIDTH)
+    channels = part * OUT_WIDTH + tl.arange(0, OUT_WIDTH)
     result_k = tl.zeros((BLOCK, OUT_WIDTH), tl.float32)
     result_v = tl.zeros((BLOCK, OUT_WIDTH), tl.float32)
     for start in range(0, num_tokens, STEP):

@@ -8,23 +8,28 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from cdm_fast.kernels import on_its_device
 from torch import Tensor
 
 _TILE = 1024
+_CLASS_TILE = 16
 
 
+@on_its_device
 def epilogue(grad_x: Tensor, x: Tensor, s_t: Tensor, out: Tensor) -> None:
     """Fills out like x with eps_hat. All contiguous; all but grad_x in one dtype, that of the arithmetic."""
     grid, sizes = _grid(x)
     _epilogue_kernel[grid](grad_x, x, s_t, s_t, out, *sizes, clean=False, tile=_TILE)
 
 
+@on_its_device
 def clean_image(grad_x: Tensor, x: Tensor, a_t: Tensor, s_t: Tensor, out: Tensor) -> None:
     """Fills out like x with x0_hat; dtypes as in `epilogue`."""
     grid, sizes = _grid(x)
     _epilogue_kernel[grid](grad_x, x, a_t, s_t, out, *sizes, clean=True, tile=_TILE)
 
 
+@on_its_device
 def loss(grad_x: Tensor, x: Tensor, s_t: Tensor, eps: Tensor, out: Tensor) -> None:
     """Fills out (B,) with the squared error; dtypes as in `epilogue`. The same bits every time."""
     grid, sizes = _grid(x)
@@ -33,22 +38,26 @@ def loss(grad_x: Tensor, x: Tensor, s_t: Tensor, eps: Tensor, out: Tensor) -> No
     torch.sum(partial, dim=1, out=out)
 
 
+@on_its_device
 def loss_backward(grad_x: Tensor, x: Tensor, s_t: Tensor, eps: Tensor, grad_sum: Tensor, out: Tensor) -> None:
     """Fills out like grad_x with the gradient of <grad_sum, loss>; dtypes as in `epilogue`."""
     grid, sizes = _grid(x)
     _loss_backward_kernel[grid](grad_x, x, s_t, eps, grad_sum, out, *sizes, tile=_TILE)
 
 
+@on_its_device
 def cotangent(weight_c: Tensor, level: Tensor, class_weight: Tensor | None, out: Tensor) -> None:
     """Fills out (B, D). All contiguous; class_weight in fp32 (fp64 for fp64)."""
     num_rows, num_features = weight_c.shape
     num_classes = 1 if class_weight is None else class_weight.shape[1]
     tile = _feature_tile(num_features)
-    _cotangent_kernel[(level.shape[0], triton.cdiv(num_features, tile))](
+    tiles = triton.cdiv(num_features, tile)
+    _cotangent_kernel[(level.shape[0] * tiles,)](
         weight_c,
         level,
         weight_c if class_weight is None else class_weight,
         out,
+        tiles,
         num_rows,
         num_features,
         num_classes,
@@ -58,6 +67,7 @@ def cotangent(weight_c: Tensor, level: Tensor, class_weight: Tensor | None, out:
     )
 
 
+@on_its_device
 def cotangent_backward(
     weight_c: Tensor,
     level: Tensor,
@@ -73,12 +83,15 @@ def cotangent_backward(
     weighted = class_weight is not None
     sizes = (level.shape[0], num_rows, num_features, num_classes)
     weights = class_weight if class_weight is not None else weight_c
-    _cotangent_grad_weight_kernel[(num_rows, triton.cdiv(num_features, tile))](
-        level, weights, grad, grad_weight, *sizes, weighted=weighted, tile=tile
+    tiles = triton.cdiv(num_features, tile)
+    _cotangent_grad_weight_kernel[(num_rows * tiles,)](
+        level, weights, grad, grad_weight, tiles, *sizes, weighted=weighted, tile=tile
     )
     if weighted:
-        _cotangent_grad_class_weight_kernel[(level.shape[0], num_classes)](
-            weight_c, level, grad, grad_class_weight, *sizes, tile=tile
+        tiles = triton.cdiv(num_classes, _CLASS_TILE)
+        tensors = weight_c, level, grad, grad_class_weight
+        _cotangent_grad_class_weight_kernel[(level.shape[0] * tiles,)](
+            *tensors, tiles, *sizes, class_tile=_CLASS_TILE, tile=min(tile, 64)
         )
 
 
@@ -97,7 +110,7 @@ def _feature_tile(num_features: int) -> int:
 def _place(image_size: int, tiles: int, tile: tl.constexpr) -> tuple:
     """(image, tile of the image, index in the batch, mask) of a program's elements."""
     image = (tl.program_id(0) // tiles).to(tl.int64)
-    number = tl.program_id(0) % tiles
+    number = (tl.program_id(0) % tiles).to(tl.int64)
     within = number * tile + tl.arange(0, tile)
     return image, number, image * image_size + within, within < image_size
 
@@ -170,6 +183,7 @@ def _cotangent_kernel(
     level_ptr: tl.tensor,
     class_weight_ptr: tl.tensor,
     out_ptr: tl.tensor,
+    tiles: int,
     num_rows: int,
     num_features: int,
     num_classes: int,
@@ -178,8 +192,8 @@ def _cotangent_kernel(
     tile: tl.constexpr,
 ) -> None:
     compute: tl.constexpr = tl.float64 if wide else tl.float32
-    b = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * tile + tl.arange(0, tile)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    d = tl.program_id(0) % tiles * tile + tl.arange(0, tile)
     row = tl.load(level_ptr + b) * num_classes
     known = (row >= 0) & (row < num_rows)
     is_row = known & (row < num_rows - 1) & (d < num_features)
@@ -200,6 +214,7 @@ def _cotangent_grad_weight_kernel(
     class_weight_ptr: tl.tensor,
     grad_ptr: tl.tensor,
     grad_weight_ptr: tl.tensor,
+    tiles: int,
     batch: int,
     num_rows: int,
     num_features: int,
@@ -207,8 +222,8 @@ def _cotangent_grad_weight_kernel(
     weighted: tl.constexpr,
     tile: tl.constexpr,
 ) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * tile + tl.arange(0, tile)
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    d = tl.program_id(0) % tiles * tile + tl.arange(0, tile)
     level, c = row // num_classes, row % num_classes
     is_noise = row == num_rows - 1
     out = tl.zeros((tile,), grad_weight_ptr.dtype.element_ty)
@@ -232,23 +247,27 @@ def _cotangent_grad_class_weight_kernel(
     level_ptr: tl.tensor,
     grad_ptr: tl.tensor,
     out_ptr: tl.tensor,
+    tiles: int,
     batch: int,
     num_rows: int,
     num_features: int,
     num_classes: int,
+    class_tile: tl.constexpr,
     tile: tl.constexpr,
 ) -> None:
-    b = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    c = tl.program_id(0) % tiles * class_tile + tl.arange(0, class_tile)
     compute: tl.constexpr = out_ptr.dtype.element_ty
     first = tl.load(level_ptr + b) * num_classes
     known = (first >= 0) & (first < num_rows)
-    is_row = known & (first < num_rows - 1)
-    total = tl.zeros((tile,), compute)
+    is_row = known & (first < num_rows - 1) & (c < num_classes)
+    total = tl.zeros((class_tile, tile), compute)
     for start in range(0, num_features, tile):
         d = start + tl.arange(0, tile)
-        mask = is_row & (d < num_features)
-        of_class = tl.load(weight_ptr + (first + c) * num_features + d, mask=mask, other=0).to(compute)
-        total -= of_class * tl.load(grad_ptr + b * num_features + d, mask=mask, other=0).to(compute)
-    out = tl.sum(total, 0) + tl.where(known, 0.0, float("nan"))
-    tl.store(out_ptr + b * num_classes + c, out)
+        inside = d < num_features
+        at = weight_ptr + (first + c)[:, None] * num_features + d[None, :]
+        of_class = tl.load(at, mask=is_row[:, None] & inside[None, :], other=0).to(compute)
+        grad = tl.load(grad_ptr + b * num_features + d, mask=inside, other=0).to(compute)
+        total -= of_class * tl.where(is_row[:, None], grad[None, :], 0)
+    out = tl.sum(total, 1) + tl.where(known, 0.0, float("nan"))
+    tl.store(out_ptr + b * num_classes + c, out, mask=c < num_classes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from cdm_fast.kernels import on_its_device
 from torch import Tensor
 
 from cdm_fast.ops import philox
@@ -20,6 +21,7 @@ _CHANNELS_TO_SUM = 16  # few, so that some programs run at once
 _LINE_BYTES = 128  # what neighbouring channels should fill, when channels-last
 
 
+@on_its_device
 def forward(
     x: Tensor,
     skip: Tensor | None,
@@ -44,6 +46,7 @@ def forward(
     _forward_kernel[grid](*inputs, y, mean, rstd, eps, **sizes, silu=silu, **_dropout(dropout))
 
 
+@on_its_device
 def vjp(
     g: Tensor,
     x: Tensor,
@@ -68,6 +71,7 @@ def vjp(
     _vjp_kernel[grid](*inputs, *outputs, **sizes, silu=silu, **_dropout(dropout))
 
 
+@on_its_device
 def vjp_backward(
     v: Tensor,
     v_skip: Tensor | None,

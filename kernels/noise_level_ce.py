@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from cdm_fast.kernels import on_its_device
 from torch import Tensor
 
 _BLOCK = 4096
 
 
+@on_its_device
 def forward(
     logits: Tensor,
     level: Tensor,
@@ -45,6 +47,7 @@ def forward(
     )
 
 
+@on_its_device
 def backward(
     logits: Tensor,
     level: Tensor,
@@ -59,7 +62,8 @@ def backward(
     """Fills grad_logits like logits, given the sums of `forward`. All contiguous; no gradient means 0."""
     batch, num_logits = logits.shape
     block = _block(num_logits)
-    _backward_kernel[(batch, triton.cdiv(num_logits, block))](
+    blocks = triton.cdiv(num_logits, block)
+    _backward_kernel[(batch * blocks,)](
         logits,
         level,
         level if label is None else label,
@@ -67,6 +71,7 @@ def backward(
         sums if grad_loss is None else grad_loss,
         sums if grad_log_ratio is None else grad_log_ratio,
         grad_logits,
+        blocks,
         num_logits,
         num_levels,
         num_classes,
@@ -78,6 +83,7 @@ def backward(
     )
 
 
+@on_its_device
 def level_logits(logits: Tensor, num_levels: int, num_classes: int, result: Tensor) -> None:
     """Fills result (B, L), fp32 (fp64 for fp64), with the logsumexp over the classes of each level.
 
@@ -86,9 +92,9 @@ def level_logits(logits: Tensor, num_levels: int, num_classes: int, result: Tens
     batch, num_logits = logits.shape
     class_block = min(128, _block(num_classes))
     levels = max(1, 2048 // class_block)
-    _level_logits_kernel[(batch, triton.cdiv(num_levels, levels))](
-        logits, result, num_logits, num_levels, num_classes, class_block=class_block, levels=levels
-    )
+    blocks = triton.cdiv(num_levels, levels)
+    sizes = blocks, num_logits, num_levels, num_classes
+    _level_logits_kernel[(batch * blocks,)](logits, result, *sizes, class_block=class_block, levels=levels)
 
 
 def _block(size: int) -> int:
@@ -153,9 +159,10 @@ def _forward_kernel(
     begin, end = _true_range(level, label, num_logits, num_levels, num_classes)
     nan = tl.where(end > begin, 0.0, float("nan"))
 
+    first_noise = tl.cast(num_levels - 1, tl.int64) * num_classes
     all_max, all_log = _log_sum(z_ptr, 0, num_logits, compute, block)
     true_max, true_log = _log_sum(z_ptr, begin, end, compute, class_block)
-    noise_max, noise_log = _log_sum(z_ptr, (num_levels - 1) * num_classes, num_logits, compute, class_block)
+    noise_max, noise_log = _log_sum(z_ptr, first_noise, num_logits, compute, class_block)
     all_max += nan
     true_max += nan
     tl.store(loss_ptr + b, (all_max - true_max) + (all_log - true_log))
@@ -172,17 +179,18 @@ def _forward_kernel(
 def _level_logits_kernel(
     logits_ptr: tl.tensor,
     result_ptr: tl.tensor,
+    blocks: int,
     num_logits: int,
     num_levels: int,
     num_classes: int,
     class_block: tl.constexpr,
     levels: tl.constexpr,
 ) -> None:
-    b = tl.program_id(0).to(tl.int64)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
     compute: tl.constexpr = result_ptr.dtype.element_ty
     lowest: tl.constexpr = -3.0e38
     z_ptr = logits_ptr + b * num_logits
-    level = tl.program_id(1) * levels + tl.arange(0, levels)
+    level = (tl.program_id(0) % blocks).to(tl.int64) * levels + tl.arange(0, levels)
     maximum = tl.full((levels,), lowest, compute)
     total = tl.zeros((levels,), compute)
     for first in range(0, num_classes, class_block):
@@ -198,11 +206,12 @@ def _level_logits_kernel(
 
 
 @triton.jit
-def _term(
-    z: tl.tensor, weight: tl.tensor, inside: tl.tensor, maximum: tl.tensor, log_sum: tl.tensor
-) -> tl.tensor:
-    """weight * softmax where `inside`, else 0."""
-    exponent = tl.where(inside, (z - maximum) - log_sum, 0.0)
+def _term(z: tl.tensor, weight: tl.tensor, inside: tl.tensor, alone: tl.tensor, sums: tl.tensor) -> tl.tensor:
+    """weight * softmax where `inside`, else 0. sums: pointer to the maximum and the log of the scaled sum.
+
+    alone: one logit has softmax 1 even if it is -inf.
+    """
+    exponent = tl.where(inside & (alone == 0), (z - tl.load(sums)) - tl.load(sums + 1), 0.0)
     return tl.where(inside, weight * tl.exp(exponent), 0.0)
 
 
@@ -215,6 +224,7 @@ def _backward_kernel(
     grad_loss_ptr: tl.tensor,
     grad_log_ratio_ptr: tl.tensor,
     grad_logits_ptr: tl.tensor,
+    blocks: int,
     num_logits: int,
     num_levels: int,
     num_classes: int,
@@ -223,7 +233,7 @@ def _backward_kernel(
     log_ratio_used: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
-    b = tl.program_id(0).to(tl.int64)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
     compute: tl.constexpr = sums_ptr.dtype.element_ty
     level = tl.load(level_ptr + b)
     label = tl.load(label_ptr + b) if labelled else level * 0 - 1
@@ -233,13 +243,15 @@ def _backward_kernel(
     grad_loss = tl.load(grad_loss_ptr + b) if loss_used else zero
     grad_log_ratio = tl.load(grad_log_ratio_ptr + b) if log_ratio_used else zero
 
-    index = tl.program_id(1) * block + tl.arange(0, block)
+    index = (tl.program_id(0) % blocks).to(tl.int64) * block + tl.arange(0, block)
     inside = index < num_logits
     z = tl.load(logits_ptr + b * num_logits + index, mask=inside, other=0).to(compute)
     is_true = (index >= begin) & (index < end)
-    is_noise = inside & (index >= (num_levels - 1) * num_classes)
-    grad = _term(z, grad_loss, inside, tl.load(sums), tl.load(sums + 1))
-    grad += _term(z, grad_log_ratio - grad_loss, is_true, tl.load(sums + 2), tl.load(sums + 3))
-    grad += _term(z, -grad_log_ratio, is_noise, tl.load(sums + 4), tl.load(sums + 5))
+    first_noise = tl.cast(num_levels - 1, tl.int64) * num_classes
+    is_noise = inside & (index >= first_noise)
+    one_noise = num_logits - first_noise == 1
+    grad = _term(z, grad_loss, inside, num_logits == 1, sums)
+    grad += _term(z, grad_log_ratio - grad_loss, is_true, end - begin == 1, sums + 2)
+    grad += _term(z, -grad_log_ratio, is_noise, one_noise, sums + 4)
     out = grad_logits_ptr + b * num_logits + index
     tl.store(out, grad.to(grad_logits_ptr.dtype.element_ty), mask=inside)

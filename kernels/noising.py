@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from cdm_fast.kernels import on_its_device
 from torch import Tensor
 
 from cdm_fast.ops import philox
@@ -23,6 +24,7 @@ _COS = tl.constexpr(philox.COS_COEFFICIENTS)
 _TILE = 1024
 
 
+@on_its_device
 def noising(
     x0: Tensor,
     level: Tensor,

@@ -1,6 +1,6 @@
 """The fused ops. Each exists as a plain-PyTorch reference and as kernels for several backends."""
 
-from cdm_fast.ops._backend import set_backend, use_backend
+from cdm_fast.ops._backend import set_backend, use_attention_method, use_backend
 from cdm_fast.ops.attention import attention, attention_vjp
 from cdm_fast.ops.denoise import denoise_epilogue, denoise_loss, denoise_x0, head_cotangent
 from cdm_fast.ops.group_norm_silu import group_norm_silu, group_norm_silu_vjp
@@ -25,5 +25,6 @@ __all__ = [
     "noise_level_ce",
     "noising",
     "set_backend",
+    "use_attention_method",
     "use_backend",
 ]

@@ -3,14 +3,22 @@
 An op is written up to four times: "reference" (plain PyTorch, anywhere), "cpp" (C++, CPU), "cuda" (CUDA
 C++), "triton" (GPUs, or CPU tensors under Triton's interpreter). `declare` records which of them an op has,
 `resolve` picks one. "auto", the default, takes the fastest that works for the tensor at hand.
+
+Attention on "triton" has two methods: "fused" is one kernel that keeps the score matrix in registers,
+"composed" the library's batched products with passes over the matrix between them. `attention_method` picks
+one by the table in attention_methods.json, which `python -m benchmarks.attention_methods` measures anew.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -18,6 +26,8 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
+ATTENTION_METHODS = ("auto", "fused", "composed")
+ATTENTION_TABLE = Path(__file__).with_name("attention_methods.json")
 
 # What "auto" tries, per device type, fastest first; "reference" is what is left.
 _FASTEST_FIRST = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
@@ -46,6 +56,7 @@ class Choice(NamedTuple):
 
 _coverage: dict[str, dict[str, Coverage]] = {}
 _selected = "auto"
+_attention_method = "auto"
 
 
 def declare(op: str, **backends: Coverage) -> None:
@@ -185,6 +196,57 @@ def build_info() -> dict[str, object] | None:
     """How the extension was built (`cuda`, `compiler`, `torch_target_version`); None without it."""
     extension = _extension()
     return None if isinstance(extension, ImportError) else extension.build_info()
+
+
+# The "composed" method works for these dtypes, and while a program can hold a row of the score matrix.
+_COMPOSED_DTYPES = (torch.bfloat16, torch.float32)
+_COMPOSED_TOKENS = 4096
+
+
+@contextmanager
+def use_attention_method(name: str) -> Iterator[None]:
+    """`with use_attention_method("composed"): ...` forces the method of attention on Triton for the block.
+
+    name: one of `ATTENTION_METHODS`; anything else raises ValueError. Other backends have one method only.
+    """
+    global _attention_method
+    if name not in ATTENTION_METHODS:
+        expected = ", ".join(ATTENTION_METHODS)
+        raise ValueError(f"attention method: expected one of {expected}, got {name!r}")
+    before, _attention_method = _attention_method, name
+    try:
+        yield
+    finally:
+        _attention_method = before
+
+
+def attention_method(tokens: int, width: int, dtype: torch.dtype) -> str:
+    """ "fused" or "composed": how Triton's attention over so many tokens of a head so wide is computed.
+
+    The method that was forced, else that of the nearest entry of the table. Raises RuntimeError where
+    "composed" is forced and cannot run.
+    """
+    composable = dtype in _COMPOSED_DTYPES and tokens <= _COMPOSED_TOKENS
+    if _attention_method == "composed" and not composable:
+        raise RuntimeError(
+            f"attention method 'composed' takes bfloat16 and float32 and up to {_COMPOSED_TOKENS} tokens, "
+            f"got {dtype} and {tokens}; use 'fused'"
+        )
+    if _attention_method != "auto":
+        return _attention_method
+    return _nearest_method(tokens, width, dtype) if composable else "fused"
+
+
+@cache
+def _nearest_method(tokens: int, width: int, dtype: torch.dtype) -> str:
+    entries = json.loads(ATTENTION_TABLE.read_text())["methods"]
+    of_dtype = [entry for entry in entries if entry["dtype"] == str(dtype).removeprefix("torch.")]
+
+    def distance(entry: dict[str, object]) -> float:
+        pairs = ((entry["tokens"], tokens), (entry["width"], width))
+        return sum(abs(math.log2(float(str(there)) / here)) for there, here in pairs)
+
+    return str(min(of_dtype, key=distance)["method"]) if of_dtype else "fused"
 
 
 def describe() -> list[Choice]:

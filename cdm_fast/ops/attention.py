@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdm_fast.ops import _backend, _checks, attention_cpu
+from cdm_fast.ops import _backend, _checks, attention_composed, attention_cpu, attention_gpu
 from cdm_fast.ops._backend import Coverage
 from cdm_fast.ops._registry import define, overload
 
@@ -157,9 +157,15 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float, num_heads: int) -> tupl
     return q.new_empty(q.shape), lse
 
 
+def _composes(q: Tensor, num_heads: int) -> bool:
+    return _backend.attention_method(q.shape[1], q.shape[2] // num_heads, q.dtype) == "composed"
+
+
 def _triton(q: Tensor, k: Tensor, v: Tensor, scale: float, num_heads: int) -> tuple[Tensor, Tensor]:
     from cdm_fast.kernels import attention as kernels
 
+    if _composes(q, num_heads):
+        return attention_composed.forward(attention_gpu.pieces(), q, k, v, scale, num_heads)
     q, k, v = (x.contiguous() for x in (q, k, v))
     out, lse = _fake(q, k, v, scale, num_heads)
     kernels.attention(q, k, v, scale, num_heads, out, lse)
@@ -170,6 +176,9 @@ def _triton_vjp(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     from cdm_fast.kernels import attention as kernels
 
     *tensors, scale, num_heads = arguments
+    if _composes(tensors[0], num_heads):
+        g, q, k, v, _, lse = tensors
+        return attention_composed.vjp(attention_gpu.pieces(), g, q, k, v, lse, scale, num_heads)
     gradients = _triple(tensors[0].new_empty(tensors[0].shape) for _ in range(3))
     kernels.attention_vjp(*(x.contiguous() for x in tensors), scale, num_heads, *gradients)
     return gradients
@@ -179,6 +188,10 @@ def _triton_vjp_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tenso
     from cdm_fast.kernels import attention as kernels
 
     *tensors, scale, num_heads = arguments
+    if _composes(tensors[0], num_heads):
+        u_q, u_k, u_v, g, q, k, v, _, lse = tensors
+        inputs = u_q, u_k, u_v, g, q, k, v, lse
+        return attention_composed.vjp_backward(attention_gpu.pieces(), *inputs, scale, num_heads)
     grad_g = tensors[0].new_empty(tensors[0].shape)
     gradients = _triple(torch.empty_like(grad_g) for _ in range(3))
     kernels.attention_vjp_backward(*(x.contiguous() for x in tensors), scale, num_heads, grad_g, *gradients)

@@ -1,8 +1,8 @@
 """`noise_level_ce` of a linear head, from its features, without ever holding all of its logits.
 
 B batch, D features, L = T+2 noise levels, K classes, N = (L-1) K + 1 rows of the head: row `t K + c` is for
-class c at level t <= T, the last for pure noise. All logits z are taken relative to pure noise's, so that the
-log-ratio can be read off, pure noise itself counts exp(0), and what is common to all cancels.
+class c at level t <= T, the last for pure noise. All logits z are taken relative to pure noise's, so that
+what is common to all cancels.
 
 The rows are visited in blocks of whole levels. Forward keeps one running log-sum-exp per image; backward
 computes each block's logits again. The products are the library's on every device.
@@ -94,16 +94,16 @@ def _forward(
     """loss, log_ratio, and log_total (B,): the log-sum-exp of all z."""
     with torch.autocast(h.device.type, enabled=False):
         h = _wide(h)
-        noise = _noise_logit(h, weight_c, bias_c)
+        origin, noise = _noise_logit(h, weight_c, bias_c)
         is_noise = level == (len(weight_c) - 1) // num_classes
-        log_ratio = torch.where(is_noise, 0.0, torch.nan).to(h.dtype)  # NaN stays at a level out of range
-        log_total = torch.zeros_like(noise)
+        picked = torch.where(is_noise, noise, torch.nan)  # NaN stays at a level out of range
+        log_total = noise
         for first_level, rows in _blocks(len(h), len(weight_c), num_classes):
-            z = _block_logits(h, weight_c, bias_c, rows, noise)
+            z = _block_logits(h, weight_c, bias_c, rows, origin)
             true, _, inside = _true_logits(z, level - first_level, label, num_classes)
-            log_ratio = torch.where(inside, _log_ratio(true, label), log_ratio)
+            picked = torch.where(inside, _picked(true, label), picked)
             log_total = torch.logaddexp(log_total, z.logsumexp(1))
-        return log_total - log_ratio, log_ratio, log_total
+        return log_total - picked, picked - noise, log_total
 
 
 def _backward_blocks(
@@ -120,17 +120,19 @@ def _backward_blocks(
     """Gradients with respect to h, weight_c and bias_c; log_total as `_forward` returned it."""
     with torch.autocast(h.device.type, enabled=False):
         features, dtype = _wide(h), h.dtype
-        noise = _noise_logit(features, weight_c, bias_c)
+        origin, noise = _noise_logit(features, weight_c, bias_c)
         grad_weight, grad_bias = torch.empty_like(weight_c), torch.empty_like(bias_c)
         grad_true = grad_log_ratio - grad_loss
         is_noise = level == (len(weight_c) - 1) // num_classes
-        grad_noise = grad_loss * torch.exp(-log_total) - grad_log_ratio + torch.where(is_noise, grad_true, 0)
+        grad_noise = grad_loss * torch.exp(noise - log_total) - grad_log_ratio
+        grad_noise = grad_noise + torch.where(is_noise, grad_true, 0)
         grad_h = grad_noise[:, None] * _wide(weight_c[-1])
         grad_weight[-1], grad_bias[-1] = grad_noise @ features, grad_noise.sum()
         for first_level, rows in _blocks(len(h), len(weight_c), num_classes):
-            z = _block_logits(features, weight_c, bias_c, rows, noise)
+            z = _block_logits(features, weight_c, bias_c, rows, origin)
             true, place, inside = _true_logits(z, level - first_level, label, num_classes)
-            share = _class_shares(true, label) * torch.where(inside, grad_true, 0)[:, None]
+            # A level where all is impossible has shares of NaN, and is no image's here.
+            share = torch.where(inside[:, None], _class_shares(true, label) * grad_true[:, None], 0)
             grad_z = z.sub_(log_total[:, None]).exp_().mul_(grad_loss[:, None])
             grad_z.unflatten(1, (-1, num_classes)).scatter_add_(1, place, share[:, None])
             grad_h.addmm_(grad_z, _wide(weight_c[rows]))
@@ -138,9 +140,15 @@ def _backward_blocks(
         return grad_h.to(dtype), grad_weight, grad_bias
 
 
-def _noise_logit(h: Tensor, weight_c: Tensor, bias_c: Tensor) -> Tensor:
-    """(B,): the logit of pure noise, by the last row."""
-    return torch.mv(h, _wide(weight_c[-1])) + _wide(bias_c[-1])
+def _noise_logit(h: Tensor, weight_c: Tensor, bias_c: Tensor) -> tuple[Tensor, Tensor]:
+    """What all logits are taken relative to, and the logit of pure noise relative to it: both (B,).
+
+    The first is pure noise's logit itself, by the last row, and so the second 0; but a logit of -inf leaves
+    nothing to compare with, and is relative to 0.
+    """
+    noise = torch.mv(h, _wide(weight_c[-1])) + _wide(bias_c[-1])
+    origin = torch.where(noise == -torch.inf, 0.0, noise)
+    return origin, noise - origin
 
 
 def _blocks(batch: int, num_rows: int, num_classes: int) -> Iterator[tuple[int, slice]]:
@@ -151,9 +159,9 @@ def _blocks(batch: int, num_rows: int, num_classes: int) -> Iterator[tuple[int, 
         yield first_row // num_classes, slice(first_row, last_row)
 
 
-def _block_logits(h: Tensor, weight_c: Tensor, bias_c: Tensor, rows: slice, noise: Tensor) -> Tensor:
+def _block_logits(h: Tensor, weight_c: Tensor, bias_c: Tensor, rows: slice, origin: Tensor) -> Tensor:
     """(B, rows): z of a block."""
-    return torch.addmm(_wide(bias_c[rows]), h, _wide(weight_c[rows]).T).sub_(noise[:, None])
+    return torch.addmm(_wide(bias_c[rows]), h, _wide(weight_c[rows]).T).sub_(origin[:, None])
 
 
 def _true_logits(z: Tensor, level: Tensor, label: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,14 +175,14 @@ def _true_logits(z: Tensor, level: Tensor, label: Tensor, num_classes: int) -> t
     return z.gather(1, place).squeeze(1), place, inside
 
 
-def _log_ratio(true: Tensor, label: Tensor) -> Tensor:
+def _picked(true: Tensor, label: Tensor) -> Tensor:
     """(B,): z[level, label], or logsumexp_c z[level, c] where there is no label."""
     labelled = true.gather(1, label.clamp(0, true.shape[1] - 1)[:, None]).squeeze(1)
     return torch.where(label >= 0, labelled, true.logsumexp(1))
 
 
 def _class_shares(true: Tensor, label: Tensor) -> Tensor:
-    """(B, K): the derivative of `_log_ratio`, one-hot or softmax_c z[level, c]."""
+    """(B, K): the derivative of `_picked`, one-hot or softmax_c z[level, c]."""
     one_hot = torch.arange(true.shape[1], device=label.device) == label[:, None]
     return torch.where(label[:, None] >= 0, one_hot.to(true.dtype), true.softmax(1))
 

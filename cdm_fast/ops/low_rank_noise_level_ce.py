@@ -51,18 +51,23 @@ def low_rank_noise_level_ce(
     Differentiable with respect to basis and classes. Source: CDM Alg. 1.
     """
     by_level, noise = _by_level(basis, classes), basis[:, -1]
+    # All logits are relative to pure noise's, so that what is common to all cancels; to 0 if that is -inf.
+    origin = torch.where(noise == -torch.inf, 0.0, noise)
+    noise = noise - origin
     label = torch.full_like(level, -1) if label is None else label
     step = max(1, BLOCK_ELEMENTS // (len(basis) * len(classes)))
+    # A level of -inf, where the derivative of logsumexp is NaN, counts as much when it is merely very low.
+    possible = by_level.clamp(min=torch.finfo(basis.dtype).min / 2)
     blocks = [
-        checkpoint(_log_total, block, noise, classes, use_reentrant=False, preserve_rng_state=False)
-        for block in by_level.split(step, dim=1)
+        checkpoint(_log_total, block, origin, classes, use_reentrant=False, preserve_rng_state=False)
+        for block in possible.split(step, dim=1)
     ]
-    total = torch.stack([torch.zeros_like(noise), *blocks]).logsumexp(0)  # exp(0) is pure noise's share
+    total = torch.stack([noise, *blocks]).logsumexp(0)
     place = level.clamp(max=by_level.shape[1] - 1)[:, None, None].expand(-1, 1, by_level.shape[2])
     true = low_rank_logits(by_level.gather(1, place).squeeze(1), classes)  # (B, K)
     labelled = true.gather(1, label.clamp(min=0)[:, None]).squeeze(1)
-    log_ratio = torch.where(label >= 0, labelled, true.logsumexp(1)) - noise
-    return total - torch.where(level < by_level.shape[1], log_ratio, 0.0)
+    picked = torch.where(label >= 0, labelled, true.logsumexp(1)) - origin
+    return total - torch.where(level < by_level.shape[1], picked, noise)
 
 
 def _by_level(basis: Tensor, classes: Tensor) -> Tensor:
@@ -70,6 +75,6 @@ def _by_level(basis: Tensor, classes: Tensor) -> Tensor:
     return basis[:, :-1].unflatten(1, (-1, classes.shape[1] + 1))
 
 
-def _log_total(block: Tensor, noise: Tensor, classes: Tensor) -> Tensor:
-    """(B,): log-sum-exp of the block's logits, relative to pure noise's."""
-    return low_rank_logits(block, classes).logsumexp((1, 2)) - noise
+def _log_total(block: Tensor, origin: Tensor, classes: Tensor) -> Tensor:
+    """(B,): log-sum-exp of the block's logits, relative to `origin`."""
+    return low_rank_logits(block, classes).logsumexp((1, 2)) - origin

@@ -12,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
-from cdm_fast.ops import attention, attention_cpu, attention_vjp, use_backend
+from cdm_fast.ops import (
+    _backend,
+    attention,
+    attention_cpu,
+    attention_gpu,
+    attention_vjp,
+    use_attention_method,
+    use_backend,
+)
 from cdm_fast.ops.attention import attention_reference
 
 # batch, tokens, channels, heads
@@ -55,9 +63,23 @@ def _by_op(tensors, scale, heads):
     return out, lse, *gradients, *torch.autograd.grad(gradients, (g, q, k, v), u)
 
 
+@pytest.fixture(params=["fused", "composed"])
+def method(request):
+    """Both methods of attention on Triton; other backends have one, and run once."""
+    names = [value for value in request.node.callspec.params.values() if isinstance(value, str)]
+    if request.param == "composed" and "triton" not in names:
+        pytest.skip("this backend has one method")
+    with use_attention_method(request.param):
+        yield request.param
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-def test_kernels_are_as_accurate_as_plain_pytorch(kernels, poison_empty, assert_kernel_accurate, case, dtype):
+def test_kernels_are_as_accurate_as_plain_pytorch(
+    kernels, method, poison_empty, assert_kernel_accurate, case, dtype
+):
+    if dtype == torch.float16 and "fused" not in (kernels, method):
+        pytest.skip("the composed method takes no fp16")
     if (kernels, dtype) == ("cpp", torch.float16):
         pytest.skip("the CPU kernels take no fp16")
     tensors, scale, heads = _case(*case, dtype=dtype)
@@ -79,7 +101,7 @@ def test_forward_then_vjp_is_double_backward(backend, relative_error, case):
             assert (value - true_value).norm() <= 1e-12 * (1 + true_value.norm()), name
 
 
-def test_autograd_differentiates_attention_twice(backend, assert_kernel_accurate):
+def test_autograd_differentiates_attention_twice(backend, method, assert_kernel_accurate):
     tensors, scale, heads = _case(2, 21, 24, 2, torch.float32)
     *u, g, q, k, v = (x.requires_grad_() for x in tensors)
     gradients = torch.autograd.grad(attention(q, k, v, scale, heads)[0], (q, k, v), g, create_graph=True)
@@ -105,7 +127,7 @@ def test_gradcheck(heads):
         assert gradcheck(vjp, tensors)
 
 
-def test_a_third_derivative_raises(kernels):
+def test_a_third_derivative_raises(kernels, method):
     tensors, scale, heads = _case(1, 4, 6, 1, torch.float32)
     *u, g, q, k, v = (x.requires_grad_() for x in tensors)
     with use_backend(kernels):
@@ -115,7 +137,7 @@ def test_a_third_derivative_raises(kernels):
             torch.autograd.grad(tangent.sum(), q)
 
 
-def test_registration_of_the_ops(kernels):
+def test_registration_of_the_ops(kernels, method):
     suffix = "" if kernels == "cpp" else "_triton"  # there is none in CUDA C++
     (*u, g, q, k, v), scale, heads = _case(2, 6, 8, 2, torch.float32)
     out, lse = attention_reference(q, k, v, scale, heads)
@@ -128,14 +150,14 @@ def test_registration_of_the_ops(kernels):
     torch.library.opcheck(getattr(ops, f"attention_vjp_backward{suffix}").default, arguments)
 
 
-def test_equal_scores_average_the_values(backend):
+def test_equal_scores_average_the_values(backend, method):
     v = torch.randn(2, 7, 6)
     out, lse = attention(torch.zeros(2, 7, 6), torch.randn(2, 7, 6), v, 1.0, num_heads=2)
     torch.testing.assert_close(out, v.mean(1, keepdim=True).expand_as(v))
     torch.testing.assert_close(lse, torch.full((2, 2, 7), 7.0).log())
 
 
-def test_one_token_returns_its_value(kernels, tolerance):
+def test_one_token_returns_its_value(kernels, method, tolerance):
     tensors, scale, _ = _case(2, 1, 8, 1, torch.float32)
     with use_backend(kernels):
         out, _, grad_q, grad_k, grad_v, grad_g, *others = _by_op(tensors, scale, 1)
@@ -144,7 +166,7 @@ def test_one_token_returns_its_value(kernels, tolerance):
         torch.testing.assert_close(zero, torch.zeros_like(zero), rtol=0, atol=20 * tolerance[torch.float32])
 
 
-def test_far_apart_scores_pick_one_value(backend):
+def test_far_apart_scores_pick_one_value(backend, method):
     q = 1e4 * torch.eye(5)[None]
     v = torch.randn(1, 5, 5)
     out, lse = attention(q, torch.eye(5)[None], v, 1.0)
@@ -152,7 +174,7 @@ def test_far_apart_scores_pick_one_value(backend):
     torch.testing.assert_close(lse, torch.full((1, 1, 5), 1e4))
 
 
-def test_a_nan_stays_in_its_row(backend):
+def test_a_nan_stays_in_its_row(backend, method):
     (*_, q, k, v), scale, _ = _case(1, 20, 8, 1, torch.float32)
     q[0, 3, 2] = torch.nan
     out, _ = attention(q, k, v, scale)
@@ -161,7 +183,7 @@ def test_a_nan_stays_in_its_row(backend):
     assert nan_rows.sum() == 1
 
 
-def test_strides_do_not_matter(backend):
+def test_strides_do_not_matter(backend, method):
     """Tokens of an NCHW image, of which the channels are not contiguous, and an expanded cotangent."""
     image = torch.randn(3, 2, 8, 5, 5)
     q, k, v = (x.flatten(2).mT.requires_grad_() for x in image)
@@ -175,12 +197,17 @@ def test_strides_do_not_matter(backend):
 
 
 @pytest.mark.parametrize("tile", [1, 100, 1000], ids=["row-by-row", "some-rows", "some-heads"])
-def test_cutting_the_work_changes_nothing(monkeypatch, tile):
-    tensors, scale, heads = _case(3, 19, 12, 2)
-    with use_backend("cpp"):
+@pytest.mark.parametrize(
+    "kernels, dtype", [("cpp", torch.float64), ("triton", torch.float32)], indirect=["kernels"]
+)
+def test_cutting_the_work_changes_nothing(monkeypatch, kernels, tile, dtype):
+    tensors, scale, heads = _case(3, 19, 12, 2, dtype)
+    bound = 1e-12 if dtype == torch.float64 else 1e-5
+    with use_backend(kernels), use_attention_method("composed"):
         whole = _by_op(tensors, scale, heads)
-        monkeypatch.setattr(attention_cpu, "TILE_ELEMENTS", tile)
-        torch.testing.assert_close(_by_op(tensors, scale, heads), whole, rtol=1e-12, atol=1e-12)
+        for module in (attention_cpu, attention_gpu):
+            monkeypatch.setattr(module, "TILE_ELEMENTS", tile)
+        torch.testing.assert_close(_by_op(tensors, scale, heads), whole, rtol=bound, atol=bound)
 
 
 def test_autocast_changes_nothing(backend):
@@ -313,3 +340,56 @@ def test_triton_kernels_compile_for_gpus(kind, dtype, width, arch):
     for job, report in zip(jobs, json.loads(done.stdout), strict=True):
         assert report["spills"] <= 16, (job["kernel"], report)  # bytes per thread: four registers
         assert report["shared"] <= 163 * 1024, (job["kernel"], report)
+
+
+def test_the_method_comes_from_the_table():
+    method = _backend.attention_method
+    assert method(256, 256, torch.bfloat16) == "composed"  # the 33.4 M network at 16x16 pixels
+    assert method(4096, 64, torch.bfloat16) == "fused"
+    assert method(5000, 256, torch.bfloat16) == "fused"  # a row would not fit a program
+    assert method(256, 256, torch.float16) == "fused"
+
+
+def test_the_nearest_entry_of_the_table_counts(monkeypatch, tmp_path):
+    table = tmp_path / "methods.json"
+    sizes = {"fused": (100, 32), "composed": (1000, 256)}
+    entries = [
+        {"dtype": "bfloat16", "tokens": tokens, "width": width, "method": name}
+        for name, (tokens, width) in sizes.items()
+    ]
+    table.write_text(json.dumps({"methods": entries}))
+    monkeypatch.setattr(_backend, "ATTENTION_TABLE", table)
+    nearest = _backend._nearest_method.__wrapped__
+    assert nearest(90, 64, torch.bfloat16) == "fused"
+    assert nearest(900, 64, torch.bfloat16) == "composed"
+    assert nearest(900, 64, torch.float32) == "fused"  # no entry
+
+
+@pytest.mark.parametrize("tokens, dtype", [(8, torch.float16), (4097, torch.float32)])
+def test_a_method_that_cannot_run_raises_and_says_so(tokens, dtype):
+    with (
+        use_attention_method("composed"),
+        pytest.raises(RuntimeError, match="up to 4096 tokens.*use 'fused'"),
+    ):
+        _backend.attention_method(tokens, 64, dtype)
+    with pytest.raises(ValueError, match="expected one of auto, fused, composed, got 'fast'"):
+        with use_attention_method("fast"):
+            pass
+
+
+def test_the_composed_limit_is_that_of_its_kernels():
+    rows = pytest.importorskip("cdm_fast.kernels.attention_rows")
+    assert rows.MAX_COLUMNS == _backend._COMPOSED_TOKENS
+
+
+def test_the_table_is_measured_by_its_benchmark(tmp_path):
+    pytest.importorskip("triton")
+    table = tmp_path / "methods.json"
+    command = [sys.executable, "-m", "benchmarks.attention_methods", "--small", "--out", table]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
+    assert done.returncode == 0, done.stderr
+    for entry in json.loads(table.read_text())["methods"]:
+        assert entry["method"] in ("fused", "composed")
+        assert entry["ms"].keys() == {"fused", "composed", "plain"}

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.cpu
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("compile_launches.py")
 # attention compiles its kernels in its own test, at the head widths where registers run short.
-TRITON_MODULES = ("noising", "noise_level_ce", "denoise", "group_norm_silu")
+TRITON_MODULES = ("noising", "noise_level_ce", "denoise", "group_norm_silu", "attention_rows")
 CUDA_SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
 CUDA_ARCHS = (80, 90)
 

@@ -235,3 +235,30 @@ def test_bad_input_is_named(backend, change, error, says):
     good = dict(h=torch.zeros(2, 3), weight_c=torch.zeros(5, 3), bias_c=torch.zeros(5), level=ZERO)
     with use_backend(backend), pytest.raises(error, match=says):
         head_noise_level_ce(**(good | change))
+
+
+@pytest.mark.parametrize("block", [1, 1 << 20], ids=["one-level-a-block", "one-block"])
+@pytest.mark.parametrize("rows", [[-1], [2], [12, 13, 14, 15], [0, 1, 2, 3, 20]], ids=str)
+def test_logits_of_minus_infinity(monkeypatch, rows, block):
+    """A bias of -inf, for pure noise or a class: values as the reference's, gradients as with a bias of -1e4.
+
+    The reference's own gradients are NaN where all classes of a level are impossible.
+    """
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", block)
+    h, weight_c, bias_c, _, label, num_classes = _case(6, 9, 4)
+    level = torch.tensor([4, 4, 0, 6, 1, 2])  # pure noise against itself would be NaN in the log-ratio
+
+    def loss_and_gradients(function, impossible):
+        bias = bias_c.detach().clone()
+        bias[rows] = impossible
+        leaves = h, weight_c, bias.requires_grad_()
+        result = function(*leaves, level, label, num_classes)
+        likely = result.loss[result.loss < 1e3]
+        assert len(likely)
+        gradients = torch.autograd.grad(likely.sum(), leaves)
+        return (result.loss.detach(), result.log_ratio.detach()), gradients
+
+    values, gradients = loss_and_gradients(head_noise_level_ce, -torch.inf)
+    reference = module.head_noise_level_ce_reference
+    torch.testing.assert_close(values, loss_and_gradients(reference, -torch.inf)[0])
+    torch.testing.assert_close(gradients, loss_and_gradients(reference, -1e4)[1])

@@ -31,3 +31,23 @@ def test_blocks_agree_with_all_logits_at_once(label, block, monkeypatch, relativ
         assert relative_error(loss, expected) < tolerance[dtype]
         for got, each in zip(torch.autograd.grad(loss.square().sum(), given[:2]), wanted, strict=True):
             assert relative_error(got, each) < tolerance[dtype]
+
+
+@pytest.mark.parametrize("block", [1, 1 << 20], ids=["one-level", "all"])
+@pytest.mark.parametrize("entry", [-1, 4], ids=["pure noise", "a level"])
+def test_logits_of_minus_infinity(monkeypatch, entry, block):
+    """Values as the reference's; gradients as with -1e4, for the reference's are NaN at such a level."""
+    monkeypatch.setattr(op, "BLOCK_ELEMENTS", block)
+    basis, classes, level, label = inputs(torch.float64, "mixed")
+    level[1] = 2  # pure noise itself would be an infinite loss
+
+    def loss_and_gradients(function, impossible):
+        leaf = basis.detach().clone()
+        leaf[:, entry] = impossible
+        loss = function(leaf.requires_grad_(), classes, level, label)
+        return loss.detach(), torch.autograd.grad(loss[loss < 1e3].sum(), (leaf, classes))
+
+    loss, gradients = loss_and_gradients(op.low_rank_noise_level_ce, -torch.inf)
+    reference = op.low_rank_noise_level_ce_reference
+    torch.testing.assert_close(loss, loss_and_gradients(reference, -torch.inf)[0])
+    torch.testing.assert_close(gradients, loss_and_gradients(reference, -1e4)[1])

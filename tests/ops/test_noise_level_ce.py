@@ -309,3 +309,51 @@ BAD = {
 def test_bad_input_is_named(backend, change, error, says):
     with pytest.raises(error, match=says):
         noise_level_ce(**(dict(logits=torch.zeros(2, 5), level=ZERO) | change))
+
+
+# logits of -inf, as [image, entries], and what they are
+MINUS_INFINITY = {
+    "of another level": (1, slice(3, 6)),
+    "all but the true one": (1, [0, 1, 2, 3, 4, 5, 6, 8, 9, 10, 11]),
+    "of the true level": (1, slice(7, 8)),
+    "of pure noise": (1, slice(11, 12)),
+    "some classes of a level": (4, slice(8, 10)),
+    "one class of the true level": (4, slice(12, 13)),
+    "a whole level": (4, slice(8, 12)),
+    "pure noise below classes": (4, slice(-1, None)),
+}
+
+
+@pytest.mark.parametrize("num_classes, entries", MINUS_INFINITY.values(), ids=MINUS_INFINITY.keys())
+@pytest.mark.parametrize("label", [None, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_of_minus_infinity(backend, tolerance, num_classes, entries, label, dtype):
+    """Impossible levels and classes: finite wherever the reference is, infinite where it is."""
+    logits = torch.randn(2, 12 if num_classes == 1 else 21).to(dtype)
+    logits[:, entries] = -torch.inf
+    level = torch.tensor([7 if num_classes == 1 else 3, 5 if num_classes == 1 else 2])
+    labels = None if label is None or num_classes == 1 else torch.full((2,), label)
+
+    def values(output):
+        leaf = logits.detach().clone().requires_grad_()
+        result = noise_level_ce(leaf, level, labels, num_classes)
+        (gradient,) = torch.autograd.grad(getattr(result, output).sum(), leaf)
+        return result.loss.detach(), result.log_ratio.detach(), gradient
+
+    bounds = {"rtol": tolerance[dtype], "atol": tolerance[dtype]}
+    for output in ("loss", "log_ratio"):
+        got = values(output)
+        with use_backend("reference"):
+            *expected, gradient = values(output)
+        torch.testing.assert_close(got[:2], tuple(expected), **bounds, equal_nan=True)
+        known = gradient.isfinite()
+        torch.testing.assert_close(got[2][known], gradient[known], **bounds)
+
+
+@pytest.mark.parametrize("num_classes", [4, 40])
+def test_level_logits_of_minus_infinity(backend, num_classes):
+    logits = torch.randn(2, 30 * num_classes + 1)
+    logits[0, :num_classes], logits[1, num_classes + 1], logits[:, -1] = (-torch.inf,) * 3
+    with use_backend("reference"):
+        expected = level_logits(logits, num_classes)
+    torch.testing.assert_close(level_logits(logits, num_classes), expected)

@@ -1,0 +1,27 @@
+"""Attention on a GPU as the "composed" method: cuBLAS's batched products, and Triton between them.
+
+`cdm_fast/ops/attention_composed.py` is the composition, this file its pieces. The other method, "fused", is
+`kernels/attention.py`; `_backend.attention_method` chooses between them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cdm_fast.ops import attention_composed as composed
+
+# Elements of score matrices that exist at a time: 128 MiB each in bf16, of up to four.
+TILE_ELEMENTS = 1 << 26
+
+
+def pieces() -> composed.Pieces:
+    """For bf16 and fp32, and up to `kernels.attention_rows.MAX_COLUMNS` tokens."""
+    from cdm_fast.kernels import attention_rows as rows
+
+    return composed.Pieces(_product, rows.softmax, rows.vjp, rows.vjp_backward, TILE_ELEMENTS)
+
+
+def _product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
+    """As `composed.Product`; fp32 as PyTorch's settings say: not in TF32, unless these allow it."""
+    return torch.bmm(a, b) if added is None else torch.baddbmm(added, a, b)
