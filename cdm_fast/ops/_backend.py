@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -25,6 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cdm_fast.ops import _build_record
+
 BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
 ATTENTION_METHODS = ("auto", "fused", "composed")
 ATTENTION_TABLE = Path(__file__).with_name("attention_methods.json")
@@ -33,7 +36,7 @@ ATTENTION_TABLE = Path(__file__).with_name("attention_methods.json")
 _FASTEST_FIRST = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 
 _HOW_TO_BUILD = (
-    "install a C++ compiler, then `CDM_FAST_REQUIRE_EXT=1 pip install --no-build-isolation -e .`, "
+    "install a C++ compiler, then `CDM_FAST_REQUIRE_EXT=1 pip install -e .`, "
     "which stops and says why if the build fails"
 )
 
@@ -114,8 +117,36 @@ def _resolve(op: str, selected: str, device: str, dtype: torch.dtype) -> str:
         return selected
     for backend in _FASTEST_FIRST.get(device, ()):
         if backend in _coverage[op] and _obstacle(op, backend, device, dtype) is None:
+            _warn_of_slow_path(op, backend, device, dtype)
             return backend
+    _warn_of_slow_path(op, "reference", device, dtype)
     return "reference"
+
+
+_warned = False
+
+
+@cache  # so that an op's call after the first pays for a lookup only
+def _warn_of_slow_path(op: str, taken: str, device: str, dtype: torch.dtype) -> None:
+    """Warns, once in a process, that a GPU runs something slower than it could, and why.
+
+    That is the reference where kernels of the op take this dtype, or Triton after a failed build of the CUDA
+    kernels. Without a GPU the tensors are fake ones, whose speed is of no interest.
+    """
+    global _warned
+    if _warned or device != "cuda" or not torch.cuda.is_available():
+        return
+    kernels = {name: _coverage[op][name] for name in _FASTEST_FIRST[device] if name in _coverage[op]}
+    better = [name for name, coverage in kernels.items() if name != taken and dtype in coverage.dtypes]
+    slow = taken == "reference" or (taken == "triton" and _build_record.failed("cuda"))
+    if not (slow and better):
+        return
+    _warned = True
+    reasons = "; ".join(f"{name}: {missing(name)}" for name in better)
+    warnings.warn(
+        f"{op} and other ops run on their {taken} backend on the GPU ({reasons}); see `cdm-fast doctor`",
+        stacklevel=2,
+    )
 
 
 # What `torch.compiler.assume_constant_result` sets, without its import of the compiler (1.5 s): a compiled
@@ -146,14 +177,34 @@ def missing(backend: str) -> str | None:
 def _missing_extension(cuda: bool) -> str | None:
     extension = _extension()
     if isinstance(extension, ImportError):
-        return f"the extension cdm_fast._C does not load ({extension}); {_HOW_TO_BUILD}"
+        return _no_extension(extension)
     if not cuda:
         return None
-    if not torch.cuda.is_available():
+    built = bool(extension.build_info()["cuda"])
+    if not torch.cuda.is_available() and (built or not _build_record.failed("cuda")):
         return "torch sees no CUDA device"
-    if not extension.build_info()["cuda"]:
-        return "the extension was built without CUDA; reinstall beside a CUDA torch and an nvcc of its major"
-    return None
+    return None if built else f"the extension was built without CUDA: {_why_no_cuda()}"
+
+
+def _why_no_cuda() -> str:
+    advice = "install beside a CUDA torch and an nvcc of its major version"
+    return _build_record.why_left_out("cuda") or advice
+
+
+def _no_extension(error: ImportError) -> str:
+    """Why there is no extension: the build's own reason, else what its import says."""
+    reason = _build_record.why_left_out("cpp")
+    if reason is not None:
+        return f"the extension cdm_fast._C was not built: {reason}; then `pip install -e .` again"
+    return f"the extension cdm_fast._C does not load ({error}{_other_torch()}); {_HOW_TO_BUILD}"
+
+
+def _other_torch() -> str:
+    """A remark that the extension was built beside another torch, if it was."""
+    beside = (_build_record.read() or {}).get("torch")
+    if beside in (None, torch.__version__):
+        return ""
+    return f"; it was built beside torch {beside}, this is {torch.__version__}"
 
 
 def _missing_triton() -> str | None:
