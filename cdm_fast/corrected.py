@@ -54,17 +54,18 @@ class MoveLog:
     Fields:
         leapfrog: steps of each move.
         step_size: level -> h of its moves.
-        accepted, moved: level -> number of accepted, and of all moves.
+        accepted, moved: level -> number of accepted (a scalar where the images are), and of all moves.
     """
 
     leapfrog: int = 1
     step_size: dict[int, float] = field(default_factory=dict)
-    accepted: dict[int, float] = field(default_factory=dict)
+    accepted: dict[int, Tensor] = field(default_factory=dict)
     moved: dict[int, int] = field(default_factory=dict)
 
     def add(self, level: int, share: Tensor, moves: int) -> None:
         """`share` (B,) of accepted moves, of `moves` each, at `level`."""
-        self.accepted[level] = self.accepted.get(level, 0.0) + float(share.sum()) * moves
+        accepted = share.sum() * moves
+        self.accepted[level] = self.accepted[level] + accepted if level in self.accepted else accepted
         self.moved[level] = self.moved.get(level, 0) + len(share) * moves
 
     def to_json(self) -> dict[str, Any]:
@@ -74,7 +75,7 @@ class MoveLog:
             "leapfrog": self.leapfrog,
             "target_acceptance": target_acceptance(self.leapfrog),
             "levels": levels,
-            "acceptance": [self.accepted[t] / self.moved[t] for t in levels],
+            "acceptance": [float(self.accepted[t]) / self.moved[t] for t in levels],
             "step_size": [self.step_size[t] for t in levels],
         }
 
@@ -128,9 +129,9 @@ def smc(
     """
     levels = [t for t, _ in model.schedule.pairs(steps, spacing)]
     generator, result = noise.generator(), torch.empty_like(x)
-    groups = torch.zeros(len(x), dtype=torch.int64, device=x.device) if label is None else label
-    for group in groups.unique():
-        rows = (groups == group).nonzero()[:, 0]
+    classes = torch.zeros(len(x)) if label is None else label.cpu()  # how many of each, the host must know
+    for class_ in classes.unique():
+        rows = upload((classes == class_).nonzero()[:, 0], x.device)
         of_rows = None if label is None else label[rows]
         walk = anneal(
             model,
@@ -144,7 +145,7 @@ def smc(
         )
         for t, rate in zip(levels, walk.acceptance[1:], strict=True):
             log.add(t, rate.expand(len(rows)), moves)
-        drawn, last = walk.x[resample(walk.log_weight, generator).to(x.device)], levels[-1]
+        drawn, last = walk.x[resample(walk.log_weight, generator)], levels[-1]
         draw = DrawFrom(generator)
         copies, _ = move(model, drawn, last, log.step_size[last], draw, moves, of_rows, log.leapfrog)
         result[rows] = ddim_step(model, copies, 0)

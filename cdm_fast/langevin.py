@@ -231,21 +231,24 @@ def anneal(
     """
     particles, draw = Particles.at(model, x, levels[0], label), DrawFrom(generator)
     log_weight = torch.full((len(x),), -math.log(len(x)), dtype=torch.float64, device=x.device)
-    total, log_ratio, ess, acceptance = 0.0, [0.0], [1.0], [math.nan]
+    total, log_ratio, ess = 0.0, [0.0], [1.0]
+    acceptance = [torch.full((), math.nan, dtype=torch.float64, device=x.device)]
     for level in levels[1:]:
         log_weight = log_weight + particles.log_prob[:, level] - particles.log_prob[:, particles.level]
         norm = log_weight.logsumexp(0)
-        total += float(norm)
         log_weight = log_weight - norm
+        size = (-(2 * log_weight).logsumexp(0)).exp()
+        found = torch.stack([norm, size]).tolist()  # the one wait of a level: whether to resample
+        total += found[0]
         log_ratio.append(total)
-        ess.append(float((-(2 * log_weight).logsumexp(0)).exp()) / len(x))
+        ess.append(found[1] / len(x))
         if ess[-1] < resample_below:
             particles = particles.pick(resample(log_weight, generator))
             log_weight = torch.full_like(log_weight, -math.log(len(x)))
         particles, accepted = move(model, particles.x, level, step_sizes[level], draw, moves, label, leapfrog)
-        acceptance.append(float(accepted.mean()))
-    series = (torch.tensor(values, dtype=torch.float64) for values in (log_ratio, ess, acceptance))
-    return Annealed(particles.x, log_weight, *series)
+        acceptance.append(accepted.mean())
+    series = (torch.tensor(values, dtype=torch.float64) for values in (log_ratio, ess))
+    return Annealed(particles.x, log_weight, *series, torch.stack(acceptance).cpu())
 
 
 def move(
@@ -273,4 +276,4 @@ def resample(log_weight: Tensor, generator: torch.Generator) -> Tensor:
     points = (torch.rand(1, generator=generator, dtype=torch.float64) + torch.arange(num)) / num
     edges = log_weight.exp().cumsum(0)
     edges = edges / edges[-1]
-    return torch.searchsorted(edges, points.to(edges)).clamp(max=num - 1)
+    return torch.searchsorted(edges, upload(points, edges.device).to(edges.dtype)).clamp(max=num - 1)

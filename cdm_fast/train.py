@@ -29,6 +29,7 @@ from cdm_fast.checkpoint import (
 from cdm_fast.config import ImageShape, RunConfig, check
 from cdm_fast.config_json import differences
 from cdm_fast.data import ImageData
+from cdm_fast.devices import wait_for
 from cdm_fast.discriminative import Classifier
 from cdm_fast.distributed import agreed, from_main, lost_another
 from cdm_fast.errors import DiskError, UserError
@@ -284,6 +285,9 @@ def _loop(session: Session, display: Display, stopper: Stopper) -> str | None:
         take_step(state, session.data, config, loss_function, session.wrapped)
         last = state.step == config.train.steps
         at_log_line = last or state.step % output.log_every == 0
+        shows = at_log_line or display.due()
+        if shows or _results_due(session):
+            wait_for(state.sums.device)  # or the time of steps that are only enqueued would be lost
         if at_log_line or state.sums.device.type == "cpu":  # elsewhere reading the counters stalls the device
             _stop_when_diverged(session)
         seconds = time.perf_counter() - began
@@ -291,7 +295,7 @@ def _loop(session: Session, display: Display, stopper: Stopper) -> str | None:
         if loss_function is not plain_loss and state.step == first + 1:
             display.say(f"first step, with the compilation of the loss: {seconds:.0f} s")
         display.advance(state.step)
-        if at_log_line or display.due():
+        if shows:
             numbers = state.numbers(config)
             display.show(state.step, numbers)
             if at_log_line:
@@ -360,6 +364,13 @@ def _tell_incidents(numbers: Mapping[str, float | int], session: Session, displa
             f"the loss jumped to {numbers['spike_loss']:.4g} at step {numbers['spike_step']},"
             f" {numbers['spike_medians']:.1f} times the median of the steps before"
         )
+
+
+def _results_due(session: Session) -> bool:
+    """Whether something other than a step reads the device now: scores, pictures, or most saves."""
+    output, step = session.config.output, session.state.step
+    intervals = output.evaluate_every, output.sample_every, max(1, output.save_every // 2)
+    return any(every and step % every == 0 for every in intervals)
 
 
 def _intermediate_results(session: Session, display: Display) -> None:

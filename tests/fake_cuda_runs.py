@@ -15,6 +15,8 @@ from typing import Any
 
 from tests import fake_cuda
 
+STEPS = 4  # of a sampler
+SAMPLERS = ("ddpm", "ddim", "dpm_solver_pp_2m", "heun", "mala", "smc")
 IMAGES = 16  # drawn by a sampler, scored by a likelihood
 
 
@@ -48,13 +50,7 @@ class Scene:
             images = torch.empty(shape, dtype=torch.uint8, device="cuda")
             labels = torch.empty(50_000, dtype=torch.int64, device="cuda")
         self.state = state
-        self.data = ImageData.__new__(ImageData)
-        for field, value in (
-            ("images", images),
-            ("labels", labels),
-            ("num_grey_levels", config.image.num_grey_levels),
-        ):
-            object.__setattr__(self.data, field, value)
+        self.data = ImageData(images, labels, 256, 10, "nothing", "train")
 
     def step(self) -> None:
         from cdm_fast.step import make_loss
@@ -90,8 +86,60 @@ def _step(preset: str, batch_size: int, device: Any) -> dict[str, dict[str, int]
     return _recorded(device, scene.step)
 
 
+def _evaluation(act: Callable[[Any, Any], Any], device: Any) -> dict[str, dict[str, int]]:
+    """`act(scene, images (16, C, H, W))` on the averaged model of a fresh run."""
+    import torch
+
+    scene = Scene(device, "cifar10", IMAGES)
+    with device:
+        x = torch.empty((IMAGES, *scene.state.model.input_shape), device="cuda")
+    return _recorded(device, lambda: act(scene, x))
+
+
+def _sample(sampler: str, scene: Scene, x: Any, **options: Any) -> None:
+    from cdm_fast import sample
+
+    precision = "fp32" if sampler in ("mala", "smc") else "bf16"
+    sample(scene.state.ema.model, IMAGES, sampler, STEPS, precision=precision, **options)
+
+
+def _guided(scene: Scene, x: Any) -> None:
+    """Of a model whose blocks know the class, which takes two evaluations as one batch."""
+    _sample("ddim", scene, x, label=1, guidance=1.5)
+
+
+def _log_prob(scene: Scene, x: Any) -> None:
+    import torch
+
+    with torch.no_grad():
+        scene.state.ema.model.log_prob(x)
+
+
+def _record(scene: Scene, x: Any) -> None:
+    import torch
+
+    from cdm_fast.step import StepResult
+
+    scene.state.record(StepResult(*(torch.zeros((), device="cuda") for _ in range(5))))
+
+
+def _nll(scene: Scene, x: Any) -> None:
+    import torch
+
+    from cdm_fast.data import ImageData
+    from cdm_fast.likelihood import evaluate
+
+    images = torch.zeros((2 * IMAGES, *scene.state.model.input_shape), dtype=torch.uint8)
+    data = ImageData(images, None, 256, None, "zeros", "test")
+    evaluate(scene.state.ema.model, data, draws=2, batch_size=IMAGES, check_levels=0, precision="fp32")
+
+
 RUNS: dict[str, Callable[[Any], dict[str, dict[str, int]]]] = {
     "step": partial(_step, "cifar10", 128),
+    "record": partial(_evaluation, _record),
+    **{sampler: partial(_evaluation, partial(_sample, sampler)) for sampler in SAMPLERS},
+    "log_prob": partial(_evaluation, _log_prob),
+    "nll": partial(_evaluation, _nll),
 }
 
 

@@ -68,7 +68,7 @@ def variational_bound(
     if not used or used[0] < 1 or used[-1] > T:
         raise UserError(f"levels of the variational bound lie in 1 to T = {T}, not {used[:1]} to {used[-1:]}")
     generator = torch.Generator().manual_seed(seed)
-    mine = torch.stack([_squared_error(model, x, t, generator, batch_size) for t in used])
+    mine = torch.stack([_squared_error(model, x, t, generator, batch_size) for t in used]).cpu()
     error = gather_rows(mine.T.contiguous(), len(x)).T  # (m, n)
     dim = x[0].numel()
     mse = _mean_of_other_half(error) / dim  # (m, n)
@@ -93,13 +93,13 @@ def _squared_error(model: Denoiser, x: Tensor, t: int, generator: torch.Generato
     """`|eps_hat - eps|^2` in float64 of this process's share of the images."""
     a, s = float(model.schedule.a[t]), float(model.schedule.s[t])
     noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
-    errors = [torch.empty(0, dtype=torch.float64)]  # for a process without images
+    errors = [torch.empty(0, dtype=torch.float64, device=x.device)]  # for a process without images
     mine = share(len(x))
     x, noise = x[mine.start : mine.stop], noise[mine.start : mine.stop]
     for batch, eps_cpu in zip(x.split(batch_size), noise.split(batch_size), strict=True) if mine else ():
         eps = upload(eps_cpu, x.device)
         residual = model.denoise(a * batch + s * eps, t) - eps
-        errors.append(residual.double().square().flatten(1).sum(1).cpu())
+        errors.append(residual.double().square().flatten(1).sum(1))
     return torch.cat(errors)
 
 

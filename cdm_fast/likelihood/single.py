@@ -113,20 +113,21 @@ def evaluate(
     device = model.a.device
 
     def log_prob_of(x_t: Tensor) -> Tensor:
-        return model.log_prob(x_t, level).double().cpu()
+        return model.log_prob(x_t, level).double()
 
     start = time.perf_counter()
     bits = torch.empty(draws, len(data.images), dtype=torch.float64)
     first_inputs: list[Tensor] = []
     for draw in range(draws):
         generator = draw_generator(seed, draw)
+        found = []
         for first, x in batches(data, batch_size, generator, protocol):
             x_t = upload(add_noise(model.schedule, x, level, generator), device)
             with cast_weights(model, device, precision):
-                log_prob = by_rows(log_prob_of, x_t)
-            bits[draw, first : first + len(x)] = bits_per_dim(log_prob, data)
+                found.append(by_rows(log_prob_of, x_t))
             if draw == 0 and first < COST_IMAGES:
                 first_inputs.append(x_t[: COST_IMAGES - first])
+        bits[draw] = bits_per_dim(torch.cat(found).cpu(), data)
     seconds = time.perf_counter() - start
     if check_levels is None:
         check_levels = 256 if model.schedule.T < 256 else 64
@@ -134,7 +135,7 @@ def evaluate(
     per_image = bits.mean(dim=0)
     cost = None
     if precision == "bf16":
-        exact = torch.cat([by_rows(log_prob_of, x_t) for x_t in first_inputs])
+        exact = torch.cat([by_rows(log_prob_of, x_t) for x_t in first_inputs]).cpu()
         cost = float((bits[0, : len(exact)] - bits_per_dim(exact, data)).mean())
     return LikelihoodReport(
         bits_per_dim=float(per_image.mean()),
