@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests import pretend_cuda
+
 # Where there is no GPU, Triton kernels run under the interpreter. Triton decides at its import, which
 # torch.compile and others cause long before the first kernel is wanted.
 if not torch.cuda.is_available():
@@ -118,7 +120,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--error-factor", type=float, default=ERROR_FACTOR, help="kernel error over PyTorch's own"
     )
     parser.addoption(
-        "--test-device", default="cpu", choices=("cpu", "cuda"), help="where tests/ops makes its tensors"
+        "--test-device",
+        default="cpu",
+        choices=("cpu", "cuda", "pretend-cuda"),
+        help="where tests/ops makes its tensors; pretend-cuda is the CPU that refuses what a GPU would",
     )
     parser.addoption("--wheel", type=Path, help="check this wheel instead of building a pure Python one")
 
@@ -126,6 +131,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
     config.addinivalue_line("markers", "cpu: not for tensors on a GPU; skipped with --test-device cuda")
+    if config.getoption("--test-device") == "pretend-cuda":
+        os.environ["CDM_FAST_CHECKED"] = "1"
+        pretend_cuda.install()
     if config.getoption("--test-device") == "cuda":
         if not torch.cuda.is_available():
             raise pytest.UsageError(
@@ -136,7 +144,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    on_gpu = config.getoption("--test-device") == "cuda"
+    on_gpu = config.getoption("--test-device") != "cpu"
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
