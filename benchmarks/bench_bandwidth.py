@@ -22,7 +22,12 @@ from cdm_fast.ops.denoise import (
     denoise_loss_reference,
 )
 from cdm_fast.ops.group_norm_silu import group_norm_silu_reference, group_norm_silu_vjp_reference
-from cdm_fast.ops.noise_level_ce import noise_level_ce, noise_level_ce_reference
+from cdm_fast.ops.noise_level_ce import (
+    level_logits,
+    level_logits_reference,
+    noise_level_ce,
+    noise_level_ce_reference,
+)
 from cdm_fast.ops.noising import noising, noising_reference
 
 # Large enough that a call takes longer than its launch, at 4 TB/s.
@@ -70,6 +75,18 @@ def _noise_level_ce(small: bool, device: torch.device) -> Case:
         lambda: with_gradient(noise_level_ce),
         lambda: with_gradient(noise_level_ce_reference),
         logits.numel() * 3 * 4,  # read by loss and gradient, which is written
+        tuple(logits.shape),
+    )
+
+
+def _level_logits(small: bool, device: torch.device) -> Case:
+    classes = 10
+    rows, levels = SMALL_LOGITS if small else (LOGITS[0] // classes, LOGITS[1])
+    logits = torch.randn(rows, (levels - 1) * classes + 1, device=device)
+    return Case(
+        lambda: (level_logits(logits, classes),),
+        lambda: (level_logits_reference(logits, classes),),
+        (logits.numel() + rows * levels) * 4,
         tuple(logits.shape),
     )
 
@@ -173,6 +190,7 @@ NCHW, NHWC = torch.contiguous_format, torch.channels_last
 CASES = {
     "noising-uint8": _noising,
     "noise_level_ce-with_gradient-fp32": _noise_level_ce,
+    "level_logits-joint-fp32": _level_logits,
     "denoise_epilogue-fp32": _denoise_epilogue,
     "denoise_loss-with_gradient-fp32": _denoise_loss,
     "group_norm_silu-fp32-nhwc": _group_norm_silu(torch.float32, NHWC),
@@ -183,6 +201,7 @@ CASES = {
     "group_norm_silu_vjp-with_gradient-bf16-nhwc": _group_norm_silu_vjp(torch.bfloat16, NHWC, gradient=True),
 }
 BACKENDS = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
+TRITON_ONLY = {"level_logits-joint-fp32"}  # on a GPU
 
 
 def copy_bytes_per_second(moved: int, device: torch.device, calls: int = 20) -> float:
@@ -212,6 +231,8 @@ def test_kernel(benchmark, compare, device, small, name, backend):
         pytest.skip("bandwidth is measured on GPUs")
     if backend not in BACKENDS[device.type] or (reason := _backend.missing(backend)):
         pytest.skip(f"{backend}: not for {device}" if backend not in BACKENDS[device.type] else reason)
+    if backend == "cuda" and name in TRITON_ONLY:
+        pytest.skip("this op has no kernel in CUDA C++")
     case = CASES[name](small, device)
     reference = case.reference if small else torch.compile(case.reference)
     with _backend.use_backend(backend):

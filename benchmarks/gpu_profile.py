@@ -24,20 +24,18 @@ class Launch(NamedTuple):
 
 def launches_of(function: Callable[[], Any], calls: int, device: torch.device) -> list[Launch]:
     """What `calls` calls launch; on the CPU the ops that they call, which have no gaps to speak of."""
-    activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
+    on_gpu = device.type == "cuda"
     function()
     synchronise(device)
-    with profile(activities=activities) as found:
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as found:
         for _ in range(calls):
             function()
         synchronise(device)
-    kind = DeviceType.CUDA if device.type == "cuda" else DeviceType.CPU
+    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
     return [
         Launch(event.name, event.time_range.start, event.time_range.end)
         for event in found.events()
-        if event.device_type == kind and event.cpu_parent is None
+        if event.device_type == kind and event.cpu_parent is None and not event.is_user_annotation
     ]
 
 

@@ -79,7 +79,10 @@ def tests(context: Context) -> list[str]:
     """The tests of the ops on the device and `test_gpu`; a few of them on a pretended device in a dry run."""
     tests = ["tests/ops", "tests/test_gpu.py", "--test-device", "cuda"]
     if context.dry_run:
-        few = [f"tests/ops/test_{name}.py" for name in ("linear", "low_rank_noise_level_ce")]
+        few = [
+            f"tests/ops/test_{name}.py"
+            for name in ("linear", "low_rank_noise_level_ce", "head_noise_level_ce")
+        ]
         tests = [*few, "tests/test_gpu.py", "--test-device", "pretend-cuda"]
     workers = min(12, os.cpu_count() or 1)
     parallel = ["-n", str(workers), "--dist", "worksteal"] if find_spec("xdist") and workers > 1 else []
@@ -119,10 +122,10 @@ STAGES = (
     Stage("tests", 80, 30, 120, tests),
     Stage("memcheck", 25, 10, 40, memcheck),
     Stage("bandwidth", 20, 10, 40, measured("bandwidth")),
-    Stage("attention", 25, 10, 45, measured("attention")),
+    Stage("attention", 35, 10, 70, measured("attention")),
     Stage("step", 45, 20, 75, measured("step")),
     Stage("compiled", 75, 40, 110, measured("compiled")),
-    Stage("sampling", 25, 15, 50, measured("sampling")),
+    Stage("sampling", 20, 15, 50, measured("sampling")),
     Stage("training", 225, 75, 225, measured("training")),
 )
 

@@ -24,6 +24,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -135,6 +136,8 @@ def bandwidth(bench: Bench) -> None:
             bench.add(backend=backend, left_out=reason)
             continue
         for name, make in bench_bandwidth.CASES.items():
+            if backend == "cuda" and name in bench_bandwidth.TRITON_ONLY:
+                continue
             op, _, rest = name.partition("-")
             bench.case(op, f"{rest} {backend}", partial(_rate, bench, make, backend))
 
@@ -166,13 +169,11 @@ class Way(NamedTuple):
     second: Callable[..., Any] | None  # these, and the gradients of the gradients
 
 
-def _fused_forward(
-    u_q: Tensor, u_k: Tensor, u_v: Tensor, g: Tensor, q: Tensor, k: Tensor, v: Tensor
-) -> Tensor:
+def _op_forward(u_q: Tensor, u_k: Tensor, u_v: Tensor, g: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attention(q, k, v, q.shape[-1] ** -0.5)[0]
 
 
-def _fused_gradient(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _op_gradient(*tensors: Tensor) -> tuple[Tensor, ...]:
     *_, g, q, k, v = tensors
     scale = q.shape[-1] ** -0.5
     out, lse = attention(q, k, v, scale)
@@ -197,38 +198,48 @@ def _with_gradient(forward: Callable[..., Tensor]) -> Callable[..., tuple[Tensor
     return both
 
 
-WAYS = {
-    "op": Way(_fused_forward, _fused_gradient, bench_attention.candidate),
-    "products": Way(_products, _with_gradient(_products), bench_attention.baseline),
-    "sdpa": Way(_sdpa, _with_gradient(_sdpa), None),  # its kernels have no second derivative
-}
+OP = Way(_op_forward, _op_gradient, bench_attention.candidate)
+PRODUCTS = Way(_products, _with_gradient(_products), bench_attention.baseline)
+SDPA = Way(_sdpa, _with_gradient(_sdpa), None)  # its kernels have no second derivative
 
 
 def attentions(bench: Bench) -> None:
-    """Attention as the library computes it, against batched products and PyTorch's fused function."""
+    """The op by each of its methods, and PyTorch's fused function, against batched products with autograd."""
     shapes = {"small": (1, 64, 16)} if bench.small else ATTENTION
+    methods = {"auto": nullcontext} if bench.small else {}
+    for name in () if bench.small else ("fused", "composed"):
+        methods[name] = partial(_backend.use_attention_method, name)
+    candidates = [*((method, OP, forced) for method, forced in methods.items()), ("sdpa", SDPA, nullcontext)]
     for name, shape in shapes.items():
-        dtypes = bench_attention.DTYPES if name in ("small", "256-tokens") else ("bf16",)
-        for dtype in dtypes:
+        dtypes = ("bf16", "fp32") if name in ("small", "256-tokens") else ("bf16",)
+        for dtype, kind in product(dtypes, Way._fields):
             tensors = bench_attention.inputs(shape, bench_attention.DTYPES[dtype], bench.device)
-            for kind, other in product(Way._fields, ("products", "sdpa")):
-                pair = getattr(WAYS["op"], kind), getattr(WAYS[other], kind)
-                if pair[1] is not None:
-                    measure = partial(_against, bench, tensors, other, *pair)
-                    bench.case("attention", f"{kind} {name} {dtype} against {other}", measure)
+            for way, functions, forced in candidates:
+                function = getattr(functions, kind)
+                if function is not None:
+                    measure = partial(_against_products, bench, tensors, kind, function, forced)
+                    bench.case("attention", f"{kind} {name} {dtype} {way}", measure)
 
 
-def _against(
-    bench: Bench, tensors: list[Tensor], baseline: str, op: Callable[..., Any], other: Callable[..., Any]
+def _against_products(
+    bench: Bench,
+    tensors: list[Tensor],
+    kind: str,
+    function: Callable[..., Any],
+    forced: Callable[[], AbstractContextManager[None]],
 ) -> dict[str, Any]:
-    def run(function: Callable[..., Any]) -> tuple[Tensor, ...]:
-        found = function(*tensors)
-        return found if isinstance(found, tuple) else (found,)
+    products = getattr(PRODUCTS, kind)
 
-    bench_attention.check(run(op), run(other))
-    figures = in_turns(lambda: run(op), lambda: run(other), bench.device, bench.rounds(7))
+    def run() -> Any:
+        with forced():
+            return function(*tensors)
+
+    pair = (run(), products(*tensors))
+    bench_attention.check(*(found if isinstance(found, tuple) else (found,) for found in pair))
+    del pair
+    figures = in_turns(run, lambda: products(*tensors), bench.device, bench.rounds(7))
     *_, q, _, _ = tensors
-    return {"shape": list(q.shape), "dtype": _name(q.dtype), "baseline": baseline, **figures}
+    return {"shape": list(q.shape), "dtype": _name(q.dtype), "baseline": "products", **figures}
 
 
 def step(bench: Bench) -> None:

@@ -44,7 +44,7 @@ class PretendCuda(TorchFunctionMode):
         if name == "numpy" and not _on_host(args[0]):
             raise TypeError(f"can't convert {DEVICE} device type tensor to numpy")
         target, args, kwargs = _target(name, args, kwargs)
-        host = target == "cpu" if target else any(map(_on_host, tensors))
+        host = target == "cpu" if target else _place_of(tensors)
         if name not in _MOVES:
             _require_one_place(name, tensors)
         _require_generator(host, args, kwargs)
@@ -99,6 +99,13 @@ def _target(name: str, args: tuple, kwargs: dict) -> tuple[str | None, tuple, di
     if "device" in kwargs:
         kwargs["device"] = real(kwargs["device"])
     return found, args, kwargs
+
+
+def _place_of(tensors: list[Tensor]) -> bool:
+    """Whether an operation over them gives a tensor of the host: numbers follow the tensors beside them."""
+    with torch._C.DisableTorchFunction():
+        deciding = [x for x in tensors if x.dim() > 0] or tensors
+    return any(map(_on_host, deciding))
 
 
 def _require_one_place(name: str, tensors: list[Tensor]) -> None:
