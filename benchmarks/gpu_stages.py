@@ -169,7 +169,8 @@ class Way(NamedTuple):
     second: Callable[..., Any] | None  # these, and the gradients of the gradients
 
 
-def _op_forward(u_q: Tensor, u_k: Tensor, u_v: Tensor, g: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _op_forward(*tensors: Tensor) -> Tensor:
+    *_, q, k, v = tensors
     return attention(q, k, v, q.shape[-1] ** -0.5)[0]
 
 
