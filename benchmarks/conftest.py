@@ -7,8 +7,6 @@ minutes apart differ by more than most of what is measured here.
 """
 
 import re
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +15,7 @@ import torch
 
 from benchmarks.environment import facts
 from benchmarks.networks import Models
-
-# A timed round lasts at least this long; shorter calls are repeated within the round.
-MIN_ROUND_SECONDS = 0.02
+from benchmarks.timing import calls_per_round, comparison, seconds_per_call
 
 _lines: list[str] = []
 
@@ -74,16 +70,16 @@ def compare(request: pytest.FixtureRequest, device: torch.device, small: bool) -
             benchmark(candidate)
             return
         rounds = 2 if small else rounds or request.config.getoption("--rounds") or 15
-        calls, baseline_calls = (_calls_per_round(function, device) for function in (candidate, baseline))
+        calls, baseline_calls = (calls_per_round(function, device) for function in (candidate, baseline))
         baseline_seconds: list[float] = []
         candidate_seconds: list[float] = []
         # pytest-benchmark calls `setup` untimed before each round of the candidate: the baseline's turn.
         benchmark.pedantic(
-            lambda: candidate_seconds.append(_seconds_per_call(candidate, calls, device)),
-            setup=lambda: baseline_seconds.append(_seconds_per_call(baseline, baseline_calls, device)),
+            lambda: candidate_seconds.append(seconds_per_call(candidate, calls, device)),
+            setup=lambda: baseline_seconds.append(seconds_per_call(baseline, baseline_calls, device)),
             rounds=rounds,
         )
-        benchmark.extra_info.update(_summary(candidate_seconds, baseline_seconds))
+        benchmark.extra_info.update(comparison(candidate_seconds, baseline_seconds))
         benchmark.extra_info.update(calls_per_round=calls, rounds=rounds, threads=torch.get_num_threads())
         _lines.append(_line(request.node.name, benchmark.extra_info))
 
@@ -108,40 +104,6 @@ def relative_error_below() -> Callable[[float], Callable[[Any, Any], None]]:
         return check
 
     return checked
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def _seconds_per_call(function: Callable[[], Any], calls: int, device: torch.device) -> float:
-    _synchronise(device)
-    start = time.perf_counter()
-    for _ in range(calls):
-        function()
-    _synchronise(device)
-    return (time.perf_counter() - start) / calls
-
-
-def _calls_per_round(function: Callable[[], Any], device: torch.device) -> int:
-    seconds = _seconds_per_call(function, 1, device)
-    if seconds < MIN_ROUND_SECONDS:  # else one is enough, and another may cost minutes
-        seconds = min(seconds, _seconds_per_call(function, 1, device))
-    return max(1, min(1000, round(MIN_ROUND_SECONDS / max(seconds, 1e-6))))
-
-
-def _summary(candidate: list[float], baseline: list[float]) -> dict[str, float]:
-    ratios = [b / c for b, c in zip(baseline, candidate, strict=True)]
-    lower, _, upper = statistics.quantiles(ratios, n=4, method="inclusive")
-    candidate_median, baseline_median = statistics.median(candidate), statistics.median(baseline)
-    return {
-        "candidate_ms": 1e3 * candidate_median,
-        "baseline_ms": 1e3 * baseline_median,
-        "ratio": baseline_median / candidate_median,
-        "ratio_lower_quartile": lower,
-        "ratio_upper_quartile": upper,
-    }
 
 
 def _line(name: str, info: dict[str, Any]) -> str:

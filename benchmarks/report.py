@@ -3,8 +3,8 @@
     python -m benchmarks.report           # writes the table
     python -m benchmarks.report --check   # fails if it is not what the results give
 
-A result is the JSON of `pytest benchmarks/ --benchmark-only --benchmark-json FILE`, or that of a part of
-`run_gpu.sh`, which holds one under "result".
+A result is the JSON of `pytest benchmarks/ --benchmark-only --benchmark-json FILE`, or the results.json of
+`run_gpu.sh`, whose profile, training and failures are told in lines below the table.
 """
 
 import argparse
@@ -28,6 +28,7 @@ class Run(NamedTuple):
     name: str
     environment: dict[str, Any]
     figures: list[dict[str, Any]]
+    remarks: list[str] = []
 
 
 class BadResult(ValueError):
@@ -45,14 +46,58 @@ def read(path: Path) -> Run:
     except ValueError as error:
         raise BadResult(f"{path.name}: not JSON ({error}); remove it or take the figures again") from error
     try:
-        document = document.get("result") or document
-        environment = document["machine_info"]["cdm_fast"]
-        figures = [_figure(entry) for entry in document["benchmarks"]]
+        if "stages" in document:
+            environment = document["environment"]
+            figures, remarks = _of_stages(document["stages"])
+        else:
+            environment = document["machine_info"]["cdm_fast"]
+            figures, remarks = [_figure(entry) for entry in document["benchmarks"]], []
     except (AttributeError, KeyError, TypeError) as error:
         raise BadResult(f"{path.name}: holds no figures of a benchmark ({error!r}); remove it") from error
     if environment.get("small"):
         raise BadResult(f"{path.name}: a smoke run (--small), whose times mean nothing; remove it")
-    return Run(path.stem, environment, figures)
+    return Run(path.stem, environment, figures, remarks)
+
+
+def _of_stages(stages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The figures of a results.json, and in words what is no row of the table."""
+    figures, remarks = [], []
+    for stage in stages:
+        if stage["status"] != "passed":
+            why = f" ({stage['reason']})" if "reason" in stage else ""
+            remarks.append(f"stage {stage['name']}: {stage['status']}{why}")
+        for record in stage["records"]:
+            if "error" in record:
+                remarks.append(f"{record['benchmark']}, {record['case']}: no figure, {record['error']}")
+            elif "bits_per_dim" in record:
+                remarks.append(_training(record))
+            elif "candidate_ms" in record and record["benchmark"] != "training":
+                figures.append(record)
+        remarks += _profile([record for record in stage["records"] if "profile" in record])
+    return figures, remarks
+
+
+def _training(record: dict[str, Any]) -> str:
+    accuracy = record.get("accuracy")
+    classes = "" if accuracy is None else f", accuracy {accuracy:.1%}"
+    return (
+        f"{record['case']}, {record['step']} steps in {record['seconds']:.0f} s: "
+        f"{record['bits_per_dim']:.3f} bits/dim (single pass, unaudited){classes}"
+    )
+
+
+def _profile(rows: list[dict[str, Any]], most: int = 8) -> list[str]:
+    """The profile of a step, in a line: its launches and gaps, and the kernels that take most of it."""
+    if not rows:
+        return []
+    whole, *kernels = rows
+    longest = "; ".join(
+        f"`{row['name'][:60]}` {row['launches']:.0f}x {row['ms']:.2f}" for row in kernels[:most]
+    )
+    return [
+        f"{whole['of']}: {whole['launches']:.0f} launches, {whole['busy_ms']:.1f} ms busy of"
+        f" {whole['span_ms']:.1f}, {whole['gap_share']:.0%} gaps; most ms a step: {longest}"
+    ]
 
 
 def _figure(entry: dict[str, Any]) -> dict[str, Any]:
@@ -78,7 +123,7 @@ def table(runs: list[Run]) -> str:
         missing = ["all"]
     blank = [""] * (len(COLUMNS) - 3)
     rows += [_line([name, "on a GPU", "not measured yet", *blank]) for name in missing]
-    notes = [_note(number, run) for number, run in enumerate(runs, 1)]
+    notes = [line for number, run in enumerate(runs, 1) for line in _notes(number, run)]
     return "\n".join([_line(COLUMNS), "|---" * len(COLUMNS) + "|", *rows, *(["", *notes] if notes else [])])
 
 
@@ -130,8 +175,8 @@ def _peaks(figure: dict[str, Any]) -> str:
     return f"{figure['candidate_peak_mib']:.0f} : {figure['baseline_peak_mib']:.0f}"
 
 
-def _note(number: int, run: Run) -> str:
-    """Device, versions, commit and command of a run."""
+def _notes(number: int, run: Run) -> list[str]:
+    """Device, versions, commit and command of a run; then its remarks."""
     facts = run.environment
     if facts["device"] == "cuda":
         device = f"{facts['gpu']}, driver {facts.get('driver', 'unknown')}"
@@ -139,10 +184,11 @@ def _note(number: int, run: Run) -> str:
         device = f"{facts['cpu']} ({facts['cpu_capability']}), {facts['threads']} threads"
     keys = ("python", "torch", "triton", "cuda")
     versions = ", ".join(f"{key} {facts[key]}" for key in keys if facts.get(key))
-    return (
+    origin = (
         f"- [{number}] `{run.name}.json`: {device}; {versions}; "
         f"commit {facts.get('commit', 'unknown')}; `{facts.get('command', 'unknown')}`"
     )
+    return [origin, *(f"  - {remark}" for remark in run.remarks)]
 
 
 def with_table(page: str, content: str) -> str:

@@ -1,6 +1,8 @@
 """Launches every CUDA kernel and every Triton kernel once at small odd shapes, for compute-sanitizer.
 
 compute-sanitizer --tool memcheck|racecheck python -m benchmarks.sanitize_kernels BACKEND [DEVICE]
+
+BACKEND "fastest" is the first of cuda, triton (on a GPU) or cpp, reference (on the CPU) that works here.
 """
 
 import sys
@@ -9,7 +11,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cdm_fast.ops import attention, attention_vjp, group_norm_silu, group_norm_silu_vjp, use_backend
+from cdm_fast.ops import (
+    _backend,
+    attention,
+    attention_vjp,
+    group_norm_silu,
+    group_norm_silu_vjp,
+    use_backend,
+)
 from cdm_fast.ops.denoise import denoise_epilogue, denoise_loss, denoise_x0, head_cotangent
 from cdm_fast.ops.noise_level_ce import noise_level_ce
 from cdm_fast.ops.noising import noising
@@ -75,16 +84,22 @@ def run_attention(dtype: torch.dtype) -> None:
         _differentiate((out, *vjp), (g, q, k, v))
 
 
+ALL = (run_noising, run_noise_level_ce, run_denoise, run_group_norm_silu, run_attention)
 # attention has no kernel in CUDA C++.
 OPS: dict[str, tuple[Callable[[torch.dtype], None], ...]] = {
-    "cpp": (run_noising, run_noise_level_ce, run_denoise, run_group_norm_silu, run_attention),
-    "cuda": (run_noising, run_noise_level_ce, run_denoise, run_group_norm_silu),
-    "triton": (run_noising, run_noise_level_ce, run_denoise, run_group_norm_silu, run_attention),
+    "cpp": ALL,
+    "cuda": ALL[:-1],
+    "triton": ALL,
+    "reference": ALL,
 }
+FASTEST_FIRST = {"cuda": ("cuda", "triton"), "cpu": ("cpp", "reference")}
 
 
 def main(backend: str, device: str = "cuda") -> None:
     """Runs every op of `backend` in fp32 and bf16."""
+    if backend == "fastest":
+        backend = next(name for name in FASTEST_FIRST[device] if _backend.missing(name) is None)
+        print(f"backend {backend}", flush=True)
     torch.set_default_device(device)
     torch.manual_seed(0)
     with use_backend(backend):

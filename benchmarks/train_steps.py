@@ -7,6 +7,8 @@ Run as a program, it measures one step's peak memory in a process of its own:
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +16,17 @@ from torch import Tensor, nn
 from benchmarks.memory import peak_resident_mib
 from benchmarks.plain_unet import PlainUNet, double_backward_loss
 from cdm_fast import CDM, DDM, NoiseSchedule, UNet, UNetDenoiser, cdm_loss, ddm_loss
-from cdm_fast.config import Compile
-from cdm_fast.tuning import compiled
+from cdm_fast.config import PRESETS, Compile, ImageShape, Precision, RunConfig
+from cdm_fast.data import ImageData
+from cdm_fast.losses import Noised
+from cdm_fast.state import new_state
+from cdm_fast.step import draw_batch, make_loss, training_step
+from cdm_fast.tuning import compiled, pick_precision
 
 CIFAR10 = (32, 3, 1002, 128, (1, 2, 2, 2), 2, (16,))  # the paper's network, 33.4 M parameters
 SMALL = (16, 3, 52, 32, (1, 2), 1, (8,))
 BATCH_SIZE = {"cpu": 8, "cuda": 128}  # the paper's on a GPU
+PRESET = {"cpu": "fashion-mnist", "cuda": "cifar10"}
 
 
 class Batch:
@@ -101,6 +108,71 @@ class Steps:
                 return ddm_loss(model, x0, batch.level, eps).loss
 
         return gradient_step(network, loss)
+
+
+class WholeStep:
+    """The step of a preset from the data on: batch, loss, gradient, optimizer, average.
+
+    Args:
+        small: a tiny network instead of the preset's.
+        device: where it runs; the preset is `fashion-mnist` on a CPU, `cifar10` on a GPU.
+        precision: of the network; by default what `--precision auto` picks.
+        compile: torch.compile of the loss.
+        config: another run's.
+    """
+
+    def __init__(
+        self,
+        small: bool,
+        device: torch.device,
+        precision: Precision = "auto",
+        compile: Compile = "auto",
+        config: RunConfig | None = None,
+    ) -> None:
+        config = config or (_tiny() if small else PRESETS[PRESET[device.type]])
+        config = replace(config, train=replace(config.train, precision=precision))
+        precision = pick_precision(config, device)
+        self.config = replace(config, train=replace(config.train, precision=precision))
+        image = config.image
+        pixels = (4096, image.channels, image.size, image.size)
+        images = torch.randint(image.num_grey_levels, pixels, dtype=torch.uint8, device=device)
+        labels = None if image.num_classes is None else torch.arange(4096, device=device) % image.num_classes
+        self.data = ImageData(images, labels, image.num_grey_levels, image.num_classes, "random", "train")
+        self.state = new_state(self.config, device)
+        self.loss = compiled(make_loss(config.train), compile, device)
+        self.shape = (config.train.batch_size, *pixels[1:])
+        self._numbers = count()
+
+    def draw(self) -> Noised:
+        """The next batch."""
+        return draw_batch(self.data, self.state.model, self.config, next(self._numbers))
+
+    def step_on(self, batch: Noised) -> Tensor:
+        """A step on a batch that lies ready; its loss."""
+        state, train = self.state, self.config.train
+        return training_step(
+            state.model,
+            state.optimizer,
+            state.ema,
+            batch,
+            self.loss,
+            clip_norm=train.clip_norm,
+            precision=train.precision,
+        ).loss
+
+    def step(self) -> Tensor:
+        """A step on the next batch; its loss."""
+        return self.step_on(self.draw())
+
+
+def _tiny() -> RunConfig:
+    digits = PRESETS["digits"]
+    return replace(
+        digits,
+        image=ImageShape(8, 1, 17, None),
+        network=replace(digits.network, conditioning="none"),
+        train=replace(digits.train, batch_size=8),
+    )
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

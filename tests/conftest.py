@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests import pretend_cuda
+
 # Where there is no GPU, Triton kernels run under the interpreter. Triton decides at its import, which
 # torch.compile and others cause long before the first kernel is wanted.
 if not torch.cuda.is_available():
@@ -120,8 +122,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--test-device",
         default="cpu",
-        choices=("cpu", "cuda", "cuda-on-cpu"),
-        help="where tests/ops makes its tensors; cuda-on-cpu: on the CPU, for the CUDA kernels of --stand-in",
+        choices=("cpu", "cuda", "cuda-on-cpu", "pretend-cuda"),
+        help="where tests/ops makes its tensors; cuda-on-cpu: on the CPU, for the CUDA kernels of --stand-in; "
+        "pretend-cuda: on a CPU that refuses what a GPU would",
     )
     parser.addoption("--stand-in", type=Path, help="the library that tests/cuda_on_cpu/stand_in.py builds")
     parser.addoption("--thread-order", default="natural", help="of its threads: natural, reversed or random")
@@ -137,6 +140,9 @@ def pytest_configure(config: pytest.Config) -> None:
         if config.getoption("--stand-in") is None:
             raise pytest.UsageError("--test-device cuda-on-cpu: name the library with --stand-in")
         stand_in.install(config.getoption("--stand-in"), config.getoption("--thread-order"))
+    if config.getoption("--test-device") == "pretend-cuda":
+        os.environ["CDM_FAST_CHECKED"] = "1"
+        pretend_cuda.install()
     if config.getoption("--test-device") == "cuda":
         if not torch.cuda.is_available():
             raise pytest.UsageError(
@@ -147,7 +153,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    on_gpu = config.getoption("--test-device") == "cuda"
+    on_gpu = config.getoption("--test-device") in ("cuda", "pretend-cuda")
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))

@@ -1,17 +1,11 @@
-"""The table of benchmarks/README.md is what the results give; parts of run_gpu.sh are recorded."""
+"""The table of benchmarks/README.md is what the results give, those of run_gpu.sh among them."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import torch
 
-from benchmarks import part, report
+from benchmarks import report
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CPU = {
     "device": "cpu",
     "cpu": "Some CPU",
@@ -70,12 +64,57 @@ def test_a_figure_has_its_row_and_its_run_a_line(folder):
     assert "| noising | on a GPU | not measured yet |" in page
 
 
-def test_a_gpu_run_may_be_a_part_of_the_script(folder):
-    peaks = {"candidate_peak_mib": 10.2, "baseline_peak_mib": 99.9, "share_of_copy": 0.876}
-    page = _table(folder, {"exit_status": 0, "result": _document(GPU, **FIGURE, **peaks)})
-    assert "| noising | float images | — | 1.23 | 1234 | 3.00 | 88% | 10 : 100 | [1] |" in page.splitlines()
+def _stages(*records, **stage):
+    return {"environment": GPU, "stages": [{"name": "step", "status": "passed", "records": records, **stage}]}
+
+
+def test_the_records_of_the_gpu_script_are_rows(folder):
+    record = {"benchmark": "noising", "case": "uint8 cuda", "shape": [8, 3], "share_of_copy": 0.876}
+    page = _table(folder, _stages({**record, "candidate_ms": 1.23456, "gb_per_s": 3800.0}))
+    assert "| noising | uint8 cuda | 8x3 | 1.23 | — | — | 88% | — | [1] |" in page.splitlines()
     assert "Some GPU, driver 580.1; python 3.12.1, torch 2.13.0, cuda 13.0" in page
     assert "not measured yet" not in page
+
+
+WHOLE = {
+    "profile": "whole",
+    "of": "a step",
+    "launches": 1418.0,
+    "busy_ms": 30.0,
+    "span_ms": 40.0,
+    "gap_share": 0.25,
+}
+KERNEL = {
+    "profile": "kernel",
+    "of": "a step",
+    "name": "some_kernel",
+    "launches": 12.0,
+    "ms": 3.456,
+    "share": 0.1,
+}
+TRAINED = {"benchmark": "training", "case": "digits-encoder", "bits_per_dim": 1.9321, "accuracy": 0.98}
+REMARKS = {
+    "profile": (
+        _stages(WHOLE, KERNEL),
+        "a step: 1418 launches, 30.0 ms busy of 40.0, 25% gaps; most ms a step: `some_kernel` 12x 3.46",
+    ),
+    "training": (
+        _stages(TRAINED | {"step": 2500, "seconds": 80.4}),
+        "digits-encoder, 2500 steps in 80 s: 1.932 bits/dim (single pass, unaudited), accuracy 98.0%",
+    ),
+    "failed": (_stages(status="timed out"), "stage step: timed out"),
+    "left-out": (_stages(status="left out", reason="5 s left"), "stage step: left out (5 s left)"),
+    "error": (
+        _stages({"benchmark": "noising", "case": "bf16", "error": "AssertionError: 0.5"}),
+        "noising, bf16: no figure, AssertionError: 0.5",
+    ),
+}
+
+
+@pytest.mark.parametrize(("document", "says"), REMARKS.values(), ids=REMARKS.keys())
+def test_what_is_no_row_of_the_table_stands_below_it(folder, document, says):
+    lines = _table(folder, document).splitlines()
+    assert lines[lines.index(f"  - {says}") - 1].startswith("- [1] `run0.json`")
 
 
 def test_check_fails_on_a_stale_table_and_writes_nothing(folder, capsys):
@@ -90,7 +129,7 @@ def test_check_fails_on_a_stale_table_and_writes_nothing(folder, capsys):
 BAD = {
     "half": ("{", "not JSON"),
     "list": ("[1]", "holds no figures of a benchmark"),
-    "empty-part": (json.dumps({"exit_status": 1, "result": None}), "holds no figures of a benchmark"),
+    "half-a-run": (json.dumps({"stages": [{}]}), "holds no figures of a benchmark"),
     "smoke-run": (json.dumps(_document(CPU | {"small": True})), "a smoke run"),
 }
 
@@ -107,44 +146,3 @@ def test_a_readme_without_the_markers_is_named(folder, capsys):
     (folder / "README.md").write_text("nothing here")
     assert report.main([], folder) == 2
     assert "put them back" in capsys.readouterr().err
-
-
-def test_a_part_records_its_result_and_its_environment(tmp_path):
-    program = "import sys, json; json.dump([1], open(sys.argv[1], 'w')); print('said')"
-    assert part.run(tmp_path, "one", 20, [sys.executable, "-c", program, "{json}"], "cpu") == 0
-    record = json.loads((tmp_path / "one.json").read_text())
-    assert (record["exit_status"], record["result"], record["output_tail"]) == (0, [1], "said\n")
-    assert record["environment"]["torch"] == torch.__version__
-    assert "said" in (tmp_path / "log.txt").read_text()
-
-
-FAILING = {
-    "status": (["-c", "raise SystemExit(3)"], 20, 3),
-    "too-long": (["-c", "import time; print('begun', flush=True); time.sleep(60)"], 0.5, part.TIMED_OUT),
-}
-
-
-@pytest.mark.parametrize(("arguments", "limit", "status"), FAILING.values(), ids=FAILING.keys())
-def test_a_failing_part_is_recorded(tmp_path, arguments, limit, status):
-    assert part.run(tmp_path, "bad", limit, [sys.executable, *arguments], "cpu") == status
-    record = json.loads((tmp_path / "bad.json").read_text())
-    assert record["exit_status"] == status and record["result"] is None
-    assert record["seconds"] < 20
-
-
-def test_a_program_that_is_not_there_is_recorded(tmp_path):
-    assert part.run(tmp_path, "absent", 5, ["/no/such/program"], "cpu") == 127
-    assert "/no/such/program" in (tmp_path / "absent.json").read_text()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_the_gpu_script_says_in_one_line_that_there_is_no_gpu(tmp_path):
-    done = subprocess.run(
-        ["bash", BENCHMARKS / "run_gpu.sh", tmp_path / "out"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHON": sys.executable},
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("run_gpu.sh: error: ") and done.stderr.count("\n") == 1
-    assert "CUDA device" in done.stderr

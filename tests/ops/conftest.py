@@ -10,10 +10,13 @@ from tests.cuda_on_cpu import stand_in
 
 # With --test-device cuda every tensor of a test is on the GPU, and these are its kernels. With cuda-on-cpu
 # the CUDA kernels run on the CPU, and nothing else is there (tests/cuda_on_cpu).
-KERNELS = {"cpu": ["cpp", "triton"], "cuda": ["cuda", "triton"], "cuda-on-cpu": ["cuda"]}
-NOT_COVERED = re.compile(
-    r"backend '\w+' (was asked for, but it (runs on|takes)|cannot run here: the stand-in for CUDA)"
-)
+KERNELS = {
+    "cpu": ["cpp", "triton"],
+    "cuda": ["cuda", "triton"],
+    "cuda-on-cpu": ["cuda"],
+    "pretend-cuda": ["cuda", "triton"],
+}
+NOT_COVERED = re.compile(r"backend '\w+' (was asked for, but it (runs on|takes)|cannot run here)")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -32,7 +35,7 @@ def _has_own(metafunc: pytest.Metafunc, name: str) -> bool:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """A test that asks a CUDA kernel for what it is not declared for (fp64, say) does not count."""
+    """On a GPU, a test that asks for a kernel of the CPU, or for fp64 where there is none, does not count."""
     before = stand_in.num_launches()
     try:
         yield

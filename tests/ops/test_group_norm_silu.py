@@ -238,7 +238,7 @@ def test_strided_statistics_give_the_same(backend):
     torch.testing.assert_close(group_norm_silu_vjp(g, x, weight, bias, *strided, 3), expected)
 
 
-def test_the_ops_themselves_refuse_what_is_not_dense_or_not_in_one_layout(needs_cpp):
+def test_the_ops_themselves_refuse_what_is_not_dense_or_not_in_one_layout(native):
     x, g, _, _, weight, bias = _inputs((2, 6, 4, 5), torch.float64)
     mean = rstd = torch.ones(2, 3, dtype=torch.float64)
     ops, options = torch.ops.cdm_fast, (None, 3, True, 0.0)

@@ -173,7 +173,7 @@ def test_opcheck():
 def test_autocast_changes_nothing():
     arguments = _converted(_case(6, 9, 4), torch.float32)
     expected = _values_and_gradients(head_noise_level_ce, arguments)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(arguments[0].device.type, torch.bfloat16):
         got = _values_and_gradients(head_noise_level_ce, arguments)
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
@@ -196,12 +196,14 @@ def test_no_allocation_is_larger_than_a_block_or_an_argument(monkeypatch, backen
     batch, num_classes = 16, 10
     monkeypatch.setattr(module, "BLOCK_ELEMENTS", batch * num_classes * 20)
     arguments = _converted(_case(batch, 300, num_classes), torch.float32)
+    with use_backend(backend):
+        _values_and_gradients(head_noise_level_ce, arguments)  # a GPU's libraries take their workspace
     with torch.profiler.profile(profile_memory=True) as profile, use_backend(backend):
         _values_and_gradients(head_noise_level_ce, arguments)
     events = profile.profiler.kineto_results.events()
     largest = max(event.nbytes() for event in events if event.name() == "[memory]")
     logits = 4 * batch * len(arguments[1])
-    allowed = 4 * max(module.BLOCK_ELEMENTS, arguments[1].numel())
+    allowed = 512 * -(-4 * max(module.BLOCK_ELEMENTS, arguments[1].numel()) // 512)  # a GPU's are multiples
     assert allowed < logits / 2
     assert largest >= logits if backend == "reference" else largest <= allowed
 
@@ -223,7 +225,7 @@ BAD = {
     "level-shape": (dict(level=ZERO[:1]), ValueError, r"level: expected shape \(2\), got \(1,\)"),
     "level-high": (dict(level=ZERO + 5), ValueError, "level: expected values in 0..4, got 5"),
     "level-low": (dict(level=ZERO - 1), ValueError, "level: expected values in 0..4, got -1"),
-    "level-device": (dict(level=ZERO.to("meta")), ValueError, "level: expected it on cpu, got meta"),
+    "level-device": (dict(level=ZERO.to("meta")), ValueError, r"level: expected it on c\S+, got meta"),
     "label-high": (dict(label=ZERO + 2, num_classes=2), ValueError, "label: expected values in -1..1, got 2"),
     "label-shape": (dict(label=ZERO[:1], num_classes=2), ValueError, "label: expected shape"),
 }

@@ -10,9 +10,9 @@ LABELS = {"labelled": [0, 4, 2, 1], "mixed": [0, -1, 2, -1], "none": None}
 
 
 def inputs(dtype, label):
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.randn(4, (LEVELS - 1) * (RANK + 1) + 1, generator=generator, dtype=torch.float64)
-    classes = torch.randn(CLASSES, RANK, generator=generator, dtype=torch.float64)
+    torch.manual_seed(0)  # the same values for every dtype
+    basis = torch.randn(4, (LEVELS - 1) * (RANK + 1) + 1, dtype=torch.float64)
+    classes = torch.randn(CLASSES, RANK, dtype=torch.float64)
     level = torch.tensor([0, LEVELS - 1, 3, LEVELS - 2])
     leaves = [tensor.to(dtype).requires_grad_() for tensor in (basis, classes)]
     return *leaves, level, None if LABELS[label] is None else torch.tensor(LABELS[label])

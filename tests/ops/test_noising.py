@@ -162,11 +162,11 @@ def test_gradients(backend, flip):
 
 @pytest.mark.parametrize("draw", [False, True], ids=["given", "drawn"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_opcheck(draw, layout):
+def test_opcheck(native, draw, layout):
     x0 = torch.rand(2, 3, 3, 4).contiguous(memory_format=layout).requires_grad_()
     eps = None if draw else torch.rand(2, 3, 3, 4).contiguous(memory_format=layout)
     arguments = (x0, _levels(2), A.float(), S.float(), SEED, eps, 0, True, torch.float32)
-    with use_backend("cpp"):
+    with use_backend(native):
         torch.library.opcheck(torch.ops.cdm_fast.noising.default, arguments)
 
 
