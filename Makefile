@@ -20,8 +20,8 @@ test: $(INSTALLED)
 
 install: $(INSTALLED)
 
-# torch first: setup.py compiles the extension against the torch that it finds, and leaves it out without one.
-$(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
+# torch first: the kernels are compiled against the one that is there, and an isolated build need not install its own.
+$(INSTALLED): pyproject.toml setup.py $(wildcard building/*.py) constraints.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	    "cdm_fast needs Python 3.11 or newer, this is " + sys.version.split()[0] + \
 	    ": name another with make PYTHON=...")'

@@ -60,7 +60,6 @@ class BuildKernels(build_ext):
         if chosen.toolkit is not None:
             variants = [True, False]
             home, release, found_by = chosen.toolkit
-            os.environ["CUDA_HOME"] = chosen.cpp_extension.CUDA_HOME = str(home)
             self.record["toolkit"] = f"CUDA {release} in {home}, found by {found_by}"
             self.record["architectures"] = choose_architectures(chosen.torch.cuda.is_available())
             say(f"CUDA kernels for {self.record['architectures']}, with {self.record['toolkit']}")

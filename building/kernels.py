@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from building.errors import NotPossible
-from building.target import ROOT, Torch, find_torch, torch_requirement
+from building.target import ROOT, find_torch, torch_requirement
 from building.toolkit import Toolkit, find_toolkit
 
 EXTENSION = "cdm_fast._C"
@@ -61,26 +61,24 @@ def plan() -> Plan:
     found = find_torch()
     if found is None:
         raise NotPossible(f"there is no {torch_requirement()} to build against: install it first")
-    torch, cpp_extension = _import_torch(found)
-    try:
-        import_module("pybind11")
-    except ImportError:
-        raise NotPossible(
-            "pybind11 is not installed: pip install pybind11, or leave out --no-build-isolation"
-        ) from None
-    try:
-        return Plan(torch, cpp_extension, cuda_toolkit(torch.version.cuda), None)
-    except NotPossible as error:
-        return Plan(torch, cpp_extension, None, str(error))
-
-
-def _import_torch(found: Torch) -> tuple[Any, Any]:
-    """torch and torch.utils.cpp_extension; NotPossible if a broken installation does not import."""
     sys.path.extend(found.path)
+    torch = _import(f"torch {found.version}", "torch", "reinstall it")
+    _import("pybind11", "pybind11", "pip install pybind11, or leave out --no-build-isolation")
     try:
-        return import_module("torch"), import_module("torch.utils.cpp_extension")
+        toolkit, left_out = cuda_toolkit(torch.version.cuda), None
+    except NotPossible as error:
+        toolkit, left_out = None, str(error)
+    if toolkit is not None:
+        os.environ["CUDA_HOME"] = str(toolkit.home)  # before cpp_extension looks for one by itself
+    return Plan(torch, import_module("torch.utils.cpp_extension"), toolkit, left_out)
+
+
+def _import(name: str, module: str, remedy: str) -> Any:
+    """A module of the build; NotPossible if it is missing or does not load."""
+    try:
+        return import_module(module)
     except (ImportError, OSError) as error:
-        raise NotPossible(f"torch {found.version} does not import ({error}): reinstall it") from error
+        raise NotPossible(f"{name} cannot be imported ({error}): {remedy}") from error
 
 
 def cuda_toolkit(
