@@ -2,7 +2,7 @@
 
 Autocast casts weights one by one, and an explicit adjoint reads most of them twice, so that their two
 gradients are added and cast one by one too: some 600 small kernels a step of the CIFAR-10 network. Here lists
-do all of it, in some 20, with the same numbers.
+do all of it, in some 20. The numbers are the same up to the order in which gradients are added.
 """
 
 from collections.abc import Callable, Iterator
