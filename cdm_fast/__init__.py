@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from cdm_fast.density_ratio import DensityRatio as DensityRatio
     from cdm_fast.density_ratio import MutualInformation as MutualInformation
     from cdm_fast.density_ratio import log_density_ratio as log_density_ratio
+    from cdm_fast.devices import ieee_fp32 as ieee_fp32
     from cdm_fast.errors import UserError as UserError
     from cdm_fast.losses import cdm_loss as cdm_loss
     from cdm_fast.losses import ddm_loss as ddm_loss
@@ -41,6 +42,7 @@ _HOME = {
     "UserError": "cdm_fast.errors",
     "cdm_loss": "cdm_fast.losses",
     "ddm_loss": "cdm_fast.losses",
+    "ieee_fp32": "cdm_fast.devices",
     "load": "cdm_fast.checkpoint",
     "log_density_ratio": "cdm_fast.density_ratio",
     "sample": "cdm_fast.sampling",

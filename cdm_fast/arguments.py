@@ -70,7 +70,8 @@ class Sample:
     out: Path | None = None
     """A .png sheet, or an .npz of uint8 images (N,H,W,C); by default RUN/samples-SAMPLER-STEPS-SEED.png."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the network; bf16 is faster where the hardware has it."""
+    """Arithmetic of the network: fp32 is IEEE single precision, not TF32; bf16 is faster where there is
+    hardware for it."""
     compile: Compile = "auto"
     """torch.compile of the network: auto is `default` on a GPU and off on a CPU."""
     device: str = "auto"
@@ -118,7 +119,8 @@ class Nll:
     rungs: int | None = None
     """Levels that the particles visit, by default all of up to 256."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the single pass; bf16 is printed with the bits/dim that it costs."""
+    """Arithmetic of the single pass: fp32 is IEEE single precision, not TF32; bf16 is printed with what it
+    costs in bits/dim."""
     compile: Compile = "auto"
     """torch.compile of the network: auto is `default` on a GPU and off on a CPU."""
     batch_size: int = 500

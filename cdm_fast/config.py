@@ -139,7 +139,8 @@ class TrainConfig:
     label_dropout: float = 0.1
     """Share of the labels left out (class-conditional networks only)."""
     precision: Precision = "auto"
-    """Arithmetic of the network in training; auto is bf16 where the hardware gains by it, or fp32."""
+    """Arithmetic of the network in training: fp32 is IEEE single precision, not TF32; auto is bf16 where the
+    hardware gains by it, or fp32."""
     compile: Compile = "auto"
     """torch.compile of the loss: auto is `default` on a GPU and off on a CPU; `reduce-overhead` records CUDA
     graphs too."""

@@ -29,9 +29,10 @@ def ieee_fp32() -> Iterator[None]:
 
     PyTorch computes fp32 convolutions there in TF32 by default, with 10 bits of mantissa: of a digits network
     that moves the one-pass log-likelihood by 0.02 to 0.03 nats. Everything in this package that measures a
-    model (samplers, likelihoods, classification), training in any precision, and layers that are exact do this
-    themselves; a call of `model.log_prob` or `model.denoise` on its own follows PyTorch's settings. Nothing
-    else is changed, and the settings are put back afterwards. No effect on a CPU or inside a compiled graph.
+    model (samplers, likelihoods, classification), training in any precision, and layers that are exact do
+    this themselves; a call of `model.log_prob` or `model.denoise` on its own follows PyTorch's settings.
+    Nothing else is changed, and the settings are put back. No effect on a CPU; a compiled graph runs by the
+    settings that hold where it is called.
     """
     if torch.compiler.is_compiling():
         yield

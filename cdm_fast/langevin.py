@@ -247,8 +247,8 @@ def anneal(
             log_weight = torch.full_like(log_weight, -math.log(len(x)))
         particles, accepted = move(model, particles.x, level, step_sizes[level], draw, moves, label, leapfrog)
         acceptance.append(accepted.mean())
-    series = (torch.tensor(values, dtype=torch.float64) for values in (log_ratio, ess))
-    return Annealed(particles.x, log_weight, *series, torch.stack(acceptance).cpu())
+    ratios, sizes = (torch.tensor(values, dtype=torch.float64) for values in (log_ratio, ess))
+    return Annealed(particles.x, log_weight, ratios, sizes, torch.stack(acceptance).cpu())
 
 
 def move(

@@ -1,13 +1,13 @@
-"""Code for GPUs, run on CUDA tensors without values: what it launches, copies and waits for is seen, not done.
+"""Code for GPUs, run on CUDA tensors without values: launches, copies and waits are seen, not done.
 
 `FakeCuda` takes every operation that PyTorch dispatches. One on CUDA tensors runs on fake tensors (shapes,
 dtypes and devices alone) and is recorded; one on CPU tensors runs as always, so that code on the host has its
 values. Call `stand_in()` before torch is imported, in a process of its own.
 
-How launches are counted: one for each dispatched operation that computes on the device (views and allocations
-do not); a `_foreach_` or fused operation as the chunks into which PyTorch's `multi_tensor_apply` cuts its lists;
-an op of this package as all that its Triton launcher starts, kernels and PyTorch operations alike, by running
-that launcher with kernels that only say that they were called.
+How launches are counted: one for each dispatched operation that computes on the device (views and
+allocations do not); a `_foreach_` or fused operation as the chunks into which PyTorch's `multi_tensor_apply`
+cuts its lists; an op of this package as all that its Triton launcher starts, kernels and PyTorch operations
+alike, by running that launcher with kernels that only say that they were called.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,6 @@ def stand_in(cache: Path) -> None:
     spec = importlib.util.find_spec("torch")
     assert spec is not None and spec.origin is not None
     torch_home = Path(spec.origin).parent
-    if (torch_home / "lib" / "libtorch_cuda.so").exists():
-        return
     version = (torch_home / "version.py").read_bytes() + SOURCE.read_bytes()
     library = cache / f"fake_cuda_{hashlib.blake2b(version, digest_size=8).hexdigest()}.so"
     if not library.exists():
@@ -242,11 +240,13 @@ def _waits(
 def _on_host(name: str, tensors: list[Any], kwargs: dict[str, Any]) -> Any:
     """What the host is told in place of values that do not exist: ones; None to leave it to PyTorch."""
     import torch
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-    if name == "aten::_local_scalar_dense":
-        return torch.ones((), dtype=tensors[0].dtype).tolist()
-    if name == "aten::_to_copy" and tensors[0].is_cuda:
-        return torch.ones(tensors[0].shape, dtype=kwargs.get("dtype") or tensors[0].dtype, device="cpu")
+    with unset_fake_temporarily():
+        if name == "aten::_local_scalar_dense":
+            return torch.ones((), dtype=tensors[0].dtype).tolist()
+        if name == "aten::_to_copy" and tensors[0].is_cuda:
+            return torch.ones(tensors[0].shape, dtype=kwargs.get("dtype") or tensors[0].dtype)
     return None
 
 
@@ -296,13 +296,9 @@ def _host_without_gpu(record: Record) -> Iterator[None]:
     def launch(kernel: Any, *_: Any, **__: Any) -> None:
         record.launched(kernel.fn.__name__)
 
-    def generator(device: Any = "cpu", make: Callable[..., Any] = torch.Generator) -> torch.Generator:
-        return make()  # whose numbers are not looked at
-
     replacements = [
         mock.patch.object(_backend, "missing", missing),
         mock.patch.object(torch.Tensor, "pin_memory", pinned),
-        mock.patch.object(torch, "Generator", generator),
         mock.patch.object(interpreter.InterpretedFunction, "run", launch),
         mock.patch.object(jit.JITFunction, "run", launch),
         mock.patch.object(torch.cuda, "_exchange_device", lambda device: 0),

@@ -1,8 +1,8 @@
 """Steps, samplers and likelihoods on fake CUDA tensors; prints what each did, as JSON or as a table.
 
-    python -m tests.fake_cuda_runs CACHE [NAME ...]
+    TRITON_INTERPRET=1 python -m tests.fake_cuda_runs CACHE [json] [NAME ...]
 
-CACHE is a folder for the compiled stand-in, NAME one of `RUNS`. In a terminal it prints a table.
+CACHE is a folder for the compiled stand-in, NAME one of `RUNS`.
 """
 
 import json
@@ -16,14 +16,16 @@ from typing import Any
 from tests import fake_cuda
 
 STEPS = 4  # of a sampler
-SAMPLERS = ("ddpm", "ddim", "dpm_solver_pp_2m", "heun", "mala", "smc")
 IMAGES = 16  # drawn by a sampler, scored by a likelihood
 
 
 class Scene:
-    """A preset's model, optimizer and training images, all fake, in bf16."""
+    """The CIFAR-10 preset's model, optimizer and training images, all fake, in bf16.
 
-    def __init__(self, device: Any, preset: str, batch_size: int) -> None:
+    small: with a network of fewer blocks. conditioning: of a model of ten classes.
+    """
+
+    def __init__(self, device: Any, batch_size: int, small: bool = False, conditioning: str = "none") -> None:
         import torch
 
         from cdm_fast.config import PRESETS
@@ -31,9 +33,13 @@ class Scene:
         from cdm_fast.state import new_state
         from cdm_fast.step import Ema, make_optimizer
 
-        config = PRESETS[preset]
+        config = PRESETS["cifar10"]
+        network = replace(config.network, conditioning=conditioning)
+        if small:
+            network = replace(network, base_channels=32, multipliers=(1, 2), blocks_per_level=1)
+        image = replace(config.image, num_classes=None if conditioning == "none" else 10)
         train = replace(config.train, precision="bf16", batch_size=batch_size, seed=0)
-        self.config = config = replace(config, train=train)
+        self.config = config = replace(config, train=train, network=network, image=image)
         state = new_state(config, torch.device("cpu"))
         shape = (50_000, config.image.channels, config.image.size, config.image.size)
         with device:
@@ -64,7 +70,7 @@ def main(cache: str, *names: str) -> None:
     fake_cuda.stand_in(Path(cache))
     device = fake_cuda.fake_cuda_class()()
     results = {}
-    for name in names or RUNS:
+    for name in names[names[:1] == ("json",) :] or RUNS:
         results[name] = RUNS[name](device)
     print(
         _table(results) if sys.stdout.isatty() or "TABLE" in __import__("os").environ else json.dumps(results)
@@ -78,19 +84,19 @@ def _recorded(device: Any, run: Callable[[], Any]) -> dict[str, dict[str, int]]:
     return device.record.to_json()
 
 
-def _step(preset: str, batch_size: int, device: Any) -> dict[str, dict[str, int]]:
+def _step(device: Any, **options: Any) -> dict[str, dict[str, int]]:
     """The second step: the first one makes the optimizer's moments."""
-    scene = Scene(device, preset, batch_size)
+    scene = Scene(device, **options)
     with device:
         scene.step()
     return _recorded(device, scene.step)
 
 
-def _evaluation(act: Callable[[Any, Any], Any], device: Any) -> dict[str, dict[str, int]]:
+def _evaluation(act: Callable[[Any, Any], Any], device: Any, **options: Any) -> dict[str, dict[str, int]]:
     """`act(scene, images (16, C, H, W))` on the averaged model of a fresh run."""
     import torch
 
-    scene = Scene(device, "cifar10", IMAGES)
+    scene = Scene(device, IMAGES, **options)
     with device:
         x = torch.empty((IMAGES, *scene.state.model.input_shape), device="cuda")
     return _recorded(device, lambda: act(scene, x))
@@ -104,7 +110,6 @@ def _sample(sampler: str, scene: Scene, x: Any, **options: Any) -> None:
 
 
 def _guided(scene: Scene, x: Any) -> None:
-    """Of a model whose blocks know the class, which takes two evaluations as one batch."""
     _sample("ddim", scene, x, label=1, guidance=1.5)
 
 
@@ -131,13 +136,18 @@ def _nll(scene: Scene, x: Any) -> None:
 
     images = torch.zeros((2 * IMAGES, *scene.state.model.input_shape), dtype=torch.uint8)
     data = ImageData(images, None, 256, None, "zeros", "test")
-    evaluate(scene.state.ema.model, data, draws=2, batch_size=IMAGES, check_levels=0, precision="fp32")
+    evaluate(scene.state.ema.model, data, draws=2, batch_size=IMAGES, check_levels=0, precision="bf16")
 
 
+SMALL = ("ddpm", "dpm_solver_pp_2m", "heun", "mala", "smc")
 RUNS: dict[str, Callable[[Any], dict[str, dict[str, int]]]] = {
-    "step": partial(_step, "cifar10", 128),
-    "record": partial(_evaluation, _record),
-    **{sampler: partial(_evaluation, partial(_sample, sampler)) for sampler in SAMPLERS},
+    "step": partial(_step, batch_size=128),
+    "step of a joint head": partial(_step, batch_size=8, small=True, conditioning="joint"),
+    "record": partial(_evaluation, _record, small=True),
+    "ddim": partial(_evaluation, partial(_sample, "ddim")),
+    **{sampler: partial(_evaluation, partial(_sample, sampler), small=True) for sampler in SMALL},
+    "guided": partial(_evaluation, _guided, small=True, conditioning="embedding"),
+    "guided joint": partial(_evaluation, _guided, small=True, conditioning="joint"),
     "log_prob": partial(_evaluation, _log_prob),
     "nll": partial(_evaluation, _nll),
 }

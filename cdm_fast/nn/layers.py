@@ -38,7 +38,7 @@ def to_trunk_dtype(x: Tensor) -> Tensor:
 
 
 def for_adjoint_name(name: str) -> str:
-    """The attribute under which a module keeps its weight `name` for the adjoint, where it has a second one."""
+    """The attribute for a second alias of a module's weight `name`, for the adjoint."""
     return f"{name}_for_adjoint"
 
 
@@ -359,6 +359,7 @@ class ResnetBlock(Layer):
         self.conv1 = Conv2d(in_channels, out_channels)
         if embedding_width is not None:
             self.temb_proj = nn.Linear(embedding_width, out_channels)
+            self.temb_proj.casts = True  # type: ignore[assignment]
         self.norm2 = GroupNorm(out_channels, num_groups, dropout=dropout)
         self.conv2 = Conv2d(out_channels, out_channels)
         if in_channels != out_channels:

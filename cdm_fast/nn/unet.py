@@ -73,6 +73,8 @@ class Embedding(nn.Module):
         super().__init__()
         width = 4 * base_channels
         self.dense = nn.ModuleList([nn.Linear(base_channels, width), nn.Linear(width, width)])
+        for linear in self.dense:
+            linear.casts = True  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, base channels) -> (B, E), through the SiLU that every block applies to it."""

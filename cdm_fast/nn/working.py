@@ -1,8 +1,8 @@
-"""The weights of a model as one training step reads them: cast together, each use with a gradient of its own.
+"""The weights of a model as one training step reads them: cast together, with a gradient for each use.
 
-Autocast casts weights one by one, and an explicit adjoint reads most of them twice, so that their two gradients
-are added and cast one by one too: some 600 small kernels a step of the CIFAR-10 network. Here lists do all of
-it, in some 20, with the same numbers.
+Autocast casts weights one by one, and an explicit adjoint reads most of them twice, so that their two
+gradients are added and cast one by one too: some 600 small kernels a step of the CIFAR-10 network. Here lists
+do all of it, in some 20. The numbers are the same up to the order in which gradients are added.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,8 +21,8 @@ Slot = tuple[nn.Module, str]
 def working_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Lends the model its weights for a loss and its backward pass, both inside the block.
 
-    Weights of convolutions are cast to `dtype`, that of autocast there, unless they are exact; those of norms
-    keep their own. Their gradients arrive where they always do. Differentiable once.
+    Weights of convolutions and of embeddings' products are cast to `dtype`, that of autocast there, unless
+    they are exact; those of norms keep their own. Gradients arrive where they always do, once.
     """
     cast, kept = _slots(model)
     weights = [_weight(slot) for slot in (*cast, *kept)]
@@ -43,7 +43,7 @@ def working_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 def cast_weights(
     model: nn.Module, device: torch.device, precision: Literal["fp32", "bf16"]
 ) -> Iterator[None]:
-    """Autocast to bf16, if that is the precision, for many evaluations of a model whose weights stay as they are.
+    """Autocast to bf16, if that is the precision, for evaluations of a model whose weights stay as they are.
 
     Autocast remembers the casts of whole trainable weights alone: averaged ones and parts of weights are cast
     anew at every use. Here all are cast once, unless a compiled network does it. The numbers are the same.
@@ -77,9 +77,10 @@ def _slots(model: nn.Module) -> tuple[list[Slot], list[Slot]]:
     cast: list[Slot] = []
     kept: list[Slot] = []
     for module in model.modules():
-        if not isinstance(module, nn.Conv2d | GroupNorm):
+        casts = getattr(module, "casts", isinstance(module, nn.Conv2d))
+        if not (casts or isinstance(module, nn.Conv2d | GroupNorm)):
             continue
-        slots = cast if isinstance(module, nn.Conv2d) and getattr(module, "casts", True) else kept
+        slots = cast if casts else kept
         slots += [
             (module, name)
             for name, weight in module._parameters.items()
