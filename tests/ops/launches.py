@@ -92,20 +92,29 @@ def _cotangent(kernels: Any, empty: Empty, batch: int, rows: int, classes: int |
 
 def group_norm_silu(kernels: Any, empty: Empty) -> None:
     seed = empty(3, dtype=INT64)
-    for size in (16, 8):
-        for second, layout, dropout in (
-            (0, torch.contiguous_format, 0.0),
-            (0, torch.channels_last, 0.1),
-            (128, torch.contiguous_format, 0.0),
-            (128, torch.channels_last, 0.0),
-        ):
-            _group_norm_silu(kernels, empty, (4, 256, size, size), second, layout, seed, dropout)
+    contiguous, channels_last = torch.contiguous_format, torch.channels_last
+    for second, size, layout, dropout in (
+        (0, 16, contiguous, 0.0),
+        (0, 8, channels_last, 0.1),
+        (128, 16, contiguous, 0.0),
+        (128, 8, channels_last, 0.0),
+    ):
+        _group_norm_silu(kernels, empty, (4, 256, size, size), second, layout, seed, dropout)
+
+
+def group_norm_silu_split(kernels: Any, empty: Empty) -> None:
+    seed = empty(3, dtype=INT64)
+    for second, dropout in ((0, 0.1), (128, 0.0)):
+        _group_norm_silu(kernels, empty, (4, 256, 16, 16), second, torch.channels_last, seed, dropout)
 
 
 def large_group_norm_silu(kernels: Any, empty: Empty) -> None:
-    for layout in (torch.contiguous_format, torch.channels_last):
-        _group_norm_silu(kernels, empty, (2**17, 256, 32, 32), 128, layout, None, 0.0)
-        _group_norm_silu(kernels, empty, (1, 256, 2048, 2048), 128, layout, None, 0.0)
+    _group_norm_silu(kernels, empty, (2**17, 256, 32, 32), 128, torch.contiguous_format, None, 0.0)
+
+
+def large_group_norm_silu_split(kernels: Any, empty: Empty) -> None:
+    _group_norm_silu(kernels, empty, (2**17, 256, 32, 32), 128, torch.channels_last, None, 0.0)
+    _group_norm_silu(kernels, empty, (1, 256, 2048, 2048), 128, torch.channels_last, None, 0.0)
 
 
 def _group_norm_silu(
@@ -167,6 +176,7 @@ LAUNCHES: dict[str, Callable[[Any, Empty], None]] = {
     "noise_level_ce": noise_level_ce,
     "denoise": denoise,
     "group_norm_silu": group_norm_silu,
+    "group_norm_silu_split": group_norm_silu_split,
     "attention": attention,
     "attention_rows": attention_rows,
 }
@@ -175,6 +185,7 @@ LARGE: dict[str, Callable[[Any, Empty], None]] = {
     "noise_level_ce": large_noise_level_ce,
     "denoise": large_denoise,
     "group_norm_silu": large_group_norm_silu,
+    "group_norm_silu_split": large_group_norm_silu_split,
     "attention": large_attention,
     "attention_rows": large_attention_rows,
 }

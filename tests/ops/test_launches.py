@@ -78,7 +78,7 @@ def _kernels(module):
 def test_every_launch_is_on_the_device_of_its_tensors(launched, name):
     module = _module(name)
     launches = launched(module, LAUNCHES[name])
-    assert {launch.kernel for launch in launches} == _kernels(module)
+    assert {launch.kernel for launch in launches} >= _kernels(module)
     for launch in launches:
         assert launch.tensors and {x.device for x in launch.tensors} == {DEVICE}
         assert launch.current == DEVICE.index, launch.kernel
@@ -117,7 +117,7 @@ def test_the_current_device_is_left_alone(monkeypatch):
 def test_grids_stay_within_the_limits_of_a_gpu(launched, name):
     module = _module(name)
     launches = launched(module, LARGE[name])
-    assert {launch.kernel for launch in launches} == _kernels(module)
+    assert {launch.kernel for launch in launches} >= _kernels(module)
     assert any(x.numel() >= 2**31 for launch in launches for x in launch.tensors)
     for kernel, _, grid, _ in launches:
         assert len(grid) == 1, (kernel, grid)  # the second and third axes end at 65,535
