@@ -17,6 +17,7 @@ from cdm_fast.ops import (
     use_attention_method,
     use_backend,
 )
+from cdm_fast.ops._backend import selected_backend
 from cdm_fast.ops.denoise import denoise_epilogue, denoise_loss, denoise_x0, head_cotangent
 from cdm_fast.ops.noise_level_ce import noise_level_ce
 from cdm_fast.ops.noising import noising
@@ -74,9 +75,9 @@ def run_group_norm_silu(dtype: torch.dtype) -> None:
 
 
 def run_attention(dtype: torch.dtype) -> None:
-    """Forward, VJP and the gradients of both; one head and two, by both methods; long enough for all tiles."""
+    """Forward, VJP and the gradients of both; one head and two; Triton by both methods and all tiles."""
     for tokens, channels, heads in ((35, 33, 1), (64, 32, 2), (515, 16, 1)):
-        for method in ("fused", "composed"):
+        for method in ("fused", "composed") if selected_backend() == "triton" else ("auto",):
             g, q, k, v = (torch.randn(2, tokens, channels).to(dtype).requires_grad_() for _ in range(4))
             with use_attention_method(method):
                 out, lse = attention(q, k, v, channels**-0.5, heads)
