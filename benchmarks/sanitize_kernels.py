@@ -17,6 +17,7 @@ from cdm_fast.ops import (
     attention_vjp,
     group_norm_silu,
     group_norm_silu_vjp,
+    use_attention_method,
     use_backend,
 )
 from cdm_fast.ops.denoise import denoise_epilogue, denoise_loss, denoise_x0, head_cotangent
@@ -64,9 +65,9 @@ def run_denoise(dtype: torch.dtype) -> None:
 
 
 def run_group_norm_silu(dtype: torch.dtype) -> None:
-    """Forward, VJP and the gradients of both; both layouts, with dropout."""
+    """Forward, VJP and the gradients of both; both layouts, with dropout; groups in one program and split."""
     for layout in (torch.contiguous_format, torch.channels_last):
-        for shape, groups in (((2, 6, 3, 5), 2), ((2, 64, 8, 8), 32)):
+        for shape, groups in (((2, 6, 3, 5), 2), ((2, 64, 8, 8), 32), ((2, 36, 9, 16), 3)):
             x, g = (torch.randn(shape).to(dtype, memory_format=layout).requires_grad_() for _ in range(2))
             weight, bias = torch.randn(shape[1]).requires_grad_(), torch.randn(shape[1]).requires_grad_()
             options = {"dropout": 0.1, "seed": torch.tensor(SEED)}
@@ -76,12 +77,14 @@ def run_group_norm_silu(dtype: torch.dtype) -> None:
 
 
 def run_attention(dtype: torch.dtype) -> None:
-    """Forward, VJP and the gradients of both; one head and two."""
-    for tokens, channels, heads in ((35, 33, 1), (64, 32, 2)):
-        g, q, k, v = (torch.randn(2, tokens, channels).to(dtype).requires_grad_() for _ in range(4))
-        out, lse = attention(q, k, v, channels**-0.5, heads)
-        vjp = attention_vjp(g, q, k, v, out, lse, channels**-0.5, heads)
-        _differentiate((out, *vjp), (g, q, k, v))
+    """Forward, VJP and the gradients of both; one head and two; Triton by both methods and all tiles."""
+    for tokens, channels, heads in ((35, 33, 1), (64, 32, 2), (515, 16, 1)):
+        for method in ("fused", "composed") if _backend.selected_backend() == "triton" else ("auto",):
+            g, q, k, v = (torch.randn(2, tokens, channels).to(dtype).requires_grad_() for _ in range(4))
+            with use_attention_method(method):
+                out, lse = attention(q, k, v, channels**-0.5, heads)
+                vjp = attention_vjp(g, q, k, v, out, lse, channels**-0.5, heads)
+                _differentiate((out, *vjp), (g, q, k, v))
 
 
 ALL = (run_noising, run_noise_level_ce, run_denoise, run_group_norm_silu, run_attention)

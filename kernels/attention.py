@@ -24,6 +24,9 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
+_LONG = 512  # tokens from which on four tiles of 128 rows or more share a head
+
+
 class Blocks(NamedTuple):
     """How a kernel cuts its work."""
 
@@ -97,17 +100,35 @@ def _sizes(q: Tensor, num_heads: int) -> tuple[int, int, int, int]:
     return q.shape[0], q.shape[1], num_heads, q.shape[2] // num_heads
 
 
-def choose_blocks(width: int, dtype: torch.dtype, products: int) -> Blocks:
+def choose_blocks(
+    width: int, dtype: torch.dtype, products: int, num_tokens: int = 0, capability: int = 80
+) -> Blocks:
     """How to cut the work for heads of D = width in a kernel that adds `products` products at every step.
 
-    Chosen so that next to nothing spills on sm_80, sm_90 and sm_100, by the assembler's report.
+    Chosen so that next to nothing spills on sm_80, sm_90 and sm_100, by the assembler's report. `wgmma` of
+    sm_90 takes 64 rows or more: so there heads of more than 128 channels leave half of the result's to
+    another program, and long sequences of heads up to 64 wide have tiles of 128 rows, if registers suffice,
+    which load half as many bytes per product and take up to 112 KiB of shared memory.
     """
     padded = max(16, triton.next_power_of_2(width))
     if dtype == torch.float32:  # multiplied without tensor cores, from registers
         return Blocks(chunk=16, out_width=min(padded, 64), block=32, step=16, warps=4)
+    if capability == 90 and padded <= 64 and num_tokens >= _LONG:
+        block, step = (128, 64) if products < 3 else (64, 32)
+        return Blocks(chunk=padded, out_width=padded, block=block, step=step, warps=8)
+    if capability == 90 and padded > 128 and products > 1:
+        return Blocks(chunk=64, out_width=128, block=64, step=64, warps=8)
     out_width = min(padded, 256)
     block = 64 if products == 1 or out_width == 128 else 32
     return Blocks(chunk=min(padded, 64), out_width=out_width, block=block, step=32, warps=8)
+
+
+def _capability(tensor: Tensor) -> int:
+    """90 for an H100 or H200; 80 for a CPU, where the kernels are interpreted."""
+    if tensor.device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
 
 
 def _launch(
@@ -118,7 +139,7 @@ def _launch(
     scale: float,
 ) -> None:
     batch, num_tokens, num_heads, width = sizes
-    blocks = choose_blocks(width, tensors[0].dtype, products)
+    blocks = choose_blocks(width, tensors[0].dtype, products, num_tokens, _capability(tensors[0]))
     num_blocks = triton.cdiv(num_tokens, blocks.block)
     grid = (triton.cdiv(width, blocks.out_width) * num_blocks * batch * num_heads,)
     kernel[grid](

@@ -1,21 +1,20 @@
 """Triton kernels of GroupNorm + SiLU + dropout: forward, VJP, and the derivative of the VJP.
 
-`cdm_fast/ops/group_norm_silu.py` is the specification, docs/group_norm_silu.md derives the formulas. A
-program takes one or more whole groups of one image and goes over their pixels twice: once for the sums, once
-for the result. Its tile has three axes: group, channel of the group, pixel.
+`cdm_fast/ops/group_norm_silu.py` is the specification, docs/group_norm_silu.md derives the formulas.
+Channels-last images go to `group_norm_silu_split.py`, but for small ones, where one launch is better than
+three. Here a program takes one or more whole groups of one image and goes over their pixels twice: once for
+the sums, once for the result. Its tile has three axes: group, channel of the group, pixel.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from cdm_fast.kernels import on_its_device
+from cdm_fast.kernels import group_norm_silu_split, on_its_device
+from cdm_fast.kernels.group_norm_silu_split import masked, silu_first, silu_second
 from torch import Tensor
 
-from cdm_fast.ops import philox
-
-_DROPOUT = tl.constexpr(int(philox.Stream.DROPOUT))
-
+SPLIT_PIXELS = 65  # from so many pixels on a channels-last group is split
 _TILE = 512  # elements: with ten sums per element, more would spill
 _CHANNELS_TO_SUM = 16  # few, so that some programs run at once
 _LINE_BYTES = 128  # what neighbouring channels should fill, when channels-last
@@ -41,6 +40,10 @@ def forward(
 
     skip: the channels that follow those of x, if any.
     """
+    if _splits(x):
+        outputs = y, mean, rstd, num_groups, eps
+        group_norm_silu_split.forward(x, skip, weight, bias, seed, *outputs, silu, dropout)
+        return
     grid, sizes = _geometry(x, skip, weight, num_groups)
     inputs = x, _pointer(skip, x), weight, bias, _pointer(seed, x)
     _forward_kernel[grid](*inputs, y, mean, rstd, eps, **sizes, silu=silu, **_dropout(dropout))
@@ -65,6 +68,10 @@ def vjp(
     dropout: float,
 ) -> None:
     """Fills grad_x, grad_skip and, per image, grad_weight and grad_bias (B, C)."""
+    if _splits(x):
+        tensors = g, x, skip, weight, bias, mean, rstd, seed, grad_x, grad_skip, grad_weight, grad_bias
+        group_norm_silu_split.vjp(*tensors, num_groups, silu, dropout)
+        return
     grid, sizes = _geometry(x, skip, weight, num_groups)
     inputs = g, x, _pointer(skip, x), weight, bias, mean, rstd, _pointer(seed, x)
     outputs = grad_x, _pointer(grad_skip, x), grad_weight, grad_bias
@@ -93,19 +100,29 @@ def vjp_backward(
     dropout: float,
 ) -> None:
     """Fills grad_g, grad_x, grad_skip and, per image, grad_weight and grad_bias (B, C)."""
+    if _splits(x):
+        inputs = v, v_skip, g, x, skip, weight, bias, mean, rstd, seed
+        outputs = grad_g, grad_x, grad_skip, grad_weight, grad_bias
+        group_norm_silu_split.vjp_backward(*inputs, *outputs, num_groups, silu, dropout)
+        return
     grid, sizes = _geometry(x, skip, weight, num_groups)
     inputs = v, _pointer(v_skip, x), g, x, _pointer(skip, x), weight, bias, mean, rstd, _pointer(seed, x)
     outputs = grad_g, grad_x, _pointer(grad_skip, x), grad_weight, grad_bias
     _vjp_backward_kernel[grid](*inputs, *outputs, **sizes, silu=silu, **_dropout(dropout))
 
 
+@on_its_device
 def sum_images(grad_weight: Tensor, grad_bias: Tensor, weight_sum: Tensor, bias_sum: Tensor) -> None:
     """Fills weight_sum and bias_sum (C,) with the sums of (B, C) over the images, both in one launch."""
     batch, channels = grad_weight.shape
-    grid = (triton.cdiv(channels, _CHANNELS_TO_SUM), 2)
+    grid = (2 * triton.cdiv(channels, _CHANNELS_TO_SUM),)
     rows = min(triton.next_power_of_2(batch), 64)
     sizes = {"rows": rows, "tile": _CHANNELS_TO_SUM}
     _sum_images_kernel[grid](grad_weight, grad_bias, weight_sum, bias_sum, batch, channels, **sizes)
+
+
+def _splits(x: Tensor) -> bool:
+    return not x.is_contiguous() and x.numel() // (x.shape[0] * x.shape[1]) >= SPLIT_PIXELS
 
 
 def _geometry(
@@ -265,7 +282,7 @@ def _vjp_kernel(
         if drop_threshold > 0:
             s1 = _dropped(s1, seed_ptr, image, pixel, channel, pixels, channels, drop_threshold, keep_scale)
         if silu:
-            s1 = s1 * _silu_first(weight * xhat + bias)
+            s1 = s1 * silu_first(weight * xhat + bias)
         sum_s1 += s1
         sum_s1x += s1 * xhat
     channel_s1 = tl.sum(sum_s1, axis=2, keep_dims=True)
@@ -284,7 +301,7 @@ def _vjp_kernel(
         if drop_threshold > 0:
             p = _dropped(p, seed_ptr, image, pixel, channel, pixels, channels, drop_threshold, keep_scale)
         if silu:
-            p = p * _silu_first(weight * xhat + bias)
+            p = p * silu_first(weight * xhat + bias)
         grad_x = rstd * (p - mean_p - xhat * mean_px)
         tl.store(grad_x_at + pixel * piece_step, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
 
@@ -348,8 +365,8 @@ def _vjp_backward_kernel(
             s1 = _dropped(s1, seed_ptr, image, pixel, channel, pixels, channels, drop_threshold, keep_scale)
         if silu:
             u = weight * xhat + bias
-            s2 = s1 * _silu_second(u)
-            s1 = s1 * _silu_first(u)
+            s2 = s1 * silu_second(u)
+            s1 = s1 * silu_first(u)
             sum_s2 += s2
             sum_s2x += s2 * xhat
             sum_s2xx += s2 * xhat * xhat
@@ -395,9 +412,9 @@ def _vjp_backward_kernel(
             g = _dropped(g, seed_ptr, image, pixel, channel, pixels, channels, drop_threshold, keep_scale)
         if silu:
             u = weight * xhat + bias
-            grad_xhat += grad_g * weight * g * _silu_second(u)
-            g = g * _silu_first(u)
-            grad_g = grad_g * _silu_first(u)
+            grad_xhat += grad_g * weight * g * silu_second(u)
+            g = g * silu_first(u)
+            grad_g = grad_g * silu_first(u)
         grad_xhat -= rstd * weight * g * mean_vx
         if drop_threshold > 0:
             grad_g = _dropped(
@@ -420,12 +437,12 @@ def _sum_images_kernel(
     tile: tl.constexpr,
 ) -> None:
     source, target = grad_weight_ptr, weight_sum_ptr
-    if tl.program_id(1) == 1:
+    if tl.program_id(0) % 2 == 1:
         source, target = grad_bias_ptr, bias_sum_ptr
-    channel = tl.program_id(0) * tile + tl.arange(0, tile)
+    channel = tl.program_id(0) // 2 * tile + tl.arange(0, tile)
     total = tl.zeros((rows, tile), source.dtype.element_ty)
     for start in range(0, batch, rows):
-        image = start + tl.arange(0, rows)
+        image = start + tl.arange(0, rows).to(tl.int64)
         inside = (image < batch)[:, None] & (channel < channels)[None, :]
         total += tl.load(source + image[:, None] * channels + channel[None, :], mask=inside, other=0)
     tl.store(target + channel, tl.sum(total, axis=0), mask=channel < channels)
@@ -482,18 +499,6 @@ def _sum(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _silu_first(u: tl.tensor) -> tl.tensor:
-    s = tl.sigmoid(u)
-    return s + u * (s * (1 - s))
-
-
-@triton.jit
-def _silu_second(u: tl.tensor) -> tl.tensor:
-    s = tl.sigmoid(u)
-    return s * (1 - s) * (2 + u * (1 - 2 * s))
-
-
-@triton.jit
 def _dropped(
     value: tl.tensor,
     seed_ptr: tl.tensor,
@@ -507,12 +512,4 @@ def _dropped(
 ) -> tl.tensor:
     """value times the dropout mask: word i % 4 of block i / 4, i counted in channels-last order."""
     index = ((tl.load(seed_ptr + 2) + image) * pixels + pixel) * channels + channel
-    block = (index // 4).to(tl.uint32)
-    seed = tl.load(seed_ptr).to(tl.uint64)
-    offset = tl.load(seed_ptr + 1).to(tl.uint64)
-    low, high = (offset & 0xFFFFFFFF).to(tl.uint32), (offset >> 32).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, block, block * 0 + _DROPOUT, block * 0 + low, block * 0 + high, 10)
-    which = index % 4
-    word = tl.where(which == 0, w0, tl.where(which == 1, w1, tl.where(which == 2, w2, w3)))
-    kept = word >= tl.full((), drop_threshold, tl.uint32)
-    return value * tl.where(kept, tl.full((), keep_scale, value.dtype), tl.full((), 0, value.dtype))
+    return masked(value, seed_ptr, index, drop_threshold, keep_scale)

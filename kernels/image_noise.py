@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from cdm_fast.kernels import on_its_device
 from cdm_fast.kernels.noising import _box_muller
 from torch import Tensor
 
@@ -14,6 +15,7 @@ _SAMPLING = tl.constexpr(int(philox.Stream.SAMPLING))
 _BLOCKS = 256  # of a program: 1024 numbers
 
 
+@on_its_device
 def image_noise(image: Tensor, seed_low: int, seed_high: int, draw: int, out: Tensor) -> None:
     """Fills out (B, size): with normals where it is fp32, with words where it is int64."""
     batch, size = out.shape
@@ -21,11 +23,11 @@ def image_noise(image: Tensor, seed_low: int, seed_high: int, draw: int, out: Te
     tiles = triton.cdiv(size, 4 * blocks)
     normal = out.is_floating_point()
     sizes = {"blocks": blocks, "normal": normal, "enable_fp_fusion": False}
-    _kernel[(batch * tiles,)](image, seed_low, seed_high, draw, out, size, tiles, **sizes)
+    _image_noise_kernel[(batch * tiles,)](image, seed_low, seed_high, draw, out, size, tiles, **sizes)
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "draw"])
-def _kernel(
+def _image_noise_kernel(
     image_ptr: tl.tensor,
     seed_low: int,
     seed_high: int,

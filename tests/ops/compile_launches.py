@@ -3,12 +3,14 @@
     python compile_launches.py noising 80 90 100 > report.json
 
 The launchers run on CPU tensors, but each launch is recorded and compiled instead of run, with the argument
-types that the launcher chose. The report is {kernel: [{arch, registers, spills, shared}, ...]}; a kernel that
-is never launched has an empty list. A program of its own, as `compile_triton.py` is.
+types that the launcher chose. The report is {kernel: [{arch, registers, spills, shared, loads, wide_loads},
+...]}, wide loads being those of 16 bytes; a kernel that is never launched has an empty list. A program of its
+own, as `compile_triton.py` is.
 """
 
 import importlib
 import json
+import re
 import sys
 from typing import Any
 
@@ -56,7 +58,10 @@ def compile_launch(
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return {"arch": arch, "shared": compiled.metadata.shared, **assemble(compiled.asm["ptx"], arch)}
+    ptx = compiled.asm["ptx"]
+    wide = len(re.findall(r"ld\.global(?:\.\w+)*\.v4\.b32|ld\.global(?:\.\w+)*\.v2\.b64", ptx))
+    loads = {"loads": len(re.findall(r"\bld\.global", ptx)), "wide_loads": wide}
+    return {"arch": arch, "shared": compiled.metadata.shared, **loads, **assemble(ptx, arch)}
 
 
 def report(name: str, archs: list[int]) -> dict[str, list[dict[str, int]]]:
@@ -70,7 +75,7 @@ def report(name: str, archs: list[int]) -> dict[str, list[dict[str, int]]]:
     }
     for kernel, arguments, options in recorded:
         for arch in archs:
-            found[kernel.__name__].append(compile_launch(kernel, arguments, options, arch))
+            found.setdefault(kernel.__name__, []).append(compile_launch(kernel, arguments, options, arch))
     return found
 
 

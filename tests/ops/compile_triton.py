@@ -4,7 +4,8 @@
 
 It is a program of its own because the tests' process runs Triton's interpreter, which replaces the compiler.
 A job is {module, kernel, signature: {argument: type or "constexpr"}, constants: {argument: value}, arch,
-warps}. A report is {shared: bytes of shared memory, registers, spills: bytes per thread}.
+warps}. A report is {shared: bytes of shared memory, wgmma: such instructions, registers,
+spills: bytes per thread}.
 """
 
 import importlib
@@ -33,7 +34,8 @@ def compile_job(job: dict[str, Any]) -> dict[str, int]:
     )
     target = GPUTarget("cuda", job["arch"], 32)
     compiled = triton.compile(source, target=target, options={"num_warps": job["warps"], "num_stages": 2})
-    return {"shared": compiled.metadata.shared, **assemble(compiled.asm["ptx"], job["arch"])}
+    wgmma = compiled.asm["ptx"].count("wgmma.mma_async")
+    return {"shared": compiled.metadata.shared, "wgmma": wgmma, **assemble(compiled.asm["ptx"], job["arch"])}
 
 
 def assemble(ptx: str, arch: int) -> dict[str, int]:

@@ -92,20 +92,29 @@ def _cotangent(kernels: Any, empty: Empty, batch: int, rows: int, classes: int |
 
 def group_norm_silu(kernels: Any, empty: Empty) -> None:
     seed = empty(3, dtype=INT64)
-    for size in (16, 8):
-        for second, layout, dropout in (
-            (0, torch.contiguous_format, 0.0),
-            (0, torch.channels_last, 0.1),
-            (128, torch.contiguous_format, 0.0),
-            (128, torch.channels_last, 0.0),
-        ):
-            _group_norm_silu(kernels, empty, (4, 256, size, size), second, layout, seed, dropout)
+    contiguous, channels_last = torch.contiguous_format, torch.channels_last
+    for second, size, layout, dropout in (
+        (0, 16, contiguous, 0.0),
+        (0, 8, channels_last, 0.1),
+        (128, 16, contiguous, 0.0),
+        (128, 8, channels_last, 0.0),
+    ):
+        _group_norm_silu(kernels, empty, (4, 256, size, size), second, layout, seed, dropout)
+
+
+def group_norm_silu_split(kernels: Any, empty: Empty) -> None:
+    seed = empty(3, dtype=INT64)
+    for second, dropout in ((0, 0.1), (128, 0.0)):
+        _group_norm_silu(kernels, empty, (4, 256, 16, 16), second, torch.channels_last, seed, dropout)
 
 
 def large_group_norm_silu(kernels: Any, empty: Empty) -> None:
-    for layout in (torch.contiguous_format, torch.channels_last):
-        _group_norm_silu(kernels, empty, (2**17, 256, 32, 32), 128, layout, None, 0.0)
-        _group_norm_silu(kernels, empty, (1, 256, 2048, 2048), 128, layout, None, 0.0)
+    _group_norm_silu(kernels, empty, (2**17, 256, 32, 32), 128, torch.contiguous_format, None, 0.0)
+
+
+def large_group_norm_silu_split(kernels: Any, empty: Empty) -> None:
+    _group_norm_silu(kernels, empty, (2**17, 256, 32, 32), 128, torch.channels_last, None, 0.0)
+    _group_norm_silu(kernels, empty, (1, 256, 2048, 2048), 128, torch.channels_last, None, 0.0)
 
 
 def _group_norm_silu(
@@ -127,6 +136,18 @@ def _group_norm_silu(
     kernels.forward(*inputs, seed, y, *stats, 32, 1e-6, *options)
     kernels.vjp(y, *inputs, *stats, seed, x, skip, *gradients, 32, *options)
     kernels.vjp_backward(x, skip, y, *inputs, *stats, seed, y, x, skip, *gradients, 32, *options)
+    if hasattr(kernels, "sum_images"):
+        kernels.sum_images(*gradients, empty(whole), empty(whole))
+
+
+def image_noise(kernels: Any, empty: Empty) -> None:
+    image = empty(4, dtype=INT64)
+    kernels.image_noise(image, 1, 2, 3, empty(4, 3072))
+    kernels.image_noise(image, 1, 2, 3, empty(4, 3072, dtype=INT64))
+
+
+def large_image_noise(kernels: Any, empty: Empty) -> None:
+    kernels.image_noise(empty(2**17, dtype=INT64), 1, 2, 3, empty(2**17, 3 * 128 * 128))
 
 
 def attention(kernels: Any, empty: Empty) -> None:
@@ -164,17 +185,21 @@ def _attention_rows(kernels: Any, empty: Empty, shape: tuple[int, ...], dtype: t
 
 LAUNCHES: dict[str, Callable[[Any, Empty], None]] = {
     "noising": noising,
+    "image_noise": image_noise,
     "noise_level_ce": noise_level_ce,
     "denoise": denoise,
     "group_norm_silu": group_norm_silu,
+    "group_norm_silu_split": group_norm_silu_split,
     "attention": attention,
     "attention_rows": attention_rows,
 }
 LARGE: dict[str, Callable[[Any, Empty], None]] = {
     "noising": large_noising,
+    "image_noise": large_image_noise,
     "noise_level_ce": large_noise_level_ce,
     "denoise": large_denoise,
     "group_norm_silu": large_group_norm_silu,
+    "group_norm_silu_split": large_group_norm_silu_split,
     "attention": large_attention,
     "attention_rows": large_attention_rows,
 }

@@ -291,10 +291,11 @@ PRODUCTS = {
     "_vjp_backward_columns_kernel": 3,
 }
 COMPILED = {
-    "bf16-sm_80": ("bf16", torch.bfloat16, 256, 80),
-    "bf16-sm_90": ("bf16", torch.bfloat16, 256, 90),
-    "bf16-sm_100": ("bf16", torch.bfloat16, 256, 100),
-    "fp32-sm_80": ("fp32", torch.float32, 64, 80),
+    "bf16-sm_80": ("bf16", torch.bfloat16, 256, 256, 80),
+    "bf16-sm_90": ("bf16", torch.bfloat16, 256, 256, 90),
+    "bf16-long-sm_90": ("bf16", torch.bfloat16, 64, 4096, 90),
+    "bf16-sm_100": ("bf16", torch.bfloat16, 256, 256, 100),
+    "fp32-sm_80": ("fp32", torch.float32, 64, 256, 80),
 }
 
 
@@ -323,13 +324,13 @@ def _compile_job(kernels, kernel, kind, constants, arch, warps):
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("kind, dtype, width, arch", COMPILED.values(), ids=COMPILED.keys())
-def test_triton_kernels_compile_for_gpus(kind, dtype, width, arch):
+@pytest.mark.parametrize("kind, dtype, width, tokens, arch", COMPILED.values(), ids=COMPILED.keys())
+def test_triton_kernels_compile_for_gpus(kind, dtype, width, tokens, arch):
     kernels = pytest.importorskip("cdm_fast.kernels.attention")
     row_dot = {"WIDTH": width, "PADDED": width, "BLOCK": 16}
     jobs = [_compile_job(kernels, "_row_dot_kernel", kind, row_dot, arch, 4)]
     for kernel, products in PRODUCTS.items():
-        blocks = kernels.choose_blocks(width, dtype, products)
+        blocks = kernels.choose_blocks(width, dtype, products, tokens, arch)
         jobs.append(_compile_job(kernels, kernel, kind, _constants(blocks, width), arch, blocks.warps))
     program = Path(__file__).with_name("compile_triton.py")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -340,6 +341,8 @@ def test_triton_kernels_compile_for_gpus(kind, dtype, width, arch):
     for job, report in zip(jobs, json.loads(done.stdout), strict=True):
         assert report["spills"] <= 16, (job["kernel"], report)  # bytes per thread: four registers
         assert report["shared"] <= 163 * 1024, (job["kernel"], report)
+        if arch == 90 and job["kernel"] != "_row_dot_kernel":
+            assert report["wgmma"] > 0, (job["kernel"], report)
 
 
 def test_the_method_comes_from_the_table():

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,14 @@ pytestmark = pytest.mark.cpu
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("compile_launches.py")
 # attention compiles its kernels in its own test, at the head widths where registers run short.
-TRITON_MODULES = ("noising", "noise_level_ce", "denoise", "group_norm_silu", "attention_rows")
+TRITON_MODULES = (
+    "noising",
+    "noise_level_ce",
+    "denoise",
+    "group_norm_silu",
+    "group_norm_silu_split",
+    "attention_rows",
+)
 CUDA_SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
 CUDA_ARCHS = (80, 90)
 
@@ -24,20 +32,35 @@ def test_every_triton_module_is_compiled_somewhere():
     assert modules == {*TRITON_MODULES, "attention"}
 
 
-@pytest.mark.parametrize("name", TRITON_MODULES)
-def test_triton_kernels_compile_without_spills(name):
+@cache
+def _compiled(name: str) -> dict[str, list[dict[str, int]]]:
+    """What `compile_launches.py` reports of a module."""
     pytest.importorskip("triton", reason="triton is not installed")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, PROGRAM, name, "80", "90", "100"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    kernels = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", TRITON_MODULES)
+def test_triton_kernels_compile_without_spills(name):
+    kernels = _compiled(name)
     assert kernels and all(kernels.values()), (
         f"never launched: {[k for k, uses in kernels.items() if not uses]}"
     )
     for kernel, uses in kernels.items():
         assert {use["arch"] for use in uses} == {80, 90, 100}
         assert all(use["spills"] == 0 and use["shared"] <= 163 * 1024 for use in uses), (kernel, uses)
+
+
+@pytest.mark.parametrize("name", ["group_norm_silu_split"])
+def test_triton_kernels_load_whole_vectors(name):
+    """Images are read 16 bytes at a time; sums and parameters, a thousandth of them, need not be."""
+    kernels = _compiled(name)
+    for kernel, uses in kernels.items():
+        if "combine" not in kernel:
+            assert all(use["wide_loads"] >= 1 for use in uses), (kernel, uses)
 
 
 def _nvcc() -> str | None:

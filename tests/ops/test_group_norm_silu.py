@@ -173,6 +173,50 @@ def test_triton_interpreted(
         assert relative_error(ours, exact) < tolerance[dtype], name
 
 
+# (B, C, *spatial), groups, channels of the first of two pieces or None; elements and channels of a tile
+SPLIT_KERNELS = {
+    "one-chunk": ((2, 12, 5, 7), 4, None, 2048, 128),
+    "chunks-and-tiles": ((2, 12, 5, 7), 4, None, 8, 4),
+    "group-over-tiles": ((1, 36, 6, 7), 3, None, 64, 16),
+    "two-pieces": ((2, 9, 3, 5), 3, 5, 8, 4),
+    "two-pieces-in-fours": ((1, 24, 3, 5), 2, 8, 32, 8),
+}
+
+
+@pytest.fixture(params=SPLIT_KERNELS.values(), ids=SPLIT_KERNELS.keys())
+def split_kernels(request, needs_triton, monkeypatch):
+    """(shape, groups, split) of a case, for which Triton splits groups over programs."""
+    from cdm_fast.kernels import group_norm_silu, group_norm_silu_split
+
+    *case, elements, width = request.param
+    monkeypatch.setattr(group_norm_silu, "SPLIT_PIXELS", 0)
+    monkeypatch.setattr(group_norm_silu_split, "_ELEMENTS", elements)
+    monkeypatch.setattr(group_norm_silu_split, "_ELEMENTS_OF_MANY_SUMS", elements)
+    monkeypatch.setattr(group_norm_silu_split, "_WIDTH", width)
+    return case
+
+
+@pytest.mark.parametrize("options", [{}, {"silu": False}, {"dropout": 0.3, "seed": SEED}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_triton_splits_groups_over_programs(
+    split_kernels, poison_empty, dtype, options, assert_kernel_accurate, relative_error, tolerance
+):
+    shape, groups, split = split_kernels
+    inputs = _inputs(shape, dtype, channels_last=True, per_image=shape[0] == 2)
+    with use_backend("triton"):
+        if split is None:
+            got = _all_quantities(inputs, groups, **options)
+        else:
+            got = _all_quantities_in_two(inputs, groups, split, **options)
+    with use_backend("reference"):
+        plain = _all_quantities(inputs, groups, **options)
+        truth = _all_quantities([tensor.double() for tensor in inputs], groups, **options)
+    if dtype != torch.bfloat16:
+        _assert_accurate(got, plain, truth, assert_kernel_accurate)
+    for name, ours, exact in zip(NAMES, got, truth, strict=True):  # the interpreter truncates to bf16
+        assert relative_error(ours, exact) < tolerance[dtype], name
+
+
 TWO_PIECES = {
     f"{backend}-{case}": (backend, *arguments)
     for backend in ("reference", "native")

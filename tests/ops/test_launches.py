@@ -1,6 +1,7 @@
 """What the Triton launchers launch, recorded on fake tensors of a second GPU: the device, and the grid."""
 
 import importlib
+import inspect
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +44,8 @@ def launched(monkeypatch):
     monkeypatch.setattr(torch.cuda, "_exchange_device", driver.exchange)
     monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", driver.exchange)
 
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         launches.append(Launch(kernel.__name__, driver.current, grid, tensors))
@@ -78,7 +81,7 @@ def _kernels(module):
 def test_every_launch_is_on_the_device_of_its_tensors(launched, name):
     module = _module(name)
     launches = launched(module, LAUNCHES[name])
-    assert {launch.kernel for launch in launches} == _kernels(module)
+    assert {launch.kernel for launch in launches} >= _kernels(module)
     for launch in launches:
         assert launch.tensors and {x.device for x in launch.tensors} == {DEVICE}
         assert launch.current == DEVICE.index, launch.kernel
@@ -87,17 +90,16 @@ def test_every_launch_is_on_the_device_of_its_tensors(launched, name):
 @pytest.mark.parametrize("name", MODULES)
 def test_every_launcher_is_guarded(name):
     """Also one that no launch above calls: whatever a kernel module offers to the ops by name."""
-    of_module = vars(_module(name)).items()
+    module = _module(name)
     launchers = {
         key: x
-        for key, x in of_module
-        if callable(x) and str(getattr(x, "__module__", "")).endswith(f".{name}") and not key.startswith("_")
+        for key, x in vars(module).items()
+        if inspect.isfunction(x) and x.__module__ == module.__name__ and not key.startswith("_")
     }
-    others = {"choose_blocks", "Blocks"}
-    assert launchers.keys() - others
+    launchers.pop("choose_blocks", None)  # launches nothing
+    assert launchers
     for key, launcher in launchers.items():
-        if key not in others:
-            assert hasattr(launcher, "__wrapped__"), f"{name}.{key} lacks @on_its_device"
+        assert hasattr(launcher, "__wrapped__"), f"{name}.{key} lacks @on_its_device"
 
 
 def test_the_current_device_is_left_alone(monkeypatch):
@@ -117,7 +119,7 @@ def test_the_current_device_is_left_alone(monkeypatch):
 def test_grids_stay_within_the_limits_of_a_gpu(launched, name):
     module = _module(name)
     launches = launched(module, LARGE[name])
-    assert {launch.kernel for launch in launches} == _kernels(module)
+    assert {launch.kernel for launch in launches} >= _kernels(module)
     assert any(x.numel() >= 2**31 for launch in launches for x in launch.tensors)
     for kernel, _, grid, _ in launches:
         assert len(grid) == 1, (kernel, grid)  # the second and third axes end at 65,535
