@@ -134,6 +134,14 @@ def test_the_script_says_in_one_line_that_there_is_no_gpu(tmp_path):
     assert "CUDA device" in done.stderr
 
 
+def test_an_interpreter_without_torch_is_one_line(tmp_path):
+    broken = tmp_path / "torch.py"
+    broken.write_text("raise ImportError('no torch here')")
+    done = call(tmp_path / "out", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "cannot use torch (ImportError: no torch here); set PYTHON" in done.stderr
+
+
 def test_an_unknown_stage_is_named(tmp_path):
     done = call(tmp_path, "--only", "bandwith", "--dry-run")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
