@@ -122,7 +122,7 @@ def build(bench: Bench) -> None:
     found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
     extension = found.get("extension")
     built = "none" if extension is None else "cuda" if extension.get("cuda") else "cpp"
-    bench.add(built=built, backends=found.get("backends"), missing=found.get("missing"))
+    bench.add(built=built, doctor=found)
     if not bench.small and built != "cuda":
         print("no CUDA kernels were built: the ops run on Triton's", flush=True)
         bench.failed = True
