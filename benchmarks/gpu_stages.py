@@ -122,7 +122,7 @@ def build(bench: Bench) -> None:
     found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
     extension = found.get("extension")
     built = "none" if extension is None else "cuda" if extension.get("cuda") else "cpp"
-    bench.add(built=built, backends=found.get("backends"), missing=found.get("missing"))
+    bench.add(built=built, doctor=found)
     if not bench.small and built != "cuda":
         print("no CUDA kernels were built: the ops run on Triton's", flush=True)
         bench.failed = True
@@ -199,6 +199,7 @@ def _with_gradient(forward: Callable[..., Tensor]) -> Callable[..., tuple[Tensor
     return both
 
 
+Forced = Callable[[], AbstractContextManager[None]]  # chooses the op's method
 OP = Way(_op_forward, _op_gradient, bench_attention.candidate)
 PRODUCTS = Way(_products, _with_gradient(_products), bench_attention.baseline)
 SDPA = Way(_sdpa, _with_gradient(_sdpa), None)  # its kernels have no second derivative
@@ -207,15 +208,16 @@ SDPA = Way(_sdpa, _with_gradient(_sdpa), None)  # its kernels have no second der
 def attentions(bench: Bench) -> None:
     """The op by each of its methods, and PyTorch's fused function, against batched products with autograd."""
     shapes = {"small": (1, 64, 16)} if bench.small else ATTENTION
-    methods = {"auto": nullcontext} if bench.small else {}
-    for name in () if bench.small else ("fused", "composed"):
-        methods[name] = partial(_backend.use_attention_method, name)
-    candidates = [*((method, OP, forced) for method, forced in methods.items()), ("sdpa", SDPA, nullcontext)]
+    candidates: dict[str, tuple[Way, Forced]] = {"auto": (OP, nullcontext)}
+    if not bench.small:
+        candidates = {
+            method: (OP, partial(_backend.use_attention_method, method)) for method in ("fused", "composed")
+        }
+    candidates["sdpa"] = SDPA, nullcontext
     for name, shape in shapes.items():
-        dtypes = ("bf16", "fp32") if name in ("small", "256-tokens") else ("bf16",)
-        for dtype, kind in product(dtypes, Way._fields):
+        for dtype in ("bf16", "fp32") if name in ("small", "256-tokens") else ("bf16",):
             tensors = bench_attention.inputs(shape, bench_attention.DTYPES[dtype], bench.device)
-            for way, functions, forced in candidates:
+            for kind, (way, (functions, forced)) in product(Way._fields, candidates.items()):
                 function = getattr(functions, kind)
                 if function is not None:
                     measure = partial(_against_products, bench, tensors, kind, function, forced)
@@ -227,7 +229,7 @@ def _against_products(
     tensors: list[Tensor],
     kind: str,
     function: Callable[..., Any],
-    forced: Callable[[], AbstractContextManager[None]],
+    forced: Forced,
 ) -> dict[str, Any]:
     products = getattr(PRODUCTS, kind)
 

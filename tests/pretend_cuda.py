@@ -48,7 +48,7 @@ class PretendCuda(TorchFunctionMode):
         if name not in _MOVES:
             _require_one_place(name, tensors)
         _require_generator(host, args, kwargs)
-        result = func(*args, **kwargs)
+        result = args[0] if name == "cuda" else func(*args, **kwargs)
         return _placed(result, host, tensors)
 
 

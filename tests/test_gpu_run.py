@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_profile, gpu_run
+from benchmarks import gpu_profile, gpu_run, gpu_stages
 from benchmarks.gpu_profile import Launch
-from benchmarks.gpu_run import LeftOut, Run, Stage
+from benchmarks.gpu_run import Context, LeftOut, Run, Stage
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks/run_gpu.sh"
 
@@ -117,6 +117,75 @@ def test_the_plan_fits_its_limit():
     assert all(f"| {stage.name} | {stage.planned:.0f} |" in readme for stage in plan)
 
 
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """(A wrapper of nvcc, which is on the PATH; a whole toolkit with compute-sanitizer, which is not)."""
+    wrapper, whole = tmp_path / "wrapper", tmp_path / "cuda"
+    for program in (wrapper / "bin/nvcc", whole / "bin/nvcc", whole / "bin/compute-sanitizer"):
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.touch(0o755)
+    (whole / "lib64").mkdir()
+    monkeypatch.setenv("PATH", str(wrapper / "bin"))
+    for name in ("CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "PYTHONUNBUFFERED"):
+        monkeypatch.setenv(name, "")
+    return wrapper, whole
+
+
+def test_the_toolkit_is_a_whole_one_and_the_architecture_the_devices(machine, monkeypatch):
+    wrapper, whole = machine
+    monkeypatch.setenv("CUDA_HOME", str(wrapper))
+    assert gpu_run.toolkit("0.0") not in (wrapper, whole)
+    monkeypatch.setenv("CUDA_HOME", str(whole))
+    found = {"cuda": "0.0", "capability": "9.0"}
+    gpu_run.prepare_environment(found, dry_run=False)
+    assert found["cuda_home"] == os.environ["CUDA_HOME"] == str(whole)
+    assert os.environ["PATH"].startswith(f"{whole / 'bin'}:") and os.environ["TORCH_CUDA_ARCH_LIST"] == "9.0"
+
+
+@pytest.mark.parametrize(("built", "filtered"), [("cuda", True), (None, True), ("none", False)], ids=str)
+def test_memcheck_looks_at_this_projects_kernels_where_they_are_built(machine, monkeypatch, built, filtered):
+    context = Context(False, Path("records"), 9.0, Path("scratch"), built)
+    with pytest.raises(LeftOut, match="no compute-sanitizer"):
+        gpu_run.memcheck(context)
+    monkeypatch.setenv("PATH", str(machine[1] / "bin"))
+    assert ("kns=cdm" in gpu_run.memcheck(context)) == filtered
+
+
+BUILDS = {
+    "cuda": ([0], {"cuda": True}, 0),
+    "cpp": ([1, 0], {"cuda": False}, 1),
+    "python": ([1, 1, 0], None, 1),
+}
+
+
+@pytest.mark.parametrize(("statuses", "extension", "code"), BUILDS.values(), ids=BUILDS.keys())
+def test_a_build_that_fails_leaves_the_next_best(tmp_path, monkeypatch, statuses, extension, code):
+    installs = iter(statuses)
+
+    def run(command, **options):
+        if "pip" in command:
+            return subprocess.CompletedProcess(command, next(installs))
+        report = json.dumps({"extension": extension, "backends": [], "missing": []})
+        return subprocess.CompletedProcess(command, 0, stdout=report)
+
+    monkeypatch.setattr(gpu_stages.subprocess, "run", run)
+    bench = gpu_stages.Bench(tmp_path / "records", False, 9.0, tmp_path)
+    gpu_stages.build(bench)
+    *tried, last = gpu_run.read_records(tmp_path / "records")
+    assert [record["install"] for record in tried] == ["cuda", "cpp", "python"][: len(statuses)]
+    assert last["built"] == ("none" if extension is None else "cuda" if extension["cuda"] else "cpp")
+    assert int(bench.failed) == code
+
+
+def test_a_case_that_fails_is_a_record_and_the_next_one_runs(tmp_path):
+    bench = gpu_stages.Bench(tmp_path / "records", True, 9.0, tmp_path)
+    bench.case("noising", "odd", lambda: 1 / 0)
+    bench.case("noising", "even", lambda: {"candidate_ms": 1.0})
+    odd, even = gpu_run.read_records(tmp_path / "records")
+    assert odd["error"] == "ZeroDivisionError: division by zero" and bench.failed
+    assert even == {"benchmark": "noising", "case": "even", "candidate_ms": 1.0}
+
+
 def call(*arguments, **environment):
     return subprocess.run(
         ["bash", SCRIPT, *map(str, arguments)],
@@ -132,6 +201,14 @@ def test_the_script_says_in_one_line_that_there_is_no_gpu(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("run_gpu.sh: error: ") and done.stderr.count("\n") == 1
     assert "CUDA device" in done.stderr
+
+
+def test_an_interpreter_without_torch_is_one_line(tmp_path):
+    broken = tmp_path / "torch.py"
+    broken.write_text("raise ImportError('no torch here')")
+    done = call(tmp_path / "out", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "cannot use torch (ImportError: no torch here); set PYTHON" in done.stderr
 
 
 def test_an_unknown_stage_is_named(tmp_path):

@@ -18,7 +18,7 @@ def test_tensors_lie_on_the_device_unless_they_were_put_on_the_host():
     host = x.cpu()
     assert host.device.type == "cpu" and not host.is_cuda and host[:2].exp().device.type == "cpu"
     assert x.device == DEVICE
-    assert host.to(x).device == DEVICE and x.to("cpu").device.type == "cpu"
+    assert host.to(x).device == host.cuda().device == DEVICE and x.to("cpu").device.type == "cpu"
     assert torch.zeros_like(host).device.type == "cpu" and torch.zeros(2, device="cpu").device.type == "cpu"
     assert torch.ones(2, device=DEVICE).device == DEVICE and x.to("meta").is_meta
 
