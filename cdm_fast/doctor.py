@@ -16,8 +16,8 @@ from cdm_fast.ops import _backend, _build_record
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "pillow", "matplotlib", "scikit-learn", "tyro", "rich")
 
 # The torch releases that the kernels were built and tested with, and the triton that belongs to each.
-TESTED_TORCH = ((2, 10), (2, 14))
-TESTED_TRITON = {(2, 10): (3, 6), (2, 11): (3, 6), (2, 13): (3, 8), (2, 14): (3, 8)}
+TESTED_TORCH = ((2, 11), (2, 14))
+TESTED_TRITON = {(2, 11): (3, 6), (2, 13): (3, 8), (2, 14): (3, 8)}
 
 # Up to this triton, the interpreter fails from this numpy on.
 OLD_INTERPRETER = ((3, 6), (2, 4))
