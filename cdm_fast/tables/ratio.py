@@ -22,7 +22,7 @@ from cdm_fast.errors import UserError
 from cdm_fast.model import CDM, log_normal
 from cdm_fast.sampling import sample
 from cdm_fast.schedule import NoiseSchedule
-from cdm_fast.vectors import (
+from cdm_fast.tables.columns import (
     CHUNK,
     Array,
     Budget,
@@ -145,8 +145,8 @@ class _Density(_Estimator):
 class CDMDensity(DensityMixin, _Density):
     """Density of the rows of a table, from one forward pass; `sample` draws new rows.
 
-    Discrete columns on an even grid (whole numbers, say) are dequantised; see `cdm_fast.vectors.measure` for
-    what has no density and is refused. A single pass is as good as the normalisation that the network has
+    Discrete columns on an even grid (whole numbers, say) are dequantised; what has no density is refused, see
+    `cdm_fast.tables.columns.measure`. A single pass is as good as the normalisation that the network has
     learned: compare figures, or audit them.
 
     Args:

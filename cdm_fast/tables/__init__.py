@@ -1,0 +1,1 @@
+"""Tables of numbers: their densities, density ratios and mutual information, as scikit-learn estimators."""
