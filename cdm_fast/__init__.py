@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from cdm_fast.ops import use_backend as use_backend
     from cdm_fast.sampling import sample as sample
     from cdm_fast.schedule import NoiseSchedule as NoiseSchedule
-    from cdm_fast.tables.ratio import CDMDensity as CDMDensity
-    from cdm_fast.tables.ratio import DensityRatio as DensityRatio
-    from cdm_fast.tables.ratio import MutualInformation as MutualInformation
-    from cdm_fast.tables.ratio import log_density_ratio as log_density_ratio
+    from cdm_fast.tables import CDMDensity as CDMDensity
+    from cdm_fast.tables import DensityRatio as DensityRatio
+    from cdm_fast.tables import MutualInformation as MutualInformation
+    from cdm_fast.tables import log_density_ratio as log_density_ratio
 
 _HOME = {
     "CDM": "cdm_fast.model",
-    "CDMDensity": "cdm_fast.tables.ratio",
+    "CDMDensity": "cdm_fast.tables",
     "DDM": "cdm_fast.model",
-    "DensityRatio": "cdm_fast.tables.ratio",
+    "DensityRatio": "cdm_fast.tables",
     "MLP": "cdm_fast.nn",
     "MLPDenoiser": "cdm_fast.nn",
-    "MutualInformation": "cdm_fast.tables.ratio",
+    "MutualInformation": "cdm_fast.tables",
     "NoiseSchedule": "cdm_fast.schedule",
     "Encoder": "cdm_fast.nn",
     "UNet": "cdm_fast.nn",
@@ -42,7 +42,7 @@ _HOME = {
     "cdm_loss": "cdm_fast.losses",
     "ddm_loss": "cdm_fast.losses",
     "load": "cdm_fast.checkpoint",
-    "log_density_ratio": "cdm_fast.tables.ratio",
+    "log_density_ratio": "cdm_fast.tables",
     "sample": "cdm_fast.sampling",
     "use_backend": "cdm_fast.ops",
 }
