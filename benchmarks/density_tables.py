@@ -1,4 +1,4 @@
-"""How near the estimators of `cdm_fast.density_ratio` come to closed forms: one command per table.
+"""How near the estimators of `cdm_fast.tables` come to closed forms: one command per table.
 
     python -m benchmarks.density_tables mixtures
     python -m benchmarks.density_tables mutual-information
@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from benchmarks.studies import add_row, read_rows
-from cdm_fast.density_ratio import CDMDensity, MutualInformation
 from cdm_fast.likelihood import flow_log_prob
 from cdm_fast.optional import need
+from cdm_fast.tables import CDMDensity, MutualInformation
 from tests.analytic import GaussianMixture, random_mixture
 
 MIXTURE_ROWS, TEST_ROWS = 200_000, 5_000

@@ -8,10 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cdm_fast.checkpoint import load as load
-    from cdm_fast.density_ratio import CDMDensity as CDMDensity
-    from cdm_fast.density_ratio import DensityRatio as DensityRatio
-    from cdm_fast.density_ratio import MutualInformation as MutualInformation
-    from cdm_fast.density_ratio import log_density_ratio as log_density_ratio
     from cdm_fast.devices import ieee_fp32 as ieee_fp32
     from cdm_fast.errors import UserError as UserError
     from cdm_fast.losses import cdm_loss as cdm_loss
@@ -26,15 +22,19 @@ if TYPE_CHECKING:
     from cdm_fast.ops import use_backend as use_backend
     from cdm_fast.sampling import sample as sample
     from cdm_fast.schedule import NoiseSchedule as NoiseSchedule
+    from cdm_fast.tables import CDMDensity as CDMDensity
+    from cdm_fast.tables import DensityRatio as DensityRatio
+    from cdm_fast.tables import MutualInformation as MutualInformation
+    from cdm_fast.tables import log_density_ratio as log_density_ratio
 
 _HOME = {
     "CDM": "cdm_fast.model",
-    "CDMDensity": "cdm_fast.density_ratio",
+    "CDMDensity": "cdm_fast.tables",
     "DDM": "cdm_fast.model",
-    "DensityRatio": "cdm_fast.density_ratio",
+    "DensityRatio": "cdm_fast.tables",
     "MLP": "cdm_fast.nn",
     "MLPDenoiser": "cdm_fast.nn",
-    "MutualInformation": "cdm_fast.density_ratio",
+    "MutualInformation": "cdm_fast.tables",
     "NoiseSchedule": "cdm_fast.schedule",
     "Encoder": "cdm_fast.nn",
     "UNet": "cdm_fast.nn",
@@ -44,7 +44,7 @@ _HOME = {
     "ddm_loss": "cdm_fast.losses",
     "ieee_fp32": "cdm_fast.devices",
     "load": "cdm_fast.checkpoint",
-    "log_density_ratio": "cdm_fast.density_ratio",
+    "log_density_ratio": "cdm_fast.tables",
     "sample": "cdm_fast.sampling",
     "use_backend": "cdm_fast.ops",
 }

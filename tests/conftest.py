@@ -123,8 +123,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--test-device",
         default="cpu",
         choices=("cpu", "cuda", "cuda-on-cpu", "pretend-cuda"),
-        help="where tests/ops makes its tensors; cuda-on-cpu: on the CPU, for the CUDA kernels of --stand-in; "
-        "pretend-cuda: on a CPU that refuses what a GPU would",
+        help="where tests/ops makes its tensors; cuda-on-cpu: on the CPU, for the CUDA kernels of "
+        "--stand-in; pretend-cuda: on a CPU that refuses what a GPU would",
     )
     parser.addoption("--stand-in", type=Path, help="the library that tests/cuda_on_cpu/stand_in.py builds")
     parser.addoption("--thread-order", default="natural", help="of its threads: natural, reversed or random")

@@ -1,0 +1,161 @@
+"""Networks that tell two sets of rows apart, and how each is started and trained.
+
+# n rows, d columns, K = 2 classes: 0 the denominator's, 1 the numerator's
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from sklearn.covariance import ledoit_wolf
+from torch import Tensor
+
+from cdm_fast.constants import Draw
+from cdm_fast.model import CDM
+from cdm_fast.schedule import NoiseSchedule
+from cdm_fast.tables.columns import Array, even_in_log_noise
+from cdm_fast.tables.estimator import in_chunks
+from cdm_fast.tables.fit import Budget, History, Validate, ratio_loss, train
+from cdm_fast.tables.network import new_model, start_at_gaussians
+
+# Noise of level 1 of a ratio's networks, and the share of a batch that stays at level 0, where the ratio is
+# read.
+RATIO_NOISE, LEVEL_0_SHARE = 0.03, 0.3
+
+
+@dataclass(frozen=True)
+class RatioNetwork:
+    """A trained network and the linear map in front of it: rows z go in as `z mix`."""
+
+    model: CDM
+    mix: Tensor  # (d, d) fp64
+    history: History
+
+    def log_ratio(self, z: Tensor) -> Array:
+        """`log p_1(z) - log p_0(z)` in nats of rows z (n, d), (n,)."""
+        if self.model.num_classes is None:  # then the denominator is N(0, I), its own pure noise
+            return in_chunks(self._log_ratio_to_noise, z @ self.mix)
+        return in_chunks(lambda part: self.model.log_prob_classes(part).diff(dim=1)[:, 0], z @ self.mix)
+
+    def _log_ratio_to_noise(self, z: Tensor) -> Tensor:
+        logits, prior = self.model.level_logits(z), self.model.log_level_prior
+        return logits[:, 0] - logits[:, -1] + prior[-1] - prior[0]
+
+
+def ratio_levels(columns: int) -> int:
+    """Levels of a ratio's network: neighbouring ones drift apart as columns get more."""
+    return min(102, 20 + columns // 2)
+
+
+def ratio_schedule(num_levels: int) -> tuple[NoiseSchedule, Tensor]:
+    """The noise levels, and p(t): `LEVEL_0_SHARE` at level 0, the others alike."""
+    prior = torch.full((num_levels,), (1 - LEVEL_0_SHARE) / (num_levels - 1), dtype=torch.float64)
+    prior[0] = LEVEL_0_SHARE
+    return even_in_log_noise(num_levels, RATIO_NOISE), prior
+
+
+def train_ratio(
+    draw: Draw,
+    validate: Validate | None,
+    means: Tensor,  # (2, d)
+    covariances: Tensor,  # (2, d, d)
+    column_groups: list[int],
+    budget: Budget,
+    rows: int,
+    seed: int,
+) -> tuple[CDM, History]:
+    """A network of two classes that starts as Gaussians of these moments and learns what they miss."""
+    generator = torch.Generator().manual_seed(seed)
+    schedule, prior = ratio_schedule(budget.num_levels)
+    dim = sum(column_groups)
+    model = new_model(column_groups, schedule, budget.hidden, budget.depth, 2 * dim, 2, prior, generator)
+    start_at_gaussians(model, means, covariances)
+    history = train(model, ratio_loss(draw, budget.batch_size), validate, budget, generator, rows)
+    return model, history
+
+
+def shrunk_moments(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (d,) and covariance (d, d) of rows z, the latter shrunk (Ledoit and Wolf, 2004)."""
+    mean = z.mean(0)
+    if len(z) < 2:
+        return mean, torch.eye(z.shape[1], dtype=z.dtype)
+    covariance, _ = ledoit_wolf((z - mean).numpy(), assume_centered=True)
+    floor = 1e-6 * torch.eye(z.shape[1], dtype=z.dtype)
+    return mean, torch.from_numpy(np.atleast_2d(covariance)) + floor
+
+
+@dataclass(frozen=True)
+class Canonical:
+    """Coordinates in which X and Y depend on each other pairwise, as far as linear dependence goes.
+
+    Fields:
+        mix (d, d): block-diagonal, the axes of X and those of Y; whitens each unless `rotate_only`.
+        rho (m,): canonical correlations of the pairs, without those that chance alone makes.
+        width: columns of X.
+    """
+
+    mix: Tensor
+    rho: Tensor
+    width: int
+
+    def covariance(self) -> Tensor:
+        """(d, d) of the mixed rows."""
+        d, m = len(self.mix), len(self.rho)
+        covariance = torch.eye(d, dtype=torch.float64)
+        first = torch.arange(m)
+        second = self.width + first
+        covariance[first, second] = covariance[second, first] = self.rho
+        return covariance
+
+
+def canonical(z: Tensor, width: int, rotate_only: bool = False) -> Canonical:
+    """The `Canonical` coordinates of rows z (n, d), the first `width` columns X's.
+
+    rotate_only: the columns of each block are independent already and stay so.
+
+    With p and q columns and n rows, sample correlations of independent blocks reach `lambda_+` (Wachter,
+    1980), and one of `r = rho^2` above it appears as `(1 - p/n + p/(n r)) (1 - q/n + q/(n r)) r` (Bao, Hu,
+    Pan, Zhou, 2019): what lies below counts as 0, what lies above is put right.
+    """
+    n, (p, q) = len(z), (width, z.shape[1] - width)
+    blocks = [z[:, :width] - z[:, :width].mean(0), z[:, width:] - z[:, width:].mean(0)]
+    enough = p + q < 0.9 * n
+    whiten = [_whitening(block, rotate_only, enough) for block in blocks]
+    first, second = (block @ w for block, w in zip(blocks, whiten, strict=True))
+    left, sample, right = torch.linalg.svd(first.T @ second / n)
+    sample = sample.clamp(max=1 - 1e-9)
+    rho = torch.tensor([_true_correlation(float(r), p / n, q / n) for r in sample], dtype=torch.float64)
+    if not enough:
+        rho = torch.zeros_like(rho)
+    mix = torch.block_diag(whiten[0] @ left, whiten[1] @ right.T)
+    return Canonical(mix, rho, width)
+
+
+def _whitening(block: Tensor, rotate_only: bool, enough: bool) -> Tensor:
+    """(d, d) symmetric: makes the covariance of a block's rows I; shrunk where rows are too few."""
+    dim = block.shape[1]
+    if rotate_only:
+        return torch.eye(dim, dtype=torch.float64)
+    covariance = block.T @ block / len(block) if enough else shrunk_moments(block)[1]
+    variances, axes = torch.linalg.eigh(covariance)
+    return (axes / variances.clamp(min=1e-6 * float(variances.max())).sqrt()) @ axes.T
+
+
+def _true_correlation(sample: float, x_share: float, y_share: float) -> float:
+    """The canonical correlation behind a sample's; x_share = p/n, y_share = q/n."""
+    if x_share + y_share >= 1:
+        return 0.0
+    squared = sample**2
+    low = math.sqrt(x_share * y_share / ((1 - x_share) * (1 - y_share)))  # weaker ones leave no trace
+
+    def seen(r: float) -> float:
+        return r * (1 - x_share + x_share / r) * (1 - y_share + y_share / r)
+
+    if low >= 1 or squared <= seen(low):
+        return 0.0
+    high = 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if seen(middle) < squared else (low, middle)
+    return math.sqrt(low)

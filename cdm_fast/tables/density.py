@@ -1,0 +1,325 @@
+"""The density of a table's rows, new rows from it, and how unusual a row is.
+
+# n rows, d columns, K folds, L = T+2 noise levels
+"""
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from sklearn.base import DensityMixin, OutlierMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.parallel import Parallel, delayed
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor
+
+from cdm_fast.constants import Draw
+from cdm_fast.errors import UserError
+from cdm_fast.model import CDM
+from cdm_fast.sampling import sample
+from cdm_fast.tables.columns import Array, Columns, even_in_log_noise, measure, without_far_rows
+from cdm_fast.tables.estimator import TableEstimator, fold_count, in_chunks
+from cdm_fast.tables.fit import (
+    Budget,
+    History,
+    density_loss,
+    level_validation,
+    refit_constants,
+    train,
+)
+from cdm_fast.tables.folds import Index, folds, groups_of_copies, hold_out
+from cdm_fast.tables.network import new_model, start_at_gaussians
+
+# Beyond so many times the longest training row a density falls as a normal one does.
+REACH = 1.5
+# The largest |log integral| of a density that counts as one.
+LARGEST_LOG_INTEGRAL = 1.0
+# Rows that check the integral at each level.
+ROWS_PER_LEVEL = 512
+# Fewer different rows than these are not split.
+FEWEST_TO_SPLIT = 10
+
+
+@dataclass(frozen=True)
+class _Fold:
+    model: CDM
+    history: History
+    rows: Index  # those kept out
+    log_prob: Array  # log p(z) of them, nats
+    log_integral: float
+
+
+class CDMDensity(OutlierMixin, DensityMixin, TableEstimator):
+    """Density of the rows of a table, from one forward pass; `sample` draws new rows; unusual rows stand out.
+
+    A network for each fold starts as the table's Gaussian and learns what that misses; a fold's own rows
+    choose when to stop. The density is the mean of the folds'. Discrete columns on an even grid (whole
+    numbers, decimals) are dequantised; what has no density is refused, see `cdm_fast.tables.columns.measure`.
+    A single
+    pass is as good as the normalisation that the network has learned: compare figures, or audit them.
+
+    Args:
+        smallest_noise: noise of level 1, in units of the standardised data; by rows and columns by default.
+        ce_weight: weight of the cross-entropy over levels beside the denoising error summed over dimensions.
+        contamination: share of the training rows that `predict` calls outliers (-1).
+        max_iter, early_stopping, validation_fraction, n_iter_no_change, tol, alpha, cv, batch_size, hidden,
+        depth, num_levels, learning_rate, n_jobs, random_state, verbose: see `TableEstimator`. From 5,000
+            different rows on there is one network, and `validation_fraction` of the rows choose when to stop.
+
+    Attributes:
+        models_: the folds' `CDM`s of the standardised rows; model_ is the first.
+        columns_: the standardisation.
+        log_prob_ (n,): `log p(x)` of every row of `fit` by the network that was not trained on it.
+        log_integrals_: log of the integral of each network's density by its own level ratios; 0 if all is
+        well.
+        offset_: `decision_function` is `score_samples` less this.
+        n_iter_, loss_curve_, validation_scores_: of each network.
+
+    >>> X = np.random.default_rng(0).normal(3.0, 2.0, size=(200, 2))
+    >>> density = CDMDensity(max_iter=20, random_state=0).fit(X)
+    >>> density.score_samples(X).shape, density.sample(5).shape
+    ((200,), (5, 2))
+    """
+
+    def __init__(
+        self,
+        *,
+        smallest_noise: float | None = None,
+        ce_weight: float = 1.0,
+        contamination: float = 0.1,
+        max_iter: int = 3000,
+        early_stopping: bool = True,
+        validation_fraction: float = 0.1,
+        n_iter_no_change: int = 10,
+        tol: float = 1e-4,
+        alpha: float = 1e-4,
+        cv: int | None = None,
+        batch_size: int = 256,
+        hidden: int | None = None,
+        depth: int | None = None,
+        num_levels: int | None = None,
+        learning_rate: float = 3e-3,
+        n_jobs: int | None = None,
+        random_state: int | np.random.RandomState | None = None,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__(
+            max_iter=max_iter,
+            early_stopping=early_stopping,
+            validation_fraction=validation_fraction,
+            n_iter_no_change=n_iter_no_change,
+            tol=tol,
+            alpha=alpha,
+            cv=cv,
+            batch_size=batch_size,
+            hidden=hidden,
+            depth=depth,
+            num_levels=num_levels,
+            learning_rate=learning_rate,
+            n_jobs=n_jobs,
+            random_state=random_state,
+            verbose=verbose,
+        )
+        self.smallest_noise = smallest_noise
+        self.ce_weight = ce_weight
+        self.contamination = contamination
+
+    def fit(self, X: ArrayLike, y: None = None) -> "CDMDensity":
+        """X (n, d): finite numbers, two rows or more. y is ignored.
+
+        Warns of copies, of rows far from all others, and of a density that does not integrate to about one.
+        """
+        rows = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
+        self._check_arguments()
+        seed, near = self._seed(), without_far_rows(rows)
+        self.columns_: Columns = measure(rows[near])
+        z = self.columns_.standardise(rows)
+        groups = np.full(len(rows), -1)
+        groups[near] = groups_of_copies(rows[near])
+        found = self._fit_folds(z, groups, seed)
+        self._reach = REACH * float(z[torch.from_numpy(near)].norm(dim=1).max())
+        self._keep(found, z)
+        share = 100 * self.contamination
+        self.offset_ = float(np.percentile(self._log_prob(z) + self.columns_.log_det, share))
+        return self
+
+    def _fit_folds(self, z: Tensor, groups: Index, seed: int) -> list[_Fold]:
+        near = np.flatnonzero(groups >= 0)
+        different, d = len(np.unique(groups[near])), z.shape[1]
+        K = density_folds(different, self.cv)
+        budget = self._budget(different, density_levels(d))
+        fold = np.full(len(z), -1)
+        fold[near] = folds(groups[near], K, np.random.default_rng(seed))
+        if K == 1 and different >= FEWEST_TO_SPLIT:
+            held = hold_out(groups[near], self.validation_fraction, np.random.default_rng(seed))
+            fold[near] = np.where(held, 0, 1)
+        noise = self.smallest_noise or density_noise(different, d)
+        options = (budget, self.ce_weight, noise, self.early_stopping)
+        jobs = []
+        for k in range(K):
+            kept = np.flatnonzero(fold == k)
+            train_rows = near if different < FEWEST_TO_SPLIT else near[fold[near] != k]
+            jobs.append(delayed(_fit_fold)(z, self.columns_, train_rows, kept, *options, seed + k))
+        return Parallel(n_jobs=self.n_jobs)(jobs)
+
+    def _keep(self, found: list[_Fold], z: Tensor) -> None:
+        """The folds' figures, and the networks whose densities integrate to about one."""
+        self.log_integrals_ = [fold.log_integral for fold in found]
+        sound = [fold for fold in found if abs(fold.log_integral) <= LARGEST_LOG_INTEGRAL]
+        if not sound:
+            worst = max(self.log_integrals_, key=abs)
+            warnings.warn(
+                f"the log of the density's integral is {worst:.3g}, not about 0: training diverged or was too"
+                " short, and score is NaN; give a smaller learning_rate, or early_stopping=True",
+                stacklevel=3,
+            )
+        self._sound = bool(sound)
+        self.models_ = [fold.model for fold in sound or found]
+        self.model_ = self.models_[0]
+        self.log_prob_ = self._log_prob(z) + self.columns_.log_det
+        for fold in found:
+            self.log_prob_[fold.rows] = fold.log_prob + self.columns_.log_det
+        self._calibration = np.sort(self.log_prob_[np.concatenate([fold.rows for fold in found])])
+        histories = [fold.history for fold in found]
+        self.n_iter_ = [history.n_iter for history in histories]
+        self.loss_curve_ = [history.loss_curve for history in histories]
+        self.validation_scores_ = [history.validation_scores for history in histories]
+
+    def _log_prob(self, z: Tensor) -> Array:
+        """`log p(z)` in nats of the mean of the networks' densities, (n,).
+
+        Beyond `REACH` times the longest training row no network knows anything: from there on it falls as
+        that of a normal distribution does, so that no row far out can look likely.
+        """
+        length = z.norm(dim=1, keepdim=True).clamp(min=1e-300)
+        beyond = length.clamp(max=1e150) > self._reach
+        inside = torch.where(beyond, z * (self._reach / length), z).nan_to_num()
+        log_prob = np.stack([in_chunks(model.log_prob, inside) for model in self.models_])
+        fall = (length.clamp(max=1e150).square() - self._reach**2).clamp(min=0)[:, 0] / 2
+        return np.logaddexp.reduce(log_prob, axis=0) - math.log(len(log_prob)) - fall.numpy()
+
+    def score_samples(self, X: ArrayLike) -> Array:
+        """`log p(x)` in nats of each row, (n,)."""
+        rows = self._new_rows(X)
+        return self._log_prob(self.columns_.standardise(rows)) + self.columns_.log_det
+
+    def score(self, X: ArrayLike, y: None = None) -> float:
+        """Mean of `score_samples`; NaN for a fit whose density does not integrate to about one."""
+        mean = float(self.score_samples(X).mean())
+        return mean if self._sound else math.nan
+
+    def decision_function(self, X: ArrayLike) -> Array:
+        """`score_samples` less `offset_`, (n,): negative for outliers."""
+        return self.score_samples(X) - self.offset_
+
+    def predict(self, X: ArrayLike) -> Index:
+        """-1 for outliers, 1 for the others, (n,)."""
+        return np.where(self.decision_function(X) < 0, -1, 1)
+
+    def p_values(self, X: ArrayLike) -> Array:
+        """Conformal p-values (n,): how many rows that training did not see are as unusual as this one.
+
+        A row from the distribution of the training rows has a p-value below u with probability of about u or
+        less; few rows of `fit` mean coarse p-values, 1/(n+1) the least.
+        """
+        score = self.score_samples(X)
+        as_low = np.searchsorted(self._calibration, score, side="right")
+        return (1 + as_low) / (1 + len(self._calibration))
+
+    def sample(self, n_samples: int = 1, random_state: int | np.random.RandomState | None = None) -> Array:
+        """New rows, (n_samples, d); `random_state` is the estimator's own by default."""
+        check_is_fitted(self)
+        if n_samples < 1:
+            raise UserError(f"n_samples is {n_samples}; give 1 or more")
+        state = check_random_state(self.random_state if random_state is None else random_state)
+        seed, steps = int(state.randint(2**31 - 1)), min(50, self.model_.schedule.T)
+        of_model = np.bincount(np.arange(n_samples) % len(self.models_), minlength=len(self.models_))
+        drawn = [
+            sample(model, int(many), "dpm_solver_pp_2m", steps, seed + k)
+            for k, (model, many) in enumerate(zip(self.models_, of_model, strict=True))
+            if many
+        ]
+        rows = self.columns_.restore(torch.cat(drawn))
+        return rows[np.random.default_rng(seed).permutation(n_samples)]
+
+
+def density_folds(rows: int, cv: int | None) -> int:
+    """Networks of a density of so many different rows: from a few thousand on one is as good as several."""
+    if cv is None and rows >= 5000:
+        return 1
+    return fold_count(rows, cv or (5 if rows < 1000 else 3)) if rows >= FEWEST_TO_SPLIT else 1
+
+
+def density_levels(columns: int) -> int:
+    """Noise levels by columns: neighbouring levels must overlap."""
+    return min(102, 32 + columns)
+
+
+def density_noise(rows: int, columns: int) -> float:
+    """Smallest noise: a tenth of the width at which a kernel density would smooth so many rows."""
+    return float(np.clip(0.1 * rows ** (-1 / (columns + 4)), 0.01, 0.1))
+
+
+def _fit_fold(
+    z: Tensor,
+    columns: Columns,
+    train_rows: Index,
+    kept: Index,
+    budget: Budget,
+    ce_weight: float,
+    smallest_noise: float,
+    early_stopping: bool,
+    seed: int,
+) -> _Fold:
+    """A network of `train_rows`, and what it says of the rows `kept`."""
+    generator, d = torch.Generator().manual_seed(seed), z.shape[1]
+    schedule = even_in_log_noise(budget.num_levels, smallest_noise)
+    model = new_model([d], schedule, budget.hidden, budget.depth, d, None, None, generator)
+    start_at_gaussians(model, torch.zeros(1, d, dtype=torch.float64), torch.eye(d, dtype=torch.float64)[None])
+    draw = _rows(z[train_rows], columns)
+    judged = z[kept] if len(kept) else z[train_rows]
+    noisy = _rows(judged, columns)
+    validate = None
+    if early_stopping and len(train_rows) + len(kept) >= FEWEST_TO_SPLIT:
+        repeats = max(1, 4096 // len(judged))
+        index = torch.arange(len(judged)).repeat(repeats)
+        validate = level_validation(columns.draw(judged, index, generator), generator)
+    loss = density_loss(draw, budget.batch_size, ce_weight, d)
+    history = train(model, loss, validate, budget, generator, len(train_rows))
+    refit_constants(model, draw, history, budget, len(train_rows), generator)
+    log_integral = level_log_integral(model, noisy, generator)
+    return _Fold(
+        model, history, kept, in_chunks(model.log_prob, z[kept]) if len(kept) else np.empty(0), log_integral
+    )
+
+
+def _rows(z: Tensor, columns: Columns) -> Draw:
+    """Draws rows of z, dequantised."""
+
+    def draw(num: int, generator: torch.Generator) -> tuple[Tensor, None]:
+        return columns.draw(z, torch.randint(len(z), (num,), generator=generator), generator), None
+
+    return draw
+
+
+@torch.no_grad()
+def level_log_integral(model: CDM, draw: Draw, generator: torch.Generator) -> float:
+    """log of the integral of `p_0`, in nats, from the ratios of neighbouring levels.
+
+    `int p_t = E[p_t(x) / p_{t+1}(x)]` over x of level t+1, if `p_{t+1}` is right and normalised, as pure
+    noise is; the product over all levels is the integral at level 0. Infinite for a network that is not
+    finite.
+    """
+    total, levels = 0.0, model.schedule.num_levels
+    for t in reversed(range(levels - 1)):
+        x, _ = draw(ROWS_PER_LEVEL, generator)
+        level = torch.full((len(x),), t + 1)
+        a, s = model.amplitudes(level, x.double())
+        x_t = a * x + s * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        log_prob = model.log_prob_levels(x_t)
+        ratio = log_prob[:, t] - log_prob[:, t + 1]
+        total += float(ratio.logsumexp(0)) - math.log(len(ratio))
+    return total if math.isfinite(total) else math.inf

@@ -1,0 +1,273 @@
+"""Training of a small CDM on rows: two losses, early stopping on rows kept out, constants last.
+
+# n rows, d columns, B batch, L = T+2 noise levels, K classes
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cdm_fast.constants import Draw, fit_constants
+from cdm_fast.losses import cdm_loss
+from cdm_fast.model import CDM
+
+Loss = Callable[[CDM, torch.Generator], Tensor]
+Validate = Callable[[CDM], float]
+
+# Rows that fit the constants of the logits at the end, at most, and at most so often each.
+MOST_ROWS, MOST_VISITS = 2_000_000, 100
+# Steps until the learning rate is full, and the share of `max_iter` over which it falls to 0 at the end.
+WARM_UP, FALL = 50, 0.3
+# The weights that are judged are averages over about the last tenth of the steps.
+AVERAGE = 0.1
+# Weights are judged about once an epoch, within these bounds.
+FEWEST_STEPS, MOST_STEPS = 20, 100
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Network and training; the fields are the constructor's arguments of the estimators, sizes resolved."""
+
+    hidden: int
+    depth: int
+    num_levels: int
+    max_iter: int
+    batch_size: int
+    learning_rate: float
+    alpha: float
+    tol: float
+    n_iter_no_change: int
+    verbose: int
+
+
+@dataclass
+class History:
+    """What training went through.
+
+    Fields:
+        n_iter: steps after which the kept weights stood.
+        loss_curve: mean training loss between one judgement and the next.
+        validation_scores: minus the validation loss at every judgement, the first before any step; empty
+            without validation.
+    """
+
+    n_iter: int = 0
+    loss_curve: list[float] = field(default_factory=list)
+    validation_scores: list[float] = field(default_factory=list)
+
+
+def density_loss(draw: Draw, batch_size: int, ce_weight: float, dim: int) -> Loss:
+    """Cross-entropy over levels, `ce_weight / d`, beside the denoising error (CDM Alg. 1)."""
+
+    def loss(model: CDM, generator: torch.Generator) -> Tensor:
+        x, label = draw(batch_size, generator)
+        return cdm_loss(model, x, label=label, ce_weight=ce_weight / dim, generator=generator).loss
+
+    return loss
+
+
+def ratio_loss(draw: Draw, batch_size: int) -> Loss:
+    """Cross-entropy over (level, class) pairs, plus that of the class where the level is known.
+
+    No denoising error: the ratio of two classes needs no sampler, and a step without input gradients costs
+    half.
+    """
+
+    def loss(model: CDM, generator: torch.Generator) -> Tensor:
+        x, label = draw(batch_size, generator)
+        assert label is not None
+        level = model.draw_levels(len(x), generator)
+        logits, classes = model.network(_noised(model, x, level, generator)), model.joint_classes
+        entry = (level * classes + label).clamp(max=logits.shape[1] - 1)
+        joint = logits[:, :-1].unflatten(1, (-1, classes))
+        at_level = joint[torch.arange(len(x)), level.clamp(max=model.schedule.T)]
+        known = torch.where(level <= model.schedule.T, label, -1)
+        of_class = F.cross_entropy(at_level, known, ignore_index=-1, reduction="sum") / len(x)
+        return F.cross_entropy(logits, entry) + of_class
+
+    return loss
+
+
+def _noised(model: CDM, x: Tensor, level: Tensor, generator: torch.Generator) -> Tensor:
+    a, s = model.amplitudes(level, x)
+    return a * x + s * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+
+
+def level_validation(rows: Tensor, generator: torch.Generator, num: int = 4096) -> Validate:
+    """Mean cross-entropy of the level over about `num` fixed noised copies of `rows` (m, d), in nats.
+
+    All levels weigh the same. It is smallest for the true densities, and counts their normalisation as well
+    as
+    their shape: a diverged network scores badly, however high its densities are.
+    """
+    seed = int(torch.randint(2**62, (1,), generator=generator))
+
+    @torch.no_grad()
+    def validate(model: CDM) -> float:
+        draws = torch.Generator().manual_seed(seed)
+        repeats = max(1, num // len(rows))
+        x = rows.float().repeat(repeats, 1)
+        level = torch.randperm(len(x), generator=draws) % model.schedule.num_levels
+        logits = model.network(_noised(model, x, level, draws))
+        return float(F.cross_entropy(logits, level))
+
+    return validate
+
+
+def class_validation(numerator: Tensor, denominator: Tensor) -> Validate:
+    """Logistic loss of the class at level 0, both sets (m, d) weighing the same, in nats."""
+
+    @torch.no_grad()
+    def validate(model: CDM) -> float:
+        first, second = (_level_0_log_ratio(model, z.float()) for z in (numerator, denominator))
+        return float(F.softplus(-first).mean() + F.softplus(second).mean()) / 2
+
+    return validate
+
+
+def _level_0_log_ratio(model: CDM, z: Tensor) -> Tensor:
+    logits = model.network(z)
+    return logits[:, 1] - logits[:, 0]
+
+
+def train(
+    model: CDM, loss: Loss, validate: Validate | None, budget: Budget, generator: torch.Generator, rows: int
+) -> History:
+    """Adam on `loss`; leaves the best weights in `model`, in fp64.
+
+    The weights that count are running averages. With `validate` they are judged about once an epoch, the
+    first before any step, and training ends when `n_iter_no_change` judgements in a row were no better by
+    `tol`; the best are kept, which may be those it started from. Without, all of `max_iter` steps are taken.
+    A function of
+    its arguments: torch's global generator and grad mode play no part.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        history = _train(model, loss, validate, budget, generator, rows)
+    model.eval().double()
+    return history
+
+
+def _train(
+    model: CDM, loss: Loss, validate: Validate | None, budget: Budget, generator: torch.Generator, rows: int
+) -> History:
+    parameters = list(model.network.parameters())
+    optimizer = torch.optim.AdamW(
+        parameters, lr=budget.learning_rate, betas=(0.9, 0.99), weight_decay=budget.alpha, fused=True
+    )
+    average = _Average(parameters)
+    history, best = History(), _Best(parameters)
+    if validate is not None:
+        best.judge(validate(model), 0, parameters, budget.tol)
+        history.validation_scores.append(-best.loss)
+    every = min(max(rows // budget.batch_size, FEWEST_STEPS), MOST_STEPS, budget.max_iter)
+    total = 0.0
+    for step in range(1, budget.max_iter + 1):
+        optimizer.param_groups[0]["lr"] = budget.learning_rate * _rate(step, budget.max_iter)
+        optimizer.zero_grad()
+        value = loss(model, generator)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        average.update(step)
+        total += float(value.detach())
+        if step % every and step < budget.max_iter:
+            continue
+        history.loss_curve.append(total / (step % every or every))
+        total = 0.0
+        if validate is not None:
+            with average.in_place():
+                judged = validate(model)
+                best.judge(judged, step, parameters, budget.tol)
+            history.validation_scores.append(-judged)
+        if budget.verbose:
+            _tell(step, budget.max_iter, history)
+        if not math.isfinite(history.loss_curve[-1]) or best.waited >= budget.n_iter_no_change:
+            break
+    if validate is None:
+        average.copy_to(parameters)
+        history.n_iter = budget.max_iter
+    else:
+        best.copy_to(parameters)
+        history.n_iter = best.step
+    return history
+
+
+def _rate(step: int, max_iter: int) -> float:
+    """The share of the learning rate at a step, 1..max_iter."""
+    fall = min(1.0, (max_iter - step + 1) / (FALL * max_iter))
+    return min(1.0, step / WARM_UP) * fall
+
+
+def _tell(step: int, max_iter: int, history: History) -> None:
+    judged = f"  validation {-history.validation_scores[-1]:.4f}" if history.validation_scores else ""
+    print(f"step {step}/{max_iter}  loss {history.loss_curve[-1]:.4f}{judged}", file=sys.stderr)
+
+
+class _Average:
+    """Weights averaged over about the last tenth of the steps: `w <- w + (new - w) / (1 + AVERAGE step)`."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.mean = [p.detach().clone() for p in parameters]
+        self.kept: list[Tensor] = []
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        torch._foreach_lerp_(self.mean, [p.detach() for p in self.parameters], 1 / (1 + AVERAGE * step))
+
+    def in_place(self) -> "_Average":
+        """A block in which the parameters hold the averages."""
+        return self
+
+    @torch.no_grad()
+    def __enter__(self) -> None:
+        self.kept = [p.detach().clone() for p in self.parameters]
+        self.copy_to(self.parameters)
+
+    @torch.no_grad()
+    def __exit__(self, *raised: object) -> None:
+        for parameter, value in zip(self.parameters, self.kept, strict=True):
+            parameter.copy_(value)
+
+    @torch.no_grad()
+    def copy_to(self, parameters: list[torch.nn.Parameter]) -> None:
+        for parameter, value in zip(parameters, self.mean, strict=True):
+            parameter.copy_(value)
+
+
+class _Best:
+    """The weights of the lowest validation loss, and how many judgements in a row were no better by `tol`."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        self.loss, self.step, self.waited = math.inf, 0, 0
+        self.milestone = math.inf
+        self.weights = [p.detach().clone() for p in parameters]
+
+    def judge(self, loss: float, step: int, parameters: list[torch.nn.Parameter], tol: float) -> None:
+        self.waited = 0 if loss < self.milestone - tol else self.waited + 1
+        self.milestone = loss if self.waited == 0 else self.milestone
+        if loss < self.loss:
+            self.loss, self.step = loss, step
+            self.weights = [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def copy_to(self, parameters: list[torch.nn.Parameter]) -> None:
+        for parameter, value in zip(parameters, self.weights, strict=True):
+            parameter.copy_(value)
+
+
+def refit_constants(
+    model: CDM, draw: Draw, history: History, budget: Budget, rows: int, generator: torch.Generator
+) -> None:
+    """`fit_constants` to as many rows as training saw, unless training was left at its start.
+
+    A few rows are visited at most `MOST_VISITS` times each.
+    """
+    num = min(MOST_ROWS, history.n_iter * budget.batch_size, MOST_VISITS * rows)
+    if num:
+        fit_constants(model, draw, num, generator)

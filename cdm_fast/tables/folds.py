@@ -1,0 +1,54 @@
+"""Rows that belong together, and splits that keep them together.
+
+# n rows, K folds
+"""
+
+import warnings
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Index = NDArray[np.int64]
+
+
+def groups_of_copies(x: Array, name: str = "X") -> Index:
+    """(n,) a number for each row, the same for rows that are copies of each other; warns if there are any."""
+    order = np.lexsort(x.T[::-1])
+    new = np.r_[True, (np.diff(x[order], axis=0) != 0).any(1)]
+    groups = np.empty(len(x), dtype=np.int64)
+    groups[order] = np.cumsum(new) - 1
+    copies = len(x) - int(new.sum())
+    if copies:
+        warnings.warn(
+            f"{copies} of the {len(x)} rows of {name} are copies of others: each counts in full, and copies"
+            " stay on one side of every split",
+            stacklevel=3,
+        )
+    return groups
+
+
+def folds(groups: Index, K: int, rng: np.random.Generator, strata: Index | None = None) -> Index:
+    """(n,) the fold of each row, 0..K-1: groups stay whole, strata are spread evenly over the folds."""
+    _, first, groups = np.unique(groups, return_index=True, return_inverse=True)
+    stratum = np.zeros(len(first), dtype=np.int64) if strata is None else strata[first]
+    fold_of_group = np.empty(len(first), dtype=np.int64)
+    begun = 0
+    for s in np.unique(stratum):
+        members = rng.permutation(np.flatnonzero(stratum == s))
+        fold_of_group[members] = (begun + np.arange(len(members))) % K
+        begun += len(members)
+    return fold_of_group[groups]
+
+
+def hold_out(
+    groups: Index, share: float, rng: np.random.Generator, strata: Index | None = None
+) -> NDArray[np.bool_]:
+    """(n,) True for about `share` of the rows, whole groups, of each stratum at least one group."""
+    _, first, groups = np.unique(groups, return_index=True, return_inverse=True)
+    stratum = np.zeros(len(first), dtype=np.int64) if strata is None else strata[first]
+    held = np.zeros(len(first), dtype=bool)
+    for s in np.unique(stratum):
+        members = rng.permutation(np.flatnonzero(stratum == s))
+        held[members[: max(1, round(share * len(members)))]] = True
+    return held[groups]

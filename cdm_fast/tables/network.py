@@ -1,0 +1,188 @@
+"""The network of a table's rows: an MLP that also sees what a plain one is slow to find.
+
+# B batch, d columns, G groups of columns, W hidden width, S squared features, L = T+2 noise levels, K classes
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cdm_fast.model import CDM
+from cdm_fast.nn.heads import JointHead, noise_head
+from cdm_fast.nn.layers import Layer, Linear, SiLU, run_adjoint
+from cdm_fast.nn.mlp import MLPBlock
+from cdm_fast.nn.network import AdjointNetwork
+from cdm_fast.schedule import NoiseSchedule
+
+
+class EvenFeatures(Layer):
+    """`x -> (x, size, length)`: the columns, their softened sizes, and the length of every group of columns.
+
+    `size_i = sqrt(1 + x_i^2) - 1` and `length_g = sqrt(1 + |x_g|^2) - sqrt(1 + d_g)`. Heavy tails, and
+    whatever else depends on how far out a row lies, are even functions of the columns; hidden units are slow
+    to build them.
+
+    Args:
+        groups: numbers of columns that belong together, d in all.
+    """
+
+    member: Tensor  # (d, G), 1 where the column is of the group
+
+    def __init__(self, groups: list[int]) -> None:
+        super().__init__()
+        self.groups = groups
+        self.out_features = 2 * sum(groups) + len(groups)
+        self.register_buffer("member", torch.empty(sum(groups), len(groups)))
+
+    def reset(self) -> None:
+        """Fills the buffer: networks are built without memory first (`new_model`)."""
+        group = torch.repeat_interleave(torch.arange(len(self.groups)), torch.tensor(self.groups))
+        self.member.copy_(F.one_hot(group, len(self.groups)))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+        squares = x.square()
+        size = (1 + squares).sqrt()
+        length = (1 + squares @ self.member).sqrt()
+        expanded = torch.cat([x, size - 1, length - (1 + self.member.sum(0)).sqrt()], dim=1)
+        return expanded, (x, size, length)
+
+    def adjoint(self, residuals: Any, g: Tensor) -> Tensor:
+        x, size, length = residuals
+        g_x, g_size, g_length = g.split_with_sizes([x.shape[1], x.shape[1], length.shape[1]], dim=1)
+        return g_x + x * (g_size / size + (g_length / length) @ self.member.t())
+
+
+class TableMLP(AdjointNetwork):
+    """A noise-level classifier of rows: learned features, squared linear ones, and the columns themselves.
+
+    With the last two any Gaussian is exact, its mean included.
+
+    Args:
+        groups: see `EvenFeatures`.
+        num_levels: L.
+        hidden, depth: W and the number of residual blocks.
+        num_squares: S.
+        num_classes: K for joint (level, class) logits, else None.
+    """
+
+    def __init__(
+        self,
+        groups: list[int],
+        num_levels: int,
+        hidden: int,
+        depth: int,
+        num_squares: int,
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__()
+        dim = sum(groups)
+        self.input_shape = (dim,)
+        self.num_classes = num_classes
+        self.conditioning = "embedding" if num_classes is None else "joint"
+        self.even = EvenFeatures(groups)
+        self.linear_in = Linear(self.even.out_features, hidden)
+        self.blocks = nn.ModuleList([MLPBlock(hidden) for _ in range(depth)])
+        self.act_out = SiLU()
+        self.square = Linear(dim, num_squares)
+        self.linear_layer = noise_head(hidden + num_squares + dim, num_levels, num_classes, self.conditioning)
+
+    def features(
+        self, x: Tensor, label: Tensor | None = None, keep_residuals: bool = True
+    ) -> tuple[Tensor, Any]:
+        """`x` (B, d) -> (B, W + S + d) and residuals."""
+        expanded, even_residuals = self.even(x)
+        h, _ = self.linear_in(expanded)
+        residuals = []
+        for block in self.blocks:
+            h, kept = block(h)
+            residuals.append(kept)
+        h, act_residuals = self.act_out(h)
+        root, _ = self.square(x)
+        return torch.cat([h, root.square(), x], dim=1), (even_residuals, residuals, act_residuals, root)
+
+    def adjoint(self, residuals: Any, g: Tensor) -> Tensor:
+        even_residuals, block_residuals, act_residuals, root = residuals
+        widths = [self.linear_in.out_features, root.shape[1], self.input_shape[0]]
+        g_learned, g_squares, g_x = g.split_with_sizes(widths, dim=1)
+        h = self.act_out.adjoint(act_residuals, g_learned)
+        h = run_adjoint(list(self.blocks), block_residuals, h)  # type: ignore[arg-type]
+        from_learned = self.even.adjoint(even_residuals, self.linear_in.adjoint(None, h))
+        return from_learned + self.square.adjoint(None, 2 * root * g_squares) + g_x
+
+
+def new_model(
+    groups: list[int],
+    schedule: NoiseSchedule,
+    hidden: int,
+    depth: int,
+    num_squares: int,
+    num_classes: int | None,
+    level_prior: Tensor | None,
+    generator: torch.Generator,
+) -> CDM:
+    """A `CDM` of a new `TableMLP` in fp32, drawn from `generator`.
+
+    torch's default dtype, device and generator play no part: the network is built without memory, then
+    filled.
+    """
+    with torch.device("meta"):
+        network = TableMLP(groups, schedule.num_levels, hidden, depth, num_squares, num_classes)
+    network = network.to(torch.float32).to_empty(device="cpu")
+    network.even.reset()
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, nn.Linear):
+                bound = 1 / math.sqrt(module.in_features)
+                module.weight.uniform_(-bound, bound, generator=generator)
+                module.bias.uniform_(-bound, bound, generator=generator)
+    return CDM(network, schedule, level_prior=level_prior)
+
+
+@torch.no_grad()
+def start_at_gaussians(
+    model: CDM,
+    means: Tensor,  # (K, d) fp64
+    covariances: Tensor,  # (K, d, d) fp64
+) -> None:
+    """Sets the head so that the model is the exact CDM of Gaussian classes; S = K d squares, or more.
+
+    With `x_t = a x_0 + s eps`, class c of level t is `N(a m, U (a^2 lam + s^2) U^T)`, so its log density less
+    that of `N(0, I)` is, in the coordinates `r = U^T x` and with `v = a^2 lam + s^2`,
+    `sum_i (1 - 1/v_i) r_i^2 / 2 + a m_i r_i / v_i - a^2 m_i^2 / (2 v_i) - log(v_i) / 2`.
+    Training then starts from there instead of from noise, and a few rows need not teach what a covariance
+    says.
+    """
+    network = model.network
+    assert isinstance(network, TableMLP)
+    head = network.linear_layer
+    K, dim = means.shape
+    a, s = model.schedule.a[:-1, None, None], model.schedule.s[:-1, None, None]
+    variances, axes = torch.linalg.eigh(covariances)  # (K, d), (K, d, d)
+    m = torch.einsum("kdi,kd->ki", axes, means)
+    v = a**2 * variances.clamp(min=1e-10) + s**2  # (L-1, K, d)
+    learned = network.linear_in.out_features
+    weight = torch.zeros(len(a) + 1, K, head.in_features, dtype=torch.float64)
+    for c in range(K):
+        squares = slice(learned + c * dim, learned + (c + 1) * dim)
+        weight[:-1, c, squares] = (1 - 1 / v[:, c]) / 2
+        weight[:-1, c, -dim:] = (a[:, 0] * m[c] / v[:, c]) @ axes[c].T
+        network.square.weight[c * dim : (c + 1) * dim] = axes[c].T.float()
+    network.square.bias.zero_()
+    constant = -(a**2 * m**2 / v + v.log()).sum(2) / 2 - math.log(K)
+    prior = model.log_level_prior
+    constant = constant + (prior[:-1] - prior[-1])[:, None]
+    _set_head(head, weight, torch.cat([constant, constant.new_zeros(1, K)]))
+
+
+def _set_head(head: nn.Linear, weight: Tensor, constant: Tensor) -> None:
+    """Parameters of a head whose logits are `weight` (L, K, D) times features plus `constant` (L, K)."""
+    if isinstance(head, JointHead):  # z[t] = z_N - sum_{u >= t} w[u]
+        rows, biases = weight.diff(dim=0).flatten(0, 1), constant.diff(dim=0).flatten()
+        head.weight.copy_(torch.cat([rows, weight[-1:, 0]]))
+        head.bias.copy_(torch.cat([biases, constant[-1:, 0]]))
+    else:  # f = cumsum(w)
+        head.weight.copy_(weight[:, 0].diff(dim=0, prepend=torch.zeros_like(weight[:1, 0])))
+        head.bias.copy_(constant[:, 0].diff(dim=0, prepend=torch.zeros_like(constant[:1, 0])))

@@ -1,0 +1,300 @@
+"""The ratio of two densities from a sample of each: weights for covariate shift, and a two-sample test.
+
+# n rows, d columns, K folds
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from sklearn.utils import Tags
+from sklearn.utils.parallel import Parallel, delayed
+from sklearn.utils.validation import check_array, check_is_fitted, validate_data
+from torch import Tensor
+
+from cdm_fast.constants import Draw
+from cdm_fast.errors import UserError
+from cdm_fast.tables.calibration import Calibration, calibrate
+from cdm_fast.tables.columns import Array, Columns, measure, without_far_rows
+from cdm_fast.tables.crossfit import RatioNetwork, ratio_levels, shrunk_moments, train_ratio
+from cdm_fast.tables.estimator import TableEstimator, fold_count
+from cdm_fast.tables.fit import Budget, class_validation
+from cdm_fast.tables.folds import Index, folds, groups_of_copies, hold_out
+
+# A class with fewer different rows than these is not split any further.
+FEWEST_TO_SPLIT = 4
+
+
+class TwoSampleTest(NamedTuple):
+    """How often a random assignment of rows to the two sets separates them as well."""
+
+    statistic: float  # probability that a numerator's row scores above a denominator's: AUROC
+    p_value: float
+
+
+@dataclass(frozen=True)
+class _Fold:
+    network: RatioNetwork
+    rows: Index
+    log_ratio: Array
+
+
+class DensityRatio(TableEstimator):
+    """`log p_1(x) / p_0(x)` of two sets of rows, told apart by networks with joint (level, class) logits.
+
+    A network for each fold starts as the two sets' Gaussians and learns what they miss; logistic regression
+    on the rows that it never saw puts its log ratios right (`cdm_fast.tables.calibration`). New rows are
+    scored by the mean of the networks.
+
+    Args:
+        max_iter, early_stopping, validation_fraction, n_iter_no_change, tol, alpha, cv, batch_size, hidden,
+        depth, num_levels, learning_rate, n_jobs, random_state, verbose: see `TableEstimator`.
+
+    Attributes:
+        columns_: the standardisation, that of all rows together.
+        classes_ (2,): the two values of y, denominator first.
+        networks_: the folds' `RatioNetwork`s; calibration_: their `alpha` and `c`.
+        log_ratio_ (n,): nats, of every row of `fit` by the network that never saw it; by the only one where
+            there are too few rows for two.
+        n_iter_, loss_curve_, validation_scores_: of each network.
+
+    >>> X = np.random.default_rng(0).normal(size=(400, 1))
+    >>> y = np.arange(400) % 2
+    >>> X[y == 1] += 1.0
+    >>> ratio = DensityRatio(max_iter=300, random_state=0).fit(X, y).log_ratio([[-2.0], [3.0]])
+    >>> bool(ratio[0] < 0 < ratio[1])
+    True
+    """
+
+    def fit(self, X: ArrayLike, y: ArrayLike) -> "DensityRatio":
+        """X (n, d), y (n,) of two values: the rows of the smaller (0) are from the denominator, of the larger
+        (1) from the numerator. The ratio does not depend on how many rows each has."""
+        rows, labels = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=2)
+        self.classes_, index = np.unique(labels, return_inverse=True)
+        if len(self.classes_) != 2:
+            raise UserError(
+                f"y holds {len(self.classes_)} class{'es' * (len(self.classes_) != 1)}; a ratio needs two:"
+                " 0 for the denominator's rows, 1 for the numerator's"
+            )
+        self._check_arguments()
+        seed, near = self._seed(), without_far_rows(rows)
+        if len(np.unique(index[near])) < 2:
+            raise UserError("one of the two sets lies out of proportion to the other: rescale the columns")
+        self.columns_: Columns = measure(rows[near], labels=index[near])
+        self._index = index
+        z = self.columns_.standardise(rows)
+        groups = np.full(len(rows), -1)
+        groups[near] = groups_of_copies(np.column_stack([rows[near], index[near]]))
+        found = self._fit_folds(z, index, groups, seed)
+        self.networks_ = [fold.network for fold in found]
+        self._calibrate(found, z, index)
+        histories = [network.history for network in self.networks_]
+        self.n_iter_ = [history.n_iter for history in histories]
+        self.loss_curve_ = [history.loss_curve for history in histories]
+        self.validation_scores_ = [history.validation_scores for history in histories]
+        return self
+
+    def _fit_folds(self, z: Tensor, index: Index, groups: Index, seed: int) -> list[_Fold]:
+        near = np.flatnonzero(groups >= 0)
+        fewest = min(len(np.unique(groups[(groups >= 0) & (index == c)])) for c in (0, 1))
+        different = len(np.unique(groups[near]))
+        K = fold_count(different, self.cv) if fewest >= FEWEST_TO_SPLIT else 1
+        K = min(K, max(1, fewest // 2))
+        rng = np.random.default_rng(seed)
+        fold = np.full(len(z), -1)
+        fold[near] = folds(groups[near], K, rng, index[near]) if K > 1 else 0
+        budget = self._budget(int(different * (1 - 1 / max(K, 2))), ratio_levels(z.shape[1]))
+        share = self.validation_fraction if self.early_stopping and fewest >= FEWEST_TO_SPLIT else 0.0
+        jobs = []
+        for k in range(K):
+            train = near[fold[near] != k] if K > 1 else near
+            jobs.append(
+                delayed(_fit_fold)(
+                    z, index, groups, self.columns_, train, np.flatnonzero(fold == k), budget, share, seed + k
+                )
+            )
+        return Parallel(n_jobs=self.n_jobs)(jobs)
+
+    def _calibrate(self, found: list[_Fold], z: Tensor, index: Index) -> None:
+        raw = np.mean([fold.network.log_ratio(z) for fold in found], axis=0)  # far rows: by all networks
+        for fold in found:
+            raw[fold.rows] = fold.log_ratio
+        crossed = len(found) > 1
+        scored = np.concatenate([fold.rows for fold in found])
+        numerator, denominator = (raw[scored[index[scored] == c]] for c in (1, 0))
+        self.calibration_ = calibrate(numerator, denominator) if crossed else Calibration()
+        self.log_ratio_ = self.calibration_(raw)
+
+    def log_ratio(self, X: ArrayLike) -> Array:
+        """`log p_1(x) - log p_0(x)` in nats of each row, (n,)."""
+        rows = self._new_rows(X)
+        z = self.columns_.standardise(rows)
+        return self.calibration_(np.mean([network.log_ratio(z) for network in self.networks_], axis=0))
+
+    def weights(self, X: ArrayLike, clip: float | None = None) -> Array:
+        """Weights (n,) that make rows of the denominator stand for the numerator: the ratio, of mean 1.
+
+        clip: the largest weight, in units of the mean; a few rows of large weight make every weighted mean
+        noisy. `effective_sample_size` tells how noisy.
+        """
+        if clip is not None and not clip >= 1:
+            raise UserError(f"clip is {clip!r}: give a number of at least 1, in units of the mean weight")
+        log_ratio = self.log_ratio(X)
+        weights = np.exp(log_ratio - log_ratio.max())
+        weights = weights / weights.mean()
+        return weights if clip is None else _clipped(weights, clip)
+
+    def two_sample_test(
+        self, n_permutations: int = 999, random_state: int | np.random.RandomState | None = None
+    ) -> TwoSampleTest:
+        """Are the two sets of `fit` from one distribution? Permutes their labels over `log_ratio_`.
+
+        Every row was scored by a network that did not see it, so under one distribution the scores know
+        nothing of the labels. Raises UserError where rows were too few for folds.
+        """
+        check_is_fitted(self)
+        if len(self.networks_) < 2:
+            raise UserError("a two-sample test needs rows for two folds: give more rows, or a larger cv")
+        if n_permutations < 1:
+            raise UserError(f"n_permutations is {n_permutations}: give 1 or more")
+        state = np.random.default_rng(self._seed() if random_state is None else random_state)
+        rank = _mid_ranks(self.log_ratio_)
+        numerator = self._index == 1
+        found = _auroc(rank, numerator)
+        as_high = sum(
+            _auroc(rank, state.permutation(numerator)) >= found - 1e-12 for _ in range(n_permutations)
+        )
+        return TwoSampleTest(found, (1 + as_high) / (1 + n_permutations))
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.required = True
+        return tags
+
+
+def _fit_fold(
+    z: Tensor,
+    index: Index,
+    groups: Index,
+    columns: Columns,
+    train_rows: Index,
+    kept: Index,
+    budget: Budget,
+    validation_fraction: float,
+    seed: int,
+) -> _Fold:
+    """A network of `train_rows`, and what it says of the rows `kept`."""
+    rng = np.random.default_rng(seed)
+    validation = np.zeros(len(train_rows), dtype=bool)
+    if validation_fraction:
+        validation = hold_out(groups[train_rows], validation_fraction, rng, index[train_rows])
+        if len(np.unique(index[train_rows[~validation]])) < 2:
+            validation[:] = False
+    fit, judged = train_rows[~validation], train_rows[validation]
+    of_class = [z[fit[index[fit] == c]] for c in (0, 1)]
+    moments = [shrunk_moments(rows) for rows in of_class]
+    means, covariances = (torch.stack(part) for part in zip(*moments, strict=True))
+    validate = None
+    if validation.any():
+        validate = class_validation(z[judged[index[judged] == 1]], z[judged[index[judged] == 0]])
+    draw = _balanced(of_class, columns)
+    model, history = train_ratio(draw, validate, means, covariances, [z.shape[1]], budget, len(fit), seed)
+    network = RatioNetwork(model, torch.eye(z.shape[1], dtype=torch.float64), history)
+    return _Fold(network, kept, network.log_ratio(z[kept]))
+
+
+def _balanced(of_class: list[Tensor], columns: Columns) -> Draw:
+    """Draws rows of the two sets (n_c, d) in turn, dequantised."""
+    z = torch.cat(of_class)
+    first = [0, len(of_class[0])]
+
+    def draw(num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        label = torch.arange(num) % 2
+        row = torch.empty(num, dtype=torch.int64)
+        for c, rows in enumerate(of_class):
+            row[c::2] = first[c] + torch.randint(len(rows), (len(row[c::2]),), generator=generator)
+        return columns.draw(z, row, generator), label
+
+    return draw
+
+
+def effective_sample_size(weights: ArrayLike) -> float:
+    """`(sum w)^2 / sum w^2`: as many rows of equal weight would give a mean as certain (Kish, 1965)."""
+    w = np.asarray(weights, dtype=np.float64)
+    return float(w.sum() ** 2 / (w**2).sum())
+
+
+def _clipped(weights: Array, clip: float) -> Array:
+    """Weights of mean 1, none above `clip`: what is cut off is spread over the others."""
+    for _ in range(100):
+        high = weights >= clip
+        rest = weights[~high].sum()
+        if not high.any() or rest == 0:
+            break
+        scaled = np.where(high, clip, weights * (len(weights) - clip * high.sum()) / rest)
+        if (scaled <= clip * (1 + 1e-12)).all():
+            return scaled
+        weights = scaled
+    return np.minimum(weights, clip)
+
+
+def _mid_ranks(values: Array) -> Array:
+    """Ranks from 1, ties sharing their mean."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def _auroc(rank: Array, positive: NDArray[np.bool_]) -> float:
+    many = int(positive.sum())
+    return float((rank[positive].sum() - many * (many + 1) / 2) / (many * (len(rank) - many)))
+
+
+def log_density_ratio(
+    X_numerator: ArrayLike,
+    X_denominator: ArrayLike,
+    **parameters: Any,
+) -> Callable[[ArrayLike], Array]:
+    """The function x -> `log p_numerator(x) / p_denominator(x)`, learned from a sample of each.
+
+    Columns of tables that name them are matched by name.
+
+    parameters: of `DensityRatio`.
+    """
+    names = [_column_names(X) for X in (X_denominator, X_numerator)]
+    if names[0] is not None and names[1] is not None and names[0] != names[1]:
+        if sorted(names[0]) != sorted(names[1]):
+            unmatched = sorted(set(names[0]) ^ set(names[1]))
+            raise UserError(f"X_numerator and X_denominator name different columns: {', '.join(unmatched)}")
+        X_denominator = X_denominator[names[1]]  # type: ignore[index, call-overload]
+    sets = [check_array(rows, dtype=np.float64) for rows in (X_denominator, X_numerator)]
+    if sets[0].shape[1] != sets[1].shape[1]:
+        raise UserError(
+            f"X_numerator has {sets[1].shape[1]} columns and X_denominator {sets[0].shape[1]}: give the same"
+        )
+    y = np.repeat([0, 1], [len(rows) for rows in sets])
+    ratio = DensityRatio(**parameters).fit(np.concatenate(sets), y)
+    known = names[1] if names[1] is not None else names[0]
+    if known is None:
+        return ratio.log_ratio
+
+    def log_ratio(X: ArrayLike) -> Array:
+        given = _column_names(X)
+        if given is not None and given != known:
+            if sorted(given) != sorted(known):
+                raise UserError(f"the columns are {', '.join(given)}: give {', '.join(known)}")
+            X = X[known]  # type: ignore[index, call-overload]
+        return ratio.log_ratio(check_array(X, dtype=np.float64))
+
+    return log_ratio
+
+
+def _column_names(X: Any) -> list[str] | None:
+    """The names of a data frame's columns, if they are all text."""
+    names = getattr(X, "columns", None)
+    if names is None:
+        return None
+    names = list(names)
+    return names if all(isinstance(name, str) for name in names) else None
