@@ -54,13 +54,13 @@ __device__ LogSum<float> log_sum_of(const T* row, LogitRange range, Running* sha
     const int64_t packs = (size - head) / count;
     for (int64_t i = threadIdx.x; i < packs; i += kThreads) {
         const Pack<T, count> pack = load_pack<count>(z + head + i * count);
-        float most = widen(pack.at[0]);
+        float most = kLowest;  // finite, also where every logit is -inf
 #pragma unroll
-        for (int k = 1; k < count; ++k) most = fmaxf(most, widen(pack.at[k]));
+        for (int k = 0; k < count; ++k) most = fmaxf(most, widen(pack.at[k]));
         float sum = 0.0f;
 #pragma unroll
         for (int k = 0; k < count; ++k) sum += expf(widen(pack.at[k]) - most);
-        running.merge(fmaxf(most, kLowest), sum);
+        running.merge(most, sum);
     }
     const int64_t done = head + packs * count;
     for (int64_t i = threadIdx.x; i < head + size - done; i += kThreads)
@@ -101,14 +101,28 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const LevelCEArgument
     sums[5] = noise.log_sum;
 }
 
+// The softmax within a range of logits.
+struct Softmax {
+    LogitRange range;
+    float maximum, log_sum;
+
+    __device__ __forceinline__ Softmax(LogitRange logits, const float* sums)
+        : range(logits), maximum(sums[0] < kLowest ? kLowest : sums[0]), log_sum(sums[1]) {}
+
+    __device__ __forceinline__ float at(float z) const {
+        if (range.end - range.begin == 1) return 1.0f;  // also of a logit of -inf
+        return expf((z - maximum) - log_sum);
+    }
+};
+
 struct RowGradient {
-    LogitRange truth, noise;
-    float g_loss, g_ratio, sums[6];
+    Softmax all, truth, noise;
+    float g_loss, g_ratio;
 
     __device__ __forceinline__ float at(float z, int64_t j) const {
-        float grad = g_loss * expf((z - sums[0]) - sums[1]);
-        if (j >= truth.begin && j < truth.end) grad += (g_ratio - g_loss) * expf((z - sums[2]) - sums[3]);
-        if (j >= noise.begin) grad -= g_ratio * expf((z - sums[4]) - sums[5]);
+        float grad = g_loss * all.at(z);
+        if (j >= truth.range.begin && j < truth.range.end) grad += (g_ratio - g_loss) * truth.at(z);
+        if (j >= noise.range.begin) grad -= g_ratio * noise.at(z);
         return grad;
     }
 };
@@ -119,13 +133,13 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const LevelCEArgumen
     const int64_t b = blockIdx.x;
     const T* z = static_cast<const T*>(p.logits) + b * p.num_logits;
     T* grad = static_cast<T*>(p.grad_logits) + b * p.num_logits;
-    RowGradient row;
-    row.truth = true_logits(p, p.level[b], p.label == nullptr ? -1 : p.label[b]);
-    row.noise = noise_logits(p);
-    row.g_loss = p.grad_loss == nullptr ? 0.0f : static_cast<const float*>(p.grad_loss)[b];
-    row.g_ratio = p.grad_log_ratio == nullptr ? 0.0f : static_cast<const float*>(p.grad_log_ratio)[b];
-#pragma unroll
-    for (int i = 0; i < 6; ++i) row.sums[i] = static_cast<const float*>(p.sums)[6 * b + i];
+    const float* sums = static_cast<const float*>(p.sums) + 6 * b;
+    const LogitRange truth = true_logits(p, p.level[b], p.label == nullptr ? -1 : p.label[b]);
+    const RowGradient row = {
+        Softmax(LogitRange{0, p.num_logits}, sums), Softmax(truth, sums + 2),
+        Softmax(noise_logits(p), sums + 4),
+        p.grad_loss == nullptr ? 0.0f : static_cast<const float*>(p.grad_loss)[b],
+        p.grad_log_ratio == nullptr ? 0.0f : static_cast<const float*>(p.grad_log_ratio)[b]};
 
     // The rows of both tensors begin at the same place within 16 bytes if the tensors do.
     const bool together = reinterpret_cast<uintptr_t>(z) % 16 == reinterpret_cast<uintptr_t>(grad) % 16;

@@ -117,7 +117,7 @@ CDM_HD float uniform_of(uint32_t word) {
 CDM_HD float strict_log(float u) {
     const int32_t bits = bits_of(u);
     const int32_t exponent = (bits - 0x3F3504F3) >> 23;
-    const float f = strict_add(float_of(bits - (exponent << 23)), -1.0f);
+    const float f = strict_add(float_of(bits - exponent * 0x00800000), -1.0f);
     const float square = strict_mul(f, f);
     float p = -0.08101558685302734f;
     p = strict_add(strict_mul(p, f), 0.12712307274341583f);

@@ -112,7 +112,7 @@ def denoise_epilogue(
     ValueError, naming the argument, for another shape, dtype or device. Source: CDM Thm 3.1.
     """
     _check_images(grad_x, x, s_t=s_t)
-    backend = _backend.resolve("denoise", grad_x)
+    backend = _backend.resolve("denoise", _widest(grad_x, x))
     if backend == "reference":
         return denoise_epilogue_reference(grad_x, x, s_t)
     return overload("denoise_epilogue", backend)(*_ready(grad_x, x, s_t)).to(_output_dtype(grad_x, x))
@@ -130,7 +130,7 @@ def denoise_x0(
     level. Infinite or NaN where a_t = 0: pure noise has no x_0. Source: CDM Thm 3.1.
     """
     _check_images(grad_x, x, a_t=a_t, s_t=s_t)
-    backend = _backend.resolve("denoise", grad_x)
+    backend = _backend.resolve("denoise", _widest(grad_x, x))
     if backend == "reference":
         return denoise_x0_reference(grad_x, x, a_t, s_t)
     return overload("denoise_x0", backend)(*_ready(grad_x, x, a_t, s_t)).to(_output_dtype(grad_x, x))
@@ -148,10 +148,15 @@ def denoise_loss(
     and eps (the reference: to any order); otherwise as `denoise_epilogue`. Source: CDM Alg. 1.
     """
     _check_images(grad_x, x, s_t=s_t, eps=eps)
-    backend = _backend.resolve("denoise", grad_x)
+    backend = _backend.resolve("denoise", _widest(grad_x, x))
     if backend == "reference":
         return denoise_loss_reference(grad_x, x, s_t, eps)
     return overload("denoise_loss", backend)(*_ready(grad_x, x, s_t, eps))
+
+
+def _widest(grad_x: Tensor, x: Tensor) -> Tensor:
+    """The one that decides the dtype in which the kernels get grad_x, see `_ready`."""
+    return x if x.dtype == torch.float64 else grad_x
 
 
 def _ready(grad_x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:

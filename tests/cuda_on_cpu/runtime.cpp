@@ -30,7 +30,7 @@ constexpr unsigned kMostThreads = 1024, kMostThreadsZ = 64, kWarp = 32;
 constexpr size_t kSharedBytes = 48 * 1024;       // without asking
 constexpr size_t kMostSharedBytes = 227 * 1024;  // after cudaFuncSetAttribute
 constexpr unsigned char kPoison = 0xff;          // NaN in every floating format
-constexpr size_t kFenceBytes = 4096;             // on both sides of an array
+constexpr size_t kFenceBytes = 1024;             // on both sides of an array
 
 std::mutex one_launch;
 cudaError_t last_error = cudaSuccess;
@@ -63,9 +63,10 @@ class Fenced {
 
     void check_fences() {
         ASAN_UNPOISON_MEMORY_REGION(memory_.data(), memory_.size());
-        for (size_t i = 0; i < kFenceBytes; ++i)
-            if (memory_[i] != kPoison || data()[bytes_ + i] != kPoison)
-                fault("a block wrote outside of its " + std::to_string(bytes_) + " bytes of shared memory");
+        static const std::vector<unsigned char> untouched(kFenceBytes, kPoison);
+        if (std::memcmp(memory_.data(), untouched.data(), kFenceBytes) != 0 ||
+            std::memcmp(data() + bytes_, untouched.data(), kFenceBytes) != 0)
+            fault("a block wrote outside of its " + std::to_string(bytes_) + " bytes of shared memory");
     }
 
     unsigned char* data() { return memory_.data() + kFenceBytes; }

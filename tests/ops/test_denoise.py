@@ -21,6 +21,7 @@ DTYPES = {
     "fp32": (torch.float32, torch.float32),
     "bf16-fp32": (torch.bfloat16, torch.float32),
     "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp32-fp64": (torch.float32, torch.float64),
 }
 # rows below pure noise = levels x classes, features; None: no class weights
 HEADS = {
@@ -175,6 +176,21 @@ def test_cotangent_kernels_are_as_accurate_as_the_reference(
     with use_backend(kernels):
         got = _cotangent_and_gradients(weight, level, class_weight)
     for name, *values in zip(("cotangent", "d weight", "d class"), got, plain, truth, strict=False):
+        assert_kernel_accurate(*values, name)
+
+
+def test_more_classes_than_the_second_axis_of_a_grid_has_blocks(native, assert_kernel_accurate):
+    weight, level = torch.randn(65_536 + 1, 1, dtype=torch.float64), torch.tensor([0])
+    class_weight = torch.randn(1, 65_536, dtype=torch.float64)
+    arguments = (weight.float(), level, class_weight.float())
+    with use_backend("reference"):
+        plain, truth = (
+            _cotangent_and_gradients(*arguments),
+            _cotangent_and_gradients(weight, level, class_weight),
+        )
+    with use_backend(native):
+        got = _cotangent_and_gradients(*arguments)
+    for name, *values in zip(("cotangent", "d weight", "d class"), got, plain, truth, strict=True):
         assert_kernel_accurate(*values, name)
 
 

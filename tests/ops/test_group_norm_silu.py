@@ -217,6 +217,20 @@ def test_triton_splits_groups_over_programs(
         assert relative_error(ours, exact) < tolerance[dtype], name
 
 
+def test_a_group_too_large_for_shared_memory_is_refused_and_leaves_no_error(native, assert_kernel_accurate):
+    inputs, small = _inputs((1, 4000, 2, 2), torch.float32), _inputs((2, 6, 3, 5), torch.float32)
+    if native == "cuda":
+        with use_backend(native), pytest.raises(RuntimeError, match="4000 channels in a group are more than"):
+            group_norm_silu(inputs[0], *inputs[4:], 1)
+    else:
+        _check(native, inputs, 1, assert_kernel_accurate)
+    _check(native, small, 2, assert_kernel_accurate)
+
+
+def test_a_group_that_needs_more_shared_memory_than_a_launch_has_unasked(native, assert_kernel_accurate):
+    _check(native, _inputs((1, 1000, 2, 2), torch.float32), 1, assert_kernel_accurate)
+
+
 TWO_PIECES = {
     f"{backend}-{case}": (backend, *arguments)
     for backend in ("reference", "native")
