@@ -19,13 +19,13 @@ from cdm_fast.checkpoint import load, read_config
 from cdm_fast.class_scoring import score_classes
 from cdm_fast.classify import describe_accuracy
 from cdm_fast.config import RunConfig
-from cdm_fast.convert import convert
 from cdm_fast.corrected import CORRECTED, MoveLog
 from cdm_fast.data import ImageData, quantize, write_image
 from cdm_fast.discriminative import Classifier
 from cdm_fast.distributed import from_main, joined
 from cdm_fast.errors import UserError
 from cdm_fast.files import write_atomically
+from cdm_fast.interop.convert import convert
 from cdm_fast.likelihood import LikelihoodReport, denoise_blind, describe_score, evaluate
 from cdm_fast.likelihood.export import check_name, write_per_image
 from cdm_fast.likelihood.images import require_likelihood

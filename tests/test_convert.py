@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from cdm_fast import UNet, load
-from cdm_fast.convert import convert, infer_config, read_public
 from cdm_fast.errors import UserError
+from cdm_fast.interop.convert import convert, infer_config, read_public
 
 SIZE, CHANNELS, LEVELS, BASE, MULTIPLIERS, BLOCKS = 8, 2, 7, 32, (1, 2), 1
 

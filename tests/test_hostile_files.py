@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cdm_fast.checkpoint import load, load_checkpoint, read_config
-from cdm_fast.convert import convert
 from cdm_fast.data import load_data
+from cdm_fast.interop.convert import convert
 from cdm_fast.plain_pickle import load_plain
 from cdm_fast.state import from_checkpoint
 from tests.fuzz import public
