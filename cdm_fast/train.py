@@ -33,6 +33,7 @@ from cdm_fast.discriminative import Classifier
 from cdm_fast.distributed import agreed, from_main, lost_another
 from cdm_fast.errors import DiskError, UserError
 from cdm_fast.files import alone_in
+from cdm_fast.finetune import begin_from_run
 from cdm_fast.likelihood import evaluate
 from cdm_fast.model import CDM
 from cdm_fast.processes import is_main, launched, this_process
@@ -106,6 +107,7 @@ def train(
         config = from_main(resolve(config, data, place))
         validation = run_data(config, "validation").take(slice(config.output.evaluate_images))
         state = new_state(config, place)
+        begin_from_run(config, state)
         state.data = data_digest(data)
         if is_main():
             create_run(out, config, to_checkpoint(state, config))
