@@ -163,16 +163,21 @@ def to_checkpoint(state: TrainingState, config: RunConfig) -> Checkpoint:
     return Checkpoint(tensors, facts)
 
 
+def require_trained_here(checkpoint: Checkpoint, where: str) -> None:
+    """UserError for the checkpoint of a converted run, which has no optimizer to continue with."""
+    if "config" not in checkpoint.state:
+        raise UserError(
+            f"{where} was not trained here, so there is nothing to continue;"
+            f" cdm-fast train --finetune {where} begins a new run from its weights"
+        )
+
+
 def from_checkpoint(
     checkpoint: Checkpoint, config: RunConfig, device: torch.device, where: str
 ) -> TrainingState:
     """The state that `to_checkpoint` copied; UserError when it does not belong to `config`."""
     facts = checkpoint.state
-    if "config" not in facts:
-        raise UserError(
-            f"{where} was not trained here, so there is nothing to continue;"
-            f" cdm-fast train --finetune {where} begins a new run from its weights"
-        )
+    require_trained_here(checkpoint, where)
     trained_with = from_json(RunConfig, facts["config"], f"{where}: state.json: config")
     if others := [told.partition(":")[0] for told in differences(trained_with, config)]:
         raise UserError(

@@ -40,7 +40,7 @@ from cdm_fast.processes import is_main, launched, this_process
 from cdm_fast.report import run_data, write_final, write_loss_curves, write_samples
 from cdm_fast.runlog import Display, Sink, open_sinks, require_extras
 from cdm_fast.saver import Saver
-from cdm_fast.state import TrainingState, from_checkpoint, new_state, to_checkpoint
+from cdm_fast.state import TrainingState, from_checkpoint, new_state, require_trained_here, to_checkpoint
 from cdm_fast.step import (
     LossFunction,
     draw_batch,
@@ -136,6 +136,7 @@ def resume(
         raise UserError(f"--resume {run} cannot change {'; '.join(changed)}; train into another --out")
     require_extras(config)
     check_parallel(config, parallel)
+    require_trained_here(load_checkpoint(run, parts=()), str(run))  # before its data are looked for
     place = pick_device(device)
     with alone_in(Path(run)), own_randomness(place):
         data = run_data(config, "train")

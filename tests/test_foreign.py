@@ -168,17 +168,18 @@ def test_any_callable_on_levels(predicts):
 
 def class_model():
     """A mixture's components as classes 0 to 2, and the mixture itself as the null class, 3."""
-    path = PATHS["vp"]
-    return PathDenoiser(
-        partial(by_time, path, "eps"), path, "eps", levels=50, num_classes=3, null_label=3, input_shape=(2,)
+    return FlowMatching(
+        partial(by_time, PATHS["straight"], "velocity"),
+        levels=50,
+        num_classes=3,
+        null_label=3,
+        input_shape=(2,),
     )
 
 
 def test_classes():
     model, x = class_model(), draw(4)
-    exact = torch.cat(
-        [MIXTURE.component(c).log_prob(x, torch.ones(1), torch.full((1,), 1e-3)) for c in range(3)], 1
-    )
+    exact = torch.cat([MIXTURE.component(c).log_prob(x, torch.ones(1), torch.zeros(1)) for c in range(3)], 1)
     torch.testing.assert_close(ode_log_prob_classes(model, x, 3), exact.double(), rtol=0, atol=0.05)
     label = torch.tensor([0, 1, 2, -1])
     given = flow_log_prob(model, x, label=label).log_prob
