@@ -25,6 +25,7 @@ from cdm_fast.discriminative import Classifier
 from cdm_fast.distributed import from_main, joined
 from cdm_fast.errors import UserError
 from cdm_fast.files import write_atomically
+from cdm_fast.interop import Foreign
 from cdm_fast.interop.convert import PUBLIC_BETAS, convert
 from cdm_fast.interop.source import is_foreign, open_foreign, output_folder
 from cdm_fast.likelihood import LikelihoodReport, denoise_blind, describe_score, evaluate
@@ -177,6 +178,8 @@ def sample_command(command: arguments.Sample) -> Outcome:
         "images_per_second": len(shares) * command.num / seconds,
     }
     lines = [f"{len(shares) * command.num} images in {out}, drawn in {seconds:.1f} s"]
+    if command.guidance and foreign is None and _null_is_untrained(config):
+        lines.append(UNTRAINED_NULL)
     if log.moved:
         found = {"moves": command.moves, **log.to_json()}
         picture = write_acceptance(found, out.with_name(f"{out.stem}-acceptance.png"))
@@ -282,7 +285,7 @@ def nll_command(command: arguments.Nll) -> Outcome:
     else:
         model = foreign.model
     compile_network(model, command.compile)
-    command, told = _given(command, config, data)
+    command, told = _given(command, model, config, data)
     result, lines, columns = score(command, model, data)
     lines = [*lines, *told]
     found = {"run": str(command.run), "pixels": data.pixels, "notes": told, **result}
@@ -298,21 +301,31 @@ def nll_command(command: arguments.Nll) -> Outcome:
     return Outcome(found, lines)
 
 
-def _given(command: arguments.Nll, config: RunConfig, data: ImageData) -> tuple[arguments.Nll, list[str]]:
+UNTRAINED_NULL = (
+    "this run was trained without label dropout, as the paper's public code trains, so its figures without a"
+    " label, and guidance, are those of a class that it never saw"
+)
+
+
+def _null_is_untrained(config: RunConfig) -> bool:
+    return config.network.conditioning == "embedding" and config.train.label_dropout == 0
+
+
+def _given(
+    command: arguments.Nll, model: Denoiser, config: RunConfig, data: ImageData
+) -> tuple[arguments.Nll, list[str]]:
     """The command with `given` resolved, and what has to be told of the choice."""
     conditional = config.network.conditioning == "embedding"
-    untrained = conditional and config.train.label_dropout == 0
+    untrained = _null_is_untrained(config)
+    if isinstance(model, Foreign):
+        untrained = conditional and model.null_label is None
     given = command.given
     if given is None:
         wanted = conditional and (untrained or command.protocol == "paper") and command.method != "audit"
         given = "label" if wanted and data.labels is not None else "none"
     told = []
     if untrained and given == "none" and not is_foreign(command.run):
-        told.append(
-            "this run was trained without label dropout, as the paper's public code trains, so its figures"
-            " without a label, and guidance, are those of a class that it never saw: give --given label or"
-            " all"
-        )
+        told.append(f"{UNTRAINED_NULL}: give --given label or all")
     if command.protocol == "paper":
         told.append(PUBLIC_SCORING)
     return replace(command, given=given), told
