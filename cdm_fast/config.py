@@ -17,11 +17,11 @@ Preset = Literal[
     "fashion-mnist",
     "cifar10",
     "celeba64",
-    "cifar10-paper",
-    "celeba64-paper",
     "digits-encoder",
     "fashion-mnist-encoder",
     "cifar10-encoder",
+    "cifar10-paper",
+    "celeba64-paper",
 ]
 Objective = Literal["cdm", "ddm", "classifier"]
 Schedule = Literal["linear", "uniform", "ot", "cosine"]

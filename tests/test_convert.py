@@ -349,6 +349,7 @@ def write_truncated_safetensors(path):
             id="other-keys",
         ),
         pytest.param(lambda path: torch.save([1.0], path), "holds a list", id="a-list"),
+        pytest.param(lambda path: torch.save(torch.ones(3), path), "holds a Tensor", id="a-tensor"),
         pytest.param(lambda path: torch.save({}, path), "holds an empty dict", id="empty-dict"),
         pytest.param(write_truncated_safetensors, "is damaged", id="truncated-safetensors"),
     ],

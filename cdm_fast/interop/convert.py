@@ -150,7 +150,7 @@ def read_public(file: str | Path) -> tuple[dict[str, dict[str, Tensor]], tuple[s
 
 
 def _kind(content: Any) -> str:
-    return f"a {type(content).__name__}" if content or not isinstance(content, dict) else "an empty dict"
+    return "an empty dict" if isinstance(content, dict) else f"a {type(content).__name__}"
 
 
 def choose_schedule(state: State, asked: Schedule | None, file: str | Path) -> tuple[Schedule, str]:

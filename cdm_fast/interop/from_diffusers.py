@@ -91,6 +91,7 @@ def from_diffusers(
         path = sigma_path(settings["sigma_min"], settings["sigma_max"])
         return PathDenoiser(network, path, "x0", condition=torch.exp, levels=levels, **options)
     schedule, timesteps = _levels(scheduler, kind)
+    options["call"] = partial(_call_at_levels, options["call"])
     return LevelDenoiser(network, schedule, _PREDICTS[predicts], conditions=timesteps, **options)
 
 
@@ -117,6 +118,13 @@ def _call(
 ) -> Tensor:
     given = {} if label is None else {"class_labels": label}
     return network(y, timestep, **(given if conditions is None else conditions(label))).sample
+
+
+def _call_at_levels(
+    call: Callable[..., Tensor], network: Any, y: Tensor, timestep: Tensor, label: Tensor | None
+) -> Tensor:
+    """The same with whole timesteps, which a learned time embedding looks up."""
+    return call(network, y, timestep.round().long(), label)
 
 
 def _call_edm(
