@@ -4,11 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cdm_fast.config import Compile, Preset, RunConfig, Sampler
+from cdm_fast.config import Compile, PixelMap, Preset, RunConfig, Sampler, Schedule
 from cdm_fast.flags import FlagCreatePairsOff, Positional
 
 Json = Annotated[bool, FlagCreatePairsOff]
 CorrectedSampler = Literal["mala", "smc"]
+Given = Literal["label", "none", "all"]
 Split = Literal["train", "validation", "test"]
 Parallel = Literal["ddp", "fsdp"]
 AttackName = Literal["fgsm", "pgd", "deepfool", "cw", "square"]
@@ -46,7 +47,7 @@ class Sample:
     """Draw images from a trained model."""
 
     run: Positional[Path]
-    """Run directory."""
+    """Run directory; or diffusers:PATH or hf:OWNER/NAME, another program's model."""
     num: int = 64
     """Images to draw."""
     sampler: Sampler | CorrectedSampler = "ddim"
@@ -85,20 +86,27 @@ class Nll:
     """Bits per dimension of images under a trained model, and the audit of such a figure."""
 
     run: Positional[Path]
-    """Run directory."""
+    """Run directory; or diffusers:PATH, a folder of diffusers' `save_pretrained`, or hf:OWNER/NAME."""
     data: str | None = None
     """Data source; by default the run's own."""
     split: Split = "test"
     """Which part of the data."""
     method: Literal["single", "ode", "elbo", "audit"] = "single"
     """`single`: one forward pass, unaudited; `ode`: probability-flow ODE; `elbo`: variational bound; `audit`:
-    all three, log Z of the single pass, and RUN/audit.png."""
+    all three, log Z of the single pass, and RUN/audit.png; of a model that only denoises, ODE and bound."""
+    given: Given | None = None
+    """Of a class-conditional model: `label`, each image given its label; `all`, of all classes together;
+    `none`, without a label. By default none, or label where none was never trained or --protocol is paper."""
+    pixels: PixelMap | None = None
+    """Where grey levels stand: `intervals`, [2u/N, 2(u+1)/N] - 1, or around `points`, 2u/(N-1) - 1. By
+    default the run's own; points for other programs' models."""
     level: int = 0
     """Noise level at which to score; 0 is the data itself."""
     draws: int = 3
     """Dequantisation draws of the single pass; their spread is printed."""
     protocol: Literal["dequantized", "paper"] = "dequantized"
-    """`paper` scores pixels without dequantisation, as the paper's code does: lower, and not comparable."""
+    """`paper` scores the points 2u/(N-1) - 1 without dequantisation, given their labels where the model has
+    classes, as the paper's code does: lower, and not comparable."""
     out: Path | None = None
     """Also write the values of every image into this .npz or .csv."""
     ode_images: int = 32
@@ -171,7 +179,7 @@ class Classify:
     """Classify images by every class's likelihood: accuracy, calibration, bits/dim."""
 
     run: Positional[Path]
-    """Run directory of a class-conditional run."""
+    """Run directory of a class-conditional run; or diffusers:PATH or hf:OWNER/NAME."""
     data: str | None = None
     """Data source with labels; by default the run's own."""
     split: Split = "test"
@@ -264,7 +272,7 @@ class Denoise:
     """Denoise image files of unknown noise: estimates its sigma, and removes it."""
 
     run: Positional[Path]
-    """Run directory."""
+    """Run directory; or diffusers:PATH or hf:OWNER/NAME, another program's model."""
     images: Positional[tuple[Path, ...]]
     """Image files of the run's size."""
     out: Path | None = None
@@ -334,8 +342,13 @@ class Convert:
     """The .pt file; a pickle that wants to run code is refused."""
     out: Path | None = None
     """Run directory to make; by default runs/FILE without its suffix."""
-    schedule: Literal["linear", "uniform", "ot", "cosine"] = "linear"
-    """Noise schedule it was trained with; the file does not tell."""
+    schedule: Schedule | None = None
+    """Noise schedule it was trained with: `linear` for the public code's training, `ot` for its FM_training.
+    By default what 1002 or 1000 outputs, or the name that their code gave the file, tell."""
+    beta_start: float | None = None
+    """First beta of `linear`; by default 1e-4, at any number of levels, as in their code."""
+    beta_end: float | None = None
+    """Last beta of `linear`; by default 0.02."""
     image_size: int | None = None
     """Image size in pixels; by default the one at which the network attends at 16x16."""
     json: Json = False

@@ -22,6 +22,10 @@ FULL_HEAD_WEIGHTS, DEFAULT_RANK = 2**25, 32
 
 def build_schedule(config: ScheduleConfig) -> NoiseSchedule:
     """The noise schedule of a run."""
+    if config.schedule == "linear" and config.beta_start is not None and config.beta_end is not None:
+        return NoiseSchedule.linear(config.T, (config.beta_start, config.beta_end))
+    if config.schedule == "ot":
+        return NoiseSchedule.ot(config.T, config.sigma_min)
     return NoiseSchedule.by_name(config.schedule, config.T)
 
 

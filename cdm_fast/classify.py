@@ -25,6 +25,7 @@ from cdm_fast.data import ImageData
 from cdm_fast.discriminative import Classifier
 from cdm_fast.distributed import by_rows, in_turn
 from cdm_fast.errors import UserError
+from cdm_fast.likelihood.given import num_classes_of
 from cdm_fast.likelihood.images import (
     add_noise,
     batches,
@@ -331,8 +332,7 @@ def evaluate_classes(
 
 def require_classes(model: Denoiser) -> int:
     """K; UserError for a model without classes."""
-    own = model if isinstance(model, CDM) else model.network
-    num_classes = getattr(own, "num_classes", None)
+    num_classes = num_classes_of(model)
     if num_classes is None:
         raise UserError(
             "this model was trained without classes: train with --conditioning joint or embedding"

@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, TextIO, Union
 
@@ -40,7 +41,8 @@ from cdm_fast.processes import launched, starts_again
 def parse(arguments: Sequence[str]) -> Command:
     """The command that the arguments describe; UserError, of one line, when they describe none.
 
-    `--help` prints and exits. The defaults of `train` come from `--preset`, or from the run of `--resume`.
+    `--help` prints and exits. The defaults of `train` come from `--preset`, or from the run of `--resume` or
+    `--finetune`.
     """
     train = _train_defaults(arguments) if arguments[:1] == ["train"] else Train()
     commands: Any = Union[  # noqa: UP007  (built at run time)
@@ -71,14 +73,27 @@ def parse(arguments: Sequence[str]) -> Command:
 def _train_defaults(arguments: Sequence[str]) -> Train:
     """`train` as it stands before its own flags are read."""
     name, run = _value_of("--preset", arguments), _value_of("--resume", arguments)
+    source = _value_of("--finetune", arguments)
+    if run is None and source is not None:
+        return _finetune_defaults(name, source)
     if run is None:
         return Train(config=preset(name or Train.preset))
-    for flag in ("--preset", "--out"):
+    for flag in ("--preset", "--out", "--finetune"):
         if _value_of(flag, arguments) is not None:
             raise UserError(f"{flag} makes a new run and --resume {run} continues one; give only one of them")
     from cdm_fast.checkpoint import read_config  # imports torch
 
     return Train(resume=Path(run), config=read_config(run))
+
+
+def _finetune_defaults(name: str | None, source: str) -> Train:
+    """`train --finetune`: the settings of that run, whose network and levels the new one keeps."""
+    if name is not None:
+        raise UserError(f"--preset {name}: network and settings come from --finetune {source}; leave it out")
+    from cdm_fast.checkpoint import read_config  # imports torch
+
+    config = read_config(source)
+    return Train(config=replace(config, train=replace(config.train, finetune=source)))
 
 
 def _value_of(flag: str, arguments: Sequence[str]) -> str | None:

@@ -3,7 +3,7 @@
 import io
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -19,16 +19,19 @@ from cdm_fast.checkpoint import load, read_config
 from cdm_fast.class_scoring import score_classes
 from cdm_fast.classify import describe_accuracy
 from cdm_fast.config import RunConfig
-from cdm_fast.convert import convert
 from cdm_fast.corrected import CORRECTED, MoveLog
 from cdm_fast.data import ImageData, quantize, write_image
 from cdm_fast.discriminative import Classifier
 from cdm_fast.distributed import from_main, joined
 from cdm_fast.errors import UserError
 from cdm_fast.files import write_atomically
+from cdm_fast.interop import Foreign
+from cdm_fast.interop.convert import PUBLIC_BETAS, convert
+from cdm_fast.interop.source import is_foreign, open_foreign, output_folder
 from cdm_fast.likelihood import LikelihoodReport, denoise_blind, describe_score, evaluate
 from cdm_fast.likelihood.export import check_name, write_per_image
 from cdm_fast.likelihood.images import require_likelihood
+from cdm_fast.likelihood.single import PUBLIC_SCORING
 from cdm_fast.model import CDM, DDM, Denoiser
 from cdm_fast.outlier_scoring import score_images
 from cdm_fast.plots import write_acceptance, write_rows
@@ -85,7 +88,9 @@ def train_command(command: arguments.Train) -> Outcome:
     }
     run, config, begins = command.resume, command.config, command.resume is None
     if run is None:
-        run = command.out or Path("runs") / command.preset
+        source = config.train.finetune
+        name = command.preset if source is None else f"{Path(source).name}-finetuned"
+        run = command.out or Path("runs") / name
         again = from_main(begun(config, run) if launched() and is_main() else None)
         if again is not None:
             to_stderr(f"{run} holds the beginning of this run: continuing it")
@@ -105,6 +110,23 @@ def _stopped(summary: dict[str, Any]) -> str:
     return f"stopped by {cause} at {progress} (cdm-fast train --resume {summary['run']} continues)"
 
 
+class Opened(NamedTuple):
+    """What a command's `run` names: a model, its config, and the folder for pictures."""
+
+    model: Denoiser
+    config: RunConfig
+    folder: Path
+
+
+def _open(run: Path, device: str, data: str | None = None) -> Opened:
+    """A run's model, or another program's, on the device."""
+    if is_foreign(run):
+        model, config = open_foreign(run, data)
+        return Opened(model.to(pick_device(device)), config, output_folder(run))
+    config = read_config(run)
+    return Opened(load(run).to(pick_device(device)), config, run)
+
+
 def _load(run: Path, device: str) -> CDM | DDM | Classifier:
     return load(run).to(pick_device(device))
 
@@ -113,32 +135,35 @@ def sample_command(command: arguments.Sample) -> Outcome:
     """`cdm-fast sample`."""
     if command.num < 1:
         raise UserError(f"--num is {command.num}; give 1 or more")
-    config = read_config(command.run)
     name = f"samples-{command.sampler}-{command.steps}-{command.seed}.png"
-    out = command.out or command.run / name
+    foreign = _open(command.run, command.device, "none") if is_foreign(command.run) else None
+    config = read_config(command.run) if foreign is None else foreign.config
+    out = command.out or (command.run if foreign is None else foreign.folder) / name
     if out.suffix not in (".png", ".npz"):
         raise UserError(f"--out {out}: give a name that ends in .png or .npz")
     labels = _sample_labels(command, config)
     _check_between(command, config, out)
-    model = _load(command.run, command.device)
+    model = _load(command.run, command.device) if foreign is None else foreign.model
     compile_network(model, command.compile)
     shares = [0.0] if command.between is None else [column / (WAY - 1) for column in range(WAY)]
     log = MoveLog()
     began = time.perf_counter()
     columns = [_draw(command, model, labels, share, log) for share in shares]
     seconds = time.perf_counter() - began
-    images, grey = columns[0], config.image.num_grey_levels
+    images, grey, pixels = columns[0], config.image.num_grey_levels, config.data.pixels
     if command.between is not None:
-        rows = displayable(torch.stack(columns, 1).flatten(0, 1), grey).unflatten(0, (command.num, WAY))
+        rows = displayable(torch.stack(columns, 1).flatten(0, 1), grey, pixels).unflatten(
+            0, (command.num, WAY)
+        )
         title = f"from class {command.label} to {command.between}, guidance {command.guidance:g}"
         write_rows({f"{i}": row for i, row in enumerate(rows)}, out, title, [f"{s:.3g}" for s in shares])
     elif out.suffix == ".png":
         title = f"{command.sampler}, {command.steps} steps, guidance {command.guidance:g}"
         if command.sampler in CORRECTED:
             title += f", {command.moves} moves of {command.leapfrog}"
-        write_sheet(displayable(images, grey), labels, out, title)
+        write_sheet(displayable(images, grey, pixels), labels, out, title)
     else:
-        _write_npz(out, quantize(images, grey), labels, grey)
+        _write_npz(out, quantize(images, grey, pixels), labels, grey)
     result = {
         "run": str(command.run),
         "out": str(out),
@@ -153,6 +178,8 @@ def sample_command(command: arguments.Sample) -> Outcome:
         "images_per_second": len(shares) * command.num / seconds,
     }
     lines = [f"{len(shares) * command.num} images in {out}, drawn in {seconds:.1f} s"]
+    if command.guidance and foreign is None and _null_is_untrained(config):
+        lines.append(UNTRAINED_NULL)
     if log.moved:
         found = {"moves": command.moves, **log.to_json()}
         picture = write_acceptance(found, out.with_name(f"{out.stem}-acceptance.png"))
@@ -234,7 +261,10 @@ def _write_npz(path: Path, images: Tensor, labels: Tensor | None, num_grey_level
 
 def nll_command(command: arguments.Nll) -> Outcome:
     """`cdm-fast nll`."""
-    config = read_config(command.run)
+    foreign = _open(command.run, command.device, command.data) if is_foreign(command.run) else None
+    config = read_config(command.run) if foreign is None else foreign.config
+    if command.pixels is not None:
+        config = replace(config, data=replace(config.data, pixels=command.pixels))
     if command.batch_size < 1:
         raise UserError(f"--batch-size is {command.batch_size}; give 1 or more")
     if command.protocol == "paper" and command.method != "single":
@@ -247,12 +277,18 @@ def nll_command(command: arguments.Nll) -> Outcome:
     _require_fit(data, config, command.run)
     if command.precision != "fp32" and command.method != "single":
         raise UserError(f"--precision {command.precision} goes with --method single; leave one out")
-    model = load(command.run, calibrated=False)
-    calibration = apply_calibration(model, command.run)
-    model = model.to(pick_device(command.device))
+    calibration = None
+    if foreign is None:
+        loaded = load(command.run, calibrated=False)
+        calibration = apply_calibration(loaded, command.run)
+        model: Denoiser = loaded.to(pick_device(command.device))
+    else:
+        model = foreign.model
     compile_network(model, command.compile)
+    command, told = _given(command, model, config, data)
     result, lines, columns = score(command, model, data)
-    found = {"run": str(command.run), **result}
+    lines = [*lines, *told]
+    found = {"run": str(command.run), "pixels": data.pixels, "notes": told, **result}
     if command.out is not None:
         found["out"] = str(write_per_image(command.out, data, columns))
     if calibration is not None and "bits_per_dim" in result:
@@ -263,6 +299,36 @@ def nll_command(command: arguments.Nll) -> Outcome:
             f"calibrated; {before:.4f} bits/dim before (cdm-fast calibrate {command.run} --undo)",
         ]
     return Outcome(found, lines)
+
+
+UNTRAINED_NULL = (
+    "this run was trained without label dropout, as the paper's public code trains, so its figures without a"
+    " label, and guidance, are those of a class that it never saw"
+)
+
+
+def _null_is_untrained(config: RunConfig) -> bool:
+    return config.network.conditioning == "embedding" and config.train.label_dropout == 0
+
+
+def _given(
+    command: arguments.Nll, model: Denoiser, config: RunConfig, data: ImageData
+) -> tuple[arguments.Nll, list[str]]:
+    """The command with `given` resolved, and what has to be told of the choice."""
+    conditional = config.network.conditioning == "embedding"
+    untrained = _null_is_untrained(config)
+    if isinstance(model, Foreign):
+        untrained = conditional and model.null_label is None
+    given = command.given
+    if given is None:
+        wanted = conditional and (untrained or command.protocol == "paper") and command.method != "audit"
+        given = "label" if wanted and data.labels is not None else "none"
+    told = []
+    if untrained and given == "none" and not is_foreign(command.run):
+        told.append(f"{UNTRAINED_NULL}: give --given label or all")
+    if command.protocol == "paper":
+        told.append(PUBLIC_SCORING)
+    return replace(command, given=given), told
 
 
 def calibrate_command(command: arguments.Calibrate) -> Outcome:
@@ -325,14 +391,21 @@ def _scored_by(
     scoring: Callable[[ImageScoring, RunConfig, Denoiser, ImageData], Scored], command: ImageScoring
 ) -> Outcome:
     """Reads what a command names, has it scored, and writes the values of every image if asked to."""
-    config = read_config(command.run)
+    foreign = None
+    if is_foreign(command.run):
+        if not isinstance(command, arguments.Classify):
+            raise UserError(f"{command.run} only denoises, and score reads one-pass likelihoods; give a run")
+        foreign = _open(command.run, command.device, command.data)
+    config = read_config(command.run) if foreign is None else foreign.config
     if command.batch_size < 1:
         raise UserError(f"--batch-size is {command.batch_size}; give 1 or more")
     if command.out is not None:
         check_name(command.out)
     data = run_data(config, command.split, command.data)
     _require_fit(data, config, command.run)
-    result, lines, columns = scoring(command, config, _load(command.run, command.device), data)
+    model = _load(command.run, command.device) if foreign is None else foreign.model
+    into = command if foreign is None else replace(command, run=foreign.folder)
+    result, lines, columns = scoring(into, config, model, data)
     found = {"run": str(command.run), **result}
     if command.out is not None:
         found["out"] = str(write_per_image(command.out, data, columns))
@@ -358,17 +431,17 @@ def _kind(shape: tuple[int, ...]) -> str:
 
 def denoise_command(command: arguments.Denoise) -> Outcome:
     """`cdm-fast denoise`."""
-    config = read_config(command.run)
     if not command.images:
         raise UserError("no image to denoise; name one or more image files after the run directory")
-    folder = command.out or command.run / "denoised"
+    model, config, place = _open(command.run, command.device, "none")
+    folder = command.out or place / "denoised"
     targets = [folder / f"{path.stem}.png" for path in command.images]
     if len(set(targets)) < len(targets):
         raise UserError("two of the images have the same name; denoise them apart, each into its own --out")
     noisy = torch.stack([read_input(path, config) for path in command.images])
-    model = _load(command.run, command.device)
-    clean, sigma, level = denoise_blind(model, noisy.to(model.a.device))  # type: ignore[arg-type]  # a DDM is refused
-    for image, target in zip(displayable(clean, config.image.num_grey_levels), targets, strict=True):
+    clean, sigma, level = denoise_blind(model, noisy.to(model.a.device))
+    shown = displayable(clean, config.image.num_grey_levels, config.data.pixels)
+    for image, target in zip(shown, targets, strict=True):
         write_image(image, target)
     rows = [
         {"image": str(path), "sigma": noise, "level": t, "out": str(target)}
@@ -457,7 +530,13 @@ def replay_command(command: arguments.Replay) -> Outcome:
 def convert_command(command: arguments.Convert) -> Outcome:
     """`cdm-fast convert`."""
     out = command.out or Path("runs") / command.file.stem
-    converted = convert(command.file, out, schedule=command.schedule, image_size=command.image_size)
+    betas = None
+    if (command.beta_start, command.beta_end) != (None, None):
+        start, end = command.beta_start, command.beta_end
+        betas = (PUBLIC_BETAS[0] if start is None else start, PUBLIC_BETAS[1] if end is None else end)
+    converted = convert(
+        command.file, out, schedule=command.schedule, betas=betas, image_size=command.image_size
+    )
     assumed = f"assumed: {', '.join(converted.assumed)}"
     return Outcome(converted.to_json(), [f"{out}: {converted.num_parameters:,} parameters", assumed])
 

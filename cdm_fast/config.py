@@ -19,8 +19,14 @@ Preset = Literal[
     "digits-encoder",
     "fashion-mnist-encoder",
     "cifar10-encoder",
+    "cifar10-paper",
+    "celeba64-paper",
 ]
 Objective = Literal["cdm", "ddm", "classifier"]
+Schedule = Literal["linear", "uniform", "ot", "cosine"]
+# Where grey level u of N stands in [-1, 1]: over [2u/N - 1, 2(u+1)/N - 1), or around the point 2u/(N-1) - 1,
+# as for models trained on u/(N-1) without noise; its interval is then 2/(N-1) wide.
+PixelMap = Literal["intervals", "points"]
 Precision = Literal["auto", "fp32", "bf16"]
 Compile = Literal["auto", "off", "default", "reduce-overhead"]
 
@@ -38,6 +44,10 @@ class DataConfig:
     """Seed of the train/validation/test split of sources that come without one."""
     flip: bool = False
     """Mirror half of the training images left to right."""
+    pixels: PixelMap = "intervals"
+    """Where grey level u of N stands: `intervals`, anywhere in [2u/N, 2(u+1)/N] - 1, drawn anew at each step;
+    `points`, at 2u/(N-1) - 1 without noise, as in the paper's code. Scores spread it over the interval around
+    either."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +70,18 @@ class ImageShape:
 class ScheduleConfig:
     """The noise levels: x_t = a[t] x_0 + s[t] eps, t = 0..T+1."""
 
-    schedule: Literal["linear", "uniform", "ot", "cosine"] = "uniform"
+    schedule: Schedule = "uniform"
     """Shape of a[t] and s[t]."""
     T: int = 200
     """Noise levels between clean data and pure noise; the network tells T+2 levels apart."""
     level_distribution: Literal["uniform", "log-snr"] = "uniform"
     """How training draws levels: all alike, or evenly in log signal-to-noise ratio."""
+    beta_start: float | None = None
+    """First beta of `--schedule linear`; by default 1e-4 times 1000/T."""
+    beta_end: float | None = None
+    """Last beta of `--schedule linear`; by default 0.02 times 1000/T."""
+    sigma_min: float = 0.0
+    """Noise that `--schedule ot` leaves at its data's end: s[t] = 1 - (1 - sigma_min) a[t] for t > 0."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +142,11 @@ class TrainConfig:
     """Largest norm of the whole gradient; longer ones are shortened to it. 0 turns clipping off."""
     ema_decay: float = 0.999
     """Decay of the moving average of the weights, which sampling and scoring use."""
+    ema_start: int = 0
+    """Steps during which the average is a copy of the weights, its decay constant after them; 0: the decay
+    rises from the first step on."""
+    finetune: str | None = None
+    """Begin from the averaged weights of this run directory, trained or converted, in a new run."""
     ce_weight: float = 1e-3
     """Weight of the cross-entropy over noise levels (cdm only)."""
     mse_weight: float = 1.0
@@ -269,6 +290,36 @@ _train = replace(PRESETS["digits-encoder"].train, steps=2500)
 PRESETS["digits-encoder"] = replace(PRESETS["digits-encoder"], train=_train)
 
 
+# The paper's own settings, from its public code, github.com/shaharYadin/CDM:
+# config/config.yaml has T, betas, steps, lr, batch size, loss weights and the average's decay; cdm.py the
+# warm-up over 5000 steps, a tenth of the rate after every 200,000, no clipping, and an average that is a copy
+# of the weights for 5000 steps; main.py the networks, dropout, mirroring, and 2u/255 - 1 without noise.
+# Its CelebA is cropped to rows 57..184 and columns 25..152 before it is resized (CustomImageDataset.py): give
+# images that are.
+_theirs = TrainConfig(
+    steps=500_000,
+    lr=2e-4,
+    warmup=5000,
+    decay="step",
+    decay_every=200_000,
+    decay_factor=0.1,
+    clip_norm=0.0,
+    ema_decay=0.9999,
+    ema_start=5000,
+    ce_weight=1e-3,
+    mse_weight=1.0,
+    label_dropout=0.0,
+)
+for _name in ("cifar10", "celeba64"):
+    _ours = PRESETS[_name]
+    PRESETS[f"{_name}-paper"] = replace(
+        _ours,
+        data=replace(_ours.data, pixels="points"),
+        schedule=ScheduleConfig(schedule="linear", T=1000, beta_start=1e-4, beta_end=0.02),
+        train=_theirs,
+    )
+
+
 def preset(name: str) -> RunConfig:
     """The preset called `name`; raises UserError naming the known ones."""
     if name not in PRESETS:
@@ -329,14 +380,36 @@ def check(config: RunConfig) -> None:
             f"{source} holds no training image of class {empty}, and --conditioning joint reads every class's"
             " likelihood off its images; number the classes without gaps"
         )
+    _check_schedule(config.schedule)
     if output.sampling_steps > config.schedule.T:
         raise UserError(
             f"--sampling-steps is {output.sampling_steps}, more than the levels of --T {config.schedule.T};"
             " give fewer"
         )
-    if output.sampler == "euler_ot" and config.schedule.schedule != "ot":
-        raise UserError(f"--sampler euler_ot needs --schedule ot, not {config.schedule.schedule}; give ddim")
+    if output.sampler == "euler_ot" and (config.schedule.schedule != "ot" or config.schedule.sigma_min):
+        raise UserError(
+            f"--sampler euler_ot needs --schedule ot without --sigma-min, not {config.schedule.schedule} with"
+            f" {config.schedule.sigma_min:g}; give ddim"
+        )
     _check_resolutions(config)
+
+
+def _check_schedule(schedule: ScheduleConfig) -> None:
+    """The numbers of one schedule alone, and such as leave signal at every level."""
+    start, end = schedule.beta_start, schedule.beta_end
+    if (start is None) != (end is None):
+        raise UserError("--beta-start and --beta-end go together; give both or neither")
+    if start is not None and end is not None:
+        if schedule.schedule != "linear":
+            raise UserError(f"--beta-start {start} goes with --schedule linear, not {schedule.schedule}")
+        if not 0 < start <= end <= 0.999:
+            raise UserError(f"--beta-start {start} --beta-end {end}: give 0 < start <= end <= 0.999")
+    if not 0 <= schedule.sigma_min < 1:
+        raise UserError(f"--sigma-min is {schedule.sigma_min}; give a number from 0 to below 1")
+    if schedule.sigma_min and schedule.schedule != "ot":
+        raise UserError(
+            f"--sigma-min {schedule.sigma_min} goes with --schedule ot, not {schedule.schedule}; leave it out"
+        )
 
 
 def _lower_bounds(config: RunConfig) -> list[tuple[str, int, int]]:
@@ -356,6 +429,7 @@ def _lower_bounds(config: RunConfig) -> list[tuple[str, int, int]]:
         ("batch-size", train.batch_size, 1),
         ("accumulate", train.accumulate, 1),
         ("warmup", train.warmup, 0),
+        ("ema-start", train.ema_start, 0),
         ("decay-every", train.decay_every, 1),
         ("seed", train.seed, 0),
         ("split-seed", config.data.split_seed, 0),

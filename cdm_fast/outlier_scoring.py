@@ -107,7 +107,12 @@ def other_data(source: str, split: str, config: RunConfig) -> ImageData:
     image = config.image
     data = load_data(source, split, image.size, config.data.split_seed, image.channels)
     scaled = data.images.float() * ((image.num_grey_levels - 1) / (data.num_grey_levels - 1))
-    return replace(data, images=scaled.round().to(torch.uint8), num_grey_levels=image.num_grey_levels)
+    return replace(
+        data,
+        images=scaled.round().to(torch.uint8),
+        num_grey_levels=image.num_grey_levels,
+        pixels=config.data.pixels,
+    )
 
 
 def _columns(scores: Scores, index: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -140,7 +145,7 @@ def _draw_ranking(run: Path, report: OutlierReport, data: ImageData, other: Imag
 def _draw_anomaly(command: Score, model: CDM, data: ImageData, index: Tensor, level: int) -> Path:
     """RUN/anomaly.png: images over their anomaly maps, all on one scale."""
     chosen = data.take(index)
-    x = dequantize(chosen.images, chosen.num_grey_levels, draw_generator(command.seed, 0))
+    x = dequantize(chosen.images, chosen.num_grey_levels, draw_generator(command.seed, 0), chosen.pixels)
     maps = anomaly_map(model, x, level, seed=command.seed)
     white = float(maps.max())
     rows = {"image": _pixels(chosen), "anomaly": (maps[:, None] * (255 / white)).round().to(torch.uint8)}

@@ -11,9 +11,9 @@ import pickletools
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -31,8 +31,10 @@ _ALLOWED = {
     *(f"torch {kind}Storage" for kind in _STORAGES),
 }
 
+_NAMES = ("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4")
+
 # What its loader lets through when a file is damaged.
-_DAMAGE = (
+DAMAGE = (
     pickle.UnpicklingError,
     RuntimeError,
     OSError,
@@ -57,7 +59,7 @@ def load_plain(path: Path) -> Any:
     try:
         with warnings.catch_warnings(action="ignore"):  # of storages in odd places: what comes out is judged
             return torch.load(_checked(path), map_location="cpu", weights_only=True)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         if isinstance(error, UserError):
             raise
         raise bad(path, f"is damaged ({shown(error_text(error), 100)}); fetch it again") from None
@@ -83,7 +85,20 @@ def _checked(path: Path) -> io.BytesIO:
 
 
 def _check_pickle(path: Path, program: bytes) -> None:
-    """Raises UserError if a pickle names anything but tensors and dicts, or holds a tuple with many leaves.
+    """UserError if a pickle names anything but tensors and dicts, or holds a tuple with many leaves."""
+
+    def allow(name: str, argument: Any) -> None:
+        if name != "GLOBAL" or argument not in _ALLOWED:
+            told = ascii(argument)[:80] if name == "GLOBAL" else name
+            raise bad(path, f"wants to execute code ({told}) and was refused; save its state_dicts alone")
+
+    check_tuples(path, program, allow)
+
+
+def check_tuples(
+    path: Path, program: bytes | BinaryIO, allow: Callable[[str, Any], None] = lambda name, argument: None
+) -> None:
+    """Raises UserError if a pickle holds a tuple with many leaves; `allow` is asked of every name it gives.
 
     Only tuples are followed: they are hashed when they are keys, again for every way that leads to a leaf.
     """
@@ -91,12 +106,9 @@ def _check_pickle(path: Path, program: bytes) -> None:
     memo: dict[int, int] = {}
     for opcode, argument, _ in _opcodes(program):
         name, index = opcode.name, argument if isinstance(argument, int) else len(memo)
-        if name in ("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"):
-            if name != "GLOBAL" or argument not in _ALLOWED:
-                told = ascii(argument)[:80] if name == "GLOBAL" else name
-                raise bad(path, f"wants to execute code ({told}) and was refused; save its state_dicts alone")
-            stack.append(1)
-        elif name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
+        if name in _NAMES:
+            allow(name, argument)
+        if name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
             memo[index] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET", "GET"):
             stack.append(memo[index])
@@ -106,7 +118,7 @@ def _check_pickle(path: Path, program: bytes) -> None:
             raise bad(path, "holds a tuple within tuples without end; save its state_dicts alone")
 
 
-def _opcodes(program: bytes) -> Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]]:
+def _opcodes(program: bytes | BinaryIO) -> Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]]:
     """The pickle's opcodes and arguments, without the warnings that decoding a damaged string gives."""
     with warnings.catch_warnings(action="ignore"):
         yield from pickletools.genops(program)

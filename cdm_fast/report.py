@@ -3,6 +3,7 @@
 Legend: B images, C channels, H W pixels, N grey levels, K classes.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from cdm_fast.checkpoint import write_json
 from cdm_fast.classify import evaluate_classes
 from cdm_fast.config import RunConfig
-from cdm_fast.data import ImageData, load_data, quantize, read_image, write_grid
+from cdm_fast.data import ImageData, PixelMap, load_data, quantize, read_image, write_grid
 from cdm_fast.discriminative import Classifier
 from cdm_fast.errors import UserError
 from cdm_fast.likelihood import evaluate, level_confusion, mse_per_level
@@ -33,12 +34,13 @@ MAX_ROWS = 20  # of a sheet with one class in each: more would be too small to r
 
 def run_data(config: RunConfig, split: str, source: str | None = None) -> ImageData:
     """A split of the run's own data, or of `source` read the same way."""
-    return load_data(source or config.data.source, split, config.data.image_size, config.data.split_seed)
+    data = load_data(source or config.data.source, split, config.data.image_size, config.data.split_seed)
+    return replace(data, pixels=config.data.pixels)
 
 
-def displayable(x: Tensor, num_grey_levels: int) -> Tensor:
+def displayable(x: Tensor, num_grey_levels: int, pixels: PixelMap = "intervals") -> Tensor:
     """Model images (B,C,H,W) in [-1,1] as uint8 0..255: the grey level of each pixel, N-1 being white."""
-    return levels_to_display(quantize(x, num_grey_levels), num_grey_levels)
+    return levels_to_display(quantize(x, num_grey_levels, pixels), num_grey_levels)
 
 
 def levels_to_display(levels: Tensor, num_grey_levels: int) -> Tensor:
@@ -46,12 +48,14 @@ def levels_to_display(levels: Tensor, num_grey_levels: int) -> Tensor:
     return (levels.float() * (255 / (num_grey_levels - 1))).round().to(torch.uint8)
 
 
-def from_display(pixels: Tensor, num_grey_levels: int) -> Tensor:
+def from_display(pixels: Tensor, num_grey_levels: int, pixel_map: PixelMap = "intervals") -> Tensor:
     """uint8 0..255 as model images in [-1, 1]: the inverse of `displayable`, between grey levels too.
 
     `x = 2 (u + 1/2)/N - 1` with `u = (N-1) pixel/255`: black and white are the middles of the outermost
-    intervals.
+    intervals. Around points black is -1 and white 1.
     """
+    if pixel_map == "points":
+        return pixels.float() * (2 / 255) - 1
     return (pixels.float() * ((num_grey_levels - 1) / 255) + 0.5) * (2 / num_grey_levels) - 1
 
 
@@ -63,7 +67,7 @@ def read_input(path: Path, config: RunConfig, factor: int = 1) -> Tensor:
         height, width = image.shape[1:]
         takes = f"the run takes {size}x{size}" if factor == 1 else f"--factor {factor} takes {size}x{size}"
         raise UserError(f"{path} is {height}x{width} pixels and {takes}; cut that out of it")
-    return from_display(image, config.image.num_grey_levels)
+    return from_display(image, config.image.num_grey_levels, config.data.pixels)
 
 
 def class_labels(config: RunConfig, num: int) -> Tensor | None:
@@ -88,7 +92,8 @@ def write_samples(model: CDM | DDM, config: RunConfig, run: Path) -> None:
         guidance=guidance,
     )
     title = f"{output.sampler}, {output.sampling_steps} steps, guidance {guidance:g}"
-    write_sheet(displayable(images, config.image.num_grey_levels), labels, run / "samples.png", title)
+    shown = displayable(images, config.image.num_grey_levels, config.data.pixels)
+    write_sheet(shown, labels, run / "samples.png", title)
 
 
 def write_sheet(

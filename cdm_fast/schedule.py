@@ -79,13 +79,19 @@ class NoiseSchedule:
         return SCHEDULES[name](T)
 
     @classmethod
-    def linear(cls, T: int) -> "NoiseSchedule":
+    def linear(cls, T: int, betas: tuple[float, float] | None = None) -> "NoiseSchedule":
         """DDPM: beta rises linearly, 1e-4 to 0.02 at T = 1000; other T scale it by 1000/T, clipped at 0.999.
 
         Below T = 30 the clipped end keeps almost no signal (a_T = 4e-9 at T = 10): sample from another.
-        Source: arXiv 2006.11239, section 4. Raises UserError unless T is an integer of at least 1.
+        betas: the first and the last one for this T, in place of those.
+        Source: arXiv 2006.11239, section 4. Raises UserError unless T is an integer of at least 1, and
+        0 < first <= last <= 0.999.
         """
         T = _check_T(T)
+        if betas is not None:
+            if not 0 < betas[0] <= betas[1] <= MAX_BETA:
+                raise UserError(f"betas are {betas}: give 0 < first <= last <= {MAX_BETA}")
+            return _variance_preserving("linear", torch.linspace(*betas, T, dtype=torch.float64))
         return _variance_preserving("linear", torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T))
 
     @classmethod
@@ -109,13 +115,19 @@ class NoiseSchedule:
         return cls("uniform", ((1 - s) * (1 + s)).sqrt(), s)
 
     @classmethod
-    def ot(cls, T: int) -> "NoiseSchedule":
+    def ot(cls, T: int, sigma_min: float = 0.0) -> "NoiseSchedule":
         """Straight lines from data to noise, `s = t/(T+1)`, `a = 1 - s`: flow matching, arXiv 2210.02747.
 
-        Raises UserError unless T is an integer of at least 1.
+        sigma_min: the noise left at the data's end, `s = 1 - (1 - sigma_min) a` (their eq. 20) at every level
+        but 0, which is clean data in every schedule here.
+        Raises UserError unless T is an integer of at least 1 and sigma_min in [0, 1).
         """
-        s = torch.arange(_check_T(T) + 2, dtype=torch.float64) / (T + 1)
-        return cls("ot", 1 - s, s)
+        even = torch.arange(_check_T(T) + 2, dtype=torch.float64) / (T + 1)
+        if not 0 <= sigma_min < 1:
+            raise UserError(f"sigma_min is {sigma_min}: give a number from 0 to below 1")
+        s = sigma_min + (1 - sigma_min) * even
+        s[0] = 0.0
+        return cls("ot", 1 - even, s)
 
     def levels(
         self,
@@ -238,3 +250,41 @@ GRIDS: dict[str, Callable[[NoiseSchedule, int], list[int]]] = {
     "level": _grid_even_in_level,
     "log_snr": _grid_even_in_log_snr,
 }
+
+
+@dataclass(frozen=True)
+class NoisePath:
+    """A noise path in continuous time, as other programs define theirs: `y = alpha x_0 + beta eps`.
+
+    Time runs from `least` to `most` noise, up or down; `y` has the path's own scale, which for variance
+    exploding ones is not that of a schedule.
+
+    Fields:
+        name: for messages.
+        amplitudes: times (n,) float64 -> alpha, beta, each (n,), differentiable.
+        least, most: the times at which the model is used; there `beta > 0` at `most`, where y is taken for
+            N(0, beta^2 I).
+        times: T -> (T,) float64, the times of levels 1..T of a grid, for samplers and the bound.
+    """
+
+    name: str
+    amplitudes: Callable[[Tensor], tuple[Tensor, Tensor]]
+    least: float
+    most: float
+    times: Callable[[int], Tensor]
+
+    def rates(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        """`d alpha / d time` and `d beta / d time`, each (n,)."""
+        return torch.func.jvp(self.amplitudes, (time,), (torch.ones_like(time),))[1]
+
+    def schedule(self, T: int) -> NoiseSchedule:
+        """Levels 1..T at `times(T)`; amplitudes as the path's, or where they exceed 1 with a^2 + s^2 = 1.
+
+        Raises UserError unless T is an integer of at least 1.
+        """
+        alpha, beta = self.amplitudes(self.times(_check_T(T)))
+        if float(torch.maximum(alpha, beta).max()) > 1:
+            r = torch.hypot(alpha, beta)
+            alpha, beta = alpha / r, beta / r
+        one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        return NoiseSchedule(self.name, torch.cat([one, alpha, zero]), torch.cat([zero, beta, one]))

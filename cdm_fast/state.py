@@ -115,6 +115,12 @@ def _fill(target: Tensor, values: object, kind: type[int] | type[float]) -> None
     target.copy_(torch.tensor([kind(value) for value in values], dtype=target.dtype))
 
 
+def ema_start(config: RunConfig) -> int | None:
+    """The `start` of the run's `Ema`: a fine-tuned run's average keeps what it began with."""
+    train = config.train
+    return train.ema_start if train.ema_start or train.finetune is not None else None
+
+
 def new_state(config: RunConfig, device: torch.device) -> TrainingState:
     """An untrained state; the weights are drawn from the config's seed."""
     torch.manual_seed(derived_seed(config.train.seed, 0, "weights"))
@@ -126,7 +132,7 @@ def new_state(config: RunConfig, device: torch.device) -> TrainingState:
     bad = torch.tensor([0, 0, -1], device=device)
     recent = torch.full((RECENT,), math.inf, device=device)
     spikes = torch.zeros(4, dtype=torch.float64, device=device)
-    ema = Ema(model, config.train.ema_decay)
+    ema = Ema(model, config.train.ema_decay, ema_start(config))
     # After the average's copy was taken, which nothing differentiates.
     cast(DownTrunk, model.network).recompute = config.train.checkpoint_blocks
     return TrainingState(model, ema, make_optimizer(config.train, model), sums, bad, recent, spikes)
@@ -157,15 +163,21 @@ def to_checkpoint(state: TrainingState, config: RunConfig) -> Checkpoint:
     return Checkpoint(tensors, facts)
 
 
+def require_trained_here(checkpoint: Checkpoint, where: str) -> None:
+    """UserError for the checkpoint of a converted run, which has no optimizer to continue with."""
+    if "config" not in checkpoint.state:
+        raise UserError(
+            f"{where} was not trained here, so there is nothing to continue;"
+            f" cdm-fast train --finetune {where} begins a new run from its weights"
+        )
+
+
 def from_checkpoint(
     checkpoint: Checkpoint, config: RunConfig, device: torch.device, where: str
 ) -> TrainingState:
     """The state that `to_checkpoint` copied; UserError when it does not belong to `config`."""
     facts = checkpoint.state
-    if "config" not in facts:
-        raise UserError(
-            f"{where} was not trained here, so there is nothing to continue; train into another --out"
-        )
+    require_trained_here(checkpoint, where)
     trained_with = from_json(RunConfig, facts["config"], f"{where}: state.json: config")
     if others := [told.partition(":")[0] for told in differences(trained_with, config)]:
         raise UserError(

@@ -53,10 +53,12 @@ class Ema(Generic[Model]):
     Args:
         model: whose weights to follow.
         decay: the final decay, in [0, 1).
+        start: instead of rising, the decay is constant after so many steps, and the average a copy of the
+            weights until then.
     """
 
-    def __init__(self, model: Model, decay: float) -> None:
-        self.decay = decay
+    def __init__(self, model: Model, decay: float, start: int | None = None) -> None:
+        self.decay, self.start = decay, start
         self._model = copy.deepcopy(model).eval().requires_grad_(False)
         self._averages = [parameter.detach() for parameter in self._model.parameters()]
         self._weights = [parameter.detach() for parameter in model.parameters()]
@@ -70,6 +72,8 @@ class Ema(Generic[Model]):
     def update(self, step: int) -> None:
         """average <- decay average + (1 - decay) weights; `step` counts from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
+        if self.start is not None:
+            decay = self.decay if step >= self.start else 0.0
         torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
 
 
@@ -214,13 +218,15 @@ def draw_batch(data: ImageData, model: CDM | DDM | Classifier, config: RunConfig
     generator = torch.Generator(device).manual_seed(derived_seed(train.seed, step, "batch"))
     index = upload(batch_indices(len(data.images), train.batch_size, train.seed, step), device)
     level = model.draw_levels(train.batch_size, generator)
+    images, grey = data.images[index], data.num_grey_levels
+    points = config.data.pixels == "points"
     x_t, eps, _ = noising(
-        data.images[index],
+        images.float() * (2 / (grey - 1)) - 1 if points else images,
         level,
         model.a,
         model.s,
         draw_seed(device, generator),
-        num_grey_levels=data.num_grey_levels,
+        num_grey_levels=None if points else grey,
         flip=config.data.flip,
     )
     label = _draw_labels(data, config, index, generator)

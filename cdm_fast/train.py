@@ -34,13 +34,14 @@ from cdm_fast.discriminative import Classifier
 from cdm_fast.distributed import agreed, from_main, lost_another
 from cdm_fast.errors import DiskError, UserError
 from cdm_fast.files import alone_in
+from cdm_fast.finetune import begin_from_run
 from cdm_fast.likelihood import evaluate
 from cdm_fast.model import CDM
 from cdm_fast.processes import is_main, launched, this_process
 from cdm_fast.report import run_data, write_final, write_loss_curves, write_samples
 from cdm_fast.runlog import Display, Sink, open_sinks, require_extras
 from cdm_fast.saver import Saver
-from cdm_fast.state import TrainingState, from_checkpoint, new_state, to_checkpoint
+from cdm_fast.state import TrainingState, from_checkpoint, new_state, require_trained_here, to_checkpoint
 from cdm_fast.step import (
     LossFunction,
     draw_batch,
@@ -107,6 +108,7 @@ def train(
         config = from_main(resolve(config, data, place))
         validation = run_data(config, "validation").take(slice(config.output.evaluate_images))
         state = new_state(config, place)
+        begin_from_run(config, state)
         state.data = data_digest(data)
         if is_main():
             create_run(out, config, to_checkpoint(state, config))
@@ -135,6 +137,7 @@ def resume(
         raise UserError(f"--resume {run} cannot change {'; '.join(changed)}; train into another --out")
     require_extras(config)
     check_parallel(config, parallel)
+    require_trained_here(load_checkpoint(run, parts=()), str(run))  # before its data are looked for
     place = pick_device(device)
     with alone_in(Path(run)), own_randomness(place):
         data = run_data(config, "train")

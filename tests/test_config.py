@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from cdm_fast.arguments import CorrectedSampler
-from cdm_fast.build import build_model, level_distribution
+from cdm_fast.build import build_model, build_schedule, level_distribution
 from cdm_fast.config import PRESETS, Preset, RunConfig, Sampler, ScheduleConfig, check, preset
 from cdm_fast.config_json import differences, fixed_part, from_json, to_json
 from cdm_fast.corrected import CORRECTED
 from cdm_fast.errors import UserError
 from cdm_fast.sampling import SAMPLERS
 from cdm_fast.schedule import SCHEDULES, NoiseSchedule
+from cdm_fast.step import learning_rate
 
 SECTIONS = ("data", "schedule", "network", "train", "output")
 
@@ -52,11 +53,36 @@ def test_cifar10_preset_is_the_papers_network():
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(33.4e6, rel=2e-3)
 
 
+@pytest.mark.parametrize("name", ["cifar10-paper", "celeba64-paper"])
+def test_the_papers_presets_are_the_public_configuration(name):
+    """Its config/config.yaml and cdm.py: lr_lambda of the scheduler, betas, average, loss weights."""
+    config = PRESETS[name]
+    train = config.train
+    for step in (0, 100, 4999, 5000, 199_999, 200_000, 450_000):
+        theirs = 2e-4 * min((step + 1) / 5000, 1) * 0.1 ** (step // 200_000)
+        assert learning_rate(train, step) == pytest.approx(theirs, rel=1e-12)
+    found = (train.steps, train.batch_size, train.ce_weight, train.mse_weight, train.clip_norm)
+    assert found == (500_000, 128, 1e-3, 1.0, 0.0)
+    assert (train.ema_decay, train.ema_start, train.optimizer) == (0.9999, 5000, "adam")
+    beta = 1 - (build_schedule(config.schedule).a[1:-1] ** 2)
+    assert float(beta[0]) == pytest.approx(1e-4) and config.schedule.beta_end == 0.02
+    assert (config.data.pixels, config.data.flip, config.network.dropout) == ("points", True, 0.1)
+    widths = {"cifar10-paper": (1, 2, 2, 2), "celeba64-paper": (1, 2, 2, 2, 4)}
+    assert config.network.multipliers == widths[name] and config.network.attention_resolutions == (16,)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         (changed("schedule", T=1), "--T is 1"),
         (changed("network", base_channels=0), "--base-channels is 0"),
+        (changed("schedule", beta_start=1e-4), "--beta-start and --beta-end go together"),
+        (changed("schedule", beta_start=1e-4, beta_end=0.02), "goes with --schedule linear, not uniform"),
+        (changed("schedule", schedule="linear", beta_start=0.1, beta_end=0.02), "0 < start <= end"),
+        (changed("schedule", schedule="linear", beta_start=float("nan"), beta_end=0.02), "0 < start <= end"),
+        (changed("schedule", sigma_min=1e-4), "goes with --schedule ot, not uniform"),
+        (changed("schedule", schedule="ot", sigma_min=1.0), "--sigma-min is 1.0"),
+        (changed("train", ema_start=-1), "--ema-start is -1"),
         (changed("network", multipliers=()), "--multipliers is 0"),
         (changed("network", multipliers=(1, 2, 2, 2, 2)), "8x8 cannot be halved 4 times"),
         (changed("network", attention_resolutions=(16,)), "--attention-resolutions 16: .*8, 4"),

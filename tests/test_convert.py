@@ -7,9 +7,12 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-from cdm_fast import UNet, load
-from cdm_fast.convert import convert, infer_config, read_public
+from cdm_fast import NoiseSchedule, UNet, load
+from cdm_fast.checkpoint import read_config
+from cdm_fast.data import ImageData
 from cdm_fast.errors import UserError
+from cdm_fast.interop.convert import PUBLIC_BETAS, choose_schedule, convert, infer_config, read_public
+from cdm_fast.likelihood import evaluate
 
 SIZE, CHANNELS, LEVELS, BASE, MULTIPLIERS, BLOCKS = 8, 2, 7, 32, (1, 2), 1
 
@@ -93,7 +96,7 @@ def images():
 def test_logits_agree_with_the_public_network(tmp_path, images, relative_error, tolerance, prefix):
     raw, ema = make_state(seed=0), make_state(seed=1)
     file = save_public(tmp_path / "cdm.pt", raw, ema, prefix)
-    convert(file, tmp_path / "run", image_size=SIZE)
+    convert(file, tmp_path / "run", schedule="linear", image_size=SIZE)
     with torch.no_grad():
         for weights, state in (("ema", ema), ("raw", raw)):
             logits = load(tmp_path / "run", weights=weights).logits(images)
@@ -102,7 +105,9 @@ def test_logits_agree_with_the_public_network(tmp_path, images, relative_error, 
 
 def test_class_conditional_logits_agree(tmp_path, images, relative_error, tolerance):
     state = make_state(num_classes=4)
-    converted = convert(save_public(tmp_path / "cdm.pt", state), tmp_path / "run", image_size=SIZE)
+    converted = convert(
+        save_public(tmp_path / "cdm.pt", state), tmp_path / "run", schedule="linear", image_size=SIZE
+    )
     assert converted.config.image.num_classes == 4
     label = torch.tensor([0, 3, -1])
     with torch.no_grad():
@@ -121,7 +126,8 @@ def test_flow_matching_levels_are_turned_round(tmp_path, images, relative_error,
     # Their time of level t, i/(N-1) with i = N-1-t: x = time x_0 + (1 - (1 - sigma_min) time) eps.
     time = torch.arange(LEVELS - 1, -1, -1, dtype=torch.float64) / (LEVELS - 1)
     torch.testing.assert_close(model.schedule.a, time)
-    assert (model.schedule.s - (1 - (1 - 1e-4) * time)).abs().max() <= 1.0001e-4
+    torch.testing.assert_close(model.schedule.s[1:], (1 - (1 - 1e-4) * time)[1:], rtol=1e-12, atol=0)
+    assert model.schedule.s[0] == 0
 
 
 def test_the_papers_networks_are_recognised():
@@ -141,13 +147,143 @@ def test_the_report_says_what_was_assumed(tmp_path):
     report = convert(file, tmp_path / "run", schedule="uniform", image_size=SIZE).to_json()
     assert report["num_parameters"] == sum(value.numel() for value in make_state().values())
     assert (report["T"], report["schedule"], report["num_classes"]) == (LEVELS - 2, "uniform", None)
-    assert report["assumed"] == ["schedule uniform", "256 grey levels"]
+    assert report["assumed"] == ["schedule uniform", "256 grey levels at 2u/255 - 1"]
+
+
+def public_alpha_hat(steps, beta_start=1e-4, beta_end=0.02):
+    """The public code's table, in its fp32: clean data, `steps` noisy levels, pure noise."""
+    alpha = 1 - torch.linspace(beta_start, beta_end, steps, dtype=torch.float32)
+    return torch.cat([torch.ones(1), torch.cumprod(alpha, dim=0), torch.zeros(1)])
+
+
+@pytest.mark.parametrize("betas", [None, (2e-4, 0.01)], ids=["public", "asked-for"])
+def test_betas_are_the_public_codes_at_any_number_of_levels(tmp_path, betas):
+    """Ours scale by 1000/T: eps_hat would be 13 % off at level 250 of 500."""
+    torch.manual_seed(0)
+    state = UNet(SIZE, CHANNELS, 502, BASE, MULTIPLIERS, BLOCKS, (SIZE // 2,), 0.0).state_dict()
+    file = save_public(tmp_path / "cdm.pt", state)
+    convert(file, tmp_path / "run", schedule="linear", betas=betas, image_size=SIZE)
+    alpha_hat = public_alpha_hat(500, *(betas or PUBLIC_BETAS)).double()
+    schedule = load(tmp_path / "run").schedule
+    torch.testing.assert_close(schedule.a, alpha_hat.sqrt(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        schedule.s, (1 - alpha_hat).sqrt(), rtol=1e-3, atol=0
+    )  # theirs cancels in fp32
+    assert read_config(tmp_path / "run").schedule.beta_end == (betas or PUBLIC_BETAS)[1]
+    scaled = NoiseSchedule.linear(500)
+    assert abs(float(schedule.s[250] / scaled.s[250]) - 1) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("outputs", "name", "asked", "chosen"),
+    [
+        (1002, "cdm.pt", None, "linear"),
+        (1000, "cdm.pt", None, "ot"),
+        (7, "mode=training_dataset=CIFAR10_noise_steps=5_last_epoch", None, "linear"),
+        (7, "mode=FM_training_dataset=CIFAR10_noise_steps=7_last_epoch", None, "ot"),
+        (7, "cdm.pt", "ot", "ot"),
+        (1000, "cdm.pt", "uniform", "uniform"),
+    ],
+)
+def test_the_schedule_is_told_by_what_can_be_seen(tmp_path, outputs, name, asked, chosen):
+    state = {"linear_layer.weight": torch.zeros(outputs, 4)}
+    found, told = choose_schedule(state, asked, tmp_path / name)
+    assert found == chosen and chosen in told
+    assert ("though" in told) == (outputs == 1000 and asked == "uniform")
+
+
+def test_a_schedule_that_nothing_tells_is_asked_for(tmp_path):
+    file = save_public(tmp_path / "cdm.pt", make_state())
+    with pytest.raises(UserError, match="7 outputs.*--schedule ot.*give --schedule") as caught:
+        convert(file, tmp_path / "run", image_size=SIZE)
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="go with --schedule linear"):
+        convert(file, tmp_path / "run", schedule="ot", betas=(1e-4, 0.02), image_size=SIZE)
+
+
+def test_flow_matching_keeps_sigma_min(tmp_path, images):
+    """Their eps_hat at the level next to the data, times 1 - (1 - sigma_min) t: 9 % low without sigma_min."""
+    torch.manual_seed(0)
+    network = UNet(SIZE, CHANNELS, 1000, BASE, MULTIPLIERS, BLOCKS, (SIZE // 2,), 0.0)
+    file = save_public(tmp_path / "cdm.pt", network.state_dict())
+    convert(file, tmp_path / "run", image_size=SIZE)
+    model = load(tmp_path / "run")
+    for level in (1, 500, 998):
+        x = images.clone().requires_grad_()
+        logits = public_logits(network.state_dict(), x)
+        index = 999 - level  # theirs
+        gradient = torch.autograd.grad((logits[:, 0] - logits[:, index]).sum(), x)[0]
+        theirs = (1 - (1 - 1e-4) * index / 999) * (gradient + images)
+        with torch.no_grad():
+            torch.testing.assert_close(model.denoise(images, level), theirs, rtol=1e-3, atol=1e-6)
+    assert float(model.schedule.s[1]) == pytest.approx(1.10090e-3, rel=1e-4)
+
+
+def with_prefix(prefix):
+    return lambda state: {prefix + name: value for name, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("content", "note"),
+    [
+        (lambda s: {"ema_model_state_dict": s}, "no model_state_dict"),
+        (lambda s: {"model_state_dict": s, "epoch": 3}, "no ema_model_state_dict"),
+        (lambda s: s, "no model_state_dict: its state_dict stands for both"),
+        (with_prefix("module."), "its state_dict"),
+        (with_prefix("module.module."), "its state_dict"),
+        (with_prefix("_orig_mod."), "its state_dict"),
+        (with_prefix("module._orig_mod."), "its state_dict"),
+        (lambda s: {"ema_model_state_dict": with_prefix("_orig_mod.module.")(s)}, "no model_state_dict"),
+    ],
+)
+@pytest.mark.parametrize("container", ["torch", "safetensors"])
+def test_part_of_a_file_stands_for_the_whole_and_says_so(tmp_path, content, note, container, images):
+    state, file = make_state(), tmp_path / "weights.pt"
+    held = content(state)
+    if container == "torch":
+        torch.save(held, file)
+    elif all(isinstance(value, torch.Tensor) for value in held.values()):
+        safetensors.torch.save_file(held, file)  # under a name that says otherwise
+    else:
+        pytest.skip("safetensors hold tensors alone")
+    converted = convert(file, tmp_path / "run", schedule="linear", image_size=SIZE)
+    assert any(note in told for told in converted.assumed)
+    with torch.no_grad():
+        for weights in ("ema", "raw"):
+            logits = load(tmp_path / "run", weights=weights).logits(images)
+            torch.testing.assert_close(logits, public_logits(state, images), rtol=1e-4, atol=1e-4)
+
+
+def test_names_that_differ_in_a_prefix_alone_are_refused(tmp_path):
+    state = make_state()
+    torch.save({**state, **with_prefix("module.")(state)}, tmp_path / "cdm.pt")
+    with pytest.raises(UserError, match="differ in `module.` alone"):
+        convert(tmp_path / "cdm.pt", tmp_path / "run", schedule="linear", image_size=SIZE)
+
+
+def test_the_paper_protocol_is_the_public_codes(tmp_path):
+    """Their `calc_nll` (cdm.py), given labels, on x = (u/255 - 0.5)/0.5, with 7 added."""
+    state = make_state(num_classes=4)
+    convert(save_public(tmp_path / "cdm.pt", state), tmp_path / "run", schedule="linear", image_size=SIZE)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (6, CHANNELS, SIZE, SIZE), generator=generator).to(torch.uint8)
+    labels = torch.tensor([0, 1, 2, 3, 3, 1])
+    x = (images.float() / 255 - 0.5) / 0.5
+    f, d = public_logits(state, x, labels), x[0].numel()
+    log_likelihood = -(d / 2) * math.log(2 * math.pi) - 0.5 * (x**2).sum((1, 2, 3)) + f[:, 0] - f[:, -1]
+    theirs = -float(log_likelihood.mean()) / d / math.log(2) + 7
+    data = ImageData(images, labels, 256, 4, "made up", "test", pixels="points")
+    model = load(tmp_path / "run")
+    report = evaluate(model, data, draws=1, protocol="paper", given="label", check_levels=0)
+    assert report.bits_per_dim == pytest.approx(theirs, abs=1e-5)
+    other = evaluate(model, data, draws=1, protocol="paper", check_levels=0)
+    assert abs(other.bits_per_dim - theirs) > 1e-4  # the null class is another one
 
 
 def test_converting_leaves_the_callers_random_numbers_alone(tmp_path):
     file = save_public(tmp_path / "cdm.pt", make_state())
     before = torch.get_rng_state()
-    convert(file, tmp_path / "run", image_size=SIZE)
+    convert(file, tmp_path / "run", schedule="linear", image_size=SIZE)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -184,7 +320,7 @@ def replace(name, value):
 def test_another_network_is_named_in_one_line(tmp_path, damage, message):
     file = save_public(tmp_path / "cdm.pt", damage(make_state()))
     with pytest.raises(UserError, match=message) as caught:
-        convert(file, tmp_path / "run", image_size=SIZE)
+        convert(file, tmp_path / "run", schedule="linear", image_size=SIZE)
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 
@@ -192,6 +328,11 @@ def test_another_network_is_named_in_one_line(tmp_path, damage, message):
 def write_truncated(path):
     save_public(path, make_state())
     path.write_bytes(path.read_bytes()[:2000])
+
+
+def write_truncated_safetensors(path):
+    safetensors.torch.save_file(make_state(), path)
+    path.write_bytes(path.read_bytes()[:-100])
 
 
 @pytest.mark.parametrize(
@@ -203,13 +344,14 @@ def write_truncated(path):
         pytest.param(write_truncated, "not a whole zip file", id="truncated"),
         pytest.param(lambda path: torch.save(Malicious(), path), "wants to execute code", id="executes-code"),
         pytest.param(
-            lambda path: torch.save({"weights": {}}, path), "holds no model_state_dict", id="other-keys"
+            lambda path: torch.save({"weights": {}}, path),
+            "holds weights: neither model_state_dict nor ema",
+            id="other-keys",
         ),
-        pytest.param(
-            lambda path: safetensors.torch.save_file(make_state(), path),
-            "not a whole zip file",
-            id="safetensors",
-        ),
+        pytest.param(lambda path: torch.save([1.0], path), "holds a list", id="a-list"),
+        pytest.param(lambda path: torch.save(torch.ones(3), path), "holds a Tensor", id="a-tensor"),
+        pytest.param(lambda path: torch.save({}, path), "holds an empty dict", id="empty-dict"),
+        pytest.param(write_truncated_safetensors, "is damaged", id="truncated-safetensors"),
     ],
 )
 def test_a_bad_file_is_refused_in_one_line(tmp_path, capsys, write, message):
@@ -231,7 +373,7 @@ def test_an_image_size_that_cannot_be_guessed_is_asked_for(tmp_path):
 def test_an_image_size_that_does_not_fit_is_refused(tmp_path):
     file = save_public(tmp_path / "cdm.pt", make_state())
     with pytest.raises(UserError, match="9x9"):
-        convert(file, tmp_path / "run", image_size=9)
+        convert(file, tmp_path / "run", schedule="linear", image_size=9)
     assert not (tmp_path / "run").exists()
 
 

@@ -12,6 +12,7 @@ import resource
 import shutil
 import struct
 import time
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -23,8 +24,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cdm_fast.checkpoint import load, load_checkpoint, read_config
-from cdm_fast.convert import convert
 from cdm_fast.data import load_data
+from cdm_fast.data.reading import MAX_DATA_BYTES, read_bytes
+from cdm_fast.interop.convert import convert
 from cdm_fast.plain_pickle import load_plain
 from cdm_fast.state import from_checkpoint
 from tests.fuzz import public
@@ -351,6 +353,16 @@ def test_tensor_of_an_odd_name(tmp_path, name):
     state = {name: torch.ones(1)}
     torch.save({"model_state_dict": state, "ema_model_state_dict": state}, tmp_path / "a.pt")
     refused(lambda: convert(tmp_path / "a.pt", tmp_path / "out"), "dict of names", name="a.pt")
+
+
+def test_a_high_limit_takes_no_memory(tmp_path):
+    """A small file read with a limit of 16 GiB, which Python would take at once if it were asked for them."""
+    (tmp_path / "a").write_bytes(b"{}")
+    tracemalloc.start()
+    assert read_bytes(tmp_path / "a", MAX_DATA_BYTES) == b"{}"
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**22
 
 
 def test_storage_larger_than_its_record(tmp_path):

@@ -5,8 +5,13 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
+from cdm_fast import load
+from cdm_fast.checkpoint import read_config
+from cdm_fast.likelihood.images import batches, bits_per_dim, draw_generator
 from cdm_fast.plots import write_audit
+from cdm_fast.report import run_data
 from tests.test_cli import call, call_json
 from tests.tiny_run import FLAGS, write_images
 
@@ -99,25 +104,71 @@ def test_a_missing_solver_is_one_line(run, monkeypatch, method):
     assert status == 2 and 'pip install "cdm_fast[audit]"' in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("method", ["single", "ode", "elbo", "audit"])
-def test_a_plain_denoising_run_has_no_likelihood(tmp_path, method):
+def test_a_plain_denoising_run_has_ode_and_bound_but_no_single_pass(tmp_path):
     data, out = write_images(tmp_path / "images.npz"), tmp_path / "run"
-    call_json(
-        "train",
-        "--data",
-        data,
-        "--out",
-        out,
-        *FLAGS,
-        "--objective",
-        "ddm",
-        "--architecture",
-        "unet",
-        "--steps",
-        "1",
-    )
-    status, _, err = call("nll", out, "--method", method)
-    assert status == 2 and "DDM" in err and err.count("\n") == 1
+    flags = ["--objective", "ddm", "--architecture", "unet", "--steps", "1"]
+    call_json("train", "--data", data, "--out", out, *FLAGS, *flags)
+    status, _, err = call("nll", out)
+    assert status == 2 and "--method ode, elbo or audit" in err and err.count("\n") == 1
+    found = call_json("nll", out, "--method", "audit", *AUDIT)
+    gap = found["elbo_bits_per_dim"] - found["ode_bits_per_dim"]
+    assert np.isfinite(gap) and found["gap_bits_per_dim"] == pytest.approx(gap)
+    assert found["ode"]["difference"] is None and "8 levels" in found["ode"]["path"]
+    assert call_json("nll", out, "--method", "ode", *AUDIT)["ode_bits_per_dim"] == found["ode_bits_per_dim"]
+
+
+@pytest.fixture(scope="module", params=["embedding", "joint"])
+def conditional(request, tmp_path_factory):
+    """The directory of a class-conditional run of either kind, trained without label dropout."""
+    folder = tmp_path_factory.mktemp(request.param)
+    data = write_images(folder / "images.npz")
+    flags = [*FLAGS, "--conditioning", request.param, "--label-dropout", "0", "--device", "cpu"]
+    call_json("train", "--data", data, "--out", folder / "run", *flags)
+    return folder / "run"
+
+
+def test_given_chooses_whose_likelihood_it_is(conditional):
+    """Against the model's own log_prob, for one dequantisation draw of the test images."""
+    config, model = read_config(conditional), load(conditional)
+    data = run_data(config, "test")
+    (_, x), *more = batches(data, 500, draw_generator(0, 0))
+    assert not more
+    with torch.no_grad():
+        expected = {
+            "none": model.log_prob(x),
+            "label": model.log_prob(x, 0, data.labels),
+            "all": (model.log_prob_classes(x) + model.log_class_prior).logsumexp(1),
+        }
+    for given, log_prob in expected.items():
+        found = call_json("nll", conditional, "--given", given, "--draws", "1", "--device", "cpu")
+        assert found["given"] == given
+        assert found["bits_per_dim"] == pytest.approx(float(bits_per_dim(log_prob, data).mean()), abs=1e-4)
+
+
+def test_a_null_class_that_was_never_trained_is_told_of(conditional):
+    embedding = read_config(conditional).network.conditioning == "embedding"
+    found = call_json("nll", conditional, "--draws", "1")
+    assert found["given"] == ("label" if embedding else "none")
+    asked = call_json("nll", conditional, "--draws", "1", "--given", "none")
+    assert any("never saw" in note for note in asked["notes"]) == embedding
+
+
+def test_ode_and_bound_of_labels_and_of_all_classes(conditional):
+    """The ODE of all classes is the mixture of the ODEs of each."""
+    flags = ["--method", "ode", *AUDIT, "--out", conditional / "values.npz"]
+    values = {}
+    for given in ("label", "all", "none"):
+        call_json("nll", conditional, *flags, "--given", given)
+        with np.load(conditional / "values.npz") as arrays:
+            values[given] = arrays["ode_bits_per_dim"][~np.isnan(arrays["ode_bits_per_dim"])]
+    bits = np.log2(3) / 64  # a third of one class's density is the least that the mixture has
+    assert (values["all"] <= values["label"] + bits + 1e-3).all()
+    assert (np.abs(values["all"] - values["label"]) > 0).any()
+    found = call_json("nll", conditional, "--method", "elbo", *AUDIT, "--given", "label")
+    assert np.isfinite(found["elbo_bits_per_dim"]) and found["elbo"]["given"] == "label"
+    for method, told in (("elbo", "--given all goes with"), ("audit", "log Z")):
+        status, _, err = call("nll", conditional, "--method", method, *AUDIT, "--given", "all")
+        assert status == 2 and told in err and err.count("\n") == 1
 
 
 def test_an_interrupt_leaves_at_once(run, monkeypatch):

@@ -207,6 +207,21 @@ def test_batch_is_what_the_config_says(config):
     assert abs(float(batch.eps.mean())) < 0.01 and float(batch.eps.std()) == pytest.approx(1, abs=0.01)
 
 
+def test_points_are_trained_on_without_noise(config):
+    config = replace(
+        config,
+        data=replace(config.data, pixels="points", flip=True),
+        train=replace(config.train, batch_size=256),
+        schedule=replace(config.schedule, T=4),
+    )
+    model = build_model(config)
+    batch = draw_batch(load_data(config.data.source), model, config, 0)
+    clean = batch.x_t[batch.level == 0]
+    assert len(clean) > 10 and float(clean.min()) == -1 and float(clean.max()) == 1
+    grey = (clean + 1) * 8  # 17 levels
+    torch.testing.assert_close(grey, grey.round(), rtol=0, atol=1e-5)
+
+
 def test_training_lowers_the_loss(quick, tmp_path, config):
     config = replace(config, train=replace(config.train, steps=60, lr=2e-3, batch_size=16))
     config = replace(config, output=replace(config.output, log_every=20))

@@ -7,11 +7,13 @@ sizes are checked against the bytes that are there, and against the limits in `r
 from cdm_fast.data.load import ImageData, load_data
 from cdm_fast.data.order import batch_indices
 from cdm_fast.data.pictures import read_image, write_grid, write_image
-from cdm_fast.data.pixels import dequantize, quantize
+from cdm_fast.data.pixels import PixelMap, bits_of_interval, dequantize, quantize
 
 __all__ = [
     "ImageData",
     "batch_indices",
+    "PixelMap",
+    "bits_of_interval",
     "dequantize",
     "load_data",
     "quantize",

@@ -22,6 +22,7 @@ from cdm_fast.data.hub import read_hub
 from cdm_fast.data.npz import read_npz
 from cdm_fast.data.order import Indices, split_indices
 from cdm_fast.data.pictures import check_shape
+from cdm_fast.data.pixels import PixelMap
 from cdm_fast.data.reading import bad, error_text
 from cdm_fast.data.source import SPLITS, Part, Source
 from cdm_fast.errors import UserError
@@ -37,6 +38,7 @@ class ImageData:
     num_classes: int | None  # None without labels
     name: str
     split: str
+    pixels: PixelMap = "intervals"  # where grey levels stand in [-1, 1]
 
     def __len__(self) -> int:
         return len(self.images)

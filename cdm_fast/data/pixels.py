@@ -2,16 +2,22 @@
 
 # B images, C channels, H W pixels, N grey levels (0..N-1)
 
+import math
+
 import torch
 from torch import Tensor
 
+from cdm_fast.config import PixelMap
 from cdm_fast.errors import UserError
 
 
-def dequantize(images: Tensor, num_grey_levels: int, noise: Tensor | torch.Generator) -> Tensor:
+def dequantize(
+    images: Tensor, num_grey_levels: int, noise: Tensor | torch.Generator, pixels: PixelMap = "intervals"
+) -> Tensor:
     """Spread each grey level u over its interval: x = 2 (u + noise)/N - 1, noise ~ U[0,1).
 
-    The density of x and the probability of u then differ by the constant log2(N/2) bits per dimension.
+    With `pixels="points"`, `x = 2 (u + noise - 1/2)/(N-1) - 1`: intervals around the points 2u/(N-1) - 1.
+    The density of x and the probability of u differ by `bits_of_interval` bits per dimension.
 
     Args:
         images: (..., H, W) uint8 in 0..N-1.
@@ -29,10 +35,17 @@ def dequantize(images: Tensor, num_grey_levels: int, noise: Tensor | torch.Gener
         raise UserError(
             f"noise of shape {tuple(noise.shape)} for images of shape {tuple(images.shape)}; make them equal"
         )
+    if pixels == "points":
+        return (images + (noise.float() - 0.5)).mul_(2 / (num_grey_levels - 1)).sub_(1)
     return (images + noise.float()).mul_(2 / num_grey_levels).sub_(1)
 
 
-def quantize(x: Tensor, num_grey_levels: int) -> Tensor:
+def bits_of_interval(num_grey_levels: int, pixels: PixelMap = "intervals") -> float:
+    """`-log2` of the width of a grey level's interval: log2(N/2), or log2((N-1)/2) around points."""
+    return math.log2((num_grey_levels - (pixels == "points")) / 2)
+
+
+def quantize(x: Tensor, num_grey_levels: int, pixels: PixelMap = "intervals") -> Tensor:
     """The grey level whose interval holds x, clamped to the range: floor(N (x+1)/2); inverse of `dequantize`.
 
     Args: x: float, in [-1, 1] up to overshoot of a sampler; num_grey_levels: N, 2..256. Returns uint8 like x.
@@ -43,6 +56,8 @@ def quantize(x: Tensor, num_grey_levels: int) -> Tensor:
             f"{int(torch.isnan(x).sum())} of {x.numel()} pixel values are NaN; the model has diverged"
         )
     levels = (x.float() + 1) * (num_grey_levels / 2)
+    if pixels == "points":
+        levels = (x.float() + 1) * ((num_grey_levels - 1) / 2) + 0.5
     return levels.floor().clamp(0, num_grey_levels - 1).to(torch.uint8)
 
 

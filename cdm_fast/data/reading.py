@@ -94,7 +94,7 @@ def read_bytes(path: Path, limit: int, folder: Path | None = None) -> bytes:
         if size > limit:
             raise bad(path, f"has {size} bytes, above the limit of {limit}; make it smaller")
         try:
-            return stream.read(limit)
+            return stream.read(min(limit, max(size, 2**20)))  # Python takes memory for what is asked
         except OSError as error:
             raise bad(path, f"cannot be read ({error_text(error)}); copy it again") from None
 

@@ -6,15 +6,24 @@ denoiser alone, and `measure_log_z` integrates the single-pass density. `audit` 
 
 from cdm_fast.likelihood.audits import (
     AuditReport,
+    DenoiserAudit,
     ElboReport,
     OdeReport,
     audit,
+    audit_denoiser,
     evaluate_elbo,
     evaluate_ode,
     without_images,
 )
-from cdm_fast.likelihood.describe import describe_audit, describe_elbo, describe_ode, describe_score
+from cdm_fast.likelihood.describe import (
+    describe_audit,
+    describe_denoiser_audit,
+    describe_elbo,
+    describe_ode,
+    describe_score,
+)
 from cdm_fast.likelihood.elbo import VariationalBound, variational_bound
+from cdm_fast.likelihood.given import Given
 from cdm_fast.likelihood.levels import (
     SigmaCalibration,
     calibrate_sigma,
@@ -24,14 +33,17 @@ from cdm_fast.likelihood.levels import (
     mse_per_level,
 )
 from cdm_fast.likelihood.normalisation import Normalisation, measure_log_z
-from cdm_fast.likelihood.ode import FlowLikelihood, flow_log_prob
+from cdm_fast.likelihood.ode import ContinuousDenoiser, FlowLikelihood, flow_log_prob
 from cdm_fast.likelihood.ratios import RatioCheck, ratio_check
 from cdm_fast.likelihood.single import LikelihoodReport, evaluate
 
 __all__ = [
     "AuditReport",
+    "ContinuousDenoiser",
+    "DenoiserAudit",
     "ElboReport",
     "FlowLikelihood",
+    "Given",
     "LikelihoodReport",
     "Normalisation",
     "OdeReport",
@@ -39,9 +51,11 @@ __all__ = [
     "SigmaCalibration",
     "VariationalBound",
     "audit",
+    "audit_denoiser",
     "calibrate_sigma",
     "denoise_blind",
     "describe_audit",
+    "describe_denoiser_audit",
     "describe_elbo",
     "describe_ode",
     "describe_score",

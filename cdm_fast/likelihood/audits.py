@@ -5,29 +5,32 @@
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cdm_fast.data import ImageData
+from cdm_fast.data import ImageData, bits_of_interval
 from cdm_fast.distributed import in_turn
 from cdm_fast.errors import UserError
 from cdm_fast.likelihood.elbo import VariationalBound, variational_bound
+from cdm_fast.likelihood.given import Given, labels_given, log_class_prior
 from cdm_fast.likelihood.images import (
     add_noise,
     bits_per_dim,
     choose_images,
     like_network,
     nats_per_bit_per_dim,
+    require_denoiser,
     require_likelihood,
     stderr,
 )
 from cdm_fast.likelihood.normalisation import Normalisation, measure_log_z
-from cdm_fast.likelihood.ode import flow_log_prob, load_solver
+from cdm_fast.likelihood.ode import ContinuousDenoiser, FlowLikelihood, flow_log_prob, load_solver
 from cdm_fast.likelihood.single import LikelihoodReport, evaluate
-from cdm_fast.model import CDM, measures
+from cdm_fast.model import CDM, Denoiser, measures
 from cdm_fast.progress import Progress, silent
 
 COMPARED_LEVELS = 12  # at which single pass and ODE are compared, even in log-SNR
@@ -43,8 +46,11 @@ class OdeReport:
         probe_stderr: the part of it that the random probes of the divergence cause; 0 if it is exact.
         tolerance_shift: by how much the mean over `shift_images` of the images moves when the tolerance is
             tightened tenfold, bits/dim.
-        difference, difference_stderr: single pass minus ODE on the same images, bits/dim.
+        difference, difference_stderr: single pass minus ODE on the same images, bits/dim; None for a model
+            without single pass.
         levels, difference_at, difference_at_stderr: the same at levels on the images' way to noise.
+        given: "label", each image given its label; "all", of all classes; "none", without a label.
+        path: what was integrated: the model's own continuous path, or levels with eps_hat between them.
         level, tolerance, probes, evaluations, num_images, seconds: how it was measured.
         index, per_image: (n,) which images of the split, and the bits/dim of each.
     """
@@ -54,11 +60,13 @@ class OdeReport:
     probe_stderr: float
     tolerance_shift: float
     shift_images: int
-    difference: float
-    difference_stderr: float
+    difference: float | None
+    difference_stderr: float | None
     levels: list[int]
     difference_at: list[float]
     difference_at_stderr: list[float]
+    given: str
+    path: str
     level: int
     tolerance: float
     probes: int | None
@@ -71,7 +79,7 @@ class OdeReport:
 
 @measures
 def evaluate_ode(
-    model: CDM,
+    model: Denoiser,
     data: ImageData,
     level: int = 0,
     num_images: int = 32,
@@ -80,34 +88,66 @@ def evaluate_ode(
     batch_size: int = 64,
     seed: int = 0,
     progress: Progress = silent,
+    given: Given = "none",
 ) -> OdeReport:
     """bits/dim of `num_images` images of `data` at `level` by the ODE; see `OdeReport` and `flow_log_prob`.
 
     Raises:
-        UserError: a model without likelihood, a level outside 0..T, fewer than 2 images, and as
-            `flow_log_prob`.
+        UserError: a classifier, a level outside 0..T, fewer than 2 images, and as `flow_log_prob` and
+            `labels_given`.
     """
-    require_likelihood(model)
+    require_denoiser(model)
+    labels = labels_given(model, data, given)
     load_solver()  # its absence is told before any work
     _require("ODE images", num_images, 2)
     generator = torch.Generator().manual_seed(seed)
     index, x = choose_images(data, num_images, generator)
     x_t = like_network(model, add_noise(model.schedule, x, level, generator))
-    later = model.schedule.pairs(min(COMPARED_LEVELS, model.schedule.T), "log_snr")
-    levels = sorted(t for t, _ in later if t > level)
+    labels = None if labels is None else labels[index].to(x_t.device)
+    levels: list[int] = []
+    if isinstance(model, CDM) and given != "all":
+        later = model.schedule.pairs(min(COMPARED_LEVELS, model.schedule.T), "log_snr")
+        levels = sorted(t for t, _ in later if t > level)
+
+    def flow_at(first: int, count: int, tolerance: float, levels: list[int]) -> FlowLikelihood:
+        """The flow of `count` images from `first` on; of all classes, the mixture of their flows."""
+        flow_of = partial(
+            flow_log_prob,
+            model,
+            x_t[first : first + count],
+            level,
+            tolerance=tolerance,
+            probes=probes,
+            seed=seed + first,
+            levels=levels,
+        )
+        if given != "all":
+            return flow_of(label=None if labels is None else labels[first : first + count])
+        prior = log_class_prior(model).to(x_t.device)
+        each = [flow_of(label=torch.full((count,), c, device=x_t.device)) for c in range(len(prior))]
+        joint = torch.stack([flow.log_prob for flow in each]) + prior[:, None]  # (K, n)
+        errors = torch.stack([flow.probe_stderr for flow in each]) * joint.softmax(0)
+        return replace(
+            each[0],
+            log_prob=joint.logsumexp(0),
+            probe_stderr=errors.square().sum(0).sqrt(),
+            evaluations=sum(flow.evaluations for flow in each),
+        )
 
     def integrate(first: int) -> tuple[int, Tensor, Tensor, Tensor, Tensor]:
         """Evaluations, single pass, ODE, error of the probes, difference on the way, of one batch."""
-        progress(f"ODE, images {first} to {min(first + batch_size, len(x_t))} of {len(x_t)}")
         batch = x_t[first : first + batch_size]
-        flow = flow_log_prob(
-            model, batch, level, tolerance=tolerance, probes=probes, seed=seed + first, levels=levels
-        )
-        single = model.log_prob(batch, level).double()
-        on_the_way = [
-            model.log_prob(like_network(model, x), t).double() for t, x in zip(levels, flow.x, strict=True)
-        ]
-        at = torch.stack(on_the_way) - flow.log_prob_at
+        progress(f"ODE, images {first} to {first + len(batch)} of {len(x_t)}")
+        flow = flow_at(first, len(batch), tolerance, levels)
+        single, at = torch.zeros(0), torch.zeros(0, len(batch))
+        if isinstance(model, CDM) and given != "all":
+            label = None if labels is None else labels[first : first + batch_size]
+            single = model.log_prob(batch, level, label).double()
+            on_the_way = [
+                model.log_prob(like_network(model, x), t, label).double()
+                for t, x in zip(levels, flow.x, strict=True)
+            ]
+            at = torch.stack(on_the_way) - flow.log_prob_at
         return flow.evaluations, single.cpu(), flow.log_prob.cpu(), flow.probe_stderr.cpu(), at.cpu()
 
     began = time.perf_counter()
@@ -116,25 +156,27 @@ def evaluate_ode(
         *in_turn(integrate, range(0, len(x_t), batch_size)), strict=True
     )
     seconds = time.perf_counter() - began
-    few = x_t[: min(8, batch_size)]
-    progress(f"ODE, {len(few)} images again with the tolerance tightened to {TIGHTENED * tolerance:g}")
-    tight = flow_log_prob(model, few, level, tolerance=TIGHTENED * tolerance, probes=probes, seed=seed)
-    shift = (torch.cat(ode)[: len(few)] - tight.log_prob.cpu()).mean()
+    few = min(8, batch_size, len(x_t))
+    progress(f"ODE, {few} images again with the tolerance tightened to {TIGHTENED * tolerance:g}")
+    tight = flow_at(0, few, TIGHTENED * tolerance, [])
+    shift = (torch.cat(ode)[:few] - tight.log_prob.cpu()).mean()
     unit = nats_per_bit_per_dim(data)
     per_image = bits_per_dim(torch.cat(ode), data)
-    difference = (torch.cat(ode) - torch.cat(single)) / unit
+    difference = (torch.cat(ode) - torch.cat(single)) / unit if len(single[0]) else None
     difference_at = -torch.cat(at, dim=1) / unit  # (levels, n)
     return OdeReport(
         bits_per_dim=float(per_image.mean()),
         bits_per_dim_stderr=stderr(per_image),
         probe_stderr=float(torch.cat(probe).square().sum().sqrt()) / len(x_t) / unit,
         tolerance_shift=float(shift) / unit,
-        shift_images=len(few),
-        difference=float(difference.mean()),
-        difference_stderr=stderr(difference),
+        shift_images=few,
+        difference=None if difference is None else float(difference.mean()),
+        difference_stderr=None if difference is None else stderr(difference),
         levels=levels,
         difference_at=difference_at.mean(1).tolist(),
         difference_at_stderr=[stderr(row) for row in difference_at],
+        given=given,
+        path=_path_of(model),
         level=level,
         tolerance=tolerance,
         probes=probes,
@@ -146,6 +188,12 @@ def evaluate_ode(
     )
 
 
+def _path_of(model: Denoiser) -> str:
+    if isinstance(model, ContinuousDenoiser):
+        return f"its own {model.path.name} path in continuous time"
+    return f"{model.schedule.T} levels of {model.schedule.name}, eps_hat interpolated between them"
+
+
 @dataclass(frozen=True)
 class ElboReport:
     """bits/dim by the variational bound, and where they are spent.
@@ -154,6 +202,7 @@ class ElboReport:
         bits_per_dim, bits_per_dim_stderr: mean over images and its standard error.
         prior, reconstruction: those terms, bits/dim; the offset of grey levels is in the second.
         levels, steps: the cost in bits/dim of the step that ends at each level but the noisiest.
+        given: "label", each image given its label; "none", without a label.
         num_images, seconds: how it was measured.
         index, per_image: (n,) which images of the split, and the bits/dim of each.
     """
@@ -164,6 +213,7 @@ class ElboReport:
     reconstruction: float
     levels: list[int]
     steps: list[float]
+    given: str
     num_images: int
     seconds: float
     index: Tensor
@@ -172,24 +222,35 @@ class ElboReport:
 
 @measures
 def evaluate_elbo(
-    model: CDM,
+    model: Denoiser,
     data: ImageData,
     num_images: int = 256,
     batch_size: int = 256,
     seed: int = 0,
     progress: Progress = silent,
+    given: Given = "none",
 ) -> ElboReport:
     """bits/dim of `num_images` images of `data` by `variational_bound`.
 
-    Raises UserError for a model without likelihood or fewer than 2 images.
+    Raises UserError for a classifier, fewer than 2 images, and as `labels_given`; and for given "all": noise
+    averaged inside the logarithm of a sum over classes is no bound.
     """
-    require_likelihood(model)
+    require_denoiser(model)
+    if given == "all":
+        raise UserError(
+            "--given all goes with --method single and ode; the bound is one of a label, or of none"
+        )
+    labels = labels_given(model, data, given)
     _require("ELBO images", num_images, 2)
     progress(f"variational bound: {min(num_images, len(data.images))} images at {model.schedule.T} levels")
     index, x = choose_images(data, num_images, torch.Generator().manual_seed(seed))
     began = time.perf_counter()
     bound: VariationalBound = variational_bound(
-        model, like_network(model, x), seed=seed, batch_size=batch_size
+        model,
+        like_network(model, x),
+        seed=seed,
+        batch_size=batch_size,
+        label=None if labels is None else labels[index],
     )
     unit = nats_per_bit_per_dim(data)
     per_image = bits_per_dim(-bound.nats, data)
@@ -197,9 +258,10 @@ def evaluate_elbo(
         bits_per_dim=float(per_image.mean()),
         bits_per_dim_stderr=stderr(per_image),
         prior=bound.prior / unit,
-        reconstruction=bound.reconstruction / unit + math.log2(data.num_grey_levels / 2),
+        reconstruction=bound.reconstruction / unit + bits_of_interval(data.num_grey_levels, data.pixels),
         levels=bound.levels,
         steps=[step / unit for step in bound.steps],
+        given=given,
         num_images=len(x),
         seconds=time.perf_counter() - began,
         index=index,
@@ -293,6 +355,69 @@ def audit(
         audited_bits_per_dim=single.bits_per_dim + log_z,
         audited_bits_per_dim_stderr=math.hypot(single.bits_per_dim_stderr, error),
     )
+
+
+@dataclass(frozen=True)
+class DenoiserAudit:
+    """The figures of a model that denoises only: its ODE, and at level 0 a bound, None above it.
+
+    `gap` is the bound minus the ODE, bits/dim, with its standard error: the two share no images' noise, and a
+    bound below the ODE's figure by several errors says that one of them is wrong for this model.
+    """
+
+    ode: OdeReport
+    elbo: ElboReport | None
+    gap: float | None
+    gap_stderr: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """`ode_...` and `elbo_...` figures at the top, details below."""
+        elbo = self.elbo
+        return {
+            "method": "audit",
+            "ode_bits_per_dim": self.ode.bits_per_dim,
+            "ode_bits_per_dim_stderr": self.ode.bits_per_dim_stderr,
+            "elbo_bits_per_dim": None if elbo is None else elbo.bits_per_dim,
+            "elbo_bits_per_dim_stderr": None if elbo is None else elbo.bits_per_dim_stderr,
+            "gap_bits_per_dim": self.gap,
+            "gap_bits_per_dim_stderr": self.gap_stderr,
+            "ode": without_images(self.ode),
+            "elbo": None if elbo is None else without_images(elbo),
+        }
+
+
+@measures
+def audit_denoiser(
+    model: Denoiser,
+    data: ImageData,
+    level: int = 0,
+    *,
+    batch_size: int = 256,
+    seed: int = 0,
+    ode_images: int = 32,
+    tolerance: float = 1e-5,
+    probes: int | None = None,
+    elbo_images: int = 256,
+    progress: Progress = silent,
+    given: Given = "none",
+) -> DenoiserAudit:
+    """ODE and variational bound of any denoiser on one data set at `level`, 0..T.
+
+    Arguments and errors as in `evaluate_ode` and `evaluate_elbo`.
+    """
+    load_solver()
+    _require("ODE images", ode_images, 2)
+    _require("ELBO images", elbo_images, 2)
+    elbo = gap = error = None
+    if level == 0:
+        elbo = evaluate_elbo(model, data, elbo_images, min(batch_size, 256), seed, progress, given)
+    ode = evaluate_ode(
+        model, data, level, ode_images, tolerance, probes, min(batch_size, 64), seed, progress, given
+    )
+    if elbo is not None:
+        gap = elbo.bits_per_dim - ode.bits_per_dim
+        error = math.hypot(elbo.bits_per_dim_stderr, ode.bits_per_dim_stderr)
+    return DenoiserAudit(ode, elbo, gap, error)
 
 
 def without_images(report: OdeReport | ElboReport) -> dict[str, Any]:

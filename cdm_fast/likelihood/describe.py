@@ -9,8 +9,9 @@ def describe_score(score: Mapping[str, Any]) -> list[str]:
     check = score["ratio_check"]
     lines = [
         f"{_figure(score, 'bits_per_dim')}, unaudited"
-        f" ({score['num_images']} {score['split']} images of {score['data']}, {score['draws']} draws spread"
-        f" {score['draw_spread']:.4f}, level {score['level']}, single pass, {score['protocol']})"
+        f" ({score['num_images']} {score['split']} images of {score['data']}{_given(score)},"
+        f" {score['draws']} draws spread {score['draw_spread']:.4f}, level {score['level']}, single pass,"
+        f" {score['protocol']})"
     ]
     if score["warning"] is not None:
         lines.append(f"--protocol {score['protocol']} is {score['warning']}")
@@ -34,11 +35,13 @@ def describe_ode(ode: Mapping[str, Any]) -> list[str]:
     """An ODE report's keys as lines for a person."""
     divergence = f"probes {ode['probe_stderr']:.4f} of it" if ode["probe_stderr"] else "exact divergence"
     lines = [
-        f"{_figure(ode, 'bits_per_dim')} by the probability-flow ODE ({ode['num_images']} images, level"
-        f" {ode['level']}, tolerance {ode['tolerance']:g}, {ode['evaluations']} evaluations, {divergence};"
-        f" a tenfold tighter tolerance moves it by {-ode['tolerance_shift']:+.4f})",
-        f"single pass minus ODE on the same images: {_figure(ode, 'difference', sign='+')}",
+        f"{_figure(ode, 'bits_per_dim')} by the probability-flow ODE ({ode['num_images']} images"
+        f"{_given(ode)}, level {ode['level']}, {ode['path']}, tolerance {ode['tolerance']:g},"
+        f" {ode['evaluations']} evaluations, {divergence}; a tenfold tighter tolerance moves it by"
+        f" {-ode['tolerance_shift']:+.4f})",
     ]
+    if ode["difference"] is not None:
+        lines.append(f"single pass minus ODE on the same images: {_figure(ode, 'difference', sign='+')}")
     if ode["levels"]:
         each = (
             f"{t}: {value:+.3f} +- {error:.3f}"
@@ -53,7 +56,8 @@ def describe_ode(ode: Mapping[str, Any]) -> list[str]:
 def describe_elbo(elbo: Mapping[str, Any]) -> list[str]:
     """A bound report's keys as lines for a person."""
     return [
-        f"{_figure(elbo, 'bits_per_dim')} by the variational bound ({elbo['num_images']} images, level 0:"
+        f"{_figure(elbo, 'bits_per_dim')} by the variational bound ({elbo['num_images']} images"
+        f"{_given(elbo)}, level 0:"
         f" prior {elbo['prior']:.4f}, {len(elbo['steps'])} steps {sum(elbo['steps']):.4f}, reconstruction"
         f" {elbo['reconstruction']:.4f} bits/dim)"
     ]
@@ -81,6 +85,19 @@ def describe_audit(report: Mapping[str, Any]) -> list[str]:
         f"log2 Z / d = {_figure(report, 'log_z_bits_per_dim', sign='+')}",
         f"{_figure(report, 'audited_bits_per_dim')}, audited: the single pass with its density normalised",
     ]
+
+
+def describe_denoiser_audit(report: Mapping[str, Any]) -> list[str]:
+    """A `DenoiserAudit`'s keys as lines for a person."""
+    lines = describe_ode(report["ode"])
+    if report["elbo"] is not None:
+        lines += describe_elbo(report["elbo"])
+        lines.append(f"bound minus ODE: {_figure(report, 'gap_bits_per_dim', sign='+')}")
+    return lines
+
+
+def _given(report: Mapping[str, Any]) -> str:
+    return {"none": "", "label": ", given their labels", "all": ", of all classes"}[report["given"]]
 
 
 def _figure(values: Mapping[str, Any], key: str, sign: str = "") -> str:

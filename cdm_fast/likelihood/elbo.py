@@ -50,6 +50,7 @@ def variational_bound(
     levels: Sequence[int] | None = None,
     seed: int = 0,
     batch_size: int = 256,
+    label: Tensor | None = None,
 ) -> VariationalBound:
     """The bound at each of `x` (n, ...), dequantised data on the model's device, n >= 2.
 
@@ -57,6 +58,7 @@ def variational_bound(
         levels: those that the chain passes through, in 1..T; all by default. Fewer make it looser.
         seed: of the noise; every level has its own.
         batch_size: images per evaluation.
+        label: (n,) int64, for a bound on `-log p_0(x|label)` of a class-conditional model.
 
     Raises:
         UserError: fewer than two images, or a level outside 1..T.
@@ -68,7 +70,7 @@ def variational_bound(
     if not used or used[0] < 1 or used[-1] > T:
         raise UserError(f"levels of the variational bound lie in 1 to T = {T}, not {used[:1]} to {used[-1:]}")
     generator = torch.Generator().manual_seed(seed)
-    mine = torch.stack([_squared_error(model, x, t, generator, batch_size) for t in used]).cpu()
+    mine = torch.stack([_squared_error(model, x, label, t, generator, batch_size) for t in used]).cpu()
     error = gather_rows(mine.T.contiguous(), len(x)).T  # (m, n)
     dim = x[0].numel()
     mse = _mean_of_other_half(error) / dim  # (m, n)
@@ -89,16 +91,25 @@ def variational_bound(
     )
 
 
-def _squared_error(model: Denoiser, x: Tensor, t: int, generator: torch.Generator, batch_size: int) -> Tensor:
+def _squared_error(
+    model: Denoiser,
+    x: Tensor,
+    label: Tensor | None,
+    t: int,
+    generator: torch.Generator,
+    batch_size: int,
+) -> Tensor:
     """`|eps_hat - eps|^2` in float64 of this process's share of the images."""
     a, s = float(model.schedule.a[t]), float(model.schedule.s[t])
     noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
     errors = [torch.empty(0, dtype=torch.float64, device=x.device)]  # for a process without images
     mine = share(len(x))
     x, noise = x[mine.start : mine.stop], noise[mine.start : mine.stop]
-    for batch, eps_cpu in zip(x.split(batch_size), noise.split(batch_size), strict=True) if mine else ():
-        eps = upload(eps_cpu, x.device)
-        residual = model.denoise(a * batch + s * eps, t) - eps
+    label = None if label is None else upload(label[mine.start : mine.stop], x.device)
+    for first in range(0, len(x), batch_size):
+        rows = slice(first, first + batch_size)
+        eps = upload(noise[rows], x.device)
+        residual = model.denoise(a * x[rows] + s * eps, t, None if label is None else label[rows]) - eps
         errors.append(residual.double().square().flatten(1).sum(1))
     return torch.cat(errors)
 

@@ -10,12 +10,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cdm_fast.data import ImageData, dequantize
+from cdm_fast.data import ImageData, bits_of_interval, dequantize
+from cdm_fast.discriminative import Classifier
 from cdm_fast.errors import UserError
 from cdm_fast.model import CDM, DDM, Denoiser, prototype
 from cdm_fast.schedule import NoiseSchedule
 
 Protocol = Literal["dequantized", "paper"]
+
+
+def require_denoiser(model: Denoiser) -> None:
+    """UserError for a classifier, which has neither denoiser nor likelihood."""
+    if isinstance(model, Classifier):
+        raise UserError("this is a classifier, which has no likelihood: train with --objective cdm")
 
 
 def require_likelihood(model: Denoiser) -> None:
@@ -41,14 +48,16 @@ def batches(
     """(index of the first image, images in [-1, 1]) of one pass over `data`."""
     for first in range(0, len(data.images), batch_size):
         images = data.images[first : first + batch_size]
-        noise = generator if protocol == "dequantized" else torch.zeros(images.shape)
-        yield first, dequantize(images, data.num_grey_levels, noise)
+        if protocol == "paper":  # the public code's 2u/255 - 1
+            yield first, dequantize(images, data.num_grey_levels, torch.full(images.shape, 0.5), "points")
+        else:
+            yield first, dequantize(images, data.num_grey_levels, generator, data.pixels)
 
 
 def draw_images(data: ImageData, num: int, generator: torch.Generator) -> Tensor:
     """(num, C, H, W) dequantised images, drawn with replacement."""
     index = torch.randint(len(data.images), (num,), generator=generator)
-    return dequantize(data.images[index], data.num_grey_levels, generator)
+    return dequantize(data.images[index], data.num_grey_levels, generator, data.pixels)
 
 
 def choose(count: int, num: int | None, generator: torch.Generator) -> Tensor:
@@ -59,7 +68,7 @@ def choose(count: int, num: int | None, generator: torch.Generator) -> Tensor:
 def choose_images(data: ImageData, num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """(index, dequantised images) of `num` different images, or of all if there are fewer, in order."""
     index = choose(len(data.images), num, generator)
-    return index, dequantize(data.images[index], data.num_grey_levels, generator)
+    return index, dequantize(data.images[index], data.num_grey_levels, generator, data.pixels)
 
 
 def add_noise(schedule: NoiseSchedule, x: Tensor, level: int | Tensor, generator: torch.Generator) -> Tensor:
@@ -71,8 +80,8 @@ def add_noise(schedule: NoiseSchedule, x: Tensor, level: int | Tensor, generator
 
 
 def bits_per_dim(log_prob: Tensor, data: ImageData) -> Tensor:
-    """`-log2 p(x) / d + log2(N/2)` from nats."""
-    return -log_prob / (nats_per_bit_per_dim(data)) + math.log2(data.num_grey_levels / 2)
+    """`-log2 p(x) / d + log2(N/2)` from nats; `log2((N-1)/2)` for pixels around points."""
+    return -log_prob / nats_per_bit_per_dim(data) + bits_of_interval(data.num_grey_levels, data.pixels)
 
 
 def nats_per_bit_per_dim(data: ImageData) -> float:

@@ -14,21 +14,31 @@ from torch import Tensor
 from cdm_fast.data import ImageData
 from cdm_fast.devices import upload
 from cdm_fast.distributed import by_rows
-from cdm_fast.likelihood.images import add_noise, choose_images, draw_images, require_likelihood, spread
+from cdm_fast.likelihood.images import (
+    add_noise,
+    choose_images,
+    draw_images,
+    require_denoiser,
+    require_likelihood,
+    spread,
+)
 from cdm_fast.model import CDM, Denoiser, measures
 
 
 @measures
-def estimate_level(model: CDM, y: Tensor, batch_size: int = 256) -> tuple[Tensor, Tensor]:
+def estimate_level(model: Denoiser, y: Tensor, batch_size: int = 256) -> tuple[Tensor, Tensor]:
     """The noise of `y = x_0 + sigma n`, by maximum likelihood over levels: `(level (n,) int64, sigma (n,))`.
 
     At the true level `a_t y` is distributed as `x_t`, so the density of y there is `p_t(a_t y) a_t^d`; levels
-    0..T are searched, first on a coarse grid and then around its best.
+    0..T are searched, first on a coarse grid and then around its best. Of a model that only denoises the
+    density as a function of sigma is integrated from its denoiser (`_by_diffusion`).
 
     Args:
         y: (n, *input_shape) in the units of the data ([-1, 1] plus noise); sigma is in the same units.
     """
-    require_likelihood(model)
+    if not isinstance(model, CDM):
+        level = _by_diffusion(model, y)
+        return level, model.schedule.sigma.to(y.device, y.dtype)[level]
     T = model.schedule.T
     stride = max(1, math.isqrt(T))
     coarse = sorted({*range(0, T + 1, stride), T})
@@ -85,7 +95,7 @@ def calibrate_sigma(
 
 
 @measures
-def denoise_blind(model: CDM, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def denoise_blind(model: Denoiser, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Denoise `y = x_0 + sigma n` of unknown sigma: `(x0_hat like y, sigma (n,), level (n,) int64)`."""
     level, sigma = estimate_level(model, y)
     a, _ = model.amplitudes(level, y)
@@ -130,6 +140,40 @@ def level_confusion(
         mass = posterior.double().mean(dim=0).cpu().cumsum(0)
         rows.append(torch.diff(mass[edges[1:] - 1], prepend=torch.zeros(1, dtype=mass.dtype)))
     return edges, torch.stack(rows)
+
+
+BLIND_LEVELS, BLIND_PROBES = 64, 8
+
+
+def _by_diffusion(model: Denoiser, y: Tensor) -> Tensor:
+    """(n,) the t in 1..T that maximises the density of `y = x_0 + sigma_t n`, from eps_hat alone.
+
+    With noise the density of y follows the heat equation, so along log sigma its logarithm at a fixed y has
+    the slope `|eps_hat|^2 - sigma div_y eps_hat`. It is summed over levels even in log sigma; the divergence
+    is Hutchinson's, with fixed signs.
+    """
+    require_denoiser(model)
+    steps = min(BLIND_LEVELS, model.schedule.T)
+    levels = [t for t, _ in reversed(model.schedule.pairs(steps, "log_snr"))]
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(2, (BLIND_PROBES, *y.shape), generator=generator).to(y) * 2 - 1
+    slope = torch.stack([_slope(model, y, t, signs) for t in levels])  # (m, n)
+    log_sigma = model.schedule.sigma[levels].log().to(slope)
+    rises = (slope[1:] + slope[:-1]) / 2 * log_sigma.diff()[:, None]
+    best = torch.cat([torch.zeros_like(slope[:1]), rises.cumsum(0)]).argmax(0)
+    return torch.tensor(levels, device=y.device)[best]
+
+
+def _slope(model: Denoiser, y: Tensor, t: int, signs: Tensor) -> Tensor:
+    """(n,) `d log p(y) / d log sigma` at level t."""
+    a, s = float(model.schedule.a[t]), float(model.schedule.s[t])
+    with torch.enable_grad():
+        x = (a * y).requires_grad_()
+        eps_hat = model.denoise(x, t)
+    divergence = torch.stack(
+        [(torch.autograd.grad(eps_hat, x, v, retain_graph=True)[0] * v).flatten(1).sum(1) for v in signs]
+    ).mean(0)
+    return eps_hat.detach().double().square().flatten(1).sum(1) - s * divergence.double()
 
 
 def _most_likely(model: CDM, y: Tensor, levels: list[int], batch_size: int) -> int:

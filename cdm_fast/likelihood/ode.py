@@ -11,6 +11,10 @@ In `u = x_t / r`, `r = sqrt(a^2 + s^2)`, every schedule is variance-preserving, 
 - from T to pure noise: x0_hat goes linearly in alpha to the mean of the data, its value at u = 0;
 - from 0 to 1, where no score is trained: the score of `x_1 / a_1`, held.
 
+A model with a path in continuous time (`ContinuousDenoiser`) is asked at every time that the solver wants,
+with no levels between: from its least noisy time, where an image is taken as it is, to its noisiest, where
+the density is taken for N(0, beta^2 I), as its own program does.
+
 # B batch, d values of one image, P probes of the divergence
 """
 
@@ -25,6 +29,7 @@ from cdm_fast.devices import upload
 from cdm_fast.errors import UserError
 from cdm_fast.likelihood.images import like_network
 from cdm_fast.model import Denoiser, log_normal, measures
+from cdm_fast.schedule import NoisePath
 
 Velocity = Callable[[float, Tensor], Tensor]  # (time, u (B, ...)) -> du/dtime, like u
 Solver = Callable[..., tuple[Tensor, Tensor]]
@@ -32,6 +37,25 @@ Solver = Callable[..., tuple[Tensor, Tensor]]
 # Up to this many dimensions the divergence is exact unless probes are asked for; above it, so many probes.
 EXACT_DIMENSIONS = 16
 DEFAULT_PROBES = 4
+
+
+class ContinuousDenoiser(Denoiser):
+    """A denoiser that knows its path in continuous time; levels 1..T are times of it."""
+
+    path: NoisePath
+
+    def flow_rate(self, time: float, y: Tensor, label: Tensor | None = None) -> Tensor:
+        """`dy/dtime` of the probability-flow ODE, like y (B, ...), in the path's own scale."""
+        raise NotImplementedError
+
+    def level_times(self) -> Tensor:
+        """(T+1,) float64: the time of each level 0..T; of level 0, that of the least noise."""
+        return torch.cat([torch.tensor([self.path.least]).double(), self.path.times(self.schedule.T)])
+
+    def level_scales(self) -> Tensor:
+        """(T+1,) float64: y over x at each level 0..T; 1 at level 0, where images are taken as they are."""
+        alpha, _ = self.path.amplitudes(self.level_times()[1:])
+        return torch.cat([torch.ones(1).double(), alpha / self.schedule.a[1:-1]])
 
 
 @dataclass(frozen=True)
@@ -65,6 +89,7 @@ def flow_log_prob(
     probes: int | None = None,
     seed: int = 0,
     levels: Sequence[int] = (),
+    label: Tensor | None = None,
 ) -> FlowLikelihood:
     """`log p_level(x)` in nats by the probability-flow ODE of the model's score, integrated in float64.
 
@@ -77,6 +102,7 @@ def flow_log_prob(
             `EXACT_DIMENSIONS`, `DEFAULT_PROBES` above.
         seed: of the probes; an image's depend on its place in x too, not on what comes after it.
         levels: levels above `level` and up to T to record on the way.
+        label: (B,) int64, for `log p(x|label)` of a class-conditional model.
 
     Raises:
         UserError: torchdiffeq is missing, an argument is out of range, or the solver gave up.
@@ -92,7 +118,8 @@ def flow_log_prob(
         probes = 0 if x[0].numel() <= EXACT_DIMENSIONS else DEFAULT_PROBES
     if probes < 0 or probes == 1:
         raise UserError(f"probes is {probes}: 0 for the exact divergence, or 2 and more for an error bar")
-    return _Flow(model, x, probes, seed, tolerance, solver).run(level, sorted(set(levels)))
+    kind = _OwnFlow if isinstance(model, ContinuousDenoiser) else _Flow
+    return kind(model, x, probes, seed, tolerance, solver, label).run(level, sorted(set(levels)))
 
 
 def load_solver() -> Solver:
@@ -110,8 +137,16 @@ class _Flow:
     """One batch on its way from its level to noise: the state is u and the integrals of its divergence."""
 
     def __init__(
-        self, model: Denoiser, x: Tensor, probes: int, seed: int, tolerance: float, solver: Solver
+        self,
+        model: Denoiser,
+        x: Tensor,
+        probes: int,
+        seed: int,
+        tolerance: float,
+        solver: Solver,
+        label: Tensor | None,
     ) -> None:
+        self.label = label
         self.model, self.schedule, self.solver = model, model.schedule, solver
         self.tolerance, self.evaluations = tolerance, 0
         a, s = self.schedule.a, self.schedule.s
@@ -148,17 +183,28 @@ class _Flow:
         else:
             states, divergences = self._integrate(self._between_levels, times)
         self._integrate(self._to_noise, [0.0, 1.0])
-        base = log_normal(self.u)
-        each = base[:, None] + self.divergence + log_volume  # (B, P)
         kept = [stops.index(t) for t in levels]
-        shape = (-1, *[1] * self.u.dim())
-        radius = self.r[levels].to(self.u)
-        rest = (self.divergence - divergences[kept]).mean(2)  # (n, B), from each level to noise
+        return self._found(
+            log_normal(self.u), log_volume, levels, states[kept], divergences[kept], self.r[levels]
+        )
+
+    def _found(
+        self,
+        base: Tensor,  # (B,) log-density of where the flow ended
+        log_volume: float,
+        levels: list[int],
+        states: Tensor,  # (n, B, ...) at those levels
+        divergences: Tensor,  # (n, B, P)
+        radius: Tensor,  # (n,) x over state
+    ) -> FlowLikelihood:
+        each = base[:, None] + self.divergence + log_volume  # (B, P)
+        radius = radius.to(self.u)
+        rest = (self.divergence - divergences).mean(2)  # (n, B), from each level to noise
         return FlowLikelihood(
             log_prob=each.mean(1),
             probe_stderr=each.std(1) / math.sqrt(each.shape[1]) if not self.exact else torch.zeros_like(base),
             levels=levels,
-            x=states[kept] * radius.view(shape),
+            x=states * radius.view(-1, *[1] * self.u.dim()),
             log_prob_at=base + rest - self.dim * radius.log()[:, None],
             evaluations=self.evaluations,
         )
@@ -203,7 +249,8 @@ class _Flow:
         """(len(levels), B, ...): eps_hat of every level at `x_t = r_t u`, as one batch."""
         x = like_network(self.model, torch.cat([float(self.r[t]) * u for t in levels]))
         index = upload(torch.tensor(levels).repeat_interleave(len(u)), u.device)
-        return self.model.denoise(x, index).to(u.dtype).unflatten(0, (len(levels), -1))
+        label = None if self.label is None else self.label.repeat(len(x) // len(self.label))
+        return self.model.denoise(x, index, label).to(u.dtype).unflatten(0, (len(levels), -1))
 
     def _between_levels(self, log_snr: float, u: Tensor) -> Tensor:
         table = self.schedule.log_snr
@@ -218,7 +265,9 @@ class _Flow:
         T = self.schedule.T
         last = float(self.schedule.a[T] / self.r[T])  # alpha of level T
         angle = (1 - time) * math.asin(last)
-        mean, of_u = self._x0_hat_at_T(torch.cat([torch.zeros_like(u[:1]), u])).split([1, len(u)])
+        at_zero = u[:1] if self.label is None else u  # one mean for all, or one for each label
+        both = self._x0_hat_at_T(torch.cat([torch.zeros_like(at_zero), u]))
+        mean, of_u = both.split([len(at_zero), len(u)])
         x0_hat = mean + math.sin(angle) / last * (of_u - mean)
         return -math.asin(last) / math.cos(angle) * (x0_hat - math.sin(angle) * u)
 
@@ -231,3 +280,27 @@ class _Flow:
         """From data at time 0 to `x_1 / a_1` at time 1, even in the variance of its noise."""
         ratio = float(self.schedule.a[1] / self.r[1])
         return float(self.schedule.sigma[1]) / 2 * self._eps_hat(ratio * y, [1])[0]
+
+
+class _OwnFlow(_Flow):
+    """The same in a model's own continuous time and scale: the state is y."""
+
+    model: ContinuousDenoiser
+
+    def run(self, level: int, levels: list[int]) -> FlowLikelihood:
+        path = self.model.path
+        times, scales = self.model.level_times(), self.model.level_scales()  # (T+1,) each
+        self.u = self.u * float(scales[level])
+        stops = times[[level, *levels]].tolist()
+        distinct = list(dict.fromkeys([*stops, path.most]))
+        states, divergences = self.u[None], self.divergence[None]
+        if len(distinct) > 1:
+            states, divergences = self._integrate(self._rate, distinct)
+        _, beta = path.amplitudes(torch.tensor([path.most]).double())
+        base = log_normal(self.u / float(beta)) - self.dim * math.log(float(beta))
+        kept = [distinct.index(time) for time in stops[1:]]
+        log_volume = self.dim * math.log(float(scales[level]))
+        return self._found(base, log_volume, levels, states[kept], divergences[kept], 1 / scales[levels])
+
+    def _rate(self, time: float, y: Tensor) -> Tensor:
+        return self.model.flow_rate(time, like_network(self.model, y), self.label).to(y.dtype)

@@ -19,7 +19,13 @@ if TYPE_CHECKING:
     from tests.fuzz.campaign import Report
 
 _INSTRUMENTED = (
-    *("cdm_fast.data", "cdm_fast.checkpoint", "cdm_fast.config", "cdm_fast.config_json", "cdm_fast.convert"),
+    *(
+        "cdm_fast.data",
+        "cdm_fast.checkpoint",
+        "cdm_fast.config",
+        "cdm_fast.config_json",
+        "cdm_fast.interop.convert",
+    ),
     *("cdm_fast.plain_pickle", "cdm_fast.state", "zipfile", "gzip", "PIL", "torch._weights_only_unpickler"),
 )
 # The file whose bytes the fuzzer writes itself.

@@ -8,6 +8,7 @@ from functools import cache
 from random import Random
 from typing import Any
 
+import safetensors.torch
 import torch
 
 from cdm_fast.nn import UNet
@@ -102,7 +103,7 @@ def _saved(content: Any, legacy: bool = False) -> bytes:
 
 def public_checkpoint(rng: Random) -> Case:
     """A `.pt` file whose container, pickle or tensors are hostile."""
-    kind = rng.randrange(10)
+    kind = rng.randrange(11)
     if kind < 4:
         records = dict(_records(sample()))
         records["data.pkl"] = _hostile_pickle(rng, records["data.pkl"])
@@ -111,11 +112,13 @@ def public_checkpoint(rng: Random) -> Case:
         content = _container(rng, dict(_records(sample())), 0.3)
     elif kind < 7:
         content = damage(rng, sample())
-    else:
+    elif kind < 10:
         content = _saved(_hostile_object(rng), legacy=chance(rng, 0.1))
+    else:
+        content = damage(rng, safetensors.torch.save(tiny_state()), edits=2)
     case = Case({"cdm.pt": content})
     case.options = {
-        "schedule": rng.choice(("linear", "uniform", "ot", "cosine")),
+        "schedule": rng.choice(("linear", "uniform", "ot", "cosine", None)),
         "image_size": rng.choice((None, 4, 4, 4, 0, 7, -1, 2**20, 10**9)),
     }
     if chance(rng, 0.02):

@@ -1,8 +1,9 @@
 """Checkpoints of the CDM paper's public code as run directories.
 
-Such a file is a dict with `ema_model_state_dict` and `model_state_dict`; its U-Net has the parameter names of
-`cdm_fast.nn.UNet`, perhaps behind a `module.` of data-parallel training. The architecture is read off the
-tensors' shapes. It is loaded with `weights_only=True`: a pickle that wants to run code is refused.
+Such a file is a dict with `ema_model_state_dict` and `model_state_dict`, or one of them, or a bare
+state_dict, also as safetensors; its U-Net has the parameter names of `cdm_fast.nn.UNet`, perhaps behind the
+`module.` of data-parallel training and the `_orig_mod.` of torch.compile. The architecture is read off the
+tensors' shapes. A pickle that wants to run code is refused.
 
 # L = T+2 noise levels, D pooled features, K classes
 """
@@ -11,18 +12,29 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cdm_fast.build import build_model, build_network
 from cdm_fast.checkpoint import Checkpoint, create_run, require_new, snapshot
-from cdm_fast.config import PRESETS, ImageShape, NetworkConfig, RunConfig, ScheduleConfig
+from cdm_fast.config import PRESETS, ImageShape, NetworkConfig, RunConfig, Schedule, ScheduleConfig
+from cdm_fast.data.reading import shown
 from cdm_fast.errors import UserError
-from cdm_fast.plain_pickle import load_plain
+from cdm_fast.interop.tensors import read_any
 
 State = Mapping[str, Tensor]
+
+# What the public code trains with, whatever the number of levels (its config/config.yaml).
+PUBLIC_BETAS = (1e-4, 0.02)
+PUBLIC_SIGMA_MIN = 1e-4  # of its flow matching (its cdm.py)
+# Its networks have 1000 noise steps: levels 0..T+1 in `training`, 1000 times in `FM_training` (its main.py).
+PUBLIC_OUTPUTS: dict[int, Schedule] = {1002: "linear", 1000: "ot"}
+PUBLIC_NAMES: dict[str, Schedule] = {"mode=training_": "linear", "mode=FM_training_": "ot"}
+
+PARTS = {"model": "model_state_dict", "ema": "ema_model_state_dict"}
+_PREFIX = re.compile(r"(?:module\.|_orig_mod\.)+")
 
 # The paper's networks attend where the feature maps have this many pixels a side.
 USUAL_ATTENTION_RESOLUTION = 16
@@ -46,6 +58,9 @@ class Converted:
             "channels": self.config.image.channels,
             "schedule": self.config.schedule.schedule,
             "T": self.config.schedule.T,
+            "beta_start": self.config.schedule.beta_start,
+            "beta_end": self.config.schedule.beta_end,
+            "sigma_min": self.config.schedule.sigma_min,
             "base_channels": self.config.network.base_channels,
             "multipliers": list(self.config.network.multipliers),
             "attention_resolutions": list(self.config.network.attention_resolutions),
@@ -58,58 +73,113 @@ def convert(
     file: str | Path,
     out: str | Path,
     *,
-    schedule: Literal["linear", "uniform", "ot", "cosine"] = "linear",
+    schedule: Schedule | None = None,
+    betas: tuple[float, float] | None = None,
     image_size: int | None = None,
 ) -> Converted:
     """Turns a checkpoint of the paper's public code into the run directory `out`.
 
-    file: the `.pt` file; out: a directory that does not exist yet; schedule: what it was trained with, which
-    no tensor tells ("ot": the flow-matching variety, whose levels run the other way round); image_size: in
-    pixels, by default the one at which the network attends at 16x16, as the paper's do.
+    file: of torch.save or safetensors; out: a directory that does not exist yet; schedule: what it was
+    trained with ("ot": the flow-matching variety, whose levels run the other way round), by default what the
+    number of outputs or the file's name tell; betas: first and last of "linear", by default `PUBLIC_BETAS` at
+    any number of levels; image_size: in pixels, by default the one at which the network attends at 16x16, as
+    the paper's do.
     Raises UserError for a file that is missing, damaged, wants to execute code, or holds another network, for
-    an image size that cannot be guessed or does not fit, and when `out` exists.
+    a schedule or an image size that cannot be told or does not fit, and when `out` exists.
     """
     require_new(out)
-    weights = read_public(file)
-    config, assumed = infer_config(weights["ema"], schedule, image_size, str(file))
-    try:
-        with torch.device("meta"):  # before memory is taken for what the shapes of some tensors promise
-            expected = build_network(config).state_dict()
-    except UserError as error:
-        raise UserError(f"{file} describes no network that works: {error}") from None
-    for state in weights.values():
-        _require_match(state, expected, str(file))
+    weights, notes = read_public(file)
+    _require_network(weights, image_size, str(file))
+    chosen, told = choose_schedule(weights["ema"], schedule, file)
+    if betas is not None and chosen != "linear":
+        raise UserError(
+            f"--beta-start and --beta-end go with --schedule linear, not {chosen}; leave them out"
+        )
+    config, assumed = infer_config(weights["ema"], chosen, image_size, str(file), betas)
+    assumed = (told, *assumed, *notes)
     # build_model draws weights; the caller's random numbers should not notice.
     with torch.random.fork_rng(devices=[]):
         model = build_model(config)
     tensors: dict[str, State] = {"optimizer": {}}
     for part, state in weights.items():
-        model.network.load_state_dict(_with_levels_from_data(state, schedule))
+        model.network.load_state_dict(_with_levels_from_data(state, chosen))
         tensors[part] = snapshot(model)
     create_run(out, config, Checkpoint(tensors, {"step": 0}))
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return Converted(Path(out), config, num_parameters, assumed)
 
 
-def read_public(file: str | Path) -> dict[str, dict[str, Tensor]]:
-    """The `model` and `ema` weights of a public checkpoint, without `module.` prefixes, on the CPU.
+def _require_network(weights: Mapping[str, State], image_size: int | None, file: str) -> None:
+    """UserError unless the tensors are those of one network, whatever its schedule."""
+    config, _ = infer_config(weights["ema"], "uniform", image_size, file)
+    try:
+        with torch.device("meta"):  # before memory is taken for what the shapes of some tensors promise
+            expected = build_network(config).state_dict()
+    except UserError as error:
+        raise UserError(f"{file} describes no network that works: {error}") from None
+    for state in weights.values():
+        _require_match(state, expected, file)
 
+
+def read_public(file: str | Path) -> tuple[dict[str, dict[str, Tensor]], tuple[str, ...]]:
+    """The `model` and `ema` weights of a public checkpoint, without prefixes, on the CPU, and what to tell.
+
+    Where a file holds one of the two, or a bare state_dict, it stands for both.
     Raises UserError that names the file when it is missing, damaged, not plain tensors, or of another format.
     """
-    content = load_plain(Path(file))
-    keys = {"model": "model_state_dict", "ema": "ema_model_state_dict"}
-    if not isinstance(content, dict) or not set(keys.values()) <= content.keys():
+    content = read_any(Path(file))
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{file} holds {_kind(content)}; convert takes the CDM paper's public format")
+    found = {part: key for part, key in PARTS.items() if key in content}
+    if found:
+        states = {part: _plain_state(content[key], f"{file}: {key}") for part, key in found.items()}
+    elif all(isinstance(value, Tensor) for value in content.values()):
+        states = {"ema": _plain_state(content, str(file))}
+    else:
+        names = ", ".join(shown(str(name), 40) for name in list(content)[:6])
         raise UserError(
-            f"{file} holds no {' and '.join(keys.values())}; convert takes the CDM paper's public format"
+            f"{file} holds {names}: neither {' nor '.join(PARTS.values())} nor a bare state_dict; convert"
+            " takes the CDM paper's public format"
         )
-    return {part: _plain_state(content[key], f"{file}: {key}") for part, key in keys.items()}
+    if len(states) == len(PARTS):
+        return states, ()
+    (only,) = states.values()
+    missing = next(key for part, key in PARTS.items() if part not in states)
+    note = f"no {missing}: {found.get('model') or found.get('ema') or 'its state_dict'} stands for both"
+    return {part: only for part in PARTS}, (note,)
+
+
+def _kind(content: Any) -> str:
+    return "an empty dict" if isinstance(content, dict) else f"a {type(content).__name__}"
+
+
+def choose_schedule(state: State, asked: Schedule | None, file: str | Path) -> tuple[Schedule, str]:
+    """The schedule and how it was chosen: asked for, told by the outputs, or by the name of the file.
+
+    Raises UserError where none of them tells.
+    """
+    outputs = _shape(state, "linear_layer.weight", 2, str(file))[0]
+    named = next((kind for words, kind in PUBLIC_NAMES.items() if words in Path(file).name), None)
+    told = PUBLIC_OUTPUTS.get(outputs) or named
+    if asked is not None:
+        against = "" if told in (None, asked) else f", though its {outputs} outputs or its name say {told}"
+        return asked, f"schedule {asked}{against}"
+    if told is None:
+        raise UserError(
+            f"{file}: {outputs} outputs are {outputs - 2} noise levels of --schedule linear, or {outputs}"
+            " times of flow matching, whose levels run the other way round, --schedule ot, and nothing in the"
+            " file tells which; give --schedule"
+        )
+    why = f"from its {outputs} outputs" if outputs in PUBLIC_OUTPUTS else "from the name of the file"
+    return told, f"schedule {told} ({why})"
 
 
 def infer_config(
     state: State,
-    schedule: Literal["linear", "uniform", "ot", "cosine"],
+    schedule: Schedule,
     image_size: int | None,
     where: str,
+    betas: tuple[float, float] | None = None,
 ) -> tuple[RunConfig, tuple[str, ...]]:
     """The config that the tensors' shapes describe, and the assumptions made where they say nothing.
 
@@ -127,11 +197,11 @@ def infer_config(
             " convert takes the CDM paper's U-Net only"
         )
     classes = _shape(state, "label_emb.weight", 2, where)[0] - 1 if "label_emb.weight" in state else None
-    assumed = [f"schedule {schedule}", "256 grey levels"]
+    assumed = ["256 grey levels at 2u/255 - 1"]
     if image_size is None:
         image_size = _usual_image_size(attention, where)
         assumed.append(f"image size {image_size}")
-    paper = PRESETS["celeba64" if image_size == 64 else "cifar10"]
+    paper = PRESETS["celeba64-paper" if image_size == 64 else "cifar10-paper"]
     network = NetworkConfig(
         base_channels=base_channels,
         multipliers=tuple(width // base_channels for width in widths),
@@ -142,11 +212,20 @@ def infer_config(
         conditioning="none" if classes is None else "embedding",
     )
     image = ImageShape(size=image_size, channels=channels, num_grey_levels=256, num_classes=classes)
-    levels = ScheduleConfig(schedule=schedule, T=num_levels - 2)
-    if (
-        schedule == "linear" and levels.T != 1000
-    ):  # their code leaves beta as it is, ours keeps the noise at level T
-        assumed.append(f"beta 1e-4..0.02 times 1000/{levels.T}")
+    start, end = (betas or PUBLIC_BETAS) if schedule == "linear" else (None, None)
+    levels = ScheduleConfig(
+        schedule=schedule,
+        T=num_levels - 2,
+        beta_start=start,
+        beta_end=end,
+        sigma_min=PUBLIC_SIGMA_MIN if schedule == "ot" else 0.0,
+    )
+    if schedule == "linear":
+        assumed.append(f"beta {start:g} to {end:g}{'' if betas else ', as in the public code at any T'}")
+    if schedule == "ot":
+        assumed.append(f"sigma_min {PUBLIC_SIGMA_MIN:g}")
+    if classes is not None:
+        assumed.append("a null class that the public code never trains: score with --given label or all")
     output = replace(paper.output, sampling_steps=min(paper.output.sampling_steps, levels.T))
     config = replace(paper, image=image, network=network, schedule=levels, output=output)
     return config, tuple(assumed)
@@ -167,8 +246,9 @@ def _with_levels_from_data(state: State, schedule: str) -> State:
 
     The flow-matching checkpoints count from noise to data: with N outputs, logit i is their level at time
     i/(N-1), `x = (i/(N-1)) x_0 + (1 - (1 - sigma_min) i/(N-1)) eps`, which is our `ot` level t = N-1-i with
-    T = N-2, but for sigma_min = 1e-4. The head cumulates its outputs, f_i = r_0 + ... + r_i, so reversing f
-    takes r'_0 = r_0 + ... + r_{N-1} (the former last logit) and r'_t = -r_{N-t}.
+    T = N-2 and their sigma_min (but at level 0, where theirs keeps noise of 1e-4 and ours none). The head
+    cumulates its outputs, f_i = r_0 + ... + r_i, so reversing f takes r'_0 = r_0 + ... + r_{N-1} (the former
+    last logit) and r'_t = -r_{N-t}.
     """
     if schedule != "ot":
         return state
@@ -188,7 +268,13 @@ def _plain_state(state: Any, where: str) -> dict[str, Tensor]:
         raise UserError(
             f"{where} is no dict of names and dense tensors; convert takes the CDM paper's public format"
         )
-    plain = {name.removeprefix("module."): value.detach().float() for name, value in state.items()}
+    plain = {
+        _PREFIX.sub("", name, count=1) if _PREFIX.match(name) else name: value
+        for name, value in state.items()
+    }
+    if len(plain) < len(state):
+        raise UserError(f"{where} holds tensors whose names differ in `module.` alone; save one network")
+    plain = {name: value.detach().float() for name, value in plain.items()}
     for name, value in plain.items():
         if not torch.isfinite(value).all():
             raise UserError(

@@ -1,0 +1,96 @@
+"""New runs from the weights of old ones: the average of any run, on other data, perhaps with other classes.
+
+# K classes, L = T+2 noise levels, D features
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from cdm_fast.checkpoint import load_checkpoint, read_config, restore_weights
+from cdm_fast.config import RunConfig, ScheduleConfig
+from cdm_fast.errors import UserError
+from cdm_fast.state import TrainingState
+
+_NETWORK = "network."
+
+
+def begin_from_run(config: RunConfig, state: TrainingState) -> None:
+    """Puts the averaged weights of the run `config.train.finetune`, if any, into the model and its average.
+
+    With another number of classes the new ones begin alike, as the mean of the old; the null class stays.
+    Raises UserError unless that run has the same levels, and a network that differs in its classes at most.
+    """
+    if config.train.finetune is None:
+        return
+    run = config.train.finetune
+    source = read_config(run)
+    if _levels(source.schedule) != _levels(config.schedule):
+        raise UserError(
+            f"--finetune {run} knows the levels of {_levels(source.schedule)}, not"
+            f" {_levels(config.schedule)}; leave the schedule as it is"
+        )
+    averaged = load_checkpoint(run, parts=("ema",)).tensors["ema"]
+    own = state.model.state_dict()
+    wanted = {name: value for name, value in own.items() if name.startswith(_NETWORK)}
+    weights = _fitted(averaged, wanted, source, config, run)
+    for model in (state.model, state.ema.model):  # the priors are those of the new data
+        restore_weights(model, {**own, **weights}, run)
+
+
+def _levels(schedule: ScheduleConfig) -> str:
+    """What decides x_t at every level, in words."""
+    same = replace(schedule, level_distribution="uniform")
+    betas = "" if same.beta_start is None else f", beta {same.beta_start:g} to {same.beta_end:g}"
+    least = f", sigma_min {same.sigma_min:g}" if same.sigma_min else ""
+    return f"--schedule {same.schedule} --T {same.T}{betas}{least}"
+
+
+def _fitted(
+    averaged: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    source: RunConfig,
+    config: RunConfig,
+    run: str,
+) -> dict[str, Tensor]:
+    """The network's tensors in the shapes of the new one."""
+    before, now = source.image.num_classes, config.image.num_classes
+    weights = {}
+    for name, ours in wanted.items():
+        theirs = averaged.get(name)
+        if theirs is not None and theirs.shape != ours.shape and before and now and before != now:
+            theirs = _other_classes(name, theirs, source, before, now)
+        if theirs is None or theirs.shape != ours.shape:
+            shape = "absent" if theirs is None else tuple(theirs.shape)
+            raise UserError(
+                f"--finetune {run}: {name} is {shape} there and {tuple(ours.shape)} here: give images of"
+                f" {source.image.channels} channels at a size its network takes, and leave the network's"
+                f" settings, --conditioning {source.network.conditioning} included, as they are"
+            )
+        weights[name] = theirs.to(ours.dtype)
+    if before and now and source.network.conditioning == "joint" and source.network.head_rank:
+        bias = weights["network.linear_layer.bias"].clone()  # as for a full head, in the row of all classes
+        bias[-2 - source.network.head_rank] += math.log(now / before)
+        weights["network.linear_layer.bias"] = bias
+    if extra := sorted(name for name in averaged if name.startswith(_NETWORK) and name not in wanted):
+        raise UserError(f"--finetune {run} has {extra[0]}, which this network has not; leave its settings")
+    return weights
+
+
+def _other_classes(name: str, theirs: Tensor, source: RunConfig, before: int, now: int) -> Tensor:
+    """One tensor that depends on K, for `now` classes in place of `before`: all begin as their mean."""
+    if name.endswith("label_emb.weight"):  # (K+1, C), the null class last
+        return torch.cat([theirs[:-1].mean(0).expand(now, -1), theirs[-1:]])
+    if name.endswith("linear_layer.classes"):  # (K, R)
+        return theirs.mean(0).expand(now, -1).contiguous()
+    full_head = source.network.conditioning == "joint" and not source.network.head_rank
+    if full_head and name.startswith("network.linear_layer."):  # ((L-1) K + 1, ...)
+        each = theirs[:-1].unflatten(0, (-1, before)).mean(1, keepdim=True)
+        fitted = torch.cat([each.expand(-1, now, *each.shape[2:]).flatten(0, 1), theirs[-1:]])
+        if name.endswith("bias"):  # sum_c p(t, c | x) stays, though there are more or fewer terms
+            fitted[-1 - now : -1] += math.log(now / before)
+        return fitted
+    return theirs

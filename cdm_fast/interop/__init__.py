@@ -1,0 +1,44 @@
+"""Models of other programs here, and ours there.
+
+Theirs as denoisers, with likelihoods by ODE and bound: `from_diffusers`, `load_diffusers`, `SigmaDenoiser`
+(EDM), `ScoreSDE`, `FlowMatching`, and any callable as `PathDenoiser` or `LevelDenoiser`; the paper's public
+checkpoints as runs: `convert.convert`. Ours: under diffusers' schedulers, as torch.export programs and ONNX
+files.
+"""
+
+from cdm_fast.interop.denoisers import (
+    FlowMatching,
+    Foreign,
+    LevelDenoiser,
+    PathDenoiser,
+    ScoreSDE,
+    SigmaDenoiser,
+)
+from cdm_fast.interop.diffusers import NoisePredictor, Prediction, Scheduler, build_scheduler
+from cdm_fast.interop.export import ClassPosterior, Likelihood, export, export_onnx
+from cdm_fast.interop.from_diffusers import from_diffusers, load_diffusers
+from cdm_fast.interop.paths import sigma_path, straight_path, sub_vp_path, ve_path, vp_path
+
+__all__ = [
+    "ClassPosterior",
+    "FlowMatching",
+    "Foreign",
+    "LevelDenoiser",
+    "Likelihood",
+    "NoisePredictor",
+    "PathDenoiser",
+    "Prediction",
+    "Scheduler",
+    "ScoreSDE",
+    "SigmaDenoiser",
+    "build_scheduler",
+    "export",
+    "export_onnx",
+    "from_diffusers",
+    "load_diffusers",
+    "sigma_path",
+    "straight_path",
+    "sub_vp_path",
+    "ve_path",
+    "vp_path",
+]

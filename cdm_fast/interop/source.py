@@ -1,0 +1,45 @@
+"""Models named on the command line that are no run directories: `diffusers:PATH` and `hf:OWNER/NAME`."""
+
+from pathlib import Path
+
+from cdm_fast.config import DataConfig, ImageShape, NetworkConfig, RunConfig
+from cdm_fast.errors import UserError
+from cdm_fast.interop.denoisers import Foreign
+from cdm_fast.interop.from_diffusers import fetch, load_diffusers
+
+PREFIXES = ("diffusers:", "hf:")
+
+
+def is_foreign(run: Path) -> bool:
+    """Whether what stands for a run names another program's model."""
+    return str(run).startswith(PREFIXES)
+
+
+def open_foreign(run: Path, data: str | None) -> tuple[Foreign, RunConfig]:
+    """The model, and a config whose image and data settings describe it.
+
+    Its pixels are 256 grey levels around the points 2u/255 - 1, on which such models are trained.
+    Raises UserError as `load_diffusers` and `fetch` do, without data, and for images that are not square.
+    """
+    if data is None:
+        raise UserError(f"{run} names no data of its own: give --data")
+    kind, _, place = str(run).partition(":")
+    model = load_diffusers(fetch(place) if kind == "hf" else Path(place).expanduser())
+    if model.input_shape is None:
+        raise UserError(f"{run}: its config.json tells no sample_size, so the size of its images is unknown")
+    channels, height, width = model.input_shape
+    if height != width:
+        raise UserError(f"{run} takes images of {height}x{width}, and only square ones can be read here")
+    conditioning = "none" if model.num_classes is None else "embedding"
+    return model, RunConfig(
+        data=DataConfig(source=data, pixels="points"),
+        image=ImageShape(height, channels, 256, model.num_classes),
+        network=NetworkConfig(conditioning=conditioning),  # type: ignore[arg-type]
+    )
+
+
+def output_folder(run: Path) -> Path:
+    """runs/NAME, made if it is not there: where pictures of another program's model go."""
+    folder = Path("runs") / "-".join(part for part in str(run).replace(":", "/").split("/") if part)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

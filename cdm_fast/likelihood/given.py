@@ -1,0 +1,65 @@
+"""Of whom a class-conditional model's likelihood is: of an image given its label, of all classes together, or
+what the model says without a label.
+
+# n images, K classes
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cdm_fast.data import ImageData
+from cdm_fast.devices import upload
+from cdm_fast.errors import UserError
+from cdm_fast.model import CDM, Denoiser
+
+Given = Literal["label", "none", "all"]
+
+
+def num_classes_of(model: Denoiser) -> int | None:
+    """K of a class-conditional model, or None."""
+    own = getattr(model, "num_classes", None)
+    return own if own is not None else getattr(model.network, "num_classes", None)
+
+
+def labels_given(model: Denoiser, data: ImageData, given: Given) -> Tensor | None:
+    """(n,) int64 labels with which the images are scored, or None without.
+
+    Raises UserError for a model without classes, data without labels, and labels of other classes.
+    """
+    if given == "none":
+        return None
+    num_classes = num_classes_of(model)
+    if num_classes is None:
+        raise UserError(f"--given {given}: this model was trained without classes; leave it out")
+    if given == "all":
+        return None
+    if data.labels is None:
+        raise UserError(f"--given label: {data.name} has no labels; give labelled data, or --given all")
+    low, high = int(data.labels.min()), int(data.labels.max())
+    if low < 0 or high >= num_classes:
+        raise UserError(
+            f"{data.name} holds label {low if low < 0 else high}, and the model knows the classes 0 to"
+            f" {num_classes - 1}; give data of the same classes"
+        )
+    return data.labels
+
+
+def log_class_prior(model: Denoiser) -> Tensor:
+    """(K,) float64 in nats, on the CPU: a CDM's own, or equal shares."""
+    num_classes = num_classes_of(model)
+    assert num_classes is not None, "`labels_given` has refused a model without classes"
+    if isinstance(model, CDM) and model.log_class_prior is not None:
+        return model.log_class_prior.double().cpu()
+    return torch.full((num_classes,), 1 / num_classes, dtype=torch.float64).log()
+
+
+def of_all_classes(
+    model: Denoiser, count: int, log_prob: Callable[[Tensor], Tensor]
+) -> Tensor:  # (count,) float64 nats, where `log_prob` leaves them
+    """`log sum_c p(c) p(x|c)` from `log_prob(label (count,))`, one call for each class."""
+    prior = log_class_prior(model)
+    each = torch.stack([log_prob(torch.full((count,), c)).double() for c in range(len(prior))])
+    return (each + upload(prior, each.device)[:, None]).logsumexp(0)
