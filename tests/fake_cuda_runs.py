@@ -48,7 +48,7 @@ class Scene:
             state.optimizer = make_optimizer(config.train, state.model)
             model = state.ema.model
             state.ema = Ema.__new__(Ema)
-            state.ema.decay, state.ema._model = config.train.ema_decay, model
+            state.ema.decay, state.ema.start, state.ema._model = config.train.ema_decay, None, model
             state.ema._averages = [parameter.detach() for parameter in model.parameters()]
             state.ema._weights = [parameter.detach() for parameter in state.model.parameters()]
             for name in ("sums", "bad", "recent", "spikes"):
