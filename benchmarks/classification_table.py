@@ -1,4 +1,4 @@
-"""The table of docs/classification.md: one data set, five ways to classify it, and what each withstands.
+"""The table of docs/measurements/classification.md: one data set, five ways to classify it, and what each withstands.
 
     python -m benchmarks.classification_table digits --runs RUNS [--kinds joint] [--seeds 0 1] [--only pgd]
     python -m benchmarks.classification_table fashion-mnist --source DIR --kinds ddm --steps 1500

@@ -1,4 +1,4 @@
-"""What corrected samplers and compositions draw: the tables and the picture of docs/energy.md.
+"""What corrected samplers and compositions draw: the tables and the picture of docs/measurements/sampling.md.
 
     python -m benchmarks.energy_tables samplers
     python -m benchmarks.energy_tables composition

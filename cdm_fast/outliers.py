@@ -1,7 +1,7 @@
 """How unusual single images are under a model, and how well that tells other data from its own.
 
 Three scores come from one forward pass, and all grow with how unusual an image is. None is right alone: see
-docs/score.md.
+docs/explanation/score.md.
 
 # B batch, n images, C channels, H W pixels, d = C*H*W, L = T+2 noise levels, m reference images
 """

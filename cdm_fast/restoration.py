@@ -1,7 +1,7 @@
 """Restoration: draws of p(x_0 | y) for a linear measurement y = A x_0 + sigma n, ranked by the model.
 
 `Posterior` is an `Energy` like the model that it conditions, so the corrected samplers take it; its path and
-why it is exact at both ends stand in docs/energy.md.
+why it is exact at both ends stand in docs/explanation/energy.md.
 
 # B batch, k measured values, L = T+2 noise levels, N candidates
 """

@@ -170,7 +170,7 @@ def set_dropout(model: CDM | DDM | Classifier, config: RunConfig, step: int) -> 
     """Dropout as step `step` (from 0) wants it: the network's, or none in the last part of the run.
 
     A likelihood learned under dropout is that of the noisy network: without the noise its levels no longer
-    fit together, by some 0.2 bits/dim on 8x8 digits (see docs/likelihood.md).
+    fit together, by some 0.2 bits/dim on 8x8 digits (see docs/explanation/likelihood.md).
     """
     on = step < config.train.dropout_until * config.train.steps
     cast(UNetTrunk, model.network).dropout = config.network.dropout if on else 0.0

@@ -1,4 +1,4 @@
-"""Fuzzes a reader: python -m tests.fuzz READER [--count N] [--seed S] [--seconds T] [--coverage]."""
+"""Fuzzes a reader: python -m tests.fuzz READER [--count N] [--seed S] [--seconds T]."""
 
 import argparse
 import json
@@ -17,21 +17,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop a reader after so long")
     parser.add_argument("--only", type=int, help="run one input again, in this process, and show it")
-    parser.add_argument(
-        "--coverage", action="store_true", help="let coverage guide the inputs (needs atheris)"
-    )
     asked = parser.parse_args()
     if asked.only is not None:
         print(replay(asked.reader, asked.seed, asked.only))
         return 0
     bad = False
     for name in READERS if asked.reader == "all" else [asked.reader]:
-        if asked.coverage:
-            from tests.fuzz.coverage import guided_campaign
-
-            report = guided_campaign(name, asked.count, asked.seed, asked.seconds)
-        else:
-            report = campaign(name, asked.count, asked.seed, asked.seconds)
+        report = campaign(name, asked.count, asked.seed, asked.seconds)
         bad |= bool(report.findings)
         facts = {"reader": name, "inputs": report.inputs, "seconds": round(report.seconds, 1)}
         facts["inputs_per_second"] = round(report.inputs / max(report.seconds, 1e-9), 1)

@@ -1,0 +1,81 @@
+"""Documents: tutorials run, Python blocks run, command lines parse, and links lead somewhere."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+from cdm_fast.cli import parse
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*/*.md"), ROOT / "benchmarks/README.md"])
+PAGES = [page for page in PAGES if page.parent.name != "_generated"]
+SCRIPTS = sorted([*ROOT.glob("docs/tutorials/*.py"), *ROOT.glob("docs/examples/*.py")])
+# What stands for a value in a command line of the documents, and a value of its type.
+PLACEHOLDERS = {"N": "3", "S": "3", "T": "3"}
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def blocks(page: Path) -> list[Token]:
+    """Code blocks of a page, fenced or indented."""
+    tokens = MarkdownIt().enable("table").parse(page.read_text())
+    return [token for token in tokens if token.type in ("fence", "code_block")]
+
+
+def command_lines(page: Path) -> list[str]:
+    """The lines of the page's code blocks that call cdm-fast, without comments, prompts and paths before it."""
+    found = []
+    for token in blocks(page):
+        for line in token.content.replace("\\\n", " ").splitlines():
+            call = re.match(r"\s*(?:\$ )?(?:\S*/)?cdm-fast ([a-z].*)", line)
+            if call and "..." not in line and "|" not in line:
+                found.append(call.group(1).split(" #")[0].split(";")[0].strip())
+    return found
+
+
+COMMANDS = [(page, line) for page in PAGES for line in command_lines(page)]
+WITH_PYTHON = [page for page in PAGES if any(token.info == "python" for token in blocks(page))]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=name)
+def test_script_runs(script, tmp_path):
+    environment = {**os.environ, "STEPS": "3", "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=name)
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    """The blocks of one page run in order and share their names."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "__main__"}
+    for token in blocks(page):
+        if token.info == "python":
+            exec(compile(token.content, name(page), "exec"), names)
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=lambda value: str(value)[-60:])
+def test_command_line_parses(page, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [PLACEHOLDERS.get(word, word) for word in shlex.split(line.replace("[", "").replace("]", ""))]
+    parse(words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_relative_links_lead_to_files(page):
+    text = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if not re.match(r"[a-z]+:", target):
+            assert (page.parent / target).exists(), f"{name(page)} links to {target}"
