@@ -56,7 +56,8 @@ def main() -> None:
     print(f"log p(x) minus the truth: mean {difference.mean():+.3f}, spread {difference.std():.3f} nats")
     drawn = sample(model, 2000, sampler="ddpm", steps=100)
     distance = torch.cdist(drawn, centres()).min(1).values
-    print(f"drawn points lie {distance.mean():.3f} from the nearest centre; true points {torch.cdist(x, centres()).min(1).values.mean():.3f}")
+    truth = torch.cdist(x, centres()).min(1).values
+    print(f"distance to the nearest centre: {distance.mean():.3f} drawn, {truth.mean():.3f} true")
 
 
 if __name__ == "__main__":

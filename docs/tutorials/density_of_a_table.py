@@ -17,13 +17,15 @@ X = rng.multivariate_normal([2.0, -1.0], cov, size=2000)
 X_new = rng.multivariate_normal([2.0, -1.0], cov, size=500)
 
 # %%
-max_steps = int(os.environ.get("STEPS", 500))
-density = CDMDensity(max_steps=max_steps, random_state=0).fit(X)
+max_iter = int(os.environ.get("STEPS", 500))
+density = CDMDensity(max_iter=max_iter, random_state=0).fit(X)
 log_p = density.score_samples(X_new)
 
 centred = X_new - [2.0, -1.0]
-truth = -0.5 * (centred @ np.linalg.inv(cov) * centred).sum(1) - 0.5 * np.log(np.linalg.det(2 * np.pi * cov))
-print(f"mean log p: {log_p.mean():.3f} nats, truth {truth.mean():.3f}")
+expected = -0.5 * (centred @ np.linalg.inv(cov) * centred).sum(1) - 0.5 * np.log(
+    np.linalg.det(2 * np.pi * cov)
+)
+print(f"mean log p: {log_p.mean():.3f} nats, truth {expected.mean():.3f}")
 
 # %% [markdown]
 # The fitted density also draws rows.
@@ -36,6 +38,7 @@ print("covariance of drawn rows:", np.cov(rows.T).round(2).tolist())
 # The mutual information of two correlated normal columns is `-log(1 - rho^2) / 2` nats.
 
 # %%
-found = MutualInformation(max_steps=max_steps, random_state=0).fit(X[:, :1], X[:, 1:])
+found = MutualInformation(max_iter=max_iter, random_state=0).fit(X[:, :1], X[:, 1:])
 low, high = found.confidence_interval_
-print(f"{found.mutual_information_:.3f} nats in [{low:.3f}, {high:.3f}], truth {-0.5 * np.log(1 - 0.8**2):.3f}")
+truth = -0.5 * np.log(1 - 0.8**2)
+print(f"{found.mutual_information_:.3f} nats in [{low:.3f}, {high:.3f}], truth {truth:.3f}")

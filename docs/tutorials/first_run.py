@@ -26,7 +26,11 @@ from cdm_fast.train import train
 # %%
 steps = int(os.environ.get("STEPS", 300))
 config = preset("digits-encoder")
-config = replace(config, train=replace(config.train, steps=steps), output=replace(config.output, evaluate_every=0))
+config = replace(
+    config,
+    train=replace(config.train, steps=steps),
+    output=replace(config.output, evaluate_every=0),
+)
 
 run = Path(mkdtemp()) / "digits"
 summary = train(config, run)

@@ -37,7 +37,8 @@ for step in range(int(os.environ.get("STEPS", 200))):
     terms.loss.backward()
     optimizer.step()
     if step % 50 == 0:
-        print(f"step {step}: cross-entropy {float(terms.ce.detach()):.2f} nats, squared error {float(terms.mse.detach()):.3f}")
+        ce, mse = float(terms.ce.detach()), float(terms.mse.detach())
+        print(f"step {step}: cross-entropy {ce:.2f} nats, squared error {mse:.3f}")
 
 # %% [markdown]
 # The trained model denoises, scores and samples. `denoise` returns the expected noise, `predict_x0` the

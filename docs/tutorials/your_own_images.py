@@ -25,7 +25,9 @@ for name in ("zero", "one"):
 for number, (image, label) in enumerate(zip(digits.images, digits.labels, strict=True)):
     if label < 2:
         name = ("zero", "one")[label]
-        write_image((image.int() * 255 // 16).to(torch.uint8), folder / "pictures" / name / f"{number:04}.png")
+        write_image(
+            (image.int() * 255 // 16).to(torch.uint8), folder / "pictures" / name / f"{number:04}.png"
+        )
 
 # %% [markdown]
 # `load_data` tells what it finds. A source without a test split is cut into 70 % training, 10 % validation
@@ -34,7 +36,8 @@ for number, (image, label) in enumerate(zip(digits.images, digits.labels, strict
 # %%
 train_images = load_data(folder / "pictures", "train")
 test_images = load_data(folder / "pictures", "test")
-print(f"{len(train_images)} training and {len(test_images)} test images of shape {tuple(test_images.images.shape[1:])}")
+shape = tuple(test_images.images.shape[1:])
+print(f"{len(train_images)} training and {len(test_images)} test images of shape {shape}")
 print(f"{train_images.num_classes} classes, {train_images.num_grey_levels} grey levels")
 
 # %% [markdown]
