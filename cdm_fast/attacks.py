@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cdm_fast.arguments import AttackName, AttackNorm
 from cdm_fast.classify import labels_for, require_classes
-from cdm_fast.data import ImageData
+from cdm_fast.data import ImageData, PixelMap
 from cdm_fast.discriminative import Classifier
 from cdm_fast.errors import UserError
 from cdm_fast.likelihood.images import choose, like_network, require_likelihood, stderr
@@ -41,26 +41,28 @@ class ClassLogLikelihoods(nn.Module):
 
     Its softmax is the class posterior, its logsumexp `log p(x)`; of a `Classifier` it is `log p(c|x)`.
     A pixel p is grey level `u = (N-1) p`, not rounded, in the middle of its interval:
-    `x = 2 (u + 1/2)/N - 1`, with no dequantisation noise.
+    `x = 2 (u + 1/2)/N - 1`, with no dequantisation noise; or at its point, `x = 2u/(N-1) - 1`.
 
     Args:
         model: a CDM with classes, joint logits or embedding; or a `Classifier`.
         num_grey_levels: N of its data.
+        pixels: where grey levels stand in its data.
 
     Raises UserError for another model, or one without classes.
     """
 
-    def __init__(self, model: CDM | Classifier, num_grey_levels: int) -> None:
+    def __init__(self, model: CDM | Classifier, num_grey_levels: int, pixels: PixelMap = "intervals") -> None:
         super().__init__()
         if not isinstance(model, Classifier):
             require_likelihood(model)
         require_classes(model)
         self.model = model
-        self.num_grey_levels = num_grey_levels
+        self.num_grey_levels, self.pixels = num_grey_levels, pixels
 
     def forward(self, pixels: Tensor) -> Tensor:
         N = self.num_grey_levels
-        x = (pixels * (N - 1) + 0.5) * (2 / N) - 1
+        points = self.pixels == "points"
+        x = 2 * pixels - 1 if points else (pixels * (N - 1) + 0.5) * (2 / N) - 1
         if isinstance(self.model, Classifier):
             return self.model.log_class_posterior(x)
         log_prob = self.model.log_prob_classes(x)
@@ -149,13 +151,15 @@ def evaluate_attack(
         UserError: foolbox is missing, "cw" in L-inf, numbers out of range, a model without likelihood or
             classes, data without labels or of other classes.
     """
-    classifier = ClassLogLikelihoods(model, data.num_grey_levels).eval()
+    classifier = ClassLogLikelihoods(model, data.num_grey_levels, data.pixels).eval()
     label = labels_for(data, require_classes(model))
     check_attack(attack, norm, budgets, steps)
     if num_images < 2:
         raise UserError(f"{num_images} images to attack: at least 2 are needed for an error bar")
     foolbox = load_foolbox()
-    target = classifier if surrogate is None else ClassLogLikelihoods(surrogate, data.num_grey_levels).eval()
+    target = classifier
+    if surrogate is not None:
+        target = ClassLogLikelihoods(surrogate, data.num_grey_levels, data.pixels).eval()
     steps = steps or STEPS[attack]
     epsilons = sorted(budgets or BUDGETS[norm])
     index = choose(len(data), num_images, torch.Generator().manual_seed(seed))

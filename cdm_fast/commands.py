@@ -27,7 +27,7 @@ from cdm_fast.errors import UserError
 from cdm_fast.files import write_atomically
 from cdm_fast.interop import Foreign
 from cdm_fast.interop.convert import PUBLIC_BETAS, convert
-from cdm_fast.interop.source import is_foreign, open_foreign, output_folder
+from cdm_fast.interop.source import is_foreign, open_foreign, output_folder, require_data
 from cdm_fast.likelihood import LikelihoodReport, denoise_blind, describe_score, evaluate
 from cdm_fast.likelihood.export import check_name, write_per_image
 from cdm_fast.likelihood.images import require_likelihood
@@ -118,10 +118,10 @@ class Opened(NamedTuple):
     folder: Path
 
 
-def _open(run: Path, device: str, data: str | None = None) -> Opened:
+def _open(run: Path, device: str) -> Opened:
     """A run's model, or another program's, on the device."""
     if is_foreign(run):
-        model, config = open_foreign(run, data)
+        model, config = open_foreign(run)
         return Opened(model.to(pick_device(device)), config, output_folder(run))
     config = read_config(run)
     return Opened(load(run).to(pick_device(device)), config, run)
@@ -136,7 +136,7 @@ def sample_command(command: arguments.Sample) -> Outcome:
     if command.num < 1:
         raise UserError(f"--num is {command.num}; give 1 or more")
     name = f"samples-{command.sampler}-{command.steps}-{command.seed}.png"
-    foreign = _open(command.run, command.device, "none") if is_foreign(command.run) else None
+    foreign = _open(command.run, command.device) if is_foreign(command.run) else None
     config = read_config(command.run) if foreign is None else foreign.config
     out = command.out or (command.run if foreign is None else foreign.folder) / name
     if out.suffix not in (".png", ".npz"):
@@ -261,7 +261,8 @@ def _write_npz(path: Path, images: Tensor, labels: Tensor | None, num_grey_level
 
 def nll_command(command: arguments.Nll) -> Outcome:
     """`cdm-fast nll`."""
-    foreign = _open(command.run, command.device, command.data) if is_foreign(command.run) else None
+    require_data(command.run, command.data)
+    foreign = _open(command.run, command.device) if is_foreign(command.run) else None
     config = read_config(command.run) if foreign is None else foreign.config
     if command.pixels is not None:
         config = replace(config, data=replace(config.data, pixels=command.pixels))
@@ -395,7 +396,8 @@ def _scored_by(
     if is_foreign(command.run):
         if not isinstance(command, arguments.Classify):
             raise UserError(f"{command.run} only denoises, and score reads one-pass likelihoods; give a run")
-        foreign = _open(command.run, command.device, command.data)
+        require_data(command.run, command.data)
+        foreign = _open(command.run, command.device)
     config = read_config(command.run) if foreign is None else foreign.config
     if command.batch_size < 1:
         raise UserError(f"--batch-size is {command.batch_size}; give 1 or more")
@@ -433,7 +435,7 @@ def denoise_command(command: arguments.Denoise) -> Outcome:
     """`cdm-fast denoise`."""
     if not command.images:
         raise UserError("no image to denoise; name one or more image files after the run directory")
-    model, config, place = _open(command.run, command.device, "none")
+    model, config, place = _open(command.run, command.device)
     folder = command.out or place / "denoised"
     targets = [folder / f"{path.stem}.png" for path in command.images]
     if len(set(targets)) < len(targets):

@@ -95,9 +95,9 @@ def write_candidates(found: Restored, shown: Tensor, config: RunConfig, command:
     """The input, the mean and the candidates, best first with their log p, as a PNG."""
     grey = config.image.num_grey_levels
     rows = {
-        "input": displayable(shown[None], grey),
-        "mean": displayable(found.mean[None], grey),
-        "log p": displayable(found.images, grey),
+        "input": displayable(shown[None], grey, config.data.pixels),
+        "mean": displayable(found.mean[None], grey, config.data.pixels),
+        "log p": displayable(found.images, grey, config.data.pixels),
     }
     title = f"{command.task}: candidates by log p at level {command.level}"
     return write_rows(rows, path, title, [f"{value:.1f}" for value in found.log_prob.tolist()])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cdm_fast import load
+from cdm_fast import UNet, load
 from cdm_fast.checkpoint import load_checkpoint, read_config
 from cdm_fast.step import Ema
 from tests.test_cli import call, call_json
@@ -100,6 +100,27 @@ def test_a_converted_run_goes_on_with_other_data(tmp_path):
     status, _, error = call(*command, "--out", tmp_path / "new")
     assert status == 2 and "network.conv_in.weight" in error and "2 channels" in error
     assert not (tmp_path / "new").exists()
+
+
+def test_a_converted_run_trains_on_pictures_of_its_kind(tmp_path):
+    torch.manual_seed(0)
+    network = UNet(SIZE, 3, 7, 32, (1, 2), 1, (SIZE // 2,), 0.0, 4)
+    file = save_public(tmp_path / "cdm.pt", network.state_dict())
+    flags = ("--schedule", "linear", "--image-size", SIZE)
+    call_json("convert", file, "--out", tmp_path / "public", *flags)
+    pixels = np.random.default_rng(0).integers(256, size=(60, SIZE, SIZE, 3), dtype=np.uint8)
+    np.savez(tmp_path / "rgb.npz", images=pixels, labels=np.arange(60) % 3)
+    few = ("--steps", "2", "--batch-size", "8", "--num-samples", "3", "--sampling-steps", "2")
+    begun = call_json(
+        *("train", "--finetune", tmp_path / "public", "--data", tmp_path / "rgb.npz", "--out"),
+        *(tmp_path / "new", *few, "--label-dropout", "0.1", "--device", "cpu"),
+    )
+    config = read_config(tmp_path / "new")
+    assert begun["step"] == 2 and config.image.num_classes == 3 and config.data.pixels == "points"
+    assert (config.schedule.beta_end, config.schedule.T) == (0.02, 5)
+    null = load(tmp_path / "new").network.state_dict()["label_emb.weight"][-1]
+    torch.testing.assert_close(null, network.state_dict()["label_emb.weight"][-1], rtol=0.1, atol=0.01)
+    assert call_json("nll", tmp_path / "new", "--draws", "1")["given"] == "none"  # it is trained now
 
 
 def test_a_finetuned_run_is_resumed_as_any_other(folder, tmp_path):

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from cdm_fast import UserError
@@ -253,12 +254,44 @@ def test_nll_audits_another_programs_model(folder, tmp_path, monkeypatch):
     assert other["pixels"] == "intervals" and other["ode_bits_per_dim"] != found["ode_bits_per_dim"]
 
 
-def test_samples_and_noise_blind_denoising(folder, tmp_path, monkeypatch):
+def test_samples(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     drawn = call_json("sample", f"diffusers:{folder}", "--num", "2", "--steps", "3", "--out", "a.npz")
     with np.load(tmp_path / "a.npz") as arrays:
         assert arrays["images"].shape[:3] == (2, 8, 8)
     assert drawn["num_images"] == 2
+
+
+def test_noise_blind_denoising_of_a_picture(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.random.default_rng(0).integers(256, size=(8, 8), dtype=np.uint8)).save("noisy.png")
+    found = call_json("denoise", f"diffusers:{folder}", "noisy.png", "--device", "cpu")
+    (row,) = found["images"]
+    assert 1 <= row["level"] <= 40 and row["sigma"] > 0 and (tmp_path / row["out"]).is_file()
+
+
+@pytest.mark.parametrize("method", ["denoising", "ode"])
+def test_a_dit_classifies(tmp_path, monkeypatch, method):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "images.npz", num_grey_levels=np.array(256))
+    source = f"diffusers:{save(tmp_path / 'dit', tiny_dit(), 'transformer')}"
+    flags = ["--data", "images.npz", "--images", "2", "--trials", "2", "--tolerance", "0.1"]
+    found = call_json("classify", source, "--method", method, *flags, "--probes", "2", "--device", "cpu")
+    assert (found["num_classes"], found["num_images"]) == (3, 2) and found["method"] == method
+    assert (tmp_path / found["picture"]).is_file()
+    given = call_json("nll", source, "--method", "elbo", *FEW, "--data", "images.npz", "--given", "label")
+    assert given["elbo"]["given"] == "label" and np.isfinite(given["elbo_bits_per_dim"])
+
+
+def test_a_model_of_the_hub_is_the_folder_that_was_fetched(folder, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **_: asked.append(name) or str(folder)
+    )
+    command = ["nll", "hf:somebody/model", "--data", folder / "images.npz", "--method", "elbo", *FEW]
+    assert np.isfinite(call_json(*command)["elbo_bits_per_dim"]) and asked == ["somebody/model"]
 
 
 @pytest.mark.parametrize(

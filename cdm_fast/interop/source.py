@@ -15,14 +15,18 @@ def is_foreign(run: Path) -> bool:
     return str(run).startswith(PREFIXES)
 
 
-def open_foreign(run: Path, data: str | None) -> tuple[Foreign, RunConfig]:
-    """The model, and a config whose image and data settings describe it.
+def require_data(run: Path, data: str | None) -> None:
+    """UserError where another program's model is to be scored, and no data are named."""
+    if is_foreign(run) and data is None:
+        raise UserError(f"{run} names no data of its own: give --data")
+
+
+def open_foreign(run: Path) -> tuple[Foreign, RunConfig]:
+    """The model, and a config whose image and pixels describe it; it names no data.
 
     Its pixels are 256 grey levels around the points 2u/255 - 1, on which such models are trained.
-    Raises UserError as `load_diffusers` and `fetch` do, without data, and for images that are not square.
+    Raises UserError as `load_diffusers` and `fetch` do, and for images that are not square.
     """
-    if data is None:
-        raise UserError(f"{run} names no data of its own: give --data")
     kind, _, place = str(run).partition(":")
     model = load_diffusers(fetch(place) if kind == "hf" else Path(place).expanduser())
     if model.input_shape is None:
@@ -32,7 +36,7 @@ def open_foreign(run: Path, data: str | None) -> tuple[Foreign, RunConfig]:
         raise UserError(f"{run} takes images of {height}x{width}, and only square ones can be read here")
     conditioning = "none" if model.num_classes is None else "embedding"
     return model, RunConfig(
-        data=DataConfig(source=data, pixels="points"),
+        data=DataConfig(source="", pixels="points"),
         image=ImageShape(height, channels, 256, model.num_classes),
         network=NetworkConfig(conditioning=conditioning),  # type: ignore[arg-type]
     )
