@@ -10,8 +10,12 @@ Switches (environment variables):
 - `TORCH_CUDA_ARCH_LIST`    GPU architectures, e.g. "9.0"; by default those of the GPUs in sight
 """
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 from building.command import setup_arguments
 
-setup(package_dir={"cdm_fast.kernels": "kernels"}, **setup_arguments())
+setup(
+    packages=[*find_packages(include=["cdm_fast", "cdm_fast.*"]), "cdm_fast.kernels"],
+    package_dir={"cdm_fast.kernels": "kernels"},
+    **setup_arguments(),
+)

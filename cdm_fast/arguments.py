@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+from tyro.conf import FlagCreatePairsOff, Positional
+
 from cdm_fast.config import Compile, PixelMap, Preset, RunConfig, Sampler, Schedule
-from cdm_fast.flags import FlagCreatePairsOff, Positional
 
 Json = Annotated[bool, FlagCreatePairsOff]
 CorrectedSampler = Literal["mala", "smc"]

@@ -19,11 +19,11 @@ from cdm_fast.classify import labels_for, require_classes
 from cdm_fast.data import ImageData, PixelMap
 from cdm_fast.discriminative import Classifier
 from cdm_fast.errors import UserError
-from cdm_fast.likelihood.images import choose, like_network, require_likelihood, stderr
+from cdm_fast.likelihood.images import choose, like_network, require_likelihood
 from cdm_fast.model import CDM, measures
-from cdm_fast.optional import need
 from cdm_fast.progress import Progress, silent
 from cdm_fast.square_attack import SquareAttack
+from cdm_fast.statistics import auroc, stderr
 
 # In units of white, the whole range of a pixel; the usual ones of 8-bit pictures and of MNIST.
 BUDGETS: dict[str, tuple[float, ...]] = {
@@ -199,13 +199,6 @@ def evaluate_attack(
         num_images=len(index),
         seconds=seconds,
     )
-
-
-def auroc(higher: Tensor, lower: Tensor) -> float:
-    """The chance that a value of `higher` exceeds one of `lower`, ties counting half."""
-    kind = torch.cat([torch.ones(len(higher)), torch.zeros(len(lower))])
-    roc_auc_score = need("sklearn.metrics", "AUROC").roc_auc_score
-    return float(roc_auc_score(kind.numpy(), torch.cat([higher, lower]).double().numpy()))
 
 
 def load_foolbox() -> ModuleType:

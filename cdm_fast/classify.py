@@ -34,54 +34,14 @@ from cdm_fast.likelihood.images import (
     draw_generator,
     like_network,
     spread,
-    stderr,
 )
 from cdm_fast.likelihood.ode import flow_log_prob, load_solver
 from cdm_fast.model import CDM, Denoiser, measures
 from cdm_fast.progress import Progress, silent
+from cdm_fast.statistics import BINS, Reliability, confusion_matrix, reliability, stderr
 
-BINS = 15  # of the calibration error
 ODE_IMAGES, ODE_BATCH = 32, 64
 DRAWS = {"joint": 3, "embedding": 3, "denoising": 1, "ode": 1, "discriminative": 3}
-
-
-@dataclass(frozen=True)
-class Reliability:
-    """How far confidence is from accuracy, over `BINS` bins of equal width of the confidence.
-
-    Fields:
-        ece: `sum_b n_b / n |accuracy_b - confidence_b|`, 0..1 (arXiv 1706.04599, eq. 3).
-        count, confidence, accuracy: of each bin; the means of an empty one are NaN.
-    """
-
-    ece: float
-    count: list[int]
-    confidence: list[float]
-    accuracy: list[float]
-
-
-def reliability(
-    posterior: Tensor,  # (n, K) p(c|x)
-    label: Tensor,  # (n,) int64
-) -> Reliability:
-    """The calibration of a classifier's largest posterior; bin b holds confidences in (b, b+1] / `BINS`."""
-    confidence, predicted = posterior.double().max(1)
-    right = (predicted == label).double()
-    index = ((confidence * BINS).ceil().long() - 1).clamp(0, BINS - 1)
-    count = torch.bincount(index, minlength=BINS)
-    mean_confidence, mean_right = (
-        torch.bincount(index, weights=values, minlength=BINS) / count for values in (confidence, right)
-    )
-    gap = (mean_right - mean_confidence).abs().nan_to_num() * count
-    return Reliability(
-        float(gap.sum() / len(label)), count.tolist(), mean_confidence.tolist(), mean_right.tolist()
-    )
-
-
-def confusion_matrix(predicted: Tensor, label: Tensor, num_classes: int) -> Tensor:
-    """(K, K) int64: how many images of each class (row) were taken for each (column)."""
-    pairs = torch.bincount(label * num_classes + predicted, minlength=num_classes**2)
-    return pairs.view(num_classes, num_classes)
 
 
 class OfClass(Denoiser):

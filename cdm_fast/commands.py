@@ -28,7 +28,8 @@ from cdm_fast.files import write_atomically
 from cdm_fast.interop import Foreign
 from cdm_fast.interop.convert import PUBLIC_BETAS, convert
 from cdm_fast.interop.source import is_foreign, open_foreign, output_folder, require_data
-from cdm_fast.likelihood import LikelihoodReport, denoise_blind, describe_score, evaluate
+from cdm_fast.likelihood import LikelihoodReport, denoise_blind, evaluate
+from cdm_fast.likelihood.describe import describe_score
 from cdm_fast.likelihood.export import check_name, write_per_image
 from cdm_fast.likelihood.images import require_likelihood
 from cdm_fast.likelihood.single import PUBLIC_SCORING

@@ -7,8 +7,9 @@ and the tree as JSON is the `config.json` of a run directory. Nothing here impor
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
+from tyro.conf import Suppress, arg
+
 from cdm_fast.errors import UserError
-from cdm_fast.flags import Suppress, arg
 
 Sampler = Literal["ddpm", "ddim", "dpm_solver_pp_2m", "heun", "euler_ot"]
 Preset = Literal[

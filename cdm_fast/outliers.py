@@ -13,22 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdm_fast.attacks import auroc
 from cdm_fast.corruptions import KINDS, SEVERITIES, corrupt
 from cdm_fast.data import ImageData
 from cdm_fast.devices import upload
 from cdm_fast.distributed import by_rows
 from cdm_fast.errors import UserError
-from cdm_fast.likelihood.images import (
-    add_noise,
-    batches,
-    bits_per_dim,
-    draw_generator,
-    require_likelihood,
-    stderr,
-)
+from cdm_fast.likelihood.images import add_noise, batches, bits_per_dim, draw_generator, require_likelihood
 from cdm_fast.model import CDM, measures
 from cdm_fast.progress import Progress, silent
+from cdm_fast.statistics import auroc, auroc_stderr, conformal_p_value, stderr
 
 SCORES = ("likelihood", "typicality", "level_posterior")
 
@@ -200,36 +193,6 @@ def _bits_and_distance(
         raise UserError(f"{bad} of {len(data)} images have no finite score; the model has diverged")
     bits, distance = total / draws
     return bits, distance
-
-
-def conformal_p_value(
-    score: Tensor,  # (n,)
-    reference: Tensor,  # (m,) of held-out data
-) -> Tensor:
-    """`(1 + #{reference >= score}) / (1 + m)`, (n,): at most q on a share q of data like the reference."""
-    below = torch.searchsorted(reference.sort().values, score)
-    return (1 + len(reference) - below).double() / (1 + len(reference))
-
-
-def auroc_stderr(
-    higher: Tensor,  # (n,)
-    lower: Tensor,  # (m,)
-) -> float:
-    """Standard error of `auroc(higher, lower)` (DeLong et al. 1988); NaN where a set has one value.
-
-    The area is a mean, over either set, of the share of the other that a value beats; so is its variance.
-    """
-    if min(len(higher), len(lower)) < 2:
-        return math.nan
-    variance = sum(_beaten(x, y).var() / len(x) for x, y in ((higher, lower), (-lower, -higher)))
-    return math.sqrt(float(variance))
-
-
-def _beaten(values: Tensor, others: Tensor) -> Tensor:
-    """Share of `others` (m,) below each of `values` (n,), ties counting half."""
-    ordered = others.sort().values
-    below, upto = (torch.searchsorted(ordered, values.contiguous(), right=right) for right in (False, True))
-    return (below + upto).double() / (2 * len(others))
 
 
 def _separation(other: ImageData, theirs: Scores, own: Scores) -> Separation:

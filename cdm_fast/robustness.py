@@ -9,8 +9,8 @@ import torch
 from cdm_fast.classify import ClassReport, require_labels
 from cdm_fast.corruptions import KINDS, SEVERITIES, corrupt
 from cdm_fast.data import ImageData
-from cdm_fast.likelihood.images import stderr
 from cdm_fast.progress import Progress
+from cdm_fast.statistics import stderr
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,13 @@ from cdm_fast.likelihood import (
     LikelihoodReport,
     audit,
     audit_denoiser,
-    describe_audit,
     describe_denoiser_audit,
-    describe_elbo,
-    describe_ode,
-    describe_score,
     evaluate,
     evaluate_elbo,
     evaluate_ode,
     without_images,
 )
+from cdm_fast.likelihood.describe import describe_audit, describe_elbo, describe_ode, describe_score
 from cdm_fast.likelihood.images import require_denoiser
 from cdm_fast.model import CDM, Denoiser
 from cdm_fast.plots import write_audit

@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from cdm_fast import CDM, NoiseSchedule, UserError
-from cdm_fast.classify import confusion_matrix, evaluate_classes, reliability
+from cdm_fast.classify import evaluate_classes
 from cdm_fast.corruptions import KINDS
 from cdm_fast.data import ImageData, write_image
 from cdm_fast.discriminative import Classifier
 from cdm_fast.losses import Noised, noised_classifier_loss
 from cdm_fast.robustness import describe_corruptions, evaluate_corruptions
+from cdm_fast.statistics import confusion_matrix, reliability
 from tests.analytic import Density, ExactDenoiser, ExactNetwork, GaussianMixture
 from tests.test_cli import call, call_json
 from tests.test_joint import ExactJoint

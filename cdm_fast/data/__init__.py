@@ -4,10 +4,11 @@ No reader here unpickles, executes or extracts anything, and none allocates what
 sizes are checked against the bytes that are there, and against the limits in `reading`, first.
 """
 
+from cdm_fast.config import PixelMap
 from cdm_fast.data.load import ImageData, load_data
 from cdm_fast.data.order import batch_indices
 from cdm_fast.data.pictures import read_image, write_grid, write_image
-from cdm_fast.data.pixels import PixelMap, bits_of_interval, dequantize, quantize
+from cdm_fast.data.pixels import bits_of_interval, dequantize, quantize
 
 __all__ = [
     "ImageData",

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cdm_fast.config import PixelMap
 from cdm_fast.data.arrays import (
     is_cifar_folder,
     is_idx_folder,
@@ -22,7 +23,6 @@ from cdm_fast.data.hub import read_hub
 from cdm_fast.data.npz import read_npz
 from cdm_fast.data.order import Indices, split_indices
 from cdm_fast.data.pictures import check_shape
-from cdm_fast.data.pixels import PixelMap
 from cdm_fast.data.reading import bad, error_text
 from cdm_fast.data.source import SPLITS, Part, Source
 from cdm_fast.errors import UserError

@@ -25,13 +25,13 @@ from cdm_fast.likelihood.images import (
     nats_per_bit_per_dim,
     require_denoiser,
     require_likelihood,
-    stderr,
 )
 from cdm_fast.likelihood.normalisation import Normalisation, measure_log_z
 from cdm_fast.likelihood.ode import ContinuousDenoiser, FlowLikelihood, flow_log_prob, load_solver
 from cdm_fast.likelihood.single import LikelihoodReport, evaluate
 from cdm_fast.model import CDM, Denoiser, measures
 from cdm_fast.progress import Progress, silent
+from cdm_fast.statistics import stderr
 
 COMPARED_LEVELS = 12  # at which single pass and ODE are compared, even in log-SNR
 TIGHTENED = 0.1  # the tolerance of the convergence check, relative to the tolerance

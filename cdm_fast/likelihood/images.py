@@ -93,8 +93,3 @@ def spread(first: int, last: int, most: int) -> list[int]:
     """All integers first..last, or `most` of them spread evenly."""
     count = min(most, last - first + 1)
     return sorted({round(float(t)) for t in torch.linspace(first, last, count, dtype=torch.float64)})
-
-
-def stderr(values: Tensor) -> float:
-    """Standard error of the mean of independent values; NaN for a single one."""
-    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan

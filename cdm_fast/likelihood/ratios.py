@@ -14,9 +14,9 @@ from cdm_fast.likelihood.images import (
     nats_per_bit_per_dim,
     require_likelihood,
     spread,
-    stderr,
 )
 from cdm_fast.model import CDM, measures
+from cdm_fast.statistics import stderr
 
 
 @dataclass(frozen=True)

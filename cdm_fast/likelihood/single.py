@@ -27,11 +27,11 @@ from cdm_fast.likelihood.images import (
     bits_per_dim,
     draw_generator,
     require_likelihood,
-    stderr,
 )
 from cdm_fast.likelihood.ratios import RatioCheck, ratio_check
 from cdm_fast.model import CDM, measures
 from cdm_fast.nn.working import cast_weights
+from cdm_fast.statistics import stderr
 
 PAPER_PROTOCOL = (
     "not comparable with other bits/dim: pixels are scored as points, without dequantisation, and a density"
