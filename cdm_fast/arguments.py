@@ -7,16 +7,18 @@ from typing import Annotated, Literal
 from tyro.conf import FlagCreatePairsOff, Positional
 
 from cdm_fast.config import Compile, PixelMap, Preset, RunConfig, Sampler, Schedule
+from cdm_fast.config.choices import (
+    AttackName,
+    AttackNorm,
+    ClassifyMethod,
+    CorrectedSampler,
+    Parallel,
+    RestoreTask,
+    Split,
+)
 
 Json = Annotated[bool, FlagCreatePairsOff]
-CorrectedSampler = Literal["mala", "smc"]
 Given = Literal["label", "none", "all"]
-Split = Literal["train", "validation", "test"]
-Parallel = Literal["ddp", "fsdp"]
-AttackName = Literal["fgsm", "pgd", "deepfool", "cw", "square"]
-AttackNorm = Literal["linf", "l2"]
-RestoreTask = Literal["inpaint", "denoise", "super-resolution"]
-ClassifyMethod = Literal["joint", "embedding", "denoising", "ode", "discriminative"]
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from cdm_fast.arguments import AttackName, AttackNorm
 from cdm_fast.classify import labels_for, require_classes
+from cdm_fast.config.choices import AttackName, AttackNorm
 from cdm_fast.data import ImageData, PixelMap
 from cdm_fast.discriminative import Classifier
 from cdm_fast.errors import UserError

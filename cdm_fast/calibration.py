@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cdm_fast.config_json import from_json
+from cdm_fast.config.json import from_json
 from cdm_fast.data import ImageData
 from cdm_fast.errors import UserError
 from cdm_fast.files import write_atomically

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from cdm_fast.build import build_model, build_network
 from cdm_fast.calibration import apply_calibration
 from cdm_fast.config import RunConfig, check
-from cdm_fast.config_json import from_json, parse_json, to_json
+from cdm_fast.config.json import from_json, parse_json, to_json
 from cdm_fast.data.reading import read_bytes, shown
 from cdm_fast.distributed import whole
 from cdm_fast.errors import UserError

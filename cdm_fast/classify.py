@@ -20,7 +20,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from cdm_fast.arguments import ClassifyMethod
+from cdm_fast.config.choices import ClassifyMethod
 from cdm_fast.data import ImageData
 from cdm_fast.discriminative import Classifier
 from cdm_fast.distributed import by_rows, in_turn

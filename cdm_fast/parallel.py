@@ -21,9 +21,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from cdm_fast.arguments import Parallel
 from cdm_fast.checkpoint import Checkpoint
 from cdm_fast.config import RunConfig
+from cdm_fast.config.choices import Parallel
 from cdm_fast.discriminative import Classifier
 from cdm_fast.distributed import largest
 from cdm_fast.losses import LossTerms, Noised

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 from cdm_fast.config import RunConfig
-from cdm_fast.config_json import to_json
+from cdm_fast.config.json import to_json
 from cdm_fast.errors import DiskError, UserError
 from cdm_fast.files import write_atomically
 from cdm_fast.processes import is_main

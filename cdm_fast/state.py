@@ -18,7 +18,7 @@ from cdm_fast.checkpoint import (
     snapshot_optimizer,
 )
 from cdm_fast.config import RunConfig
-from cdm_fast.config_json import differences, fixed_part, from_json
+from cdm_fast.config.json import differences, fixed_part, from_json
 from cdm_fast.discriminative import Classifier
 from cdm_fast.errors import UserError
 from cdm_fast.model import CDM, DDM

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from cdm_fast.arguments import Parallel
 from cdm_fast.build import head_rank, pick_device
 from cdm_fast.checkpoint import (
     Checkpoint,
@@ -27,7 +26,8 @@ from cdm_fast.checkpoint import (
     write_config,
 )
 from cdm_fast.config import ImageShape, RunConfig, check
-from cdm_fast.config_json import differences
+from cdm_fast.config.choices import Parallel
+from cdm_fast.config.json import differences
 from cdm_fast.data import ImageData
 from cdm_fast.devices import wait_for
 from cdm_fast.discriminative import Classifier

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cdm_fast.config_json import parse_json
+from cdm_fast.config.json import parse_json
 from cdm_fast.data.reading import bad, error_text, read_bytes, shown
 from cdm_fast.errors import UserError
 from cdm_fast.interop.denoisers import Foreign, LevelDenoiser, PathDenoiser, Predicts

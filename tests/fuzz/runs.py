@@ -15,7 +15,7 @@ import torch
 
 from cdm_fast.checkpoint import create_run
 from cdm_fast.config import RunConfig
-from cdm_fast.config_json import fixed_part, from_json
+from cdm_fast.config.json import fixed_part, from_json
 from cdm_fast.errors import UserError
 from cdm_fast.state import new_state, to_checkpoint
 from tests.fuzz.case import Case, unusual_files

@@ -6,7 +6,7 @@ import math
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from cdm_fast.config import RunConfig
+from cdm_fast.config.settings import RunConfig
 from cdm_fast.errors import UserError
 
 Config = TypeVar("Config")

@@ -1,0 +1,15 @@
+"""Choices by name that the command line and the library share."""
+
+from typing import Literal
+
+CorrectedSampler = Literal["mala", "smc"]
+Split = Literal["train", "validation", "test"]
+Parallel = Literal["ddp", "fsdp"]
+AttackName = Literal["fgsm", "pgd", "deepfool", "cw", "square"]
+AttackNorm = Literal["linf", "l2"]
+RestoreTask = Literal["inpaint", "denoise", "super-resolution"]
+ClassifyMethod = Literal["joint", "embedding", "denoising", "ode", "discriminative"]
+Sampler = Literal["ddpm", "ddim", "dpm_solver_pp_2m", "heun", "euler_ot"]
+Objective = Literal["cdm", "ddm", "classifier"]
+Precision = Literal["auto", "fp32", "bf16"]
+Compile = Literal["auto", "off", "default", "reduce-overhead"]

@@ -1,0 +1,141 @@
+"""The presets: runs as values of the settings."""
+
+from dataclasses import replace
+from typing import Literal
+
+from cdm_fast.config.settings import (
+    DataConfig,
+    ImageShape,
+    NetworkConfig,
+    OutputConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from cdm_fast.errors import UserError
+
+Preset = Literal[
+    "digits",
+    "fashion-mnist",
+    "cifar10",
+    "celeba64",
+    "digits-encoder",
+    "fashion-mnist-encoder",
+    "cifar10-encoder",
+    "cifar10-paper",
+    "celeba64-paper",
+]
+
+
+PRESETS: dict[str, RunConfig] = {
+    "digits": RunConfig(
+        network=NetworkConfig(num_groups=8, dropout=0.2, conditioning="joint"),
+        train=TrainConfig(
+            optimizer="adamw",
+            lr=2e-3,
+            weight_decay=0.05,
+            ema_decay=0.995,
+            ce_weight=0.01,
+            dropout_until=0.9,
+        ),
+        output=OutputConfig(evaluate_every=250, num_samples=80, sampler="ddpm", sampling_steps=100),
+    ),
+    "fashion-mnist": RunConfig(
+        data=DataConfig(source="data/fashion-mnist"),
+        image=ImageShape(size=28, channels=1, num_grey_levels=256, num_classes=10),
+        schedule=ScheduleConfig(T=500, level_distribution="log-snr"),
+        network=NetworkConfig(
+            base_channels=16,
+            multipliers=(1, 2, 4),
+            attention_resolutions=(7,),
+            num_groups=8,
+            dropout=0.0,
+            conditioning="joint",
+            head_rank=10,
+        ),
+        train=TrainConfig(
+            steps=6500,
+            batch_size=64,
+            lr=2e-3,
+            warmup=200,
+            ema_decay=0.998,
+            ce_weight=0.01,
+            class_weight=0.1,
+        ),
+        output=OutputConfig(
+            sample_every=2000,
+            evaluate_every=1000,
+            draws=1,
+            num_samples=80,
+            sampler="ddpm",
+            sampling_steps=100,
+        ),
+    ),
+    "cifar10": RunConfig(
+        data=DataConfig(source="data/cifar-10-batches-bin", flip=True),
+        image=ImageShape(size=32, channels=3, num_grey_levels=256, num_classes=10),
+        schedule=ScheduleConfig(T=1000),
+        network=NetworkConfig(base_channels=128, multipliers=(1, 2, 2, 2), attention_resolutions=(16,)),
+        train=TrainConfig(steps=500_000, lr=2e-4, warmup=5000, decay="none", ema_decay=0.9999),
+        output=OutputConfig(log_every=100, save_every=5000, sample_every=5000, evaluate_every=25_000),
+    ),
+    "celeba64": RunConfig(
+        data=DataConfig(source="data/celeba", image_size=64, flip=True),
+        image=ImageShape(size=64, channels=3, num_grey_levels=256, num_classes=None),
+        schedule=ScheduleConfig(T=1000),
+        network=NetworkConfig(base_channels=128, multipliers=(1, 2, 2, 2, 4), attention_resolutions=(16,)),
+        train=TrainConfig(steps=500_000, lr=1e-4, warmup=5000, decay="none", ema_decay=0.9999),
+        output=OutputConfig(log_every=100, save_every=5000, sample_every=5000, evaluate_every=25_000),
+    ),
+}
+
+
+for _name in ("digits", "fashion-mnist", "cifar10"):
+    _network = replace(PRESETS[_name].network, architecture="encoder")
+    PRESETS[f"{_name}-encoder"] = replace(PRESETS[_name], network=_network)
+
+
+# As long as the U-Net's 1000 steps.
+_train = replace(PRESETS["digits-encoder"].train, steps=2500)
+
+
+PRESETS["digits-encoder"] = replace(PRESETS["digits-encoder"], train=_train)
+
+
+# The paper's own settings, from its public code, github.com/shaharYadin/CDM:
+# config/config.yaml has T, betas, steps, lr, batch size, loss weights and the average's decay; cdm.py the
+# warm-up over 5000 steps, a tenth of the rate after every 200,000, no clipping, and an average that is a copy
+# of the weights for 5000 steps; main.py the networks, dropout, mirroring, and 2u/255 - 1 without noise.
+# Its CelebA is cropped to rows 57..184 and columns 25..152 before it is resized (CustomImageDataset.py): give
+# images that are.
+_theirs = TrainConfig(
+    steps=500_000,
+    lr=2e-4,
+    warmup=5000,
+    decay="step",
+    decay_every=200_000,
+    decay_factor=0.1,
+    clip_norm=0.0,
+    ema_decay=0.9999,
+    ema_start=5000,
+    ce_weight=1e-3,
+    mse_weight=1.0,
+    label_dropout=0.0,
+)
+
+
+for _name in ("cifar10", "celeba64"):
+    _ours = PRESETS[_name]
+    PRESETS[f"{_name}-paper"] = replace(
+        _ours,
+        data=replace(_ours.data, pixels="points"),
+        schedule=ScheduleConfig(schedule="linear", T=1000, beta_start=1e-4, beta_end=0.02),
+        train=_theirs,
+    )
+
+
+def preset(name: str) -> RunConfig:
+    """The preset called `name`; raises UserError naming the known ones."""
+    if name not in PRESETS:
+        raise UserError(f"unknown --preset {name!r}; choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]
