@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.bench_attention import baseline, candidate, check, inputs
-from cdm_fast.ops import _backend, use_attention_method, use_backend
+from cdm_fast.ops import backend, use_attention_method, use_backend
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 TOKENS, WIDTHS = (64, 256, 1024, 4096), (64, 128, 256)
@@ -46,7 +46,7 @@ def measure(
     batch = max(1, elements // (tokens * width))
     tensors = inputs((batch, tokens, width), DTYPES[dtype], device)
     expected, times = baseline(*tensors), {}
-    for method in _backend.ATTENTION_METHODS[1:]:
+    for method in backend.ATTENTION_METHODS[1:]:
         with use_backend("triton"), use_attention_method(method):
             check(candidate(*tensors), expected)
             times[method] = time_ms(lambda: candidate(*tensors), device, seconds)
@@ -66,7 +66,7 @@ def write(path: Path, entries: list[dict[str, object]], device: torch.device) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=_backend.ATTENTION_TABLE)
+    parser.add_argument("--out", type=Path, default=backend.ATTENTION_TABLE)
     parser.add_argument("--seconds", type=float, default=0.2, help="time for each method at each size")
     parser.add_argument("--small", action="store_true", help="a smoke run, no figures")
     options = parser.parse_args()

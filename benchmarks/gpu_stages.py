@@ -43,7 +43,8 @@ from benchmarks.train_steps import BATCH_SIZE, Steps, WholeStep, autocast
 from cdm_fast.config import PRESETS
 from cdm_fast.data import ImageData
 from cdm_fast.likelihood import evaluate
-from cdm_fast.ops import _backend, attention, attention_vjp
+from cdm_fast.ops import attention, attention_vjp
+from cdm_fast.ops import backend as _backend
 from cdm_fast.sampling import sample
 from cdm_fast.train import train
 

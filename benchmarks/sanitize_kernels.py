@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from cdm_fast.ops import (
-    _backend,
     attention,
     attention_vjp,
     group_norm_silu,
@@ -20,6 +19,7 @@ from cdm_fast.ops import (
     use_attention_method,
     use_backend,
 )
+from cdm_fast.ops import backend as _backend
 from cdm_fast.ops.denoise import denoise_epilogue, denoise_loss, denoise_x0, head_cotangent
 from cdm_fast.ops.noise_level_ce import noise_level_ce
 from cdm_fast.ops.noising import noising

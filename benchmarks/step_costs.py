@@ -26,7 +26,7 @@ from torch.utils.flop_counter import flop_registry
 from cdm_fast.build import build_model
 from cdm_fast.config import preset
 from cdm_fast.losses import Noised
-from cdm_fast.ops import _backend
+from cdm_fast.ops import backend
 from cdm_fast.step import Ema, make_loss, make_optimizer, training_step
 
 Call = tuple[tuple[Any, ...], Any]  # arguments, result
@@ -154,12 +154,12 @@ def as_on_a_gpu() -> Iterator[None]:
     """Tensors of the CPU take the ops that a GPU's would, and no check reads a value."""
 
     def resolve(op: str, *_: Any) -> str:
-        return "triton" if "triton" in _backend._coverage[op] else "reference"
+        return "triton" if "triton" in backend._coverage[op] else "reference"
 
     with (
         FakeTensorMode(),
-        mock.patch.object(_backend, "_resolve", resolve),
-        mock.patch("cdm_fast.ops._checks.may_read", _never),
+        mock.patch.object(backend, "_resolve", resolve),
+        mock.patch("cdm_fast.ops.checks.may_read", _never),
         mock.patch("cdm_fast.nn.labels.may_read", _never),
         mock.patch("cdm_fast.model.may_read", _never),
         mock.patch("cdm_fast.ops.linear._ONEDNN_LINEAR", None),

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cdm_fast.checkpoint import load as load
-    from cdm_fast.devices import ieee_fp32 as ieee_fp32
     from cdm_fast.errors import UserError as UserError
     from cdm_fast.losses import cdm_loss as cdm_loss
     from cdm_fast.losses import ddm_loss as ddm_loss
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from cdm_fast.nn import UNet as UNet
     from cdm_fast.nn import UNetDenoiser as UNetDenoiser
     from cdm_fast.ops import use_backend as use_backend
+    from cdm_fast.ops.precision import ieee_fp32 as ieee_fp32
     from cdm_fast.sampling import sample as sample
     from cdm_fast.schedule import NoiseSchedule as NoiseSchedule
     from cdm_fast.tables import CDMDensity as CDMDensity
@@ -42,7 +42,7 @@ _HOME = {
     "UserError": "cdm_fast.errors",
     "cdm_loss": "cdm_fast.losses",
     "ddm_loss": "cdm_fast.losses",
-    "ieee_fp32": "cdm_fast.devices",
+    "ieee_fp32": "cdm_fast.ops.precision",
     "load": "cdm_fast.checkpoint",
     "log_density_ratio": "cdm_fast.tables",
     "sample": "cdm_fast.sampling",

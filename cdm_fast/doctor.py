@@ -11,7 +11,8 @@ import torch
 
 import cdm_fast
 import cdm_fast.ops as _ops  # noqa: F401  (every op declares its kernels when it is imported)
-from cdm_fast.ops import _backend, _build_record
+from cdm_fast.ops import backend as _backend
+from cdm_fast.ops import build_record
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "pillow", "matplotlib", "scikit-learn", "tyro", "rich")
 
@@ -75,8 +76,8 @@ def render(found: dict[str, Any]) -> str:
 
 def _build() -> dict[str, Any] | None:
     """The record of the build, with the full path of its log."""
-    record = _build_record.read()
-    return None if record is None else {**record, "log": str(_build_record.log() or "") or None}
+    record = build_record.read()
+    return None if record is None else {**record, "log": str(build_record.log() or "") or None}
 
 
 def _render_build(record: dict[str, Any] | None) -> list[str]:

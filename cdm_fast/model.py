@@ -12,13 +12,13 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from cdm_fast.devices import ieee_fp32
 from cdm_fast.errors import UserError
 from cdm_fast.nn import AdjointNetwork
 from cdm_fast.nn.heads import Conditioning, logits_at
 from cdm_fast.nn.labels import check_labels
 from cdm_fast.ops import denoise_epilogue, denoise_x0, level_logits, noise_level_ce, use_backend
-from cdm_fast.ops._checks import may_read
+from cdm_fast.ops.checks import may_read
+from cdm_fast.ops.precision import ieee_fp32
 from cdm_fast.schedule import NoiseSchedule
 
 # From so many classes on, training never holds all joint logits at once (see `ops/head_noise_level_ce.py`).

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cdm_fast.devices import upload
 from cdm_fast.errors import UserError
-from cdm_fast.ops._checks import may_read
+from cdm_fast.ops.checks import may_read
 
 # Largest beta of one level. Nichol & Dhariwal clip here so that no level erases all signal; the linear
 # schedule needs the same below T = 21, where 1000/T stretches its last beta to 1 and beyond.

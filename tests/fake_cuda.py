@@ -281,7 +281,7 @@ def _host_without_gpu(record: Record) -> Iterator[None]:
     import torch.utils._foreach_utils as foreach
     from triton.runtime import interpreter, jit
 
-    from cdm_fast.ops import _backend
+    from cdm_fast.ops import backend as _backend
 
     really_missing = _backend.missing
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from cdm_fast.ops import _backend
+from cdm_fast.ops import backend
 
 DEVICE = torch.device("cuda", 0)
 _HOST = "_lies_on_the_host"
@@ -139,7 +139,7 @@ def install() -> None:
     """Pretends from now on, in this process. Triton's interpreter and torch's tracers see the plain CPU."""
     PretendCuda().__enter__()
     # What is traced on the plain CPU takes the kernels that the pretended device has.
-    _backend._FASTEST_FIRST["cpu"] = _backend._FASTEST_FIRST["cuda"]
+    backend._FASTEST_FIRST["cpu"] = backend._FASTEST_FIRST["cuda"]
     torch.library.opcheck = _plainly(torch.library.opcheck)
     compile_ = torch.compile
     torch.compile = lambda *args, **kwargs: _plainly(compile_(*args, **kwargs))

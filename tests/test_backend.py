@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from cdm_fast.ops import _backend, set_backend, use_backend
+from cdm_fast.ops import backend as _backend
+from cdm_fast.ops import set_backend, use_backend
 
 CPU_FLOAT = torch.empty(1)
 CPU_HALF = torch.empty(1, dtype=torch.float16)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cdm_fast import doctor
-from cdm_fast.ops import _backend, _build_record
+from cdm_fast.ops import backend, build_record
 
 REASON = "building failed (csrc/denoise.cu(7): error: expected a declaration)"
 
@@ -23,11 +23,11 @@ def record(monkeypatch, tmp_path):
         clear()
 
     def clear():
-        for cached in (_build_record.read, _build_record.why_left_out, _backend._warn_of_slow_path):
+        for cached in (build_record.read, build_record.why_left_out, backend._warn_of_slow_path):
             cached.cache_clear()
 
-    monkeypatch.setattr(_build_record, "FOLDER", tmp_path)
-    monkeypatch.setattr(_backend, "_warned", False)
+    monkeypatch.setattr(build_record, "FOLDER", tmp_path)
+    monkeypatch.setattr(backend, "_warned", False)
     clear()
     yield put
     clear()
@@ -38,51 +38,51 @@ def gpu(monkeypatch):
     """As if there were a GPU, and an extension that was built without CUDA."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     extension = SimpleNamespace(build_info=lambda: {"cuda": False}, cpu_capability=lambda: "avx2")
-    monkeypatch.setattr(_backend, "_loaded", extension)
+    monkeypatch.setattr(backend, "_loaded", extension)
 
 
 def resolve_on_gpu(op="denoise", dtype=torch.float32):
-    return _backend._resolve(op, "auto", "cuda", dtype)
+    return backend._resolve(op, "auto", "cuda", dtype)
 
 
 def test_no_record_is_no_failure(record):
-    assert _build_record.read() is None
-    assert _build_record.why_left_out("cpp") is None and _build_record.log() is None
+    assert build_record.read() is None
+    assert build_record.why_left_out("cpp") is None and build_record.log() is None
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"built"'])
 def test_a_damaged_record_is_none(record, content):
-    (_build_record.FOLDER / "_build.json").write_text(content)
-    assert _build_record.read() is None
+    (build_record.FOLDER / "_build.json").write_text(content)
+    assert build_record.read() is None
 
 
 def test_the_doctor_names_reason_and_log_of_a_failed_cuda_build(record):
     record(built=["cpp"], left_out={"cuda": REASON})
-    log = str(_build_record.FOLDER / "_build.log")
+    log = str(build_record.FOLDER / "_build.log")
     report = doctor.report()
     assert report["build"]["log"] == log
     text = doctor.render(report)
     assert REASON in text and f"log: {log}" in text
-    if _backend.build_info() and not _backend.build_info()["cuda"]:
+    if backend.build_info() and not backend.build_info()["cuda"]:
         missing = next(row["remedy"] for row in report["missing"] if row["what"] == "CUDA kernels")
         assert REASON in missing and log in missing
 
 
 def test_without_any_kernel_the_builds_reason_is_told(record, monkeypatch):
-    monkeypatch.setattr(_backend, "_loaded", ImportError("No module named 'cdm_fast._C'"))
+    monkeypatch.setattr(backend, "_loaded", ImportError("No module named 'cdm_fast._C'"))
     record(left_out={"cpp": "there is no C++ compiler (c++): install one, or set CXX"}, log=None)
-    assert "there is no C++ compiler (c++): install one" in _backend.missing("cpp")
-    assert "log" not in _backend.missing("cpp")
+    assert "there is no C++ compiler (c++): install one" in backend.missing("cpp")
+    assert "log" not in backend.missing("cpp")
 
 
 def test_an_extension_of_another_torch_says_so(record, monkeypatch):
-    monkeypatch.setattr(_backend, "_loaded", ImportError("libcudart.so.13: cannot open shared object file"))
+    monkeypatch.setattr(backend, "_loaded", ImportError("libcudart.so.13: cannot open shared object file"))
     record(built=["cpp", "cuda"], torch="2.11.0+cu130")
-    assert f"built beside torch 2.11.0+cu130, this is {torch.__version__}" in _backend.missing("cpp")
+    assert f"built beside torch 2.11.0+cu130, this is {torch.__version__}" in backend.missing("cpp")
 
 
 def test_a_gpu_that_runs_the_reference_warns_once_and_says_why(record, gpu, monkeypatch):
-    monkeypatch.setattr(_backend, "find_spec", lambda name: None)
+    monkeypatch.setattr(backend, "find_spec", lambda name: None)
     record(built=["cpp"], left_out={"cuda": REASON})
     with pytest.warns(UserWarning, match="denoise .*reference backend on the GPU") as caught:
         assert resolve_on_gpu() == "reference"

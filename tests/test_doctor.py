@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cdm_fast import doctor
-from cdm_fast.ops import _backend
+from cdm_fast.ops import backend
 
 OPS = {"attention", "denoise", "group_norm_silu", "noise_level_ce", "noising"}
 
@@ -26,11 +26,11 @@ def test_every_op_has_a_backend_and_a_reason_on_every_device():
     kinds = {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}
     for device in kinds:
         assert {row["op"] for row in rows if row["device"] == device} >= OPS
-    assert all(row["backend"] in _backend.BACKENDS and row["reason"] for row in rows)
+    assert all(row["backend"] in backend.BACKENDS and row["reason"] for row in rows)
 
 
 def test_without_the_extension_every_op_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(_backend, "_loaded", ImportError("no such file"))
+    monkeypatch.setattr(backend, "_loaded", ImportError("no such file"))
     report = doctor.report()
     assert report["extension"] is None
     assert {row["backend"] for row in report["backends"] if row["device"] == "cpu"} == {"reference"}

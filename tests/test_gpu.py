@@ -11,9 +11,9 @@ import torch
 from cdm_fast import CDM, NoiseSchedule, UNet, cdm_loss, sample
 from cdm_fast.config import PRESETS, NetworkConfig
 from cdm_fast.data import ImageData
-from cdm_fast.devices import ieee_fp32
 from cdm_fast.ops import use_backend
 from cdm_fast.ops.noising import noising
+from cdm_fast.ops.precision import ieee_fp32
 from cdm_fast.state import new_state
 from cdm_fast.step import make_loss
 from cdm_fast.train import take_step

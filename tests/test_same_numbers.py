@@ -12,7 +12,7 @@ from cdm_fast.build import build_model
 from cdm_fast.checkpoint import Checkpoint, create_run, snapshot
 from cdm_fast.config import NetworkConfig, RunConfig
 from cdm_fast.interop.convert import convert
-from cdm_fast.ops._backend import missing
+from cdm_fast.ops.backend import missing
 from tests.opaque import Opaque
 from tests.tiny_run import with_settings
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cdm_fast.errors import UserError
-from cdm_fast.ops._checks import may_read
+from cdm_fast.ops.checks import may_read
 
 
 def check_labels(

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cdm_fast.devices import ieee_fp32
 from cdm_fast.ops import attention, attention_vjp, group_norm_silu, group_norm_silu_vjp, linear
+from cdm_fast.ops.precision import ieee_fp32
 
 Residuals = Any  # whatever a layer's own adjoint reads: a tensor, a tuple, or None
 

@@ -1,7 +1,7 @@
 """The fused ops. Each exists as a plain-PyTorch reference and as kernels for several backends."""
 
-from cdm_fast.ops._backend import set_backend, use_attention_method, use_backend
 from cdm_fast.ops.attention import attention, attention_vjp
+from cdm_fast.ops.backend import set_backend, use_attention_method, use_backend
 from cdm_fast.ops.denoise import denoise_epilogue, denoise_loss, denoise_x0, head_cotangent
 from cdm_fast.ops.group_norm_silu import group_norm_silu, group_norm_silu_vjp
 from cdm_fast.ops.head_noise_level_ce import head_noise_level_ce

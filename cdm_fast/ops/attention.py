@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdm_fast.ops import _backend, _checks, attention_composed, attention_cpu, attention_gpu
-from cdm_fast.ops._backend import Coverage
-from cdm_fast.ops._registry import define, overload
+from cdm_fast.ops import attention_composed, attention_cpu, attention_gpu, checks
+from cdm_fast.ops import backend as _backend
+from cdm_fast.ops.backend import Coverage
+from cdm_fast.ops.registry import define, overload
 
 _backend.declare(
     "attention",
@@ -114,7 +115,7 @@ def attention_vjp(
     Raises TypeError or ValueError, naming the argument, for what does not fit the above.
     """
     _check(num_heads, q=q, k=k, v=v, g=g, out=out)
-    _checks.check_tensor(
+    checks.check_tensor(
         "lse", lse, dtypes=(_statistics_dtype(q),), shape=(q.shape[0], num_heads, q.shape[1]), device=q.device
     )
     backend = _backend.resolve("attention", q)
@@ -125,12 +126,12 @@ def attention_vjp(
 
 def _check(num_heads: int, *, q: Tensor, **others: Tensor) -> None:
     """Raises as `attention` says."""
-    _checks.check_tensor("q", q, dtypes=_checks.FLOATING, shape=(None, None, None))
-    _checks.check_batch("q", q)
+    checks.check_tensor("q", q, dtypes=checks.FLOATING, shape=(None, None, None))
+    checks.check_batch("q", q)
     if num_heads < 1 or q.shape[2] % num_heads != 0:
         raise ValueError(f"num_heads: expected a divisor of q's {q.shape[2]} channels, got {num_heads}")
     for name, value in others.items():
-        _checks.check_tensor(name, value, dtypes=(q.dtype,), shape=tuple(q.shape), device=q.device)
+        checks.check_tensor(name, value, dtypes=(q.dtype,), shape=tuple(q.shape), device=q.device)
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:

@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdm_fast.ops import _backend, _checks
-from cdm_fast.ops._backend import Coverage
-from cdm_fast.ops._registry import define, overload
+from cdm_fast.ops import backend as _backend
+from cdm_fast.ops import checks
+from cdm_fast.ops.backend import Coverage
+from cdm_fast.ops.registry import define, overload
 
 _backend.declare(
     "denoise",
     cpp=Coverage("cpu", (torch.float32, torch.bfloat16, torch.float64)),
     cuda=Coverage("cuda", (torch.float32, torch.bfloat16, torch.float16)),
-    triton=Coverage("cuda", _checks.FLOATING),
+    triton=Coverage("cuda", checks.FLOATING),
 )
 
 
@@ -89,7 +90,7 @@ def head_cotangent(
     """
     _check_cotangent(weight_c, level, class_weight)
     num_classes = 1 if class_weight is None else class_weight.shape[1]
-    _checks.check_index_range("level", level, 0, (weight_c.shape[0] - 1) // num_classes + 1)
+    checks.check_index_range("level", level, 0, (weight_c.shape[0] - 1) // num_classes + 1)
     backend = _backend.resolve("denoise", weight_c)
     if backend == "reference":
         return head_cotangent_reference(weight_c, level, class_weight)
@@ -326,16 +327,16 @@ define(
 
 
 def _check_cotangent(weight_c: Tensor, level: Tensor, class_weight: Tensor | None) -> None:
-    _checks.check_tensor("weight_c", weight_c, dtypes=_checks.FLOATING, shape=(None, None))
-    _checks.check_batch("weight_c", weight_c)
+    checks.check_tensor("weight_c", weight_c, dtypes=checks.FLOATING, shape=(None, None))
+    checks.check_batch("weight_c", weight_c)
     device = weight_c.device
-    _checks.check_tensor("level", level, dtypes=(torch.int64,), shape=(None,), device=device)
-    _checks.check_batch("level", level)
+    checks.check_tensor("level", level, dtypes=(torch.int64,), shape=(None,), device=device)
+    checks.check_batch("level", level)
     if class_weight is None:
         return
     shape = (level.shape[0], None)
-    _checks.check_tensor("class_weight", class_weight, dtypes=_checks.FLOATING, shape=shape, device=device)
-    _checks.check_batch("class_weight", class_weight)
+    checks.check_tensor("class_weight", class_weight, dtypes=checks.FLOATING, shape=shape, device=device)
+    checks.check_batch("class_weight", class_weight)
     if (weight_c.shape[0] - 1) % class_weight.shape[1] != 0:
         raise ValueError(
             f"class_weight: expected K that divides the {weight_c.shape[0] - 1} rows of weight_c other than "
@@ -345,12 +346,12 @@ def _check_cotangent(weight_c: Tensor, level: Tensor, class_weight: Tensor | Non
 
 def _check_images(grad_x: Tensor, x: Tensor, **others: Tensor) -> None:
     """others: eps like x, everything else (B,)."""
-    _checks.check_tensor("grad_x", grad_x, dtypes=_checks.FLOATING)
-    _checks.check_batch("grad_x", grad_x)
+    checks.check_tensor("grad_x", grad_x, dtypes=checks.FLOATING)
+    checks.check_batch("grad_x", grad_x)
     shape, device = tuple(grad_x.shape), grad_x.device
-    _checks.check_tensor("x", x, dtypes=_checks.FLOATING, shape=shape, device=device)
+    checks.check_tensor("x", x, dtypes=checks.FLOATING, shape=shape, device=device)
     for name, value in others.items():
         expected = shape if name == "eps" else shape[:1]
-        _checks.check_tensor(name, value, dtypes=_checks.FLOATING, shape=expected, device=device)
+        checks.check_tensor(name, value, dtypes=checks.FLOATING, shape=expected, device=device)
         if name != "eps" and value.requires_grad:
             raise ValueError(f"{name}: expected no gradient; it is a constant of the schedule")

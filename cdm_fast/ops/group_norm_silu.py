@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cdm_fast.ops._backend import Coverage, declare, resolve
-from cdm_fast.ops._registry import define, overload
+from cdm_fast.ops.backend import Coverage, declare, resolve
 from cdm_fast.ops.philox import Stream, check_seed, philox_words
+from cdm_fast.ops.registry import define, overload
 
 declare(
     "group_norm_silu",

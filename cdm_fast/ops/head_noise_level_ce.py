@@ -30,9 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cdm_fast.ops import _backend, _checks
-from cdm_fast.ops._registry import define, overload
+from cdm_fast.ops import backend, checks
 from cdm_fast.ops.noise_level_ce import NoiseLevelCE, noise_level_ce_reference
+from cdm_fast.ops.registry import define, overload
 
 # Logits that exist at a time, unless one level of a batch has more. On CPU, 2^18 to 2^21 are equally fast; on
 # a GPU each block costs a dozen launches.
@@ -73,10 +73,10 @@ def head_noise_level_ce(
     does not fit the above. Source: CDM Alg. 1 and Thm 3.2.
     """
     num_levels = _check(h, weight_c, bias_c, level, label, num_classes)
-    _checks.check_index_range("level", level, 0, num_levels)
+    checks.check_index_range("level", level, 0, num_levels)
     if label is not None:
-        _checks.check_index_range("label", label, -1, num_classes)
-    if _backend.selected_backend() == "reference":
+        checks.check_index_range("label", label, -1, num_classes)
+    if backend.selected_backend() == "reference":
         return head_noise_level_ce_reference(h, weight_c, bias_c, level, label, num_classes)
     label = torch.full_like(level, -1) if label is None else label
     op = overload("head_noise_level_ce", "native")
@@ -230,17 +230,17 @@ def _check(
     h: Tensor, weight_c: Tensor, bias_c: Tensor, level: Tensor, label: Tensor | None, num_classes: int
 ) -> int:
     """Returns L; raises as `head_noise_level_ce` says."""
-    _checks.check_tensor("h", h, dtypes=_checks.FLOATING, shape=(None, None))
-    _checks.check_batch("h", h)
+    checks.check_tensor("h", h, dtypes=checks.FLOATING, shape=(None, None))
+    checks.check_batch("h", h)
     device, dtypes = h.device, (h.dtype,)
-    _checks.check_tensor("weight_c", weight_c, dtypes=dtypes, shape=(None, h.shape[1]), device=device)
+    checks.check_tensor("weight_c", weight_c, dtypes=dtypes, shape=(None, h.shape[1]), device=device)
     num_rows = weight_c.shape[0]
     if num_classes < 1 or num_rows < 2 or (num_rows - 1) % num_classes != 0:
         raise ValueError(
             f"weight_c: expected (L-1) K + 1 rows with num_classes K = {num_classes}, got {num_rows}"
         )
-    _checks.check_tensor("bias_c", bias_c, dtypes=dtypes, shape=(num_rows,), device=device)
+    checks.check_tensor("bias_c", bias_c, dtypes=dtypes, shape=(num_rows,), device=device)
     for name, value in (("level", level), ("label", label)):
         if value is not None:
-            _checks.check_tensor(name, value, dtypes=(torch.int64,), shape=(h.shape[0],), device=device)
+            checks.check_tensor(name, value, dtypes=(torch.int64,), shape=(h.shape[0],), device=device)
     return (num_rows - 1) // num_classes + 1

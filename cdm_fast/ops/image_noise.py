@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdm_fast.ops import _backend, _checks
-from cdm_fast.ops._backend import Coverage
-from cdm_fast.ops._registry import define, overload
+from cdm_fast.ops import backend as _backend
+from cdm_fast.ops import checks
+from cdm_fast.ops.backend import Coverage
 from cdm_fast.ops.philox import Stream, box_muller, philox4x32_10
+from cdm_fast.ops.registry import define, overload
 
 _backend.declare("image_noise", triton=Coverage("cuda", (torch.int64,)))
 
@@ -66,7 +67,7 @@ def _blocks(image: Tensor, size: int, seed: int, draw: int) -> tuple[Tensor, Ten
 
 
 def _check(image: Tensor, size: int, seed: int, draw: int) -> None:
-    _checks.check_tensor("image", image, dtypes=(torch.int64,), shape=(None,))
+    checks.check_tensor("image", image, dtypes=(torch.int64,), shape=(None,))
     for name, value, bits in (("size", size, 34), ("seed", seed, 64), ("draw", draw, 32)):
         if not 0 <= value < 2**bits:
             raise ValueError(f"{name}: expected an integer in 0..2^{bits}-1, got {value}")

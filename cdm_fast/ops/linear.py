@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cdm_fast.ops import _backend
+from cdm_fast.ops import backend
 
 # oneDNN's `x W^T + b` of matrices, which torch.compile uses too; below autograd.
 _ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -50,7 +50,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Differentiable to any order; under `torch.func` on the reference backend.
     """
-    plain = torch.compiler.is_compiling() or _backend.selected_backend() == "reference"
+    plain = torch.compiler.is_compiling() or backend.selected_backend() == "reference"
     if plain or torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias)
     rows = x.flatten(0, -2)

@@ -11,21 +11,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cdm_fast.ops import _backend, _checks
-from cdm_fast.ops._backend import Coverage
-from cdm_fast.ops._registry import define, overload
+from cdm_fast.ops import backend as _backend
+from cdm_fast.ops import checks
+from cdm_fast.ops.backend import Coverage
+from cdm_fast.ops.registry import define, overload
 
 # CUDA devices have the Triton kernel alone.
 _backend.declare(
     "level_logits",
     cpp=Coverage("cpu", (torch.float32, torch.bfloat16, torch.float64)),
-    triton=Coverage("cuda", _checks.FLOATING),
+    triton=Coverage("cuda", checks.FLOATING),
 )
 _backend.declare(
     "noise_level_ce",
     cpp=Coverage("cpu", (torch.float32, torch.bfloat16, torch.float64)),
     cuda=Coverage("cuda", (torch.float32, torch.bfloat16, torch.float16)),
-    triton=Coverage("cuda", _checks.FLOATING),
+    triton=Coverage("cuda", checks.FLOATING),
 )
 
 
@@ -106,9 +107,9 @@ def noise_level_ce(
     ValueError, naming the argument, for what does not fit the above. Source: CDM Alg. 1 and Thm 3.2.
     """
     num_levels, num_classes = _check(logits, level, label, num_classes)
-    _checks.check_index_range("level", level, 0, num_levels)
+    checks.check_index_range("level", level, 0, num_levels)
     if label is not None:
-        _checks.check_index_range("label", label, -1, num_classes)
+        checks.check_index_range("label", label, -1, num_classes)
     backend = _backend.resolve("noise_level_ce", logits)
     if backend == "reference":
         return noise_level_ce_reference(logits, level, label, num_classes)
@@ -222,8 +223,8 @@ define(
 
 def _check_logits(logits: Tensor, num_classes: int) -> tuple[int, int]:
     """Returns (L, K); raises as `noise_level_ce` says."""
-    _checks.check_tensor("logits", logits, dtypes=_checks.FLOATING)
-    _checks.check_batch("logits", logits)
+    checks.check_tensor("logits", logits, dtypes=checks.FLOATING)
+    checks.check_batch("logits", logits)
     if logits.dim() == 3 and num_classes in (1, logits.shape[2]):
         return logits.shape[1], logits.shape[2]
     if logits.dim() == 2 and num_classes >= 1 and (logits.shape[1] - 1) % num_classes == 0:
@@ -238,7 +239,7 @@ def _check(logits: Tensor, level: Tensor, label: Tensor | None, num_classes: int
     """Returns (L, K); raises as `noise_level_ce` says."""
     num_levels, num_classes = _check_logits(logits, num_classes)
     shape, device = (logits.shape[0],), logits.device
-    _checks.check_tensor("level", level, dtypes=(torch.int64,), shape=shape, device=device)
+    checks.check_tensor("level", level, dtypes=(torch.int64,), shape=shape, device=device)
     if label is not None:
-        _checks.check_tensor("label", label, dtypes=(torch.int64,), shape=shape, device=device)
+        checks.check_tensor("label", label, dtypes=(torch.int64,), shape=shape, device=device)
     return num_levels, num_classes

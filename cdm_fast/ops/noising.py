@@ -11,16 +11,17 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from cdm_fast.ops import _backend, _checks
-from cdm_fast.ops._backend import Coverage
-from cdm_fast.ops._registry import define, overload
+from cdm_fast.ops import backend as _backend
+from cdm_fast.ops import checks
+from cdm_fast.ops.backend import Coverage
 from cdm_fast.ops.philox import Stream, check_seed, philox_flip, philox_normal, philox_uniform
+from cdm_fast.ops.registry import define, overload
 
 _backend.declare(
     "noising",
     cpp=Coverage("cpu", (torch.uint8, torch.float32, torch.bfloat16, torch.float64)),
     cuda=Coverage("cuda", (torch.uint8, torch.float32, torch.bfloat16, torch.float16)),
-    triton=Coverage("cuda", (torch.uint8, *_checks.FLOATING)),
+    triton=Coverage("cuda", (torch.uint8, *checks.FLOATING)),
 )
 
 
@@ -94,7 +95,7 @@ def noising(
     Raises TypeError or ValueError, naming the argument, for what does not fit the above. Source: DDPM eq. 4.
     """
     _check(x0, level, a, s, seed, eps, num_grey_levels, flip, dtype)
-    _checks.check_index_range("level", level, 0, a.shape[0])
+    checks.check_index_range("level", level, 0, a.shape[0])
     backend = _backend.resolve("noising", x0)
     if backend == "reference":
         return noising_reference(
@@ -209,16 +210,16 @@ def _check(
     flip: bool,
     dtype: torch.dtype | None,
 ) -> None:
-    _checks.check_tensor("x0", x0, dtypes=(torch.uint8, *_checks.FLOATING))
-    _checks.check_batch("x0", x0)
+    checks.check_tensor("x0", x0, dtypes=(torch.uint8, *checks.FLOATING))
+    checks.check_batch("x0", x0)
     device = x0.device
-    _checks.check_tensor("level", level, dtypes=(torch.int64,), shape=(x0.shape[0],), device=device)
-    _checks.check_tensor("a", a, dtypes=(torch.float32, torch.float64), shape=(None,), device=device)
-    _checks.check_tensor("s", s, dtypes=(a.dtype,), shape=(a.shape[0],), device=device)
+    checks.check_tensor("level", level, dtypes=(torch.int64,), shape=(x0.shape[0],), device=device)
+    checks.check_tensor("a", a, dtypes=(torch.float32, torch.float64), shape=(None,), device=device)
+    checks.check_tensor("s", s, dtypes=(a.dtype,), shape=(a.shape[0],), device=device)
     if a.requires_grad or s.requires_grad:
         raise ValueError("a, s: expected tables without gradient; they are constants of the schedule")
     if eps is not None:
-        _checks.check_tensor("eps", eps, dtypes=_checks.FLOATING, shape=tuple(x0.shape), device=device)
+        checks.check_tensor("eps", eps, dtypes=checks.FLOATING, shape=tuple(x0.shape), device=device)
     if (x0.dtype == torch.uint8) != (num_grey_levels is not None):
         raise ValueError(
             f"num_grey_levels: expected an int for uint8 images and None for float ones, "
@@ -226,7 +227,7 @@ def _check(
         )
     if num_grey_levels is not None and not 2 <= num_grey_levels <= 256:
         raise ValueError(f"num_grey_levels: expected 2..256, got {num_grey_levels}")
-    if dtype is not None and dtype not in _checks.FLOATING:
+    if dtype is not None and dtype not in checks.FLOATING:
         raise TypeError(f"dtype: expected a floating dtype for x_t, got {dtype}")
     if seed is not None:
         check_seed(seed, device)

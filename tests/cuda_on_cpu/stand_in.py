@@ -104,11 +104,11 @@ def _build(result: Path, sources: Iterable[Path], sanitize: bool, link: list[str
 def install(library: Path, thread_order: str) -> None:
     """Makes the backend "cuda" run on CPU tensors by this library; "cpp" is missing from then on."""
     import cdm_fast.ops
-    from cdm_fast.ops import _backend
+    from cdm_fast.ops import backend
 
-    assert _backend._loaded is None, "the extension is loaded already"
+    assert backend._loaded is None, "the extension is loaded already"
     sys.modules["cdm_fast._C"] = None  # type: ignore[assignment]  # its kernels would be CPU's, too
-    _backend._loaded = SimpleNamespace(build_info=lambda: {"cuda": True})  # type: ignore[assignment]
+    backend._loaded = SimpleNamespace(build_info=lambda: {"cuda": True})  # type: ignore[assignment]
     before = _ops_with_cuda_kernels()
     stand_in = ctypes.CDLL(str(library))
     stand_in.cuda_on_cpu_set_order(thread_order.encode())
@@ -117,11 +117,11 @@ def install(library: Path, thread_order: str) -> None:
     for name in sorted(_ops_with_cuda_kernels() - before):
         cdm_fast.ops._registry._library.impl(name, _as_cuda(name), "CPU")
 
-    for backends in _backend._coverage.values():
+    for backends in backend._coverage.values():
         if "cuda" in backends:
             backends["cuda"] = backends["cuda"]._replace(device="cpu")
-    _backend._FASTEST_FIRST["cpu"] = ("cuda",)
-    _backend._missing_extension = _missing_extension
+    backend._FASTEST_FIRST["cpu"] = ("cuda",)
+    backend._missing_extension = _missing_extension
 
 
 def _missing_extension(cuda: bool) -> str | None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from cdm_fast.ops import _backend
+from cdm_fast.ops import backend as _backend
 from tests.cuda_on_cpu import stand_in
 
 # With --test-device cuda every tensor of a test is on the GPU, and these are its kernels. With cuda-on-cpu

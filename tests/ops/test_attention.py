@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 from cdm_fast.ops import (
-    _backend,
     attention,
     attention_cpu,
     attention_gpu,
@@ -21,6 +20,7 @@ from cdm_fast.ops import (
     use_attention_method,
     use_backend,
 )
+from cdm_fast.ops import backend as _backend
 from cdm_fast.ops.attention import attention_reference
 
 # batch, tokens, channels, heads

@@ -7,7 +7,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from cdm_fast.ops import _backend, group_norm_silu, group_norm_silu_vjp, use_backend
+from cdm_fast.ops import backend as _backend
+from cdm_fast.ops import group_norm_silu, group_norm_silu_vjp, use_backend
 from cdm_fast.ops.group_norm_silu import dropout_mask
 from cdm_fast.ops.philox import Stream, philox_words
 

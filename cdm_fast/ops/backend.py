@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cdm_fast.ops import _build_record
+from cdm_fast.ops import build_record
 
 BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
 ATTENTION_METHODS = ("auto", "fused", "composed")
@@ -138,7 +138,7 @@ def _warn_of_slow_path(op: str, taken: str, device: str, dtype: torch.dtype) -> 
         return
     kernels = {name: _coverage[op][name] for name in _FASTEST_FIRST[device] if name in _coverage[op]}
     better = [name for name, coverage in kernels.items() if name != taken and dtype in coverage.dtypes]
-    slow = taken == "reference" or (taken == "triton" and _build_record.failed("cuda"))
+    slow = taken == "reference" or (taken == "triton" and build_record.failed("cuda"))
     if not (slow and better):
         return
     _warned = True
@@ -181,19 +181,19 @@ def _missing_extension(cuda: bool) -> str | None:
     if not cuda:
         return None
     built = bool(extension.build_info()["cuda"])
-    if not torch.cuda.is_available() and (built or not _build_record.failed("cuda")):
+    if not torch.cuda.is_available() and (built or not build_record.failed("cuda")):
         return "torch sees no CUDA device"
     return None if built else f"the extension was built without CUDA: {_why_no_cuda()}"
 
 
 def _why_no_cuda() -> str:
     advice = "install beside a CUDA torch and an nvcc of its major version"
-    return _build_record.why_left_out("cuda") or advice
+    return build_record.why_left_out("cuda") or advice
 
 
 def _no_extension(error: ImportError) -> str:
     """Why there is no extension: the build's own reason, else what its import says."""
-    reason = _build_record.why_left_out("cpp")
+    reason = build_record.why_left_out("cpp")
     if reason is not None:
         return f"the extension cdm_fast._C was not built: {reason}; then `pip install -e .` again"
     return f"the extension cdm_fast._C does not load ({error}{_other_torch()}); {_HOW_TO_BUILD}"
@@ -201,7 +201,7 @@ def _no_extension(error: ImportError) -> str:
 
 def _other_torch() -> str:
     """A remark that the extension was built beside another torch, if it was."""
-    beside = (_build_record.read() or {}).get("torch")
+    beside = (build_record.read() or {}).get("torch")
     if beside in (None, torch.__version__):
         return ""
     return f"; it was built beside torch {beside}, this is {torch.__version__}"

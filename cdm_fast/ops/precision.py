@@ -1,0 +1,33 @@
+"""Honest fp32 on accelerators."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+# What convolutions and matrix products of fp32 tensors may round to on a GPU: (library, kind of operation).
+_OPERATIONS = (("cuda", "conv"), ("cuda", "matmul"))
+
+
+@contextmanager
+def ieee_fp32() -> Iterator[None]:
+    """fp32 convolutions and matrix products in IEEE fp32 on a GPU, inside the block.
+
+    PyTorch computes fp32 convolutions there in TF32 by default, with 10 bits of mantissa: of a digits network
+    that moves the one-pass log-likelihood by 0.02 to 0.03 nats. Everything in this package that measures a
+    model (samplers, likelihoods, classification), training in any precision, and layers that are exact do
+    this themselves; a call of `model.log_prob` or `model.denoise` on its own follows PyTorch's settings.
+    Nothing else is changed, and the settings are put back. No effect on a CPU; a compiled graph runs by the
+    settings that hold where it is called.
+    """
+    if torch.compiler.is_compiling():
+        yield
+        return
+    before = [torch._C._get_fp32_precision_getter(*operation) for operation in _OPERATIONS]
+    try:
+        for operation in _OPERATIONS:
+            torch._C._set_fp32_precision_setter(*operation, "ieee")
+        yield
+    finally:
+        for operation, precision in zip(_OPERATIONS, before, strict=True):
+            torch._C._set_fp32_precision_setter(*operation, precision)
