@@ -29,7 +29,8 @@ from cdm_fast.likelihood import evaluate, evaluate_elbo, measure_log_z, ratio_ch
 from cdm_fast.likelihood.images import add_noise, draw_images, nats_per_bit_per_dim
 from cdm_fast.losses import LossTerms, Noised
 from cdm_fast.nn import UNet
-from cdm_fast.nn.layers import Conv2d, CumulativeHead, full_precision
+from cdm_fast.nn.heads import CumulativeHead
+from cdm_fast.nn.layers import Conv2d, full_precision
 from cdm_fast.report import run_data
 from cdm_fast.state import TrainingState, new_state, to_checkpoint
 from cdm_fast.step import Ema, derived_seed, make_loss, make_optimizer

@@ -160,7 +160,7 @@ def as_on_a_gpu() -> Iterator[None]:
         FakeTensorMode(),
         mock.patch.object(backend, "_resolve", resolve),
         mock.patch("cdm_fast.ops.checks.may_read", _never),
-        mock.patch("cdm_fast.nn.labels.may_read", _never),
+        mock.patch("cdm_fast.nn.embedding.may_read", _never),
         mock.patch("cdm_fast.model.may_read", _never),
         mock.patch("cdm_fast.ops.linear._ONEDNN_LINEAR", None),
     ):

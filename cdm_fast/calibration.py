@@ -27,7 +27,7 @@ from cdm_fast.likelihood.images import nats_per_bit_per_dim
 from cdm_fast.likelihood.normalisation import measure_log_z
 from cdm_fast.model import CDM, Denoiser
 from cdm_fast.nn import AdjointNetwork
-from cdm_fast.nn.layers import CumulativeHead
+from cdm_fast.nn.heads import CumulativeHead
 from cdm_fast.progress import Progress, silent
 
 FILE = "calibration.json"

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from cdm_fast.errors import UserError
 from cdm_fast.nn import AdjointNetwork
+from cdm_fast.nn.embedding import check_labels
 from cdm_fast.nn.heads import Conditioning, logits_at
-from cdm_fast.nn.labels import check_labels
 from cdm_fast.ops import denoise_epilogue, denoise_x0, level_logits, noise_level_ce, use_backend
 from cdm_fast.ops.checks import may_read
 from cdm_fast.ops.precision import ieee_fp32

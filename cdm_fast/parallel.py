@@ -29,7 +29,7 @@ from cdm_fast.distributed import largest
 from cdm_fast.losses import LossTerms, Noised
 from cdm_fast.model import CDM, DDM
 from cdm_fast.nn.layers import AttentionBlock, ResnetBlock
-from cdm_fast.nn.unet import DownTrunk
+from cdm_fast.nn.trunk import DownTrunk
 from cdm_fast.processes import is_main, this_process
 from cdm_fast.saver import Saver
 from cdm_fast.state import TrainingState

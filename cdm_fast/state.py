@@ -22,7 +22,7 @@ from cdm_fast.config.json import differences, fixed_part, from_json
 from cdm_fast.discriminative import Classifier
 from cdm_fast.errors import UserError
 from cdm_fast.model import CDM, DDM
-from cdm_fast.nn.unet import DownTrunk
+from cdm_fast.nn.trunk import DownTrunk
 from cdm_fast.step import Ema, StepResult, derived_seed, learning_rate, make_optimizer
 
 RECENT = 64  # good steps over whose losses the running median is taken

@@ -10,8 +10,7 @@ from cdm_fast import CDM, NoiseSchedule, UserError
 from cdm_fast.calibration import calibrate, fold
 from cdm_fast.checkpoint import load
 from cdm_fast.data import ImageData
-from cdm_fast.nn.heads import JointHead, LowRankHead, noise_head
-from cdm_fast.nn.layers import CumulativeHead
+from cdm_fast.nn.heads import CumulativeHead, JointHead, LowRankHead, noise_head
 from cdm_fast.nn.network import AdjointNetwork
 from tests.opaque import Opaque
 from tests.test_cli import call, call_json

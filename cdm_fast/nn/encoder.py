@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cdm_fast.nn.heads import Conditioning, embedded_classes, noise_head
 from cdm_fast.nn.layers import Conv2d, ConvMeanPool, GroupNorm, Layer, full_precision
 from cdm_fast.nn.network import AdjointNetwork
-from cdm_fast.nn.unet import DownTrunk, Resolution, Stage, StageInputs, check_input
+from cdm_fast.nn.trunk import DownTrunk, Resolution, Stage, StageInputs, check_input
 
 
 class EnergyPool(Layer):

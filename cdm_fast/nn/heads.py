@@ -11,13 +11,38 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdm_fast.errors import UserError
-from cdm_fast.nn.labels import check_labels
-from cdm_fast.nn.layers import CumulativeHead, full_precision
-from cdm_fast.ops import head_cotangent
+from cdm_fast.nn.embedding import check_labels
+from cdm_fast.nn.layers import full_precision
+from cdm_fast.ops import head_cotangent, linear
 from cdm_fast.ops.head_noise_level_ce import head_noise_level_ce
 from cdm_fast.ops.low_rank_noise_level_ce import low_rank_logits, low_rank_noise_level_ce
 
 Conditioning = Literal["embedding", "joint"]
+
+
+class CumulativeHead(nn.Linear):
+    """Features to one logit per level: `f = cumsum(W h + b)`, computed as `h cumsum(W)^T + cumsum(b)`.
+
+    The cotangent of `F(x,t) = f[T+1] - f[t]` at the features is a difference of two rows of `cumsum(W)`.
+    """
+
+    def cumulated(self) -> tuple[Tensor, Tensor]:
+        """`(W_c (L, D), b_c (L,))`."""
+        return self.weight.cumsum(0), self.bias.cumsum(0)
+
+    def logits(self, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Logits (B, L) of features (B, D) under cumulated parameters, in the parameters' precision."""
+        with full_precision(h):
+            return linear(h, weight, bias)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(B, D) -> logits (B, L)."""
+        return self.logits(h, *self.cumulated())
+
+    @torch.no_grad()
+    def shift(self, by: Tensor) -> None:
+        """Adds `by` (L,) to the logits, by the bias."""
+        self.bias.add_(by.diff(prepend=by.new_zeros(1)).to(self.bias))
 
 
 class JointHead(CumulativeHead):

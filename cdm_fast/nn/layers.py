@@ -446,28 +446,3 @@ def _touched_positions(size: int, like: Tensor) -> Tensor:
     reads[0, -1:].zero_()  # tap k reads position p for the output p - k, which must lie inside the image
     reads[2, :1].zero_()
     return reads
-
-
-class CumulativeHead(nn.Linear):
-    """Features to one logit per level: `f = cumsum(W h + b)`, computed as `h cumsum(W)^T + cumsum(b)`.
-
-    The cotangent of `F(x,t) = f[T+1] - f[t]` at the features is a difference of two rows of `cumsum(W)`.
-    """
-
-    def cumulated(self) -> tuple[Tensor, Tensor]:
-        """`(W_c (L, D), b_c (L,))`."""
-        return self.weight.cumsum(0), self.bias.cumsum(0)
-
-    def logits(self, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Logits (B, L) of features (B, D) under cumulated parameters, in the parameters' precision."""
-        with full_precision(h):
-            return linear(h, weight, bias)
-
-    def forward(self, h: Tensor) -> Tensor:
-        """(B, D) -> logits (B, L)."""
-        return self.logits(h, *self.cumulated())
-
-    @torch.no_grad()
-    def shift(self, by: Tensor) -> None:
-        """Adds `by` (L,) to the logits, by the bias."""
-        self.bias.add_(by.diff(prepend=by.new_zeros(1)).to(self.bias))

@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdm_fast.errors import UserError
+from cdm_fast.nn.embedding import class_index, sinusoids
 from cdm_fast.nn.heads import Conditioning, embedded_classes, noise_head
-from cdm_fast.nn.labels import class_index
 from cdm_fast.nn.layers import Layer, Linear, SiLU, full_precision, run_adjoint
 from cdm_fast.nn.network import AdjointNetwork
-from cdm_fast.nn.unet import sinusoids
 
 
 class MLPBlock(Layer):

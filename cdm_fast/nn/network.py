@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cdm_fast.nn.heads import Conditioning, JointHead, logits_at
-from cdm_fast.nn.layers import CumulativeHead
+from cdm_fast.nn.heads import Conditioning, CumulativeHead, JointHead, logits_at
 from cdm_fast.ops import head_cotangent
 
 

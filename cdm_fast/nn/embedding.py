@@ -1,9 +1,15 @@
-"""Class labels on their way into a network: checked, and the null class where there are none."""
+"""Embeddings of noise levels and of classes; labels are checked, and the null class stands for none.
+
+# B batch, K classes, E embedding width
+"""
 
 # B batch, K classes
 
+import math
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cdm_fast.errors import UserError
 from cdm_fast.ops.checks import may_read
@@ -44,3 +50,26 @@ def class_index(
     if label is None:
         return torch.full((batch,), num_classes, device=device)
     return torch.where(label < 0, num_classes, label)
+
+
+class Embedding(nn.Module):
+    """linear - SiLU - linear, to a width of 4 base channels (E)."""
+
+    def __init__(self, base_channels: int) -> None:
+        super().__init__()
+        width = 4 * base_channels
+        self.dense = nn.ModuleList([nn.Linear(base_channels, width), nn.Linear(width, width)])
+        for linear in self.dense:
+            linear.casts = True  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, base channels) -> (B, E), through the SiLU that every block applies to it."""
+        return F.silu(self.dense[1](F.silu(self.dense[0](x))))
+
+
+def sinusoids(position: Tensor, width: int) -> Tensor:
+    """(B,) -> (B, width): sines and cosines of `position` at geometric wavelengths up to 10,000 (DDPM)."""
+    half = width // 2
+    exponent = torch.arange(half, device=position.device) / max(half - 1, 1)
+    angle = position[:, None] * torch.exp(-math.log(10_000) * exponent)
+    return F.pad(torch.cat([angle.sin(), angle.cos()], dim=1), (0, width - 2 * half))

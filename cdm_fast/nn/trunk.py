@@ -1,0 +1,241 @@
+"""The trunk of the networks: stages of residual blocks, the way down and the middle.
+
+Parameter names are those of the paper's public checkpoints.
+
+# B batch, C channels, H W pixels, K classes, E embedding width
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import repeat
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from cdm_fast.errors import UserError
+from cdm_fast.nn.embedding import Embedding, class_index, sinusoids
+from cdm_fast.nn.layers import AttentionBlock, Conv2d, Downsample, Layer, ResnetBlock, Upsample, run_adjoint
+
+
+class Resolution(nn.Module):
+    """The blocks of one resolution on one side of the U-Net, with their attentions and its change of size."""
+
+    def __init__(self, blocks: list[ResnetBlock], attentions: list[AttentionBlock]) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(blocks)
+        self.attn = nn.ModuleList(attentions)
+        self.downsample: Downsample | None = None
+        self.upsample: Upsample | None = None
+
+    def stages(self) -> list[list[Layer]]:
+        """Each block with its attention, where this resolution has one."""
+        stages = (
+            [list(stage) for stage in zip(self.block, self.attn, strict=True)]
+            if self.attn
+            else [[block] for block in self.block]
+        )
+        return cast(list[list[Layer]], stages)
+
+
+class Middle(nn.Module):
+    """Block, attention, block at the lowest resolution."""
+
+    def __init__(self, channels: int, num_groups: int, dropout: float, embedding_width: int | None) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, num_groups, dropout, embedding_width)
+        self.attn_1 = AttentionBlock(channels, num_groups)
+        self.block_2 = ResnetBlock(channels, channels, num_groups, dropout, embedding_width)
+
+    def layers(self) -> list[Layer]:
+        return [self.block_1, self.attn_1, self.block_2]
+
+
+class StageInputs(NamedTuple):
+    """What one stage reads."""
+
+    x: Tensor  # (B, C, H, W)
+    embedding: Tensor | None  # (B, E), for the residual blocks
+    skip: Tensor | None  # (B, C2, H, W), for the first layer of a stage on the way up
+    seeds: Tensor | None  # (residual blocks, 3) int64: of their dropouts
+
+
+class Stage:
+    """Layers that run one after the other, between two uses of the skip connections.
+
+    Args:
+        layers: the first takes the skip connection, if there is one.
+        recompute: keep only the inputs, and compute everything else again where it is needed.
+    """
+
+    def __init__(self, layers: Sequence[Layer], recompute: bool = False) -> None:
+        self.layers = layers
+        self.num_blocks = sum(isinstance(layer, ResnetBlock) for layer in layers)
+        self.recompute = recompute and self.num_blocks > 0
+
+    def run(self, inputs: StageInputs) -> tuple[Tensor, Any]:
+        """The output, and what `adjoint` needs."""
+        if not self.recompute:
+            return self._run(inputs)
+        return checkpointed(lambda *inputs: self._run(StageInputs(*inputs))[0], *inputs), inputs
+
+    def adjoint(self, kept: Any, g: Tensor) -> Any:
+        """Gradient with respect to `x`; with a skip connection, the two with respect to `x` and `skip`."""
+        if not self.recompute:
+            return run_adjoint(self.layers, kept, g)
+
+        def adjoint(g: Tensor, *inputs: Any) -> Any:
+            return run_adjoint(self.layers, self._run(StageInputs(*inputs))[1], g)
+
+        return checkpointed(adjoint, g, *kept)
+
+    def _run(self, inputs: StageInputs) -> tuple[Tensor, list[Any]]:
+        x, embedding, skip, seeds = inputs
+        seed = iter(() if seeds is None else seeds)
+        residuals = []
+        for layer in self.layers:
+            if isinstance(layer, ResnetBlock):
+                x, kept = layer(x, embedding, skip, next(seed, None))
+                skip = None
+            else:
+                x, kept = layer(x)
+            residuals.append(kept)
+        return x, residuals
+
+
+def checkpointed(function: Callable[..., Any], *inputs: Any) -> Any:
+    """`function(*inputs)`, of which autograd keeps the inputs alone. It draws no random numbers itself."""
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+class DownTrunk(nn.Module):
+    """The way down and the middle, image (B, C, H, W) -> feature map at the lowest resolution.
+
+    Args:
+        image_size: H = W; divisible by 2 once per resolution after the first.
+        channels: C of the image.
+        base_channels: width at full resolution; divisible by `num_groups`.
+        multipliers: width of each resolution in units of `base_channels`.
+        blocks_per_level: residual blocks per resolution on the way down.
+        attention_resolutions: sizes H at which every block is followed by attention (the middle always is).
+        dropout: in every residual block.
+        num_classes: K if the label is to enter every block (with one extra null class), else None.
+        num_groups: G of every GroupNorm; 32 in the paper.
+        timed: whether the noise level enters every block.
+
+    Set `recompute` to keep only the input of every stage, and compute the rest of it again in the adjoint and
+    in the backward pass: less memory, more time, the same numbers. Where the batch is part of a larger one,
+    set `first_image` to the number of images before it: dropout masks are then those of the larger one.
+
+    Raises:
+        UserError: a size that the resolutions cannot divide, or widths that the groups cannot.
+    """
+
+    recompute = False
+    first_image = 0
+
+    def __init__(
+        self,
+        image_size: int,
+        channels: int,
+        base_channels: int,
+        multipliers: Sequence[int],
+        blocks_per_level: int,
+        attention_resolutions: Sequence[int],
+        dropout: float,
+        num_classes: int | None,
+        num_groups: int,
+        timed: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_sizes(image_size, base_channels, multipliers, num_groups)
+        self.input_shape: tuple[int, ...] = (channels, image_size, image_size)
+        self.base_channels, self.num_groups, self.dropout = base_channels, num_groups, dropout
+        self.attention_resolutions = tuple(attention_resolutions)
+        self.num_classes = self.embedded_classes = num_classes
+        embedded = timed or num_classes is not None
+        self.embedding_width = 4 * base_channels if embedded else None
+        if embedded:
+            self.temb = Embedding(base_channels)
+        if num_classes is not None:
+            self.label_emb = nn.Embedding(num_classes + 1, base_channels)
+
+        self.conv_in = Conv2d(channels, base_channels, exact=True)
+        self.widths = [base_channels * multiplier for multiplier in multipliers]
+        width = base_channels
+        self.down = nn.ModuleList()
+        for i, after in enumerate(self.widths):
+            befores = ([width] + [after] * blocks_per_level)[:blocks_per_level]
+            down = self._resolution(image_size >> i, [(before, after) for before in befores])
+            if i < len(self.widths) - 1:
+                down.downsample = Downsample(after)
+            self.down.append(down)
+            width = after
+        self.mid = Middle(width, num_groups, dropout, self.embedding_width)
+
+    def _resolution(self, size: int, widths: list[tuple[int, int]]) -> Resolution:
+        """Blocks from and to these widths, with attention if this size has it."""
+        attends = size in self.attention_resolutions
+        blocks = [ResnetBlock(*pair, self.num_groups, self.dropout, self.embedding_width) for pair in widths]
+        return Resolution(blocks, [AttentionBlock(after, self.num_groups) for _, after in widths if attends])
+
+    def stages_of(self, down: Resolution) -> Iterator[Stage]:
+        """The stages of one resolution on the way down, its change of size last."""
+        yield from (Stage(layers, self.recompute) for layers in down.stages())
+        if down.downsample is not None:
+            yield Stage([down.downsample])
+
+    def down_stages(self) -> Iterator[Stage]:
+        """The stages on the way down after `conv_in`."""
+        for down in cast(Iterable[Resolution], self.down):
+            yield from self.stages_of(down)
+
+    def middle(self) -> Stage:
+        """The stage after the way down."""
+        return Stage(self.mid.layers(), self.recompute)
+
+    def stages(self) -> list[Stage]:
+        """All stages after `conv_in`, in the order they run."""
+        return [*self.down_stages(), self.middle()]
+
+    def embedding(self, label: Tensor | None, time: Tensor | None, batch: int) -> Tensor | None:
+        """(B, E) from the time and the class (the null class where there is no label), or None."""
+        weight = self.conv_in.weight
+        index = class_index(label, self.embedded_classes, batch, weight.device)
+        terms = []
+        if time is not None:
+            terms.append(sinusoids(time, self.base_channels).to(weight.dtype))
+        if index is not None:
+            terms.append(self.label_emb(index))
+        return self.temb(sum(terms[1:], start=terms[0])) if terms else None
+
+    def dropout_seeds(self, device: torch.device) -> Iterator[Tensor | None]:
+        """For each stage, in the order they run, its `StageInputs.seeds`, from torch's global generator."""
+        if not (self.training and self.dropout > 0):
+            return repeat(None)
+        counts = [stage.num_blocks for stage in self.stages()]
+        seeds = torch.randint(2**62, (sum(counts), 2), device=device)
+        return iter(F.pad(seeds, (0, 1), value=self.first_image).split(counts))
+
+
+def check_input(x: Tensor, shape: tuple[int, ...]) -> None:
+    if x.shape[1:] != shape:
+        raise UserError(
+            f"the network takes images of shape (B, {', '.join(map(str, shape))}), not {tuple(x.shape)}"
+        )
+
+
+def _check_sizes(image_size: int, base_channels: int, multipliers: Sequence[int], num_groups: int) -> None:
+    halvings = len(multipliers) - 1
+    if halvings < 0:
+        raise UserError("multipliers is empty: give one width multiplier per resolution, such as (1, 2, 2)")
+    if image_size % 2**halvings:
+        raise UserError(
+            f"image size {image_size} cannot be halved {halvings} times, as {len(multipliers)} multipliers "
+            f"ask: use a multiple of {2**halvings} or fewer multipliers"
+        )
+    if base_channels % num_groups:
+        raise UserError(
+            f"base_channels {base_channels} is not a multiple of num_groups {num_groups}; change one"
+        )
