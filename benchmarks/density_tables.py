@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from benchmarks.studies import add_row, read_rows
+from cdm_fast.host.optional import need
 from cdm_fast.likelihood import flow_log_prob
-from cdm_fast.optional import need
 from cdm_fast.tables import CDMDensity, MutualInformation
 from tests.analytic import GaussianMixture, random_mixture
 

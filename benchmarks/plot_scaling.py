@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.report import BadResult, read
-from cdm_fast.optional import need
+from cdm_fast.host.optional import need
 
 
 def draw(result: Path, picture: Path) -> None:

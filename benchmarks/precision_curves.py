@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.environment import facts
-from cdm_fast.build import pick_device
 from cdm_fast.config import RunConfig, preset
-from cdm_fast.optional import need
+from cdm_fast.host.device import pick_device
+from cdm_fast.host.optional import need
 from cdm_fast.report import run_data
 from cdm_fast.state import new_state
 from cdm_fast.step import derived_seed, draw_batch, learning_rate, make_loss, training_step

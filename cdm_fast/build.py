@@ -10,10 +10,8 @@ from torch import Tensor
 
 from cdm_fast.config import RunConfig, ScheduleConfig, check
 from cdm_fast.discriminative import Classifier
-from cdm_fast.errors import UserError
 from cdm_fast.model import CDM, DDM
 from cdm_fast.nn import Encoder, UNet, UNetClassifier, UNetDenoiser
-from cdm_fast.processes import this_process
 from cdm_fast.schedule import NoiseSchedule
 
 # A full joint head has L K D weights, and training holds eight copies of them: 1 GiB at 2^25.
@@ -103,35 +101,3 @@ def class_prior(config: RunConfig) -> Tensor | None:
     if config.network.conditioning == "none" or counts is None:
         return None
     return torch.tensor(counts).clamp(min=1)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is a CUDA device or the CPU. UserError when it is not there.
-
-    Among several processes of a run each has a GPU of its own.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and this_process().count > 1:
-        return _own_gpu(name, torch.cuda.device_count())
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device {name} cannot be used here ({str(error).splitlines()[0]}); give cpu"
-        ) from error
-    return device
-
-
-def _own_gpu(name: str, available: int) -> torch.device:
-    """The GPU whose number is the local rank; UserError when there are too few, or `name` is one of them."""
-    process = this_process()
-    if ":" in name:
-        raise UserError(f"--device {name}: under torchrun every process takes a GPU of its own; give cuda")
-    if process.local_count > available:
-        raise UserError(
-            f"{process.local_count} processes on a machine of {available} GPUs; start as many as there are"
-            " (torchrun --nproc-per-node), or give --device cpu"
-        )
-    return torch.device("cuda", process.local_rank)

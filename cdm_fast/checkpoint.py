@@ -33,10 +33,10 @@ from cdm_fast.build import build_model, build_network
 from cdm_fast.calibration import apply_calibration
 from cdm_fast.config import RunConfig, check
 from cdm_fast.config.json import from_json, parse_json, to_json
-from cdm_fast.data.reading import read_bytes, shown
-from cdm_fast.distributed import whole
 from cdm_fast.errors import UserError
-from cdm_fast.files import directory_in_one_step, remove, remove_unfinished, saving, write_atomically
+from cdm_fast.host.distributed import whole
+from cdm_fast.host.files import directory_in_one_step, remove, remove_unfinished, saving, write_atomically
+from cdm_fast.host.reading import read_bytes, shown
 from cdm_fast.tensor_file import HashedFile, write_tensors
 
 if TYPE_CHECKING:

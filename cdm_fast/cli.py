@@ -35,7 +35,7 @@ from cdm_fast.arguments import (
 )
 from cdm_fast.config import preset
 from cdm_fast.errors import UserError
-from cdm_fast.processes import launched, starts_again
+from cdm_fast.host.processes import launched, starts_again
 
 
 def parse(arguments: Sequence[str]) -> Command:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from cdm_fast import arguments, doctor
-from cdm_fast.build import pick_device
 from cdm_fast.calibration import apply_calibration, calibrate, remove_calibration, write_calibration
 from cdm_fast.checkpoint import load, read_config
 from cdm_fast.class_scoring import score_classes
@@ -22,9 +21,12 @@ from cdm_fast.config import RunConfig
 from cdm_fast.corrected import CORRECTED, MoveLog
 from cdm_fast.data import ImageData, quantize, write_image
 from cdm_fast.discriminative import Classifier
-from cdm_fast.distributed import from_main, joined
 from cdm_fast.errors import UserError
-from cdm_fast.files import write_atomically
+from cdm_fast.host.device import pick_device
+from cdm_fast.host.distributed import from_main, joined
+from cdm_fast.host.files import write_atomically
+from cdm_fast.host.processes import is_main, launched
+from cdm_fast.host.progress import to_stderr
 from cdm_fast.interop import Foreign
 from cdm_fast.interop.convert import PUBLIC_BETAS, convert
 from cdm_fast.interop.source import is_foreign, open_foreign, output_folder, require_data
@@ -36,8 +38,6 @@ from cdm_fast.likelihood.single import PUBLIC_SCORING
 from cdm_fast.model import CDM, DDM, Denoiser
 from cdm_fast.outlier_scoring import score_images
 from cdm_fast.plots import write_acceptance, write_rows
-from cdm_fast.processes import is_main, launched
-from cdm_fast.progress import to_stderr
 from cdm_fast.replay import replay
 from cdm_fast.report import (
     class_labels,

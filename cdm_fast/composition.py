@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from cdm_fast.devices import upload
 from cdm_fast.errors import UserError
+from cdm_fast.host.device import upload
 from cdm_fast.model import CDM, Energy, log_normal
 
 WeightedScore = Callable[[Tensor], Tensor]  # weights (B, n) of n densities -> sum_i w_i score_i, like x

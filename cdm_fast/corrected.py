@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cdm_fast.devices import upload
 from cdm_fast.errors import UserError
+from cdm_fast.host.device import upload
 from cdm_fast.langevin import DrawFrom, Particles, anneal, move, resample, target_acceptance, tune_step_sizes
 from cdm_fast.model import Denoiser, Energy, measures, prototype
 from cdm_fast.schedule import Spacing

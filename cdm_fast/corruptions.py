@@ -28,7 +28,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from cdm_fast.errors import UserError
-from cdm_fast.optional import need
+from cdm_fast.host.optional import need
 
 SEVERITIES = (1, 2, 3, 4, 5)
 BASE = 32  # side of the images for which the strengths below are given, pixels

@@ -15,8 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cdm_fast.devices import upload
 from cdm_fast.errors import UserError
+from cdm_fast.host.device import upload
 from cdm_fast.model import Energy, measures
 from cdm_fast.schedule import NoiseSchedule
 

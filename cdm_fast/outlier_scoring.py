@@ -10,11 +10,12 @@ from cdm_fast.arguments import Score
 from cdm_fast.config import RunConfig
 from cdm_fast.data import ImageData, dequantize, load_data
 from cdm_fast.errors import UserError
+from cdm_fast.host.optional import need
+from cdm_fast.host.progress import to_stderr
 from cdm_fast.likelihood import calibrate_sigma
 from cdm_fast.likelihood.export import write_per_image
 from cdm_fast.likelihood.images import choose, draw_generator, require_likelihood
 from cdm_fast.model import CDM, Denoiser
-from cdm_fast.optional import need
 from cdm_fast.outliers import (
     SCORES,
     OutlierReport,
@@ -25,7 +26,6 @@ from cdm_fast.outliers import (
     level_of,
 )
 from cdm_fast.plots import write_outliers, write_rows, write_sigma
-from cdm_fast.progress import to_stderr
 from cdm_fast.report import levels_to_display, run_data
 from cdm_fast.scoring import Scored
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from cdm_fast.corruptions import KINDS, SEVERITIES, corrupt
 from cdm_fast.data import ImageData
-from cdm_fast.devices import upload
-from cdm_fast.distributed import by_rows
 from cdm_fast.errors import UserError
+from cdm_fast.host.device import upload
+from cdm_fast.host.distributed import by_rows
+from cdm_fast.host.progress import Progress, silent
 from cdm_fast.likelihood.images import add_noise, batches, bits_per_dim, draw_generator, require_likelihood
 from cdm_fast.model import CDM, measures
-from cdm_fast.progress import Progress, silent
 from cdm_fast.statistics import auroc, auroc_stderr, conformal_p_value, stderr
 
 SCORES = ("likelihood", "typicality", "level_posterior")

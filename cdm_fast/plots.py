@@ -20,8 +20,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from cdm_fast.errors import UserError
-from cdm_fast.files import write_atomically
-from cdm_fast.optional import need
+from cdm_fast.host.files import write_atomically
+from cdm_fast.host.optional import need
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

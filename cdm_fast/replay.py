@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cdm_fast.build import pick_device
 from cdm_fast.checkpoint import load_checkpoint, read_config
 from cdm_fast.config import RunConfig
 from cdm_fast.data import ImageData, batch_indices
 from cdm_fast.errors import UserError
-from cdm_fast.files import write_atomically
+from cdm_fast.host.device import pick_device
+from cdm_fast.host.files import write_atomically
 from cdm_fast.losses import Noised
 from cdm_fast.report import run_data
 from cdm_fast.state import TrainingState, from_checkpoint

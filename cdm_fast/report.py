@@ -16,6 +16,7 @@ from cdm_fast.config import RunConfig
 from cdm_fast.data import ImageData, PixelMap, load_data, quantize, read_image, write_grid
 from cdm_fast.discriminative import Classifier
 from cdm_fast.errors import UserError
+from cdm_fast.host.progress import to_stderr
 from cdm_fast.likelihood import evaluate, level_confusion, mse_per_level
 from cdm_fast.model import CDM, DDM
 from cdm_fast.plots import (
@@ -26,7 +27,6 @@ from cdm_fast.plots import (
     write_losses,
     write_rows,
 )
-from cdm_fast.progress import to_stderr
 from cdm_fast.sampling import sample
 
 MAX_ROWS = 20  # of a sheet with one class in each: more would be too small to read

@@ -9,7 +9,7 @@ import torch
 from cdm_fast.classify import ClassReport, require_labels
 from cdm_fast.corruptions import KINDS, SEVERITIES, corrupt
 from cdm_fast.data import ImageData
-from cdm_fast.progress import Progress
+from cdm_fast.host.progress import Progress
 from cdm_fast.statistics import stderr
 
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Protocol, Self
 from cdm_fast.config import RunConfig
 from cdm_fast.config.json import to_json
 from cdm_fast.errors import DiskError, UserError
-from cdm_fast.files import write_atomically
-from cdm_fast.processes import is_main
+from cdm_fast.host.files import write_atomically
+from cdm_fast.host.processes import is_main
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from cdm_fast.corrected import CORRECTED, MoveLog, prepare
-from cdm_fast.devices import upload
-from cdm_fast.distributed import gather_rows, share
 from cdm_fast.errors import UserError
+from cdm_fast.host.device import upload
+from cdm_fast.host.distributed import gather_rows, share
 from cdm_fast.model import Denoiser, Energy, measures, prototype
 from cdm_fast.nn.working import cast_weights
 from cdm_fast.ops.image_noise import image_normals, image_words

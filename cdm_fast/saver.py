@@ -10,7 +10,7 @@ from typing import Self
 
 from cdm_fast.checkpoint import Checkpoint, save_checkpoint
 from cdm_fast.errors import DiskError
-from cdm_fast.files import saving
+from cdm_fast.host.files import saving
 from cdm_fast.runlog import Sink
 
 

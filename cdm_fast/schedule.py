@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cdm_fast.devices import upload
 from cdm_fast.errors import UserError
+from cdm_fast.host.device import upload
 from cdm_fast.ops.checks import may_read
 
 # Largest beta of one level. Nichol & Dhariwal clip here so that no level erases all signal; the linear

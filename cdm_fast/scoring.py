@@ -9,6 +9,7 @@ from torch import Tensor
 from cdm_fast.arguments import Nll
 from cdm_fast.data import ImageData
 from cdm_fast.errors import UserError
+from cdm_fast.host.progress import to_stderr
 from cdm_fast.likelihood import (
     LikelihoodReport,
     audit,
@@ -23,7 +24,6 @@ from cdm_fast.likelihood.describe import describe_audit, describe_elbo, describe
 from cdm_fast.likelihood.images import require_denoiser
 from cdm_fast.model import CDM, Denoiser
 from cdm_fast.plots import write_audit
-from cdm_fast.progress import to_stderr
 
 Scored = tuple[dict[str, Any], list[str], dict[str, tuple[Tensor, Tensor]]]  # JSON, lines, columns per image
 

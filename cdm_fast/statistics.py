@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cdm_fast.optional import need
+from cdm_fast.host.optional import need
 
 
 def auroc(higher: Tensor, lower: Tensor) -> float:

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from cdm_fast.config import RunConfig, TrainConfig
 from cdm_fast.data import ImageData, batch_indices
-from cdm_fast.devices import upload
 from cdm_fast.discriminative import Classifier
-from cdm_fast.distributed import mean_over_processes, own_rows, whole
+from cdm_fast.host.device import upload
+from cdm_fast.host.distributed import mean_over_processes, own_rows, whole
+from cdm_fast.host.processes import this_process
 from cdm_fast.losses import (
     LossTerms,
     Noised,
@@ -34,7 +35,6 @@ from cdm_fast.nn.unet import UNetTrunk
 from cdm_fast.nn.working import is_compiled, working_weights
 from cdm_fast.ops import noising
 from cdm_fast.ops.precision import ieee_fp32
-from cdm_fast.processes import this_process
 
 Model = TypeVar("Model", bound=nn.Module)
 LossFunction = Callable[..., LossTerms]  # (model, batch)

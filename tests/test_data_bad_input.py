@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cdm_fast.data import batch_indices, dequantize, load_data, quantize, read_image, write_grid, write_image
-from cdm_fast.data.reading import MAX_DATA_BYTES
 from cdm_fast.errors import UserError
+from cdm_fast.host.reading import MAX_DATA_BYTES
 
 IMAGES = np.arange(6 * 5 * 4, dtype=np.uint8).reshape(6, 5, 4)
 LABELS = np.arange(6, dtype=np.uint8) % 3
@@ -517,7 +517,7 @@ def test_folder_with_a_class_that_only_the_test_split_has(tmp_path):
 
 
 def test_folder_larger_than_memory(folder, monkeypatch):
-    monkeypatch.setattr("cdm_fast.data.reading.MAX_DATA_BYTES", 100)
+    monkeypatch.setattr("cdm_fast.host.reading.MAX_DATA_BYTES", 100)
     refused(lambda: load_data(folder), "limit of 100", name="pictures")
     assert MAX_DATA_BYTES > 2**33
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from cdm_fast import CDM, NoiseSchedule, UNet, ieee_fp32, sample
 from cdm_fast import train as train_module
 from cdm_fast.data import ImageData
-from cdm_fast.devices import upload
+from cdm_fast.host.device import upload
 from cdm_fast.likelihood import evaluate
 from cdm_fast.losses import Noised
 from cdm_fast.step import accumulate_gradient, make_loss

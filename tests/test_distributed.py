@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from cdm_fast import build
-from cdm_fast import distributed as module
 from cdm_fast.checkpoint import load_checkpoint
 from cdm_fast.cli import main
 from cdm_fast.config import NetworkConfig
-from cdm_fast.distributed import gather_rows, own_rows, share
 from cdm_fast.errors import UserError
-from cdm_fast.processes import Process, join
+from cdm_fast.host import distributed as module
+from cdm_fast.host.device import pick_device
+from cdm_fast.host.distributed import gather_rows, own_rows, share
+from cdm_fast.host.processes import Process, join
 from cdm_fast.train import begun, resume, train
 from tests import workers
 from tests.tiny_run import FLAGS, tiny_config, write_images
@@ -132,9 +133,9 @@ def test_more_processes_than_gpus_are_told(several, monkeypatch):
     monkeypatch.setattr(build.torch.cuda, "device_count", lambda: 2)
     several(1)
     with pytest.raises(UserError, match=r"3 processes on a machine of 2 GPUs.*--nproc-per-node"):
-        build.pick_device("cuda")
+        pick_device("cuda")
     with pytest.raises(UserError, match="--device cuda:1.*give cuda"):
-        build.pick_device("cuda:1")
+        pick_device("cuda:1")
 
 
 def test_the_beginning_of_a_run_is_recognised(tmp_path, config, monkeypatch):

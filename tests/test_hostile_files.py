@@ -25,9 +25,9 @@ from PIL import Image
 
 from cdm_fast.checkpoint import load, load_checkpoint, read_config
 from cdm_fast.data import load_data
-from cdm_fast.data.reading import MAX_DATA_BYTES, read_bytes
+from cdm_fast.host.plain_pickle import load_plain
+from cdm_fast.host.reading import MAX_DATA_BYTES, read_bytes
 from cdm_fast.interop.convert import convert
-from cdm_fast.plain_pickle import load_plain
 from cdm_fast.state import from_checkpoint
 from tests.fuzz import public
 from tests.fuzz.campaign import rng_of, scratch
@@ -113,7 +113,7 @@ def test_many_pictures_that_expand(tmp_path, monkeypatch):
     """Each alone is small; together they are a bomb."""
     for index in range(40):
         Image.fromarray(np.zeros((1000, 1000), np.uint8)).save(tmp_path / f"{index}.png")
-    monkeypatch.setattr("cdm_fast.data.reading.FREE_EXPANSION_BYTES", 2**24)
+    monkeypatch.setattr("cdm_fast.host.reading.FREE_EXPANSION_BYTES", 2**24)
     refused(lambda: load_data(tmp_path), "decompression bomb", name=str(tmp_path))
     assert load_data(tmp_path, image_size=8).images.shape[1:] == (1, 8, 8)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cdm_fast.optional import need
+from cdm_fast.host.optional import need
 
 ROOT = Path(__file__).parents[1]
 OPTIONAL = ("tyro", "rich", "PIL", "matplotlib", "sklearn", "scipy")

@@ -10,7 +10,7 @@ from PIL import Image
 
 from cdm_fast import plots
 from cdm_fast.errors import UserError
-from cdm_fast.files import write_atomically
+from cdm_fast.host.files import write_atomically
 
 RECORDS = [{"step": step, "loss": 1.0 / step, "ce": 5.0 - step, "mse": 0.5 / step} for step in (1, 2, 3)]
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from cdm_fast.data.pictures import Pixels
-from cdm_fast.data.reading import bad, check_size, error_text, open_regular
 from cdm_fast.data.source import Part, Source, array_part, check_labels, make_source
 from cdm_fast.errors import UserError
-from cdm_fast.optional import need
+from cdm_fast.host.optional import need
+from cdm_fast.host.reading import bad, check_size, error_text, open_regular
 
 _IDX_STEMS = {"train": "train", "test": "t10k"}
 _IDX_BYTES = 0x08

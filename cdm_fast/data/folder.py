@@ -11,7 +11,8 @@ import numpy as np
 
 from cdm_fast.data.order import Indices
 from cdm_fast.data.pictures import MAX_SIDE, SUFFIXES, Pixels, decode
-from cdm_fast.data.reading import (
+from cdm_fast.data.source import Part, Source, make_source
+from cdm_fast.host.reading import (
     MAX_PICTURE_BYTES,
     bad,
     check_member,
@@ -22,7 +23,6 @@ from cdm_fast.data.reading import (
     read_member,
     require_inside,
 )
-from cdm_fast.data.source import Part, Source, make_source
 
 # Top-level folders with these names, if "train" is among them, are splits and not classes.
 _SPLIT_OF_FOLDER = {

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from cdm_fast.data.folder import picture_part
-from cdm_fast.data.reading import MAX_PICTURE_BYTES, bad, error_text, read_bytes
 from cdm_fast.data.source import SPLITS, Part, Source, check_labels, make_source
 from cdm_fast.errors import UserError
+from cdm_fast.host.reading import MAX_PICTURE_BYTES, bad, error_text, read_bytes
 
 
 def read_hub(repo: str) -> Source:

@@ -23,9 +23,9 @@ from cdm_fast.data.hub import read_hub
 from cdm_fast.data.npz import read_npz
 from cdm_fast.data.order import Indices, split_indices
 from cdm_fast.data.pictures import check_shape
-from cdm_fast.data.reading import bad, error_text
 from cdm_fast.data.source import SPLITS, Part, Source
 from cdm_fast.errors import UserError
+from cdm_fast.host.reading import bad, error_text
 
 
 @dataclass(frozen=True)

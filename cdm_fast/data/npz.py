@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdm_fast.data.pictures import Pixels
-from cdm_fast.data.reading import MAX_DATA_BYTES, bad, error_text, open_zip, read_member
 from cdm_fast.data.source import Part, Source, array_part, check_labels, make_source
+from cdm_fast.host.reading import MAX_DATA_BYTES, bad, error_text, open_zip, read_member
 
 # The header that numpy writes before an array of plain numbers. Anything else is refused, not evaluated.
 _HEADER = re.compile(

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cdm_fast.data.pixels import quantize
-from cdm_fast.data.reading import MAX_PICTURE_BYTES, bad, error_text, read_bytes
 from cdm_fast.errors import UserError
-from cdm_fast.files import write_atomically
-from cdm_fast.optional import need
+from cdm_fast.host.files import write_atomically
+from cdm_fast.host.optional import need
+from cdm_fast.host.reading import MAX_PICTURE_BYTES, bad, error_text, read_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from cdm_fast.data.order import Indices
 from cdm_fast.data.pictures import MAX_SIDE, Pixels, reshape
-from cdm_fast.data.reading import bad
+from cdm_fast.host.reading import bad
 
 SPLITS = ("train", "validation", "test")
 MAX_CLASSES = 2**16

@@ -20,8 +20,8 @@ from torch import Tensor
 from cdm_fast.build import build_model, build_network
 from cdm_fast.checkpoint import Checkpoint, create_run, require_new, snapshot
 from cdm_fast.config import PRESETS, ImageShape, NetworkConfig, RunConfig, Schedule, ScheduleConfig
-from cdm_fast.data.reading import shown
 from cdm_fast.errors import UserError
+from cdm_fast.host.reading import shown
 from cdm_fast.interop.tensors import read_any
 
 State = Mapping[str, Tensor]

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdm_fast.data.reading import MAX_DATA_BYTES, bad, error_text, read_bytes, shown
 from cdm_fast.errors import UserError
-from cdm_fast.plain_pickle import DAMAGE, check_tuples
+from cdm_fast.host.plain_pickle import DAMAGE, check_tuples
+from cdm_fast.host.reading import MAX_DATA_BYTES, bad, error_text, read_bytes, shown
 
 _DTYPES = {
     "DoubleStorage": torch.float64,

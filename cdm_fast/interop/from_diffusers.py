@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from cdm_fast.config.json import parse_json
-from cdm_fast.data.reading import bad, error_text, read_bytes, shown
 from cdm_fast.errors import UserError
+from cdm_fast.host.reading import bad, error_text, read_bytes, shown
 from cdm_fast.interop.denoisers import Foreign, LevelDenoiser, PathDenoiser, Predicts
 from cdm_fast.interop.paths import sigma_path, straight_path, ve_path
 from cdm_fast.interop.tensors import read_tensors

@@ -8,9 +8,9 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cdm_fast.data.reading import MAX_DATA_BYTES, bad, error_text, open_regular, read_bytes
 from cdm_fast.errors import UserError
-from cdm_fast.plain_pickle import load_plain
+from cdm_fast.host.plain_pickle import load_plain
+from cdm_fast.host.reading import MAX_DATA_BYTES, bad, error_text, open_regular, read_bytes
 
 MAX_HEADER_BYTES = 10**8  # safetensors' own limit
 

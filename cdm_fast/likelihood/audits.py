@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from cdm_fast.data import ImageData, bits_of_interval
-from cdm_fast.distributed import in_turn
 from cdm_fast.errors import UserError
+from cdm_fast.host.distributed import in_turn
+from cdm_fast.host.progress import Progress, silent
 from cdm_fast.likelihood.elbo import VariationalBound, variational_bound
 from cdm_fast.likelihood.given import Given, labels_given, log_class_prior
 from cdm_fast.likelihood.images import (
@@ -30,7 +31,6 @@ from cdm_fast.likelihood.normalisation import Normalisation, measure_log_z
 from cdm_fast.likelihood.ode import ContinuousDenoiser, FlowLikelihood, flow_log_prob, load_solver
 from cdm_fast.likelihood.single import LikelihoodReport, evaluate
 from cdm_fast.model import CDM, Denoiser, measures
-from cdm_fast.progress import Progress, silent
 from cdm_fast.statistics import stderr
 
 COMPARED_LEVELS = 12  # at which single pass and ODE are compared, even in log-SNR

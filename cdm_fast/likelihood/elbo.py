@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cdm_fast.devices import upload
-from cdm_fast.distributed import gather_rows, share
 from cdm_fast.errors import UserError
+from cdm_fast.host.device import upload
+from cdm_fast.host.distributed import gather_rows, share
 from cdm_fast.model import Denoiser, measures
 
 

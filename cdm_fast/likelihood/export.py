@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cdm_fast.data import ImageData
 from cdm_fast.errors import UserError
-from cdm_fast.files import write_atomically
+from cdm_fast.host.files import write_atomically
 
 SUFFIXES = (".npz", ".csv")
 

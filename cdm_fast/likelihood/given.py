@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from cdm_fast.data import ImageData
-from cdm_fast.devices import upload
 from cdm_fast.errors import UserError
+from cdm_fast.host.device import upload
 from cdm_fast.model import CDM, Denoiser
 
 Given = Literal["label", "none", "all"]

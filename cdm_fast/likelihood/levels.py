@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from cdm_fast.data import ImageData
-from cdm_fast.devices import upload
-from cdm_fast.distributed import by_rows
+from cdm_fast.host.device import upload
+from cdm_fast.host.distributed import by_rows
 from cdm_fast.likelihood.images import (
     add_noise,
     choose_images,

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cdm_fast.devices import upload
 from cdm_fast.errors import UserError
+from cdm_fast.host.device import upload
 from cdm_fast.likelihood.images import like_network
 from cdm_fast.model import Denoiser, log_normal, measures
 from cdm_fast.schedule import NoisePath

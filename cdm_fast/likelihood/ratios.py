@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from cdm_fast.data import ImageData
-from cdm_fast.devices import upload
-from cdm_fast.distributed import by_rows
+from cdm_fast.host.device import upload
+from cdm_fast.host.distributed import by_rows
 from cdm_fast.likelihood.images import (
     add_noise,
     draw_images,

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from cdm_fast.data import ImageData
-from cdm_fast.devices import upload
-from cdm_fast.distributed import by_rows
 from cdm_fast.errors import UserError
+from cdm_fast.host.device import upload
+from cdm_fast.host.distributed import by_rows
 from cdm_fast.likelihood.given import Given, labels_given, of_all_classes
 from cdm_fast.likelihood.images import (
     Protocol,

@@ -1,6 +1,6 @@
 """Tables of numbers: their densities, density ratios and mutual information, as scikit-learn estimators."""
 
-from cdm_fast.optional import need
+from cdm_fast.host.optional import need
 
 need("sklearn", "cdm_fast.tables")
 

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from cdm_fast.processes import is_main
+from cdm_fast.host.processes import is_main
 
 Progress = Callable[[str], None]
 

@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from cdm_fast.data.reading import MAX_DATA_BYTES, bad, error_text, open_zip, read_member, shown
 from cdm_fast.errors import UserError
+from cdm_fast.host.reading import MAX_DATA_BYTES, bad, error_text, open_zip, read_member, shown
 
 MAX_PICKLE_BYTES = 2**26  # of the structure alone; the numbers lie beside it
 MAX_TUPLE_LEAVES = 1000  # a tensor's size, stride and storage have a dozen

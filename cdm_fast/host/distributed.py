@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cdm_fast.build import pick_device
 from cdm_fast.errors import UserError
-from cdm_fast.processes import Process, join, launched, this_process
+from cdm_fast.host.device import pick_device
+from cdm_fast.host.processes import Process, join, launched, this_process
 
 Value = TypeVar("Value")
 Item = TypeVar("Item")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cdm_fast.errors import DiskError, UserError
-from cdm_fast.processes import is_main
+from cdm_fast.host.processes import is_main
 
 
 def write_atomically(path: str | Path, data: bytes) -> Path:
