@@ -15,7 +15,7 @@ from cdm_fast.discriminative import Classifier
 from cdm_fast.errors import UserError
 from cdm_fast.host.progress import to_stderr
 from cdm_fast.model import CDM, Denoiser
-from cdm_fast.plots import write_attack, write_classes, write_corruptions
+from cdm_fast.plots.evaluation import write_attack, write_classes, write_corruptions
 from cdm_fast.robustness import describe_corruptions, evaluate_corruptions
 from cdm_fast.scoring import Scored
 

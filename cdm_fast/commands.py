@@ -37,7 +37,8 @@ from cdm_fast.likelihood.images import require_likelihood
 from cdm_fast.likelihood.single import PUBLIC_SCORING
 from cdm_fast.model import CDM, DDM, Denoiser
 from cdm_fast.outlier_scoring import score_images
-from cdm_fast.plots import write_acceptance, write_rows
+from cdm_fast.plots.sheet import write_rows
+from cdm_fast.plots.training import write_acceptance
 from cdm_fast.replay import replay
 from cdm_fast.report import (
     class_labels,

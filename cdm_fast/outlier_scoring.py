@@ -25,7 +25,8 @@ from cdm_fast.outliers import (
     evaluate_outliers,
     level_of,
 )
-from cdm_fast.plots import write_outliers, write_rows, write_sigma
+from cdm_fast.plots.evaluation import write_outliers, write_sigma
+from cdm_fast.plots.sheet import write_rows
 from cdm_fast.report import levels_to_display, run_data
 from cdm_fast.scoring import Scored
 

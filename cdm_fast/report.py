@@ -19,14 +19,9 @@ from cdm_fast.errors import UserError
 from cdm_fast.host.progress import to_stderr
 from cdm_fast.likelihood import evaluate, level_confusion, mse_per_level
 from cdm_fast.model import CDM, DDM
-from cdm_fast.plots import (
-    read_log,
-    write_classes,
-    write_confusion,
-    write_level_mse,
-    write_losses,
-    write_rows,
-)
+from cdm_fast.plots.evaluation import read_log, write_classes
+from cdm_fast.plots.sheet import write_rows
+from cdm_fast.plots.training import write_confusion, write_level_mse, write_losses
 from cdm_fast.sampling import sample
 
 MAX_ROWS = 20  # of a sheet with one class in each: more would be too small to read

@@ -23,7 +23,7 @@ from cdm_fast.likelihood import (
 from cdm_fast.likelihood.describe import describe_audit, describe_elbo, describe_ode, describe_score
 from cdm_fast.likelihood.images import require_denoiser
 from cdm_fast.model import CDM, Denoiser
-from cdm_fast.plots import write_audit
+from cdm_fast.plots.evaluation import write_audit
 
 Scored = tuple[dict[str, Any], list[str], dict[str, tuple[Tensor, Tensor]]]  # JSON, lines, columns per image
 
