@@ -20,6 +20,7 @@ from cdm_fast.classify import describe_accuracy
 from cdm_fast.config import RunConfig
 from cdm_fast.corrected import CORRECTED, MoveLog
 from cdm_fast.data import ImageData, quantize, write_image
+from cdm_fast.data.pixels import displayable
 from cdm_fast.discriminative import Classifier
 from cdm_fast.errors import UserError
 from cdm_fast.host.device import pick_device
@@ -42,7 +43,6 @@ from cdm_fast.plots.training import write_acceptance
 from cdm_fast.replay import replay
 from cdm_fast.report import (
     class_labels,
-    displayable,
     read_input,
     run_data,
     write_level_pictures,

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdm_fast.corruptions import KINDS, SEVERITIES, corrupt
 from cdm_fast.data import ImageData
+from cdm_fast.data.corruptions import KINDS, SEVERITIES, corrupt
+from cdm_fast.data.draws import batches, draw_generator
 from cdm_fast.errors import UserError
 from cdm_fast.host.device import upload
 from cdm_fast.host.distributed import by_rows
 from cdm_fast.host.progress import Progress, silent
-from cdm_fast.likelihood.images import add_noise, batches, bits_per_dim, draw_generator, require_likelihood
+from cdm_fast.likelihood.images import add_noise, bits_per_dim, require_likelihood
 from cdm_fast.model import CDM, measures
 from cdm_fast.statistics import auroc, auroc_stderr, conformal_p_value, stderr
 

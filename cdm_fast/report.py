@@ -13,7 +13,8 @@ from torch import Tensor
 from cdm_fast.checkpoint import write_json
 from cdm_fast.classify import evaluate_classes
 from cdm_fast.config import RunConfig
-from cdm_fast.data import ImageData, PixelMap, load_data, quantize, read_image, write_grid
+from cdm_fast.data import ImageData, load_data, read_image, write_grid
+from cdm_fast.data.pixels import displayable, from_display
 from cdm_fast.discriminative import Classifier
 from cdm_fast.errors import UserError
 from cdm_fast.host.progress import to_stderr
@@ -31,27 +32,6 @@ def run_data(config: RunConfig, split: str, source: str | None = None) -> ImageD
     """A split of the run's own data, or of `source` read the same way."""
     data = load_data(source or config.data.source, split, config.data.image_size, config.data.split_seed)
     return replace(data, pixels=config.data.pixels)
-
-
-def displayable(x: Tensor, num_grey_levels: int, pixels: PixelMap = "intervals") -> Tensor:
-    """Model images (B,C,H,W) in [-1,1] as uint8 0..255: the grey level of each pixel, N-1 being white."""
-    return levels_to_display(quantize(x, num_grey_levels, pixels), num_grey_levels)
-
-
-def levels_to_display(levels: Tensor, num_grey_levels: int) -> Tensor:
-    """Grey levels 0..N-1 as uint8 0..255, N-1 being white."""
-    return (levels.float() * (255 / (num_grey_levels - 1))).round().to(torch.uint8)
-
-
-def from_display(pixels: Tensor, num_grey_levels: int, pixel_map: PixelMap = "intervals") -> Tensor:
-    """uint8 0..255 as model images in [-1, 1]: the inverse of `displayable`, between grey levels too.
-
-    `x = 2 (u + 1/2)/N - 1` with `u = (N-1) pixel/255`: black and white are the middles of the outermost
-    intervals. Around points black is -1 and white 1.
-    """
-    if pixel_map == "points":
-        return pixels.float() * (2 / 255) - 1
-    return (pixels.float() * ((num_grey_levels - 1) / 255) + 0.5) * (2 / num_grey_levels) - 1
 
 
 def read_input(path: Path, config: RunConfig, factor: int = 1) -> Tensor:

@@ -12,9 +12,10 @@ from torch import Tensor
 from cdm_fast.arguments import Restore
 from cdm_fast.config import RunConfig
 from cdm_fast.data import read_image
+from cdm_fast.data.pixels import displayable
 from cdm_fast.errors import UserError
 from cdm_fast.plots.sheet import write_rows
-from cdm_fast.report import displayable, read_input
+from cdm_fast.report import read_input
 from cdm_fast.restoration import Known, MeanPool, Measurement, Restored
 
 FLAGS = {"inpaint": ("mask", "box"), "denoise": (), "super-resolution": ("factor",)}

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from cdm_fast import UserError
-from cdm_fast.corruptions import KINDS, SEVERITIES, _disk, _gaussian, _plasma, _shift, corrupt, defocus_blur
+from cdm_fast.data.corruptions import (
+    KINDS,
+    SEVERITIES,
+    _disk,
+    _gaussian,
+    _plasma,
+    _shift,
+    corrupt,
+    defocus_blur,
+)
 
 SIZES = [(8, 1), (28, 1), (32, 3), (64, 3)]
 

@@ -5,7 +5,7 @@ import torch
 
 from cdm_fast import MLP, MLPDenoiser, UNet, UNetDenoiser, UserError
 from cdm_fast.data import dequantize
-from cdm_fast.report import displayable, from_display
+from cdm_fast.data.pixels import displayable, from_display
 
 K = 3
 LEVEL = torch.tensor([1, 2])

@@ -25,7 +25,10 @@ FEATURES = {
     "auroc": ("cdm_fast.statistics.auroc(torch.ones(2), torch.ones(2))", "scikit-learn"),
     "decode": ("cdm_fast.data.pictures.decode(b'', 'x', None, None)", "pillow"),
     "write_grid": ("cdm_fast.data.pictures.write_grid(torch.zeros(1, 1, 2, 2), 'unwritten.png')", "pillow"),
-    "jpeg": ("cdm_fast.corruptions.corrupt(torch.zeros(1, 1, 8, 8).byte(), 'jpeg_compression', 1)", "pillow"),
+    "jpeg": (
+        "cdm_fast.data.corruptions.corrupt(torch.zeros(1, 1, 8, 8).byte(), 'jpeg_compression', 1)",
+        "pillow",
+    ),
     "plots": (
         "cdm_fast.plots.training.write_losses([{'step': 1, 'loss': 1.0}], 'unwritten.png')",
         "matplotlib",

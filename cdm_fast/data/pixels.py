@@ -71,3 +71,24 @@ def _check_levels(images: Tensor, num_grey_levels: int) -> None:
         raise UserError(
             f"grey level {int(images.max())} in images; {num_grey_levels} levels end at {num_grey_levels - 1}"
         )
+
+
+def displayable(x: Tensor, num_grey_levels: int, pixels: PixelMap = "intervals") -> Tensor:
+    """Model images (B,C,H,W) in [-1,1] as uint8 0..255: the grey level of each pixel, N-1 being white."""
+    return levels_to_display(quantize(x, num_grey_levels, pixels), num_grey_levels)
+
+
+def levels_to_display(levels: Tensor, num_grey_levels: int) -> Tensor:
+    """Grey levels 0..N-1 as uint8 0..255, N-1 being white."""
+    return (levels.float() * (255 / (num_grey_levels - 1))).round().to(torch.uint8)
+
+
+def from_display(pixels: Tensor, num_grey_levels: int, pixel_map: PixelMap = "intervals") -> Tensor:
+    """uint8 0..255 as model images in [-1, 1]: the inverse of `displayable`, between grey levels too.
+
+    `x = 2 (u + 1/2)/N - 1` with `u = (N-1) pixel/255`: black and white are the middles of the outermost
+    intervals. Around points black is -1 and white 1.
+    """
+    if pixel_map == "points":
+        return pixels.float() * (2 / 255) - 1
+    return (pixels.float() * ((num_grey_levels - 1) / 255) + 0.5) * (2 / num_grey_levels) - 1

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cdm_fast.data import ImageData, bits_of_interval
+from cdm_fast.data.draws import choose_images
 from cdm_fast.errors import UserError
 from cdm_fast.host.distributed import in_turn
 from cdm_fast.host.progress import Progress, silent
@@ -21,7 +22,6 @@ from cdm_fast.likelihood.given import Given, labels_given, log_class_prior
 from cdm_fast.likelihood.images import (
     add_noise,
     bits_per_dim,
-    choose_images,
     like_network,
     nats_per_bit_per_dim,
     require_denoiser,

@@ -4,19 +4,15 @@
 """
 
 import math
-from collections.abc import Iterator
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from cdm_fast.data import ImageData, bits_of_interval, dequantize
+from cdm_fast.data import ImageData, bits_of_interval
 from cdm_fast.discriminative import Classifier
 from cdm_fast.errors import UserError
 from cdm_fast.model import CDM, DDM, Denoiser, prototype
 from cdm_fast.schedule import NoiseSchedule
-
-Protocol = Literal["dequantized", "paper"]
 
 
 def require_denoiser(model: Denoiser) -> None:
@@ -35,40 +31,6 @@ def require_likelihood(model: Denoiser) -> None:
 def like_network(model: Denoiser, x: Tensor) -> Tensor:
     """`x` in the dtype and on the device of the network's numbers."""
     return x.to(prototype(model))
-
-
-def draw_generator(seed: int, draw: int) -> torch.Generator:
-    """The randomness of one dequantisation draw of a whole data set."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + draw)
-
-
-def batches(
-    data: ImageData, batch_size: int, generator: torch.Generator, protocol: Protocol = "dequantized"
-) -> Iterator[tuple[int, Tensor]]:
-    """(index of the first image, images in [-1, 1]) of one pass over `data`."""
-    for first in range(0, len(data.images), batch_size):
-        images = data.images[first : first + batch_size]
-        if protocol == "paper":  # the public code's 2u/255 - 1
-            yield first, dequantize(images, data.num_grey_levels, torch.full(images.shape, 0.5), "points")
-        else:
-            yield first, dequantize(images, data.num_grey_levels, generator, data.pixels)
-
-
-def draw_images(data: ImageData, num: int, generator: torch.Generator) -> Tensor:
-    """(num, C, H, W) dequantised images, drawn with replacement."""
-    index = torch.randint(len(data.images), (num,), generator=generator)
-    return dequantize(data.images[index], data.num_grey_levels, generator, data.pixels)
-
-
-def choose(count: int, num: int | None, generator: torch.Generator) -> Tensor:
-    """(m,) which of `count` images: `num` different ones, or all, in order."""
-    return torch.randperm(count, generator=generator)[:num].sort().values
-
-
-def choose_images(data: ImageData, num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(index, dequantised images) of `num` different images, or of all if there are fewer, in order."""
-    index = choose(len(data.images), num, generator)
-    return index, dequantize(data.images[index], data.num_grey_levels, generator, data.pixels)
 
 
 def add_noise(schedule: NoiseSchedule, x: Tensor, level: int | Tensor, generator: torch.Generator) -> Tensor:

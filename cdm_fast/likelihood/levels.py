@@ -12,16 +12,10 @@ import torch
 from torch import Tensor
 
 from cdm_fast.data import ImageData
+from cdm_fast.data.draws import choose_images, draw_images
 from cdm_fast.host.device import upload
 from cdm_fast.host.distributed import by_rows
-from cdm_fast.likelihood.images import (
-    add_noise,
-    choose_images,
-    draw_images,
-    require_denoiser,
-    require_likelihood,
-    spread,
-)
+from cdm_fast.likelihood.images import add_noise, require_denoiser, require_likelihood, spread
 from cdm_fast.model import CDM, Denoiser, measures
 
 

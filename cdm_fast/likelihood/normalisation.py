@@ -20,15 +20,10 @@ import torch
 from torch import Tensor
 
 from cdm_fast.data import ImageData
+from cdm_fast.data.draws import draw_images
 from cdm_fast.errors import UserError
 from cdm_fast.langevin import DrawFrom, anneal, ladder, move, tune_step_sizes
-from cdm_fast.likelihood.images import (
-    add_noise,
-    draw_images,
-    like_network,
-    nats_per_bit_per_dim,
-    require_likelihood,
-)
+from cdm_fast.likelihood.images import add_noise, like_network, nats_per_bit_per_dim, require_likelihood
 from cdm_fast.model import CDM, measures
 
 MOST_RUNGS = 256

@@ -6,15 +6,10 @@ from dataclasses import dataclass
 import torch
 
 from cdm_fast.data import ImageData
+from cdm_fast.data.draws import draw_images
 from cdm_fast.host.device import upload
 from cdm_fast.host.distributed import by_rows
-from cdm_fast.likelihood.images import (
-    add_noise,
-    draw_images,
-    nats_per_bit_per_dim,
-    require_likelihood,
-    spread,
-)
+from cdm_fast.likelihood.images import add_noise, nats_per_bit_per_dim, require_likelihood, spread
 from cdm_fast.model import CDM, measures
 from cdm_fast.statistics import stderr
 

@@ -16,18 +16,12 @@ import torch
 from torch import Tensor
 
 from cdm_fast.data import ImageData
+from cdm_fast.data.draws import Protocol, batches, draw_generator
 from cdm_fast.errors import UserError
 from cdm_fast.host.device import upload
 from cdm_fast.host.distributed import by_rows
 from cdm_fast.likelihood.given import Given, labels_given, of_all_classes
-from cdm_fast.likelihood.images import (
-    Protocol,
-    add_noise,
-    batches,
-    bits_per_dim,
-    draw_generator,
-    require_likelihood,
-)
+from cdm_fast.likelihood.images import add_noise, bits_per_dim, require_likelihood
 from cdm_fast.likelihood.ratios import RatioCheck, ratio_check
 from cdm_fast.model import CDM, measures
 from cdm_fast.nn.working import cast_weights

@@ -1,0 +1,49 @@
+"""Seeded draws of a data set: dequantised batches, and images chosen at random.
+
+# B batch, n images, C channels, H W pixels
+"""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cdm_fast.data.load import ImageData
+from cdm_fast.data.pixels import dequantize
+
+Protocol = Literal["dequantized", "paper"]
+
+
+def draw_generator(seed: int, draw: int) -> torch.Generator:
+    """The randomness of one dequantisation draw of a whole data set."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + draw)
+
+
+def batches(
+    data: ImageData, batch_size: int, generator: torch.Generator, protocol: Protocol = "dequantized"
+) -> Iterator[tuple[int, Tensor]]:
+    """(index of the first image, images in [-1, 1]) of one pass over `data`."""
+    for first in range(0, len(data.images), batch_size):
+        images = data.images[first : first + batch_size]
+        if protocol == "paper":  # the public code's 2u/255 - 1
+            yield first, dequantize(images, data.num_grey_levels, torch.full(images.shape, 0.5), "points")
+        else:
+            yield first, dequantize(images, data.num_grey_levels, generator, data.pixels)
+
+
+def draw_images(data: ImageData, num: int, generator: torch.Generator) -> Tensor:
+    """(num, C, H, W) dequantised images, drawn with replacement."""
+    index = torch.randint(len(data.images), (num,), generator=generator)
+    return dequantize(data.images[index], data.num_grey_levels, generator, data.pixels)
+
+
+def choose(count: int, num: int | None, generator: torch.Generator) -> Tensor:
+    """(m,) which of `count` images: `num` different ones, or all, in order."""
+    return torch.randperm(count, generator=generator)[:num].sort().values
+
+
+def choose_images(data: ImageData, num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(index, dequantised images) of `num` different images, or of all if there are fewer, in order."""
+    index = choose(len(data.images), num, generator)
+    return index, dequantize(data.images[index], data.num_grey_levels, generator, data.pixels)
