@@ -12,7 +12,7 @@ from cdm_fast.build import build_model
 from cdm_fast.config import preset
 from cdm_fast.data import batch_indices, dequantize, load_data
 from cdm_fast.likelihood import flow_log_prob
-from cdm_fast.losses import cdm_loss
+from cdm_fast.model.losses import cdm_loss
 
 TOLERANCE = 1e-5
 IMAGES = 2

@@ -28,11 +28,11 @@ from cdm_fast.checkpoint import load_checkpoint, read_config
 from cdm_fast.classify import ClassReport, evaluate_classes
 from cdm_fast.config import RunConfig, preset
 from cdm_fast.data import ImageData, load_data
-from cdm_fast.discriminative import Classifier
 from cdm_fast.host.optional import need
 from cdm_fast.host.progress import to_stderr
 from cdm_fast.likelihood import evaluate_elbo
 from cdm_fast.model import CDM
+from cdm_fast.model.classifier import Classifier
 from cdm_fast.report import run_data
 from cdm_fast.robustness import evaluate_corruptions
 

@@ -23,8 +23,8 @@ from cdm_fast.classify import evaluate_classes
 from cdm_fast.config import RunConfig, preset
 from cdm_fast.data import ImageData
 from cdm_fast.data.draws import draw_images
-from cdm_fast.discriminative import Classifier
 from cdm_fast.likelihood import evaluate, evaluate_elbo, mse_per_level
+from cdm_fast.model.classifier import Classifier
 from cdm_fast.quality import frechet_distance
 from cdm_fast.report import run_data
 

@@ -27,8 +27,9 @@ from cdm_fast.config import RunConfig, preset
 from cdm_fast.data import ImageData
 from cdm_fast.data.draws import draw_images
 from cdm_fast.likelihood import evaluate, evaluate_elbo, measure_log_z, ratio_check
-from cdm_fast.likelihood.images import add_noise, nats_per_bit_per_dim
-from cdm_fast.losses import LossTerms, Noised
+from cdm_fast.likelihood.images import nats_per_bit_per_dim
+from cdm_fast.model.losses import LossTerms, Noised
+from cdm_fast.model.schedule import add_noise
 from cdm_fast.nn import UNet
 from cdm_fast.nn.heads import CumulativeHead
 from cdm_fast.nn.layers import Conv2d, full_precision

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import flop_registry
 
 from cdm_fast.build import build_model
 from cdm_fast.config import preset
-from cdm_fast.losses import Noised
+from cdm_fast.model.losses import Noised
 from cdm_fast.ops import backend
 from cdm_fast.step import Ema, make_loss, make_optimizer, training_step
 
@@ -161,7 +161,7 @@ def as_on_a_gpu() -> Iterator[None]:
         mock.patch.object(backend, "_resolve", resolve),
         mock.patch("cdm_fast.ops.checks.may_read", _never),
         mock.patch("cdm_fast.nn.embedding.may_read", _never),
-        mock.patch("cdm_fast.model.may_read", _never),
+        mock.patch("cdm_fast.model.denoiser.may_read", _never),
         mock.patch("cdm_fast.ops.linear._ONEDNN_LINEAR", None),
     ):
         yield

@@ -18,7 +18,7 @@ from benchmarks.plain_unet import PlainUNet, double_backward_loss
 from cdm_fast import CDM, DDM, NoiseSchedule, UNet, UNetDenoiser, cdm_loss, ddm_loss
 from cdm_fast.config import PRESETS, Compile, ImageShape, Precision, RunConfig
 from cdm_fast.data import ImageData
-from cdm_fast.losses import Noised
+from cdm_fast.model.losses import Noised
 from cdm_fast.state import new_state
 from cdm_fast.step import draw_batch, make_loss, training_step
 from cdm_fast.tuning import compiled, pick_precision

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cdm_fast.checkpoint import load as load
     from cdm_fast.errors import UserError as UserError
-    from cdm_fast.losses import cdm_loss as cdm_loss
-    from cdm_fast.losses import ddm_loss as ddm_loss
     from cdm_fast.model import CDM as CDM
     from cdm_fast.model import DDM as DDM
+    from cdm_fast.model.losses import cdm_loss as cdm_loss
+    from cdm_fast.model.losses import ddm_loss as ddm_loss
+    from cdm_fast.model.schedule import NoiseSchedule as NoiseSchedule
     from cdm_fast.nn import MLP as MLP
     from cdm_fast.nn import Encoder as Encoder
     from cdm_fast.nn import MLPDenoiser as MLPDenoiser
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from cdm_fast.ops import use_backend as use_backend
     from cdm_fast.ops.precision import ieee_fp32 as ieee_fp32
     from cdm_fast.sampling import sample as sample
-    from cdm_fast.schedule import NoiseSchedule as NoiseSchedule
     from cdm_fast.tables import CDMDensity as CDMDensity
     from cdm_fast.tables import DensityRatio as DensityRatio
     from cdm_fast.tables import MutualInformation as MutualInformation
@@ -35,13 +35,13 @@ _HOME = {
     "MLP": "cdm_fast.nn",
     "MLPDenoiser": "cdm_fast.nn",
     "MutualInformation": "cdm_fast.tables",
-    "NoiseSchedule": "cdm_fast.schedule",
+    "NoiseSchedule": "cdm_fast.model.schedule",
     "Encoder": "cdm_fast.nn",
     "UNet": "cdm_fast.nn",
     "UNetDenoiser": "cdm_fast.nn",
     "UserError": "cdm_fast.errors",
-    "cdm_loss": "cdm_fast.losses",
-    "ddm_loss": "cdm_fast.losses",
+    "cdm_loss": "cdm_fast.model.losses",
+    "ddm_loss": "cdm_fast.model.losses",
     "ieee_fp32": "cdm_fast.ops.precision",
     "load": "cdm_fast.checkpoint",
     "log_density_ratio": "cdm_fast.tables",

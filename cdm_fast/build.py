@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from cdm_fast.config import RunConfig, ScheduleConfig, check
-from cdm_fast.discriminative import Classifier
 from cdm_fast.model import CDM, DDM
+from cdm_fast.model.classifier import Classifier
+from cdm_fast.model.schedule import NoiseSchedule
 from cdm_fast.nn import Encoder, UNet, UNetClassifier, UNetDenoiser
-from cdm_fast.schedule import NoiseSchedule
 
 # A full joint head has L K D weights, and training holds eight copies of them: 1 GiB at 2^25.
 FULL_HEAD_WEIGHTS, DEFAULT_RANK = 2**25, 32

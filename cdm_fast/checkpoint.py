@@ -40,8 +40,8 @@ from cdm_fast.host.reading import read_bytes, shown
 from cdm_fast.tensor_file import HashedFile, write_tensors
 
 if TYPE_CHECKING:
-    from cdm_fast.discriminative import Classifier
     from cdm_fast.model import CDM, DDM
+    from cdm_fast.model.classifier import Classifier
 
 PARTS = ("model", "ema", "optimizer")
 _MAX_JSON_BYTES = 1 << 20  # config, state and manifest are a few kilobytes; more is not ours

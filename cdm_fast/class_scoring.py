@@ -11,10 +11,10 @@ from cdm_fast.checkpoint import load, read_config
 from cdm_fast.classify import ClassReport, describe_classes, evaluate_classes, fitting_method, require_classes
 from cdm_fast.config import RunConfig
 from cdm_fast.data import ImageData
-from cdm_fast.discriminative import Classifier
 from cdm_fast.errors import UserError
 from cdm_fast.host.progress import to_stderr
 from cdm_fast.model import CDM, Denoiser
+from cdm_fast.model.classifier import Classifier
 from cdm_fast.plots.evaluation import write_attack, write_classes, write_corruptions
 from cdm_fast.robustness import describe_corruptions, evaluate_corruptions
 from cdm_fast.scoring import Scored

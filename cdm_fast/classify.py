@@ -23,14 +23,16 @@ from torch import Tensor
 from cdm_fast.config.choices import ClassifyMethod
 from cdm_fast.data import ImageData
 from cdm_fast.data.draws import batches, choose, draw_generator
-from cdm_fast.discriminative import Classifier
 from cdm_fast.errors import UserError
 from cdm_fast.host.distributed import by_rows, in_turn
 from cdm_fast.host.progress import Progress, silent
 from cdm_fast.likelihood.given import num_classes_of
-from cdm_fast.likelihood.images import add_noise, bits_per_dim, like_network, spread
+from cdm_fast.likelihood.images import bits_per_dim
 from cdm_fast.likelihood.ode import flow_log_prob, load_solver
 from cdm_fast.model import CDM, Denoiser, measures
+from cdm_fast.model.classifier import Classifier
+from cdm_fast.model.denoiser import like_network
+from cdm_fast.model.schedule import add_noise, spread
 from cdm_fast.statistics import BINS, Reliability, confusion_matrix, reliability, stderr
 
 ODE_IMAGES, ODE_BATCH = 32, 64

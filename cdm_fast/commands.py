@@ -21,7 +21,6 @@ from cdm_fast.config import RunConfig
 from cdm_fast.corrected import CORRECTED, MoveLog
 from cdm_fast.data import ImageData, quantize, write_image
 from cdm_fast.data.pixels import displayable
-from cdm_fast.discriminative import Classifier
 from cdm_fast.errors import UserError
 from cdm_fast.host.device import pick_device
 from cdm_fast.host.distributed import from_main, joined
@@ -34,9 +33,11 @@ from cdm_fast.interop.source import is_foreign, open_foreign, output_folder, req
 from cdm_fast.likelihood import LikelihoodReport, denoise_blind, evaluate
 from cdm_fast.likelihood.describe import describe_score
 from cdm_fast.likelihood.export import check_name, write_per_image
-from cdm_fast.likelihood.images import require_likelihood
 from cdm_fast.likelihood.single import PUBLIC_SCORING
 from cdm_fast.model import CDM, DDM, Denoiser
+from cdm_fast.model.cdm import require_likelihood
+from cdm_fast.model.classifier import Classifier
+from cdm_fast.model.conditioned import Between, Guided
 from cdm_fast.outlier_scoring import score_images
 from cdm_fast.plots.sheet import write_rows
 from cdm_fast.plots.training import write_acceptance
@@ -51,7 +52,7 @@ from cdm_fast.report import (
 )
 from cdm_fast.restoration import restore
 from cdm_fast.restored_pictures import measure, write_candidates
-from cdm_fast.sampling import Between, Guided, sample
+from cdm_fast.sampling import sample
 from cdm_fast.scoring import Scored, score
 from cdm_fast.train import begun, resume, train
 from cdm_fast.tuning import compile_network

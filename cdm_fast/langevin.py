@@ -18,7 +18,7 @@ from torch import Tensor
 from cdm_fast.errors import UserError
 from cdm_fast.host.device import upload
 from cdm_fast.model import Energy, measures
-from cdm_fast.schedule import NoiseSchedule
+from cdm_fast.model.schedule import NoiseSchedule
 
 JITTER = 0.2  # of the step size of paths of several steps: those of one length may come back to their start
 

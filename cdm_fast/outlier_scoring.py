@@ -16,8 +16,8 @@ from cdm_fast.host.optional import need
 from cdm_fast.host.progress import to_stderr
 from cdm_fast.likelihood import calibrate_sigma
 from cdm_fast.likelihood.export import write_per_image
-from cdm_fast.likelihood.images import require_likelihood
 from cdm_fast.model import CDM, Denoiser
+from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.outliers import (
     SCORES,
     OutlierReport,

@@ -20,8 +20,10 @@ from cdm_fast.errors import UserError
 from cdm_fast.host.device import upload
 from cdm_fast.host.distributed import by_rows
 from cdm_fast.host.progress import Progress, silent
-from cdm_fast.likelihood.images import add_noise, bits_per_dim, require_likelihood
+from cdm_fast.likelihood.images import bits_per_dim
 from cdm_fast.model import CDM, measures
+from cdm_fast.model.cdm import require_likelihood
+from cdm_fast.model.schedule import add_noise
 from cdm_fast.statistics import auroc, auroc_stderr, conformal_p_value, stderr
 
 SCORES = ("likelihood", "typicality", "level_posterior")

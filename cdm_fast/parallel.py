@@ -24,11 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 from cdm_fast.checkpoint import Checkpoint
 from cdm_fast.config import RunConfig
 from cdm_fast.config.choices import Parallel
-from cdm_fast.discriminative import Classifier
 from cdm_fast.host.distributed import largest
 from cdm_fast.host.processes import is_main, this_process
-from cdm_fast.losses import LossTerms, Noised
 from cdm_fast.model import CDM, DDM
+from cdm_fast.model.classifier import Classifier
+from cdm_fast.model.losses import LossTerms, Noised
 from cdm_fast.nn.layers import AttentionBlock, ResnetBlock
 from cdm_fast.nn.trunk import DownTrunk
 from cdm_fast.saver import Saver

@@ -21,7 +21,7 @@ from cdm_fast.data import ImageData, batch_indices
 from cdm_fast.errors import UserError
 from cdm_fast.host.device import pick_device
 from cdm_fast.host.files import write_atomically
-from cdm_fast.losses import Noised
+from cdm_fast.model.losses import Noised
 from cdm_fast.report import run_data
 from cdm_fast.state import TrainingState, from_checkpoint
 from cdm_fast.step import LossFunction, accumulate_gradient, draw_batch, make_loss, parts_of, seed_step

@@ -15,11 +15,11 @@ from cdm_fast.classify import evaluate_classes
 from cdm_fast.config import RunConfig
 from cdm_fast.data import ImageData, load_data, read_image, write_grid
 from cdm_fast.data.pixels import displayable, from_display
-from cdm_fast.discriminative import Classifier
 from cdm_fast.errors import UserError
 from cdm_fast.host.progress import to_stderr
 from cdm_fast.likelihood import evaluate, level_confusion, mse_per_level
 from cdm_fast.model import CDM, DDM
+from cdm_fast.model.classifier import Classifier
 from cdm_fast.plots.evaluation import read_log, write_classes
 from cdm_fast.plots.sheet import write_rows
 from cdm_fast.plots.training import write_confusion, write_level_mse, write_losses

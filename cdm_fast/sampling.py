@@ -26,9 +26,10 @@ from cdm_fast.errors import UserError
 from cdm_fast.host.device import upload
 from cdm_fast.host.distributed import gather_rows, share
 from cdm_fast.model import Denoiser, Energy, measures, prototype
+from cdm_fast.model.conditioned import Guided, GuidedEnergy
+from cdm_fast.model.schedule import Spacing
 from cdm_fast.nn.working import cast_weights
 from cdm_fast.ops.image_noise import image_normals, image_words
-from cdm_fast.schedule import Spacing
 
 Noise = Callable[[], Tensor]  # each call: fresh N(0, I) of the batch's shape
 
@@ -167,68 +168,6 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "euler_ot": euler_ot,
     **CORRECTED,
 }
-
-
-class Guided(Denoiser):
-    """A class-conditional model that overstates the class: see `Denoiser.guided_denoise`.
-
-    Args:
-        model: the model.
-        guidance: w; 0 leaves the model as it is.
-    """
-
-    def __init__(self, model: Denoiser, guidance: float) -> None:
-        super().__init__(model, model.schedule, model.input_shape)
-        self.model = model
-        self.guidance = guidance
-
-    def denoise(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
-        if label is None:
-            return self.model.denoise(x, level)
-        return self.model.guided_denoise(x, level, label, self.guidance)
-
-
-class GuidedEnergy(Guided, Energy):
-    """The same of a model that knows `log p_t`: `(1 + w) log p_t(x|label) - w log p_t(x)` is an energy too.
-
-    Args:
-        model: the model.
-        guidance: w.
-    """
-
-    model: Energy
-
-    def log_prob_levels_and_score(
-        self, x: Tensor, level: int | Tensor, label: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        if label is None:
-            return self.model.log_prob_levels_and_score(x, level)
-        return self.model.guided_log_prob_levels_and_score(x, level, label, self.guidance)
-
-
-class Between(Denoiser):
-    """A class-conditional model on the way from the labelled class to another.
-
-    `eps_hat = (1 - share) eps_hat(x, label) + share eps_hat(x, other)`, the denoiser of logits mixed in these
-    proportions, that is of `p(x|label)^(1-share) p(x|other)^share` at every level up to a factor.
-
-    Args:
-        model: the model; `Guided` overstates both classes.
-        other: the class at share 1, 0..K-1.
-        share: 0..1.
-    """
-
-    def __init__(self, model: Denoiser, other: int, share: float) -> None:
-        super().__init__(model, model.schedule, model.input_shape)
-        self.model = model
-        self.other = other
-        self.share = share
-
-    def denoise(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
-        if label is None:
-            return self.model.denoise(x, level)
-        here, there = (self.model.denoise(x, level, c) for c in (label, torch.full_like(label, self.other)))
-        return torch.lerp(here, there, self.share)
 
 
 @measures

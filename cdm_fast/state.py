@@ -19,9 +19,9 @@ from cdm_fast.checkpoint import (
 )
 from cdm_fast.config import RunConfig
 from cdm_fast.config.json import differences, fixed_part, from_json
-from cdm_fast.discriminative import Classifier
 from cdm_fast.errors import UserError
 from cdm_fast.model import CDM, DDM
+from cdm_fast.model.classifier import Classifier
 from cdm_fast.nn.trunk import DownTrunk
 from cdm_fast.step import Ema, StepResult, derived_seed, learning_rate, make_optimizer
 

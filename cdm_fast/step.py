@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from cdm_fast.config import RunConfig, TrainConfig
 from cdm_fast.data import ImageData, batch_indices
-from cdm_fast.discriminative import Classifier
 from cdm_fast.host.device import upload
 from cdm_fast.host.distributed import mean_over_processes, own_rows, whole
 from cdm_fast.host.processes import this_process
-from cdm_fast.losses import (
+from cdm_fast.model import CDM, DDM
+from cdm_fast.model.classifier import Classifier
+from cdm_fast.model.losses import (
     LossTerms,
     Noised,
     draw_seed,
@@ -30,7 +31,6 @@ from cdm_fast.losses import (
     noised_classifier_loss,
     noised_ddm_loss,
 )
-from cdm_fast.model import CDM, DDM
 from cdm_fast.nn.unet import UNetTrunk
 from cdm_fast.nn.working import is_compiled, working_weights
 from cdm_fast.ops import noising

@@ -29,7 +29,6 @@ from cdm_fast.config import ImageShape, RunConfig, check
 from cdm_fast.config.choices import Parallel
 from cdm_fast.config.json import differences
 from cdm_fast.data import ImageData
-from cdm_fast.discriminative import Classifier
 from cdm_fast.errors import DiskError, UserError
 from cdm_fast.finetune import begin_from_run
 from cdm_fast.host.device import pick_device, wait_for
@@ -38,6 +37,7 @@ from cdm_fast.host.files import alone_in
 from cdm_fast.host.processes import is_main, launched, this_process
 from cdm_fast.likelihood import evaluate
 from cdm_fast.model import CDM
+from cdm_fast.model.classifier import Classifier
 from cdm_fast.report import run_data, write_final, write_loss_curves, write_samples
 from cdm_fast.runlog import Display, Sink, open_sinks, require_extras
 from cdm_fast.saver import Saver

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cdm_fast.model import Denoiser
-from cdm_fast.schedule import NoiseSchedule
+from cdm_fast.model.schedule import NoiseSchedule
 
 
 class GaussianMixture(nn.Module):

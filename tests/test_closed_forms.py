@@ -10,7 +10,7 @@ import torch
 
 from cdm_fast.errors import UserError
 from cdm_fast.model import CDM
-from cdm_fast.schedule import SCHEDULES, NoiseSchedule
+from cdm_fast.model.schedule import SCHEDULES, NoiseSchedule
 from tests.analytic import (
     ExactDenoiser,
     ExactNetwork,

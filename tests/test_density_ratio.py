@@ -10,8 +10,9 @@ import torch
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from cdm_fast.model import CDM
+from cdm_fast.model.schedule import even_in_log_noise
 from cdm_fast.nn import MLP
-from cdm_fast.tables.columns import even_in_log_noise, fit_constants, measure, normal_scores
+from cdm_fast.tables.columns import fit_constants, measure, normal_scores
 from cdm_fast.tables.ratio import CDMDensity, DensityRatio, MutualInformation, log_density_ratio
 
 SMALL = {"max_steps": 3, "hidden": 8, "depth": 1, "num_levels": 6, "batch_size": 16}

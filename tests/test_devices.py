@@ -13,7 +13,7 @@ from cdm_fast import train as train_module
 from cdm_fast.data import ImageData
 from cdm_fast.host.device import upload
 from cdm_fast.likelihood import evaluate
-from cdm_fast.losses import Noised
+from cdm_fast.model.losses import Noised
 from cdm_fast.step import accumulate_gradient, make_loss
 from cdm_fast.train import train
 from tests.tiny_run import tiny_config, write_images

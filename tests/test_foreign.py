@@ -21,7 +21,7 @@ from cdm_fast.interop import (
     vp_path,
 )
 from cdm_fast.likelihood import denoise_blind, flow_log_prob, variational_bound
-from cdm_fast.schedule import NoiseSchedule
+from cdm_fast.model.schedule import NoiseSchedule
 from tests.analytic import random_mixture
 
 MIXTURE = random_mixture(2, 3, seed=1, spread=0.5)

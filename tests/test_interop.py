@@ -6,7 +6,8 @@ from torch import nn
 
 from cdm_fast import CDM, MLP, NoiseSchedule, UNet, UserError
 from cdm_fast.interop import ClassPosterior, Likelihood, NoisePredictor, build_scheduler, export, export_onnx
-from cdm_fast.sampling import Guided, ddim, dpm_solver_pp_2m
+from cdm_fast.model.conditioned import Guided
+from cdm_fast.sampling import ddim, dpm_solver_pp_2m
 from tests.analytic import ExactNetwork, random_mixture
 
 

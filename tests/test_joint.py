@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from cdm_fast import CDM, DDM, MLP, MLPDenoiser, NoiseSchedule, UNet, UserError, cdm_loss, sample, use_backend
+from cdm_fast.model.conditioned import Between, Guided
 from cdm_fast.nn.heads import JointHead, LowRankHead
-from cdm_fast.sampling import Between, Guided
 from tests.analytic import GaussianMixture, eps_hat, noisy_sample, random_mixture
 from tests.opaque import Opaque
 
@@ -183,7 +183,7 @@ def test_many_classes_train_alike_without_all_their_logits(name, label, relative
     eps = torch.randn_like(x0)
     weights = {"ce_weight": 0.1, "class_weight": 0.3}
     terms = [cdm_loss(CDM(network, SCHEDULE), x0, LEVEL, eps, label, **weights)]
-    monkeypatch.setattr("cdm_fast.model.MANY_CLASSES", K)
+    monkeypatch.setattr("cdm_fast.model.cdm.MANY_CLASSES", K)
     monkeypatch.setattr(type(network), "logits_and_ratio_gradient", None)
     terms.append(cdm_loss(CDM(network, SCHEDULE), x0, LEVEL, eps, label, **weights))
     assert relative_error(terms[1].ce, terms[0].ce) < 1e-9

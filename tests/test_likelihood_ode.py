@@ -10,7 +10,7 @@ from torch import nn
 from cdm_fast import CDM, MLP, NoiseSchedule, UserError
 from cdm_fast.likelihood import flow_log_prob
 from cdm_fast.model import DDM
-from cdm_fast.schedule import SCHEDULES
+from cdm_fast.model.schedule import SCHEDULES
 from tests.analytic import ExactDenoiser, ExactNetwork, noisy_sample, random_mixture
 
 MIXTURE_2D = random_mixture(2, 8, seed=1)

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from cdm_fast.errors import UserError
 from cdm_fast.model import CDM
+from cdm_fast.model.schedule import SCHEDULES, NoiseSchedule
 from cdm_fast.nn import UNet
 from cdm_fast.sampling import SAMPLERS, ImageNoise, ddim, ddpm, dpm_solver_pp_2m, euler_ot, heun, sample
-from cdm_fast.schedule import SCHEDULES, NoiseSchedule
 from tests.analytic import (
     ExactDenoiser,
     ExactNetwork,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cdm_fast.errors import UserError
-from cdm_fast.schedule import GRIDS, SCHEDULES, NoiseSchedule
+from cdm_fast.model.schedule import GRIDS, SCHEDULES, NoiseSchedule
 
 names = st.sampled_from(sorted(SCHEDULES))
 sizes = st.integers(1, 3000)

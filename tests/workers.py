@@ -25,7 +25,7 @@ from cdm_fast.errors import UserError
 from cdm_fast.host.distributed import joined, whole
 from cdm_fast.host.processes import this_process
 from cdm_fast.likelihood import evaluate, evaluate_elbo, evaluate_ode, mse_per_level
-from cdm_fast.losses import Noised
+from cdm_fast.model.losses import Noised
 from cdm_fast.parallel import wrap
 from cdm_fast.sampling import sample
 from cdm_fast.state import TrainingState, new_state

@@ -23,7 +23,7 @@ from cdm_fast.errors import UserError
 from cdm_fast.interop.paths import sigma_path, straight_path, sub_vp_path, ve_path, vp_path
 from cdm_fast.likelihood.ode import ContinuousDenoiser
 from cdm_fast.model import Denoiser
-from cdm_fast.schedule import NoisePath, NoiseSchedule
+from cdm_fast.model.schedule import NoisePath, NoiseSchedule
 
 Predicts = Literal["eps", "x0", "v", "score", "velocity"]
 Call = Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]  # (network, y, condition (B,), label)

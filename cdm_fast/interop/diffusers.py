@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cdm_fast.errors import UserError
 from cdm_fast.model import Denoiser
-from cdm_fast.schedule import NoiseSchedule
+from cdm_fast.model.schedule import NoiseSchedule
 
 
 class Scheduler(Protocol):

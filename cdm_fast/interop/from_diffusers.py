@@ -21,7 +21,7 @@ from cdm_fast.host.reading import bad, error_text, read_bytes, shown
 from cdm_fast.interop.denoisers import Foreign, LevelDenoiser, PathDenoiser, Predicts
 from cdm_fast.interop.paths import sigma_path, straight_path, ve_path
 from cdm_fast.interop.tensors import read_tensors
-from cdm_fast.schedule import NoiseSchedule
+from cdm_fast.model.schedule import NoiseSchedule
 
 Conditions = Callable[[Tensor | None], dict[str, Any]]  # label (B,) or None -> keyword arguments
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cdm_fast.errors import UserError
-from cdm_fast.schedule import NoisePath
+from cdm_fast.model.schedule import NoisePath
 
 
 def vp_path(beta_min: float = 0.1, beta_max: float = 20.0, least: float = 1e-5) -> NoisePath:

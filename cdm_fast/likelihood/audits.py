@@ -19,18 +19,14 @@ from cdm_fast.host.distributed import in_turn
 from cdm_fast.host.progress import Progress, silent
 from cdm_fast.likelihood.elbo import VariationalBound, variational_bound
 from cdm_fast.likelihood.given import Given, labels_given, log_class_prior
-from cdm_fast.likelihood.images import (
-    add_noise,
-    bits_per_dim,
-    like_network,
-    nats_per_bit_per_dim,
-    require_denoiser,
-    require_likelihood,
-)
+from cdm_fast.likelihood.images import bits_per_dim, nats_per_bit_per_dim, require_denoiser
 from cdm_fast.likelihood.normalisation import Normalisation, measure_log_z
 from cdm_fast.likelihood.ode import ContinuousDenoiser, FlowLikelihood, flow_log_prob, load_solver
 from cdm_fast.likelihood.single import LikelihoodReport, evaluate
 from cdm_fast.model import CDM, Denoiser, measures
+from cdm_fast.model.cdm import require_likelihood
+from cdm_fast.model.denoiser import like_network
+from cdm_fast.model.schedule import add_noise
 from cdm_fast.statistics import stderr
 
 COMPARED_LEVELS = 12  # at which single pass and ODE are compared, even in log-SNR

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from cdm_fast.errors import UserError
 from cdm_fast.host.device import upload
-from cdm_fast.likelihood.images import like_network
 from cdm_fast.model import Denoiser, log_normal, measures
-from cdm_fast.schedule import NoisePath
+from cdm_fast.model.denoiser import like_network
+from cdm_fast.model.schedule import NoisePath
 
 Velocity = Callable[[float, Tensor], Tensor]  # (time, u (B, ...)) -> du/dtime, like u
 Solver = Callable[..., tuple[Tensor, Tensor]]

@@ -9,8 +9,10 @@ from cdm_fast.data import ImageData
 from cdm_fast.data.draws import draw_images
 from cdm_fast.host.device import upload
 from cdm_fast.host.distributed import by_rows
-from cdm_fast.likelihood.images import add_noise, nats_per_bit_per_dim, require_likelihood, spread
+from cdm_fast.likelihood.images import nats_per_bit_per_dim
 from cdm_fast.model import CDM, measures
+from cdm_fast.model.cdm import require_likelihood
+from cdm_fast.model.schedule import add_noise, spread
 from cdm_fast.statistics import stderr
 
 

@@ -3,7 +3,6 @@
 # n rows, d columns
 """
 
-import math
 import warnings
 from dataclasses import dataclass
 
@@ -13,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cdm_fast.errors import UserError
-from cdm_fast.schedule import NoiseSchedule
 
 Array = NDArray[np.float64]
 
@@ -217,11 +215,3 @@ def separate_values(x: Array, scores: Tensor, generator: np.random.Generator) ->
         bells = centres[index] + widths[index] * generator.standard_normal(len(x))
         scores[:, j] = torch.from_numpy(bells)
     return scores
-
-
-def even_in_log_noise(num_levels: int, smallest: float) -> NoiseSchedule:
-    """s from `smallest` at level 1 to 1 by equal factors, `a = sqrt(1 - s^2)`."""
-    T = num_levels - 2
-    s = torch.cat([torch.zeros(1), torch.logspace(math.log10(smallest), 0, T + 1, dtype=torch.float64)])
-    s[-1] = 1
-    return NoiseSchedule("log-noise", ((1 - s) * (1 + s)).sqrt(), s)

@@ -11,10 +11,10 @@ import torch
 from sklearn.covariance import ledoit_wolf
 from torch import Tensor
 
-from cdm_fast.constants import Draw
 from cdm_fast.model import CDM
-from cdm_fast.schedule import NoiseSchedule
-from cdm_fast.tables.columns import Array, even_in_log_noise
+from cdm_fast.model.constants import Draw
+from cdm_fast.model.schedule import NoiseSchedule, even_in_log_noise
+from cdm_fast.tables.columns import Array
 from cdm_fast.tables.estimator import in_chunks
 from cdm_fast.tables.fit import Budget, History, Validate, ratio_loss, train
 from cdm_fast.tables.network import new_model, start_at_gaussians

@@ -16,11 +16,12 @@ from sklearn.utils.parallel import Parallel, delayed
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from cdm_fast.constants import Draw
 from cdm_fast.errors import UserError
 from cdm_fast.model import CDM
+from cdm_fast.model.constants import Draw
+from cdm_fast.model.schedule import even_in_log_noise
 from cdm_fast.sampling import sample
-from cdm_fast.tables.columns import Array, Columns, even_in_log_noise, measure, without_far_rows
+from cdm_fast.tables.columns import Array, Columns, measure, without_far_rows
 from cdm_fast.tables.estimator import TableEstimator, fold_count, in_chunks
 from cdm_fast.tables.fit import (
     Budget,

@@ -17,8 +17,8 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from cdm_fast.constants import CHUNK
 from cdm_fast.errors import UserError
+from cdm_fast.model.constants import CHUNK
 from cdm_fast.tables.fit import Budget
 
 Array = NDArray[np.float64]

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cdm_fast.constants import Draw, fit_constants
-from cdm_fast.losses import cdm_loss
 from cdm_fast.model import CDM
+from cdm_fast.model.constants import Draw, fit_constants
+from cdm_fast.model.losses import cdm_loss
 
 Loss = Callable[[CDM, torch.Generator], Tensor]
 Validate = Callable[[CDM], float]

@@ -16,15 +16,11 @@ from sklearn.utils.parallel import Parallel, delayed
 from sklearn.utils.validation import validate_data
 from torch import Tensor
 
-from cdm_fast.constants import Draw
 from cdm_fast.errors import UserError
+from cdm_fast.model.constants import Draw
+from cdm_fast.model.schedule import even_in_log_noise
 from cdm_fast.tables.calibration import Calibration, calibrate
-from cdm_fast.tables.columns import (
-    Array,
-    even_in_log_noise,
-    normal_scores,
-    separate_values,
-)
+from cdm_fast.tables.columns import Array, normal_scores, separate_values
 from cdm_fast.tables.crossfit import (
     RATIO_NOISE,
     RatioNetwork,

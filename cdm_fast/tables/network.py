@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdm_fast.model import CDM
+from cdm_fast.model.schedule import NoiseSchedule
 from cdm_fast.nn.heads import JointHead, noise_head
 from cdm_fast.nn.layers import Layer, Linear, SiLU, run_adjoint
 from cdm_fast.nn.mlp import MLPBlock
 from cdm_fast.nn.network import AdjointNetwork
-from cdm_fast.schedule import NoiseSchedule
 
 
 class EvenFeatures(Layer):

@@ -15,8 +15,8 @@ from sklearn.utils.parallel import Parallel, delayed
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 from torch import Tensor
 
-from cdm_fast.constants import Draw
 from cdm_fast.errors import UserError
+from cdm_fast.model.constants import Draw
 from cdm_fast.tables.calibration import Calibration, calibrate
 from cdm_fast.tables.columns import Array, Columns, measure, without_far_rows
 from cdm_fast.tables.crossfit import RatioNetwork, ratio_levels, shrunk_moments, train_ratio

@@ -9,8 +9,8 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from cdm_fast.likelihood.images import like_network
-from cdm_fast.model import CDM
+from cdm_fast.model.cdm import CDM
+from cdm_fast.model.denoiser import like_network
 from cdm_fast.nn import AdjointNetwork
 from cdm_fast.nn.heads import JointHead
 

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cdm_fast.discriminative import Classifier
-from cdm_fast.model import CDM, DDM, Denoiser
+from cdm_fast.model.cdm import CDM
+from cdm_fast.model.classifier import Classifier
+from cdm_fast.model.denoiser import DDM, Denoiser
 from cdm_fast.ops import denoise_loss, noising
 
 

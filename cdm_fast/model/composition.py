@@ -17,42 +17,11 @@ from torch import Tensor, nn
 
 from cdm_fast.errors import UserError
 from cdm_fast.host.device import upload
-from cdm_fast.model import CDM, Energy, log_normal
+from cdm_fast.model.cdm import CDM
+from cdm_fast.model.conditioned import OfClass, refuse_label
+from cdm_fast.model.energy import Energy, log_normal
 
 WeightedScore = Callable[[Tensor], Tensor]  # weights (B, n) of n densities -> sum_i w_i score_i, like x
-
-
-class OfClass(Energy):
-    """One class of a class-conditional CDM as a density of its own.
-
-    Args:
-        model: trained with classes.
-        label: the class.
-
-    Raises:
-        UserError: a model without classes, or a class that it does not know.
-    """
-
-    def __init__(self, model: CDM, label: int) -> None:
-        super().__init__(model, model.schedule, model.input_shape)
-        self.model, self.label = model, label
-        classes = model.num_classes
-        if classes is None:
-            raise UserError(f"class {label} of a model that was trained without classes")
-        if not 0 <= label < classes:
-            raise UserError(f"class {label} does not exist: the model knows the classes 0 to {classes - 1}")
-
-    def log_prob_levels_and_score(
-        self, x: Tensor, level: int | Tensor, label: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return self.model.log_prob_levels_and_score(x, level, self._label(x, label))
-
-    def log_prob_levels(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        return self.model.log_prob_levels(x, self._label(x, label))
-
-    def _label(self, x: Tensor, label: Tensor | None) -> Tensor:
-        _refuse_label(label)
-        return torch.full((len(x),), self.label, device=x.device)
 
 
 class Composition(Energy):
@@ -87,14 +56,14 @@ class Composition(Energy):
         self.register_buffer("weights", torch.tensor(weights, dtype=torch.float64))
 
     def log_prob_levels(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        _refuse_label(label)
+        refuse_label(label)
         return self._of_leaves(x, _read(self._leaves(), x)[0])
 
     def log_prob_levels_and_score(
         self, x: Tensor, level: int | Tensor, label: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """One evaluation of each model, however many of its classes take part in a joint one."""
-        _refuse_label(label)
+        refuse_label(label)
         level = self.schedule.levels(level, x)
         log_prob, weighted_score = _read(self._leaves(), x, level)
 
@@ -229,10 +198,3 @@ def _read_source(
         log_prob[:, :, None].expand(-1, -1, len(leaves)),
         lambda weight: weight.sum(1).view(-1, *[1] * (x.dim() - 1)) * score,
     )
-
-
-def _refuse_label(label: Tensor | None) -> None:
-    if label is not None:
-        raise UserError(
-            "a composition takes no label: compose the classes themselves, as OfClass(model, label)"
-        )

@@ -22,6 +22,7 @@ from cdm_fast.ops.checks import may_read
 # schedule needs the same below T = 21, where 1000/T stretches its last beta to 1 and beyond.
 MAX_BETA = 0.999
 
+
 Spacing = Literal["level", "log_snr"]
 
 
@@ -288,3 +289,25 @@ class NoisePath:
             alpha, beta = alpha / r, beta / r
         one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
         return NoiseSchedule(self.name, torch.cat([one, alpha, zero]), torch.cat([zero, beta, one]))
+
+
+def add_noise(schedule: NoiseSchedule, x: Tensor, level: int | Tensor, generator: torch.Generator) -> Tensor:
+    """`x_t = a x + s eps`; `x` itself at level 0."""
+    if isinstance(level, int) and level == 0:
+        return x
+    a, s = schedule.gather(level, x)
+    return a * x + s * torch.randn(x.shape, generator=generator)
+
+
+def spread(first: int, last: int, most: int) -> list[int]:
+    """All integers first..last, or `most` of them spread evenly."""
+    count = min(most, last - first + 1)
+    return sorted({round(float(t)) for t in torch.linspace(first, last, count, dtype=torch.float64)})
+
+
+def even_in_log_noise(num_levels: int, smallest: float) -> NoiseSchedule:
+    """s from `smallest` at level 1 to 1 by equal factors, `a = sqrt(1 - s^2)`."""
+    T = num_levels - 2
+    s = torch.cat([torch.zeros(1), torch.logspace(math.log10(smallest), 0, T + 1, dtype=torch.float64)])
+    s[-1] = 1
+    return NoiseSchedule("log-noise", ((1 - s) * (1 + s)).sqrt(), s)

@@ -1,198 +1,24 @@
-"""CDM and DDM: a denoiser, a score, and for a CDM the log-likelihood, on top of a network and a schedule.
+"""CDM: a denoiser, a score and a log-likelihood, read off one classifier of noise levels: the two theorems.
 
 # B batch, d = number of values of one input, L = T+2 noise levels, K classes
 """
 
-import math
 from collections.abc import Callable
-from functools import wraps
-from itertools import chain
-from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from cdm_fast.errors import UserError
+from cdm_fast.model.denoiser import DDM, Denoiser
+from cdm_fast.model.energy import Energy, log_normal
+from cdm_fast.model.schedule import NoiseSchedule
 from cdm_fast.nn import AdjointNetwork
 from cdm_fast.nn.embedding import check_labels
 from cdm_fast.nn.heads import Conditioning, logits_at
 from cdm_fast.ops import denoise_epilogue, denoise_x0, level_logits, noise_level_ce, use_backend
-from cdm_fast.ops.checks import may_read
-from cdm_fast.ops.precision import ieee_fp32
-from cdm_fast.schedule import NoiseSchedule
 
 # From so many classes on, training never holds all joint logits at once (see `ops/head_noise_level_ce.py`).
 MANY_CLASSES = 30
-
-Model = TypeVar("Model", bound=nn.Module)
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
-
-
-def measures(
-    function: Callable[Concatenate[Model, Arguments], Result],
-) -> Callable[Concatenate[Model, Arguments], Result]:
-    """For a function that only reads its model: no gradients, dropout off, every module's mode put back.
-
-    fp32 is IEEE's there, on a GPU too (`ieee_fp32`).
-    """
-
-    @wraps(function)
-    def run(model: Model, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        try:
-            with torch.no_grad(), ieee_fp32():
-                return function(model, *args, **kwargs)
-        finally:
-            for module, training in modes:
-                module.training = training
-
-    return run
-
-
-def prototype(model: nn.Module) -> Tensor:
-    """A tensor in the dtype and on the device of the model's numbers."""
-    return next(p for p in chain(model.parameters(), model.buffers()) if p.is_floating_point())
-
-
-class Denoiser(nn.Module):
-    """What samplers need: a schedule, and `eps_hat = E[eps | x_t = x]` with all that follows from it.
-
-    Args:
-        network: the trained module.
-        schedule: the noise levels it was trained on.
-        input_shape: shape of one input, such as (1, 8, 8); taken from `network.input_shape` if it has one.
-    """
-
-    a: Tensor
-    s: Tensor
-
-    def __init__(
-        self, network: nn.Module, schedule: NoiseSchedule, input_shape: tuple[int, ...] | None = None
-    ) -> None:
-        super().__init__()
-        self.network = network
-        self.schedule = schedule
-        self.input_shape: tuple[int, ...] | None = input_shape or getattr(network, "input_shape", None)
-        self.register_buffer("a", schedule.a, persistent=False)
-        self.register_buffer("s", schedule.s, persistent=False)
-
-    def amplitudes(self, level: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """`a[level]`, `s[level]` as (B, 1, ..., 1) in `like`'s dtype; `level` (B,) int64."""
-        shape = (-1,) + (1,) * (like.dim() - 1)
-        a, s = (table.index_select(0, level).to(like.dtype).view(shape) for table in (self.a, self.s))
-        return a, s
-
-    def denoise(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
-        """`eps_hat = E[eps | x_t = x]`, like `x` (B, ...).
-
-        Args:
-            level: int or (B,) int64, 0..T+1.
-            label: (B,) int64 for a class-conditional network; -1 or None asks for the denoiser of all data.
-
-        Raises:
-            UserError: a level outside 0..T+1.
-        """
-        raise NotImplementedError
-
-    def guided_denoise(self, x: Tensor, level: int | Tensor, label: Tensor, guidance: float) -> Tensor:
-        """`(1 + w) eps_hat(x, label) - w eps_hat(x)` with w = `guidance` (arXiv 2207.12598), like `x`.
-
-        The two denoisers are evaluated as one batch.
-        """
-        level = self.schedule.levels(level, x)
-        labels = torch.cat([label, torch.full_like(label, -1)])
-        conditional, marginal = self.denoise(torch.cat([x, x]), level.repeat(2), labels).chunk(2)
-        return (1 + guidance) * conditional - guidance * marginal
-
-    def predict_x0(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
-        """`x0_hat = (x - s eps_hat) / a`, like `x`.
-
-        Raises:
-            UserError: at level T+1, where nothing of the data is left.
-        """
-        level = self._levels_with_data(level, x)
-        a, s = self.amplitudes(level, x)
-        return (x - s * self.denoise(x, level, label)) / a
-
-    def _levels_with_data(self, level: int | Tensor, x: Tensor) -> Tensor:
-        """`level` as (B,) int64; UserError where it is T+1."""
-        level = self.schedule.levels(level, x)
-        if may_read(level) and bool((level == self.schedule.T + 1).any()):
-            raise UserError(f"level {self.schedule.T + 1} is pure noise: x0 cannot be predicted from it")
-        return level
-
-    def score(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
-        """`grad_x log p_t(x) = -eps_hat / s` (Tweedie), like `x`.
-
-        Raises:
-            UserError: at level 0 of a plain denoiser, where s = 0.
-        """
-        level = self.schedule.levels(level, x)
-        if may_read(level) and bool((level == 0).any()):
-            raise UserError(
-                "level 0 holds no noise, and a plain denoiser has no score there: use level 1 or above"
-            )
-        return -self.denoise(x, level, label) / self.amplitudes(level, x)[1]
-
-
-class DDM(Denoiser):
-    """A plain denoising diffusion model: `network(x, level, label)` predicts the noise (arXiv 2006.11239)."""
-
-    def draw_levels(self, num: int, generator: torch.Generator | None = None) -> Tensor:
-        """(num,) int64 levels, evenly from 1..T (DDPM eq. 14)."""
-        return torch.randint(1, self.schedule.T + 1, (num,), device=self.a.device, generator=generator)
-
-    def denoise(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
-        return self.network(x, self.schedule.levels(level, x), label)
-
-
-class Energy(Denoiser):
-    """A denoiser whose score is the gradient of a function that it knows: `log p_t(x)` up to constants.
-
-    What Metropolis-adjusted moves need. At level T+1 every energy is N(0, I), so that walks start from exact
-    draws. Subclasses provide `log_prob_levels_and_score`; the rest follows.
-    """
-
-    def log_prob_levels_and_score(
-        self, x: Tensor, level: int | Tensor, label: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """`(log_prob_levels(x) (B, L), score(x, level) like x)` from one evaluation."""
-        raise NotImplementedError
-
-    def guided_log_prob_levels_and_score(
-        self, x: Tensor, level: int | Tensor, label: Tensor, guidance: float
-    ) -> tuple[Tensor, Tensor]:
-        """The same of `(1 + w) log p_t(x|label) - w log p_t(x)`, w = `guidance`, whose denoiser is
-        `guided_denoise`. The two are evaluated as one batch."""
-        level = self.schedule.levels(level, x)
-        labels = torch.cat([label, torch.full_like(label, -1)])
-        both = self.log_prob_levels_and_score(torch.cat([x, x]), level.repeat(2), labels)
-        log_prob, score = ((1 + guidance) * given - guidance * free for given, free in map(_halves, both))
-        return log_prob, score
-
-    def log_prob_levels(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """`log p_t(x)` in nats at every level, (B, L)."""
-        return self.log_prob_levels_and_score(x, 0, label)[0]
-
-    def log_prob(self, x: Tensor, level: int | Tensor = 0, label: Tensor | None = None) -> Tensor:
-        """`log p_t(x)` in nats, (B,), or `log p_t(x|c)` of labelled ones; `level` an int or (B,) int64."""
-        index = self.schedule.levels(level, x)[:, None]
-        return self.log_prob_levels(x, label).gather(1, index)[:, 0]
-
-    def score(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
-        """`grad_x log p_t(x)`, like `x`, at every level, 0 and T+1 included."""
-        return self.log_prob_levels_and_score(x, level, label)[1]
-
-    def denoise(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
-        level = self.schedule.levels(level, x)
-        return -self.amplitudes(level, x)[1] * self.score(x, level, label)
-
-
-def _halves(both: Tensor) -> tuple[Tensor, Tensor]:
-    first, second = both.chunk(2)
-    return first, second
 
 
 class CDM(Energy):
@@ -485,12 +311,6 @@ class CDM(Energy):
         return -log_ratio.sum(), logits
 
 
-def log_normal(x: Tensor) -> Tensor:
-    """`log N(x; 0, I)` in nats, (B,)."""
-    x = x.flatten(1)
-    return -0.5 * (x.square().sum(dim=1) + x.shape[1] * math.log(2 * math.pi))
-
-
 def _log_prior(prior: Tensor, of: str, count: int) -> Tensor:
     prior = torch.as_tensor(prior, dtype=torch.float64)
     if prior.shape != (count,):
@@ -500,3 +320,10 @@ def _log_prior(prior: Tensor, of: str, count: int) -> Tensor:
     if not bool((torch.isfinite(prior) & (prior > 0)).all()):
         raise UserError(f"{of}_prior must be positive and finite at every {of}")
     return (prior / prior.sum()).log()
+
+
+def require_likelihood(model: Denoiser) -> None:
+    """UserError for a model without a likelihood."""
+    if not isinstance(model, CDM):
+        kind = "plain denoising model (DDM)" if isinstance(model, DDM) else "classifier"
+        raise UserError(f"this is a {kind}, which has no likelihood: train with --objective cdm")

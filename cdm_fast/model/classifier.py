@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from cdm_fast.errors import UserError
-from cdm_fast.model import Denoiser
-from cdm_fast.schedule import NoiseSchedule
+from cdm_fast.model.denoiser import Denoiser
+from cdm_fast.model.schedule import NoiseSchedule
 
 
 class Classifier(Denoiser):
@@ -31,7 +31,7 @@ class Classifier(Denoiser):
         return torch.zeros(num, dtype=torch.int64, device=self.a.device)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the last layer reads, (B, D), for `cdm_fast.quality` where there are no Inception weights.
+        """What the last layer reads, (B, D), for `quality` where there are no Inception weights.
 
         Such a distance is neither FID nor KID, and compares with figures of the same classifier alone.
         """
