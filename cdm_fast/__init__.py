@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from cdm_fast.nn import UNetDenoiser as UNetDenoiser
     from cdm_fast.ops import use_backend as use_backend
     from cdm_fast.ops.precision import ieee_fp32 as ieee_fp32
-    from cdm_fast.sampling import sample as sample
+    from cdm_fast.sampling.sample import sample as sample
     from cdm_fast.tables import CDMDensity as CDMDensity
     from cdm_fast.tables import DensityRatio as DensityRatio
     from cdm_fast.tables import MutualInformation as MutualInformation
@@ -45,7 +45,7 @@ _HOME = {
     "ieee_fp32": "cdm_fast.ops.precision",
     "load": "cdm_fast.checkpoint",
     "log_density_ratio": "cdm_fast.tables",
-    "sample": "cdm_fast.sampling",
+    "sample": "cdm_fast.sampling.sample",
     "use_backend": "cdm_fast.ops",
 }
 

@@ -18,7 +18,6 @@ from cdm_fast.checkpoint import load, read_config
 from cdm_fast.class_scoring import score_classes
 from cdm_fast.classify import describe_accuracy
 from cdm_fast.config import RunConfig
-from cdm_fast.corrected import CORRECTED, MoveLog
 from cdm_fast.data import ImageData, quantize, write_image
 from cdm_fast.data.pixels import displayable
 from cdm_fast.errors import UserError
@@ -50,9 +49,10 @@ from cdm_fast.report import (
     write_loss_curves,
     write_sheet,
 )
-from cdm_fast.restoration import restore
 from cdm_fast.restored_pictures import measure, write_candidates
 from cdm_fast.sampling import sample
+from cdm_fast.sampling.corrected import CORRECTED, MoveLog
+from cdm_fast.sampling.restoration import restore
 from cdm_fast.scoring import Scored, score
 from cdm_fast.train import begun, resume, train
 from cdm_fast.tuning import compile_network

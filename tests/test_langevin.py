@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cdm_fast import CDM, NoiseSchedule, UserError
-from cdm_fast.langevin import DrawFrom, Particles, anneal, hmc, ladder, resample, tune_step_sizes
+from cdm_fast.sampling.langevin import DrawFrom, Particles, anneal, hmc, ladder, resample, tune_step_sizes
 from tests.analytic import ExactNetwork, GaussianMixture, noisy_sample, random_mixture
 
 MIXTURE_2D = random_mixture(2, 8, seed=1)

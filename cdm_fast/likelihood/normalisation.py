@@ -22,12 +22,12 @@ from torch import Tensor
 from cdm_fast.data import ImageData
 from cdm_fast.data.draws import draw_images
 from cdm_fast.errors import UserError
-from cdm_fast.langevin import DrawFrom, anneal, ladder, move, tune_step_sizes
 from cdm_fast.likelihood.images import nats_per_bit_per_dim
 from cdm_fast.model import CDM, measures
 from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.model.denoiser import like_network
 from cdm_fast.model.schedule import add_noise
+from cdm_fast.sampling.langevin import DrawFrom, anneal, ladder, move, tune_step_sizes
 
 MOST_RUNGS = 256
 PILOTS = 32  # particles that find the step sizes

@@ -16,9 +16,17 @@ from torch import Tensor
 
 from cdm_fast.errors import UserError
 from cdm_fast.host.device import upload
-from cdm_fast.langevin import DrawFrom, Particles, anneal, move, resample, target_acceptance, tune_step_sizes
 from cdm_fast.model import Denoiser, Energy, measures, prototype
 from cdm_fast.model.schedule import Spacing
+from cdm_fast.sampling.langevin import (
+    DrawFrom,
+    Particles,
+    anneal,
+    move,
+    resample,
+    target_acceptance,
+    tune_step_sizes,
+)
 
 PILOTS = 64  # particles that find the step sizes
 PILOT_MOVES = 4  # of each of them at every level

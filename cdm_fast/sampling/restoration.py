@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cdm_fast.corrected import MoveLog
 from cdm_fast.errors import UserError
 from cdm_fast.model import Energy, measures, prototype
-from cdm_fast.sampling import sample
+from cdm_fast.sampling.corrected import MoveLog
+from cdm_fast.sampling.sample import sample
 
 LEVEL_DRAWS = 8  # of the noise under which candidates are compared at a level above 0
 
