@@ -27,7 +27,7 @@ from cdm_fast.data import dequantize, load_data
 from cdm_fast.data.draws import draw_generator
 from cdm_fast.host.optional import need
 from cdm_fast.likelihood import evaluate, evaluate_elbo
-from cdm_fast.likelihood.images import bits_per_dim
+from cdm_fast.likelihood.units import bits_per_dim
 from cdm_fast.statistics import stderr
 
 DRAWS = 3  # of dequantisation noise at the test images

@@ -27,7 +27,7 @@ from cdm_fast.config import RunConfig, preset
 from cdm_fast.data import ImageData
 from cdm_fast.data.draws import draw_images
 from cdm_fast.likelihood import evaluate, evaluate_elbo, measure_log_z, ratio_check
-from cdm_fast.likelihood.images import nats_per_bit_per_dim
+from cdm_fast.likelihood.units import nats_per_bit_per_dim
 from cdm_fast.model.losses import LossTerms, Noised
 from cdm_fast.model.schedule import add_noise
 from cdm_fast.nn import UNet

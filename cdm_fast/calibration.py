@@ -24,8 +24,8 @@ from cdm_fast.data import ImageData
 from cdm_fast.errors import UserError
 from cdm_fast.host.files import write_atomically
 from cdm_fast.host.progress import Progress, silent
-from cdm_fast.likelihood.images import nats_per_bit_per_dim
-from cdm_fast.likelihood.normalisation import measure_log_z
+from cdm_fast.likelihood.log_z import measure_log_z
+from cdm_fast.likelihood.units import nats_per_bit_per_dim
 from cdm_fast.model import CDM, Denoiser
 from cdm_fast.nn import AdjointNetwork
 from cdm_fast.nn.heads import CumulativeHead

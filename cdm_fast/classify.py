@@ -27,8 +27,8 @@ from cdm_fast.errors import UserError
 from cdm_fast.host.distributed import by_rows, in_turn
 from cdm_fast.host.progress import Progress, silent
 from cdm_fast.likelihood.given import num_classes_of
-from cdm_fast.likelihood.images import bits_per_dim
 from cdm_fast.likelihood.ode import flow_log_prob, load_solver
+from cdm_fast.likelihood.units import bits_per_dim
 from cdm_fast.model import CDM, Denoiser, measures
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.model.denoiser import like_network

@@ -32,7 +32,7 @@ from cdm_fast.interop.source import is_foreign, open_foreign, output_folder, req
 from cdm_fast.likelihood import LikelihoodReport, denoise_blind, evaluate
 from cdm_fast.likelihood.describe import describe_score
 from cdm_fast.likelihood.export import check_name, write_per_image
-from cdm_fast.likelihood.single import PUBLIC_SCORING
+from cdm_fast.likelihood.single_pass import PUBLIC_SCORING
 from cdm_fast.model import CDM, DDM, Denoiser
 from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.model.classifier import Classifier

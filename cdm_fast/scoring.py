@@ -21,7 +21,7 @@ from cdm_fast.likelihood import (
     without_images,
 )
 from cdm_fast.likelihood.describe import describe_audit, describe_elbo, describe_ode, describe_score
-from cdm_fast.likelihood.images import require_denoiser
+from cdm_fast.likelihood.units import require_denoiser
 from cdm_fast.model import CDM, Denoiser
 from cdm_fast.plots.evaluation import write_audit
 

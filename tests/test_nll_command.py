@@ -10,7 +10,7 @@ import torch
 from cdm_fast import load
 from cdm_fast.checkpoint import read_config
 from cdm_fast.data.draws import batches, draw_generator
-from cdm_fast.likelihood.images import bits_per_dim
+from cdm_fast.likelihood.units import bits_per_dim
 from cdm_fast.plots.evaluation import write_audit
 from cdm_fast.report import run_data
 from tests.test_cli import call, call_json

@@ -16,11 +16,7 @@ from cdm_fast.likelihood.audits import (
     without_images,
 )
 from cdm_fast.likelihood.describe import (
-    describe_audit,
     describe_denoiser_audit,
-    describe_elbo,
-    describe_ode,
-    describe_score,
 )
 from cdm_fast.likelihood.elbo import VariationalBound, variational_bound
 from cdm_fast.likelihood.given import Given
@@ -32,10 +28,10 @@ from cdm_fast.likelihood.levels import (
     level_confusion,
     mse_per_level,
 )
-from cdm_fast.likelihood.normalisation import Normalisation, measure_log_z
+from cdm_fast.likelihood.log_z import Normalisation, measure_log_z
 from cdm_fast.likelihood.ode import ContinuousDenoiser, FlowLikelihood, flow_log_prob
 from cdm_fast.likelihood.ratios import RatioCheck, ratio_check
-from cdm_fast.likelihood.single import LikelihoodReport, evaluate
+from cdm_fast.likelihood.single_pass import LikelihoodReport, evaluate
 
 __all__ = [
     "AuditReport",
@@ -54,11 +50,7 @@ __all__ = [
     "audit_denoiser",
     "calibrate_sigma",
     "denoise_blind",
-    "describe_audit",
     "describe_denoiser_audit",
-    "describe_elbo",
-    "describe_ode",
-    "describe_score",
     "estimate_level",
     "evaluate",
     "evaluate_elbo",

@@ -19,10 +19,10 @@ from cdm_fast.host.distributed import in_turn
 from cdm_fast.host.progress import Progress, silent
 from cdm_fast.likelihood.elbo import VariationalBound, variational_bound
 from cdm_fast.likelihood.given import Given, labels_given, log_class_prior
-from cdm_fast.likelihood.images import bits_per_dim, nats_per_bit_per_dim, require_denoiser
-from cdm_fast.likelihood.normalisation import Normalisation, measure_log_z
+from cdm_fast.likelihood.log_z import Normalisation, measure_log_z
 from cdm_fast.likelihood.ode import ContinuousDenoiser, FlowLikelihood, flow_log_prob, load_solver
-from cdm_fast.likelihood.single import LikelihoodReport, evaluate
+from cdm_fast.likelihood.single_pass import LikelihoodReport, evaluate
+from cdm_fast.likelihood.units import bits_per_dim, nats_per_bit_per_dim, require_denoiser
 from cdm_fast.model import CDM, Denoiser, measures
 from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.model.denoiser import like_network

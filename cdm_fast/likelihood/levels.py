@@ -15,7 +15,7 @@ from cdm_fast.data import ImageData
 from cdm_fast.data.draws import choose_images, draw_images
 from cdm_fast.host.device import upload
 from cdm_fast.host.distributed import by_rows
-from cdm_fast.likelihood.images import require_denoiser
+from cdm_fast.likelihood.units import require_denoiser
 from cdm_fast.model import CDM, Denoiser, measures
 from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.model.schedule import add_noise, spread

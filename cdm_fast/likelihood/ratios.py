@@ -9,7 +9,7 @@ from cdm_fast.data import ImageData
 from cdm_fast.data.draws import draw_images
 from cdm_fast.host.device import upload
 from cdm_fast.host.distributed import by_rows
-from cdm_fast.likelihood.images import nats_per_bit_per_dim
+from cdm_fast.likelihood.units import nats_per_bit_per_dim
 from cdm_fast.model import CDM, measures
 from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.model.schedule import add_noise, spread

@@ -21,8 +21,8 @@ from cdm_fast.errors import UserError
 from cdm_fast.host.device import upload
 from cdm_fast.host.distributed import by_rows
 from cdm_fast.likelihood.given import Given, labels_given, of_all_classes
-from cdm_fast.likelihood.images import bits_per_dim
 from cdm_fast.likelihood.ratios import RatioCheck, ratio_check
+from cdm_fast.likelihood.units import bits_per_dim
 from cdm_fast.model import CDM, measures
 from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.model.schedule import add_noise

@@ -1,6 +1,6 @@
-"""What every measurement of likelihood shares: images at a noise level, units, standard errors.
+"""bits/dim from nats, and back.
 
-# B batch, n images, d = C*H*W, N grey levels
+# d = C*H*W, N grey levels
 """
 
 import math

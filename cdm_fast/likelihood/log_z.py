@@ -22,7 +22,7 @@ from torch import Tensor
 from cdm_fast.data import ImageData
 from cdm_fast.data.draws import draw_images
 from cdm_fast.errors import UserError
-from cdm_fast.likelihood.images import nats_per_bit_per_dim
+from cdm_fast.likelihood.units import nats_per_bit_per_dim
 from cdm_fast.model import CDM, measures
 from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.model.denoiser import like_network
