@@ -22,19 +22,19 @@ import numpy as np
 
 from benchmarks.studies import add_row, read_rows, trained
 from cdm_fast import load
-from cdm_fast.attacks import evaluate_attack
 from cdm_fast.build import class_prior
 from cdm_fast.checkpoint import load_checkpoint, read_config
-from cdm_fast.classify import ClassReport, evaluate_classes
 from cdm_fast.config import RunConfig, preset
 from cdm_fast.data import ImageData, load_data
+from cdm_fast.evaluation.attacks import evaluate_attack
+from cdm_fast.evaluation.classification import ClassReport, evaluate_classes
+from cdm_fast.evaluation.robustness import evaluate_corruptions
 from cdm_fast.host.optional import need
 from cdm_fast.host.progress import to_stderr
 from cdm_fast.likelihood import evaluate_elbo
 from cdm_fast.model import CDM
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.report import run_data
-from cdm_fast.robustness import evaluate_corruptions
 
 Figures = Callable[[], dict[str, Any]]
 RESULTS = Path(__file__).parent / "results" / "classification.jsonl"

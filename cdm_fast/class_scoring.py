@@ -5,18 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from cdm_fast.arguments import Classify
-from cdm_fast.attacks import check_attack, describe_attack, evaluate_attack, load_foolbox
 from cdm_fast.build import class_prior
 from cdm_fast.checkpoint import load, read_config
-from cdm_fast.classify import ClassReport, describe_classes, evaluate_classes, fitting_method, require_classes
 from cdm_fast.config import RunConfig
 from cdm_fast.data import ImageData
 from cdm_fast.errors import UserError
+from cdm_fast.evaluation.attacks import check_attack, describe_attack, evaluate_attack, load_foolbox
+from cdm_fast.evaluation.class_scores import fitting_method, require_classes
+from cdm_fast.evaluation.classification import ClassReport, describe_classes, evaluate_classes
+from cdm_fast.evaluation.robustness import describe_corruptions, evaluate_corruptions
 from cdm_fast.host.progress import to_stderr
 from cdm_fast.model import CDM, Denoiser
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.plots.evaluation import write_attack, write_classes, write_corruptions
-from cdm_fast.robustness import describe_corruptions, evaluate_corruptions
 from cdm_fast.scoring import Scored
 
 

@@ -16,11 +16,11 @@ from cdm_fast import arguments, doctor
 from cdm_fast.calibration import apply_calibration, calibrate, remove_calibration, write_calibration
 from cdm_fast.checkpoint import load, read_config
 from cdm_fast.class_scoring import score_classes
-from cdm_fast.classify import describe_accuracy
 from cdm_fast.config import RunConfig
 from cdm_fast.data import ImageData, quantize, write_image
 from cdm_fast.data.pixels import displayable
 from cdm_fast.errors import UserError
+from cdm_fast.evaluation.classification import describe_accuracy
 from cdm_fast.host.device import pick_device
 from cdm_fast.host.distributed import from_main, joined
 from cdm_fast.host.files import write_atomically

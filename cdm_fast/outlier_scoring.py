@@ -12,13 +12,7 @@ from cdm_fast.data import ImageData, dequantize, load_data
 from cdm_fast.data.draws import choose, draw_generator
 from cdm_fast.data.pixels import levels_to_display
 from cdm_fast.errors import UserError
-from cdm_fast.host.optional import need
-from cdm_fast.host.progress import to_stderr
-from cdm_fast.likelihood import calibrate_sigma
-from cdm_fast.likelihood.export import write_per_image
-from cdm_fast.model import CDM, Denoiser
-from cdm_fast.model.cdm import require_likelihood
-from cdm_fast.outliers import (
+from cdm_fast.evaluation.outliers import (
     SCORES,
     OutlierReport,
     Scores,
@@ -27,6 +21,12 @@ from cdm_fast.outliers import (
     evaluate_outliers,
     level_of,
 )
+from cdm_fast.host.optional import need
+from cdm_fast.host.progress import to_stderr
+from cdm_fast.likelihood import calibrate_sigma
+from cdm_fast.likelihood.export import write_per_image
+from cdm_fast.model import CDM, Denoiser
+from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.plots.evaluation import write_outliers, write_sigma
 from cdm_fast.plots.sheet import write_rows
 from cdm_fast.report import run_data

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from cdm_fast.checkpoint import write_json
-from cdm_fast.classify import evaluate_classes
 from cdm_fast.config import RunConfig
 from cdm_fast.data import ImageData, load_data, read_image, write_grid
 from cdm_fast.data.pixels import displayable, from_display
 from cdm_fast.errors import UserError
+from cdm_fast.evaluation.classification import evaluate_classes
 from cdm_fast.host.progress import to_stderr
 from cdm_fast.likelihood import evaluate, level_confusion, mse_per_level
 from cdm_fast.model import CDM, DDM

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from cdm_fast import CDM, MLP, NoiseSchedule, UserError
-from cdm_fast.attacks import ClassLogLikelihoods, describe_attack, evaluate_attack
+from cdm_fast.evaluation.attacks import ClassLogLikelihoods, describe_attack, evaluate_attack
+from cdm_fast.evaluation.square_attack import square_side
 from cdm_fast.model.classifier import Classifier
-from cdm_fast.square_attack import square_side
 from cdm_fast.statistics import auroc
 from tests.test_classify import MODELS, SCHEDULE, SPREAD, classes, draw, train
 from tests.test_cli import call, call_json

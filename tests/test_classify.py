@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from cdm_fast import CDM, NoiseSchedule, UserError
-from cdm_fast.classify import evaluate_classes
 from cdm_fast.data import ImageData, write_image
 from cdm_fast.data.corruptions import KINDS
+from cdm_fast.evaluation.classification import evaluate_classes
+from cdm_fast.evaluation.robustness import describe_corruptions, evaluate_corruptions
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.model.losses import Noised, noised_classifier_loss
-from cdm_fast.robustness import describe_corruptions, evaluate_corruptions
 from cdm_fast.statistics import confusion_matrix, reliability
 from tests.analytic import Density, ExactDenoiser, ExactNetwork, GaussianMixture
 from tests.test_cli import call, call_json

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from cdm_fast import CDM, DDM, MLP, MLPDenoiser, NoiseSchedule, UserError, sample
+from cdm_fast.evaluation.quality import two_sample_test
 from cdm_fast.model.composition import Mixture, Product, negation
 from cdm_fast.model.conditioned import OfClass
-from cdm_fast.quality import two_sample_test
 from tests.analytic import ExactNetwork, GaussianMixture, mixture, product, random_mixture
 from tests.opaque import Opaque
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from cdm_fast import CDM, DDM, MLP, MLPDenoiser, NoiseSchedule, UserError, sample
+from cdm_fast.evaluation.quality import two_sample_test
 from cdm_fast.model.conditioned import GuidedEnergy
-from cdm_fast.quality import two_sample_test
 from cdm_fast.sampling import ImageNoise
 from cdm_fast.sampling.corrected import MoveLog
 from tests.analytic import ExactNetwork, random_mixture

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cdm_fast import UserError, sample
-from cdm_fast.classify import denoising_scores, ode_log_prob_classes
+from cdm_fast.evaluation.class_scores import denoising_scores, ode_log_prob_classes
 from cdm_fast.interop import (
     FlowMatching,
     LevelDenoiser,

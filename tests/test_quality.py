@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cdm_fast import UserError
-from cdm_fast.quality import frechet_distance, kernel_distance, two_sample_test
+from cdm_fast.evaluation.quality import frechet_distance, kernel_distance, two_sample_test
 
 
 def normal(num, dim, seed, mean=0.0, scale=1.0):

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from cdm_fast import train as training
 from cdm_fast.build import build_model
-from cdm_fast.classify import evaluate_classes
 from cdm_fast.config import RunConfig
 from cdm_fast.data import load_data
 from cdm_fast.errors import UserError
+from cdm_fast.evaluation.classification import evaluate_classes
 from cdm_fast.host.distributed import joined, whole
 from cdm_fast.host.processes import this_process
 from cdm_fast.likelihood import evaluate, evaluate_elbo, evaluate_ode, mse_per_level

@@ -14,9 +14,9 @@ from tempfile import mkdtemp
 import torch
 
 from cdm_fast import load
-from cdm_fast.classify import evaluate_classes
 from cdm_fast.config import preset
 from cdm_fast.data import dequantize, load_data
+from cdm_fast.evaluation.classification import evaluate_classes
 from cdm_fast.train import train
 
 config = preset("digits-encoder")

@@ -14,17 +14,18 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from cdm_fast.classify import labels_for, require_classes
 from cdm_fast.config.choices import AttackName, AttackNorm
 from cdm_fast.data import ImageData, PixelMap
 from cdm_fast.data.draws import choose
 from cdm_fast.errors import UserError
+from cdm_fast.evaluation.class_scores import require_classes
+from cdm_fast.evaluation.classification import labels_for
+from cdm_fast.evaluation.square_attack import SquareAttack
 from cdm_fast.host.progress import Progress, silent
 from cdm_fast.model import CDM, measures
 from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.model.denoiser import like_network
-from cdm_fast.square_attack import SquareAttack
 from cdm_fast.statistics import auroc, stderr
 
 # In units of white, the whole range of a pixel; the usual ones of 8-bit pictures and of MNIST.

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from cdm_fast.classify import ClassReport, require_labels
 from cdm_fast.data import ImageData
 from cdm_fast.data.corruptions import KINDS, SEVERITIES, corrupt
+from cdm_fast.evaluation.classification import ClassReport, require_labels
 from cdm_fast.host.progress import Progress
 from cdm_fast.statistics import stderr
 

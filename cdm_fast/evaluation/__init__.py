@@ -1,0 +1,1 @@
+"""How good a model is, apart from its likelihood."""
