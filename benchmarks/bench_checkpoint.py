@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from benchmarks.cases import both_finite
-from cdm_fast.checkpoint import create_run
 from cdm_fast.config import PRESETS, RunConfig
 from cdm_fast.data import ImageData, load_data
+from cdm_fast.runs.checkpoint import create_run
 from cdm_fast.saver import Saver
 from cdm_fast.state import new_state, to_checkpoint
 from cdm_fast.step import make_loss

@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.cases import DTYPES, both_finite
 from benchmarks.networks import without_gradients
 from benchmarks.train_steps import autocast, gradient_step
-from cdm_fast.build import build_model
 from cdm_fast.config import preset
 from cdm_fast.model.losses import cdm_loss, ddm_loss
+from cdm_fast.runs.build import build_model
 
 # Images of a batch on the CPU and on a GPU.
 BATCH_SIZE = {"digits": (128, 1024), "fashion-mnist": (32, 512), "cifar10": (8, 128)}

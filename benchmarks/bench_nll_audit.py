@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from benchmarks.networks import without_gradients
-from cdm_fast.build import build_model
 from cdm_fast.config import preset
 from cdm_fast.data import batch_indices, dequantize, load_data
 from cdm_fast.likelihood import flow_log_prob
 from cdm_fast.model.losses import cdm_loss
+from cdm_fast.runs.build import build_model
 
 TOLERANCE = 1e-5
 IMAGES = 2

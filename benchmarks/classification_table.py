@@ -22,8 +22,6 @@ import numpy as np
 
 from benchmarks.studies import add_row, read_rows, trained
 from cdm_fast import load
-from cdm_fast.build import class_prior
-from cdm_fast.checkpoint import load_checkpoint, read_config
 from cdm_fast.config import RunConfig, preset
 from cdm_fast.data import ImageData, load_data
 from cdm_fast.evaluation.attacks import evaluate_attack
@@ -34,7 +32,8 @@ from cdm_fast.host.progress import to_stderr
 from cdm_fast.likelihood import evaluate_elbo
 from cdm_fast.model import CDM
 from cdm_fast.model.classifier import Classifier
-from cdm_fast.report import run_data
+from cdm_fast.runs.build import class_prior, run_data
+from cdm_fast.runs.checkpoint import load_checkpoint, read_config
 
 Figures = Callable[[], dict[str, Any]]
 RESULTS = Path(__file__).parent / "results" / "classification.jsonl"

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from benchmarks.studies import add_row, read_rows
 from cdm_fast import load
-from cdm_fast.checkpoint import load_checkpoint
 from cdm_fast.data import dequantize, load_data
 from cdm_fast.data.draws import draw_generator
 from cdm_fast.host.optional import need
 from cdm_fast.likelihood import evaluate, evaluate_elbo
 from cdm_fast.likelihood.units import bits_per_dim
+from cdm_fast.runs.checkpoint import load_checkpoint
 from cdm_fast.statistics import stderr
 
 DRAWS = 3  # of dequantisation noise at the test images

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from benchmarks.studies import add_row, read_rows, trained
 from cdm_fast import CDM, load, sample
-from cdm_fast.checkpoint import read_config
 from cdm_fast.config import RunConfig, preset
 from cdm_fast.data import ImageData
 from cdm_fast.data.draws import draw_images
@@ -26,7 +25,8 @@ from cdm_fast.evaluation.classification import evaluate_classes
 from cdm_fast.evaluation.quality import frechet_distance
 from cdm_fast.likelihood import evaluate, evaluate_elbo, mse_per_level
 from cdm_fast.model.classifier import Classifier
-from cdm_fast.report import run_data
+from cdm_fast.runs.build import run_data
+from cdm_fast.runs.checkpoint import read_config
 
 RESULTS = Path(__file__).parent / "results" / "encoder_study.jsonl"
 NETWORKS: dict[str, dict[str, Any]] = {

@@ -19,13 +19,13 @@ import torch
 from torch.nn.functional import avg_pool2d
 
 from cdm_fast import CDM, NoiseSchedule, load, sample
-from cdm_fast.checkpoint import read_config
 from cdm_fast.data.pixels import displayable, from_display, levels_to_display
 from cdm_fast.evaluation.quality import two_sample_test
 from cdm_fast.model.composition import Mixture, Product, negation
 from cdm_fast.model.conditioned import OfClass
 from cdm_fast.plots.sheet import write_rows
-from cdm_fast.report import run_data
+from cdm_fast.runs.build import run_data
+from cdm_fast.runs.checkpoint import read_config
 from cdm_fast.sampling.langevin import DrawFrom, anneal, ladder, tune_step_sizes
 from cdm_fast.sampling.restoration import Known, MeanPool, Posterior, restore
 from tests.analytic import (

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from benchmarks.studies import add_row, read_rows
 from cdm_fast import CDM
-from cdm_fast.checkpoint import create_run, load, load_checkpoint, read_config
 from cdm_fast.config import RunConfig, preset
 from cdm_fast.data import ImageData
 from cdm_fast.data.draws import draw_images
@@ -33,7 +32,9 @@ from cdm_fast.model.schedule import add_noise
 from cdm_fast.nn import UNet
 from cdm_fast.nn.heads import CumulativeHead
 from cdm_fast.nn.layers import Conv2d, full_precision
-from cdm_fast.report import run_data
+from cdm_fast.runs.build import run_data
+from cdm_fast.runs.checkpoint import create_run, load_checkpoint, read_config
+from cdm_fast.runs.load import load
 from cdm_fast.state import TrainingState, new_state, to_checkpoint
 from cdm_fast.step import Ema, derived_seed, make_loss, make_optimizer
 from cdm_fast.train import resolve, take_step

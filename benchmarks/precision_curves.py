@@ -18,7 +18,7 @@ from benchmarks.environment import facts
 from cdm_fast.config import RunConfig, preset
 from cdm_fast.host.device import pick_device
 from cdm_fast.host.optional import need
-from cdm_fast.report import run_data
+from cdm_fast.runs.build import run_data
 from cdm_fast.state import new_state
 from cdm_fast.step import derived_seed, draw_batch, learning_rate, make_loss, training_step
 from cdm_fast.train import resolve

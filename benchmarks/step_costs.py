@@ -23,10 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from cdm_fast.build import build_model
 from cdm_fast.config import preset
 from cdm_fast.model.losses import Noised
 from cdm_fast.ops import backend
+from cdm_fast.runs.build import build_model
 from cdm_fast.step import Ema, make_loss, make_optimizer, training_step
 
 Call = tuple[tuple[Any, ...], Any]  # arguments, result

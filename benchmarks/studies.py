@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import facts
-from cdm_fast.checkpoint import load_checkpoint, read_config
 from cdm_fast.config import RunConfig
 from cdm_fast.errors import UserError
+from cdm_fast.runs.checkpoint import load_checkpoint, read_config
 from cdm_fast.train import begun, resume, train
 
 

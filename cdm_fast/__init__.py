@@ -7,7 +7,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cdm_fast.checkpoint import load as load
     from cdm_fast.errors import UserError as UserError
     from cdm_fast.model import CDM as CDM
     from cdm_fast.model import DDM as DDM
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from cdm_fast.nn import UNetDenoiser as UNetDenoiser
     from cdm_fast.ops import use_backend as use_backend
     from cdm_fast.ops.precision import ieee_fp32 as ieee_fp32
+    from cdm_fast.runs.load import load as load
     from cdm_fast.sampling.sample import sample as sample
     from cdm_fast.tables import CDMDensity as CDMDensity
     from cdm_fast.tables import DensityRatio as DensityRatio
@@ -43,7 +43,7 @@ _HOME = {
     "cdm_loss": "cdm_fast.model.losses",
     "ddm_loss": "cdm_fast.model.losses",
     "ieee_fp32": "cdm_fast.ops.precision",
-    "load": "cdm_fast.checkpoint",
+    "load": "cdm_fast.runs.load",
     "log_density_ratio": "cdm_fast.tables",
     "sample": "cdm_fast.sampling.sample",
     "use_backend": "cdm_fast.ops",

@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from cdm_fast.arguments import Classify
-from cdm_fast.build import class_prior
-from cdm_fast.checkpoint import load, read_config
 from cdm_fast.config import RunConfig
 from cdm_fast.data import ImageData
 from cdm_fast.errors import UserError
@@ -18,6 +16,9 @@ from cdm_fast.host.progress import to_stderr
 from cdm_fast.model import CDM, Denoiser
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.plots.evaluation import write_attack, write_classes, write_corruptions
+from cdm_fast.runs.build import class_prior
+from cdm_fast.runs.checkpoint import read_config
+from cdm_fast.runs.load import load
 from cdm_fast.scoring import Scored
 
 

@@ -81,7 +81,7 @@ def _train_defaults(arguments: Sequence[str]) -> Train:
     for flag in ("--preset", "--out", "--finetune"):
         if _value_of(flag, arguments) is not None:
             raise UserError(f"{flag} makes a new run and --resume {run} continues one; give only one of them")
-    from cdm_fast.checkpoint import read_config  # imports torch
+    from cdm_fast.runs.checkpoint import read_config  # imports torch
 
     return Train(resume=Path(run), config=read_config(run))
 
@@ -90,7 +90,7 @@ def _finetune_defaults(name: str | None, source: str) -> Train:
     """`train --finetune`: the settings of that run, whose network and levels the new one keeps."""
     if name is not None:
         raise UserError(f"--preset {name}: network and settings come from --finetune {source}; leave it out")
-    from cdm_fast.checkpoint import read_config  # imports torch
+    from cdm_fast.runs.checkpoint import read_config  # imports torch
 
     config = read_config(source)
     return Train(config=replace(config, train=replace(config.train, finetune=source)))

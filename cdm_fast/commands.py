@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 
 from cdm_fast import arguments, doctor
-from cdm_fast.calibration import apply_calibration, calibrate, remove_calibration, write_calibration
-from cdm_fast.checkpoint import load, read_config
 from cdm_fast.class_scoring import score_classes
 from cdm_fast.config import RunConfig
 from cdm_fast.data import ImageData, quantize, write_image
@@ -41,15 +39,12 @@ from cdm_fast.outlier_scoring import score_images
 from cdm_fast.plots.sheet import write_rows
 from cdm_fast.plots.training import write_acceptance
 from cdm_fast.replay import replay
-from cdm_fast.report import (
-    class_labels,
-    read_input,
-    run_data,
-    write_level_pictures,
-    write_loss_curves,
-    write_sheet,
-)
+from cdm_fast.report import read_input, write_level_pictures, write_loss_curves, write_sheet
 from cdm_fast.restored_pictures import measure, write_candidates
+from cdm_fast.runs.build import class_labels, run_data
+from cdm_fast.runs.calibration import apply_calibration, calibrate, remove_calibration, write_calibration
+from cdm_fast.runs.checkpoint import read_config
+from cdm_fast.runs.load import load
 from cdm_fast.sampling import sample
 from cdm_fast.sampling.corrected import CORRECTED, MoveLog
 from cdm_fast.sampling.restoration import restore

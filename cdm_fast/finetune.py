@@ -10,9 +10,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cdm_fast.checkpoint import load_checkpoint, read_config, restore_weights
 from cdm_fast.config import RunConfig, ScheduleConfig
 from cdm_fast.errors import UserError
+from cdm_fast.runs.checkpoint import load_checkpoint, read_config
+from cdm_fast.runs.weights import restore_weights
 from cdm_fast.state import TrainingState
 
 _NETWORK = "network."

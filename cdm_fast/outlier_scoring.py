@@ -29,7 +29,7 @@ from cdm_fast.model import CDM, Denoiser
 from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.plots.evaluation import write_outliers, write_sigma
 from cdm_fast.plots.sheet import write_rows
-from cdm_fast.report import run_data
+from cdm_fast.runs.build import run_data
 from cdm_fast.scoring import Scored
 
 CORRUPTED = "corrupted"  # what --against takes besides data sources

@@ -21,7 +21,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from cdm_fast.checkpoint import Checkpoint
 from cdm_fast.config import RunConfig
 from cdm_fast.config.choices import Parallel
 from cdm_fast.host.distributed import largest
@@ -31,6 +30,7 @@ from cdm_fast.model.classifier import Classifier
 from cdm_fast.model.losses import LossTerms, Noised
 from cdm_fast.nn.layers import AttentionBlock, ResnetBlock
 from cdm_fast.nn.trunk import DownTrunk
+from cdm_fast.runs.checkpoint import Checkpoint
 from cdm_fast.saver import Saver
 from cdm_fast.state import TrainingState
 from cdm_fast.step import Ema, LossFunction, Model, make_optimizer

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cdm_fast.checkpoint import load_checkpoint, read_config
 from cdm_fast.config import RunConfig
 from cdm_fast.data import ImageData, batch_indices
 from cdm_fast.errors import UserError
 from cdm_fast.host.device import pick_device
 from cdm_fast.host.files import write_atomically
 from cdm_fast.model.losses import Noised
-from cdm_fast.report import run_data
+from cdm_fast.runs.build import run_data
+from cdm_fast.runs.checkpoint import load_checkpoint, read_config
 from cdm_fast.state import TrainingState, from_checkpoint
 from cdm_fast.step import LossFunction, accumulate_gradient, draw_batch, make_loss, parts_of, seed_step
 from cdm_fast.train import on_device, own_randomness, take_step

@@ -3,16 +3,13 @@
 Legend: B images, C channels, H W pixels, N grey levels, K classes.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from cdm_fast.checkpoint import write_json
 from cdm_fast.config import RunConfig
-from cdm_fast.data import ImageData, load_data, read_image, write_grid
+from cdm_fast.data import ImageData, read_image, write_grid
 from cdm_fast.data.pixels import displayable, from_display
 from cdm_fast.errors import UserError
 from cdm_fast.evaluation.classification import evaluate_classes
@@ -23,15 +20,11 @@ from cdm_fast.model.classifier import Classifier
 from cdm_fast.plots.evaluation import read_log, write_classes
 from cdm_fast.plots.sheet import write_rows
 from cdm_fast.plots.training import write_confusion, write_level_mse, write_losses
+from cdm_fast.runs.build import class_labels, run_data
+from cdm_fast.runs.checkpoint import write_json
 from cdm_fast.sampling import sample
 
 MAX_ROWS = 20  # of a sheet with one class in each: more would be too small to read
-
-
-def run_data(config: RunConfig, split: str, source: str | None = None) -> ImageData:
-    """A split of the run's own data, or of `source` read the same way."""
-    data = load_data(source or config.data.source, split, config.data.image_size, config.data.split_seed)
-    return replace(data, pixels=config.data.pixels)
 
 
 def read_input(path: Path, config: RunConfig, factor: int = 1) -> Tensor:
@@ -43,13 +36,6 @@ def read_input(path: Path, config: RunConfig, factor: int = 1) -> Tensor:
         takes = f"the run takes {size}x{size}" if factor == 1 else f"--factor {factor} takes {size}x{size}"
         raise UserError(f"{path} is {height}x{width} pixels and {takes}; cut that out of it")
     return from_display(image, config.image.num_grey_levels, config.data.pixels)
-
-
-def class_labels(config: RunConfig, num: int) -> Tensor | None:
-    """(num,) int64: the classes in turn for a class-conditional run, else None."""
-    if config.network.conditioning == "none" or config.image.num_classes is None:
-        return None
-    return torch.arange(num) % config.image.num_classes
 
 
 def write_samples(model: CDM | DDM, config: RunConfig, run: Path) -> None:

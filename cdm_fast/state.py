@@ -8,21 +8,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from cdm_fast.build import build_model
-from cdm_fast.checkpoint import (
-    Checkpoint,
-    require_network,
-    restore_optimizer,
-    restore_weights,
-    snapshot,
-    snapshot_optimizer,
-)
 from cdm_fast.config import RunConfig
 from cdm_fast.config.json import differences, fixed_part, from_json
 from cdm_fast.errors import UserError
 from cdm_fast.model import CDM, DDM
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.nn.trunk import DownTrunk
+from cdm_fast.runs.build import build_model
+from cdm_fast.runs.checkpoint import Checkpoint
+from cdm_fast.runs.weights import (
+    require_network,
+    restore_optimizer,
+    restore_weights,
+    snapshot,
+    snapshot_optimizer,
+)
 from cdm_fast.step import Ema, StepResult, derived_seed, learning_rate, make_optimizer
 
 RECENT = 64  # good steps over whose losses the running median is taken

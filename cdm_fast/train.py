@@ -15,16 +15,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from cdm_fast.build import head_rank
-from cdm_fast.checkpoint import (
-    Checkpoint,
-    create_run,
-    load_checkpoint,
-    make_ready,
-    read_config,
-    require_new,
-    write_config,
-)
 from cdm_fast.config import ImageShape, RunConfig, check
 from cdm_fast.config.choices import Parallel
 from cdm_fast.config.json import differences
@@ -38,8 +28,18 @@ from cdm_fast.host.processes import is_main, launched, this_process
 from cdm_fast.likelihood import evaluate
 from cdm_fast.model import CDM
 from cdm_fast.model.classifier import Classifier
-from cdm_fast.report import run_data, write_final, write_loss_curves, write_samples
+from cdm_fast.report import write_final, write_loss_curves, write_samples
 from cdm_fast.runlog import Display, Sink, open_sinks, require_extras
+from cdm_fast.runs.build import head_rank, run_data
+from cdm_fast.runs.checkpoint import (
+    Checkpoint,
+    create_run,
+    load_checkpoint,
+    make_ready,
+    read_config,
+    require_new,
+    write_config,
+)
 from cdm_fast.saver import Saver
 from cdm_fast.state import TrainingState, from_checkpoint, new_state, require_trained_here, to_checkpoint
 from cdm_fast.step import (

@@ -32,8 +32,8 @@ import torch
 import torch._dynamo  # which every optimizer imports, for a second; children find it imported
 
 from cdm_fast import saver, train
-from cdm_fast.checkpoint import load_checkpoint
 from cdm_fast.config import RunConfig
+from cdm_fast.runs.checkpoint import load_checkpoint
 from tests.tiny_run import tiny_config, write_images
 
 STEPS = 40

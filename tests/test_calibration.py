@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from cdm_fast import CDM, NoiseSchedule, UserError
-from cdm_fast.calibration import calibrate, fold
-from cdm_fast.checkpoint import load
 from cdm_fast.data import ImageData
 from cdm_fast.nn.heads import CumulativeHead, JointHead, LowRankHead, noise_head
 from cdm_fast.nn.network import AdjointNetwork
+from cdm_fast.runs.calibration import calibrate, fold
+from cdm_fast.runs.load import load
 from tests.opaque import Opaque
 from tests.test_cli import call, call_json
 from tests.tiny_run import FLAGS, write_images

@@ -14,20 +14,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cdm_fast import checkpoint as module
-from cdm_fast.build import build_model
-from cdm_fast.checkpoint import (
+from cdm_fast.errors import UserError
+from cdm_fast.runs import checkpoint as module
+from cdm_fast.runs.build import build_model
+from cdm_fast.runs.checkpoint import (
     Checkpoint,
     checkpoint_folders,
     create_run,
-    load,
     load_checkpoint,
     make_ready,
     read_config,
     save_checkpoint,
     write_config,
 )
-from cdm_fast.errors import UserError
+from cdm_fast.runs.load import load
+from cdm_fast.runs.weights import snapshot
 from cdm_fast.state import from_checkpoint, new_state, to_checkpoint
 from tests.tiny_run import tiny_config, write_images
 
@@ -381,7 +382,7 @@ def test_a_run_that_is_trained_on_can_be_read(run, config, state, monkeypatch):
 
 def test_snapshot_does_not_follow_the_model(config):
     model = build_model(config)
-    taken = module.snapshot(model)
+    taken = snapshot(model)
     before = taken["network.conv_in.weight"].clone()
     with torch.no_grad():
         model.network.conv_in.weight.add_(1)

@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from cdm_fast.checkpoint import load
 from cdm_fast.cli import main, parse
 from cdm_fast.config import PRESETS
 from cdm_fast.data import load_data
+from cdm_fast.runs.load import load
 from tests.tiny_run import CLASSES, FLAGS, GREY_LEVELS, with_settings, write_images
 
 COMMANDS = (

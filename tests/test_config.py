@@ -7,12 +7,12 @@ from typing import get_args
 import pytest
 import torch
 
-from cdm_fast.build import build_model, build_schedule, level_distribution
 from cdm_fast.config import PRESETS, Preset, RunConfig, Sampler, ScheduleConfig, check, preset
 from cdm_fast.config.choices import CorrectedSampler
 from cdm_fast.config.json import differences, fixed_part, from_json, to_json
 from cdm_fast.errors import UserError
 from cdm_fast.model.schedule import SCHEDULES, NoiseSchedule
+from cdm_fast.runs.build import build_model, build_schedule, level_distribution
 from cdm_fast.sampling import SAMPLERS
 from cdm_fast.sampling.corrected import CORRECTED
 from cdm_fast.step import learning_rate

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from cdm_fast import NoiseSchedule, UNet, load
-from cdm_fast.checkpoint import read_config
 from cdm_fast.data import ImageData
 from cdm_fast.errors import UserError
 from cdm_fast.interop.convert import PUBLIC_BETAS, choose_schedule, convert, infer_config, read_public
 from cdm_fast.likelihood import evaluate
+from cdm_fast.runs.checkpoint import read_config
 
 SIZE, CHANNELS, LEVELS, BASE, MULTIPLIERS, BLOCKS = 8, 2, 7, 32, (1, 2), 1
 

@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from cdm_fast import build
-from cdm_fast.checkpoint import load_checkpoint
 from cdm_fast.cli import main
 from cdm_fast.config import NetworkConfig
 from cdm_fast.errors import UserError
@@ -21,6 +19,8 @@ from cdm_fast.host import distributed as module
 from cdm_fast.host.device import pick_device
 from cdm_fast.host.distributed import gather_rows, own_rows, share
 from cdm_fast.host.processes import Process, join
+from cdm_fast.runs import build
+from cdm_fast.runs.checkpoint import load_checkpoint
 from cdm_fast.train import begun, resume, train
 from tests import workers
 from tests.tiny_run import FLAGS, tiny_config, write_images

@@ -23,11 +23,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cdm_fast.checkpoint import load, load_checkpoint, read_config
 from cdm_fast.data import load_data
 from cdm_fast.host.plain_pickle import load_plain
 from cdm_fast.host.reading import MAX_DATA_BYTES, read_bytes
 from cdm_fast.interop.convert import convert
+from cdm_fast.runs.checkpoint import load_checkpoint, read_config
+from cdm_fast.runs.load import load
 from cdm_fast.state import from_checkpoint
 from tests.fuzz import public
 from tests.fuzz.campaign import rng_of, scratch

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from cdm_fast import CDM, cdm_loss, load, sample, use_backend
-from cdm_fast.build import build_model
-from cdm_fast.checkpoint import Checkpoint, create_run, snapshot
 from cdm_fast.config import NetworkConfig, RunConfig
 from cdm_fast.interop.convert import convert
 from cdm_fast.ops.backend import missing
+from cdm_fast.runs.build import build_model
+from cdm_fast.runs.checkpoint import Checkpoint, create_run
+from cdm_fast.runs.weights import snapshot
 from tests.opaque import Opaque
 from tests.tiny_run import with_settings
 

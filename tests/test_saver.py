@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from cdm_fast import saver as module
-from cdm_fast.checkpoint import checkpoint_folders, create_run, load_checkpoint
 from cdm_fast.errors import DiskError, UserError
 from cdm_fast.host.files import alone_in
+from cdm_fast.runs.checkpoint import checkpoint_folders, create_run, load_checkpoint
 from cdm_fast.saver import Saver
 from cdm_fast.state import new_state, to_checkpoint
 from cdm_fast.step import draw_batch

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from cdm_fast import train as module
-from cdm_fast.build import build_model
-from cdm_fast.checkpoint import load, load_checkpoint, read_config
 from cdm_fast.config import NetworkConfig, TrainConfig
 from cdm_fast.data import load_data
 from cdm_fast.errors import DiskError, UserError
 from cdm_fast.model.losses import noised_cdm_loss
+from cdm_fast.runs.build import build_model
+from cdm_fast.runs.checkpoint import load_checkpoint, read_config
+from cdm_fast.runs.load import load
 from cdm_fast.state import new_state
 from cdm_fast.step import Ema, derived_seed, draw_batch, learning_rate, make_loss, set_dropout, training_step
 from cdm_fast.train import resolve, resume, train

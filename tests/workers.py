@@ -17,7 +17,6 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from cdm_fast import train as training
-from cdm_fast.build import build_model
 from cdm_fast.config import RunConfig
 from cdm_fast.data import load_data
 from cdm_fast.errors import UserError
@@ -27,6 +26,7 @@ from cdm_fast.host.processes import this_process
 from cdm_fast.likelihood import evaluate, evaluate_elbo, evaluate_ode, mse_per_level
 from cdm_fast.model.losses import Noised
 from cdm_fast.parallel import wrap
+from cdm_fast.runs.build import build_model
 from cdm_fast.sampling import sample
 from cdm_fast.state import TrainingState, new_state
 from cdm_fast.step import Ema, StepResult, derived_seed, draw_batch, make_loss, make_optimizer, training_step

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdm_fast.build import build_model, build_network
-from cdm_fast.checkpoint import Checkpoint, create_run, require_new, snapshot
 from cdm_fast.config import PRESETS, ImageShape, NetworkConfig, RunConfig, Schedule, ScheduleConfig
 from cdm_fast.errors import UserError
 from cdm_fast.host.reading import shown
 from cdm_fast.interop.tensors import read_any
+from cdm_fast.runs.build import build_model, build_network
+from cdm_fast.runs.checkpoint import Checkpoint, create_run, require_new
+from cdm_fast.runs.weights import snapshot
 
 State = Mapping[str, Tensor]
 

@@ -2,7 +2,7 @@
 
 It changes what likelihoods say by one constant per level, and neither the denoiser nor samples nor posteriors
 of classes. The checkpoints stay as they were trained: the constants lie in RUN/calibration.json,
-`checkpoint.load` folds them in, and without the file the run is as before.
+`cdm_fast.load` folds them in, and without the file the run is as before.
 
 # L = T+2 noise levels
 """
