@@ -15,11 +15,12 @@ from benchmarks.cases import both_finite
 from cdm_fast.config import PRESETS, RunConfig
 from cdm_fast.data import ImageData, load_data
 from cdm_fast.runs.checkpoint import create_run
-from cdm_fast.saver import Saver
-from cdm_fast.state import new_state, to_checkpoint
-from cdm_fast.step import make_loss
-from cdm_fast.train import on_device, resolve, take_step
-from cdm_fast.tuning import compiled
+from cdm_fast.training.loop import take_step
+from cdm_fast.training.prepare import on_device, resolve
+from cdm_fast.training.saver import Saver
+from cdm_fast.training.state import new_state, to_checkpoint
+from cdm_fast.training.step import make_loss
+from cdm_fast.training.tuning import compiled
 
 
 def digits() -> tuple[RunConfig, ImageData]:

@@ -18,7 +18,8 @@ from benchmarks.memory import peak_resident_mib
 from cdm_fast.config import ImageShape, NetworkConfig, RunConfig, ScheduleConfig, TrainConfig
 from cdm_fast.model.losses import Noised
 from cdm_fast.runs.build import build_model
-from cdm_fast.step import Ema, make_loss, make_optimizer, training_step
+from cdm_fast.training.ema import Ema
+from cdm_fast.training.step import make_loss, make_optimizer, training_step
 
 CLASSES, LEVELS, BATCH = 1000, 1002, 128
 

@@ -15,7 +15,7 @@ from benchmarks.cases import both_finite
 from benchmarks.limit import share
 from benchmarks.train_steps import Steps
 from cdm_fast.config import PRESETS, ImageShape
-from cdm_fast.tuning import pick_precision
+from cdm_fast.training.tuning import pick_precision
 
 BATCHES, RESOLUTIONS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512), (8, 16, 32, 64)
 CHANNELS = {"cpu": 32, "cuda": 128}

@@ -46,7 +46,7 @@ from cdm_fast.likelihood import evaluate
 from cdm_fast.ops import attention, attention_vjp
 from cdm_fast.ops import backend as _backend
 from cdm_fast.sampling import sample
-from cdm_fast.train import train
+from cdm_fast.training.train import train
 
 BF16 = torch.bfloat16
 # Batch, tokens, channels: the 33.4 M network's at batch 128, then longer sequences with narrower heads.

@@ -35,9 +35,11 @@ from cdm_fast.nn.layers import Conv2d, full_precision
 from cdm_fast.runs.build import run_data
 from cdm_fast.runs.checkpoint import create_run, load_checkpoint, read_config
 from cdm_fast.runs.load import load
-from cdm_fast.state import TrainingState, new_state, to_checkpoint
-from cdm_fast.step import Ema, derived_seed, make_loss, make_optimizer
-from cdm_fast.train import resolve, take_step
+from cdm_fast.training.ema import Ema
+from cdm_fast.training.loop import take_step
+from cdm_fast.training.prepare import resolve
+from cdm_fast.training.state import TrainingState, new_state, to_checkpoint
+from cdm_fast.training.step import derived_seed, make_loss, make_optimizer
 
 DEVICE = torch.device("cpu")
 ELBO_IMAGES = {"validation": 180, "test": 100}

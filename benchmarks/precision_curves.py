@@ -19,9 +19,9 @@ from cdm_fast.config import RunConfig, preset
 from cdm_fast.host.device import pick_device
 from cdm_fast.host.optional import need
 from cdm_fast.runs.build import run_data
-from cdm_fast.state import new_state
-from cdm_fast.step import derived_seed, draw_batch, learning_rate, make_loss, training_step
-from cdm_fast.train import resolve
+from cdm_fast.training.prepare import resolve
+from cdm_fast.training.state import new_state
+from cdm_fast.training.step import derived_seed, draw_batch, learning_rate, make_loss, training_step
 
 RUNS = {"fp32": ("fp32", 0), "bf16": ("bf16", 0), "fp32, another seed": ("fp32", 1)}
 

@@ -27,7 +27,8 @@ from cdm_fast.config import preset
 from cdm_fast.model.losses import Noised
 from cdm_fast.ops import backend
 from cdm_fast.runs.build import build_model
-from cdm_fast.step import Ema, make_loss, make_optimizer, training_step
+from cdm_fast.training.ema import Ema
+from cdm_fast.training.step import make_loss, make_optimizer, training_step
 
 Call = tuple[tuple[Any, ...], Any]  # arguments, result
 

@@ -9,7 +9,8 @@ from benchmarks.environment import facts
 from cdm_fast.config import RunConfig
 from cdm_fast.errors import UserError
 from cdm_fast.runs.checkpoint import load_checkpoint, read_config
-from cdm_fast.train import begun, resume, train
+from cdm_fast.training.prepare import begun
+from cdm_fast.training.train import resume, train
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -19,9 +19,9 @@ from cdm_fast import CDM, DDM, NoiseSchedule, UNet, UNetDenoiser, cdm_loss, ddm_
 from cdm_fast.config import PRESETS, Compile, ImageShape, Precision, RunConfig
 from cdm_fast.data import ImageData
 from cdm_fast.model.losses import Noised
-from cdm_fast.state import new_state
-from cdm_fast.step import draw_batch, make_loss, training_step
-from cdm_fast.tuning import compiled, pick_precision
+from cdm_fast.training.state import new_state
+from cdm_fast.training.step import draw_batch, make_loss, training_step
+from cdm_fast.training.tuning import compiled, pick_precision
 
 CIFAR10 = (32, 3, 1002, 128, (1, 2, 2, 2), 2, (16,))  # the paper's network, 33.4 M parameters
 SMALL = (16, 3, 52, 32, (1, 2), 1, (8,))

@@ -38,8 +38,6 @@ from cdm_fast.model.conditioned import Between, Guided
 from cdm_fast.outlier_scoring import score_images
 from cdm_fast.plots.sheet import write_rows
 from cdm_fast.plots.training import write_acceptance
-from cdm_fast.replay import replay
-from cdm_fast.report import read_input, write_level_pictures, write_loss_curves, write_sheet
 from cdm_fast.restored_pictures import measure, write_candidates
 from cdm_fast.runs.build import class_labels, run_data
 from cdm_fast.runs.calibration import apply_calibration, calibrate, remove_calibration, write_calibration
@@ -49,8 +47,11 @@ from cdm_fast.sampling import sample
 from cdm_fast.sampling.corrected import CORRECTED, MoveLog
 from cdm_fast.sampling.restoration import restore
 from cdm_fast.scoring import Scored, score
-from cdm_fast.train import begun, resume, train
-from cdm_fast.tuning import compile_network
+from cdm_fast.training.prepare import begun
+from cdm_fast.training.replay import replay
+from cdm_fast.training.report import read_input, write_level_pictures, write_loss_curves, write_sheet
+from cdm_fast.training.train import resume, train
+from cdm_fast.training.tuning import compile_network
 
 WAY = 9  # images on the way from one class to another
 

@@ -14,7 +14,7 @@ from cdm_fast.config import RunConfig, ScheduleConfig
 from cdm_fast.errors import UserError
 from cdm_fast.runs.checkpoint import load_checkpoint, read_config
 from cdm_fast.runs.weights import restore_weights
-from cdm_fast.state import TrainingState
+from cdm_fast.training.state import TrainingState
 
 _NETWORK = "network."
 

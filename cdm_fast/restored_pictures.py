@@ -15,8 +15,8 @@ from cdm_fast.data import read_image
 from cdm_fast.data.pixels import displayable
 from cdm_fast.errors import UserError
 from cdm_fast.plots.sheet import write_rows
-from cdm_fast.report import read_input
 from cdm_fast.sampling.restoration import Known, MeanPool, Measurement, Restored
+from cdm_fast.training.report import read_input
 
 FLAGS = {"inpaint": ("mask", "box"), "denoise": (), "super-resolution": ("factor",)}
 BRIGHT = 128  # of 0..255: from here on a mask's pixel is to be filled in

@@ -30,8 +30,9 @@ class Scene:
 
         from cdm_fast.config import PRESETS
         from cdm_fast.data import ImageData
-        from cdm_fast.state import new_state
-        from cdm_fast.step import Ema, make_optimizer
+        from cdm_fast.training.ema import Ema
+        from cdm_fast.training.state import new_state
+        from cdm_fast.training.step import make_optimizer
 
         config = PRESETS["cifar10"]
         network = replace(config.network, conditioning=conditioning)
@@ -59,8 +60,8 @@ class Scene:
         self.data = ImageData(images, labels, 256, 10, "nothing", "train")
 
     def step(self) -> None:
-        from cdm_fast.step import make_loss
-        from cdm_fast.train import take_step
+        from cdm_fast.training.loop import take_step
+        from cdm_fast.training.step import make_loss
 
         self.state.model.train()
         take_step(self.state, self.data, self.config, make_loss(self.config.train))
@@ -123,7 +124,7 @@ def _log_prob(scene: Scene, x: Any) -> None:
 def _record(scene: Scene, x: Any) -> None:
     import torch
 
-    from cdm_fast.step import StepResult
+    from cdm_fast.training.step import StepResult
 
     scene.state.record(StepResult(*(torch.zeros((), device="cuda") for _ in range(5))))
 

@@ -31,9 +31,9 @@ from pathlib import Path
 import torch
 import torch._dynamo  # which every optimizer imports, for a second; children find it imported
 
-from cdm_fast import saver, train
 from cdm_fast.config import RunConfig
 from cdm_fast.runs.checkpoint import load_checkpoint
+from cdm_fast.training import loop, report, saver, train
 from tests.tiny_run import tiny_config, write_images
 
 STEPS = 40
@@ -64,7 +64,7 @@ class Progress:
 
 def watch(progress: Progress) -> None:
     """Makes the training of this process report; its final pictures, which change nothing, are left out."""
-    take_step, save = train.take_step, saver.save_checkpoint
+    take_step, save = loop.take_step, saver.save_checkpoint
 
     def step(state, *rest):
         take_step(state, *rest)
@@ -76,8 +76,8 @@ def watch(progress: Progress) -> None:
         progress["saved"] = checkpoint.step
         progress["being_saved"] = NONE
 
-    train.take_step, saver.save_checkpoint = step, save_checkpoint
-    train.write_loss_curves, train.write_final = lambda *_: [], lambda *_: {}
+    loop.take_step, saver.save_checkpoint = step, save_checkpoint
+    report.write_loss_curves, train.write_final = lambda *_: [], lambda *_: {}
 
 
 def child(config: RunConfig, run: Path) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from cdm_fast import train
+from cdm_fast.training import loop, train
 from tests.tiny_run import tiny_config, write_images
 
 MAX_GROWTH = 8 << 20
@@ -39,7 +39,7 @@ def long_training(steps: int, folder: Path) -> dict[str, Any]:
     config = tiny_config(write_images(folder / "images.npz"), steps=steps)
     output = replace(config.output, log_every=10, save_every=50, sample_every=500)
     memory, files = [], []
-    take_step = train.take_step
+    take_step = loop.take_step
 
     def watched(state, *rest):
         take_step(state, *rest)
@@ -47,7 +47,7 @@ def long_training(steps: int, folder: Path) -> dict[str, Any]:
             memory.append(resident_bytes())
             files.append(len(open_files()))
 
-    train.take_step, train.write_final = watched, lambda *_: {}
+    loop.take_step, train.write_final = watched, lambda *_: {}
     train.train(replace(config, output=output), folder / "run", device="cpu")
     log = (folder / "run" / "log.jsonl").stat().st_size
     return {

@@ -9,7 +9,8 @@ from cdm_fast import CDM, NoiseSchedule, UNet, use_backend
 from cdm_fast.config import RunConfig
 from cdm_fast.data import ImageData
 from cdm_fast.ops import backend as _backend
-from cdm_fast.step import Ema, draw_batch, make_loss, make_optimizer, training_step
+from cdm_fast.training.ema import Ema
+from cdm_fast.training.step import draw_batch, make_loss, make_optimizer, training_step
 
 STEPS = 20
 SCHEDULE = NoiseSchedule.uniform(T=8)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from cdm_fast.runs.checkpoint import create_run, read_config, write_config
-from cdm_fast.state import new_state, to_checkpoint
+from cdm_fast.training.state import new_state, to_checkpoint
 from tests.test_cli import call
 from tests.tiny_run import FLAGS, tiny_config, write_images
 

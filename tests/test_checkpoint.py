@@ -29,7 +29,7 @@ from cdm_fast.runs.checkpoint import (
 )
 from cdm_fast.runs.load import load
 from cdm_fast.runs.weights import snapshot
-from cdm_fast.state import from_checkpoint, new_state, to_checkpoint
+from cdm_fast.training.state import from_checkpoint, new_state, to_checkpoint
 from tests.tiny_run import tiny_config, write_images
 
 

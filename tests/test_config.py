@@ -15,7 +15,7 @@ from cdm_fast.model.schedule import SCHEDULES, NoiseSchedule
 from cdm_fast.runs.build import build_model, build_schedule, level_distribution
 from cdm_fast.sampling import SAMPLERS
 from cdm_fast.sampling.corrected import CORRECTED
-from cdm_fast.step import learning_rate
+from cdm_fast.training.step import learning_rate
 
 SECTIONS = ("data", "schedule", "network", "train", "output")
 

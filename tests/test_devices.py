@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from cdm_fast import CDM, NoiseSchedule, UNet, ieee_fp32, sample
-from cdm_fast import train as train_module
 from cdm_fast.data import ImageData
 from cdm_fast.host.device import upload
 from cdm_fast.likelihood import evaluate
 from cdm_fast.model.losses import Noised
-from cdm_fast.step import accumulate_gradient, make_loss
-from cdm_fast.train import train
+from cdm_fast.training.step import accumulate_gradient, make_loss
+from cdm_fast.training.train import train
 from tests.tiny_run import tiny_config, write_images
 
 
@@ -116,7 +115,7 @@ def test_the_time_of_training_is_that_of_the_device(tmp_path, monkeypatch):
         waits.append(1)
         time.sleep(0.3)
 
-    monkeypatch.setattr(train_module, "wait_for", device_works)
+    monkeypatch.setattr("cdm_fast.training.loop.wait_for", device_works)
     config = tiny_config(write_images(tmp_path / "images.npz"), steps=4)
     config = replace(config, output=replace(config.output, log_every=2, sample_every=3))
     summary = train(config, tmp_path / "run", device="cpu")

@@ -8,7 +8,7 @@ import torch
 
 from cdm_fast import UNet, load
 from cdm_fast.runs.checkpoint import load_checkpoint, read_config
-from cdm_fast.step import Ema
+from cdm_fast.training.ema import Ema
 from tests.test_cli import call, call_json
 from tests.test_convert import CHANNELS, SIZE, make_state, save_public
 from tests.tiny_run import FLAGS, write_images

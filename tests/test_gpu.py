@@ -14,9 +14,9 @@ from cdm_fast.data import ImageData
 from cdm_fast.ops import use_backend
 from cdm_fast.ops.noising import noising
 from cdm_fast.ops.precision import ieee_fp32
-from cdm_fast.state import new_state
-from cdm_fast.step import make_loss
-from cdm_fast.train import take_step
+from cdm_fast.training.loop import take_step
+from cdm_fast.training.state import new_state
+from cdm_fast.training.step import make_loss
 
 pytestmark = pytest.mark.gpu
 SCHEDULE = NoiseSchedule.uniform(T=10)

@@ -29,7 +29,7 @@ from cdm_fast.host.reading import MAX_DATA_BYTES, read_bytes
 from cdm_fast.interop.convert import convert
 from cdm_fast.runs.checkpoint import load_checkpoint, read_config
 from cdm_fast.runs.load import load
-from cdm_fast.state import from_checkpoint
+from cdm_fast.training.state import from_checkpoint
 from tests.fuzz import public
 from tests.fuzz.campaign import rng_of, scratch
 from tests.fuzz.containers import Entry, zip_file

@@ -55,7 +55,7 @@ for name in modules:
         failures[name] = str(error)
 
 import cdm_fast, torch
-from cdm_fast.runlog import Display
+from cdm_fast.training.display import Display
 for name, code in features.items():
     try:
         eval(code)

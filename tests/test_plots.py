@@ -10,8 +10,8 @@ from PIL import Image
 
 from cdm_fast.errors import UserError
 from cdm_fast.host.files import write_atomically
-from cdm_fast.plots import evaluation
 from cdm_fast.plots.training import series, write_confusion, write_level_mse, write_losses
+from cdm_fast.training.log import read_log
 
 RECORDS = [{"step": step, "loss": 1.0 / step, "ce": 5.0 - step, "mse": 0.5 / step} for step in (1, 2, 3)]
 
@@ -25,7 +25,7 @@ def pixels(path):
 def test_read_log_leaves_out_a_torn_last_line(tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_text("".join(json.dumps(record) + "\n" for record in RECORDS) + '{"step": 4, "lo')
-    assert evaluation.read_log(log) == RECORDS
+    assert read_log(log) == RECORDS
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_read_log_names_the_bad_line(tmp_path, content, message):
     if content is not None:
         log.write_text(content)
     with pytest.raises(UserError, match=message):
-        evaluation.read_log(log)
+        read_log(log)
 
 
 def test_series_skips_what_is_absent_or_not_finite():

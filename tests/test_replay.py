@@ -7,14 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cdm_fast import replay as replay_module
-from cdm_fast import train as train_module
 from cdm_fast.cli import main
 from cdm_fast.data import batch_indices
 from cdm_fast.errors import UserError
-from cdm_fast.replay import replay
-from cdm_fast.step import draw_batch
-from cdm_fast.train import train
+from cdm_fast.training import loop
+from cdm_fast.training import replay as replay_module
+from cdm_fast.training import train as train_module
+from cdm_fast.training.replay import replay
+from cdm_fast.training.step import draw_batch
+from cdm_fast.training.train import train
 from tests.tiny_run import tiny_config, write_images
 
 BAD_STEP, BAD_IMAGE = 4, 5
@@ -70,7 +71,7 @@ def test_images_alone_make_up_the_loss_of_the_batch(quick, tmp_path, config):
 
 
 def test_what_was_not_finite_is_named(quick, tmp_path, config, monkeypatch):
-    for module in (train_module, replay_module):
+    for module in (loop, replay_module):
         monkeypatch.setattr(module, "draw_batch", poisoned)
     config = replace(config, train=replace(config.train, max_bad_steps=1))
     run = tmp_path / "run"

@@ -8,11 +8,11 @@ from PIL import Image
 from cdm_fast import CDM, DDM, MLPDenoiser, NoiseSchedule, UserError, sample
 from cdm_fast.arguments import Restore
 from cdm_fast.evaluation.quality import two_sample_test
-from cdm_fast.report import read_input
 from cdm_fast.restored_pictures import measure
 from cdm_fast.runs.checkpoint import create_run, read_config
 from cdm_fast.sampling.restoration import Known, MeanPool, Posterior, log_prob_at, restore
-from cdm_fast.state import new_state, to_checkpoint
+from cdm_fast.training.report import read_input
+from cdm_fast.training.state import new_state, to_checkpoint
 from tests.analytic import ExactNetwork, GaussianMixture, given, random_mixture, smooth_pixels
 from tests.test_bad_input import refused
 from tests.test_cli import call_json

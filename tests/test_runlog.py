@@ -12,7 +12,8 @@ import pytest
 
 from cdm_fast.config import OutputConfig, RunConfig
 from cdm_fast.errors import DiskError
-from cdm_fast.runlog import Display, JsonLines, open_sinks
+from cdm_fast.training.display import Display
+from cdm_fast.training.log import JsonLines, open_sinks
 
 
 def test_lines_beyond_the_checkpoint_and_torn_ones_are_dropped(tmp_path):

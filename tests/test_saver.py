@@ -10,14 +10,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cdm_fast import saver as module
 from cdm_fast.errors import DiskError, UserError
 from cdm_fast.host.files import alone_in
 from cdm_fast.runs.checkpoint import checkpoint_folders, create_run, load_checkpoint
-from cdm_fast.saver import Saver
-from cdm_fast.state import new_state, to_checkpoint
-from cdm_fast.step import draw_batch
-from cdm_fast.train import resume, train
+from cdm_fast.training import saver as module
+from cdm_fast.training.saver import Saver
+from cdm_fast.training.state import new_state, to_checkpoint
+from cdm_fast.training.step import draw_batch
+from cdm_fast.training.train import resume, train
 from tests.tiny_run import tiny_config, write_images
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -239,7 +239,7 @@ def fill(folder):
 
 def test_a_disk_that_fills_loses_nothing_and_says_so(tmp_path, config, small_disk, monkeypatch):
     """It fills before the fourth step: training goes on, the last save fails, --resume repeats the rest."""
-    monkeypatch.setattr("cdm_fast.train.write_final", lambda *_: {})
+    monkeypatch.setattr("cdm_fast.training.train.write_final", lambda *_: {})
     config = replace(config, output=replace(config.output, save_every=1, log_every=1))
     train(config, tmp_path / "whole", device="cpu")
     run = small_disk / "run"
@@ -250,7 +250,7 @@ def test_a_disk_that_fills_loses_nothing_and_says_so(tmp_path, config, small_dis
         return draw_batch(data, model, config, step)
 
     with monkeypatch.context() as filling, pytest.warns(UserWarning) as told:
-        filling.setattr("cdm_fast.train.draw_batch", draw)
+        filling.setattr("cdm_fast.training.loop.draw_batch", draw)
         with pytest.raises(DiskError, match=r"No space left on device.*continues from step \d") as refused:
             train(config, run, device="cpu")
     assert any("run: No space left on device" in str(warning.message) for warning in told)

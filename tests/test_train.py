@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from cdm_fast import train as module
 from cdm_fast.config import NetworkConfig, TrainConfig
 from cdm_fast.data import load_data
 from cdm_fast.errors import DiskError, UserError
@@ -18,9 +17,20 @@ from cdm_fast.model.losses import noised_cdm_loss
 from cdm_fast.runs.build import build_model
 from cdm_fast.runs.checkpoint import load_checkpoint, read_config
 from cdm_fast.runs.load import load
-from cdm_fast.state import new_state
-from cdm_fast.step import Ema, derived_seed, draw_batch, learning_rate, make_loss, set_dropout, training_step
-from cdm_fast.train import resolve, resume, train
+from cdm_fast.training import train as module
+from cdm_fast.training.ema import Ema
+from cdm_fast.training.prepare import resolve
+from cdm_fast.training.state import new_state
+from cdm_fast.training.step import (
+    derived_seed,
+    draw_batch,
+    learning_rate,
+    make_loss,
+    set_dropout,
+    training_step,
+)
+from cdm_fast.training.stop import Stopper
+from cdm_fast.training.train import resume, train
 from tests.tiny_run import GREY_LEVELS, tiny_config, write_images
 
 CPU = torch.device("cpu")
@@ -241,7 +251,7 @@ def stop_after(monkeypatch, steps):
     """Makes the next training stop as if by a signal once it has taken so many more steps."""
     asked = iter(range(10**6))
     reason = property(lambda self: "signal" if next(asked) >= steps else None)
-    monkeypatch.setattr(module.Stopper, "reason", reason)
+    monkeypatch.setattr(Stopper, "reason", reason)
 
 
 def resumable(images, precision, conditioning):
@@ -346,7 +356,7 @@ def raise_signals_at(monkeypatch, step, *numbers):
             os.kill(os.getpid(), number)
         return draw_batch(data, model, config, at)
 
-    monkeypatch.setattr(module, "draw_batch", draw)
+    monkeypatch.setattr("cdm_fast.training.loop.draw_batch", draw)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
@@ -407,7 +417,7 @@ def test_diverged_run_names_the_step_to_replay(quick, tmp_path, config, monkeypa
         batch = draw_batch(data, model, config, step)
         return batch._replace(x_t=batch.x_t * (math.nan if step >= 1 else 1.0))
 
-    monkeypatch.setattr(module, "draw_batch", poisoned)
+    monkeypatch.setattr("cdm_fast.training.loop.draw_batch", poisoned)
     config = replace(config, train=replace(config.train, max_bad_steps=3))
     with pytest.raises(UserError, match=r"3 steps in a row .*\(seed 0, step 1\) to \(seed 0, step 3\).*--lr"):
         train(config, tmp_path / "run", device="cpu")
@@ -419,7 +429,7 @@ def test_skipped_steps_are_counted_in_the_log(quick, tmp_path, config, monkeypat
         batch = draw_batch(data, model, config, step)
         return batch._replace(x_t=batch.x_t * (math.nan if step in (0, 1, 4) else 1.0))
 
-    monkeypatch.setattr(module, "draw_batch", poisoned)
+    monkeypatch.setattr("cdm_fast.training.loop.draw_batch", poisoned)
     summary = train(config, tmp_path / "run", device="cpu")
     assert summary["skipped_steps"] == 3
     assert [line["skipped_steps"] for line in log(tmp_path / "run")] == [2, 2, 3]
@@ -432,7 +442,7 @@ def test_loss_spikes_are_logged(quick, tmp_path, config, monkeypatch, capsys):
         batch = draw_batch(data, model, config, step)
         return batch._replace(eps=batch.eps * (10 if step in (50, 52) else 1))
 
-    monkeypatch.setattr(module, "draw_batch", spiked)
+    monkeypatch.setattr("cdm_fast.training.loop.draw_batch", spiked)
     config = replace(
         config, train=replace(config.train, steps=56), output=replace(config.output, log_every=4)
     )
@@ -449,7 +459,7 @@ def test_picture_that_finds_no_room_does_not_stop_the_run(quick, tmp_path, confi
     def refused(*_):
         raise DiskError("cannot write samples.png: No space left on device")
 
-    monkeypatch.setattr(module, "write_samples", refused)
+    monkeypatch.setattr("cdm_fast.training.loop.write_samples", refused)
     config = replace(config, output=replace(config.output, sample_every=5))
     with pytest.warns(UserWarning, match="samples.png: No space left on device; training goes on"):
         assert train(config, tmp_path / "run", device="cpu")["stopped"] == "finished"
@@ -489,7 +499,7 @@ def test_bad_settings_leave_no_directory(tmp_path, config):
 
 @pytest.mark.parametrize("extra", ["tensorboard", "wandb"])
 def test_missing_extra_is_told_before_anything_is_written(tmp_path, config, monkeypatch, extra):
-    monkeypatch.setattr("cdm_fast.runlog.find_spec", lambda name: None)
+    monkeypatch.setattr("cdm_fast.training.log.find_spec", lambda name: None)
     config = replace(config, output=replace(config.output, **{extra: True}))
     with pytest.raises(UserError, match=rf"--{extra} needs .*pip install 'cdm_fast\[{extra}\]'"):
         train(config, tmp_path / "run", device="cpu")

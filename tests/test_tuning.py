@@ -6,13 +6,14 @@ from functools import partial
 import pytest
 import torch
 
-from cdm_fast import CDM, NoiseSchedule, UNet, UNetDenoiser, tuning
+from cdm_fast import CDM, NoiseSchedule, UNet, UNetDenoiser
 from cdm_fast.config import PRESETS
 from cdm_fast.data import load_data
 from cdm_fast.model import DDM
 from cdm_fast.sampling import sample
-from cdm_fast.state import new_state
-from cdm_fast.step import draw_batch, make_loss, training_step
+from cdm_fast.training import tuning
+from cdm_fast.training.state import new_state
+from cdm_fast.training.step import draw_batch, make_loss, training_step
 from tests.tiny_run import tiny_config, write_images
 
 CPU = torch.device("cpu")

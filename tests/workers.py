@@ -16,7 +16,6 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from cdm_fast import train as training
 from cdm_fast.config import RunConfig
 from cdm_fast.data import load_data
 from cdm_fast.errors import UserError
@@ -25,11 +24,21 @@ from cdm_fast.host.distributed import joined, whole
 from cdm_fast.host.processes import this_process
 from cdm_fast.likelihood import evaluate, evaluate_elbo, evaluate_ode, mse_per_level
 from cdm_fast.model.losses import Noised
-from cdm_fast.parallel import wrap
 from cdm_fast.runs.build import build_model
 from cdm_fast.sampling import sample
-from cdm_fast.state import TrainingState, new_state
-from cdm_fast.step import Ema, StepResult, derived_seed, draw_batch, make_loss, make_optimizer, training_step
+from cdm_fast.training import loop
+from cdm_fast.training import train as training
+from cdm_fast.training.ema import Ema
+from cdm_fast.training.parallel import wrap
+from cdm_fast.training.state import TrainingState, new_state
+from cdm_fast.training.step import (
+    StepResult,
+    derived_seed,
+    draw_batch,
+    make_loss,
+    make_optimizer,
+    training_step,
+)
 
 CPU = torch.device("cpu")
 
@@ -180,28 +189,28 @@ def measurements(config: RunConfig) -> dict[str, Any]:
 def joint_run(config: RunConfig, out: Path, parallel: str, signalled: int | None = None) -> dict[str, Any]:
     """Trains a run; the last rank is told to stop in step `signalled`."""
     training.write_final = lambda *_: {}
-    draw = training.draw_batch
+    draw = loop.draw_batch
 
     def signalling(data: Any, model: Any, config: RunConfig, step: int) -> Noised:
         if step == signalled and this_process().rank == this_process().count - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return draw(data, model, config, step)
 
-    training.draw_batch = signalling
+    loop.draw_batch = signalling
     with joined("cpu"):
         return training.train(config, out, device="cpu", parallel=parallel)
 
 
 def joint_failure(config: RunConfig, out: Path) -> str:
     """What each process says when the last one fails in step 2."""
-    draw = training.draw_batch
+    draw = loop.draw_batch
 
     def failing(data: Any, model: Any, config: RunConfig, step: int) -> Noised:
         if step == 2 and this_process().rank == this_process().count - 1:
             raise UserError("its disk is on fire; put it out")
         return draw(data, model, config, step)
 
-    training.draw_batch = failing
+    loop.draw_batch = failing
     try:
         with joined("cpu"):
             training.train(config, out, device="cpu")

@@ -1,6 +1,5 @@
 """Pictures of an evaluation: classes, corruptions, attacks, likelihoods, outliers, noise."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,37 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from cdm_fast.errors import UserError
 from cdm_fast.plots.canvas import draw_by_level, label_axes, new_figure, square_root_colours, write_figure
 from cdm_fast.plots.sheet import make_sheet, show_sheet
-
-
-def read_log(
-    path: str | Path,  # log.jsonl of a run
-) -> list[dict[str, Any]]:
-    """The records of a JSON-lines log, oldest first; a torn last line (a killed run) is left out.
-
-    Raises UserError when the file is missing, or names the first line that is not a JSON object.
-    """
-    path = Path(path)
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror}; give a run directory that was trained"
-        ) from error
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise UserError(f"{path}, line {number}: not JSON ({error.msg}); delete that line") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{path}, line {number}: not a JSON object; delete that line")
-        records.append(record)
-    return records
 
 
 def write_classes(

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from cdm_fast import CDM, load, sample
 from cdm_fast.config import preset
 from cdm_fast.data import ImageData, dequantize, load_data
-from cdm_fast.train import train
+from cdm_fast.training.train import train
 
 CLASSES = 10
 COLUMNS = 8

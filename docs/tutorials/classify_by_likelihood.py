@@ -17,7 +17,7 @@ from cdm_fast import load
 from cdm_fast.config import preset
 from cdm_fast.data import dequantize, load_data
 from cdm_fast.evaluation.classification import evaluate_classes
-from cdm_fast.train import train
+from cdm_fast.training.train import train
 
 config = preset("digits-encoder")
 config = replace(

@@ -17,7 +17,7 @@ from cdm_fast import load, sample
 from cdm_fast.config import preset
 from cdm_fast.data import load_data, write_grid
 from cdm_fast.likelihood import evaluate
-from cdm_fast.train import train
+from cdm_fast.training.train import train
 
 # %% [markdown]
 # A preset is a frozen dataclass that describes a whole run: data, noise levels, network, optimizer, output.

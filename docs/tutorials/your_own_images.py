@@ -16,7 +16,7 @@ import torch
 from cdm_fast import load
 from cdm_fast.config import preset
 from cdm_fast.data import dequantize, load_data, write_image
-from cdm_fast.train import train
+from cdm_fast.training.train import train
 
 folder = Path(mkdtemp())
 digits = load_data("digits", "train")

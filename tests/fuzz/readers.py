@@ -12,7 +12,7 @@ from cdm_fast.data import load_data
 from cdm_fast.interop.convert import convert
 from cdm_fast.runs.checkpoint import load_checkpoint, read_config
 from cdm_fast.runs.load import load
-from cdm_fast.state import from_checkpoint
+from cdm_fast.training.state import from_checkpoint
 from tests.fuzz.arrays import cifar, idx, npz
 from tests.fuzz.case import Case
 from tests.fuzz.folders import image_folder, image_zip

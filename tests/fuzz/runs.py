@@ -17,7 +17,7 @@ from cdm_fast.config import RunConfig
 from cdm_fast.config.json import fixed_part, from_json
 from cdm_fast.errors import UserError
 from cdm_fast.runs.checkpoint import create_run
-from cdm_fast.state import new_state, to_checkpoint
+from cdm_fast.training.state import new_state, to_checkpoint
 from tests.fuzz.case import Case, unusual_files
 from tests.fuzz.mutate import NUMBERS, chance, damage, number, pick
 from tests.tiny_run import tiny_config

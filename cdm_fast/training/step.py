@@ -1,17 +1,16 @@
-"""One training step, and what goes into it: the batch, the loss, the optimizer, the moving average.
+"""One training step, and what goes into it: the batch, the loss, the optimizer.
 
 Every random draw of step n is a function of (seed, n).
 
 # B batch, C channels, H W pixels, K classes
 """
 
-import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Generic, NamedTuple, TypeVar, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +34,8 @@ from cdm_fast.nn.unet import UNetTrunk
 from cdm_fast.nn.working import is_compiled, working_weights
 from cdm_fast.ops import noising
 from cdm_fast.ops.precision import ieee_fp32
+from cdm_fast.training.ema import Ema
 
-Model = TypeVar("Model", bound=nn.Module)
 LossFunction = Callable[..., LossTerms]  # (model, batch)
 
 
@@ -44,38 +43,6 @@ def parts_of(batch: Noised, count: int) -> Iterator[Noised]:
     """The batch in `count` equal parts; `count` must divide B."""
     pieces = [[None] * count if tensor is None else tensor.chunk(count) for tensor in batch]
     return (Noised(*part) for part in zip(*pieces, strict=True))
-
-
-class Ema(Generic[Model]):
-    """A moving average of a model's weights, kept as a second model in evaluation mode.
-
-    The decay starts low, at (1 + n)/(10 + n) after n updates, so that the initial weights are soon forgotten.
-
-    Args:
-        model: whose weights to follow.
-        decay: the final decay, in [0, 1).
-        start: instead of rising, the decay is constant after so many steps, and the average a copy of the
-            weights until then.
-    """
-
-    def __init__(self, model: Model, decay: float, start: int | None = None) -> None:
-        self.decay, self.start = decay, start
-        self._model = copy.deepcopy(model).eval().requires_grad_(False)
-        self._averages = [parameter.detach() for parameter in self._model.parameters()]
-        self._weights = [parameter.detach() for parameter in model.parameters()]
-
-    @property
-    def model(self) -> Model:
-        """The averaged model."""
-        return self._model
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """average <- decay average + (1 - decay) weights; `step` counts from 0."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        if self.start is not None:
-            decay = self.decay if step >= self.start else 0.0
-        torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
 
 
 class StepResult(NamedTuple):

@@ -23,7 +23,8 @@ from cdm_fast.runs.weights import (
     snapshot,
     snapshot_optimizer,
 )
-from cdm_fast.step import Ema, StepResult, derived_seed, learning_rate, make_optimizer
+from cdm_fast.training.ema import Ema
+from cdm_fast.training.step import StepResult, derived_seed, learning_rate, make_optimizer
 
 RECENT = 64  # good steps over whose losses the running median is taken
 SPIKE = 3.0  # a loss above so many running medians is one

@@ -10,8 +10,8 @@ from typing import Self
 
 from cdm_fast.errors import DiskError
 from cdm_fast.host.files import saving
-from cdm_fast.runlog import Sink
 from cdm_fast.runs.checkpoint import Checkpoint, save_checkpoint
+from cdm_fast.training.log import Sink
 
 
 class Saver:

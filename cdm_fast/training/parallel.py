@@ -31,9 +31,10 @@ from cdm_fast.model.losses import LossTerms, Noised
 from cdm_fast.nn.layers import AttentionBlock, ResnetBlock
 from cdm_fast.nn.trunk import DownTrunk
 from cdm_fast.runs.checkpoint import Checkpoint
-from cdm_fast.saver import Saver
-from cdm_fast.state import TrainingState
-from cdm_fast.step import Ema, LossFunction, Model, make_optimizer
+from cdm_fast.training.ema import Ema, Model
+from cdm_fast.training.saver import Saver
+from cdm_fast.training.state import TrainingState
+from cdm_fast.training.step import LossFunction, make_optimizer
 
 
 class _Loss(nn.Module):

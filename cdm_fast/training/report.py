@@ -13,16 +13,18 @@ from cdm_fast.data import ImageData, read_image, write_grid
 from cdm_fast.data.pixels import displayable, from_display
 from cdm_fast.errors import UserError
 from cdm_fast.evaluation.classification import evaluate_classes
+from cdm_fast.host.processes import is_main
 from cdm_fast.host.progress import to_stderr
 from cdm_fast.likelihood import evaluate, level_confusion, mse_per_level
 from cdm_fast.model import CDM, DDM
 from cdm_fast.model.classifier import Classifier
-from cdm_fast.plots.evaluation import read_log, write_classes
+from cdm_fast.plots.evaluation import write_classes
 from cdm_fast.plots.sheet import write_rows
 from cdm_fast.plots.training import write_confusion, write_level_mse, write_losses
 from cdm_fast.runs.build import class_labels, run_data
 from cdm_fast.runs.checkpoint import write_json
 from cdm_fast.sampling import sample
+from cdm_fast.training.log import read_log
 
 MAX_ROWS = 20  # of a sheet with one class in each: more would be too small to read
 
@@ -116,3 +118,8 @@ def _write_accuracy(model: CDM | Classifier, test: ImageData, draws: int, run: P
     write_json(run / "classes.json", {"run": str(run), **report})
     write_classes(report, run / "classes.png")
     return {key: report[key] for key in ("accuracy", "accuracy_stderr", "ece")}
+
+
+def update_loss_curves(run: Path) -> None:
+    if is_main():  # the log that they are drawn from is its own
+        write_loss_curves(run)

@@ -23,9 +23,17 @@ from cdm_fast.host.files import write_atomically
 from cdm_fast.model.losses import Noised
 from cdm_fast.runs.build import run_data
 from cdm_fast.runs.checkpoint import load_checkpoint, read_config
-from cdm_fast.state import TrainingState, from_checkpoint
-from cdm_fast.step import LossFunction, accumulate_gradient, draw_batch, make_loss, parts_of, seed_step
-from cdm_fast.train import on_device, own_randomness, take_step
+from cdm_fast.training.loop import take_step
+from cdm_fast.training.prepare import on_device, own_randomness
+from cdm_fast.training.state import TrainingState, from_checkpoint
+from cdm_fast.training.step import (
+    LossFunction,
+    accumulate_gradient,
+    draw_batch,
+    make_loss,
+    parts_of,
+    seed_step,
+)
 
 _WORST = 5  # parameters and images to name
 

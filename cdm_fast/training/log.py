@@ -1,26 +1,20 @@
-"""What a running training tells: log.jsonl, TensorBoard, Weights & Biases, and the progress display."""
+"""What a running training writes: log.jsonl, TensorBoard, Weights & Biases."""
 
 import contextlib
 import json
 import math
 import os
-import sys
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import Any, Protocol
 
 from cdm_fast.config import RunConfig
 from cdm_fast.config.json import to_json
 from cdm_fast.errors import DiskError, UserError
 from cdm_fast.host.files import write_atomically
 from cdm_fast.host.processes import is_main
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 Numbers = Mapping[str, float | int | str | None]
 
@@ -176,89 +170,29 @@ def open_sinks(run: Path, config: RunConfig, last_step: int) -> Iterator[list[Si
                 sink.close()
 
 
-class Display:
-    """Progress on stderr: a bar with loss, CE, MSE, images/s and ETA on a terminal, plain lines elsewhere.
+def read_log(
+    path: str | Path,  # log.jsonl of a run
+) -> list[dict[str, Any]]:
+    """The records of a JSON-lines log, oldest first; a torn last line (a killed run) is left out.
 
-    A context manager; `due` says when fresh numbers would be seen, so that nobody computes them in vain.
+    Raises UserError when the file is missing, or names the first line that is not a JSON object.
     """
-
-    _SECONDS_BETWEEN = 1.0
-
-    def __init__(self, start: int, total: int) -> None:
-        self._total = total
-        self._shown = 0.0
-        self._bar = _progress_bar()
-        if self._bar is not None:
-            self._task = self._bar.add_task("training", total=total, completed=start, numbers="")
-
-    def __enter__(self) -> Self:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def due(self) -> bool:
-        """True once a second where there is a bar, never elsewhere."""
-        return self._bar is not None and time.monotonic() - self._shown >= self._SECONDS_BETWEEN
-
-    def advance(self, step: int) -> None:
-        """Moves the bar to `step`."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step)
-
-    def show(self, step: int, numbers: Numbers) -> None:
-        """Puts the numbers beside the bar."""
-        self._shown = time.monotonic()
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, numbers=_text(numbers))
-
-    def line(self, step: int, numbers: Numbers) -> None:
-        """Prints the numbers where there is no bar."""
-        if self._bar is None:
-            self.say(f"step {step}/{self._total}  {_text(numbers)}")
-
-    def say(self, message: str) -> None:
-        """Prints one line, above the bar if there is one; only one of several processes does."""
-        if self._bar is not None:
-            self._bar.console.print(message, soft_wrap=True, markup=False)
-        elif is_main():
-            print(message, file=sys.stderr, flush=True)
-
-
-def _progress_bar() -> "Progress | None":
-    """rich's progress bar; None where stderr is no terminal, in all processes but one, or without rich."""
+    path = Path(path)
     try:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    except ImportError:
-        return None
-    console = Console(stderr=True, highlight=False)
-    if not (console.is_terminal and is_main()):
-        return None
-    return Progress(
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[numbers]}"),
-        TextColumn("ETA"),
-        TimeRemainingColumn(elapsed_when_finished=True, compact=True),
-        console=console,
-    )
-
-
-_FORMATS = {
-    "loss": "loss {:.4f}",
-    "ce": "CE {:.3f}",
-    "mse": "MSE {:.4f}",
-    "images_per_second": "{:.0f} images/s",
-}
-
-
-def _text(numbers: Numbers) -> str:
-    known = ((form, numbers.get(key)) for key, form in _FORMATS.items())
-    return "  ".join(form.format(value) for form, value in known if value is not None)
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path}: {error.strerror}; give a run directory that was trained"
+        ) from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}, line {number}: not JSON ({error.msg}); delete that line") from error
+        if not isinstance(record, dict):
+            raise UserError(f"{path}, line {number}: not a JSON object; delete that line")
+        records.append(record)
+    return records

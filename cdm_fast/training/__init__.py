@@ -1,0 +1,1 @@
+"""Training runs, from their preparation to their last picture."""

@@ -1,0 +1,100 @@
+"""The progress of a training run on the terminal."""
+
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from cdm_fast.host.processes import is_main
+from cdm_fast.training.log import Numbers
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+class Display:
+    """Progress on stderr: a bar with loss, CE, MSE, images/s and ETA on a terminal, plain lines elsewhere.
+
+    A context manager; `due` says when fresh numbers would be seen, so that nobody computes them in vain.
+    """
+
+    _SECONDS_BETWEEN = 1.0
+
+    def __init__(self, start: int, total: int) -> None:
+        self._total = total
+        self._shown = 0.0
+        self._bar = _progress_bar()
+        if self._bar is not None:
+            self._task = self._bar.add_task("training", total=total, completed=start, numbers="")
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def due(self) -> bool:
+        """True once a second where there is a bar, never elsewhere."""
+        return self._bar is not None and time.monotonic() - self._shown >= self._SECONDS_BETWEEN
+
+    def advance(self, step: int) -> None:
+        """Moves the bar to `step`."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def show(self, step: int, numbers: Numbers) -> None:
+        """Puts the numbers beside the bar."""
+        self._shown = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, numbers=_text(numbers))
+
+    def line(self, step: int, numbers: Numbers) -> None:
+        """Prints the numbers where there is no bar."""
+        if self._bar is None:
+            self.say(f"step {step}/{self._total}  {_text(numbers)}")
+
+    def say(self, message: str) -> None:
+        """Prints one line, above the bar if there is one; only one of several processes does."""
+        if self._bar is not None:
+            self._bar.console.print(message, soft_wrap=True, markup=False)
+        elif is_main():
+            print(message, file=sys.stderr, flush=True)
+
+
+def _progress_bar() -> "Progress | None":
+    """rich's progress bar; None where stderr is no terminal, in all processes but one, or without rich."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        return None
+    console = Console(stderr=True, highlight=False)
+    if not (console.is_terminal and is_main()):
+        return None
+    return Progress(
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[numbers]}"),
+        TextColumn("ETA"),
+        TimeRemainingColumn(elapsed_when_finished=True, compact=True),
+        console=console,
+    )
+
+
+_FORMATS = {
+    "loss": "loss {:.4f}",
+    "ce": "CE {:.3f}",
+    "mse": "MSE {:.4f}",
+    "images_per_second": "{:.0f} images/s",
+}
+
+
+def _text(numbers: Numbers) -> str:
+    known = ((form, numbers.get(key)) for key, form in _FORMATS.items())
+    return "  ".join(form.format(value) for form, value in known if value is not None)

@@ -1,0 +1,188 @@
+"""The training loop: steps, and at their intervals log lines, scores, pictures and checkpoints."""
+
+import contextlib
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from cdm_fast.config import RunConfig
+from cdm_fast.data import ImageData
+from cdm_fast.errors import DiskError, UserError
+from cdm_fast.host.device import wait_for
+from cdm_fast.host.distributed import agreed
+from cdm_fast.likelihood import evaluate
+from cdm_fast.model import CDM
+from cdm_fast.model.classifier import Classifier
+from cdm_fast.runs.checkpoint import Checkpoint
+from cdm_fast.training.display import Display
+from cdm_fast.training.log import Sink
+from cdm_fast.training.report import update_loss_curves, write_samples
+from cdm_fast.training.saver import Saver
+from cdm_fast.training.state import TrainingState, to_checkpoint
+from cdm_fast.training.step import (
+    LossFunction,
+    draw_batch,
+    learning_rate,
+    make_loss,
+    seed_step,
+    set_dropout,
+    training_step,
+)
+from cdm_fast.training.stop import Stopper
+from cdm_fast.training.tuning import compiled
+
+if TYPE_CHECKING:
+    from cdm_fast.training.parallel import JointSaver, Wrapped
+
+
+SavesCheckpoints: TypeAlias = "Saver | JointSaver"
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run while it trains: what its steps, pictures and checkpoints are made from."""
+
+    config: RunConfig
+    run: Path
+    state: TrainingState
+    data: ImageData  # training images, on the state's device
+    validation: ImageData  # the first `evaluate_images`
+    sinks: list[Sink]
+    saver: "SavesCheckpoints"
+    wrapped: "Wrapped | None"  # among several processes
+
+    def write(self, numbers: Mapping[str, float | int | str | None]) -> None:
+        """Sends the numbers of the present step to every log."""
+        for sink in self.sinks:
+            sink.write(self.state.step, numbers)
+
+    def copy(self) -> Checkpoint:
+        """A checkpoint of the present step in host memory."""
+        return to_checkpoint(self.state, self.config)
+
+
+def train_steps(session: Session, display: Display, stopper: Stopper) -> str | None:
+    """The training loop: steps, and at their intervals log lines, scores, pictures and checkpoints.
+
+    Returns why it stopped before the last step, or None.
+    """
+    config, state, output = session.config, session.state, session.config.output
+    plain_loss = make_loss(config.train)
+    sharded = session.wrapped is not None and session.wrapped.sharded
+    mode = "off" if sharded else config.train.compile  # what FSDP2 does between blocks fits in no graph
+    loss_function = compiled(plain_loss, mode, state.sums.device)
+    first, reason = state.step, None
+    while state.step < config.train.steps and not (reason := agreed(stopper.reason)):
+        began = time.perf_counter()
+        take_step(state, session.data, config, loss_function, session.wrapped)
+        last = state.step == config.train.steps
+        at_log_line = last or state.step % output.log_every == 0
+        shows = at_log_line or display.due()
+        if shows or _results_due(session):
+            wait_for(state.sums.device)  # or the time of steps that are only enqueued would be lost
+        if at_log_line or state.sums.device.type == "cpu":  # elsewhere reading the counters stalls the device
+            _stop_when_diverged(session)
+        seconds = time.perf_counter() - began
+        state.seconds += seconds
+        if loss_function is not plain_loss and state.step == first + 1:
+            display.say(f"first step, with the compilation of the loss: {seconds:.0f} s")
+        display.advance(state.step)
+        if shows:
+            numbers = state.numbers(config)
+            display.show(state.step, numbers)
+            if at_log_line:
+                display.line(state.step, numbers)
+                _tell_incidents(numbers, session, display)
+                session.write(numbers)
+                state.start_interval()
+        if not last:
+            _intermediate_results(session, display)
+            session.saver.after_step(state.step, session.copy)
+    if reason == "signal":
+        display.say(f"stopping: saving step {state.step} (Ctrl-C now leaves at once)")
+    return reason
+
+
+def take_step(
+    state: TrainingState,
+    data: ImageData,
+    config: RunConfig,
+    loss_function: LossFunction,
+    wrapped: "Wrapped | None" = None,
+) -> None:
+    """The step that follows the state's, a function of the state and the config alone.
+
+    wrapped: the model as several processes train it, each with its own part of the batch.
+    """
+    train = config.train
+    seed_step(train.seed, state.step)
+    set_dropout(state.model, config, state.step)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(train, state.step)
+    result = training_step(
+        state.model,
+        state.optimizer,
+        state.ema,
+        draw_batch(data, state.model, config, state.step),
+        loss_function if wrapped is None else wrapped.loss(loss_function),
+        step=state.step,
+        clip_norm=train.clip_norm,
+        parts=train.accumulate,
+        precision=train.precision,
+        keep_local=contextlib.nullcontext if wrapped is None else wrapped.keep_local,
+    )
+    state.record(result)
+
+
+def _stop_when_diverged(session: Session) -> None:
+    """Raises UserError once too many steps in a row were bad; names the (seed, step) to replay."""
+    _, in_a_row, last = session.state.bad.tolist()
+    train = session.config.train
+    if in_a_row >= train.max_bad_steps:
+        first, run = last - in_a_row + 1, session.run
+        raise UserError(
+            f"{run}: {in_a_row} steps in a row without a finite loss and gradient, (seed {train.seed}, step"
+            f" {first}) to (seed {train.seed}, step {last}); train with a lower --lr or --precision fp32"
+            f" (cdm-fast replay {run} --step {first} shows the first)"
+        )
+
+
+def _tell_incidents(numbers: Mapping[str, float | int], session: Session, display: Display) -> None:
+    """Says which step since the last log line was skipped, and where the loss jumped most."""
+    if "skipped_step" in numbers:
+        display.say(f"step {numbers['skipped_step']} skipped: its loss or gradient is not finite")
+    if "spike_step" in numbers:
+        display.say(
+            f"the loss jumped to {numbers['spike_loss']:.4g} at step {numbers['spike_step']},"
+            f" {numbers['spike_medians']:.1f} times the median of the steps before"
+        )
+
+
+def _results_due(session: Session) -> bool:
+    """Whether something other than a step reads the device now: scores, pictures, or most saves."""
+    output, step = session.config.output, session.state.step
+    intervals = output.evaluate_every, output.sample_every, max(1, output.save_every // 2)
+    return any(every and step % every == 0 for every in intervals)
+
+
+def _intermediate_results(session: Session, display: Display) -> None:
+    """Validation score and pictures, where their intervals end."""
+    output, step = session.config.output, session.state.step
+    scores, draws = (every and step % every == 0 for every in (output.evaluate_every, output.sample_every))
+    if not (scores or draws):
+        return
+    model = session.state.ema.model
+    if scores and isinstance(model, CDM):
+        bits_per_dim = evaluate(model, session.validation, draws=1, check_levels=0).bits_per_dim
+        session.write({"split": "validation", "bits_per_dim": bits_per_dim})
+        display.say(f"step {step}: {bits_per_dim:.3f} bits/dim on validation images, unaudited")
+    if draws:
+        try:
+            if not isinstance(model, Classifier):
+                write_samples(model, session.config, session.run)
+            update_loss_curves(session.run)
+        except DiskError as error:
+            warnings.warn(f"{error}; training goes on without this picture", stacklevel=2)
