@@ -118,7 +118,7 @@ def build(bench: Bench) -> None:
     else:
         bench.failed = True
         return
-    program = "import json; from cdm_fast import doctor; print(json.dumps(doctor.report()))"
+    program = "import json; from cdm_fast.cli import doctor; print(json.dumps(doctor.report()))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
     extension = found.get("extension")

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from cdm_fast import CDM, MLP, NoiseSchedule, UserError
-from cdm_fast.evaluation.attacks import ClassLogLikelihoods, describe_attack, evaluate_attack
+from cdm_fast.cli.describe import describe_attack
+from cdm_fast.evaluation.attacks import ClassLogLikelihoods, evaluate_attack
 from cdm_fast.evaluation.square_attack import square_side
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.statistics import auroc

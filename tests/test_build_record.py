@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cdm_fast import doctor
+from cdm_fast.cli import doctor
 from cdm_fast.ops import backend, build_record
 
 REASON = "building failed (csrc/denoise.cu(7): error: expected a declaration)"

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from cdm_fast import CDM, NoiseSchedule, UserError
+from cdm_fast.cli.describe import describe_corruptions
 from cdm_fast.data import ImageData, write_image
 from cdm_fast.data.corruptions import KINDS
 from cdm_fast.evaluation.classification import evaluate_classes
-from cdm_fast.evaluation.robustness import describe_corruptions, evaluate_corruptions
+from cdm_fast.evaluation.robustness import evaluate_corruptions
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.model.losses import Noised, noised_classifier_loss
 from cdm_fast.statistics import confusion_matrix, reliability

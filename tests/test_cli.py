@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cdm_fast.cli import main, parse
+from cdm_fast.cli import main
+from cdm_fast.cli.entry import parse
 from cdm_fast.config import PRESETS
 from cdm_fast.data import load_data
 from cdm_fast.runs.load import load
@@ -234,7 +235,7 @@ def test_doctor_reports():
 
 def test_everything_but_the_result_goes_to_stderr(trained, monkeypatch):
     out, _ = trained
-    monkeypatch.setattr("cdm_fast.commands.sample", lambda *_, **__: print("a library speaks") or 1 / 0)
+    monkeypatch.setattr("cdm_fast.cli.sample.sample", lambda *_, **__: print("a library speaks") or 1 / 0)
     streams = io.StringIO(), io.StringIO()
     with redirect_stdout(streams[0]), redirect_stderr(streams[1]), pytest.raises(ZeroDivisionError):
         main(["sample", str(out), "--steps", "2", "--json"])
@@ -254,7 +255,7 @@ def test_memory_that_is_not_enough_is_one_line(trained, monkeypatch, error):
     def fail(command):
         raise error
 
-    monkeypatch.setattr("cdm_fast.commands.run", fail)
+    monkeypatch.setattr("cdm_fast.cli.commands.run", fail)
     status, out, err = call("sample", trained[0], "--json")
     assert status == 2 and err.startswith("cdm-fast: error: memory is not enough (") and err.count("\n") == 1
     assert str(error) in json.loads(out)["error"]
@@ -264,7 +265,7 @@ def test_another_failure_of_ours_is_not_hidden(trained, monkeypatch):
     def fail(command):
         raise RuntimeError("a mistake")
 
-    monkeypatch.setattr("cdm_fast.commands.run", fail)
+    monkeypatch.setattr("cdm_fast.cli.commands.run", fail)
     with pytest.raises(RuntimeError, match="a mistake"):
         call("sample", trained[0])
 
@@ -273,7 +274,7 @@ def test_second_interrupt_exits_130(trained, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cdm_fast.commands.sample", interrupted)
+    monkeypatch.setattr("cdm_fast.cli.sample.sample", interrupted)
     assert call("sample", trained[0], "--steps", "2")[0] == 130
 
 

@@ -6,7 +6,7 @@ from importlib.metadata import version
 import pytest
 import torch
 
-from cdm_fast import doctor
+from cdm_fast.cli import doctor
 from cdm_fast.ops import backend
 
 OPS = {"attention", "denoise", "group_norm_silu", "noise_level_ce", "noising"}

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from cdm_fast import CDM, DDM, NoiseSchedule, UserError
+from cdm_fast.cli.per_image import write_per_image
 from cdm_fast.data import ImageData
 from cdm_fast.likelihood import audit, evaluate_elbo, evaluate_ode, measure_log_z
-from cdm_fast.likelihood.export import write_per_image
 from tests.analytic import ExactNetwork, GaussianMixture
 
 SHAPE = (1, 2, 2)

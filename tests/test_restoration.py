@@ -6,12 +6,11 @@ import torch
 from PIL import Image
 
 from cdm_fast import CDM, DDM, MLPDenoiser, NoiseSchedule, UserError, sample
-from cdm_fast.arguments import Restore
+from cdm_fast.cli.arguments import Restore
+from cdm_fast.cli.restore import measure, read_input
 from cdm_fast.evaluation.quality import two_sample_test
-from cdm_fast.restored_pictures import measure
 from cdm_fast.runs.checkpoint import create_run, read_config
 from cdm_fast.sampling.restoration import Known, MeanPool, Posterior, log_prob_at, restore
-from cdm_fast.training.report import read_input
 from cdm_fast.training.state import new_state, to_checkpoint
 from tests.analytic import ExactNetwork, GaussianMixture, given, random_mixture, smooth_pixels
 from tests.test_bad_input import refused

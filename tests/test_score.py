@@ -11,9 +11,10 @@ import torch
 from scipy import stats
 
 from cdm_fast import CDM, DDM, NoiseSchedule
+from cdm_fast.cli.describe import describe_outliers
 from cdm_fast.data import ImageData, quantize
 from cdm_fast.errors import UserError
-from cdm_fast.evaluation.outliers import SCORES, anomaly_map, describe_outliers, evaluate_outliers, level_of
+from cdm_fast.evaluation.outliers import SCORES, anomaly_map, evaluate_outliers, level_of
 from cdm_fast.likelihood import calibrate_sigma
 from cdm_fast.statistics import auroc, auroc_stderr, conformal_p_value
 from tests.analytic import ExactNetwork, GaussianMixture

@@ -252,18 +252,3 @@ _ATTACKS: dict[tuple[str, str], Callable[[Any, int], Callable[..., Any]]] = {
     ("square", "linf"): lambda attacks, steps: SquareAttack(steps),
     ("cw", "l2"): lambda attacks, steps: attacks.L2CarliniWagnerAttack(steps=steps),
 }
-
-
-def describe_attack(report: AttackReport) -> list[str]:
-    """The report as lines for a person."""
-    lines = [
-        f"{report.attack} in {report.norm}{' on another model' if report.transferred else ''},"
-        f" {report.steps} steps, {report.num_images} images: accuracy"
-        f" {100 * report.clean_accuracy:.1f} % without attack"
-    ]
-    areas: Sequence[float | None] = report.detection_auroc or [None] * len(report.budgets)
-    for row in zip(report.budgets, report.accuracy, report.accuracy_stderr, areas, strict=True):
-        budget, accuracy, error, area = row
-        detected = "" if area is None else f", told by log p(x) with AUROC {area:.3f}"
-        lines.append(f"  budget {budget:.4f}: {100 * accuracy:5.1f} +- {100 * error:.1f} %{detected}")
-    return lines

@@ -12,7 +12,7 @@ Four ways to a score of each class from networks that denoise, and one baseline 
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -38,7 +38,7 @@ from cdm_fast.model import CDM, Denoiser, measures
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.model.denoiser import like_network
 from cdm_fast.model.schedule import add_noise
-from cdm_fast.statistics import BINS, Reliability, confusion_matrix, reliability, stderr
+from cdm_fast.statistics import Reliability, confusion_matrix, reliability, stderr
 
 ODE_IMAGES, ODE_BATCH = 32, 64
 DRAWS = {"joint": 3, "embedding": 3, "denoising": 1, "ode": 1, "discriminative": 3}
@@ -253,33 +253,3 @@ def _log_class_prior(model: Denoiser, num_classes: int, class_prior: Tensor | No
     if prior.shape != (num_classes,) or not bool((torch.isfinite(prior) & (prior > 0)).all()):
         raise UserError(f"class_prior must be {num_classes} positive finite numbers, one per class")
     return (prior.double() / prior.sum()).log().cpu()
-
-
-def describe_accuracy(score: Mapping[str, Any]) -> str:
-    """`accuracy`, its error bar and `ece` of a `ClassReport`'s JSON as a line for a person."""
-    return (
-        f"accuracy {100 * score['accuracy']:.2f} +- {100 * score['accuracy_stderr']:.2f} %,"
-        f" calibration error {100 * score['ece']:.2f} %"
-    )
-
-
-def describe_classes(report: ClassReport) -> list[str]:
-    """The report as lines for a person."""
-    averaged = "scores" if report.method == "denoising" else "log-probabilities"
-    draws = f"{report.draws} draws, their {averaged} averaged" if report.draws > 1 else "1 draw"
-    if report.trials is not None:
-        draws += f", {report.trials} trials"
-    if report.level:
-        draws += f", at level {report.level}"
-    lines = [
-        f"accuracy {100 * report.accuracy:.2f} +- {100 * report.accuracy_stderr:.2f} %"
-        f" ({report.method}, {report.num_images} {report.split} images of {report.data},"
-        f" {report.num_classes} classes, {draws})",
-        f"calibration error {100 * report.ece:.2f} % (ECE, {BINS} bins), log loss {report.log_loss:.4f} nats",
-    ]
-    if report.bits_per_dim is not None:
-        lines.append(
-            f"{report.bits_per_dim:.4f} +- {report.bits_per_dim_stderr:.4f} bits/dim of the marginal"
-            f"{'' if report.method == 'ode' else ', unaudited'}"
-        )
-    return [*lines, f"{report.images_per_second:.3g} images/s"]

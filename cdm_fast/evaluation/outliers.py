@@ -245,30 +245,3 @@ def anomaly_map(
 def level_of(model: CDM, sigma: float) -> int:
     """The level 1..T whose noise is nearest to `sigma` (of [-1, 1]), by ratio."""
     return 1 + int((model.schedule.sigma[1:-1].log() - math.log(sigma)).abs().argmin())
-
-
-def describe_outliers(report: OutlierReport) -> list[str]:
-    """The report as lines for a person."""
-    lines = [
-        f"{report.bits_per_dim:.4f} +- {report.bits_per_dim_stderr:.4f} bits/dim at level {report.level}"
-        f" ({report.num_images} images of {report.data}, {report.split}; unaudited)",
-        f"typical: {report.reference_bits_per_dim:.4f} ({report.reference_images} images of"
-        f" {report.reference}); {100 * report.flagged:.1f} % flagged at {100 * report.false_alarms:g} %"
-        " false alarms",
-    ]
-    other = report.against
-    if other is not None:
-        lines.append(f"against {other.data}, {other.bits_per_dim:.4f} bits/dim:")
-        lines += [
-            f"  AUROC {other.auroc[name]:.4f} +- {other.auroc_stderr[name]:.4f} by {_words(name)}"
-            for name in SCORES
-        ]
-    if report.corruptions is not None:
-        lines.append(f"against its own {len(report.corruptions)} corruptions, severity 1 to 5, mean AUROC:")
-        for name, areas in mean_by_severity(report.corruptions).items():
-            lines.append(f"  {_words(name):16}" + " ".join(f"{area:7.4f}" for area in areas))
-    return lines
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")

@@ -59,14 +59,3 @@ def evaluate_corruptions(
             accuracy[kind].append(report.accuracy)
     per_image = torch.stack(right).mean(0)
     return CorruptionReport(accuracy, float(per_image.mean()), stderr(per_image))
-
-
-def describe_corruptions(report: CorruptionReport) -> list[str]:
-    """The report as lines for a person."""
-    lines = [
-        f"corrupted: accuracy {100 * report.mean:.2f} +- {100 * report.mean_stderr:.2f} %"
-        f" over {len(report.accuracy)} kinds at {len(SEVERITIES)} severities"
-    ]
-    for kind, each in report.accuracy.items():
-        lines.append(f"  {kind:18}" + " ".join(f"{100 * value:6.1f}" for value in each))
-    return lines

@@ -4,6 +4,7 @@
 denoiser alone, and `measure_log_z` integrates the single-pass density. `audit` puts them side by side.
 """
 
+from cdm_fast.cli.describe import describe_denoiser_audit
 from cdm_fast.likelihood.audits import (
     AuditReport,
     DenoiserAudit,
@@ -14,9 +15,6 @@ from cdm_fast.likelihood.audits import (
     evaluate_elbo,
     evaluate_ode,
     without_images,
-)
-from cdm_fast.likelihood.describe import (
-    describe_denoiser_audit,
 )
 from cdm_fast.likelihood.elbo import VariationalBound, variational_bound
 from cdm_fast.likelihood.given import Given

@@ -9,9 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from cdm_fast.config import RunConfig
-from cdm_fast.data import ImageData, read_image, write_grid
-from cdm_fast.data.pixels import displayable, from_display
-from cdm_fast.errors import UserError
+from cdm_fast.data import ImageData, write_grid
+from cdm_fast.data.pixels import displayable
 from cdm_fast.evaluation.classification import evaluate_classes
 from cdm_fast.host.processes import is_main
 from cdm_fast.host.progress import to_stderr
@@ -27,17 +26,6 @@ from cdm_fast.sampling import sample
 from cdm_fast.training.log import read_log
 
 MAX_ROWS = 20  # of a sheet with one class in each: more would be too small to read
-
-
-def read_input(path: Path, config: RunConfig, factor: int = 1) -> Tensor:
-    """An image file as the model sees it, (C,H,W) in [-1, 1]; UserError unless `factor` times smaller."""
-    size = config.image.size // factor
-    image = read_image(path, channels=config.image.channels)
-    if image.shape[1:] != (size, size):
-        height, width = image.shape[1:]
-        takes = f"the run takes {size}x{size}" if factor == 1 else f"--factor {factor} takes {size}x{size}"
-        raise UserError(f"{path} is {height}x{width} pixels and {takes}; cut that out of it")
-    return from_display(image, config.image.num_grey_levels, config.data.pixels)
 
 
 def write_samples(model: CDM | DDM, config: RunConfig, run: Path) -> None:

@@ -6,7 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cdm_fast.arguments import Score
+from cdm_fast.cli import arguments
+from cdm_fast.cli.arguments import Score
+from cdm_fast.cli.describe import describe_outliers
+from cdm_fast.cli.outcome import Outcome, Scored, scored_by
+from cdm_fast.cli.per_image import write_per_image
 from cdm_fast.config import RunConfig
 from cdm_fast.data import ImageData, dequantize, load_data
 from cdm_fast.data.draws import choose, draw_generator
@@ -17,20 +21,17 @@ from cdm_fast.evaluation.outliers import (
     OutlierReport,
     Scores,
     anomaly_map,
-    describe_outliers,
     evaluate_outliers,
     level_of,
 )
 from cdm_fast.host.optional import need
 from cdm_fast.host.progress import to_stderr
 from cdm_fast.likelihood import calibrate_sigma
-from cdm_fast.likelihood.export import write_per_image
 from cdm_fast.model import CDM, Denoiser
 from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.plots.evaluation import write_outliers, write_sigma
 from cdm_fast.plots.sheet import write_rows
 from cdm_fast.runs.build import run_data
-from cdm_fast.scoring import Scored
 
 CORRUPTED = "corrupted"  # what --against takes besides data sources
 REFERENCE_IMAGES = 2000  # whose mean is the typical likelihood
@@ -160,3 +161,8 @@ def _draw_anomaly(command: Score, model: CDM, data: ImageData, index: Tensor, le
 def _pixels(data: ImageData) -> Tensor:
     """(n,C,H,W) uint8 0..255."""
     return levels_to_display(data.images, data.num_grey_levels)
+
+
+def score_command(command: arguments.Score) -> Outcome:
+    """`cdm-fast score`."""
+    return scored_by(score_images, command)

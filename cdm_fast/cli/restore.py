@@ -1,22 +1,32 @@
-"""What `cdm-fast restore` reads and draws: image files as measurements, candidates as a picture.
+"""`cdm-fast restore` and `denoise`: image files as measurements, candidates as a picture.
 
 # C channels, H W pixels
 """
 
 import math
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from cdm_fast.arguments import Restore
+from cdm_fast.cli import arguments
+from cdm_fast.cli.arguments import Restore
+from cdm_fast.cli.commands import _open
+from cdm_fast.cli.outcome import Outcome
 from cdm_fast.config import RunConfig
-from cdm_fast.data import read_image
-from cdm_fast.data.pixels import displayable
+from cdm_fast.data import read_image, write_image
+from cdm_fast.data.pixels import displayable, from_display
 from cdm_fast.errors import UserError
+from cdm_fast.host.device import pick_device
+from cdm_fast.likelihood import denoise_blind
+from cdm_fast.model import CDM
+from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.plots.sheet import write_rows
-from cdm_fast.sampling.restoration import Known, MeanPool, Measurement, Restored
-from cdm_fast.training.report import read_input
+from cdm_fast.runs.checkpoint import read_config
+from cdm_fast.runs.load import load
+from cdm_fast.sampling.corrected import MoveLog
+from cdm_fast.sampling.restoration import Known, MeanPool, Measurement, Restored, restore
 
 FLAGS = {"inpaint": ("mask", "box"), "denoise": (), "super-resolution": ("factor",)}
 BRIGHT = 128  # of 0..255: from here on a mask's pixel is to be filled in
@@ -102,3 +112,82 @@ def write_candidates(found: Restored, shown: Tensor, config: RunConfig, command:
     }
     title = f"{command.task}: candidates by log p at level {command.level}"
     return write_rows(rows, path, title, [f"{value:.1f}" for value in found.log_prob.tolist()])
+
+
+def denoise_command(command: arguments.Denoise) -> Outcome:
+    """`cdm-fast denoise`."""
+    if not command.images:
+        raise UserError("no image to denoise; name one or more image files after the run directory")
+    model, config, place = _open(command.run, command.device)
+    folder = command.out or place / "denoised"
+    targets = [folder / f"{path.stem}.png" for path in command.images]
+    if len(set(targets)) < len(targets):
+        raise UserError("two of the images have the same name; denoise them apart, each into its own --out")
+    noisy = torch.stack([read_input(path, config) for path in command.images])
+    clean, sigma, level = denoise_blind(model, noisy.to(model.a.device))
+    shown = displayable(clean, config.image.num_grey_levels, config.data.pixels)
+    for image, target in zip(shown, targets, strict=True):
+        write_image(image, target)
+    rows = [
+        {"image": str(path), "sigma": noise, "level": t, "out": str(target)}
+        for path, noise, t, target in zip(
+            command.images, sigma.tolist(), level.tolist(), targets, strict=True
+        )
+    ]
+    lines = [
+        f"{r['image']}: sigma {r['sigma']:.4f} of [-1, 1], level {r['level']} -> {r['out']}" for r in rows
+    ]
+    return Outcome({"run": str(command.run), "images": rows}, lines)
+
+
+def restore_command(command: arguments.Restore) -> Outcome:
+    """`cdm-fast restore`."""
+    config = read_config(command.run)
+    out = command.out or command.run / f"restored-{command.task}.png"
+    if out.suffix != ".png":
+        raise UserError(f"--out {out}: give a name that ends in .png")
+    measurement, shown = measure(command, config)
+    model = load(command.run)
+    require_likelihood(model)
+    log = MoveLog()
+    found = restore(
+        cast(CDM, model.to(pick_device(command.device))),
+        measurement,
+        command.candidates,
+        command.steps,
+        command.seed,
+        level=command.level,
+        moves=command.moves,
+        log=log,
+    )
+    write_candidates(found, shown, config, command, out)
+    log_prob, rates = found.log_prob.tolist(), log.to_json()["acceptance"]
+    result = {
+        "run": str(command.run),
+        "image": str(command.image),
+        "task": command.task,
+        "sigma": measurement.sigma,
+        "level": command.level,
+        "log_prob": log_prob,
+        "log_likelihood": found.log_likelihood.tolist(),
+        "out": str(out),
+        "moves": command.moves,
+        **log.to_json(),
+    }
+    lines = [
+        f"{command.candidates} candidates, log p {log_prob[0]:.1f} to {log_prob[-1]:.1f} nats at level"
+        f" {command.level}, best first: {out}",
+        f"acceptance {min(rates):.2f} to {max(rates):.2f} over {len(rates)} levels",
+    ]
+    return Outcome(result, lines)
+
+
+def read_input(path: Path, config: RunConfig, factor: int = 1) -> Tensor:
+    """An image file as the model sees it, (C,H,W) in [-1, 1]; UserError unless `factor` times smaller."""
+    size = config.image.size // factor
+    image = read_image(path, channels=config.image.channels)
+    if image.shape[1:] != (size, size):
+        height, width = image.shape[1:]
+        takes = f"the run takes {size}x{size}" if factor == 1 else f"--factor {factor} takes {size}x{size}"
+        raise UserError(f"{path} is {height}x{width} pixels and {takes}; cut that out of it")
+    return from_display(image, config.image.num_grey_levels, config.data.pixels)

@@ -1,7 +1,14 @@
-"""What each likelihood figure says, in lines for a person."""
+"""What each report says, in lines for a person."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from cdm_fast.data.corruptions import SEVERITIES
+from cdm_fast.evaluation.attacks import AttackReport
+from cdm_fast.evaluation.classification import ClassReport
+from cdm_fast.evaluation.outliers import SCORES, OutlierReport, mean_by_severity
+from cdm_fast.evaluation.robustness import CorruptionReport
+from cdm_fast.statistics import BINS
 
 
 def describe_score(score: Mapping[str, Any]) -> list[str]:
@@ -102,3 +109,86 @@ def _given(report: Mapping[str, Any]) -> str:
 
 def _figure(values: Mapping[str, Any], key: str, sign: str = "") -> str:
     return f"{values[key]:{sign}.4f} +- {values[f'{key}_stderr']:.4f} bits/dim"
+
+
+def describe_attack(report: AttackReport) -> list[str]:
+    """The report as lines for a person."""
+    lines = [
+        f"{report.attack} in {report.norm}{' on another model' if report.transferred else ''},"
+        f" {report.steps} steps, {report.num_images} images: accuracy"
+        f" {100 * report.clean_accuracy:.1f} % without attack"
+    ]
+    areas: Sequence[float | None] = report.detection_auroc or [None] * len(report.budgets)
+    for row in zip(report.budgets, report.accuracy, report.accuracy_stderr, areas, strict=True):
+        budget, accuracy, error, area = row
+        detected = "" if area is None else f", told by log p(x) with AUROC {area:.3f}"
+        lines.append(f"  budget {budget:.4f}: {100 * accuracy:5.1f} +- {100 * error:.1f} %{detected}")
+    return lines
+
+
+def describe_accuracy(score: Mapping[str, Any]) -> str:
+    """`accuracy`, its error bar and `ece` of a `ClassReport`'s JSON as a line for a person."""
+    return (
+        f"accuracy {100 * score['accuracy']:.2f} +- {100 * score['accuracy_stderr']:.2f} %,"
+        f" calibration error {100 * score['ece']:.2f} %"
+    )
+
+
+def describe_classes(report: ClassReport) -> list[str]:
+    """The report as lines for a person."""
+    averaged = "scores" if report.method == "denoising" else "log-probabilities"
+    draws = f"{report.draws} draws, their {averaged} averaged" if report.draws > 1 else "1 draw"
+    if report.trials is not None:
+        draws += f", {report.trials} trials"
+    if report.level:
+        draws += f", at level {report.level}"
+    lines = [
+        f"accuracy {100 * report.accuracy:.2f} +- {100 * report.accuracy_stderr:.2f} %"
+        f" ({report.method}, {report.num_images} {report.split} images of {report.data},"
+        f" {report.num_classes} classes, {draws})",
+        f"calibration error {100 * report.ece:.2f} % (ECE, {BINS} bins), log loss {report.log_loss:.4f} nats",
+    ]
+    if report.bits_per_dim is not None:
+        lines.append(
+            f"{report.bits_per_dim:.4f} +- {report.bits_per_dim_stderr:.4f} bits/dim of the marginal"
+            f"{'' if report.method == 'ode' else ', unaudited'}"
+        )
+    return [*lines, f"{report.images_per_second:.3g} images/s"]
+
+
+def describe_outliers(report: OutlierReport) -> list[str]:
+    """The report as lines for a person."""
+    lines = [
+        f"{report.bits_per_dim:.4f} +- {report.bits_per_dim_stderr:.4f} bits/dim at level {report.level}"
+        f" ({report.num_images} images of {report.data}, {report.split}; unaudited)",
+        f"typical: {report.reference_bits_per_dim:.4f} ({report.reference_images} images of"
+        f" {report.reference}); {100 * report.flagged:.1f} % flagged at {100 * report.false_alarms:g} %"
+        " false alarms",
+    ]
+    other = report.against
+    if other is not None:
+        lines.append(f"against {other.data}, {other.bits_per_dim:.4f} bits/dim:")
+        lines += [
+            f"  AUROC {other.auroc[name]:.4f} +- {other.auroc_stderr[name]:.4f} by {_words(name)}"
+            for name in SCORES
+        ]
+    if report.corruptions is not None:
+        lines.append(f"against its own {len(report.corruptions)} corruptions, severity 1 to 5, mean AUROC:")
+        for name, areas in mean_by_severity(report.corruptions).items():
+            lines.append(f"  {_words(name):16}" + " ".join(f"{area:7.4f}" for area in areas))
+    return lines
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def describe_corruptions(report: CorruptionReport) -> list[str]:
+    """The report as lines for a person."""
+    lines = [
+        f"corrupted: accuracy {100 * report.mean:.2f} +- {100 * report.mean_stderr:.2f} %"
+        f" over {len(report.accuracy)} kinds at {len(SEVERITIES)} severities"
+    ]
+    for kind, each in report.accuracy.items():
+        lines.append(f"  {kind:18}" + " ".join(f"{100 * value:6.1f}" for value in each))
+    return lines

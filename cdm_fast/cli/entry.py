@@ -18,7 +18,7 @@ from typing import Annotated, Any, TextIO, Union
 import tyro
 from tyro.conf import subcommand
 
-from cdm_fast.arguments import (
+from cdm_fast.cli.arguments import (
     Calibrate,
     Classify,
     Command,
@@ -142,7 +142,7 @@ def _run(arguments: list[str]) -> int:
     try:
         command = parse(arguments)
         with contextlib.redirect_stdout(sys.stderr), _warnings_of_one_line():
-            from cdm_fast.commands import run  # imports torch
+            from cdm_fast.cli.commands import run  # imports torch
 
             outcome = run(command)
     except UserError as error:
@@ -201,7 +201,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,14 +4,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cdm_fast.arguments import Classify
+from cdm_fast.cli import arguments
+from cdm_fast.cli.arguments import Classify
+from cdm_fast.cli.describe import describe_attack, describe_classes, describe_corruptions
+from cdm_fast.cli.outcome import Outcome, Scored, scored_by
 from cdm_fast.config import RunConfig
 from cdm_fast.data import ImageData
 from cdm_fast.errors import UserError
-from cdm_fast.evaluation.attacks import check_attack, describe_attack, evaluate_attack, load_foolbox
+from cdm_fast.evaluation.attacks import check_attack, evaluate_attack, load_foolbox
 from cdm_fast.evaluation.class_scores import fitting_method, require_classes
-from cdm_fast.evaluation.classification import ClassReport, describe_classes, evaluate_classes
-from cdm_fast.evaluation.robustness import describe_corruptions, evaluate_corruptions
+from cdm_fast.evaluation.classification import ClassReport, evaluate_classes
+from cdm_fast.evaluation.robustness import evaluate_corruptions
 from cdm_fast.host.progress import to_stderr
 from cdm_fast.model import CDM, Denoiser
 from cdm_fast.model.classifier import Classifier
@@ -19,7 +22,6 @@ from cdm_fast.plots.evaluation import write_attack, write_classes, write_corrupt
 from cdm_fast.runs.build import class_prior
 from cdm_fast.runs.checkpoint import read_config
 from cdm_fast.runs.load import load
-from cdm_fast.scoring import Scored
 
 
 def score_classes(command: Classify, config: RunConfig, model: Denoiser, data: ImageData) -> Scored:
@@ -109,3 +111,8 @@ def _evaluate(command: Classify, config: RunConfig, model: Denoiser, data: Image
         class_prior=class_prior(config),
         progress=to_stderr,
     )
+
+
+def classify_command(command: arguments.Classify) -> Outcome:
+    """`cdm-fast classify`."""
+    return scored_by(score_classes, command)

@@ -1,0 +1,80 @@
+"""The commands by name: runs the one that was parsed."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cdm_fast.cli import arguments
+from cdm_fast.cli.classify import classify_command
+from cdm_fast.cli.nll import calibrate_command, nll_command
+from cdm_fast.cli.outcome import Outcome
+from cdm_fast.cli.restore import denoise_command, restore_command
+from cdm_fast.cli.sample import sample_command
+from cdm_fast.cli.score import score_command
+from cdm_fast.cli.tools import convert_command, doctor_command, plot_command, replay_command
+from cdm_fast.cli.train import train_command
+from cdm_fast.config import RunConfig
+from cdm_fast.errors import UserError
+from cdm_fast.host.device import pick_device
+from cdm_fast.host.distributed import joined
+from cdm_fast.host.processes import launched
+from cdm_fast.interop.source import is_foreign, open_foreign, output_folder
+from cdm_fast.model import Denoiser
+from cdm_fast.runs.checkpoint import read_config
+from cdm_fast.runs.load import load
+
+
+def run(command: arguments.Command) -> Outcome:
+    """Runs a parsed command; UserError for whatever the user can put right.
+
+    Under torchrun the processes share the work, and each returns the outcome.
+    """
+    if isinstance(command, arguments.Shared):
+        with joined(command.device):
+            return _COMMANDS[type(command)](command)
+    if launched() is not None:
+        raise UserError(f"{type(command).__name__.lower()} is the work of one process; leave torchrun out")
+    return _COMMANDS[type(command)](command)
+
+
+class Opened(NamedTuple):
+    """What a command's `run` names: a model, its config, and the folder for pictures."""
+
+    model: Denoiser
+    config: RunConfig
+    folder: Path
+
+
+def _open(run: Path, device: str) -> Opened:
+    """A run's model, or another program's, on the device."""
+    if is_foreign(run):
+        model, config = open_foreign(run)
+        return Opened(model.to(pick_device(device)), config, output_folder(run))
+    config = read_config(run)
+    return Opened(load(run).to(pick_device(device)), config, run)
+
+
+UNTRAINED_NULL = (
+    "this run was trained without label dropout, as the paper's public code trains, so its figures without a"
+    " label, and guidance, are those of a class that it never saw"
+)
+
+
+def _null_is_untrained(config: RunConfig) -> bool:
+    return config.network.conditioning == "embedding" and config.train.label_dropout == 0
+
+
+_COMMANDS: dict[type, Callable[[Any], Outcome]] = {
+    arguments.Train: train_command,
+    arguments.Sample: sample_command,
+    arguments.Nll: nll_command,
+    arguments.Calibrate: calibrate_command,
+    arguments.Classify: classify_command,
+    arguments.Score: score_command,
+    arguments.Denoise: denoise_command,
+    arguments.Restore: restore_command,
+    arguments.Plot: plot_command,
+    arguments.Replay: replay_command,
+    arguments.Convert: convert_command,
+    arguments.Doctor: doctor_command,
+}

@@ -1,0 +1,281 @@
+"""`cdm-fast nll`, method by method, and `calibrate`."""
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from cdm_fast.cli import arguments
+from cdm_fast.cli.arguments import Nll
+from cdm_fast.cli.commands import UNTRAINED_NULL, _null_is_untrained, _open
+from cdm_fast.cli.describe import describe_audit, describe_elbo, describe_ode, describe_score
+from cdm_fast.cli.outcome import Outcome, Scored, require_fit
+from cdm_fast.cli.per_image import check_name, write_per_image
+from cdm_fast.config import RunConfig
+from cdm_fast.data import ImageData
+from cdm_fast.errors import UserError
+from cdm_fast.host.device import pick_device
+from cdm_fast.host.progress import to_stderr
+from cdm_fast.interop import Foreign
+from cdm_fast.interop.source import is_foreign, require_data
+from cdm_fast.likelihood import (
+    LikelihoodReport,
+    audit,
+    audit_denoiser,
+    describe_denoiser_audit,
+    evaluate,
+    evaluate_elbo,
+    evaluate_ode,
+    without_images,
+)
+from cdm_fast.likelihood.single_pass import PUBLIC_SCORING
+from cdm_fast.likelihood.units import require_denoiser
+from cdm_fast.model import CDM, Denoiser
+from cdm_fast.model.cdm import require_likelihood
+from cdm_fast.plots.evaluation import write_audit
+from cdm_fast.runs.build import run_data
+from cdm_fast.runs.calibration import apply_calibration, calibrate, remove_calibration, write_calibration
+from cdm_fast.runs.checkpoint import read_config
+from cdm_fast.runs.load import load
+from cdm_fast.training.tuning import compile_network
+
+
+def score(command: Nll, model: Denoiser, data: ImageData) -> Scored:
+    """The JSON values, the lines for a person, and the columns of the per-image file.
+
+    Raises UserError for a model without likelihood, for a way of scoring that it does not have, and for every
+    argument out of range.
+    """
+    require_denoiser(model)
+    if command.method == "single" and not isinstance(model, CDM):
+        raise UserError(
+            "this is a plain denoising model, which has no likelihood in one pass: give --method ode, elbo or"
+            " audit"
+        )
+    return _METHODS[command.method](command, model, data)
+
+
+def _score_single(command: Nll, model: CDM, data: ImageData) -> Scored:
+    report = evaluate(
+        model,
+        data,
+        command.level,
+        command.draws,
+        command.batch_size,
+        command.seed,
+        command.protocol,
+        precision=command.precision,
+        given=command.given or "none",
+    )
+    result = report.to_json()
+    speed = f"{report.images_per_second:.0f} images/s"
+    return result, [*describe_score(result), speed], _single_columns(report)
+
+
+def _score_ode(command: Nll, model: Denoiser, data: ImageData) -> Scored:
+    report = evaluate_ode(
+        model,
+        data,
+        command.level,
+        command.ode_images,
+        command.tolerance,
+        command.probes,
+        min(command.batch_size, 64),
+        command.seed,
+        to_stderr,
+        command.given or "none",
+    )
+    fields = without_images(report)
+    result = {"method": "ode", "data": data.name, "split": data.split, **_prefixed("ode", fields)}
+    return result, describe_ode(fields), {"ode_bits_per_dim": (report.index, report.per_image)}
+
+
+def _score_elbo(command: Nll, model: Denoiser, data: ImageData) -> Scored:
+    report = evaluate_elbo(
+        model, data, command.elbo_images, command.batch_size, command.seed, to_stderr, command.given or "none"
+    )
+    fields = without_images(report)
+    result = {"method": "elbo", "data": data.name, "split": data.split, **_prefixed("elbo", fields)}
+    return result, describe_elbo(fields), {"elbo_bits_per_dim": (report.index, report.per_image)}
+
+
+def _prefixed(name: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """The figure and its standard error under `NAME_bits_per_dim...`, the rest under `NAME`."""
+    keys = ("bits_per_dim", "bits_per_dim_stderr")
+    return {**{f"{name}_{key}": fields[key] for key in keys}, name: fields}
+
+
+def _score_audit(command: Nll, model: Denoiser, data: ImageData) -> Scored:
+    if not isinstance(model, CDM):
+        return _score_denoiser(command, model, data)
+    if command.given not in (None, "none"):
+        raise UserError(
+            f"--given {command.given} goes with --method single, ode or elbo: the audit's log Z is that of"
+            " the density without a label; leave one out"
+        )
+    report = audit(
+        model,
+        data,
+        command.level,
+        draws=command.draws,
+        batch_size=command.batch_size,
+        seed=command.seed,
+        ode_images=command.ode_images,
+        tolerance=command.tolerance,
+        probes=command.probes,
+        elbo_images=command.elbo_images,
+        particles=command.particles,
+        runs=command.runs,
+        moves=command.moves,
+        rungs=command.rungs,
+        progress=to_stderr,
+    )
+    result = report.to_json()
+    picture = write_audit(result, command.run / "audit.png")
+    columns = _single_columns(report.single)
+    columns["ode_bits_per_dim"] = report.ode.index, report.ode.per_image
+    if report.elbo is not None:
+        columns["elbo_bits_per_dim"] = report.elbo.index, report.elbo.per_image
+    return {**result, "picture": str(picture)}, [*describe_audit(result), str(picture)], columns
+
+
+def _score_denoiser(command: Nll, model: Denoiser, data: ImageData) -> Scored:
+    """`--method audit` of a model without single pass: ODE and bound beside each other."""
+    report = audit_denoiser(
+        model,
+        data,
+        command.level,
+        batch_size=command.batch_size,
+        seed=command.seed,
+        ode_images=command.ode_images,
+        tolerance=command.tolerance,
+        probes=command.probes,
+        elbo_images=command.elbo_images,
+        progress=to_stderr,
+        given=command.given or "none",
+    )
+    result = {"data": data.name, "split": data.split, "level": command.level, **report.to_json()}
+    columns = {"ode_bits_per_dim": (report.ode.index, report.ode.per_image)}
+    if report.elbo is not None:
+        columns["elbo_bits_per_dim"] = report.elbo.index, report.elbo.per_image
+    return result, describe_denoiser_audit(result), columns
+
+
+def _single_columns(report: LikelihoodReport) -> dict[str, tuple[Tensor, Tensor]]:
+    return {"bits_per_dim": (torch.arange(report.num_images), report.per_image)}
+
+
+_METHODS: dict[str, Callable[[Nll, Any, ImageData], Scored]] = {
+    "single": _score_single,
+    "ode": _score_ode,
+    "elbo": _score_elbo,
+    "audit": _score_audit,
+}
+
+
+def nll_command(command: arguments.Nll) -> Outcome:
+    """`cdm-fast nll`."""
+    require_data(command.run, command.data)
+    foreign = _open(command.run, command.device) if is_foreign(command.run) else None
+    config = read_config(command.run) if foreign is None else foreign.config
+    if command.pixels is not None:
+        config = replace(config, data=replace(config.data, pixels=command.pixels))
+    if command.batch_size < 1:
+        raise UserError(f"--batch-size is {command.batch_size}; give 1 or more")
+    if command.protocol == "paper" and command.method != "single":
+        raise UserError(f"--protocol paper goes with --method single, not {command.method}; leave one out")
+    if command.method == "elbo" and command.level != 0:
+        raise UserError(f"--level {command.level}: the variational bound is one of level 0; leave it out")
+    if command.out is not None:
+        check_name(command.out)
+    data = run_data(config, command.split, command.data)
+    require_fit(data, config, command.run)
+    if command.precision != "fp32" and command.method != "single":
+        raise UserError(f"--precision {command.precision} goes with --method single; leave one out")
+    calibration = None
+    if foreign is None:
+        loaded = load(command.run, calibrated=False)
+        calibration = apply_calibration(loaded, command.run)
+        model: Denoiser = loaded.to(pick_device(command.device))
+    else:
+        model = foreign.model
+    compile_network(model, command.compile)
+    command, told = _given(command, model, config, data)
+    result, lines, columns = score(command, model, data)
+    lines = [*lines, *told]
+    found = {"run": str(command.run), "pixels": data.pixels, "notes": told, **result}
+    if command.out is not None:
+        found["out"] = str(write_per_image(command.out, data, columns))
+    if calibration is not None and "bits_per_dim" in result:
+        before = result["bits_per_dim"] - calibration.bits_per_dim(command.level, data)
+        found["uncalibrated_bits_per_dim"] = before
+        lines = [
+            *lines,
+            f"calibrated; {before:.4f} bits/dim before (cdm-fast calibrate {command.run} --undo)",
+        ]
+    return Outcome(found, lines)
+
+
+def _given(
+    command: arguments.Nll, model: Denoiser, config: RunConfig, data: ImageData
+) -> tuple[arguments.Nll, list[str]]:
+    """The command with `given` resolved, and what has to be told of the choice."""
+    conditional = config.network.conditioning == "embedding"
+    untrained = _null_is_untrained(config)
+    if isinstance(model, Foreign):
+        untrained = conditional and model.null_label is None
+    given = command.given
+    if given is None:
+        wanted = conditional and (untrained or command.protocol == "paper") and command.method != "audit"
+        given = "label" if wanted and data.labels is not None else "none"
+    told = []
+    if untrained and given == "none" and not is_foreign(command.run):
+        told.append(f"{UNTRAINED_NULL}: give --given label or all")
+    if command.protocol == "paper":
+        told.append(PUBLIC_SCORING)
+    return replace(command, given=given), told
+
+
+def calibrate_command(command: arguments.Calibrate) -> Outcome:
+    """`cdm-fast calibrate`."""
+    config = read_config(command.run)
+    if command.undo:
+        remove_calibration(command.run)
+        return Outcome({"run": str(command.run), "undone": True}, [f"{command.run} is as it was trained"])
+    if command.batch_size < 1:
+        raise UserError(f"--batch-size is {command.batch_size}; give 1 or more")
+    data = run_data(config, command.split, command.data)
+    require_fit(data, config, command.run)
+    loaded = load(command.run, calibrated=False)
+    require_likelihood(loaded)
+    model = cast(CDM, loaded.to(pick_device(command.device)))
+
+    def figure() -> LikelihoodReport:
+        return evaluate(model, data, batch_size=command.batch_size, seed=command.seed)
+
+    before = figure()
+    calibration = calibrate(
+        model,
+        data,
+        command.particles,
+        command.runs,
+        command.moves,
+        command.rungs,
+        command.seed,
+        to_stderr,
+    )
+    path, after = write_calibration(command.run, calibration), figure()
+    result = {
+        "run": str(command.run),
+        "before": before.to_json(),
+        "after": after.to_json(),
+        "calibration": asdict(calibration),
+        "file": str(path),
+    }
+    described = (describe_score(report.to_json()) for report in (before, after))
+    names = (f"{name}: {line}" for name, (line, *_) in zip(("before", "after"), described, strict=True))
+    z, error, up = calibration.log_z[0], calibration.log_z_stderr[0], calibration.log_z_up
+    told = f"log Z of level 0: {z:+.2f} +- {error:.2f} nats by walks from noise, {up:+.2f} from data"
+    return Outcome(result, [*names, told, str(path)])

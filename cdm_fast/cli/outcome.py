@@ -1,0 +1,80 @@
+"""What the commands share: their outcome, the loaded model, data that must fit the run."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from cdm_fast.cli import arguments
+from cdm_fast.cli.commands import _open
+from cdm_fast.cli.per_image import check_name, write_per_image
+from cdm_fast.config import RunConfig
+from cdm_fast.data import ImageData
+from cdm_fast.errors import UserError
+from cdm_fast.host.device import pick_device
+from cdm_fast.interop.source import is_foreign, require_data
+from cdm_fast.model import CDM, DDM, Denoiser
+from cdm_fast.model.classifier import Classifier
+from cdm_fast.runs.build import run_data
+from cdm_fast.runs.checkpoint import read_config
+from cdm_fast.runs.load import load
+
+
+class Outcome(NamedTuple):
+    """What a command tells: JSON values for `--json`, lines for a person."""
+
+    result: dict[str, Any]
+    lines: list[str]
+
+
+def load_on(run: Path, device: str) -> CDM | DDM | Classifier:
+    return load(run).to(pick_device(device))
+
+
+ImageScoring = TypeVar("ImageScoring", arguments.Classify, arguments.Score)
+Scored = tuple[dict[str, Any], list[str], dict[str, tuple[Tensor, Tensor]]]  # JSON, lines, columns per image
+
+
+def scored_by(
+    scoring: Callable[[ImageScoring, RunConfig, Denoiser, ImageData], Scored], command: ImageScoring
+) -> Outcome:
+    """Reads what a command names, has it scored, and writes the values of every image if asked to."""
+    foreign = None
+    if is_foreign(command.run):
+        if not isinstance(command, arguments.Classify):
+            raise UserError(f"{command.run} only denoises, and score reads one-pass likelihoods; give a run")
+        require_data(command.run, command.data)
+        foreign = _open(command.run, command.device)
+    config = read_config(command.run) if foreign is None else foreign.config
+    if command.batch_size < 1:
+        raise UserError(f"--batch-size is {command.batch_size}; give 1 or more")
+    if command.out is not None:
+        check_name(command.out)
+    data = run_data(config, command.split, command.data)
+    require_fit(data, config, command.run)
+    model = load_on(command.run, command.device) if foreign is None else foreign.model
+    into = command if foreign is None else replace(command, run=foreign.folder)
+    result, lines, columns = scoring(into, config, model, data)
+    found = {"run": str(command.run), **result}
+    if command.out is not None:
+        found["out"] = str(write_per_image(command.out, data, columns))
+    return Outcome(found, lines)
+
+
+def require_fit(data: ImageData, config: RunConfig, run: Path) -> None:
+    """UserError unless the images are of the run's kind."""
+    image = config.image
+    found = (*data.images.shape[1:], data.num_grey_levels)
+    wanted = (image.channels, image.size, image.size, image.num_grey_levels)
+    if found != wanted:
+        raise UserError(
+            f"{data.name} holds {_kind(found)}, and {run} was trained on {_kind(wanted)};"
+            " give data of that kind"
+        )
+
+
+def _kind(shape: tuple[int, ...]) -> str:
+    channels, height, width, grey = shape
+    return f"{height}x{width} images of {channels} channel{'s' * (channels > 1)} and {grey} grey levels"
