@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks.memory import peak_resident_mib
+from benchmarks.support.memory import peak_resident_mib
 from cdm_fast.ops import attention, attention_vjp
 
 # batch, tokens, channels: the 33.4 M network at 16x16 pixels, then longer sequences with narrower heads

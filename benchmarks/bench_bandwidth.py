@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.timing import seconds_per_call
+from benchmarks.support.timing import seconds_per_call
 from cdm_fast.ops import backend as _backend
 from cdm_fast.ops import group_norm_silu, group_norm_silu_vjp
 from cdm_fast.ops.denoise import (

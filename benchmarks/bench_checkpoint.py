@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.cases import both_finite
+from benchmarks.support.cases import both_finite
 from cdm_fast.config import PRESETS, RunConfig
 from cdm_fast.data import ImageData, load_data
 from cdm_fast.runs.checkpoint import create_run

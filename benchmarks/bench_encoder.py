@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.cases import DTYPES, both_finite
-from benchmarks.networks import without_gradients
-from benchmarks.train_steps import autocast, gradient_step
+from benchmarks.support.cases import DTYPES, both_finite
+from benchmarks.support.networks import without_gradients
+from benchmarks.support.train_steps import autocast, gradient_step
 from cdm_fast.config import preset
 from cdm_fast.model.losses import cdm_loss, ddm_loss
 from cdm_fast.runs.build import build_model

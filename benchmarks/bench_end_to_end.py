@@ -5,8 +5,8 @@ share of the time that is not the data's. Fashion-MNIST's shape (28x28, grey) wi
 CIFAR-10's on a GPU; the images are random, their values change nothing here.
 """
 
-from benchmarks.cases import both_finite
-from benchmarks.train_steps import WholeStep
+from benchmarks.support.cases import both_finite
+from benchmarks.support.train_steps import WholeStep
 
 
 def test_images_per_second(benchmark, compare, small, device):

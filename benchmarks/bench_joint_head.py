@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.memory import peak_resident_mib
+from benchmarks.support.memory import peak_resident_mib
 from cdm_fast.config import ImageShape, NetworkConfig, RunConfig, ScheduleConfig, TrainConfig
 from cdm_fast.model.losses import Noised
 from cdm_fast.runs.build import build_model

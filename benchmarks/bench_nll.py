@@ -6,10 +6,10 @@ with dequantisation and bookkeeping. Batch 8 on CPU, 128 on a GPU.
 
 import torch
 
-from benchmarks.cases import DTYPES
-from benchmarks.limit import share
-from benchmarks.networks import without_gradients
-from benchmarks.train_steps import BATCH_SIZE, autocast
+from benchmarks.support.cases import DTYPES
+from benchmarks.support.limit import share
+from benchmarks.support.networks import without_gradients
+from benchmarks.support.train_steps import BATCH_SIZE, autocast
 from cdm_fast.data import ImageData
 from cdm_fast.likelihood import evaluate
 

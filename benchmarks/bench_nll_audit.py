@@ -7,7 +7,7 @@ probes of the divergence, the defaults of `cdm-fast nll --method ode`; both on o
 import pytest
 import torch
 
-from benchmarks.networks import without_gradients
+from benchmarks.support.networks import without_gradients
 from cdm_fast.config import preset
 from cdm_fast.data import batch_indices, dequantize, load_data
 from cdm_fast.likelihood import flow_log_prob

@@ -7,10 +7,10 @@ denoising by `autograd.grad` in fp32.
 
 import torch
 
-from benchmarks.cases import DTYPES, both_finite
-from benchmarks.limit import share
-from benchmarks.networks import CLASSES, without_gradients
-from benchmarks.train_steps import BATCH_SIZE, autocast
+from benchmarks.support.cases import DTYPES, both_finite
+from benchmarks.support.limit import share
+from benchmarks.support.networks import CLASSES, without_gradients
+from benchmarks.support.train_steps import BATCH_SIZE, autocast
 from cdm_fast.sampling import sample
 
 # Of images from untrained weights, whose eps_hat is all but s x.

@@ -1,7 +1,7 @@
 """Cost of a training step against batch size (1 to 512) and resolution (8 to 64), beside our own DDM.
 
     pytest benchmarks/bench_scaling.py --benchmark-only --benchmark-json scaling.json
-    python -m benchmarks.plot_scaling scaling.json scaling.png
+    python -m benchmarks.support.plot_scaling scaling.json scaling.png
 
 A network of two resolutions and 32 (GPU: 128) channels, in the precision that `--precision auto` picks.
 """
@@ -11,9 +11,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.cases import both_finite
-from benchmarks.limit import share
-from benchmarks.train_steps import Steps
+from benchmarks.support.cases import both_finite
+from benchmarks.support.limit import share
+from benchmarks.support.train_steps import Steps
 from cdm_fast.config import PRESETS, ImageShape
 from cdm_fast.training.tuning import pick_precision
 

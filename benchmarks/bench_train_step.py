@@ -11,9 +11,9 @@ import time
 import pytest
 import torch
 
-from benchmarks.cases import DTYPES, both_finite
-from benchmarks.limit import share
-from benchmarks.train_steps import Steps, peak_mib
+from benchmarks.support.cases import DTYPES, both_finite
+from benchmarks.support.limit import share
+from benchmarks.support.train_steps import Steps, peak_mib
 
 # Relative error of the whole gradient vector. In bf16 the trunk keeps 8 bits; on GPUs PyTorch's own choice
 # for convolutions in fp32 is TF32, which keeps 11, in the baseline too.
@@ -74,7 +74,7 @@ def test_peak_memory(benchmark, small, device, variant):
     def measure(name):
         if device.type == "cuda":
             return peak_mib(name, small, device)
-        command = [sys.executable, "-m", "benchmarks.train_steps", name, device.type]
+        command = [sys.executable, "-m", "benchmarks.support.train_steps", name, device.type]
         command += ["--small"] if small else []
         return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.environment import facts
-from benchmarks.networks import Models
-from benchmarks.timing import calls_per_round, comparison, seconds_per_call
+from benchmarks.support.environment import facts
+from benchmarks.support.networks import Models
+from benchmarks.support.timing import calls_per_round, comparison, seconds_per_call
 
 _lines: list[str] = []
 

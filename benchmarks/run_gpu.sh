@@ -9,4 +9,4 @@ set -euo pipefail
 exec < /dev/null
 out_base=$PWD
 cd "$(dirname "$0")/.."
-exec "${PYTHON:-python3}" -m benchmarks.gpu_run --relative-to "$out_base" "$@"
+exec "${PYTHON:-python3}" -m benchmarks.support.gpu_run --relative-to "$out_base" "$@"

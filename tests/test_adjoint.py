@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.plain_unet import PlainUNet, double_backward_loss
+from benchmarks.support.plain_unet import PlainUNet, double_backward_loss
 from cdm_fast import CDM, MLP, Encoder, NoiseSchedule, UNet, cdm_loss, use_backend
 from cdm_fast.nn import layers
 from cdm_fast.nn.encoder import EnergyPool

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import report
+from benchmarks.support import report
 
 CPU = {
     "device": "cpu",
@@ -122,7 +122,7 @@ def test_check_fails_on_a_stale_table_and_writes_nothing(folder, capsys):
     assert report.main(["--check"], folder) == 0
     (folder / "results" / "new.json").write_text(json.dumps(_document(CPU, **FIGURE)))
     assert report.main(["--check"], folder) == 1
-    assert "stale: run `python -m benchmarks.report`" in capsys.readouterr().err
+    assert "stale: run `python -m benchmarks.support.report`" in capsys.readouterr().err
     assert (folder / "README.md").read_text() == before
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_profile, gpu_run, gpu_stages
-from benchmarks.gpu_profile import Launch
-from benchmarks.gpu_run import Context, LeftOut, Run, Stage
+from benchmarks.support import gpu_profile, gpu_run, gpu_stages
+from benchmarks.support.gpu_profile import Launch
+from benchmarks.support.gpu_run import Context, LeftOut, Run, Stage
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks/run_gpu.sh"
 

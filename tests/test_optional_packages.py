@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 OPTIONAL = ("tyro", "rich", "PIL", "matplotlib", "sklearn", "scipy")
 COMMAND_LINE = "cdm_fast.cli"
 # The estimators derive from scikit-learn's classes.
-USE_TABLES = {"benchmarks.density_tables"}
+USE_TABLES = {"benchmarks.studies.density_tables"}
 TABLE_NAMES = ["CDMDensity", "DensityRatio", "MutualInformation", "log_density_ratio"]
 
 # feature -> (code that uses it, package that it names)

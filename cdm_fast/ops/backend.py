@@ -6,7 +6,8 @@ C++), "triton" (GPUs, or CPU tensors under Triton's interpreter). `declare` reco
 
 Attention on "triton" has two methods: "fused" is one kernel that keeps the score matrix in registers,
 "composed" the library's batched products with passes over the matrix between them. `attention_method` picks
-one by the table in attention_methods.json, which `python -m benchmarks.attention_methods` measures anew.
+one by the table in attention_methods.json, which `python -m benchmarks.support.attention_methods` measures
+anew.
 """
 
 from __future__ import annotations

@@ -388,7 +388,7 @@ def test_the_composed_limit_is_that_of_its_kernels():
 def test_the_table_is_measured_by_its_benchmark(tmp_path):
     pytest.importorskip("triton")
     table = tmp_path / "methods.json"
-    command = [sys.executable, "-m", "benchmarks.attention_methods", "--small", "--out", table]
+    command = [sys.executable, "-m", "benchmarks.support.attention_methods", "--small", "--out", table]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     root = Path(__file__).parents[2]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)

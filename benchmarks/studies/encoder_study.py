@@ -1,7 +1,7 @@
 """Encoder-only networks beside the U-Net on 8x8 digits, by the digits preset: the table of docs/measurements/encoder.md.
 
-    python -m benchmarks.encoder_study run --runs RUNS [--seed 1] [encoder unet ...]   # all, or these
-    python -m benchmarks.encoder_study show                                              # the rows so far
+    python -m benchmarks.studies.encoder_study run --runs RUNS [--seed 1] [encoder unet ...]   # all, or these
+    python -m benchmarks.studies.encoder_study show  # the rows so far
 
 A run that is missing is trained into RUNS; a row that stands in the file is not measured again. The Frechet
 distance is of features of a classifier that is trained on the same digits (`--objective classifier`): it is
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.studies import add_row, read_rows, trained
+from benchmarks.studies.rows import add_row, read_rows, trained
 from cdm_fast import CDM, load, sample
 from cdm_fast.config import RunConfig, preset
 from cdm_fast.data import ImageData
@@ -28,7 +28,7 @@ from cdm_fast.model.classifier import Classifier
 from cdm_fast.runs.build import run_data
 from cdm_fast.runs.checkpoint import read_config
 
-RESULTS = Path(__file__).parent / "results" / "encoder_study.jsonl"
+RESULTS = Path(__file__).parents[1] / "results" / "encoder_study.jsonl"
 NETWORKS: dict[str, dict[str, Any]] = {
     "unet": {},
     "encoder": {"architecture": "encoder"},

@@ -1,6 +1,6 @@
 """Times both methods of Triton's attention, and writes the table by which one of them is chosen.
 
-    python -m benchmarks.attention_methods [--out FILE] [--seconds 0.2] [--small]
+    python -m benchmarks.support.attention_methods [--out FILE] [--seconds 0.2] [--small]
 
 For every size of the table: forward, VJP and the derivative of the VJP, by "fused", by "composed" and by
 plain PyTorch with autograd through autograd. FILE is the table of the installed package unless --out says
@@ -58,7 +58,10 @@ def measure(
 
 def write(path: Path, entries: list[dict[str, object]], device: torch.device) -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    head = {"device": name, "source": f"python -m benchmarks.attention_methods, torch {torch.__version__}"}
+    head = {
+        "device": name,
+        "source": f"python -m benchmarks.support.attention_methods, torch {torch.__version__}",
+    }
     lines = ",\n    ".join(json.dumps(entry) for entry in entries)
     text = json.dumps(head, indent=2)[:-2] + f',\n  "methods": [\n    {lines}\n  ]\n}}\n'
     path.write_text(text)

@@ -1,8 +1,8 @@
 """Density estimators on 8x8 digits, same split, dequantisation and test images: bits/dim in one table.
 
-    python -m benchmarks.density_comparison run                 # mixture, kernels, spline flow
-    python -m benchmarks.density_comparison run --run RUN       # and the CDM of a run directory
-    python -m benchmarks.density_comparison show
+    python -m benchmarks.studies.density_comparison run                 # mixture, kernels, spline flow
+    python -m benchmarks.studies.density_comparison run --run RUN       # and the CDM of a run directory
+    python -m benchmarks.studies.density_comparison show
 
 Sizes (components, bandwidth, when to stop) are chosen on the validation images. The spline flow needs the
 extra `flows` (zuko). Each result is a JSON line of `--out`; those that are there already are not repeated.
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.studies import add_row, read_rows
+from benchmarks.studies.rows import add_row, read_rows
 from cdm_fast import load
 from cdm_fast.data import dequantize, load_data
 from cdm_fast.data.draws import draw_generator

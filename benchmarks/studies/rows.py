@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import facts
+from benchmarks.support.environment import facts
 from cdm_fast.config import RunConfig
 from cdm_fast.errors import UserError
 from cdm_fast.runs.checkpoint import load_checkpoint, read_config

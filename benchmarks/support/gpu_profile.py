@@ -8,7 +8,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.timing import synchronise
+from benchmarks.support.timing import synchronise
 
 MOST_ROWS = 30
 NAME_LENGTH = 100

@@ -1,11 +1,11 @@
 """What corrected samplers and compositions draw: the tables and the picture of docs/measurements/sampling.md.
 
-    python -m benchmarks.energy_tables samplers
-    python -m benchmarks.energy_tables composition
-    python -m benchmarks.energy_tables restoration
-    python -m benchmarks.energy_tables log_z
-    python -m benchmarks.energy_tables digits RUN OUT.png   # of a class-conditional run
-    python -m benchmarks.energy_tables restored RUN         # errors of restored test images
+    python -m benchmarks.studies.energy_tables samplers
+    python -m benchmarks.studies.energy_tables composition
+    python -m benchmarks.studies.energy_tables restoration
+    python -m benchmarks.studies.energy_tables log_z
+    python -m benchmarks.studies.energy_tables digits RUN OUT.png   # of a class-conditional run
+    python -m benchmarks.studies.energy_tables restored RUN         # errors of restored test images
 
 The first three print, for each target and sampler, the p-values of a two-sample test (energy distance, 499
 permutations, 500 draws on each side, three seeds) against exact draws, and the evaluations of an image.

@@ -7,7 +7,8 @@ that does not fit into what is left of the time is left out, and the record says
     results.json: {"environment": {...}, "limit_seconds", "seconds", "finished", "stages": [STAGE, ...]}
     STAGE: {"name", "status", "reason", "exit_status", "seconds", "planned_seconds", "limit_seconds",
             "command", "records", "tail"}
-    status: "running", "passed", "failed", "timed out" or "left out"; records: see `benchmarks.gpu_stages`
+    status: "running", "passed", "failed", "timed out" or "left out"; records: see
+    `benchmarks.support.gpu_stages`
 
 Exit status: 0 if every stage passed or was left out, 1 if one failed or timed out, 2 if nothing could start.
 """
@@ -27,7 +28,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LIMIT = 360.0  # seconds of the whole, unless another limit is given
 DRY_RUN_LIMIT, DRY_RUN_PATIENCE = 1200.0, 3  # on a CPU that others use too
 START_SECONDS = 120.0  # until the device answers
@@ -65,10 +66,10 @@ class Context(NamedTuple):
 
 
 def measured(name: str) -> Callable[[Context], list[str]]:
-    """The command of a stage that `benchmarks.gpu_stages` holds."""
+    """The command of a stage that `benchmarks.support.gpu_stages` holds."""
 
     def command(context: Context) -> list[str]:
-        words = [sys.executable, "-m", "benchmarks.gpu_stages", name, str(context.records)]
+        words = [sys.executable, "-m", "benchmarks.support.gpu_stages", name, str(context.records)]
         words += ["--seconds", f"{context.limit:.0f}", "--scratch", str(context.scratch)]
         return [*words, "--dry-run"] if context.dry_run else words
 
@@ -85,7 +86,7 @@ def tests(context: Context) -> list[str]:
         tests += ["-k", "linear or low_rank or bad_input or gpu"]  # what launches no kernel
     workers = min(12, os.cpu_count() or 1)
     parallel = ["-n", str(workers), "--dist", "worksteal"] if find_spec("xdist") and workers > 1 else []
-    options = ["-p", "no:cacheprovider", "-p", "benchmarks.gpu_test_records"]
+    options = ["-p", "no:cacheprovider", "-p", "benchmarks.support.gpu_test_records"]
     options += ["--records", str(context.records)]
     return [sys.executable, "-m", "pytest", *tests, *parallel, *options]
 
@@ -97,7 +98,7 @@ def memcheck(context: Context) -> list[str]:
     have to do. Without PyTorch's cache each tensor is an allocation of its own, and an access past its end is
     seen. A dry run launches the kernels of the CPU, under nothing.
     """
-    kernels = [sys.executable, "-m", "benchmarks.sanitize_kernels", "fastest", context.device]
+    kernels = [sys.executable, "-m", "benchmarks.support.sanitize_kernels", "fastest", context.device]
     if context.dry_run:
         return kernels
     tool = shutil.which("compute-sanitizer")
@@ -258,7 +259,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 def environment_of(dry_run: bool) -> dict[str, Any]:
     """Device, versions and commit, found by a process of its own: this one never holds the GPU."""
     program = (
-        "import json, sys, torch; from benchmarks.environment import facts\n"
+        "import json, sys, torch; from benchmarks.support.environment import facts\n"
         "device = sys.argv[1]\n"
         "if device == 'cuda' and not torch.cuda.is_available(): raise SystemExit(3)\n"
         "found = facts(device)\n"

@@ -1,9 +1,10 @@
 """What gives the lowest *audited* bits/dim on 8x8 digits for one training budget, the digits preset's steps.
 
-    python -m benchmarks.likelihood_study run             # every configuration that has no row yet
-    python -m benchmarks.likelihood_study run base ot     # these
-    python -m benchmarks.likelihood_study show            # the rows so far, as a Markdown table
-    python -m benchmarks.likelihood_study dropout RUN     # ratio check of a run with and without its dropout
+    python -m benchmarks.studies.likelihood_study run             # every configuration that has no row yet
+    python -m benchmarks.studies.likelihood_study run base ot     # these
+    python -m benchmarks.studies.likelihood_study show            # the rows so far, as a Markdown table
+    python -m benchmarks.studies.likelihood_study dropout RUN  # ratio check of a run with and without its
+        dropout
 
 Every configuration appends one JSON line to `--out`. Choices look at the validation images; the test images
 are there for the last line. `--log-z` adds the cheap setting of log Z, which takes longest.
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.studies import add_row, read_rows
+from benchmarks.studies.rows import add_row, read_rows
 from cdm_fast import CDM
 from cdm_fast.config import RunConfig, preset
 from cdm_fast.data import ImageData

@@ -1,6 +1,6 @@
 """Launches every CUDA kernel and every Triton kernel once at small odd shapes, for compute-sanitizer.
 
-compute-sanitizer --tool memcheck|racecheck python -m benchmarks.sanitize_kernels BACKEND [DEVICE]
+compute-sanitizer --tool memcheck|racecheck python -m benchmarks.support.sanitize_kernels BACKEND [DEVICE]
 
 BACKEND "fastest" is the first of cuda, triton (on a GPU) or cpp, reference (on the CPU) that works here.
 """

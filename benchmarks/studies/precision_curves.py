@@ -1,6 +1,7 @@
 """Do bf16 and fp32 train alike? The first steps of one run in both, on real images, and a second fp32 run.
 
-    python -m benchmarks.precision_curves [--preset digits] [--data SOURCE] [--steps 200] [--out curves.png]
+    python -m benchmarks.studies.precision_curves [--preset digits] [--data SOURCE] [--steps 200] [--out
+        curves.png]
 
 The two precisions see the same batches, noise and dropout; the second fp32 run has another seed, so its
 distance to the first is the noise that the distance of bf16 is to be held against. Prints one JSON object:
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.environment import facts
+from benchmarks.support.environment import facts
 from cdm_fast.config import RunConfig, preset
 from cdm_fast.host.device import pick_device
 from cdm_fast.host.optional import need
@@ -45,7 +46,7 @@ def losses(config: RunConfig, steps: int, device: torch.device) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.precision_curves")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.precision_curves")
     parser.add_argument("--preset", default="digits")
     parser.add_argument("--data", default=None)
     parser.add_argument("--steps", type=int, default=200)

@@ -1,6 +1,6 @@
 """A pytest plugin for `run_gpu.sh`: each failure, as it happens, and the counts, as records.
 
-pytest -p benchmarks.gpu_test_records --records FILE
+pytest -p benchmarks.support.gpu_test_records --records FILE
 """
 
 import json

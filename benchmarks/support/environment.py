@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def facts(device: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.plain_unet import PlainUNet
+from benchmarks.support.plain_unet import PlainUNet
 
 CHANNELS, SIZE, ROUNDS = 256, 32, 7
 

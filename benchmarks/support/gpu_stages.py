@@ -1,6 +1,6 @@
 """What `run_gpu.sh` measures, one stage a process.
 
-    python -m benchmarks.gpu_stages STAGE RECORDS [--seconds S] [--scratch FOLDER] [--dry-run]
+    python -m benchmarks.support.gpu_stages STAGE RECORDS [--seconds S] [--scratch FOLDER] [--dry-run]
 
 A record is a JSON object on a line of RECORDS, written as soon as it is there. One measurement has the keys
 
@@ -35,11 +35,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import bench_attention, bench_bandwidth, gpu_profile
-from benchmarks.environment import ROOT
-from benchmarks.networks import Models, without_gradients
-from benchmarks.timing import in_turns, synchronise, timed
-from benchmarks.train_steps import BATCH_SIZE, Steps, WholeStep, autocast
+from benchmarks import bench_attention, bench_bandwidth
+from benchmarks.support import gpu_profile
+from benchmarks.support.environment import ROOT
+from benchmarks.support.networks import Models, without_gradients
+from benchmarks.support.timing import in_turns, synchronise, timed
+from benchmarks.support.train_steps import BATCH_SIZE, Steps, WholeStep, autocast
 from cdm_fast.config import PRESETS
 from cdm_fast.data import ImageData
 from cdm_fast.likelihood import evaluate
@@ -418,7 +419,7 @@ STAGES: dict[str, Callable[[Bench], None]] = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one stage. Exit status: 1 if a part of it failed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_stages")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.support.gpu_stages")
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("records", type=Path)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="how long it may take")

@@ -1,7 +1,7 @@
 """The one table of benchmarks/README.md, made from benchmarks/results/*.json.
 
-    python -m benchmarks.report           # writes the table
-    python -m benchmarks.report --check   # fails if it is not what the results give
+    python -m benchmarks.support.report           # writes the table
+    python -m benchmarks.support.report --check   # fails if it is not what the results give
 
 A result is the JSON of `pytest benchmarks/ --benchmark-only --benchmark-json FILE`, or the results.json of
 `run_gpu.sh`, whose profile, training and failures are told in lines below the table.
@@ -15,9 +15,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[1]
 IN_A_PICTURE = ("scaling",)  # benchmarks whose figures are drawn instead: one row each would hide the others
-BEGIN, END = "<!-- table: python -m benchmarks.report -->", "<!-- end of table -->"
+BEGIN, END = "<!-- table: python -m benchmarks.support.report -->", "<!-- end of table -->"
 COLUMNS = ("benchmark", "case", "shape", "ms", "baseline ms", "ratio", "of limit", "peak MiB", "run")
 NOTHING = "—"
 
@@ -205,7 +205,7 @@ def with_table(page: str, content: str) -> str:
 
 def main(arguments: list[str] | None = None, folder: Path = FOLDER) -> int:
     """Writes or checks the table in `folder`. Exit status: 0, 1 for a stale table, 2 for bad results."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="README's table")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.support.report", description="README's table")
     parser.add_argument("--check", action="store_true", help="write nothing, fail if the table is stale")
     options = parser.parse_args(arguments)
     readme = folder / "README.md"
@@ -214,11 +214,11 @@ def main(arguments: list[str] | None = None, folder: Path = FOLDER) -> int:
         runs = [read(path) for path in sorted((folder / "results").glob("*.json"))]
         new = with_table(page, table(runs))
     except BadResult as error:
-        print(f"benchmarks.report: error: {error}", file=sys.stderr)
+        print(f"benchmarks.support.report: error: {error}", file=sys.stderr)
         return 2
     if options.check:
         if new != page:
-            print("benchmarks/README.md is stale: run `python -m benchmarks.report`", file=sys.stderr)
+            print("benchmarks/README.md is stale: run `python -m benchmarks.support.report`", file=sys.stderr)
         return int(new != page)
     readme.write_text(new)
     return 0

@@ -1,8 +1,8 @@
 """How near the estimators of `cdm_fast.tables` come to closed forms: one command per table.
 
-    python -m benchmarks.density_tables mixtures
-    python -m benchmarks.density_tables mutual-information
-    python -m benchmarks.density_tables show            # the tables of what has been run so far, as Markdown
+    python -m benchmarks.studies.density_tables mixtures
+    python -m benchmarks.studies.density_tables mutual-information
+    python -m benchmarks.studies.density_tables show  # the tables of what has been run so far, as Markdown
 
 Every run appends one JSON line to `--out`; runs that are there already are not repeated. `--dims`, `--seeds`,
 `--references` and `--columns` choose some of them. Seconds are those of `fit` with `--threads` threads,
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.studies import add_row, read_rows
+from benchmarks.studies.rows import add_row, read_rows
 from cdm_fast.host.optional import need
 from cdm_fast.likelihood import flow_log_prob
 from cdm_fast.tables import CDMDensity, MutualInformation

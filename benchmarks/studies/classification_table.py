@@ -1,9 +1,10 @@
 """The table of docs/measurements/classification.md: one data set, five ways to classify it, and what each withstands.
 
-    python -m benchmarks.classification_table digits --runs RUNS [--kinds joint] [--seeds 0 1] [--only pgd]
-    python -m benchmarks.classification_table fashion-mnist --source DIR --kinds ddm --steps 1500
-    python -m benchmarks.classification_table svm                  # RBF SVM on the same splits of digits
-    python -m benchmarks.classification_table show                 # results/classification.jsonl as tables
+    python -m benchmarks.studies.classification_table digits --runs RUNS [--kinds joint] [--seeds 0 1]
+        [--only pgd]
+    python -m benchmarks.studies.classification_table fashion-mnist --source DIR --kinds ddm --steps 1500
+    python -m benchmarks.studies.classification_table svm  # RBF SVM on the same splits of digits
+    python -m benchmarks.studies.classification_table show  # results/classification.jsonl as tables
 
 A run that is missing or unfinished is trained into RUNS/DATA-KIND-SEED by the preset, with `--architecture`,
 `--source` and `--steps` in place of its own; a row that stands in the file is not measured again. Each row
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.studies import add_row, read_rows, trained
+from benchmarks.studies.rows import add_row, read_rows, trained
 from cdm_fast import load
 from cdm_fast.config import RunConfig, preset
 from cdm_fast.data import ImageData, load_data
@@ -36,7 +37,7 @@ from cdm_fast.runs.build import class_prior, run_data
 from cdm_fast.runs.checkpoint import load_checkpoint, read_config
 
 Figures = Callable[[], dict[str, Any]]
-RESULTS = Path(__file__).parent / "results" / "classification.jsonl"
+RESULTS = Path(__file__).parents[1] / "results" / "classification.jsonl"
 KINDS = ("joint", "unconditional", "embedding", "ddm", "discriminative")
 # Methods that a run is scored by, its own first.
 METHODS: dict[str, tuple[str, ...]] = {
@@ -219,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.what == "show":
         print(show())
         return
-    program = f"python -m benchmarks.classification_table {options.what}"
+    program = f"python -m benchmarks.studies.classification_table {options.what}"
     for seed in options.seeds:
         if options.what == "svm":
             rows: list[tuple[str, Figures]] = [("svm", partial(support_vectors, seed))]

@@ -1,12 +1,12 @@
 """Draws what `bench_scaling.py` measured: images per second, and the share of the convolution rate.
 
-python -m benchmarks.plot_scaling RESULT.json PICTURE.png
+python -m benchmarks.support.plot_scaling RESULT.json PICTURE.png
 """
 
 import sys
 from pathlib import Path
 
-from benchmarks.report import BadResult, read
+from benchmarks.support.report import BadResult, read
 from cdm_fast.host.optional import need
 
 
@@ -48,4 +48,4 @@ if __name__ == "__main__":
     try:
         draw(Path(sys.argv[1]), Path(sys.argv[2]))
     except (BadResult, IndexError) as error:
-        sys.exit(f"benchmarks.plot_scaling: error: {error}; usage: RESULT.json PICTURE.png")
+        sys.exit(f"benchmarks.support.plot_scaling: error: {error}; usage: RESULT.json PICTURE.png")

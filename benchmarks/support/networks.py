@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.plain_unet import PlainUNet
-from benchmarks.train_steps import CIFAR10, SMALL
+from benchmarks.support.plain_unet import PlainUNet
+from benchmarks.support.train_steps import CIFAR10, SMALL
 from cdm_fast import CDM, DDM, NoiseSchedule, UNet, UNetDenoiser
 from cdm_fast.model import Denoiser
 

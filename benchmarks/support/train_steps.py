@@ -2,7 +2,7 @@
 
 Run as a program, it measures one step's peak memory in a process of its own:
 
-    python -m benchmarks.train_steps VARIANT cpu|cuda [--small]
+    python -m benchmarks.support.train_steps VARIANT cpu|cuda [--small]
 """
 
 import sys
@@ -13,8 +13,8 @@ from itertools import count
 import torch
 from torch import Tensor, nn
 
-from benchmarks.memory import peak_resident_mib
-from benchmarks.plain_unet import PlainUNet, double_backward_loss
+from benchmarks.support.memory import peak_resident_mib
+from benchmarks.support.plain_unet import PlainUNet, double_backward_loss
 from cdm_fast import CDM, DDM, NoiseSchedule, UNet, UNetDenoiser, cdm_loss, ddm_loss
 from cdm_fast.config import PRESETS, Compile, ImageShape, Precision, RunConfig
 from cdm_fast.data import ImageData
