@@ -1,7 +1,8 @@
 """Triton kernels of GroupNorm + SiLU + dropout for channels-last images, a group split over programs.
 
-`cdm_fast/ops/group_norm_silu.py` is the specification, docs/explanation/group_norm_silu.md derives the formulas. Each of
-the three functions launches three kernels: sums over a chunk of pixels, channel by channel; their combination
+`cdm_fast/ops/group_norm_silu.py` is the specification; docs/explanation/group_norm_silu.md derives it.
+Each of the three functions launches three kernels: sums over a chunk of pixels, channel by channel; their
+combination
 into what a group's elements need; the result, element by element. A program's tile is pixels by neighbouring
 channels, whatever groups these belong to: it reads whole lines, and no lane idles for the size of a group.
 

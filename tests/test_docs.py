@@ -32,7 +32,7 @@ def blocks(page: Path) -> list[Token]:
 
 
 def command_lines(page: Path) -> list[str]:
-    """The lines of the page's code blocks that call cdm-fast, without comments, prompts and paths before it."""
+    """The lines of the page's code blocks that call cdm-fast, without comments and what stands before it."""
     found = []
     for token in blocks(page):
         for line in token.content.replace("\\\n", " ").splitlines():

@@ -1,4 +1,4 @@
-"""The table of docs/measurements/classification.md: one data set, five ways to classify it, and what each withstands.
+"""Five ways to classify one data set, and what each withstands: docs/measurements/classification.md.
 
     python -m benchmarks.studies.classification_table digits --runs RUNS [--kinds joint] [--seeds 0 1]
         [--only pgd]

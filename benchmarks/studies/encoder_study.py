@@ -1,4 +1,4 @@
-"""Encoder-only networks beside the U-Net on 8x8 digits, by the digits preset: the table of docs/measurements/encoder.md.
+"""Encoder-only networks beside the U-Net on 8x8 digits: the table of docs/measurements/encoder.md.
 
     python -m benchmarks.studies.encoder_study run --runs RUNS [--seed 1] [encoder unet ...]   # all, or these
     python -m benchmarks.studies.encoder_study show  # the rows so far

@@ -5,7 +5,8 @@ every level. It reads eps_hat and its divergence only: its figure shares the net
 not the normalisation, for any velocity field whatever transports a normalised density.
 
 In `u = x_t / r`, `r = sqrt(a^2 + s^2)`, every schedule is variance-preserving, and `alpha = a/r`,
-`zeta = s/r` are functions of the log-SNR `l` alone. Three stretches (derivations in docs/explanation/likelihood.md):
+`zeta = s/r` are functions of the log-SNR `l` alone. Three stretches,
+derived in docs/explanation/likelihood.md:
 
 - levels t..T: `du/dl = (zeta/2) (zeta u - eps_hat)`, eps_hat interpolated linearly in l between levels;
 - from T to pure noise: x0_hat goes linearly in alpha to the mean of the data, its value at u = 0;

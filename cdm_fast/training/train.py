@@ -13,7 +13,6 @@ from cdm_fast.config.choices import Parallel
 from cdm_fast.config.json import differences
 from cdm_fast.data import ImageData
 from cdm_fast.errors import UserError
-from cdm_fast.finetune import begin_from_run
 from cdm_fast.host.device import pick_device
 from cdm_fast.host.distributed import from_main, lost_another
 from cdm_fast.host.files import alone_in
@@ -28,6 +27,7 @@ from cdm_fast.runs.checkpoint import (
     write_config,
 )
 from cdm_fast.training.display import Display
+from cdm_fast.training.finetune import begin_from_run
 from cdm_fast.training.log import open_sinks, require_extras
 from cdm_fast.training.loop import SavesCheckpoints, Session, train_steps
 from cdm_fast.training.prepare import check_parallel, data_digest, on_device, own_randomness, resolve

@@ -1,6 +1,6 @@
 """Draws the picture of the README: samples of each class beside log p(x | c) of test images.
 
-    python docs/examples/samples_and_likelihoods.py runs/digits-encoder docs/pictures/samples_and_likelihoods.png
+    python docs/examples/samples_and_likelihoods.py RUN docs/pictures/samples_and_likelihoods.png
 
 Without arguments it trains the digits preset first, for `STEPS` steps, into a temporary folder.
 """
