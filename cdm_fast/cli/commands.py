@@ -1,8 +1,7 @@
 """The commands by name: runs the one that was parsed."""
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from cdm_fast.cli import arguments
 from cdm_fast.cli.classify import classify_command
@@ -13,15 +12,9 @@ from cdm_fast.cli.sample import sample_command
 from cdm_fast.cli.score import score_command
 from cdm_fast.cli.tools import convert_command, doctor_command, plot_command, replay_command
 from cdm_fast.cli.train import train_command
-from cdm_fast.config import RunConfig
 from cdm_fast.errors import UserError
-from cdm_fast.host.device import pick_device
 from cdm_fast.host.distributed import joined
 from cdm_fast.host.processes import launched
-from cdm_fast.interop.source import is_foreign, open_foreign, output_folder
-from cdm_fast.model import Denoiser
-from cdm_fast.runs.checkpoint import read_config
-from cdm_fast.runs.load import load
 
 
 def run(command: arguments.Command) -> Outcome:
@@ -35,33 +28,6 @@ def run(command: arguments.Command) -> Outcome:
     if launched() is not None:
         raise UserError(f"{type(command).__name__.lower()} is the work of one process; leave torchrun out")
     return _COMMANDS[type(command)](command)
-
-
-class Opened(NamedTuple):
-    """What a command's `run` names: a model, its config, and the folder for pictures."""
-
-    model: Denoiser
-    config: RunConfig
-    folder: Path
-
-
-def _open(run: Path, device: str) -> Opened:
-    """A run's model, or another program's, on the device."""
-    if is_foreign(run):
-        model, config = open_foreign(run)
-        return Opened(model.to(pick_device(device)), config, output_folder(run))
-    config = read_config(run)
-    return Opened(load(run).to(pick_device(device)), config, run)
-
-
-UNTRAINED_NULL = (
-    "this run was trained without label dropout, as the paper's public code trains, so its figures without a"
-    " label, and guidance, are those of a class that it never saw"
-)
-
-
-def _null_is_untrained(config: RunConfig) -> bool:
-    return config.network.conditioning == "embedding" and config.train.label_dropout == 0
 
 
 _COMMANDS: dict[type, Callable[[Any], Outcome]] = {

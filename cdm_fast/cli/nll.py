@@ -9,9 +9,14 @@ from torch import Tensor
 
 from cdm_fast.cli import arguments
 from cdm_fast.cli.arguments import Nll
-from cdm_fast.cli.commands import UNTRAINED_NULL, _null_is_untrained, _open
-from cdm_fast.cli.describe import describe_audit, describe_elbo, describe_ode, describe_score
-from cdm_fast.cli.outcome import Outcome, Scored, require_fit
+from cdm_fast.cli.describe import (
+    describe_audit,
+    describe_denoiser_audit,
+    describe_elbo,
+    describe_ode,
+    describe_score,
+)
+from cdm_fast.cli.outcome import UNTRAINED_NULL, Outcome, Scored, null_is_untrained, open_model, require_fit
 from cdm_fast.cli.per_image import check_name, write_per_image
 from cdm_fast.config import RunConfig
 from cdm_fast.data import ImageData
@@ -24,7 +29,6 @@ from cdm_fast.likelihood import (
     LikelihoodReport,
     audit,
     audit_denoiser,
-    describe_denoiser_audit,
     evaluate,
     evaluate_elbo,
     evaluate_ode,
@@ -178,7 +182,7 @@ _METHODS: dict[str, Callable[[Nll, Any, ImageData], Scored]] = {
 def nll_command(command: arguments.Nll) -> Outcome:
     """`cdm-fast nll`."""
     require_data(command.run, command.data)
-    foreign = _open(command.run, command.device) if is_foreign(command.run) else None
+    foreign = open_model(command.run, command.device) if is_foreign(command.run) else None
     config = read_config(command.run) if foreign is None else foreign.config
     if command.pixels is not None:
         config = replace(config, data=replace(config.data, pixels=command.pixels))
@@ -223,7 +227,7 @@ def _given(
 ) -> tuple[arguments.Nll, list[str]]:
     """The command with `given` resolved, and what has to be told of the choice."""
     conditional = config.network.conditioning == "embedding"
-    untrained = _null_is_untrained(config)
+    untrained = null_is_untrained(config)
     if isinstance(model, Foreign):
         untrained = conditional and model.null_label is None
     given = command.given

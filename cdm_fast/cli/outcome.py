@@ -8,13 +8,12 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor
 
 from cdm_fast.cli import arguments
-from cdm_fast.cli.commands import _open
 from cdm_fast.cli.per_image import check_name, write_per_image
 from cdm_fast.config import RunConfig
 from cdm_fast.data import ImageData
 from cdm_fast.errors import UserError
 from cdm_fast.host.device import pick_device
-from cdm_fast.interop.source import is_foreign, require_data
+from cdm_fast.interop.source import is_foreign, open_foreign, output_folder, require_data
 from cdm_fast.model import CDM, DDM, Denoiser
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.runs.build import run_data
@@ -27,6 +26,34 @@ class Outcome(NamedTuple):
 
     result: dict[str, Any]
     lines: list[str]
+
+
+class Opened(NamedTuple):
+    """What a command's `run` names: a model, its config, and the folder for pictures."""
+
+    model: Denoiser
+    config: RunConfig
+    folder: Path
+
+
+def open_model(run: Path, device: str) -> Opened:
+    """A run's model, or another program's, on the device."""
+    if is_foreign(run):
+        model, config = open_foreign(run)
+        return Opened(model.to(pick_device(device)), config, output_folder(run))
+    config = read_config(run)
+    return Opened(load(run).to(pick_device(device)), config, run)
+
+
+UNTRAINED_NULL = (
+    "this run was trained without label dropout, as the paper's public code trains, so its figures without a"
+    " label, and guidance, are those of a class that it never saw"
+)
+
+
+def null_is_untrained(config: RunConfig) -> bool:
+    """Whether the run's class embedding has a row for no class that training never used."""
+    return config.network.conditioning == "embedding" and config.train.label_dropout == 0
 
 
 def load_on(run: Path, device: str) -> CDM | DDM | Classifier:
@@ -46,7 +73,7 @@ def scored_by(
         if not isinstance(command, arguments.Classify):
             raise UserError(f"{command.run} only denoises, and score reads one-pass likelihoods; give a run")
         require_data(command.run, command.data)
-        foreign = _open(command.run, command.device)
+        foreign = open_model(command.run, command.device)
     config = read_config(command.run) if foreign is None else foreign.config
     if command.batch_size < 1:
         raise UserError(f"--batch-size is {command.batch_size}; give 1 or more")

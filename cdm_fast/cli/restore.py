@@ -12,8 +12,7 @@ from torch import Tensor
 
 from cdm_fast.cli import arguments
 from cdm_fast.cli.arguments import Restore
-from cdm_fast.cli.commands import _open
-from cdm_fast.cli.outcome import Outcome
+from cdm_fast.cli.outcome import Outcome, open_model
 from cdm_fast.config import RunConfig
 from cdm_fast.data import read_image, write_image
 from cdm_fast.data.pixels import displayable, from_display
@@ -118,7 +117,7 @@ def denoise_command(command: arguments.Denoise) -> Outcome:
     """`cdm-fast denoise`."""
     if not command.images:
         raise UserError("no image to denoise; name one or more image files after the run directory")
-    model, config, place = _open(command.run, command.device)
+    model, config, place = open_model(command.run, command.device)
     folder = command.out or place / "denoised"
     targets = [folder / f"{path.stem}.png" for path in command.images]
     if len(set(targets)) < len(targets):

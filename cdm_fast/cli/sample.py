@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from cdm_fast.cli import arguments
-from cdm_fast.cli.commands import UNTRAINED_NULL, _null_is_untrained, _open
-from cdm_fast.cli.outcome import Outcome, load_on
+from cdm_fast.cli.outcome import UNTRAINED_NULL, Outcome, load_on, null_is_untrained, open_model
 from cdm_fast.config import RunConfig
 from cdm_fast.data import quantize
 from cdm_fast.data.pixels import displayable
@@ -37,7 +36,7 @@ def sample_command(command: arguments.Sample) -> Outcome:
     if command.num < 1:
         raise UserError(f"--num is {command.num}; give 1 or more")
     name = f"samples-{command.sampler}-{command.steps}-{command.seed}.png"
-    foreign = _open(command.run, command.device) if is_foreign(command.run) else None
+    foreign = open_model(command.run, command.device) if is_foreign(command.run) else None
     config = read_config(command.run) if foreign is None else foreign.config
     out = command.out or (command.run if foreign is None else foreign.folder) / name
     if out.suffix not in (".png", ".npz"):
@@ -79,7 +78,7 @@ def sample_command(command: arguments.Sample) -> Outcome:
         "images_per_second": len(shares) * command.num / seconds,
     }
     lines = [f"{len(shares) * command.num} images in {out}, drawn in {seconds:.1f} s"]
-    if command.guidance and foreign is None and _null_is_untrained(config):
+    if command.guidance and foreign is None and null_is_untrained(config):
         lines.append(UNTRAINED_NULL)
     if log.moved:
         found = {"moves": command.moves, **log.to_json()}

@@ -4,7 +4,6 @@
 denoiser alone, and `measure_log_z` integrates the single-pass density. `audit` puts them side by side.
 """
 
-from cdm_fast.cli.describe import describe_denoiser_audit
 from cdm_fast.likelihood.audits import (
     AuditReport,
     DenoiserAudit,
@@ -48,7 +47,6 @@ __all__ = [
     "audit_denoiser",
     "calibrate_sigma",
     "denoise_blind",
-    "describe_denoiser_audit",
     "estimate_level",
     "evaluate",
     "evaluate_elbo",
