@@ -5,13 +5,18 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from cdm_fast.cli.entry import parse
+from cdm_fast import load
+from cdm_fast.cli import entry
+from cdm_fast.config import RunConfig, preset
+from cdm_fast.training.train import train
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*/*.md"), ROOT / "benchmarks/README.md"])
@@ -56,11 +61,33 @@ def test_script_runs(script, tmp_path):
     assert done.stdout
 
 
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with a run of two steps where `cdm-fast train` would put it."""
+    folder = tmp_path_factory.mktemp("workplace")
+    config = preset("digits-encoder")
+    output = replace(config.output, evaluate_every=0, num_samples=10, sampling_steps=2)
+    train(
+        replace(config, train=replace(config.train, steps=2), output=output), folder / "runs/digits-encoder"
+    )
+    return folder
+
+
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=name)
-def test_python_blocks_run(page, tmp_path, monkeypatch):
-    """The blocks of one page run in order and share their names."""
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {"__name__": "__main__"}
+def test_python_blocks_run(page, workplace, monkeypatch):
+    """The blocks of one page run in order, share their names, and find what a reader brings."""
+    monkeypatch.chdir(workplace)
+    model = load("runs/digits-encoder")
+    image = torch.rand(1, 8, 8) * 2 - 1
+    names: dict[str, object] = {
+        "__name__": "__main__",
+        "torch": torch,
+        "model": model,
+        "network": lambda y, sigma: y / (1 + sigma**2),  # of N(0, I) data
+        "x": image[None],
+        "image": image,
+        "known": image > 0,
+    }
     for token in blocks(page):
         if token.info == "python":
             exec(compile(token.content, name(page), "exec"), names)
@@ -69,8 +96,9 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("page", "line"), COMMANDS, ids=lambda value: str(value)[-60:])
 def test_command_line_parses(page, line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cdm_fast.runs.checkpoint.read_config", lambda run: RunConfig())
     words = [PLACEHOLDERS.get(word, word) for word in shlex.split(line.replace("[", "").replace("]", ""))]
-    parse(words)
+    entry.parse(words)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
