@@ -9,14 +9,15 @@ import pytest
 import torch
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
+from cdm_fast.constants import fit_constants
 from cdm_fast.model import CDM
 from cdm_fast.nn import MLP
-from cdm_fast.tables.columns import even_in_log_noise, fit_constants, measure, normal_scores
-from cdm_fast.tables.ratio import CDMDensity, DensityRatio, MutualInformation, log_density_ratio
+from cdm_fast.tables import CDMDensity, DensityRatio, MutualInformation, log_density_ratio
+from cdm_fast.tables.columns import even_in_log_noise, measure, normal_scores
 
-SMALL = {"max_steps": 3, "hidden": 8, "depth": 1, "num_levels": 6, "batch_size": 16}
+SMALL = {"max_iter": 3, "hidden": 8, "depth": 1, "num_levels": 6, "batch_size": 16}
 QUICK = {
-    "max_steps": 400,
+    "max_iter": 400,
     "hidden": 32,
     "depth": 1,
     "num_levels": 16,
@@ -54,7 +55,7 @@ def test_density_integrates_to_one():
     """Two far clusters on the line, which no Gaussian fits; Riemann sum over the line."""
     rng = np.random.default_rng(0)
     x = np.where(rng.random(4000) < 0.3, -2.0, 1.0) + 0.3 * rng.normal(size=4000)
-    density = CDMDensity(**{**QUICK, "max_steps": 700}).fit(x[:, None])
+    density = CDMDensity(**{**QUICK, "max_iter": 700}).fit(x[:, None])
     grid = np.linspace(-6, 6, 2001)
     values = np.exp(density.score_samples(grid[:, None]))
     assert values.sum() * (grid[1] - grid[0]) == pytest.approx(1, abs=0.1)
@@ -153,7 +154,7 @@ def test_mutual_information_with_a_discrete_variable():
     bells = np.exp(-0.5 * ((grid[:, None] - [0, 1]) / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
     density = bells.mean(1)
     exact = -(density * np.log(density)).sum() * 1e-3 - math.log(sigma * math.sqrt(2 * math.pi * math.e))
-    more = {**QUICK, "hidden": 64, "depth": 2, "max_steps": 1000, "learning_rate": 5e-3}
+    more = {**QUICK, "hidden": 64, "depth": 2, "max_iter": 1000, "learning_rate": 5e-3}
     assert MutualInformation(**more).fit(x, y).mutual_information_ == pytest.approx(exact, abs=0.06)
 
 
@@ -177,7 +178,7 @@ def test_a_seed_fixes_the_result_and_nothing_is_printed(capsys):
     np.testing.assert_array_equal(fits[0].sample(3), fits[1].sample(3))
     assert (fits[0].sample(3, random_state=1) != fits[0].sample(3)).any()
     assert capsys.readouterr() == ("", "")
-    CDMDensity(**{**SMALL, "max_steps": 20}, verbose=1).fit(x)
+    CDMDensity(**{**SMALL, "max_iter": 20}, verbose=1).fit(x)
     assert capsys.readouterr().err.count("\n") == 10
 
 
@@ -219,7 +220,7 @@ X = RNG.normal(size=(60, 3))
             "column 3 of X repeats values",
         ),
         (lambda: CDMDensity().fit(np.where(X > 2, np.nan, X)), "NaN"),
-        (lambda: CDMDensity(max_steps=0).fit(X), "max_steps is 0"),
+        (lambda: CDMDensity(max_iter=0).fit(X), "max_iter is 0"),
         (lambda: CDMDensity(smallest_noise=1.0).fit(X), "smallest_noise is 1.0"),
         (lambda: CDMDensity(**SMALL).fit(X).sample(0), "n_samples is 0"),
         (lambda: DensityRatio().fit(X, np.arange(60) % 3), "y holds 3 classes"),
@@ -227,7 +228,7 @@ X = RNG.normal(size=(60, 3))
         (lambda: log_density_ratio(X, X[:, :2]), "X_numerator has 3 columns and X_denominator 2"),
         (lambda: MutualInformation().fit(X, np.ones(60)), "column 0 of y is constant"),
         (lambda: MutualInformation().fit(X, X[:50]), "inconsistent numbers of samples"),
-        (lambda: MutualInformation(test_share=1.0).fit(X, X), "test_share is 1.0"),
+        (lambda: MutualInformation(test_size=1.0).fit(X, X), "test_size is 1.0"),
         (lambda: MutualInformation(reference="none").fit(X, X), "unknown reference"),
     ],
 )
