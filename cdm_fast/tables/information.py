@@ -104,8 +104,7 @@ class MutualInformation(TableEstimator):
             that it is not negative.
         estimate_: nats, unclipped.
         confidence_interval_: (low, high) in nats, from the mean over rows kept out to that over training
-        rows,
-            each widened by the chance of the sample, the upper one also by what the last half of the
+            rows, each widened by the chance of the sample, the upper one also by what the last half of the
             training still gained.
         held_out_, trained_: the two means, nats.
         mean_ratio_: mean of the ratio over shuffled rows; 1 for the true ratio.
@@ -259,6 +258,7 @@ class MutualInformation(TableEstimator):
         return tags
 
 
+@torch.inference_mode(False)
 def _score_fold(
     scores: Tensor,
     width: int,
