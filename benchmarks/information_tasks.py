@@ -2,7 +2,7 @@
 
     python -m benchmarks.information_tasks --samples DIR --rows 1000
 
-benchmark-mi 0.1.3 needs an old jax, so its samples are made apart (in an environment of its own, with jax 0.4.20):
+benchmark-mi 0.1.3 needs an old jax (0.4.20), so its samples are made in an environment of their own:
 
     from bmi.benchmark import BENCHMARK_TASKS
     for name, task in BENCHMARK_TASKS.items():
@@ -55,8 +55,8 @@ def main() -> None:
         errors.append(error)
         holds.append(held)
     print(
-        f"\nMean absolute error {np.mean(errors):.3f} nats, worst {max(errors):.2f}; the interval holds the truth"
-        f" on {sum(holds)} of {len(holds)}."
+        f"\nMean absolute error {np.mean(errors):.3f} nats, worst {max(errors):.2f};"
+        f" the interval holds the truth on {sum(holds)} of {len(holds)}."
     )
 
 
