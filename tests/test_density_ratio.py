@@ -7,17 +7,26 @@ import sys
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_iris, load_wine
 from sklearn.utils.estimator_checks import parametrize_with_checks
+from sklearn.utils.parallel import Parallel, delayed
 
 from cdm_fast.model import CDM
+from cdm_fast.model.constants import fit_constants
 from cdm_fast.model.schedule import even_in_log_noise
 from cdm_fast.nn import MLP
-from cdm_fast.tables.columns import fit_constants, measure, normal_scores
-from cdm_fast.tables.ratio import CDMDensity, DensityRatio, MutualInformation, log_density_ratio
+from cdm_fast.tables import (
+    CDMDensity,
+    DensityRatio,
+    MutualInformation,
+    effective_sample_size,
+    log_density_ratio,
+)
+from cdm_fast.tables.columns import measure, normal_scores
 
-SMALL = {"max_steps": 3, "hidden": 8, "depth": 1, "num_levels": 6, "batch_size": 16}
+SMALL = {"max_iter": 3, "hidden": 8, "depth": 1, "num_levels": 6, "batch_size": 16, "cv": 2}
 QUICK = {
-    "max_steps": 400,
+    "max_iter": 400,
     "hidden": 32,
     "depth": 1,
     "num_levels": 16,
@@ -55,7 +64,7 @@ def test_density_integrates_to_one():
     """Two far clusters on the line, which no Gaussian fits; Riemann sum over the line."""
     rng = np.random.default_rng(0)
     x = np.where(rng.random(4000) < 0.3, -2.0, 1.0) + 0.3 * rng.normal(size=4000)
-    density = CDMDensity(**{**QUICK, "max_steps": 700}).fit(x[:, None])
+    density = CDMDensity(**{**QUICK, "max_iter": 700}).fit(x[:, None])
     grid = np.linspace(-6, 6, 2001)
     values = np.exp(density.score_samples(grid[:, None]))
     assert values.sum() * (grid[1] - grid[0]) == pytest.approx(1, abs=0.1)
@@ -134,7 +143,7 @@ def test_mutual_information_of_correlated_normals(reference):
     exact = -math.log(1 - 0.8**2)  # of two pairs, each -log(1 - rho^2)/2
     assert found.mutual_information_ == pytest.approx(exact, abs=0.1)
     low, high = found.confidence_interval_
-    spread = math.sqrt(2 * 0.8**2 / 1600)  # variance rho^2 a pair, over the rows kept out
+    spread = math.sqrt(2 * 0.8**2 / 8000)  # variance rho^2 a pair, over all rows: each is kept out once
     assert low < found.mutual_information_ < high
     assert high - low == pytest.approx(2 * 1.96 * spread, rel=0.2)
 
@@ -154,7 +163,7 @@ def test_mutual_information_with_a_discrete_variable():
     bells = np.exp(-0.5 * ((grid[:, None] - [0, 1]) / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
     density = bells.mean(1)
     exact = -(density * np.log(density)).sum() * 1e-3 - math.log(sigma * math.sqrt(2 * math.pi * math.e))
-    more = {**QUICK, "hidden": 64, "depth": 2, "max_steps": 1000, "learning_rate": 5e-3}
+    more = {**QUICK, "hidden": 64, "depth": 2, "max_iter": 1000, "learning_rate": 5e-3}
     assert MutualInformation(**more).fit(x, y).mutual_information_ == pytest.approx(exact, abs=0.06)
 
 
@@ -178,8 +187,8 @@ def test_a_seed_fixes_the_result_and_nothing_is_printed(capsys):
     np.testing.assert_array_equal(fits[0].sample(3), fits[1].sample(3))
     assert (fits[0].sample(3, random_state=1) != fits[0].sample(3)).any()
     assert capsys.readouterr() == ("", "")
-    CDMDensity(**{**SMALL, "max_steps": 20}, verbose=1).fit(x)
-    assert capsys.readouterr().err.count("\n") == 10
+    CDMDensity(**{**SMALL, "max_iter": 20}, verbose=1).fit(x)
+    assert capsys.readouterr().err.count("\n") == 2  # one judgement of each network
 
 
 def test_whitening_is_an_exact_change_of_variables():
@@ -220,7 +229,10 @@ X = RNG.normal(size=(60, 3))
             "column 3 of X repeats values",
         ),
         (lambda: CDMDensity().fit(np.where(X > 2, np.nan, X)), "NaN"),
-        (lambda: CDMDensity(max_steps=0).fit(X), "max_steps is 0"),
+        (lambda: CDMDensity(max_iter=0).fit(X), "max_iter is 0"),
+        (lambda: CDMDensity(ce_weight=-1).fit(X), "ce_weight is -1"),
+        (lambda: CDMDensity(batch_size=10**9).fit(X), "batch_size is 1000000000"),
+        (lambda: CDMDensity(hidden=1.5).fit(X), "hidden is 1.5"),
         (lambda: CDMDensity(smallest_noise=1.0).fit(X), "smallest_noise is 1.0"),
         (lambda: CDMDensity(**SMALL).fit(X).sample(0), "n_samples is 0"),
         (lambda: DensityRatio().fit(X, np.arange(60) % 3), "y holds 3 classes"),
@@ -228,7 +240,7 @@ X = RNG.normal(size=(60, 3))
         (lambda: log_density_ratio(X, X[:, :2]), "X_numerator has 3 columns and X_denominator 2"),
         (lambda: MutualInformation().fit(X, np.ones(60)), "column 0 of y is constant"),
         (lambda: MutualInformation().fit(X, X[:50]), "inconsistent numbers of samples"),
-        (lambda: MutualInformation(test_share=1.0).fit(X, X), "test_share is 1.0"),
+        (lambda: MutualInformation(test_size=1.0).fit(X, X), "test_size is 1.0"),
         (lambda: MutualInformation(reference="none").fit(X, X), "unknown reference"),
     ],
 )
@@ -253,3 +265,109 @@ def test_importing_the_package_does_not_import_scikit_learn():
         "assert 'sklearn' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_copies_stay_on_one_side_of_a_split_and_make_no_information():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(100, 1)), rng.normal(size=100)
+    with pytest.warns(UserWarning, match="1900 of the 2000 rows .* are copies"):
+        found = MutualInformation(max_iter=300, random_state=0).fit(np.repeat(x, 20, 0), np.repeat(y, 20))
+    assert found.confidence_interval_.low <= 0 <= found.confidence_interval_.high
+
+
+def test_many_independent_columns_and_few_rows_read_zero():
+    x, y = np.random.default_rng(0).normal(size=(2, 1000, 50))
+    with pytest.warns(UserWarning, match="1000 different rows for 100 columns are few"):
+        found = MutualInformation(max_iter=200, random_state=0).fit(x, y)
+    assert abs(found.estimate_) < 0.05 and found.mutual_information_ >= 0
+    assert found.confidence_interval_.low <= 0 <= found.confidence_interval_.high
+
+
+def test_a_diverging_fit_keeps_the_weights_it_started_from_and_without_validation_scores_nan():
+    x = np.random.default_rng(0).normal(size=(300, 3))
+    settings = {"max_iter": 100, "cv": 2, "hidden": 16, "learning_rate": 10.0, "random_state": 0}
+    assert CDMDensity(**settings).fit(x).score(x) == pytest.approx(-4.26, abs=0.3)
+    with pytest.warns(UserWarning, match="density's integral"):
+        assert math.isnan(CDMDensity(**settings, early_stopping=False).fit(x).score(x))
+
+
+def test_ambient_torch_state_changes_nothing():
+    x = np.random.default_rng(0).normal(size=(60, 2))
+    expected = CDMDensity(**SMALL, random_state=0).fit(x).score(x)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert CDMDensity(**SMALL, random_state=0).fit(x).score(x) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert CDMDensity(**SMALL, random_state=0).fit(x).score(x) == expected
+
+
+def test_threads_give_what_one_gives():
+    x = np.random.default_rng(0).normal(size=(50, 3))
+    fits = Parallel(8, backend="threading")(
+        delayed(lambda: CDMDensity(**SMALL, random_state=0).fit(x).score(x))() for _ in range(16)
+    )
+    assert len(set(fits)) == 1
+
+
+def test_far_rows_are_left_out_with_a_warning_and_score_low():
+    x = np.r_[np.random.default_rng(0).normal(size=(1000, 1)), [[1e6]]]
+    with pytest.warns(UserWarning, match="row 1000"):
+        density = CDMDensity(max_iter=100, random_state=0).fit(x)
+    assert density.score(x[:-1]) == pytest.approx(-1.42, abs=0.1)
+    assert density.score_samples([[1e6]])[0] < -1000 and np.isfinite(density.score_samples([[1e300]])).all()
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_columns_of_any_scale(scale):
+    x = np.random.default_rng(0).normal(size=(200, 2))
+    plain, scaled = (CDMDensity(**SMALL, random_state=0).fit(x * by) for by in (1.0, scale))
+    assert scaled.score(x * scale) == pytest.approx(plain.score(x) - 2 * math.log(scale), abs=0.1)
+
+
+@pytest.mark.parametrize("load", [load_iris, load_wine, load_diabetes, load_breast_cancer])
+def test_tables_of_scikit_learn_are_accepted_raw(load):
+    x = load().data
+    assert np.isfinite(CDMDensity(**SMALL, random_state=0).fit(x).score(x))
+
+
+def test_joint_rows_against_permuted_ones_are_accepted():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, 1))
+    joint = np.hstack([x, x + rng.normal(size=(400, 1))])
+    product = np.hstack([x, rng.permutation(joint[:, 1:])])
+    ratio = DensityRatio(max_iter=100, random_state=0).fit(np.r_[joint, product], np.repeat([1, 0], 400))
+    assert ratio.two_sample_test(99).p_value < 0.05
+
+
+def test_columns_are_matched_by_name():
+    pandas = pytest.importorskip("pandas")
+    rng = np.random.default_rng(0)
+    a, b = (pandas.DataFrame(rng.normal(size=(300, 2)) + [0, 5], columns=["age", "weight"]) for _ in "ab")
+    plain = log_density_ratio(a, b, **SMALL, random_state=0)
+    turned = log_density_ratio(a, b[["weight", "age"]], **SMALL, random_state=0)
+    np.testing.assert_array_equal(plain(a), turned(a[["weight", "age"]]))
+    with pytest.raises(ValueError, match="different columns: age, years"):
+        log_density_ratio(a, b.rename(columns={"age": "years"}), **SMALL)
+
+
+def test_weights_have_mean_one_and_are_clipped():
+    low, high = shifted(400, seed=0)
+    ratio = DensityRatio(**SMALL, random_state=0).fit(np.r_[low, high], np.repeat([0, 1], [400, 800]))
+    weights = ratio.weights(low)
+    clipped = ratio.weights(low, clip=3.0)
+    assert weights.mean() == pytest.approx(1) and clipped.mean() == pytest.approx(1)
+    assert weights.max() > 3 >= clipped.max() - 1e-9
+    assert effective_sample_size(clipped) > effective_sample_size(weights)
+
+
+def test_outliers_and_their_p_values():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(300, 2))
+    density = CDMDensity(max_iter=100, contamination=0.05, random_state=0).fit(x)
+    assert (density.predict(x) == -1).mean() == pytest.approx(0.05, abs=0.01)
+    assert (density.predict(10 + x[:20]) == -1).all()
+    assert density.p_values(rng.normal(size=(1000, 2))).mean() == pytest.approx(0.5, abs=0.06)
+    assert density.p_values([[10.0, 10.0]])[0] == pytest.approx(1 / 301)

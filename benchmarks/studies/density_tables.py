@@ -28,16 +28,16 @@ MIXTURE_ROWS, TEST_ROWS = 200_000, 5_000
 ODE_POINTS = {2: 200, 16: 100, 64: 40}
 ODE_TOLERANCE = {2: 1e-5, 16: 1e-5, 64: 1e-4}
 MIXTURES = {
-    2: {"max_steps": 16000, "batch_size": 1024, "hidden": 128, "depth": 3, "num_levels": 32},
-    16: {"max_steps": 10000, "batch_size": 512, "hidden": 256, "depth": 2, "num_levels": 52},
-    64: {"max_steps": 30000, "batch_size": 256, "hidden": 256, "depth": 2, "num_levels": 102},
+    2: {"max_iter": 16000, "batch_size": 1024, "hidden": 128, "depth": 3, "num_levels": 32},
+    16: {"max_iter": 10000, "batch_size": 512, "hidden": 256, "depth": 2, "num_levels": 52},
+    64: {"max_iter": 30000, "batch_size": 256, "hidden": 256, "depth": 2, "num_levels": 102},
 }
 PAIRED_ROWS = 200_000
 NATS = {20: 5, 40: 10, 80: 20, 160: 40, 320: 80}  # the literature's table, dimensions -> mutual information
 # Told the product of the marginals, a fit learns one density; else two, and takes more steps.
 INFORMATION = {
-    "normal": {"max_steps": 3000, "test_share": 0.1},
-    "shuffled": {"max_steps": 9000, "test_share": 0.1},
+    "normal": {"max_iter": 3000, "test_size": 0.1},
+    "shuffled": {"max_iter": 9000, "test_size": 0.1},
 }
 MAPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "as they are": lambda x: x,
@@ -82,7 +82,7 @@ def ode_errors(
 ) -> dict:
     """Mean error of the ODE likelihood at level 1 and its standard error, and the single pass's there."""
     model, columns = fitted.model_, fitted.columns_
-    whiten = torch.from_numpy(columns.whiten)
+    whiten = torch.from_numpy(columns.whiten / columns.unit[:, None])
     white = GaussianMixture(
         density.weights,
         columns.standardise(density.means.numpy()),

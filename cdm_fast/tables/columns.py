@@ -171,6 +171,15 @@ def _even_step(values: Array) -> float:
     return step if off < 10 * GRID_TOLERANCE else 0.0
 
 
+def all_discrete(x: Array) -> bool:
+    """Whether every column has few values or lies on an even grid, so that equal rows need not be copies."""
+    for column in x.T:
+        values = np.unique(column)
+        if len(values) > FEW_VALUES and (len(values) == len(x) or not _even_step(values)):
+            return False
+    return True
+
+
 def _refuse_atoms(x: Array, column: int, name: str) -> None:
     values, counts = np.unique(x[:, column], return_counts=True)
     atom = counts.max() >= max(5, LARGEST_ATOM * len(x)) or len(values) <= FEWEST_DISTINCT * len(x)

@@ -26,17 +26,26 @@ RATIO_NOISE, LEVEL_0_SHARE = 0.03, 0.3
 
 @dataclass(frozen=True)
 class RatioNetwork:
-    """A trained network and the linear map in front of it: rows z go in as `z mix`."""
+    """A trained network, the linear map in front of it, and a constant: rows z go in as `z mix`.
+
+    No log ratio is above `ceiling`: a row unlike all others may be given any.
+    """
 
     model: CDM
     mix: Tensor  # (d, d) fp64
     history: History
+    offset: float = 0.0  # nats, added to every log ratio
+    ceiling: float = math.inf  # nats
 
     def log_ratio(self, z: Tensor) -> Array:
         """`log p_1(z) - log p_0(z)` in nats of rows z (n, d), (n,)."""
         if self.model.num_classes is None:  # then the denominator is N(0, I), its own pure noise
-            return in_chunks(self._log_ratio_to_noise, z @ self.mix)
-        return in_chunks(lambda part: self.model.log_prob_classes(part).diff(dim=1)[:, 0], z @ self.mix)
+            log_ratio = in_chunks(self._log_ratio_to_noise, z @ self.mix)
+        else:
+            log_ratio = in_chunks(
+                lambda part: self.model.log_prob_classes(part).diff(dim=1)[:, 0], z @ self.mix
+            )
+        return np.minimum(log_ratio + self.offset, self.ceiling)
 
     def _log_ratio_to_noise(self, z: Tensor) -> Tensor:
         logits, prior = self.model.level_logits(z), self.model.log_level_prior

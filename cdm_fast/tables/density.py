@@ -264,6 +264,7 @@ def density_noise(rows: int, columns: int) -> float:
     return float(np.clip(0.1 * rows ** (-1 / (columns + 4)), 0.01, 0.1))
 
 
+@torch.inference_mode(False)
 def _fit_fold(
     z: Tensor,
     columns: Columns,

@@ -26,7 +26,7 @@ WARM_UP, FALL = 50, 0.3
 # The weights that are judged are averages over about the last tenth of the steps.
 AVERAGE = 0.1
 # Weights are judged about once an epoch, within these bounds.
-FEWEST_STEPS, MOST_STEPS = 20, 100
+FEWEST_STEPS, MOST_STEPS = 50, 100
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,28 @@ class History:
     """What training went through.
 
     Fields:
-        n_iter: steps after which the kept weights stood.
+        n_iter: steps taken.
+        best_iter: steps after which the kept weights stood, 0 for those it started from.
         loss_curve: mean training loss between one judgement and the next.
         validation_scores: minus the validation loss at every judgement, the first before any step; empty
-            without validation.
+            without validation. validation_steps: the steps taken before each.
     """
 
     n_iter: int = 0
+    best_iter: int = 0
     loss_curve: list[float] = field(default_factory=list)
     validation_scores: list[float] = field(default_factory=list)
+    validation_steps: list[int] = field(default_factory=list)
+
+    def late_gain(self) -> float:
+        """How much the second half of the steps to the best weights gained, in nats of the validation loss.
+
+        About as much is left to gain where training ended for want of steps or of rows.
+        """
+        if not self.best_iter:
+            return 0.0
+        half = next(i for i, step in enumerate(self.validation_steps) if 2 * step >= self.best_iter)
+        return max(0.0, max(self.validation_scores) - self.validation_scores[half])
 
 
 def density_loss(draw: Draw, batch_size: int, ce_weight: float, dim: int) -> Loss:
@@ -164,6 +177,7 @@ def _train(
     if validate is not None:
         best.judge(validate(model), 0, parameters, budget.tol)
         history.validation_scores.append(-best.loss)
+        history.validation_steps.append(0)
     every = min(max(rows // budget.batch_size, FEWEST_STEPS), MOST_STEPS, budget.max_iter)
     total = 0.0
     for step in range(1, budget.max_iter + 1):
@@ -184,16 +198,17 @@ def _train(
                 judged = validate(model)
                 best.judge(judged, step, parameters, budget.tol)
             history.validation_scores.append(-judged)
+            history.validation_steps.append(step)
         if budget.verbose:
             _tell(step, budget.max_iter, history)
         if not math.isfinite(history.loss_curve[-1]) or best.waited >= budget.n_iter_no_change:
             break
     if validate is None:
         average.copy_to(parameters)
-        history.n_iter = budget.max_iter
     else:
         best.copy_to(parameters)
-        history.n_iter = best.step
+    history.n_iter = step
+    history.best_iter = step if validate is None else best.step
     return history
 
 
@@ -268,6 +283,6 @@ def refit_constants(
 
     A few rows are visited at most `MOST_VISITS` times each.
     """
-    num = min(MOST_ROWS, history.n_iter * budget.batch_size, MOST_VISITS * rows)
+    num = min(MOST_ROWS, history.best_iter * budget.batch_size, MOST_VISITS * rows)
     if num:
         fit_constants(model, draw, num, generator)

@@ -19,7 +19,7 @@ from torch import Tensor
 from cdm_fast.errors import UserError
 from cdm_fast.model.constants import Draw
 from cdm_fast.model.schedule import even_in_log_noise
-from cdm_fast.tables.calibration import Calibration, calibrate
+from cdm_fast.tables.calibration import Calibration, calibrate, offset
 from cdm_fast.tables.columns import Array, normal_scores, separate_values
 from cdm_fast.tables.crossfit import (
     RATIO_NOISE,
@@ -40,8 +40,8 @@ from cdm_fast.tables.fit import (
 from cdm_fast.tables.folds import Index, folds, groups_of_copies, hold_out
 from cdm_fast.tables.network import new_model, start_at_gaussians
 
-# Shuffles of the rows kept out that stand for independent ones.
-SHUFFLES = 8
+# Shuffles of rows that stand for independent ones: of those kept out, and of those trained on.
+SHUFFLES, OFFSET_SHUFFLES = 8, 3
 # Fewer different rows for each column than these, and the value is not to be trusted.
 ENOUGH_ROWS = 50
 # Training rows that are scored to see how much a network overfits.
@@ -100,8 +100,8 @@ class MutualInformation(TableEstimator):
             that it is not negative.
         estimate_: nats, unclipped.
         confidence_interval_: (low, high) in nats, from the mean over rows kept out to that over training
-        rows,
-            each widened by the chance of the sample.
+            rows, each widened by the chance of the sample, the upper one also by what the last half of the
+            training still gained.
         held_out_, trained_: the two means, nats.
         mean_ratio_: mean of the ratio over shuffled rows; 1 for the true ratio.
         networks_: the folds' `RatioNetwork`s; calibrations_: one for each fold of rows.
@@ -254,6 +254,7 @@ class MutualInformation(TableEstimator):
         return tags
 
 
+@torch.inference_mode(False)
 def _score_fold(
     scores: Tensor,
     width: int,
@@ -273,8 +274,12 @@ def _score_fold(
     fit, judge = scores[train_rows[~validation]], scores[train_rows[validation]]
     fit_network = _fit_normal if reference == "normal" else _fit_shuffled
     network = fit_network(fit, judge, width, budget, seed)
-    shuffled = [network.log_ratio(_shuffle(scores[kept], width, rng)) for _ in range(SHUFFLES)]
     some = fit[torch.from_numpy(rng.permutation(len(fit))[:TRAIN_ROWS])]
+    apart = torch.cat([_shuffle(some, width, rng) for _ in range(OFFSET_SHUFFLES)])
+    trained = network.log_ratio(some)
+    shift = offset(trained, network.log_ratio(apart))
+    network = replace(network, offset=shift, ceiling=float(trained.max()) + shift)
+    shuffled = [network.log_ratio(_shuffle(scores[kept], width, rng)) for _ in range(SHUFFLES)]
     return _FoldScores(
         network, kept, network.log_ratio(scores[kept]), np.stack(shuffled), network.log_ratio(some)
     )
