@@ -1,5 +1,6 @@
 """Documents: tutorials run, Python blocks run, command lines parse, and links lead somewhere."""
 
+import importlib.util
 import os
 import re
 import shlex
@@ -21,6 +22,7 @@ from cdm_fast.training.train import train
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*/*.md"), ROOT / "benchmarks/README.md"])
 PAGES = [page for page in PAGES if page.parent.name != "_generated"]
+HAS_ONNX = importlib.util.find_spec("onnxscript") is not None
 SCRIPTS = sorted([*ROOT.glob("docs/tutorials/*.py"), *ROOT.glob("docs/examples/*.py")])
 # What stands for a value in a command line of the documents, and a value of its type.
 PLACEHOLDERS = {"N": "3", "S": "3", "T": "3"}
@@ -67,9 +69,8 @@ def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("workplace")
     config = preset("digits-encoder")
     output = replace(config.output, evaluate_every=0, num_samples=10, sampling_steps=2)
-    train(
-        replace(config, train=replace(config.train, steps=2), output=output), folder / "runs/digits-encoder"
-    )
+    config = replace(config, train=replace(config.train, steps=2), output=output)
+    train(config, folder / "runs/digits-encoder")
     return folder
 
 
@@ -84,12 +85,12 @@ def test_python_blocks_run(page, workplace, monkeypatch):
         "torch": torch,
         "model": model,
         "network": lambda y, sigma: y / (1 + sigma**2),  # of N(0, I) data
-        "x": image[None],
+        "x": torch.stack([image, -image]),
         "image": image,
         "known": image > 0,
     }
     for token in blocks(page):
-        if token.info == "python":
+        if token.info == "python" and (HAS_ONNX or "onnx" not in token.content):
             exec(compile(token.content, name(page), "exec"), names)
 
 

@@ -283,6 +283,14 @@ def test_a_dit_classifies(tmp_path, monkeypatch, method):
     assert given["elbo"]["given"] == "label" and np.isfinite(given["elbo_bits_per_dim"])
 
 
+def test_a_network_without_a_null_class_is_audited_given_labels(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "images.npz", num_grey_levels=np.array(256))
+    source = f"diffusers:{save(tmp_path / 'classes', tiny_unet(num_class_embeds=3))}"
+    found = call_json("nll", source, "--method", "audit", *FEW, "--data", "images.npz")
+    assert found["ode"]["given"] == found["elbo"]["given"] == "label"
+
+
 def test_a_model_of_the_hub_is_the_folder_that_was_fetched(folder, monkeypatch):
     import huggingface_hub
 

@@ -232,7 +232,9 @@ def _given(
         untrained = conditional and model.null_label is None
     given = command.given
     if given is None:
-        wanted = conditional and (untrained or command.protocol == "paper") and command.method != "audit"
+        wanted = conditional and (untrained or command.protocol == "paper")
+        if command.method == "audit" and isinstance(model, CDM):
+            wanted = False  # its log Z is that of the density without a label
         given = "label" if wanted and data.labels is not None else "none"
     told = []
     if untrained and given == "none" and not is_foreign(command.run):

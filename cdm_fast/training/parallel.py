@@ -136,7 +136,7 @@ class ShardedEma(Ema[Model]):
     """
 
     def __init__(self, ema: Ema[Model], model: nn.Module) -> None:
-        self.decay = ema.decay
+        self.decay, self.start = ema.decay, ema.start
         self._device = next(model.parameters()).device
         weights = list(model.parameters())
         self._parts = [
