@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.h)
 
-.PHONY: train test install lint types format bench wheel clean
+.PHONY: train test install lint types format bench docs wheel clean
 
 train: $(INSTALLED)
 	$(BIN)/cdm-fast train $(ARGS)
@@ -47,6 +47,10 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)
+
+# The site, in build/docs; a warning (a link that leads nowhere, say) is an error.
+docs: $(INSTALLED)
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html docs build/docs
 
 # Without isolation: the build requirements are among the development extras.
 wheel: $(INSTALLED)

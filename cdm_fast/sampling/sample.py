@@ -51,7 +51,7 @@ def sample(
     leapfrog: int = 1,
     log: MoveLog | None = None,
 ) -> Tensor:
-    """`num` images drawn from the model, (num, *shape), in the dtype and on the device of its parameters.
+    """`num` images drawn from the model, `(num, *shape)`, in the dtype and on the device of its parameters.
 
     Arguments: `sampler`, one of `SAMPLERS`; `steps`, 1..T, the number of levels it visits; `label`, one class
     for all or (num,) int64; `guidance`, w in `(1 + w) eps_hat(x, label) - w eps_hat(x)`; `eta`, 0..1, the
