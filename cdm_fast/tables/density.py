@@ -59,23 +59,22 @@ class CDMDensity(OutlierMixin, DensityMixin, TableEstimator):
     A network for each fold starts as the table's Gaussian and learns what that misses; a fold's own rows
     choose when to stop. The density is the mean of the folds'. Discrete columns on an even grid (whole
     numbers, decimals) are dequantised; what has no density is refused, see `cdm_fast.tables.columns.measure`.
-    A single
-    pass is as good as the normalisation that the network has learned: compare figures, or audit them.
+    A single pass is as good as the normalisation that the network has learned: compare figures, or audit them.
 
     Args:
         smallest_noise: noise of level 1, in units of the standardised data; by rows and columns by default.
         ce_weight: weight of the cross-entropy over levels beside the denoising error summed over dimensions.
         contamination: share of the training rows that `predict` calls outliers (-1).
-        max_iter, early_stopping, validation_fraction, n_iter_no_change, tol, alpha, cv, batch_size, hidden,
-        depth, num_levels, learning_rate, n_jobs, random_state, verbose: see `TableEstimator`. From 5,000
-            different rows on there is one network, and `validation_fraction` of the rows choose when to stop.
+
+    The other parameters are those of `TableEstimator`. From 5,000 different rows on there is one network, and
+    `validation_fraction` of the rows choose when to stop.
 
     Attributes:
-        models_: the folds' `CDM`s of the standardised rows; model_ is the first.
+        models_: the `CDM` of each fold, of the standardised rows; `model_` is the first.
         columns_: the standardisation.
         log_prob_ (n,): `log p(x)` of every row of `fit` by the network that was not trained on it.
-        log_integrals_: log of the integral of each network's density by its own level ratios; 0 if all is
-        well.
+        log_integrals_: log of the integral of each network's density by its own level ratios; 0 for a
+            normalised one.
         offset_: `decision_function` is `score_samples` less this.
         n_iter_, loss_curve_, validation_scores_: of each network.
 

@@ -92,8 +92,8 @@ class MutualInformation(TableEstimator):
             is the network's own pure noise, and only the joint density is learned.
         test_size: share of the rows kept out once, with a single network; None (the default) for `cv` folds.
         confidence: of the interval.
-        max_iter, early_stopping, validation_fraction, n_iter_no_change, tol, alpha, cv, batch_size, hidden,
-        depth, num_levels, learning_rate, n_jobs, random_state, verbose: see `TableEstimator`.
+
+    The other parameters are those of `TableEstimator`.
 
     Attributes:
         mutual_information_: nats, `max(estimate_, 0)`: below 0 nothing was learned, and nothing is known but
@@ -104,7 +104,7 @@ class MutualInformation(TableEstimator):
             training still gained.
         held_out_, trained_: the two means, nats.
         mean_ratio_: mean of the ratio over shuffled rows; 1 for the true ratio.
-        networks_: the folds' `RatioNetwork`s; calibrations_: one for each fold of rows.
+        networks_: the `RatioNetwork` of each fold; `calibrations_`: one for each fold of rows.
         n_iter_, loss_curve_, validation_scores_: of each network.
 
     >>> rng = np.random.default_rng(0)

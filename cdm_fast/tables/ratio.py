@@ -49,14 +49,12 @@ class DensityRatio(TableEstimator):
     on the rows that it never saw puts its log ratios right (`cdm_fast.tables.calibration`). New rows are
     scored by the mean of the networks.
 
-    Args:
-        max_iter, early_stopping, validation_fraction, n_iter_no_change, tol, alpha, cv, batch_size, hidden,
-        depth, num_levels, learning_rate, n_jobs, random_state, verbose: see `TableEstimator`.
+    The parameters are those of `TableEstimator`.
 
     Attributes:
         columns_: the standardisation, that of all rows together.
         classes_ (2,): the two values of y, denominator first.
-        networks_: the folds' `RatioNetwork`s; calibration_: their `alpha` and `c`.
+        networks_: the `RatioNetwork` of each fold; `calibration_`: their `alpha` and `c`.
         log_ratio_ (n,): nats, of every row of `fit` by the network that never saw it; by the only one where
             there are too few rows for two.
         n_iter_, loss_curve_, validation_scores_: of each network.

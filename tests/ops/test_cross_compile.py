@@ -17,6 +17,7 @@ PROGRAM = Path(__file__).with_name("compile_launches.py")
 # attention compiles its kernels in its own test, at the head widths where registers run short.
 TRITON_MODULES = (
     "noising",
+    "image_noise",
     "noise_level_ce",
     "denoise",
     "group_norm_silu",

@@ -1,6 +1,6 @@
 """`MutualInformation` with its defaults on the tasks of the package benchmark-mi, whose values are known.
 
-    python -m benchmarks.information_tasks --samples DIR --rows 1000
+    python -m benchmarks.studies.information_tasks --samples DIR --rows 1000
 
 benchmark-mi 0.1.3 needs an old jax (0.4.20), so its samples are made in an environment of their own:
 
