@@ -14,8 +14,12 @@ from cdm_fast.kernels import group_norm_silu_split, on_its_device
 from cdm_fast.kernels.group_norm_silu_split import masked, silu_first, silu_second
 from torch import Tensor
 
-SPLIT_PIXELS = 65  # from so many pixels on a channels-last group is split
-_TILE = 512  # elements: with ten sums per element, more would spill
+SPLIT_PIXELS = 257  # from so many pixels on a channels-last group is split
+_SPLIT_PIXELS_OF_FEW = 65  # the same, where fewer than _PROGRAMS would have the work
+_PROGRAMS = 256  # to keep 132 multiprocessors reading
+_TILE = 512  # elements
+_CHANNELS_LAST_TILE = 2048  # elements, 16 per thread
+_CHANNELS_LAST_TILE_OF_MANY_SUMS = 1024  # ten sums for every element: with more, registers spill
 _CHANNELS_TO_SUM = 16  # few, so that some programs run at once
 _LINE_BYTES = 128  # what neighbouring channels should fill, when channels-last
 
@@ -36,11 +40,11 @@ def forward(
     dropout: float,
 ) -> None:
     """Fills y, mean and rstd. Images are dense and all contiguous or all channels-last; weight and bias are
-    both (C,) or both (B, C).
+    both (C,) or both (B, C), and the images' (B, C) may be the same ones, of stride 0.
 
     skip: the channels that follow those of x, if any.
     """
-    if _splits(x):
+    if _splits(x, skip, num_groups):
         outputs = y, mean, rstd, num_groups, eps
         group_norm_silu_split.forward(x, skip, weight, bias, seed, *outputs, silu, dropout)
         return
@@ -68,7 +72,7 @@ def vjp(
     dropout: float,
 ) -> None:
     """Fills grad_x, grad_skip and, per image, grad_weight and grad_bias (B, C)."""
-    if _splits(x):
+    if _splits(x, skip, num_groups):
         tensors = g, x, skip, weight, bias, mean, rstd, seed, grad_x, grad_skip, grad_weight, grad_bias
         group_norm_silu_split.vjp(*tensors, num_groups, silu, dropout)
         return
@@ -100,12 +104,12 @@ def vjp_backward(
     dropout: float,
 ) -> None:
     """Fills grad_g, grad_x, grad_skip and, per image, grad_weight and grad_bias (B, C)."""
-    if _splits(x):
+    if _splits(x, skip, num_groups):
         inputs = v, v_skip, g, x, skip, weight, bias, mean, rstd, seed
         outputs = grad_g, grad_x, grad_skip, grad_weight, grad_bias
         group_norm_silu_split.vjp_backward(*inputs, *outputs, num_groups, silu, dropout)
         return
-    grid, sizes = _geometry(x, skip, weight, num_groups)
+    grid, sizes = _geometry(x, skip, weight, num_groups, _CHANNELS_LAST_TILE_OF_MANY_SUMS)
     inputs = v, _pointer(v_skip, x), g, x, _pointer(skip, x), weight, bias, mean, rstd, _pointer(seed, x)
     outputs = grad_g, grad_x, _pointer(grad_skip, x), grad_weight, grad_bias
     _vjp_backward_kernel[grid](*inputs, *outputs, **sizes, silu=silu, **_dropout(dropout))
@@ -121,12 +125,25 @@ def sum_images(grad_weight: Tensor, grad_bias: Tensor, weight_sum: Tensor, bias_
     _sum_images_kernel[grid](grad_weight, grad_bias, weight_sum, bias_sum, batch, channels, **sizes)
 
 
-def _splits(x: Tensor) -> bool:
-    return not x.is_contiguous() and x.numel() // (x.shape[0] * x.shape[1]) >= SPLIT_PIXELS
+def _splits(x: Tensor, skip: Tensor | None, num_groups: int) -> bool:
+    """Whether three launches, of as many programs as the device runs, are better than one."""
+    if x.is_contiguous():
+        return False
+    batch, split = x.shape[:2]
+    pixels = x.numel() // (batch * split)
+    channels = split if skip is None else split + skip.shape[1]
+    programs = batch * triton.cdiv(num_groups, _groups_of_a_line(channels, num_groups, x.element_size()))
+    return pixels >= SPLIT_PIXELS or (pixels >= _SPLIT_PIXELS_OF_FEW and programs < _PROGRAMS)
+
+
+def _groups_of_a_line(channels: int, num_groups: int, element_size: int) -> int:
+    """How many groups a program takes of a channels-last image: a power of two."""
+    line = max(1, _LINE_BYTES // element_size // triton.next_power_of_2(channels // num_groups))
+    return min(triton.next_power_of_2(num_groups), line)
 
 
 def _geometry(
-    x: Tensor, skip: Tensor | None, weight: Tensor, num_groups: int
+    x: Tensor, skip: Tensor | None, weight: Tensor, num_groups: int, most: int = _CHANNELS_LAST_TILE
 ) -> tuple[tuple[int, ...], dict[str, int]]:
     channels_last = not x.is_contiguous()
     batch, split = x.shape[:2]
@@ -134,19 +151,18 @@ def _geometry(
     pixels = x.numel() // (batch * split)
     group_channels = channels // num_groups
     channel_tile = triton.next_power_of_2(group_channels)
-    groups_tile = 1
-    if channels_last:
-        line = max(1, _LINE_BYTES // x.element_size() // channel_tile)
-        groups_tile = min(triton.next_power_of_2(num_groups), line)
-    pixel_tile = max(1, min(triton.next_power_of_2(pixels), _TILE // (channel_tile * groups_tile)))
+    groups_tile = _groups_of_a_line(channels, num_groups, x.element_size()) if channels_last else 1
+    elements = most if channels_last else _TILE
+    pixel_tile = max(1, min(triton.next_power_of_2(pixels), elements // (channel_tile * groups_tile)))
     sizes = {
         "channels": channels,
         "split": split,
         "pixels": pixels,
         "groups": num_groups,
-        "parameter_stride": channels if weight.dim() == 2 else 0,
+        "parameter_stride": weight.stride(0) if weight.dim() == 2 else 0,
         "channel_step": 1 if channels_last else pixels,
         "pixel_step": channels if channels_last else 1,
+        "group_channels": group_channels,  # known to the compiler: neighbours are loaded together
         "groups_tile": groups_tile,
         "channel_tile": channel_tile,
         "pixel_tile": pixel_tile,
@@ -184,6 +200,7 @@ def _forward_kernel(
     parameter_stride: int,
     channel_step: int,
     pixel_step: int,
+    group_channels: tl.constexpr,
     groups_tile: tl.constexpr,
     channel_tile: tl.constexpr,
     pixel_tile: tl.constexpr,
@@ -193,12 +210,11 @@ def _forward_kernel(
     drop_threshold: tl.constexpr,
     keep_scale: tl.constexpr,
 ) -> None:
-    image, group, channel, present = _place(channels, groups, groups_tile, channel_tile)
+    image, group, channel, present = _place(groups, group_channels, groups_tile, channel_tile)
     base = image * channels * pixels + channel * channel_step
     shape = channels, split, pixels, pixel_step
     x_at, piece_step = _piece(x_ptr, skip_ptr, base, image, channel, shape, in_two, channels_last)
     compute = mean_ptr.dtype.element_ty
-    group_channels = channels // groups
 
     # Tiles are merged by their own mean and squares around it (Chan, Golub, LeVeque 1979): nothing cancels.
     mean = tl.zeros((groups_tile, 1, 1), compute)
@@ -206,7 +222,7 @@ def _forward_kernel(
     for start in range(0, pixels, pixel_tile):
         pixel, inside = _pixels(start, pixels, present, pixel_tile)
         x = tl.load(x_at + pixel * piece_step, mask=inside, other=0).to(compute)
-        seen = (start * group_channels).to(compute)
+        seen = (start * (channels // groups)).to(compute)
         size = (tl.minimum(pixel_tile, pixels - start) * group_channels).to(compute)
         tile_mean = _sum(x) / size
         centred = tl.where(inside, x - tile_mean, 0)
@@ -252,6 +268,7 @@ def _vjp_kernel(
     parameter_stride: int,
     channel_step: int,
     pixel_step: int,
+    group_channels: tl.constexpr,
     groups_tile: tl.constexpr,
     channel_tile: tl.constexpr,
     pixel_tile: tl.constexpr,
@@ -261,7 +278,7 @@ def _vjp_kernel(
     drop_threshold: tl.constexpr,
     keep_scale: tl.constexpr,
 ) -> None:
-    image, group, channel, present = _place(channels, groups, groups_tile, channel_tile)
+    image, group, channel, present = _place(groups, group_channels, groups_tile, channel_tile)
     base = image * channels * pixels + channel * channel_step
     shape = channels, split, pixels, pixel_step
     x_at, piece_step = _piece(x_ptr, skip_ptr, base, image, channel, shape, in_two, channels_last)
@@ -290,7 +307,7 @@ def _vjp_kernel(
     tl.store(grad_bias_ptr + image * channels + channel, channel_s1, mask=present)
     tl.store(grad_weight_ptr + image * channels + channel, channel_s1x, mask=present)
 
-    size = (pixels * (channels // groups)).to(compute)
+    size = (pixels * group_channels).to(compute)
     mean_p = _sum(weight * channel_s1) / size
     mean_px = _sum(weight * channel_s1x) / size
     for start in range(0, pixels, pixel_tile):
@@ -330,6 +347,7 @@ def _vjp_backward_kernel(
     parameter_stride: int,
     channel_step: int,
     pixel_step: int,
+    group_channels: tl.constexpr,
     groups_tile: tl.constexpr,
     channel_tile: tl.constexpr,
     pixel_tile: tl.constexpr,
@@ -339,7 +357,7 @@ def _vjp_backward_kernel(
     drop_threshold: tl.constexpr,
     keep_scale: tl.constexpr,
 ) -> None:
-    image, group, channel, present = _place(channels, groups, groups_tile, channel_tile)
+    image, group, channel, present = _place(groups, group_channels, groups_tile, channel_tile)
     base = image * channels * pixels + channel * channel_step
     shape = channels, split, pixels, pixel_step
     x_at, piece_step = _piece(x_ptr, skip_ptr, base, image, channel, shape, in_two, channels_last)
@@ -381,7 +399,7 @@ def _vjp_backward_kernel(
     s1x = tl.sum(sum_s1x, axis=2, keep_dims=True)
     vs1 = tl.sum(sum_vs1, axis=2, keep_dims=True)
 
-    size = (pixels * (channels // groups)).to(compute)
+    size = (pixels * group_channels).to(compute)
     mean_p, mean_px, mean_vp = _sum(weight * s1) / size, _sum(weight * s1x) / size, _sum(weight * vs1) / size
     mean_v, mean_vx = _sum(sum_v) / size, _sum(sum_vx) / size
     grad_bias = s1 * 0
@@ -449,13 +467,14 @@ def _sum_images_kernel(
 
 
 @triton.jit
-def _place(channels: int, groups: int, groups_tile: tl.constexpr, channel_tile: tl.constexpr) -> tuple:
+def _place(
+    groups: int, group_channels: tl.constexpr, groups_tile: tl.constexpr, channel_tile: tl.constexpr
+) -> tuple:
     """(image, groups (g, 1, 1), channels (g, c, 1), which of these exist) of this program."""
     blocks = tl.cdiv(groups, groups_tile)
     image = (tl.program_id(0) // blocks).to(tl.int64)
     group = tl.program_id(0) % blocks * groups_tile + tl.arange(0, groups_tile)[:, None, None]
     within = tl.arange(0, channel_tile)[None, :, None]
-    group_channels = channels // groups
     present = (group < groups) & (within < group_channels)
     return image, group, group * group_channels + within, present
 

@@ -146,7 +146,7 @@ def _geometry(x: Tensor, skip: Tensor | None, weight: Tensor, num_groups: int, e
     span = triton.cdiv(triton.cdiv(pixels, chunks), rows) * rows
     chunks = triton.cdiv(pixels, span)
     common = {"chunks": chunks, "span": span, "channels": channels, "pixels": pixels, "groups": num_groups}
-    common["parameter_stride"] = channels if weight.dim() == 2 else 0
+    common["parameter_stride"] = weight.stride(0) if weight.dim() == 2 else 0
     sizes = {**common, "split": split, "width": width, "rows": rows, "in_two": skip is not None}
     channel_tile = triton.next_power_of_2(channels // num_groups)
     group_tile = max(1, min(triton.next_power_of_2(num_groups), 256 // channel_tile))

@@ -69,6 +69,7 @@ def fake_cuda_class() -> type:
     """`FakeCuda`; its base class can only be imported after `stand_in`."""
     import torch
     from torch import Tensor
+    from torch._prims_common import suggest_memory_format
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -132,9 +133,31 @@ def fake_cuda_class() -> type:
             if waits and (host := _on_host(name, tensors, kwargs)) is not None:
                 return host
             out = func(*args, **kwargs)
+            if name in CONVOLUTIONS:
+                out = self._laid_out_by_cudnn(name, tensors, out)
             if not (func.is_view or "empty" in name or name.startswith("prim::")):
                 self._launched(name, tensors, out, args)
             return out
+
+        def _laid_out_by_cudnn(self, name: str, tensors: list[Tensor], out: Any) -> Any:
+            """The results of a convolution, channels-last where its image or its kernel is, as in ATen's
+            `cudnn_conv_suggest_memory_format`; a build without cuDNN makes them contiguous. Operands that are
+            laid out otherwise are copied first."""
+            operands = tensors[:3] if name == "aten::convolution_backward" else tensors[:2]
+            kept = torch.contiguous_format, torch.channels_last
+            last = any(suggest_memory_format(operand) == kept[1] for operand in operands[-2:])
+            last = last and operands[0].dim() == 4 and operands[0].dtype != torch.float64
+            for operand in operands:
+                if not operand.is_contiguous(memory_format=kept[last]):
+                    self.record.launched("copy before a convolution")
+            if not last:
+                return out
+            results = out if isinstance(out, tuple) else (out,)
+            results = tuple(
+                each.to(memory_format=kept[1]) if each is not None and each.dim() == 4 else each
+                for each in results
+            )
+            return results if isinstance(out, tuple) else results[0]
 
         def _launched(self, name: str, tensors: list[Tensor], out: Any, args: tuple[Any, ...]) -> None:
             first = next(
@@ -155,6 +178,7 @@ def fake_cuda_class() -> type:
 
 NO_KERNEL = {"aten::lift_fresh", "aten::_unsafe_view", "aten::_has_compatible_shallow_copy_type"}
 COPIES = {"aten::_to_copy", "aten::copy_", "aten::clone"}
+CONVOLUTIONS = {"aten::convolution", "aten::convolution_backward"}
 READS_VALUES = {
     "aten::_local_scalar_dense",
     "aten::nonzero",
@@ -253,10 +277,13 @@ def _on_host(name: str, tensors: list[Any], kwargs: dict[str, Any]) -> Any:
 # csrc of PyTorch, ATen/native/cuda/MultiTensorApply.cuh: tensors of a launch by how many lists it works on,
 # blocks of a launch, and elements of a block.
 _TENSORS, _BLOCKS, _ELEMENTS = (110, 64, 48, 36, 30), 320, 65536
+_CATENATED = 128  # tensors of a launch, ATen/native/cuda/Shape.cu
 
 
 def _chunks(name: str, args: tuple[Any, ...]) -> int:
     """Launches of an operation: 1, or as many as its lists are cut into."""
+    if name == "aten::cat":
+        return -(-len(args[0]) // _CATENATED)
     if "foreach" not in name and "fused" not in name:
         return 1
     lists = [arg for arg in args if isinstance(arg, list | tuple) and arg and hasattr(arg[0], "numel")]
@@ -305,6 +332,7 @@ def _host_without_gpu(record: Record) -> Iterator[None]:
         mock.patch.object(torch.cuda, "_maybe_exchange_device", lambda device: 0),
         mock.patch.object(torch.cuda, "current_device", lambda: 0),
         mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+        mock.patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)),
         mock.patch.object(torch.cuda, "is_bf16_supported", lambda *_: True),
     ]
     for module in list(sys.modules.values()):  # fake tensors are no obstacle to lists of real ones

@@ -20,6 +20,8 @@ def main(cache: str, *_: str) -> None:
         x = torch.empty(4, 8, device="cuda")
         small = [torch.empty(5, device="cuda") for _ in range(130)]
         large = [torch.empty(330 * 65536, device="cuda")]
+        image, kernel = torch.empty(2, 4, 6, 6, device="cuda"), torch.empty(5, 4, 3, 3, device="cuda")
+        kernel_last = kernel.to(memory_format=torch.channels_last)
     host = torch.arange(4)
     programs = {
         "item": lambda: float(x[0, 0]),
@@ -35,6 +37,8 @@ def main(cache: str, *_: str) -> None:
         "plain op": lambda: 2 * x + 1,
         "cast": lambda: x.bfloat16(),
         "many small tensors": lambda: torch._foreach_add_(small, small),
+        "convolution": lambda: _layout(torch.conv2d(image, kernel)),
+        "convolution by a channels-last kernel": lambda: _layout(torch.conv2d(image, kernel_last)),
         "one large tensor": lambda: torch._foreach_add_(large, large),
     }
     seen: dict[str, dict[str, Any]] = {}
@@ -49,6 +53,13 @@ def main(cache: str, *_: str) -> None:
         kept = value if isinstance(value, float) else None
         seen[name] = {**device.record.to_json(), "error": error, "value": kept}
     print(json.dumps(seen))
+
+
+def _layout(x: Any) -> float:
+    """1 for a channels-last tensor, else 0."""
+    import torch
+
+    return float(x.is_contiguous(memory_format=torch.channels_last))
 
 
 if __name__ == "__main__":

@@ -26,19 +26,19 @@ pytestmark = [
 ]
 
 LAUNCHES = {
-    "step": 1418,
-    "step of a joint head": 740,
+    "step": 1497,
+    "step of a joint head": 866,
     "record": 35,
-    "ddim": 2066,
-    "ddpm": 978,
-    "dpm_solver_pp_2m": 975,
-    "heun": 1685,
-    "mala": 13878,
-    "smc": 14941,
-    "guided": 1102,
-    "guided joint": 1074,
-    "log_prob": 252,
-    "nll": 1577,
+    "ddim": 2638,
+    "ddpm": 1318,
+    "dpm_solver_pp_2m": 1315,
+    "heun": 2280,
+    "mala": 19018,
+    "smc": 20501,
+    "guided": 1442,
+    "guided joint": 1414,
+    "log_prob": 331,
+    "nll": 2079,
 }
 PILOT = {"aten::_local_scalar_dense at langevin.py": 36}  # 20 + 4 moves each set the next one's step size
 WAITS = {
@@ -50,7 +50,7 @@ WAITS = {
 }
 # Copies of a step. Between fp32 and bf16: activations where full precision begins and ends, folded kernels.
 STEP_COPIES = {
-    "bfloat16": 17,
+    "bfloat16": 36,
     "float32": 10,
     "float32 -> bfloat16": 10,
     "bfloat16 -> float32": 10,
@@ -147,6 +147,10 @@ def test_the_stand_in_sees_what_a_gpu_would_do(tmp_path):
     assert seen["host"]["launches"] == {} and seen["host"]["value"] == 6.0
     assert seen["plain op"]["launches"] == {"aten::mul": 1, "aten::add": 1}
     assert seen["cast"]["copies"] == {"float32 -> bfloat16": 1}
+    assert seen["convolution"]["value"] == 0 and seen["convolution"]["launches"] == {"aten::convolution": 1}
+    by_kernel = seen["convolution by a channels-last kernel"]  # as in cuDNN, the kernel's layout decides
+    assert by_kernel["value"] == 1
+    assert by_kernel["launches"] == {"copy before a convolution": 1, "aten::convolution": 1}
     # 130 tensors in two lists: 64 a launch; one of 330 blocks: 320 a launch.
     assert seen["many small tensors"]["launches"] == {"aten::_foreach_add_": 3}
     assert seen["one large tensor"]["launches"] == {"aten::_foreach_add_": 2}

@@ -1,5 +1,6 @@
 """Weights lent to a step or an evaluation: autocast's numbers up to rounding, and nothing left behind."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 
 from cdm_fast import CDM, Encoder, NoiseSchedule, UNet, UNetDenoiser, cdm_loss, ddm_loss, sample
 from cdm_fast.model import DDM
+from cdm_fast.nn.layers import GroupNorm
 from cdm_fast.nn.working import cast_weights, working_weights
+from cdm_fast.ops import _backend, use_backend
 
 SCHEDULE = NoiseSchedule.uniform(T=8)
 SIZES = {"image_size": 16, "channels": 3, "base_channels": 32, "multipliers": (1, 2), "blocks_per_level": 1}
@@ -113,3 +116,33 @@ def test_a_compiled_network_keeps_its_weights(model):
     model.network.forward = torch.compile(model.network.forward, backend="eager")
     with cast_weights(model, torch.device("cpu"), "bf16"):
         assert all(isinstance(weight, torch.nn.Parameter) for weight in model.parameters())
+
+
+@pytest.mark.parametrize("uses", [1, 2], ids=["one-batch", "two-batches"])
+def test_gradients_of_norms_are_summed_over_images_once(uses, monkeypatch):
+    """Triton's ops leave the sum over images to `working_weights`: the same gradients, no launch for each."""
+    if (reason := _backend.missing("triton")) is not None:
+        pytest.skip(reason)
+    from cdm_fast.kernels import group_norm_silu as kernels
+
+    norm = GroupNorm(8, 2)
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter)
+    batches = [torch.randn(3 + n, 8, 2, 3, requires_grad=True) for n in range(uses)]
+
+    def gradients(backend, lends):
+        norm.zero_grad()
+        with use_backend(backend), working_weights(norm, torch.bfloat16) if lends else nullcontext():
+            loss = sum(_loss_with_adjoint(norm, x) for x in batches)
+            loss.backward()
+        return [parameter.grad for parameter in norm.parameters()]
+
+    expected = gradients("reference", lends=False)
+    monkeypatch.setattr(kernels, "sum_images", None)  # not called
+    for got, exact in zip(gradients("triton", lends=True), expected, strict=True):
+        torch.testing.assert_close(got, exact)
+
+
+def _loss_with_adjoint(norm, x):
+    y, residuals = norm(x)
+    return y.square().sum() + norm.adjoint(residuals, y).square().sum()

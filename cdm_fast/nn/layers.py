@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdm_fast.ops import attention, attention_vjp, group_norm_silu, group_norm_silu_vjp, linear
+from cdm_fast.ops.backend import resolve
 from cdm_fast.ops.precision import ieee_fp32
 
 Residuals = Any  # whatever a layer's own adjoint reads: a tensor, a tuple, or None
@@ -30,11 +31,12 @@ def full_precision(x: Tensor) -> Iterator[None]:
         yield
 
 
-def to_trunk_dtype(x: Tensor) -> Tensor:
-    """`x` in the dtype that autocast has chosen for matrix products here, or unchanged without autocast."""
+def to_trunk_dtype(x: Tensor, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
+    """`x` in the dtype that autocast has chosen for matrix products here; without autocast in its own."""
+    dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type):
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
+        dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype, memory_format=memory_format)
 
 
 def for_adjoint_name(name: str) -> str:
@@ -46,6 +48,10 @@ def for_adjoint(module: nn.Module, name: str) -> Tensor:
     """The weight as the adjoint reads it: the module's own, or the alias that `working_weights` lends."""
     alias: Tensor | None = getattr(module, for_adjoint_name(name), None)
     return getattr(module, name) if alias is None else alias
+
+
+# The attribute of a norm for what `working_weights` lends besides: (name, weight, B) -> the same (B, C).
+FOR_IMAGES = "for_images"
 
 
 class Layer(nn.Module):
@@ -165,7 +171,10 @@ class Upsample(Layer):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         if x.numel() // x.shape[1] < _MIN_PIXELS_TO_FOLD:
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        kernels, bias = to_trunk_dtype(parity_kernels(self.conv.weight)), self.conv.bias
+        # Of a channels-last image cuDNN would lay out the kernels anew at each use.
+        last = x.is_cuda and x.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if last else torch.preserve_format
+        kernels, bias = to_trunk_dtype(parity_kernels(self.conv.weight), layout), self.conv.bias
         y = F.conv2d(x, kernels, None if bias is None else bias.repeat(4), padding=1)
         return _interleave_parities(y), kernels
 
@@ -201,6 +210,19 @@ def _split_parities(g: Tensor) -> Tensor:
     return _Split.apply(g)
 
 
+def _parities(y: Tensor) -> Tensor:
+    """A view of (B, 4 D, H+1, W+1) as (B, H, 2, W, 2, D): pixel (2i+p, 2j+q) is parity (p, q) at (i+p, j+q).
+
+    Where p moves the pixel, its stride is that of a row and of a parity: no slice, and one copy for all.
+    """
+    batch, channels, height, width = y.shape
+    of_image, of_channel, of_row, of_column = y.stride()
+    of_p, of_q = channels // 2 * of_channel, channels // 4 * of_channel
+    shape = batch, height - 1, 2, width - 1, 2, channels // 4
+    strides = of_image, of_row, of_row + of_p, of_column, of_column + of_q, of_channel
+    return y.as_strided(shape, strides)
+
+
 class _Interleave(torch.autograd.Function):
     """Its derivative is `_Split`: autograd would fill and add a whole map for each parity."""
 
@@ -208,13 +230,9 @@ class _Interleave(torch.autograd.Function):
 
     @staticmethod
     def forward(y: Tensor) -> Tensor:
-        height, width = y.shape[2] - 1, y.shape[3] - 1
-        parts = y.permute(0, 2, 3, 1).unflatten(3, (2, 2, -1))
-        rows = [
-            torch.stack([parts[:, p : p + height, q : q + width, p, q] for q in (0, 1)], dim=3)
-            for p in (0, 1)
-        ]
-        return torch.stack(rows, dim=2).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+        batch, channels, height, width = y.shape
+        shape = batch, 2 * (height - 1), 2 * (width - 1), channels // 4
+        return _parities(y).reshape(shape).permute(0, 3, 1, 2)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -232,8 +250,11 @@ class _Split(torch.autograd.Function):
 
     @staticmethod
     def forward(g: Tensor) -> Tensor:
-        parts = [F.pad(g[:, :, p::2, q::2], (q, 1 - q, p, 1 - p)) for p in (0, 1) for q in (0, 1)]
-        return torch.cat(parts, dim=1)
+        batch, channels, height, width = g.shape
+        y = g.new_zeros(batch, height // 2 + 1, width // 2 + 1, 4 * channels).permute(0, 3, 1, 2)
+        parities = _parities(y)
+        parities.copy_(g.permute(0, 2, 3, 1).reshape(parities.shape))
+        return y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -274,8 +295,7 @@ class GroupNorm(Layer):
         dropout = 0.0 if seed is None else self.dropout
         y, mean, rstd = group_norm_silu(
             x,
-            self.weight,
-            self.bias,
+            *self._for_images(x, self.weight, self.bias),
             self.num_groups,
             self.eps,
             silu=self.silu,
@@ -290,8 +310,15 @@ class GroupNorm(Layer):
         x, skip, mean, rstd, seed = residuals
         dropout = 0.0 if seed is None else self.dropout
         options = {"silu": self.silu, "dropout": dropout, "seed": seed, "skip": skip}
-        weight, bias = for_adjoint(self, "weight"), for_adjoint(self, "bias")
-        return group_norm_silu_vjp(g, x, weight, bias, mean, rstd, self.num_groups, **options)
+        parameters = self._for_images(x, for_adjoint(self, "weight"), for_adjoint(self, "bias"))
+        return group_norm_silu_vjp(g, x, *parameters, mean, rstd, self.num_groups, **options)
+
+    def _for_images(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """The parameters as the op reads them: (C,), or (B, C) where somebody sums their gradients later."""
+        lent = self.__dict__.get(FOR_IMAGES)
+        if lent is None or resolve("group_norm_silu", x) != "triton":
+            return weight, bias
+        return lent("weight", weight, len(x)), lent("bias", bias, len(x))
 
 
 def tokens(x: Tensor) -> Tensor:
@@ -383,25 +410,30 @@ class ResnetBlock(Layer):
             h = h + self.temb_proj(embedding).to(h.dtype)[:, :, None, None]
         h, norm2_residuals = self.norm2(h, seed=seed)
         h, _ = self.conv2(h)
-        return self._shortcut(x, skip) + h, (norm1_residuals, norm2_residuals)
+        shortcut, pieces = self._shortcut(x, skip)
+        return shortcut + h, (norm1_residuals, norm2_residuals, pieces)
 
     def adjoint(self, residuals: Residuals, g: Tensor) -> Any:
         """Like `x`; with a skip connection the two gradients, like `x` and like `skip`."""
-        norm1_residuals, norm2_residuals = residuals
+        norm1_residuals, norm2_residuals, pieces = residuals
         h = self.norm2.adjoint(norm2_residuals, self.conv2.adjoint(None, g))
         h = self.norm1.adjoint(norm1_residuals, self.conv1.adjoint(None, h))
         if not isinstance(h, tuple):
             return h + (self.nin_shortcut.adjoint(None, g) if self.has_shortcut else g)
-        weights = for_adjoint(self.nin_shortcut, "weight").split([part.shape[1] for part in h], dim=1)
-        return tuple(part + F.conv_transpose2d(g, weight) for part, weight in zip(h, weights, strict=True))
+        return tuple(part + F.conv_transpose2d(g, weight) for part, weight in zip(h, pieces, strict=True))
 
-    def _shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:
+    def _shortcut(self, x: Tensor, skip: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """The shortcut of the input, and its kernel's pieces for `x` and for `skip`, if there is one.
+
+        The pieces have no gaps: convolutions would copy them, each once more.
+        """
         if not self.has_shortcut:
-            return x
+            return x, None
         if skip is None:
-            return self.nin_shortcut(x)[0]
-        of_x, of_skip = self.nin_shortcut.weight.split([x.shape[1], skip.shape[1]], dim=1)
-        return F.conv2d(x, of_x, self.nin_shortcut.bias) + F.conv2d(skip, of_skip)
+            return self.nin_shortcut(x)[0], None
+        weight, bias = self.nin_shortcut.weight, self.nin_shortcut.bias
+        of_x, of_skip = (part.contiguous() for part in weight.split([x.shape[1], skip.shape[1]], dim=1))
+        return F.conv2d(x, of_x, bias) + F.conv2d(skip, of_skip), (of_x, of_skip)
 
 
 class ConvMeanPool(Conv2d):

@@ -23,5 +23,8 @@ def pieces() -> composed.Pieces:
 
 
 def _product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
-    """As `composed.Product`; fp32 as PyTorch's settings say: not in TF32, unless these allow it."""
-    return torch.bmm(a, b) if added is None else torch.baddbmm(added, a, b)
+    """As `composed.Product`; fp32 as PyTorch's settings say: not in TF32, unless these allow it.
+
+    Not in place, cuBLAS would first be given a copy of `added`.
+    """
+    return torch.bmm(a, b) if added is None else added.baddbmm_(a, b)

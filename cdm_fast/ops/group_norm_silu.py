@@ -65,7 +65,7 @@ def group_norm_silu(
             whole, weight, bias, num_groups, eps, silu=silu, dropout=dropout, seed=seed
         )
     x, skip = _dense(x, skip)
-    weight, bias = _parameters(weight, bias, x)
+    weight, bias = _parameters(weight, bias, x, backend)
     op = overload("group_norm_silu", backend)
     return op(x, skip, weight, bias, _with_first_image(seed), num_groups, silu, dropout, eps)
 
@@ -132,7 +132,7 @@ def group_norm_silu_vjp(
         )
         return grad if skip is None else (grad[:, : x.shape[1]], grad[:, x.shape[1] :])
     x, skip = _dense(x, skip)
-    weight, bias = _parameters(weight, bias, x)
+    weight, bias = _parameters(weight, bias, x, backend)
     saved = mean.contiguous(), rstd.contiguous(), _with_first_image(seed)
     op = overload("group_norm_silu_vjp", backend)
     grad_x, grad_skip = op(_laid_out_as(x, g), x, skip, weight, bias, *saved, num_groups, silu, dropout)
@@ -319,14 +319,19 @@ def _is_channels_last(x: Tensor) -> bool:
     return x.movedim(1, -1).is_contiguous()
 
 
-def _parameters(weight: Tensor, bias: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """weight and bias in the precision of the statistics, both (C,) or both (B, C)."""
+def _parameters(weight: Tensor, bias: Tensor, x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """weight and bias in the precision of the statistics, both (C,) or both (B, C).
+
+    Without gaps, but that Triton reads the same ones for all images where they are such (B, C).
+    """
     if weight.dim() != bias.dim():
         shape = x.shape[0], weight.shape[-1]
         weight, bias = weight.expand(shape), bias.expand(shape)
     dtype = _statistics_dtype(x)
     if weight.dtype != dtype or bias.dtype != dtype:
         weight, bias = weight.to(dtype), bias.to(dtype)
+    if backend == "triton" and weight.stride() == bias.stride() == (0, 1):
+        return weight, bias
     return weight.contiguous(), bias.contiguous()
 
 

@@ -115,7 +115,7 @@ def install(library: Path, thread_order: str) -> None:
     global num_launches
     num_launches = stand_in.cuda_on_cpu_num_launches
     for name in sorted(_ops_with_cuda_kernels() - before):
-        cdm_fast.ops._registry._library.impl(name, _as_cuda(name), "CPU")
+        cdm_fast.ops.registry._library.impl(name, _as_cuda(name), "CPU")
 
     for backends in backend._coverage.values():
         if "cuda" in backends:

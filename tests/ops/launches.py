@@ -98,8 +98,11 @@ def group_norm_silu(kernels: Any, empty: Empty) -> None:
         (0, 8, channels_last, 0.1),
         (128, 16, contiguous, 0.0),
         (128, 8, channels_last, 0.0),
+        (0, 16, channels_last, 0.1),
+        (256, 16, channels_last, 0.0),
     ):
-        _group_norm_silu(kernels, empty, (4, 256, size, size), second, layout, seed, dropout)
+        batch = 64 if layout == channels_last else 4  # programs enough for one kernel
+        _group_norm_silu(kernels, empty, (batch, 256, size, size), second, layout, seed, dropout)
 
 
 def group_norm_silu_split(kernels: Any, empty: Empty) -> None:
