@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from cdm_fast import CDM, load, sample
@@ -49,6 +50,7 @@ def draw(model: CDM, path: Path) -> None:
 
     figure = Figure(figsize=(10, 5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(COLUMNS, CLASSES))
+    images = F.pad(images, (1, 1, 1, 1), value=0.0)  # grey lines between images
     size = images.shape[-1]
     sheet = images.view(CLASSES, COLUMNS, size, size).permute(0, 2, 1, 3).reshape(CLASSES * size, -1)
     left.imshow(sheet, cmap="gray", vmin=-1, vmax=1)
