@@ -11,9 +11,9 @@ from cdm_fast.host.optional import need
 
 ROOT = Path(__file__).parents[1]
 OPTIONAL = ("tyro", "rich", "PIL", "matplotlib", "sklearn", "scipy")
-COMMAND_LINE = "cdm_fast.cli"
+COMMAND_LINE = "cdm_fast.cli.entry"
 # The estimators derive from scikit-learn's classes.
-USE_TABLES = {"benchmarks.studies.density_tables"}
+USE_TABLES = {"benchmarks.studies.density_tables", "benchmarks.studies.information_tasks"}
 TABLE_NAMES = ["CDMDensity", "DensityRatio", "MutualInformation", "log_density_ratio"]
 
 # feature -> (code that uses it, package that it names)

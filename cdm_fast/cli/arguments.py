@@ -4,8 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import FlagCreatePairsOff, Positional
-
 from cdm_fast.config import Compile, PixelMap, Preset, RunConfig, Sampler, Schedule
 from cdm_fast.config.choices import (
     AttackName,
@@ -16,6 +14,7 @@ from cdm_fast.config.choices import (
     RestoreTask,
     Split,
 )
+from cdm_fast.config.flags import FlagCreatePairsOff, Positional
 
 Json = Annotated[bool, FlagCreatePairsOff]
 Given = Literal["label", "none", "all"]

@@ -7,9 +7,8 @@ and the tree as JSON is the `config.json` of a run directory. Nothing here impor
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from tyro.conf import Suppress, arg
-
 from cdm_fast.config.choices import Compile, Objective, Precision, Sampler
+from cdm_fast.config.flags import Suppress, arg
 
 Schedule = Literal["linear", "uniform", "ot", "cosine"]
 # Where grey level u of N stands in [-1, 1]: over [2u/N - 1, 2(u+1)/N - 1), or around the point 2u/(N-1) - 1,
