@@ -147,8 +147,8 @@ def test_bad_requests_are_named(measure, told):
         measure(exact_model())
 
 
-@pytest.mark.parametrize("measure", [measure_log_z, evaluate_ode, evaluate_elbo, audit])
-def test_a_plain_denoiser_has_no_likelihood(measure):
+@pytest.mark.parametrize("measure", [measure_log_z, audit])
+def test_a_plain_denoiser_has_no_likelihood_in_one_pass(measure):
     with pytest.raises(UserError, match="DDM"):
         measure(DDM(nn.Identity(), SCHEDULE), DATA)
 
