@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdm_fast.ops import attention, attention_vjp, group_norm_silu, group_norm_silu_vjp, linear
-from cdm_fast.ops.backend import resolve
+from cdm_fast.ops.backend import kernel_layout, resolve
 from cdm_fast.ops.precision import ieee_fp32
 
 Residuals = Any  # whatever a layer's own adjoint reads: a tensor, a tuple, or None
@@ -171,10 +171,8 @@ class Upsample(Layer):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         if x.numel() // x.shape[1] < _MIN_PIXELS_TO_FOLD:
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        # Of a channels-last image cuDNN would lay out the kernels anew at each use.
-        last = x.is_cuda and x.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if last else torch.preserve_format
-        kernels, bias = to_trunk_dtype(parity_kernels(self.conv.weight), layout), self.conv.bias
+        kernels = to_trunk_dtype(parity_kernels(self.conv.weight), kernel_layout(x))
+        bias = self.conv.bias
         y = F.conv2d(x, kernels, None if bias is None else bias.repeat(4), padding=1)
         return _interleave_parities(y), kernels
 

@@ -99,6 +99,15 @@ def selected_backend() -> str:
     return _selected
 
 
+def kernel_layout(image: Tensor) -> torch.memory_format:
+    """The layout in which a convolution of `image` (B, C, H, W) reads its kernels without a copy of them.
+
+    cuDNN copies the kernels of a channels-last image at each use where they lie otherwise.
+    """
+    last = image.is_cuda and image.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.preserve_format
+
+
 def resolve(op: str, tensor: Tensor) -> str:
     """The backend that runs `op` on a tensor like this one: "reference", "cpp", "cuda" or "triton".
 
