@@ -196,7 +196,8 @@ def step_costs(name: str, batch_size: int, bandwidth: float, rate: float) -> dic
     with as_on_a_gpu():
         model = _without_data(real)
         ema = Ema.__new__(Ema)  # its own copy would be real
-        ema.decay, ema._weights = config.train.ema_decay, [x.detach() for x in model.parameters()]
+        ema.decay, ema.start = config.train.ema_decay, None
+        ema._weights = [x.detach() for x in model.parameters()]
         ema._averages = [torch.empty_like(x) for x in ema._weights]
         images = torch.empty(shape).permute(0, 3, 1, 2)
         level = torch.empty(batch_size, dtype=torch.int64)

@@ -84,7 +84,7 @@ def test_python_blocks_run(page, workplace, monkeypatch):
         "__name__": "__main__",
         "torch": torch,
         "model": model,
-        "network": lambda y, sigma: y / (1 + sigma**2),  # of N(0, I) data
+        "network": lambda y, sigma: y / (1 + sigma.view(-1, 1, 1, 1) ** 2),  # of N(0, I) data
         "x": torch.stack([image, -image]),
         "image": image,
         "known": image > 0,

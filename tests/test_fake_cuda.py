@@ -40,13 +40,18 @@ LAUNCHES = {
     "log_prob": 331,
     "nll": 2079,
 }
-PILOT = {"aten::_local_scalar_dense at langevin.py": 36}  # 20 + 4 moves each set the next one's step size
+PILOT = {
+    "aten::_local_scalar_dense at sampling/langevin.py": 36
+}  # 20 + 4 moves each set the next one's step size
 WAITS = {
     "mala": PILOT,
     # Each of 4 levels asks two numbers at once whether to resample; fake tensors answer one by one.
-    "smc": {"aten::_local_scalar_dense at langevin.py": 36 + 8, "copy to the host at langevin.py": 1},
+    "smc": {
+        "aten::_local_scalar_dense at sampling/langevin.py": 36 + 8,
+        "copy to the host at sampling/langevin.py": 1,
+    },
     # The values of each draw, and those that tell what bf16 costs.
-    "nll": {"copy to the host at likelihood/single.py": 2 + 1},
+    "nll": {"copy to the host at likelihood/single_pass.py": 2 + 1},
 }
 # Copies of a step. Between fp32 and bf16: activations where full precision begins and ends, folded kernels.
 STEP_COPIES = {

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 import torch
 
-# What convolutions and matrix products of fp32 tensors may round to on a GPU: (library, kind of operation).
-_OPERATIONS = (("cuda", "conv"), ("cuda", "matmul"))
+# (library, kind of operation). PyTorch's older switch `cudnn.allow_tf32` cannot be read where conv and rnn differ.
+_OPERATIONS = (("cuda", "conv"), ("cuda", "rnn"), ("cuda", "matmul"))
 
 
 @contextmanager
