@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-# (library, kind of operation). PyTorch's older switch `cudnn.allow_tf32` cannot be read where conv and rnn differ.
+# (library, kind of operation). PyTorch's older switch `allow_tf32` cannot be read where conv and rnn differ.
 _OPERATIONS = (("cuda", "conv"), ("cuda", "rnn"), ("cuda", "matmul"))
 
 
