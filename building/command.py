@@ -1,6 +1,5 @@
 """The command `build_ext`: builds the best kernels that can be built here, and records what came of it."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -96,9 +95,10 @@ class BuildKernels(build_ext):
 
     def _check_that_it_loads(self) -> None:
         """A shared library links with symbols missing: only loading it tells."""
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        command = [sys.executable, "-P", "-c", _LOAD, EXTENSION, str(self._product())]
-        subprocess.run(command, env=environment, check=True)
+        # Without `site`: pip's own sitecustomize would hide the torch of the environment again.
+        start = f"import sys; sys.path[:] = {[folder for folder in sys.path if folder]!r}\n"
+        command = [sys.executable, "-I", "-S", "-c", start + _LOAD, EXTENSION, str(self._product())]
+        subprocess.run(command, check=True)
 
     def _product(self) -> Path:
         return Path(self.get_ext_fullpath(EXTENSION))
