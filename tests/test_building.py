@@ -318,6 +318,17 @@ def build(monkeypatch, tmp_path, capfd):
     return run
 
 
+def test_the_check_of_loading_sees_the_torch_of_the_build(monkeypatch, tmp_path):
+    """pip's isolated build has a sitecustomize that takes the environment's packages off sys.path."""
+    extension = pytest.importorskip("cdm_fast.ops").backend._extension()
+    if isinstance(extension, ImportError):
+        pytest.skip("no extension is built here")
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.path[:] = []")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(command.BuildKernels, "_product", lambda self: Path(extension.__file__))
+    command.BuildKernels(Distribution({"name": "cdm_fast"}))._check_that_it_loads()
+
+
 def test_everything_builds(build):
     record, log, there = build((True, False))
     assert record["built"] == ["cpp", "cuda"] and record["left_out"] == {} and record["log"] is None
