@@ -8,24 +8,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import jupytext
 
+from cdm_fast.cli.arguments import Command
+
 DOCS = Path(__file__).parent
-COMMANDS = (
-    "train",
-    "sample",
-    "nll",
-    "calibrate",
-    "classify",
-    "score",
-    "denoise",
-    "restore",
-    "plot",
-    "replay",
-    "convert",
-    "doctor",
-)
+COMMANDS = [command.__name__.lower() for command in get_args(Command)]
 
 project = "cdm_fast"
 author = "the cdm_fast authors"
