@@ -10,7 +10,8 @@ from cdm_fast import CDM, Encoder, NoiseSchedule, UNet, UNetDenoiser, cdm_loss, 
 from cdm_fast.model import DDM
 from cdm_fast.nn.layers import GroupNorm
 from cdm_fast.nn.working import cast_weights, working_weights
-from cdm_fast.ops import _backend, use_backend
+from cdm_fast.ops import backend as _backend
+from cdm_fast.ops import use_backend
 
 SCHEDULE = NoiseSchedule.uniform(T=8)
 SIZES = {"image_size": 16, "channels": 3, "base_channels": 32, "multipliers": (1, 2), "blocks_per_level": 1}
