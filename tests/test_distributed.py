@@ -17,11 +17,11 @@ from cdm_fast.config import NetworkConfig
 from cdm_fast.errors import UserError
 from cdm_fast.host import distributed as module
 from cdm_fast.host.device import pick_device
-from cdm_fast.host.distributed import gather_rows, own_rows, share
+from cdm_fast.host.distributed import gather_rows, rank_range, rank_rows
 from cdm_fast.host.processes import Process, join
 from cdm_fast.runs import build
 from cdm_fast.runs.checkpoint import load_checkpoint
-from cdm_fast.training.prepare import begun
+from cdm_fast.training.prepare import config_to_resume
 from cdm_fast.training.train import resume, train
 from tests import workers
 from tests.tiny_run import FLAGS, tiny_config, write_images
@@ -118,16 +118,16 @@ def test_shares_and_rows_cover_everything_in_order(several):
     batch = torch.arange(24).reshape(12, 2)
     for rank in range(3):
         several(rank)
-        shares += share(7)
-        rows.append(own_rows(batch, parts=2))
+        shares += rank_range(7)
+        rows.append(rank_rows(batch, parts=2))
     assert shares == list(range(7))
     assert [row[:, 0].tolist() for row in rows] == [[0, 2, 12, 14], [4, 6, 16, 18], [8, 10, 20, 22]]
 
 
 def test_alone_nothing_is_copied():
     batch = torch.arange(4)
-    assert own_rows(batch, 2) is batch and gather_rows(batch, 4) is batch
-    assert module.mean_over_processes(batch) is batch and module.from_main(batch) is batch
+    assert rank_rows(batch, 2) is batch and gather_rows(batch, 4) is batch
+    assert module.all_reduce_mean(batch) is batch and module.broadcast_from_main(batch) is batch
 
 
 def test_more_processes_than_gpus_are_told(several, monkeypatch):
@@ -142,19 +142,19 @@ def test_more_processes_than_gpus_are_told(several, monkeypatch):
 def test_the_beginning_of_a_run_is_recognised(tmp_path, config, monkeypatch):
     monkeypatch.setattr("cdm_fast.training.train.write_final", lambda *_: {})
     auto = replace(config, train=replace(config.train, precision="auto"))
-    assert begun(auto, tmp_path / "run") is None
+    assert config_to_resume(auto, tmp_path / "run") is None
     train(auto, tmp_path / "run", device="cpu")
-    again = begun(auto, tmp_path / "run")
+    again = config_to_resume(auto, tmp_path / "run")
     assert again is not None and resume(tmp_path / "run", again, device="cpu")["step"] == 6
     other = replace(auto, network=NetworkConfig(base_channels=64))
-    assert begun(other, tmp_path / "run") is None
+    assert config_to_resume(other, tmp_path / "run") is None
 
 
 def test_a_head_rank_that_no_head_takes_changes_no_run(tmp_path, config, monkeypatch):
     monkeypatch.setattr("cdm_fast.training.train.write_final", lambda *_: {})
     config = replace(config, network=replace(config.network, conditioning="none", head_rank=10))
     train(config, tmp_path / "run", device="cpu")
-    assert begun(config, tmp_path / "run") is not None
+    assert config_to_resume(config, tmp_path / "run") is not None
 
 
 @pytest.mark.parametrize(("restarts", "objects"), [("0", 0), ("1", 0), ("2", 1)])

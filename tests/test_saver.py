@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cdm_fast.errors import DiskError, UserError
-from cdm_fast.host.files import alone_in
+from cdm_fast.host.files import exclusive_lock
 from cdm_fast.runs.checkpoint import checkpoint_folders, create_run, load_checkpoint
 from cdm_fast.training import saver as module
 from cdm_fast.training.saver import Saver
@@ -210,10 +210,10 @@ def test_weights_that_are_not_finite_stop_the_training(run, at, state):
 
 
 def test_two_processes_cannot_train_one_run(run):
-    with alone_in(run):
+    with exclusive_lock(run):
         with pytest.raises(UserError, match="run is being trained by another process"):
             resume(run, device="cpu")
-    with alone_in(run):
+    with exclusive_lock(run):
         pass
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cdm_fast.errors import UserError
 from cdm_fast.host.device import upload
-from cdm_fast.host.distributed import gather_rows, share
+from cdm_fast.host.distributed import gather_rows, rank_range
 from cdm_fast.model import Denoiser, measures
 
 
@@ -103,7 +103,7 @@ def _squared_error(
     a, s = float(model.schedule.a[t]), float(model.schedule.s[t])
     noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
     errors = [torch.empty(0, dtype=torch.float64, device=x.device)]  # for a process without images
-    mine = share(len(x))
+    mine = rank_range(len(x))
     x, noise = x[mine.start : mine.stop], noise[mine.start : mine.stop]
     label = None if label is None else upload(label[mine.start : mine.stop], x.device)
     for first in range(0, len(x), batch_size):

@@ -31,7 +31,7 @@ from torch import Tensor
 from cdm_fast.config import RunConfig, check
 from cdm_fast.config.json import from_json, parse_json, to_json
 from cdm_fast.errors import UserError
-from cdm_fast.host.files import directory_in_one_step, remove, remove_unfinished, saving, write_atomically
+from cdm_fast.host.files import atomic_directory, remove, remove_unfinished, saving, write_atomically
 from cdm_fast.host.reading import read_bytes, shown
 from cdm_fast.runs.tensor_file import HashedFile, write_tensors
 
@@ -100,7 +100,7 @@ def create_run(run: str | Path, config: RunConfig, checkpoint: Checkpoint) -> No
     with saving(run):
         run.parent.mkdir(parents=True, exist_ok=True)
         remove_unfinished(run.parent, run.name)
-        with directory_in_one_step(run) as unfinished:
+        with atomic_directory(run) as unfinished:
             write_config(unfinished, config)
             save_checkpoint(unfinished, checkpoint, keep=1)
 
@@ -119,7 +119,7 @@ def save_checkpoint(
     with saving(run):
         folder.mkdir(exist_ok=True)
         remove_unfinished(folder)
-        with directory_in_one_step(target) as unfinished:
+        with atomic_directory(target) as unfinished:
             _write_parts(unfinished, checkpoint, run, proceed)
     for old in checkpoint_folders(run)[keep:]:
         if old != target:
@@ -164,7 +164,7 @@ def checkpoint_folders(run: Path) -> list[Path]:
     return sorted(steps, key=lambda path: steps[path], reverse=True)
 
 
-def make_ready(run: Path, step: int) -> None:
+def prepare_to_resume(run: Path, step: int) -> None:
     """Tidies a run that is about to continue from its checkpoint of `step`.
 
     Removes what killed processes left half-written, and renames damaged newer checkpoints to damaged-N, where

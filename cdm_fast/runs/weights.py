@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from cdm_fast.config import RunConfig
 from cdm_fast.errors import UserError
-from cdm_fast.host.distributed import whole
+from cdm_fast.host.distributed import gather_full
 from cdm_fast.host.reading import shown
 from cdm_fast.runs.build import build_network
 
@@ -104,7 +104,7 @@ def _like_parameter(value: Tensor, parameter: Tensor) -> Tensor:
 
 def _host_copy(tensor: Tensor) -> Tensor:
     """A copy in the memory layout of the original: the quickest, and training waits for it."""
-    return whole(tensor.detach()).to("cpu", copy=True)
+    return gather_full(tensor.detach()).to("cpu", copy=True)
 
 
 def _shape(tensor: Tensor | None) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cdm_fast.errors import UserError
 from cdm_fast.host.device import upload
-from cdm_fast.host.distributed import gather_rows, share
+from cdm_fast.host.distributed import gather_rows, rank_range
 from cdm_fast.model import Denoiser, Energy, measures, prototype
 from cdm_fast.model.conditioned import Guided, GuidedEnergy
 from cdm_fast.model.schedule import Spacing
@@ -60,7 +60,7 @@ def sample(
     `moves` of `mala` and `smc` at each level, each of `leapfrog` steps (Langevin moves with one, HMC with
     more), and `log`, to which they add the acceptance of each level.
     Image i depends on the seed, i and its label alone: any `batch_size` gives the same result up to rounding,
-    and so does any number of processes (see `distributed.joined`), which share the images. Not so for `smc`,
+    and so does any number of processes (`distributed.process_group`), which share the images. Not so for `smc`,
     where a batch is one population. The step sizes of moves come from a pilot of a fixed seed.
     Global random generators are neither read nor changed; dropout is off while sampling.
     Raises UserError for an argument out of range.
@@ -90,7 +90,7 @@ def sample(
             f"leapfrog is {leapfrog}, but sampler {sampler!r} makes no moves: choose 'mala' or 'smc'"
         )
     images = [like.new_empty((0, *shape))]
-    mine = share(num)
+    mine = rank_range(num)
     with cast_weights(model, like.device, precision):
         for start in range(mine.start, mine.stop, batch_size):
             batch = slice(start, min(start + batch_size, mine.stop))

@@ -12,7 +12,7 @@ from cdm_fast.config import RunConfig
 from cdm_fast.data import ImageData
 from cdm_fast.errors import DiskError, UserError
 from cdm_fast.host.device import wait_for
-from cdm_fast.host.distributed import agreed
+from cdm_fast.host.distributed import agree_on_stop
 from cdm_fast.likelihood import evaluate
 from cdm_fast.model import CDM
 from cdm_fast.model.classifier import Classifier
@@ -75,7 +75,7 @@ def train_steps(session: Session, display: Display, stopper: Stopper) -> str | N
     mode = "off" if sharded else config.train.compile  # what FSDP2 does between blocks fits in no graph
     loss_function = compiled(plain_loss, mode, state.sums.device)
     first, reason = state.step, None
-    while state.step < config.train.steps and not (reason := agreed(stopper.reason)):
+    while state.step < config.train.steps and not (reason := agree_on_stop(stopper.reason)):
         began = time.perf_counter()
         take_step(state, session.data, config, loss_function, session.wrapped)
         last = state.step == config.train.steps

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cdm_fast.config import RunConfig
 from cdm_fast.config.choices import Parallel
-from cdm_fast.host.distributed import largest
+from cdm_fast.host.distributed import all_reduce_max
 from cdm_fast.host.processes import is_main, this_process
 from cdm_fast.model import CDM, DDM
 from cdm_fast.model.classifier import Classifier
@@ -184,7 +184,7 @@ class JointSaver:
                 save(copy)
             return
         if not is_main():
-            if largest(0):
+            if all_reduce_max(0):
                 copy()
             return
         asked = False
@@ -192,9 +192,9 @@ class JointSaver:
         def joint_copy() -> Checkpoint:
             nonlocal asked
             asked = True
-            largest(1)
+            all_reduce_max(1)
             return copy()
 
         save(joint_copy)
         if not asked:
-            largest(0)
+            all_reduce_max(0)

@@ -22,7 +22,7 @@ from cdm_fast.runs.checkpoint import read_config
 from cdm_fast.training.tuning import pick_precision
 
 
-def begun(config: RunConfig, out: str | Path) -> RunConfig | None:
+def config_to_resume(config: RunConfig, out: str | Path) -> RunConfig | None:
     """The config with which to resume `out`, if it holds the beginning of this very run; else None.
 
     torchrun starts its command again when a process has died, and so does a queue when a machine has.
@@ -95,7 +95,7 @@ def class_counts(data: ImageData) -> tuple[int, ...] | None:
 
 
 @contextlib.contextmanager
-def own_randomness(device: torch.device) -> Iterator[None]:
+def preserved_rng(device: torch.device) -> Iterator[None]:
     """Keeps the caller's global generator, which dropout draws from and training seeds at each step."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield

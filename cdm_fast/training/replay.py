@@ -24,7 +24,7 @@ from cdm_fast.model.losses import Noised
 from cdm_fast.runs.build import run_data
 from cdm_fast.runs.checkpoint import load_checkpoint, read_config
 from cdm_fast.training.loop import take_step
-from cdm_fast.training.prepare import on_device, own_randomness
+from cdm_fast.training.prepare import on_device, preserved_rng
 from cdm_fast.training.state import TrainingState, from_checkpoint
 from cdm_fast.training.step import (
     LossFunction,
@@ -58,7 +58,7 @@ def replay(run: str | Path, step: int, *, device: str = "auto", out: Path | None
         raise UserError(f"--out {out}: give a name that ends in .npz")
     config = read_config(run)
     place = pick_device(device)
-    with own_randomness(place):
+    with preserved_rng(place):
         data = on_device(run_data(config, "train"), place)
         state = from_checkpoint(load_checkpoint(run, at_most=step), config, place, str(run))
         from_step, loss_function = state.step, make_loss(config.train)

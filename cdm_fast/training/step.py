@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cdm_fast.config import RunConfig, TrainConfig
 from cdm_fast.data import ImageData, batch_indices
 from cdm_fast.host.device import upload
-from cdm_fast.host.distributed import mean_over_processes, own_rows, whole
+from cdm_fast.host.distributed import all_reduce_mean, gather_full, rank_rows
 from cdm_fast.host.processes import this_process
 from cdm_fast.model import CDM, DDM
 from cdm_fast.model.classifier import Classifier
@@ -85,9 +85,9 @@ def training_step(
     totals = accumulate_gradient(
         model, batch, loss_function, parts=parts, precision=precision, keep_local=keep_local
     )
-    totals = mean_over_processes(totals)
+    totals = all_reduce_mean(totals)
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    grad_norm = whole(nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf))
+    grad_norm = gather_full(nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf))
     bad = (~(torch.isfinite(grad_norm) & torch.isfinite(totals[0]))).float()
     optimizer.found_inf = bad  # type: ignore[attr-defined]
     optimizer.step()
@@ -198,10 +198,10 @@ def draw_batch(data: ImageData, model: CDM | DDM | Classifier, config: RunConfig
         flip=config.data.flip,
     )
     label = _draw_labels(data, config, index, generator)
-    x_t, eps, level = (own_rows(drawn, train.accumulate) for drawn in (x_t, eps, level))
+    x_t, eps, level = (rank_rows(drawn, train.accumulate) for drawn in (x_t, eps, level))
     if train.channels_last:
         x_t, eps = (x.contiguous(memory_format=torch.channels_last) for x in (x_t, eps))
-    return Noised(x_t, eps, level, label if label is None else own_rows(label, train.accumulate))
+    return Noised(x_t, eps, level, label if label is None else rank_rows(label, train.accumulate))
 
 
 def _draw_labels(

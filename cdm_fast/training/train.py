@@ -14,14 +14,14 @@ from cdm_fast.config.json import differences
 from cdm_fast.data import ImageData
 from cdm_fast.errors import UserError
 from cdm_fast.host.device import pick_device
-from cdm_fast.host.distributed import from_main, lost_another
-from cdm_fast.host.files import alone_in
+from cdm_fast.host.distributed import broadcast_from_main, lost_peer
+from cdm_fast.host.files import exclusive_lock
 from cdm_fast.host.processes import is_main, this_process
 from cdm_fast.runs.build import run_data
 from cdm_fast.runs.checkpoint import (
     create_run,
     load_checkpoint,
-    make_ready,
+    prepare_to_resume,
     read_config,
     require_new,
     write_config,
@@ -30,7 +30,7 @@ from cdm_fast.training.display import Display
 from cdm_fast.training.finetune import begin_from_run
 from cdm_fast.training.log import open_sinks, require_extras
 from cdm_fast.training.loop import SavesCheckpoints, Session, train_steps
-from cdm_fast.training.prepare import check_parallel, data_digest, on_device, own_randomness, resolve
+from cdm_fast.training.prepare import check_parallel, data_digest, on_device, preserved_rng, resolve
 from cdm_fast.training.report import update_loss_curves, write_final
 from cdm_fast.training.saver import Saver
 from cdm_fast.training.state import (
@@ -54,7 +54,7 @@ def train(
     """Trains a new run into the directory `out` and returns its summary (see `_summary`).
 
     max_time: stop after so many seconds, with everything saved; device: "auto", "cpu", "cuda", ...;
-    parallel: how processes that have joined (`distributed.joined`) share the work.
+    parallel: how processes that have joined (`distributed.process_group`) share the work.
     Raises UserError for bad data or settings, before anything is written; when `out` exists; when the disk
     refuses; and when `max_bad_steps` steps in a row are not finite.
     """
@@ -63,16 +63,16 @@ def train(
     require_extras(config)
     check_parallel(config, parallel)
     place = pick_device(device)
-    with own_randomness(place):
+    with preserved_rng(place):
         data = run_data(config, "train")
-        config = from_main(resolve(config, data, place))
+        config = broadcast_from_main(resolve(config, data, place))
         validation = run_data(config, "validation").take(slice(config.output.evaluate_images))
         state = new_state(config, place)
         begin_from_run(config, state)
         state.data = data_digest(data)
         if is_main():
             create_run(out, config, to_checkpoint(state, config))
-        with alone_in(Path(out)):
+        with exclusive_lock(Path(out)):
             return _train(config, Path(out), state, data, validation, max_time, parallel)
 
 
@@ -99,18 +99,18 @@ def resume(
     check_parallel(config, parallel)
     require_trained_here(load_checkpoint(run, parts=()), str(run))  # before its data are looked for
     place = pick_device(device)
-    with alone_in(Path(run)), own_randomness(place):
+    with exclusive_lock(Path(run)), preserved_rng(place):
         data = run_data(config, "train")
-        if from_main(resolve(config, data, place)).image != config.image:
+        if broadcast_from_main(resolve(config, data, place)).image != config.image:
             raise UserError(f"--data {config.data.source} is not what {run} was trained on; give that data")
         validation = run_data(config, "validation").take(slice(config.output.evaluate_images))
         state = from_checkpoint(load_checkpoint(run), config, place, str(run))
         if state.data != data_digest(data):
             raise UserError(f"{config.data.source} has changed since {run} began; restore those images")
-        if from_main(state.step) != state.step:
+        if broadcast_from_main(state.step) != state.step:
             raise UserError(f"{run} is another one on another machine; put it where all of them see it")
         if is_main():
-            make_ready(Path(run), state.step)
+            prepare_to_resume(Path(run), state.step)
         if config != stored:
             write_config(Path(run), config)
         return _train(config, Path(run), state, data, validation, max_time, parallel)
@@ -155,7 +155,7 @@ def _finish(session: Session, stopped: str | None) -> dict[str, Any]:
         score = {} if stopped == "signal" else write_final(model, session.config, session.validation, run)
     except (KeyboardInterrupt, RuntimeError) as error:
         # A signal may reach another process first, which is then gone; everything is saved.
-        if isinstance(error, RuntimeError) and not lost_another(error):
+        if isinstance(error, RuntimeError) and not lost_peer(error):
             raise
         score, stopped = {}, "signal"
     return {**score, **_summary(session, stopped)}
