@@ -86,7 +86,7 @@ def test_measurements_that_processes_share_are_those_of_one(tmp_path, config, re
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_run_of_processes_is_continued_by_one(tmp_path, config, monkeypatch, relative_error, parallel):
-    monkeypatch.setattr("cdm_fast.training.train.write_final", lambda *_: {})
+    monkeypatch.setattr("cdm_fast.training.finish.write_final", lambda *_: {})
     train(config, tmp_path / "alone", device="cpu")
     stopped = workers.start(2, workers.joint_run, tmp_path, config, tmp_path / "run", parallel, 3)
     assert [(summary["stopped"], summary["step"]) for summary in stopped] == [("signal", 4)] * 2
@@ -140,7 +140,7 @@ def test_more_processes_than_gpus_are_told(several, monkeypatch):
 
 
 def test_the_beginning_of_a_run_is_recognised(tmp_path, config, monkeypatch):
-    monkeypatch.setattr("cdm_fast.training.train.write_final", lambda *_: {})
+    monkeypatch.setattr("cdm_fast.training.finish.write_final", lambda *_: {})
     auto = replace(config, train=replace(config.train, precision="auto"))
     assert config_to_resume(auto, tmp_path / "run") is None
     train(auto, tmp_path / "run", device="cpu")
@@ -151,7 +151,7 @@ def test_the_beginning_of_a_run_is_recognised(tmp_path, config, monkeypatch):
 
 
 def test_a_head_rank_that_no_head_takes_changes_no_run(tmp_path, config, monkeypatch):
-    monkeypatch.setattr("cdm_fast.training.train.write_final", lambda *_: {})
+    monkeypatch.setattr("cdm_fast.training.finish.write_final", lambda *_: {})
     config = replace(config, network=replace(config.network, conditioning="none", head_rank=10))
     train(config, tmp_path / "run", device="cpu")
     assert config_to_resume(config, tmp_path / "run") is not None

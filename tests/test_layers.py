@@ -96,6 +96,17 @@ def test_a_room_imports_from_lower_rooms_only(layer):
     assert {module: others for module, others in found.items() if others - allowed.get(module, set())} == {}
 
 
+def test_loading_a_run_imports_no_likelihood():
+    modules = sources()
+    found, pending = set(), ["cdm_fast.runs.load"]
+    while pending:
+        module = pending.pop()
+        if module in modules and module not in found:
+            found.add(module)
+            pending += imported(modules[module], modules)
+    assert {module.split(".")[1] for module in found} & {"likelihood", "sampling", "plots"} == set()
+
+
 def test_no_files_import_each_other_in_a_circle():
     modules = sources()
     graph = {

@@ -239,7 +239,7 @@ def fill(folder):
 
 def test_a_disk_that_fills_loses_nothing_and_says_so(tmp_path, config, small_disk, monkeypatch):
     """It fills before the fourth step: training goes on, the last save fails, --resume repeats the rest."""
-    monkeypatch.setattr("cdm_fast.training.train.write_final", lambda *_: {})
+    monkeypatch.setattr("cdm_fast.training.finish.write_final", lambda *_: {})
     config = replace(config, output=replace(config.output, save_every=1, log_every=1))
     train(config, tmp_path / "whole", device="cpu")
     run = small_disk / "run"

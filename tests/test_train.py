@@ -17,7 +17,7 @@ from cdm_fast.model.losses import noised_cdm_loss
 from cdm_fast.runs.build import build_model
 from cdm_fast.runs.checkpoint import load_checkpoint, read_config
 from cdm_fast.runs.load import load
-from cdm_fast.training import train as module
+from cdm_fast.training import finish as module
 from cdm_fast.training.ema import Ema
 from cdm_fast.training.prepare import resolve
 from cdm_fast.training.state import new_state

@@ -35,12 +35,13 @@ from cdm_fast.likelihood import (
     without_images,
 )
 from cdm_fast.likelihood.single_pass import PUBLIC_SCORING
-from cdm_fast.likelihood.units import require_denoiser
+from cdm_fast.likelihood.units import nats_per_bit_per_dim, require_denoiser
 from cdm_fast.model import CDM, Denoiser
 from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.plots.evaluation import write_audit
 from cdm_fast.runs.build import run_data
-from cdm_fast.runs.calibration import apply_calibration, calibrate, remove_calibration, write_calibration
+from cdm_fast.runs.calibrate import calibrate
+from cdm_fast.runs.calibration import apply_calibration, remove_calibration, write_calibration
 from cdm_fast.runs.checkpoint import read_config
 from cdm_fast.runs.load import load
 from cdm_fast.training.tuning import compile_network
@@ -213,7 +214,7 @@ def nll_command(command: arguments.Nll) -> Outcome:
     if command.out is not None:
         found["out"] = str(write_per_image(command.out, data, columns))
     if calibration is not None and "bits_per_dim" in result:
-        before = result["bits_per_dim"] - calibration.bits_per_dim(command.level, data)
+        before = result["bits_per_dim"] - calibration.log_z[command.level] / nats_per_bit_per_dim(data)
         found["uncalibrated_bits_per_dim"] = before
         lines = [
             *lines,

@@ -60,7 +60,7 @@ def sample(
     `moves` of `mala` and `smc` at each level, each of `leapfrog` steps (Langevin moves with one, HMC with
     more), and `log`, to which they add the acceptance of each level.
     Image i depends on the seed, i and its label alone: any `batch_size` gives the same result up to rounding,
-    and so does any number of processes (`distributed.process_group`), which share the images. Not so for `smc`,
+    and so does any number of processes, among which the images are divided. Not so for `smc`,
     where a batch is one population. The step sizes of moves come from a pilot of a fixed seed.
     Global random generators are neither read nor changed; dropout is off while sampling.
     Raises UserError for an argument out of range.
