@@ -127,7 +127,7 @@ def _require_network(weights: Mapping[str, State], image_size: int | None, file:
 
 
 def read_public(file: str | Path) -> tuple[dict[str, dict[str, Tensor]], tuple[str, ...]]:
-    """The `model` and `ema` weights of a public checkpoint, on the CPU, without prefixes, and notes for users.
+    """The `model` and `ema` weights of a public checkpoint, on the CPU, without prefixes; and notes on them.
 
     A file with one of the two, or a bare state_dict, gives both.
     Raises UserError that names the file when it is missing, damaged, not plain tensors, or of another format.
@@ -172,7 +172,7 @@ def choose_schedule(state: State, asked: Schedule | None, file: str | Path) -> t
     if known is None:
         raise UserError(
             f"{file}: {outputs} outputs are {outputs - 2} noise levels of --schedule linear, or {outputs}"
-            " times of flow matching, whose levels run the other way round, --schedule ot, and nothing in the"
+            " times of flow matching, whose levels have the opposite order, --schedule ot, and nothing in the"
             " file tells which; give --schedule"
         )
     why = f"from its {outputs} outputs" if outputs in PUBLIC_OUTPUTS else "from the name of the file"

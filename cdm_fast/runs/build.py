@@ -16,7 +16,7 @@ from cdm_fast.model.classifier import Classifier
 from cdm_fast.model.schedule import NoiseSchedule
 from cdm_fast.nn import Encoder, UNet, UNetClassifier, UNetDenoiser
 
-# A full joint head has L K D weights, and training holds eight copies of them: 1 GiB at 2^25.
+# A full joint head has L K D weights; training holds eight tensors of that size: 1 GiB at 2^25.
 FULL_HEAD_WEIGHTS, DEFAULT_RANK = 2**25, 32
 
 
@@ -32,8 +32,8 @@ def build_schedule(config: ScheduleConfig) -> NoiseSchedule:
 def level_distribution(config: ScheduleConfig, schedule: NoiseSchedule) -> Tensor:
     """p(t), (L,) float64, up to a factor: how often training draws each level.
 
-    `uniform`: all alike. `log-snr`: in proportion to the step in log-SNR around the level; the two ends,
-    whose log-SNR is infinite, and their neighbours take the nearest finite step.
+    `uniform`: equal. `log-snr`: proportional to the step in log-SNR around the level; the two ends, whose
+    log-SNR is infinite, and their neighbours take the nearest finite step.
     """
     if config.level_distribution == "uniform":
         return torch.ones(schedule.num_levels, dtype=torch.float64)
@@ -106,7 +106,10 @@ def class_prior(config: RunConfig) -> Tensor | None:
 
 
 def run_data(config: RunConfig, split: str, source: str | None = None) -> ImageData:
-    """A split of the run's own data, or of `source` read the same way."""
+    """A split ("train", "validation" or "test") of the run's data, or of `source` with the same settings.
+
+    Raises UserError for data that cannot be read.
+    """
     data = load_data(source or config.data.source, split, config.data.image_size, config.data.split_seed)
     return replace(data, pixels=config.data.pixels)
 

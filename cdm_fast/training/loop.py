@@ -1,4 +1,4 @@
-"""The training loop: steps, and at their intervals log lines, scores, pictures and checkpoints."""
+"""The training loop: steps, with log lines, validation, pictures and checkpoints at their intervals."""
 
 import contextlib
 import time
@@ -43,7 +43,7 @@ SavesCheckpoints: TypeAlias = "Saver | JointSaver"
 
 @dataclass(frozen=True)
 class Session:
-    """A run while it trains: what its steps, pictures and checkpoints are made from."""
+    """A run during training: its config, state, data, and where results go."""
 
     config: RunConfig
     run: Path
@@ -55,24 +55,24 @@ class Session:
     wrapped: "Wrapped | None"  # among several processes
 
     def write(self, numbers: Mapping[str, float | int | str | None]) -> None:
-        """Sends the numbers of the present step to every log."""
+        """Writes numbers of the current step to every log."""
         for sink in self.sinks:
             sink.write(self.state.step, numbers)
 
     def copy(self) -> Checkpoint:
-        """A checkpoint of the present step in host memory."""
+        """A checkpoint of the current step in host memory."""
         return to_checkpoint(self.state, self.config)
 
 
 def train_steps(session: Session, display: Display, stopper: Stopper) -> str | None:
-    """The training loop: steps, and at their intervals log lines, scores, pictures and checkpoints.
+    """Trains to the last step, or until `stopper` has a reason to stop; returns that reason, or None.
 
-    Returns why it stopped before the last step, or None.
+    Log lines, validation, pictures and checkpoints are made at the intervals of `config.output`.
     """
     config, state, output = session.config, session.state, session.config.output
     plain_loss = make_loss(config.train)
     sharded = session.wrapped is not None and session.wrapped.sharded
-    mode = "off" if sharded else config.train.compile  # what FSDP2 does between blocks fits in no graph
+    mode = "off" if sharded else config.train.compile  # the communication of FSDP2 breaks graphs
     loss_function = compiled(plain_loss, mode, state.sums.device)
     first, reason = state.step, None
     while state.step < config.train.steps and not (reason := agree_on_stop(stopper.reason)):
@@ -82,7 +82,7 @@ def train_steps(session: Session, display: Display, stopper: Stopper) -> str | N
         at_log_line = last or state.step % output.log_every == 0
         shows = at_log_line or display.due()
         if shows or _results_due(session):
-            wait_for(state.sums.device)  # or the time of steps that are only enqueued would be lost
+            wait_for(state.sums.device)  # so that enqueued steps count as training time
         if at_log_line or state.sums.device.type == "cpu":  # elsewhere reading the counters stalls the device
             _stop_when_diverged(session)
         seconds = time.perf_counter() - began
@@ -113,9 +113,13 @@ def take_step(
     loss_function: LossFunction,
     wrapped: "Wrapped | None" = None,
 ) -> None:
-    """The step that follows the state's, a function of the state and the config alone.
+    """Takes one training step; it depends on the state, the data and the config alone.
 
-    wrapped: the model as several processes train it, each with its own part of the batch.
+    Args:
+        state: changed in place.
+        data: training images on the state's device.
+        loss_function: of `make_loss`.
+        wrapped: the model as DDP or FSDP2 trains it, in a run of several processes.
     """
     train = config.train
     seed_step(train.seed, state.step)
@@ -151,7 +155,7 @@ def _stop_when_diverged(session: Session) -> None:
 
 
 def _tell_incidents(numbers: Mapping[str, float | int], session: Session, display: Display) -> None:
-    """Says which step since the last log line was skipped, and where the loss jumped most."""
+    """Prints the last skipped step and the largest jump of the loss since the last log line."""
     if "skipped_step" in numbers:
         display.say(f"step {numbers['skipped_step']} skipped: its loss or gradient is not finite")
     if "spike_step" in numbers:
@@ -162,7 +166,7 @@ def _tell_incidents(numbers: Mapping[str, float | int], session: Session, displa
 
 
 def _results_due(session: Session) -> bool:
-    """Whether something other than a step reads the device now: scores, pictures, or most saves."""
+    """Whether validation, pictures or a save may read the device after this step."""
     output, step = session.config.output, session.state.step
     intervals = output.evaluate_every, output.sample_every, max(1, output.save_every // 2)
     return any(every and step % every == 0 for every in intervals)

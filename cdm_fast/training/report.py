@@ -1,4 +1,4 @@
-"""What a run shows: samples, loss curves, level confusion, and its likelihood with the check beside it.
+"""Pictures and scores of a run: samples, loss curves, level confusion, denoising error, likelihood, accuracy.
 
 Legend: B images, C channels, H W pixels, N grey levels, K classes.
 """
@@ -25,11 +25,11 @@ from cdm_fast.runs.checkpoint import write_json
 from cdm_fast.sampling import sample
 from cdm_fast.training.log import read_log
 
-MAX_ROWS = 20  # of a sheet with one class in each: more would be too small to read
+MAX_ROWS = 20  # of a sheet with a class in each row; more would be too small to read
 
 
 def write_samples(model: CDM | DDM, config: RunConfig, run: Path) -> None:
-    """RUN/samples.png: a sheet of samples, always from the same noise, so that sheets compare over time."""
+    """RUN/samples.png: a sheet of samples, always from the same noise, so that they compare over steps."""
     output = config.output
     labels = class_labels(config, output.num_samples)
     guidance = 0.0 if labels is None else output.guidance
@@ -81,9 +81,9 @@ def write_level_pictures(model: CDM | DDM, data: ImageData, run: Path) -> list[P
 def write_final(
     model: CDM | DDM | Classifier, config: RunConfig, validation: ImageData, run: Path
 ) -> dict[str, Any]:
-    """Every picture of a finished run, and for all but a DDM its scores of the test split; returns these.
+    """Writes every picture of a finished run, scores its test split (not of a DDM), and returns the scores.
 
-    They are RUN/nll.json of a CDM, and with classes RUN/classes.json, of which accuracy and ECE are returned.
+    A CDM writes RUN/nll.json, a model with classes RUN/classes.json, of which accuracy and ECE are returned.
     """
     to_stderr("drawing samples and scoring the test images")
     if isinstance(model, Classifier):
@@ -109,5 +109,6 @@ def _write_accuracy(model: CDM | Classifier, test: ImageData, draws: int, run: P
 
 
 def update_loss_curves(run: Path) -> None:
-    if is_main():  # the log that they are drawn from is its own
+    """`write_loss_curves` in the process of rank 0, which has the log."""
+    if is_main():
         write_loss_curves(run)
