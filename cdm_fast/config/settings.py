@@ -106,6 +106,9 @@ class TrainConfig:
     """Optimizer steps in all."""
     batch_size: int = 128
     """Images per optimizer step."""
+    level_draws: Literal["independent", "stratified"] = "independent"
+    """How a batch draws its noise levels: each by itself, or all by one randomly shifted grid through their
+    distribution, so that every batch covers it evenly."""
     accumulate: int = 1
     """Split each batch into this many parts, one after the other, to save memory."""
     optimizer: Literal["adam", "adamw"] = "adam"

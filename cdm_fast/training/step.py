@@ -35,6 +35,7 @@ from cdm_fast.nn.working import is_compiled, working_weights
 from cdm_fast.ops import noising
 from cdm_fast.ops.precision import ieee_fp32
 from cdm_fast.training.ema import Ema
+from cdm_fast.training.levels import draw_levels
 
 LossFunction = Callable[..., LossTerms]  # (model, batch)
 
@@ -185,7 +186,7 @@ def draw_batch(data: ImageData, model: CDM | DDM | Classifier, config: RunConfig
     train, device = config.train, data.images.device
     generator = torch.Generator(device).manual_seed(derived_seed(train.seed, step, "batch"))
     index = upload(batch_indices(len(data.images), train.batch_size, train.seed, step), device)
-    level = model.draw_levels(train.batch_size, generator)
+    level = draw_levels(model, train.batch_size, train, generator)
     images, grey = data.images[index], data.num_grey_levels
     points = config.data.pixels == "points"
     x_t, eps, _ = noising(
