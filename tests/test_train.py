@@ -401,7 +401,7 @@ def test_finished_run_leaves_pictures_score_and_log(tmp_path, config):
     summary = train(config, tmp_path / "run", device="cpu")
     assert (summary["stopped"], summary["step"], summary["skipped_steps"]) == ("finished", 6, 0)
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    pictures = {"samples.png", "loss.png", "confusion.png", "mse.png"}
+    pictures = {"samples.png", "loss.png", "confusion.png", "mse.png", "calibration.png"}
     assert names == pictures | {"config.json", "log.jsonl", "nll.json", "checkpoints"}
     score = json.loads((tmp_path / "run" / "nll.json").read_text())
     assert score["bits_per_dim"] == summary["bits_per_dim"]

@@ -26,7 +26,7 @@ from cdm_fast.likelihood import evaluate, evaluate_elbo, evaluate_ode, mse_per_l
 from cdm_fast.model.losses import Noised
 from cdm_fast.runs.build import build_model
 from cdm_fast.sampling import sample
-from cdm_fast.training import loop
+from cdm_fast.training import finish, loop
 from cdm_fast.training import train as training
 from cdm_fast.training.ema import Ema
 from cdm_fast.training.parallel import wrap
@@ -190,7 +190,7 @@ def measurements(config: RunConfig) -> dict[str, Any]:
 
 def joint_run(config: RunConfig, out: Path, parallel: str, signalled: int | None = None) -> dict[str, Any]:
     """Trains a run; the last rank is told to stop in step `signalled`."""
-    training.write_final = lambda *_: {}
+    finish.write_final = lambda *_: {}
     draw = loop.draw_batch
 
     def signalling(data: Any, model: Any, config: RunConfig, step: int) -> Noised:

@@ -145,15 +145,20 @@ class Nll:
 
 @dataclass(frozen=True)
 class Calibrate:
-    """Measure log Z of the single pass at every level and fold it into what the run's likelihoods say.
+    """Measure log Z of the single pass at every level, or refit the logits' constants; likelihoods use them.
 
-    The weights stay as they are; RUN/calibration.json holds the constants.
+    The checkpoints stay as they are; RUN/calibration.json or RUN/constants.json holds the constants.
     """
 
     run: Positional[Path]
     """Run directory."""
+    method: Literal["particles", "constants"] = "particles"
+    """`particles` measures log Z by annealing; `constants` refits the constants of the logits, also those of
+    classes, to noised training images."""
     undo: Annotated[bool, FlagCreatePairsOff] = False
     """Remove the calibration instead."""
+    rows: int = 100_000
+    """Noised training images of `--method constants`."""
     data: str | None = None
     """Data source; by default the run's own."""
     split: Split = "validation"

@@ -43,8 +43,12 @@ from cdm_fast.runs.build import run_data
 from cdm_fast.runs.calibrate import calibrate
 from cdm_fast.runs.calibration import apply_calibration, remove_calibration, write_calibration
 from cdm_fast.runs.checkpoint import read_config
+from cdm_fast.runs.constants import put_constants, remove_constants, write_constants
 from cdm_fast.runs.load import load
+from cdm_fast.training.constants import refit_constants
+from cdm_fast.training.loop import describe_validation
 from cdm_fast.training.tuning import compile_network
+from cdm_fast.training.validation import validate
 
 
 def score(command: Nll, model: Denoiser, data: ImageData) -> Scored:
@@ -248,6 +252,8 @@ def _given(
 def calibrate_command(command: arguments.Calibrate) -> Outcome:
     """`cdm-fast calibrate`."""
     config = read_config(command.run)
+    if command.method == "constants":
+        return _refit(command, config)
     if command.undo:
         remove_calibration(command.run)
         return Outcome({"run": str(command.run), "undone": True}, [f"{command.run} is as it was trained"])
@@ -286,3 +292,32 @@ def calibrate_command(command: arguments.Calibrate) -> Outcome:
     z, error, up = calibration.log_z[0], calibration.log_z_stderr[0], calibration.log_z_up
     told = f"log Z of level 0: {z:+.2f} +- {error:.2f} nats by walks from noise, {up:+.2f} from data"
     return Outcome(result, [*names, told, str(path)])
+
+
+def _refit(command: arguments.Calibrate, config: RunConfig) -> Outcome:
+    """`cdm-fast calibrate --method constants`."""
+    if command.undo:
+        remove_constants(command.run)
+        return Outcome({"run": str(command.run), "undone": True}, [f"{command.run} is as it was trained"])
+    data = run_data(config, command.split, command.data)
+    require_fit(data, config, command.run)
+    loaded = load(command.run, calibrated=False, constants=False)
+    require_likelihood(loaded)
+    model = cast(CDM, loaded.to(pick_device(command.device)))
+    before = validate(model, data)
+    constants = refit_constants(
+        model,
+        run_data(config, "train", command.data),
+        command.rows,
+        flip=config.data.flip,
+        null_class=config.train.label_dropout > 0,
+        seed=command.seed,
+        progress=to_stderr,
+    )
+    put_constants(model, constants)
+    path, after = write_constants(command.run, constants), validate(model, data)
+    result = {"run": str(command.run), "before": before, "after": after, "file": str(path)}
+    lines = [
+        f"{name}: {describe_validation(figures)}" for name, figures in (("before", before), ("after", after))
+    ]
+    return Outcome(result, [*lines, str(path)])

@@ -177,9 +177,16 @@ class OutputConfig:
     sample_every: int = 500
     """Steps between two sample grids and loss curves; 0: only at the end."""
     evaluate_every: int = 500
-    """Steps between two validation likelihoods; 0: only at the end, on the test split."""
+    """Steps between two validations (likelihood, classes, calibration of the levels); 0: only at the end, on
+    the test split."""
     evaluate_images: int = 500
     """Validation images to score at those intervals; the test split is always scored whole."""
+    keep_best: Literal["none", "bits_per_dim", "level_ce", "class_ce"] = "none"
+    """Also keep the checkpoint with the lowest value of this validation figure, as a run directory of its
+    own, RUN/best."""
+    constants_rows: int = 0
+    """Noised training images to which the constants of the logits are refitted after the last step, with all
+    weights held (see `calibrate --method constants`); 0: they stay as trained."""
     draws: int = 3
     """Dequantisation draws of the final likelihood."""
     num_samples: int = 64

@@ -52,6 +52,7 @@ class CDM(Energy):
 
     log_level_prior: Tensor
     log_class_prior: Tensor | None
+    class_constants: Tensor | None
 
     def __init__(
         self,
@@ -77,6 +78,8 @@ class CDM(Energy):
             "log_class_prior",
             None if class_prior is None else _log_prior(class_prior, "class", self.num_classes or 0),
         )
+        # (K+1, L) nats, added to the level logits of a class embedding given each class, the null class last.
+        self.register_buffer("class_constants", None, persistent=False)
         if self.conditioning == "joint" and self.num_classes is None:
             raise UserError("joint logits, but how many classes? give class_prior, one number per class")
 
@@ -103,7 +106,11 @@ class CDM(Energy):
     def _of_levels(self, logits: Tensor, label: Tensor | None) -> Tensor:
         """`level_logits` out of `logits`."""
         if self.conditioning == "embedding":
-            return logits
+            if self.class_constants is None:
+                return logits
+            last = len(self.class_constants) - 1
+            rows = self.class_constants[last:] if label is None else self.class_constants[label % (last + 1)]
+            return logits + rows.to(logits.dtype)
         marginal = level_logits(logits, self.joint_classes)
         if label is None:
             return marginal

@@ -1,4 +1,4 @@
-"""Pictures of a training run: loss curves, level confusion, denoising error per level, accepted moves.
+"""Pictures of a training run: loss curves, level confusion and calibration, denoising error, accepted moves.
 
 # L = T+2 noise levels, N bins of neighbouring levels
 """
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cdm_fast.errors import UserError
-from cdm_fast.plots.canvas import label_axes, new_figure, square_root_colours, write_figure
+from cdm_fast.plots.canvas import draw_by_level, label_axes, new_figure, square_root_colours, write_figure
 
 # Panels of the loss picture: key in log.jsonl -> (title, logarithmic axis).
 LOSS_PANELS = {
@@ -20,6 +20,8 @@ LOSS_PANELS = {
     "ce": ("cross-entropy [nats]", False),
     "mse": ("denoising error, mean (eps_hat - eps)^2", True),
     "bits_per_dim": ("validation, bits/dim (unaudited)", False),
+    "ratio_bits_per_dim": ("validation, ratio check [bits/dim]", False),
+    "class_ce": ("validation, class cross-entropy [nats]", False),
 }
 
 
@@ -78,6 +80,23 @@ def write_confusion(
     )
     figure.colorbar(image, ax=axes, label="posterior mass", shrink=0.7)
     label_axes(axes, "mean level posterior", "predicted level", "true level (0 = data)")
+    return write_figure(figure, path)
+
+
+def write_calibration(
+    report: Mapping[str, Any],  # the fields of `training.validation.LevelChecks`
+    path: str | Path,
+) -> Path:
+    """Calibration of the level posteriors and mean adjacent ratios by level, as a PNG under `path`.
+
+    Both panels are in nats, with standard errors, and 0 for true densities.
+    """
+    figure, (posterior, ratio) = new_figure(2)
+    values = report["log_mean_posterior"]
+    draw_by_level(posterior, range(len(values)), values, report["log_mean_posterior_stderr"])
+    label_axes(posterior, "log(mean posterior / prior) [nats]", "level (0 = data)")
+    draw_by_level(ratio, report["bin_level"], report["log_mean_ratio"], report["log_mean_ratio_stderr"])
+    label_axes(ratio, "log E[p_t / p_t+1] [nats]", "level (0 = data)")
     return write_figure(figure, path)
 
 

@@ -13,13 +13,12 @@ from cdm_fast.data import ImageData
 from cdm_fast.errors import DiskError, UserError
 from cdm_fast.host.device import wait_for
 from cdm_fast.host.distributed import agree_on_stop
-from cdm_fast.likelihood import evaluate
-from cdm_fast.model import CDM
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.runs.checkpoint import Checkpoint
+from cdm_fast.training.best import BestCheckpoint
 from cdm_fast.training.display import Display
 from cdm_fast.training.log import Sink
-from cdm_fast.training.report import update_loss_curves, write_samples
+from cdm_fast.training.report import update_loss_curves, write_level_checks, write_samples
 from cdm_fast.training.saver import Saver
 from cdm_fast.training.state import TrainingState, to_checkpoint
 from cdm_fast.training.step import (
@@ -33,6 +32,7 @@ from cdm_fast.training.step import (
 )
 from cdm_fast.training.stop import Stopper
 from cdm_fast.training.tuning import compiled
+from cdm_fast.training.validation import validate
 
 if TYPE_CHECKING:
     from cdm_fast.training.parallel import JointSaver, Wrapped
@@ -53,6 +53,7 @@ class Session:
     sinks: list[Sink]
     saver: "SavesCheckpoints"
     wrapped: "Wrapped | None"  # among several processes
+    best: BestCheckpoint | None = None
 
     def write(self, numbers: Mapping[str, float | int | str | None]) -> None:
         """Writes numbers of the current step to every log."""
@@ -101,6 +102,8 @@ def train_steps(session: Session, display: Display, stopper: Stopper) -> str | N
         if not last:
             _intermediate_results(session, display)
             session.saver.after_step(state.step, session.copy)
+        elif session.best is not None:
+            _validate(session, display)
     if reason == "signal":
         display.say(f"stopping: saving step {state.step} (Ctrl-C now leaves at once)")
     return reason
@@ -173,20 +176,44 @@ def _results_due(session: Session) -> bool:
 
 
 def _intermediate_results(session: Session, display: Display) -> None:
-    """Validation score and pictures, where their intervals end."""
+    """Validation and pictures, where their intervals end."""
     output, step = session.config.output, session.state.step
-    scores, draws = (every and step % every == 0 for every in (output.evaluate_every, output.sample_every))
-    if not (scores or draws):
+    if output.evaluate_every and step % output.evaluate_every == 0:
+        _validate(session, display)
+    if output.sample_every and step % output.sample_every == 0:
+        _draw(session)
+
+
+def _validate(session: Session, display: Display) -> None:
+    """Logs the validation figures of the averaged model, and keeps its checkpoint if it is the best."""
+    numbers = validate(session.state.ema.model, session.validation)
+    if not numbers:
         return
+    session.write({"split": "validation", **numbers})
+    display.say(f"step {session.state.step}, validation: {describe_validation(numbers)}")
+    if session.best is not None and session.best.offer(numbers, session.copy):
+        display.say(f"step {session.state.step} is the best so far; kept in {session.best.folder}")
+
+
+def describe_validation(numbers: Mapping[str, float]) -> str:
+    """The figures of `validate` as one line."""
+    parts = []
+    if "bits_per_dim" in numbers:
+        parts.append(f"{numbers['bits_per_dim']:.3f} bits/dim on validation images, unaudited")
+        ratio, error = numbers["ratio_bits_per_dim"], numbers["ratio_bits_per_dim_stderr"]
+        parts.append(f"ratio check {ratio:+.3f} +- {error:.3f}")
+    if "class_ce" in numbers:
+        parts.append(f"class CE {numbers['class_ce']:.3f}, accuracy {numbers['accuracy']:.1%}")
+    return "; ".join(parts)
+
+
+def _draw(session: Session) -> None:
+    """Pictures of the averaged model; a full disk causes a warning."""
     model = session.state.ema.model
-    if scores and isinstance(model, CDM):
-        bits_per_dim = evaluate(model, session.validation, draws=1, check_levels=0).bits_per_dim
-        session.write({"split": "validation", "bits_per_dim": bits_per_dim})
-        display.say(f"step {step}: {bits_per_dim:.3f} bits/dim on validation images, unaudited")
-    if draws:
-        try:
-            if not isinstance(model, Classifier):
-                write_samples(model, session.config, session.run)
-            update_loss_curves(session.run)
-        except DiskError as error:
-            warnings.warn(f"{error}; training goes on without this picture", stacklevel=2)
+    try:
+        if not isinstance(model, Classifier):
+            write_samples(model, session.config, session.run)
+        write_level_checks(model, session.validation, session.run)
+        update_loss_curves(session.run)
+    except DiskError as error:
+        warnings.warn(f"{error}; training goes on without this picture", stacklevel=2)

@@ -3,6 +3,7 @@
 Legend: B images, C channels, H W pixels, N grey levels, K classes.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from cdm_fast.model import CDM, DDM
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.plots.evaluation import write_classes
 from cdm_fast.plots.sheet import write_rows
-from cdm_fast.plots.training import write_confusion, write_level_mse, write_losses
+from cdm_fast.plots.training import write_calibration, write_confusion, write_level_mse, write_losses
 from cdm_fast.runs.build import class_labels, run_data
 from cdm_fast.runs.checkpoint import write_json
 from cdm_fast.sampling import sample
 from cdm_fast.training.log import read_log
+from cdm_fast.training.validation import check_levels, num_rows
 
 MAX_ROWS = 20  # of a sheet with a class in each row; more would be too small to read
 
@@ -69,13 +71,21 @@ def write_loss_curves(run: Path) -> list[Path]:
 
 
 def write_level_pictures(model: CDM | DDM, data: ImageData, run: Path) -> list[Path]:
-    """RUN/mse.png, and for a CDM RUN/confusion.png; returns their paths."""
+    """RUN/mse.png, and for a CDM RUN/confusion.png and RUN/calibration.png; returns their paths."""
     levels, mse = mse_per_level(model, data)
     paths = [write_level_mse(levels, mse, run / "mse.png")]
     if isinstance(model, CDM):
         _, confusion = level_confusion(model, data)
         paths.append(write_confusion(confusion, run / "confusion.png", model.schedule.num_levels))
-    return paths
+    return [*paths, *write_level_checks(model, data, run)]
+
+
+def write_level_checks(model: CDM | DDM | Classifier, data: ImageData, run: Path) -> list[Path]:
+    """RUN/calibration.png of a CDM: level posteriors against the prior, and ratios; its path in a list."""
+    if not isinstance(model, CDM):
+        return []
+    checks = check_levels(model, data, num_rows(data))
+    return [write_calibration(asdict(checks), run / "calibration.png")]
 
 
 def write_final(

@@ -14,6 +14,7 @@ from cdm_fast.host.device import pick_device
 from cdm_fast.host.files import exclusive_lock
 from cdm_fast.host.processes import is_main, this_process
 from cdm_fast.runs.checkpoint import create_run, require_new
+from cdm_fast.training.best import BestCheckpoint
 from cdm_fast.training.display import Display
 from cdm_fast.training.finish import finish
 from cdm_fast.training.log import open_sinks, require_extras
@@ -129,7 +130,8 @@ def _train(prepared: Prepared, run: Path, max_time: float | None, parallel: Para
             wrapped = wrap(state, config, parallel)
             saver = JointSaver(writer, together=parallel == "fsdp")
         training = on_device(prepared.data, state.sums.device)
-        session = Session(config, run, state, training, prepared.validation, sinks, saver, wrapped)
+        best = None if output.keep_best == "none" else BestCheckpoint(run, config)
+        session = Session(config, run, state, training, prepared.validation, sinks, saver, wrapped, best)
         stopper = stack.enter_context(Stopper(max_time))
         with Display(state.step, config.train.steps) as display:
             reason = train_steps(session, display, stopper)
