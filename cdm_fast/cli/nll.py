@@ -16,7 +16,15 @@ from cdm_fast.cli.describe import (
     describe_ode,
     describe_score,
 )
-from cdm_fast.cli.outcome import UNTRAINED_NULL, Outcome, Scored, null_is_untrained, open_model, require_fit
+from cdm_fast.cli.outcome import (
+    UNTRAINED_NULL,
+    Outcome,
+    Scored,
+    null_is_untrained,
+    open_model,
+    require_batch_size,
+    require_fit,
+)
 from cdm_fast.cli.per_image import check_name, write_per_image
 from cdm_fast.config import RunConfig
 from cdm_fast.data import ImageData
@@ -191,8 +199,7 @@ def nll_command(command: arguments.Nll) -> Outcome:
     config = read_config(command.run) if foreign is None else foreign.config
     if command.pixels is not None:
         config = replace(config, data=replace(config.data, pixels=command.pixels))
-    if command.batch_size < 1:
-        raise UserError(f"--batch-size is {command.batch_size}; give 1 or more")
+    require_batch_size(command.batch_size)
     if command.protocol == "paper" and command.method != "single":
         raise UserError(f"--protocol paper goes with --method single, not {command.method}; leave one out")
     if command.method == "elbo" and command.level != 0:
@@ -257,8 +264,7 @@ def calibrate_command(command: arguments.Calibrate) -> Outcome:
     if command.undo:
         remove_calibration(command.run)
         return Outcome({"run": str(command.run), "undone": True}, [f"{command.run} is as it was trained"])
-    if command.batch_size < 1:
-        raise UserError(f"--batch-size is {command.batch_size}; give 1 or more")
+    require_batch_size(command.batch_size)
     data = run_data(config, command.split, command.data)
     require_fit(data, config, command.run)
     loaded = load(command.run, calibrated=False)

@@ -64,6 +64,12 @@ ImageScoring = TypeVar("ImageScoring", arguments.Classify, arguments.Score)
 Scored = tuple[dict[str, Any], list[str], dict[str, tuple[Tensor, Tensor]]]  # JSON, lines, columns per image
 
 
+def require_batch_size(batch_size: int) -> None:
+    """Raises UserError for a `--batch-size` below 1."""
+    if batch_size < 1:
+        raise UserError(f"--batch-size is {batch_size}; give 1 or more")
+
+
 def scored_by(
     scoring: Callable[[ImageScoring, RunConfig, Denoiser, ImageData], Scored], command: ImageScoring
 ) -> Outcome:
@@ -75,8 +81,7 @@ def scored_by(
         require_data(command.run, command.data)
         foreign = open_model(command.run, command.device)
     config = read_config(command.run) if foreign is None else foreign.config
-    if command.batch_size < 1:
-        raise UserError(f"--batch-size is {command.batch_size}; give 1 or more")
+    require_batch_size(command.batch_size)
     if command.out is not None:
         check_name(command.out)
     data = run_data(config, command.split, command.data)

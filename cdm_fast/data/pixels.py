@@ -40,6 +40,15 @@ def dequantize(
     return (images + noise.float()).mul_(2 / num_grey_levels).sub_(1)
 
 
+def to_points(images: Tensor, num_grey_levels: int) -> Tensor:
+    """Grey level u of N (any dtype) at its point 2u/(N-1) - 1, float32, without noise.
+
+    >>> to_points(torch.tensor([0, 1, 2]), 3).tolist()
+    [-1.0, 0.0, 1.0]
+    """
+    return images.float() * (2 / (num_grey_levels - 1)) - 1
+
+
 def bits_of_interval(num_grey_levels: int, pixels: PixelMap = "intervals") -> float:
     """`-log2` of the width of a grey level's interval: log2(N/2), or log2((N-1)/2) around points."""
     return math.log2((num_grey_levels - (pixels == "points")) / 2)
@@ -90,5 +99,5 @@ def from_display(pixels: Tensor, num_grey_levels: int, pixel_map: PixelMap = "in
     intervals. Around points black is -1 and white 1.
     """
     if pixel_map == "points":
-        return pixels.float() * (2 / 255) - 1
+        return to_points(pixels, 256)
     return (pixels.float() * ((num_grey_levels - 1) / 255) + 0.5) * (2 / num_grey_levels) - 1

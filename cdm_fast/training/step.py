@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cdm_fast.config import RunConfig, TrainConfig
 from cdm_fast.data import ImageData, batch_indices
+from cdm_fast.data.pixels import to_points
 from cdm_fast.host.device import upload
 from cdm_fast.host.distributed import all_reduce_mean, gather_full, rank_rows
 from cdm_fast.host.processes import this_process
@@ -190,7 +191,7 @@ def draw_batch(data: ImageData, model: CDM | DDM | Classifier, config: RunConfig
     images, grey = data.images[index], data.num_grey_levels
     points = config.data.pixels == "points"
     x_t, eps, _ = noising(
-        images.float() * (2 / (grey - 1)) - 1 if points else images,
+        to_points(images, grey) if points else images,
         level,
         model.a,
         model.s,
