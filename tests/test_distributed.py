@@ -100,6 +100,24 @@ def test_run_of_processes_is_continued_by_one(tmp_path, config, monkeypatch, rel
     assert lines == [2, 4, 6]
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_processes_keep_the_best_checkpoint_of_one(tmp_path, config, monkeypatch, relative_error, parallel):
+    monkeypatch.setattr("cdm_fast.training.finish.write_final", lambda *_: {})
+    output = replace(config.output, evaluate_every=2, keep_best="level_ce")
+    config = replace(config, output=output, train=replace(config.train, level_draws="stratified"))
+    train(config, tmp_path / "alone", device="cpu")
+    workers.start(2, workers.joint_run, tmp_path, config, tmp_path / "run", parallel)
+    got, expected = (tmp_path / name / "best" for name in ("run", "alone"))
+    scores = [json.loads((best / "score.json").read_text()) for best in (got, expected)]
+    assert scores[0]["step"] == scores[1]["step"]
+    assert scores[0]["value"] == pytest.approx(scores[1]["value"], rel=1e-4)
+    vectors = (
+        torch.cat([t.flatten() for t in load_checkpoint(best).tensors["ema"].values()])
+        for best in (got, expected)
+    )
+    assert relative_error(*vectors) < 1e-4
+
+
 def test_failure_of_one_ends_all_with_its_reason(tmp_path, config):
     began = time.monotonic()
     said = workers.start(2, workers.joint_failure, tmp_path, config, tmp_path / "run")
