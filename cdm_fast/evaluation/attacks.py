@@ -26,7 +26,7 @@ from cdm_fast.model import CDM, measures
 from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.model.denoiser import like_network
-from cdm_fast.statistics import auroc, stderr
+from cdm_fast.statistics import auroc, standard_error
 
 # In units of white, the whole range of a pixel; the usual ones of 8-bit pictures and of MNIST.
 BUDGETS: dict[str, tuple[float, ...]] = {
@@ -197,7 +197,7 @@ def evaluate_attack(
         clean_accuracy=float(torch.cat(right).double().mean()),
         budgets=epsilons,
         accuracy=still_right.mean(1).tolist(),
-        accuracy_stderr=[stderr(row) for row in still_right],
+        accuracy_stderr=[standard_error(row) for row in still_right],
         detection_auroc=[auroc(clean, row) for row in noisy] if isinstance(model, CDM) else None,
         num_images=len(index),
         seconds=seconds,

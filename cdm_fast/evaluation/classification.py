@@ -38,7 +38,7 @@ from cdm_fast.model import CDM, Denoiser, measures
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.model.denoiser import like_network
 from cdm_fast.model.schedule import add_noise
-from cdm_fast.statistics import Reliability, confusion_matrix, reliability, stderr
+from cdm_fast.statistics import Reliability, confusion_matrix, reliability, standard_error
 
 ODE_IMAGES, ODE_BATCH = 32, 64
 DRAWS = {"joint": 3, "embedding": 3, "denoising": 1, "ode": 1, "discriminative": 3}
@@ -196,11 +196,11 @@ def evaluate_classes(
     return ClassReport(
         method=method,
         accuracy=float(right.mean()),
-        accuracy_stderr=stderr(right),
+        accuracy_stderr=standard_error(right),
         ece=calibration.ece,
         log_loss=-float(log_posterior.gather(1, label[:, None]).mean()),
         bits_per_dim=float(bits.mean()) if has_likelihood else None,
-        bits_per_dim_stderr=stderr(bits) if has_likelihood else None,
+        bits_per_dim_stderr=standard_error(bits) if has_likelihood else None,
         num_images=len(index),
         num_classes=num_classes,
         draws=draws,

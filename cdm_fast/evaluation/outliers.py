@@ -24,7 +24,7 @@ from cdm_fast.likelihood.units import bits_per_dim
 from cdm_fast.model import CDM, measures
 from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.model.schedule import add_noise
-from cdm_fast.statistics import auroc, auroc_stderr, conformal_p_value, stderr
+from cdm_fast.statistics import auroc, auroc_standard_error, conformal_p_value, standard_error
 
 SCORES = ("likelihood", "typicality", "level_posterior")
 
@@ -159,7 +159,7 @@ def evaluate_outliers(
         level=level,
         draws=draws,
         bits_per_dim=float(own["likelihood"].mean()),
-        bits_per_dim_stderr=stderr(own["likelihood"]),
+        bits_per_dim_stderr=standard_error(own["likelihood"]),
         reference=f"{reference.name}, {reference.split}",
         reference_images=len(reference),
         reference_bits_per_dim=centre,
@@ -203,7 +203,7 @@ def _separation(other: ImageData, theirs: Scores, own: Scores) -> Separation:
         data=f"{other.name}, {other.split}",
         bits_per_dim=float(theirs["likelihood"].mean()),
         auroc={name: auroc(theirs[name], own[name]) for name in SCORES},
-        auroc_stderr={name: auroc_stderr(theirs[name], own[name]) for name in SCORES},
+        auroc_stderr={name: auroc_standard_error(theirs[name], own[name]) for name in SCORES},
         scores=theirs,
     )
 

@@ -10,7 +10,7 @@ from cdm_fast.data import ImageData
 from cdm_fast.data.corruptions import KINDS, SEVERITIES, corrupt
 from cdm_fast.evaluation.classification import ClassReport, require_labels
 from cdm_fast.host.progress import Progress
-from cdm_fast.statistics import stderr
+from cdm_fast.statistics import standard_error
 
 
 @dataclass(frozen=True)
@@ -58,4 +58,4 @@ def evaluate_corruptions(
             right.append((report.posterior.argmax(1) == labels[report.index]).double())
             accuracy[kind].append(report.accuracy)
     per_image = torch.stack(right).mean(0)
-    return CorruptionReport(accuracy, float(per_image.mean()), stderr(per_image))
+    return CorruptionReport(accuracy, float(per_image.mean()), standard_error(per_image))

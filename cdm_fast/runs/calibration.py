@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cdm_fast.config.choices import PARTICLES
 from cdm_fast.config.json import from_json
 from cdm_fast.data import ImageData
 from cdm_fast.errors import UserError
@@ -65,7 +66,8 @@ class Calibration:
 def calibrate(
     model: CDM,
     data: ImageData,
-    particles: int = 128,
+    *,
+    particles: int = PARTICLES,
     runs: int = 3,
     moves: int = 1,
     rungs: int | None = None,
@@ -78,7 +80,16 @@ def calibrate(
     """
     _head_of(model)
     weights = fingerprint(model.state_dict())
-    found = measure_log_z(model, data, particles, runs, moves, rungs, seed, progress=progress)
+    found = measure_log_z(
+        model,
+        data,
+        particles=particles,
+        runs=runs,
+        moves=moves,
+        rungs=rungs,
+        seed=seed,
+        progress=progress,
+    )
     ladder = found.levels[::-1]
 
     def at_every_level(values: list[float]) -> tuple[float, ...]:
