@@ -5,10 +5,11 @@
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from cdm_fast.data import ImageData
-from cdm_fast.data.draws import Protocol, batches, draw_generator
+from cdm_fast.data.draws import Protocol, batches
 from cdm_fast.host.device import upload
 from cdm_fast.model import Denoiser, prototype
 from cdm_fast.model.schedule import add_noise
@@ -18,19 +19,16 @@ def noised_batches(
     model: Denoiser,
     data: ImageData,
     level: int,
-    *,
     batch_size: int,
-    seed: int,
-    draw: int,
+    generator: torch.Generator,
     protocol: Protocol = "dequantized",
 ) -> Iterator[tuple[int, Tensor]]:
     """One pass over `data`: (index of the first image, `x_t = a x + s eps` (B, C, H, W)) of every batch.
 
-    `x_t` has the dtype of the model's numbers and lies on its device. Dequantisation noise and eps are a pure
-    function of (`seed`, `draw`, `batch_size`). Raises UserError for a level outside 0..T+1.
+    `x_t` has the dtype of the model's numbers and lies on its device. Each batch takes its dequantisation
+    noise and its eps from `generator` when it is asked for. Raises UserError for a level outside 0..T+1.
     """
     dtype = prototype(model).dtype
-    generator = draw_generator(seed, draw)
     for first, x in batches(data, batch_size, generator, protocol):
         x_t = add_noise(model.schedule, x, level, generator)
         yield first, upload(x_t.to(dtype), model.a.device)

@@ -247,7 +247,7 @@ class _Flows:
 
     @staticmethod
     def _single_pass(model: CDM, labels: Tensor | None, x: Tensor, level: int) -> Tensor:
-        return model.log_prob(like_network(model, x), level, labels).double()
+        return model.log_prob(like_network(model, x), level, label=labels).double()
 
     def _labels(self, first: int, count: int) -> Tensor | None:
         return None if self.labels is None else self.labels[first : first + count]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cdm_fast.config.choices import Given
 from cdm_fast.data import ImageData
-from cdm_fast.data.draws import Protocol
+from cdm_fast.data.draws import Protocol, draw_generator
 from cdm_fast.errors import UserError, require_at_least
 from cdm_fast.host.device import upload
 from cdm_fast.host.distributed import by_rows
@@ -144,18 +144,18 @@ def evaluate(
     if protocol not in ("dequantized", "paper"):
         raise UserError(f"unknown protocol {protocol!r}: choose 'dequantized' or 'paper'")
     log_prob = _log_prob_given(model, level, labels_given(model, data, given), given)
-    batches_of = partial(
-        noised_batches, model, data, level, batch_size=batch_size, seed=seed, protocol=protocol
-    )
-    units = replace(data, pixels="intervals") if protocol == "paper" else data  # the paper's code adds 7 bits
 
+    def batches_of(draw: int) -> Iterator[tuple[int, Tensor]]:
+        return noised_batches(model, data, level, batch_size, draw_generator(seed, draw), protocol)
+
+    units = replace(data, pixels="intervals") if protocol == "paper" else data  # the paper's code adds 7 bits
     start = time.perf_counter()
-    nats = [_score(model, log_prob, batches_of(draw=draw), precision) for draw in range(draws)]
+    nats = [_score(model, log_prob, batches_of(draw), precision) for draw in range(draws)]
     bits = bits_per_dim(torch.stack(nats), units)  # (draws, n)
     seconds = time.perf_counter() - start
     cost = None
     if precision == "bf16":
-        few = _first_images(batches_of(draw=0), COST_IMAGES)
+        few = _first_images(batches_of(0), COST_IMAGES)
         exact = bits_per_dim(_score(model, log_prob, few, "fp32"), units)
         cost = float((bits[0, : len(exact)] - exact).mean())
     if check_levels is None:
@@ -218,7 +218,7 @@ def _log_prob_given(model: CDM, level: int, labels: Tensor | None, given: Given)
     def of_label(x_t: Tensor, label: Tensor | None) -> Tensor:
         def of_rows(rows: Tensor) -> Tensor:  # by index, so that the labels are split as the images are
             own = None if label is None else upload(label, x_t.device)[rows]
-            return model.log_prob(x_t[rows], level, own).double()
+            return model.log_prob(x_t[rows], level, label=own).double()
 
         return by_rows(of_rows, torch.arange(len(x_t), device=x_t.device))
 
