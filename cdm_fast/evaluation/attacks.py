@@ -65,6 +65,7 @@ class ClassLogLikelihoods(nn.Module):
         self.num_grey_levels, self.pixels = num_grey_levels, pixels
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """(B, C, H, W) in [0, 1] -> (B, K) in nats."""
         x = from_brightness(pixels, self.num_grey_levels, self.pixels)
         if isinstance(self.model, Classifier):
             return self.model.log_class_posterior(x)

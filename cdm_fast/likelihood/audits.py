@@ -123,9 +123,7 @@ def audit_denoiser(
     Raises:
         UserError: as `evaluate_ode` and `evaluate_elbo`.
     """
-    load_solver()
-    require_error_bar(ode_images, "ODE images")
-    require_error_bar(elbo_images, "ELBO images")
+    _require_denoiser_audit(ode_images, elbo_images)
     elbo = gap = error = None
     if level == 0:
         elbo = evaluate_elbo(
@@ -199,11 +197,9 @@ def audit(
     True
     """
     require_likelihood(model)
-    load_solver()
     if not 0 <= level <= model.schedule.T:
         raise UserError(f"level {level}: an audit is of one of 0 to T = {model.schedule.T}")
-    require_error_bar(ode_images, "ODE images")
-    require_error_bar(elbo_images, "ELBO images")
+    _require_denoiser_audit(ode_images, elbo_images)
     progress(f"single pass: {len(data.images)} images, {draws} draws")
     single = evaluate(model, data, level, draws=draws, batch_size=batch_size, seed=seed)
     normalisation = measure_log_z(
@@ -239,3 +235,10 @@ def audit(
         audited_bits_per_dim=single.bits_per_dim + log_z,
         audited_bits_per_dim_stderr=math.hypot(single.bits_per_dim_stderr, error),
     )
+
+
+def _require_denoiser_audit(ode_images: int, elbo_images: int) -> None:
+    """Raises UserError where the solver is missing, or images are too few for an error bar."""
+    load_solver()
+    require_error_bar(ode_images, "ODE images")
+    require_error_bar(elbo_images, "ELBO images")

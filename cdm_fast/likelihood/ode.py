@@ -183,6 +183,7 @@ class _Flow:
         self.divergence = self.u.new_zeros(len(x), max(1, probes))  # (B, P), its integral so far
 
     def run(self, level: int, levels: list[int]) -> FlowLikelihood:
+        """Integrates from `level` to pure noise, by way of the ascending `levels` to record."""
         T, log_snr = self.schedule.T, self.schedule.log_snr
         log_volume = 0.0  # log p_level(x) - log p(u), the change of coordinates at the start
         if level == 0:

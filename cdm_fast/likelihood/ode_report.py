@@ -48,8 +48,8 @@ class OdeReport:
         difference, difference_stderr: single pass minus ODE on the same images, bits/dim; None for a model
             without single pass.
         median_difference: its median over images.
-        outliers: images of the split whose difference lies more than `OUTLIER_NATS` from its median, or whose
-            trajectory ends outside the range of the noise; see `find_outliers`.
+        outliers: images of the split whose difference is far off its median, or whose trajectory ends outside
+            the range of the noise; see `ode_outliers.find_outliers`.
         warning: one line that names the outliers; None where there are none.
         levels, difference_at, difference_at_stderr: the difference at levels on the images' way to noise.
         given: "label", each image given its label; "all", of all classes; "none", without a label.
