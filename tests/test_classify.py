@@ -234,6 +234,7 @@ def test_confusion_counts_rows_of_true_classes():
         ("joint", {}, {"method": "guess"}, "unknown method"),
         ("joint", {}, {"draws": 0}, "draws is 0"),
         ("joint", {}, {"num_images": 0}, "images is 0"),
+        ("joint", {}, {"batch_size": 0}, "batch_size is 0"),
         ("joint", {}, {"level": -1}, "level -1: joint and embedding"),
         ("embedding", {}, {"level": SCHEDULE.T + 1}, "level .*: joint and embedding"),
         ("embedding", {}, {"level": 3, "method": "denoising"}, "level 3: joint and embedding"),

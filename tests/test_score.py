@@ -166,6 +166,8 @@ def test_refusals(model):
     own = gaussian_images(VARIANCE, 0, count=4)
     with pytest.raises(UserError, match="draws is 0"):
         evaluate_outliers(model, own, own, draws=0)
+    with pytest.raises(UserError, match="batch_size is 0"):
+        evaluate_outliers(model, own, own, batch_size=0)
     with pytest.raises(UserError, match="false alarms is 1"):
         evaluate_outliers(model, own, own, false_alarms=1)
     with pytest.raises(UserError, match="level"):

@@ -33,6 +33,7 @@ from cdm_fast.evaluation.class_scores import (
 from cdm_fast.host.distributed import by_rows
 from cdm_fast.host.progress import Progress, silent
 from cdm_fast.likelihood.batches import noised_batches
+from cdm_fast.likelihood.given import require_known
 from cdm_fast.likelihood.ode import load_solver
 from cdm_fast.likelihood.units import bits_per_dim
 from cdm_fast.model import CDM, Denoiser, measures
@@ -304,12 +305,7 @@ def labels_for(data: ImageData, num_classes: int) -> Tensor:
             f"{data.name} has {data.num_classes} classes, and the model was trained on {num_classes};"
             " give data of the same classes"
         )
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= num_classes:
-        wrong = low if low < 0 else high
-        raise UserError(
-            f"{data.name} holds label {wrong}, out of range: classes are 0 to {num_classes - 1}; relabel it"
-        )
+    require_known(labels, num_classes, data.name)
     return labels
 
 

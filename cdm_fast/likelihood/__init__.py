@@ -1,4 +1,4 @@
-"""Likelihood of real data in bits per dimension, its audit, and what else the level posterior tells.
+"""Likelihood of real data in bits per dimension, its audit, and estimates of noise from the level posterior.
 
 `evaluate` takes one forward pass. `evaluate_ode` (`flow_log_prob`) and `evaluate_elbo` (`variational_bound`)
 use the same network's denoiser alone, and `measure_log_z` integrates the single-pass density. `audit` puts

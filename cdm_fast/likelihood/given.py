@@ -35,13 +35,18 @@ def labels_given(model: Denoiser, data: ImageData, given: Given) -> Tensor | Non
         return None
     if data.labels is None:
         raise UserError(f"--given label: {data.name} has no labels; give labelled data, or --given all")
-    low, high = int(data.labels.min()), int(data.labels.max())
+    require_known(data.labels, num_classes, data.name)
+    return data.labels
+
+
+def require_known(labels: Tensor, num_classes: int, name: str) -> None:
+    """Raises UserError for labels (n,) of the data set `name` outside 0..K-1."""
+    low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
         raise UserError(
-            f"{data.name} holds label {low if low < 0 else high}, and the model knows the classes 0 to"
-            f" {num_classes - 1}; give data of the same classes"
+            f"{name} holds label {low if low < 0 else high}, out of range: the model knows the classes 0 to"
+            f" {num_classes - 1}; give data of the same classes, or relabel it"
         )
-    return data.labels
 
 
 def log_class_prior(model: Denoiser) -> Tensor:

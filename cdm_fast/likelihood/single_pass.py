@@ -124,7 +124,7 @@ def evaluate(
         UserError: a model without likelihood, a level outside 0..T+1, draws or batch_size below 1, an unknown
             protocol, and as `labels_given`.
 
-    A network whose weights are zero tells no level from another: its density is N(0, I) at every level.
+    A network whose weights are zero does not distinguish levels: its density is N(0, I) at each of them.
 
     >>> from cdm_fast import MLP, NoiseSchedule
     >>> network = MLP(dim=2, num_levels=12, hidden=4, depth=1)
