@@ -59,6 +59,6 @@ def describe_outliers(
     named = [f"image {i} ({why})" for i, why in list(reasons.items())[:NAMED]]
     more = f" and {len(reasons) - len(named)} more" if len(reasons) > len(named) else ""
     return (
-        f"the ODE of {len(reasons)} of {len(per_image)} images runs away: {', '.join(named)}{more}; the mean"
-        f" depends on them, the median is {float(per_image.nanquantile(0.5)):.4f} bits/dim"
+        f"the ODE runs away on {len(reasons)} of {len(per_image)} images, which moves the mean:"
+        f" {', '.join(named)}{more}; the median is {float(per_image.nanquantile(0.5)):.4f} bits/dim"
     )

@@ -6,7 +6,7 @@ Such a figure is *unaudited*: it is right as far as the classifier's densities i
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -43,6 +43,7 @@ PUBLIC_SCORING = (
 COST_IMAGES = 256  # on which the cost of bf16 is measured
 CHECKED_LEVELS, ALL_LEVELS_UP_TO = 64, 256  # of the ratio check, by default
 
+Batches = list[tuple[int, Tensor]]  # (index of the first image, x_t (B, ...)) of each
 LogProb = Callable[[Tensor, int], Tensor]  # (x_t (B, ...), index of its first image) -> log p (B,) in nats
 
 
@@ -150,13 +151,14 @@ def evaluate(
 
     units = replace(data, pixels="intervals") if protocol == "paper" else data  # the paper's code adds 7 bits
     start = time.perf_counter()
-    nats = [_score(model, log_prob, batches_of(draw), precision) for draw in range(draws)]
+    first_images: Batches = []
+    nats = [_score(model, log_prob, _keep_first(batches_of(0), COST_IMAGES, first_images), precision)]
+    nats += [_score(model, log_prob, batches_of(draw), precision) for draw in range(1, draws)]
     bits = bits_per_dim(torch.stack(nats), units)  # (draws, n)
     seconds = time.perf_counter() - start
     cost = None
     if precision == "bf16":
-        few = _first_images(batches_of(0), COST_IMAGES)
-        exact = bits_per_dim(_score(model, log_prob, few, "fp32"), units)
+        exact = bits_per_dim(_score(model, log_prob, first_images, "fp32"), units)
         cost = float((bits[0, : len(exact)] - exact).mean())
     if check_levels is None:
         check_levels = ALL_LEVELS_UP_TO if model.schedule.T < ALL_LEVELS_UP_TO else CHECKED_LEVELS
@@ -178,7 +180,7 @@ def evaluate(
 
 
 def _score(
-    model: CDM, log_prob: LogProb, batches: Iterator[tuple[int, Tensor]], precision: Literal["fp32", "bf16"]
+    model: CDM, log_prob: LogProb, batches: Iterable[tuple[int, Tensor]], precision: Literal["fp32", "bf16"]
 ) -> Tensor:  # (n,) nats, float64, on the CPU
     """`log_prob` of every image of `batches`, in the given arithmetic."""
     nats = []
@@ -188,12 +190,14 @@ def _score(
     return torch.cat(nats).cpu()
 
 
-def _first_images(batches: Iterator[tuple[int, Tensor]], num: int) -> Iterator[tuple[int, Tensor]]:
-    """The first `num` images of `batches`, or all if there are fewer."""
+def _keep_first(
+    batches: Iterable[tuple[int, Tensor]], num: int, kept: Batches
+) -> Iterator[tuple[int, Tensor]]:
+    """Yields `batches`, and appends their first `num` images to `kept` on the way."""
     for first, x_t in batches:
-        if first >= num:
-            return
-        yield first, x_t[: num - first]
+        if first < num:
+            kept.append((first, x_t[: num - first]))
+        yield first, x_t
 
 
 def _statistics(
