@@ -185,9 +185,9 @@ def audit(
 
     >>> import torch
     >>> from cdm_fast import MLP, NoiseSchedule
-    >>> network = MLP(dim=2, num_levels=12, hidden=4, depth=1)
+    >>> network = MLP(dim=2, num_levels=6, hidden=4, depth=1)
     >>> _ = [torch.nn.init.zeros_(parameter) for parameter in network.parameters()]  # density N(0, I)
-    >>> model = CDM(torch.nn.Sequential(torch.nn.Flatten(), network), NoiseSchedule.uniform(T=10))
+    >>> model = CDM(torch.nn.Sequential(torch.nn.Flatten(), network), NoiseSchedule.uniform(T=4))
     >>> images = torch.full((100, 1, 1, 2), 128, dtype=torch.uint8)  # at x = 0
     >>> data = ImageData(images, None, num_grey_levels=256, num_classes=None, name="grey", split="test")
     >>> report = audit(model, data, draws=1, ode_images=2, tolerance=0.01, particles=8, runs=2)
