@@ -11,7 +11,8 @@ from torch import Tensor
 from cdm_fast.data import ImageData
 from cdm_fast.data.draws import Protocol, batches
 from cdm_fast.host.device import upload
-from cdm_fast.model import Denoiser, prototype
+from cdm_fast.model import Denoiser
+from cdm_fast.model.denoiser import like_network
 from cdm_fast.model.schedule import add_noise
 
 
@@ -28,7 +29,6 @@ def noised_batches(
     `x_t` has the dtype of the model's numbers and lies on its device. Each batch takes its dequantisation
     noise and its eps from `generator` when it is asked for. Raises UserError for a level outside 0..T+1.
     """
-    dtype = prototype(model).dtype
     for first, x in batches(data, batch_size, generator, protocol):
         x_t = add_noise(model.schedule, x, level, generator)
-        yield first, upload(x_t.to(dtype), model.a.device)
+        yield first, like_network(model, upload(x_t, model.a.device))
