@@ -176,7 +176,7 @@ def test_an_interrupt_leaves_at_once(run, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cdm_fast.likelihood.audits.flow_log_prob", interrupted)
+    monkeypatch.setattr("cdm_fast.likelihood.ode_report.flow_log_prob", interrupted)
     assert call("nll", run, "--method", "ode", *AUDIT)[0] == 130
 
 

@@ -182,7 +182,7 @@ def measurements(config: RunConfig) -> dict[str, Any]:
         **{
             method: evaluate_classes(
                 model, data, method, num_images=5, draws=1, trials=3, tolerance=1e-2, probes=2
-            ).score
+            ).class_scores
             for method in ("joint", "denoising", "ode")
         },
     }

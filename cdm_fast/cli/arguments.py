@@ -6,10 +6,12 @@ from typing import Annotated, Literal
 
 from cdm_fast.config import Compile, PixelMap, Preset, RunConfig, Sampler, Schedule
 from cdm_fast.config.choices import (
+    PARTICLES,
     AttackName,
     AttackNorm,
     ClassifyMethod,
     CorrectedSampler,
+    Given,
     Parallel,
     RestoreTask,
     Split,
@@ -17,7 +19,6 @@ from cdm_fast.config.choices import (
 from cdm_fast.config.flags import FlagCreatePairsOff, Positional
 
 Json = Annotated[bool, FlagCreatePairsOff]
-Given = Literal["label", "none", "all"]
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Nll:
     default 4, or exact up to 16 dimensions."""
     elbo_images: int = 256
     """Images to score by the variational bound, drawn from the split."""
-    particles: int = 128
+    particles: int = PARTICLES
     """Particles of each run that measures log Z."""
     runs: int = 3
     """Independent runs that measure log Z; their spread is the error bar."""
@@ -163,7 +164,7 @@ class Calibrate:
     """Data source; by default the run's own."""
     split: Split = "validation"
     """Images to score before and after, and from which walks back to noise begin."""
-    particles: int = 128
+    particles: int = PARTICLES
     """Particles of each run that measures log Z."""
     runs: int = 3
     """Independent runs that measure log Z; their spread is the error bar."""

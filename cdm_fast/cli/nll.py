@@ -22,13 +22,12 @@ from cdm_fast.cli.outcome import (
     Scored,
     null_is_untrained,
     open_model,
-    require_batch_size,
     require_fit,
 )
 from cdm_fast.cli.per_image import check_name, write_per_image
 from cdm_fast.config import RunConfig
 from cdm_fast.data import ImageData
-from cdm_fast.errors import UserError
+from cdm_fast.errors import UserError, require_at_least
 from cdm_fast.host.device import pick_device
 from cdm_fast.host.progress import to_stderr
 from cdm_fast.interop import Foreign
@@ -40,8 +39,8 @@ from cdm_fast.likelihood import (
     evaluate,
     evaluate_elbo,
     evaluate_ode,
-    without_images,
 )
+from cdm_fast.likelihood.audits import LARGEST_ODE_BATCH
 from cdm_fast.likelihood.single_pass import PUBLIC_SCORING
 from cdm_fast.likelihood.units import nats_per_bit_per_dim, require_denoiser
 from cdm_fast.model import CDM, Denoiser
@@ -79,10 +78,10 @@ def _score_single(command: Nll, model: CDM, data: ImageData) -> Scored:
         model,
         data,
         command.level,
-        command.draws,
-        command.batch_size,
-        command.seed,
-        command.protocol,
+        draws=command.draws,
+        batch_size=command.batch_size,
+        seed=command.seed,
+        protocol=command.protocol,
         precision=command.precision,
         given=command.given or "none",
     )
@@ -96,24 +95,30 @@ def _score_ode(command: Nll, model: Denoiser, data: ImageData) -> Scored:
         model,
         data,
         command.level,
-        command.ode_images,
-        command.tolerance,
-        command.probes,
-        min(command.batch_size, 64),
-        command.seed,
-        to_stderr,
-        command.given or "none",
+        num_images=command.ode_images,
+        tolerance=command.tolerance,
+        probes=command.probes,
+        batch_size=min(command.batch_size, LARGEST_ODE_BATCH),
+        seed=command.seed,
+        progress=to_stderr,
+        given=command.given or "none",
     )
-    fields = without_images(report)
+    fields = report.to_json()
     result = {"method": "ode", "data": data.name, "split": data.split, **_prefixed("ode", fields)}
     return result, describe_ode(fields), {"ode_bits_per_dim": (report.index, report.per_image)}
 
 
 def _score_elbo(command: Nll, model: Denoiser, data: ImageData) -> Scored:
     report = evaluate_elbo(
-        model, data, command.elbo_images, command.batch_size, command.seed, to_stderr, command.given or "none"
+        model,
+        data,
+        command.elbo_images,
+        batch_size=command.batch_size,
+        seed=command.seed,
+        progress=to_stderr,
+        given=command.given or "none",
     )
-    fields = without_images(report)
+    fields = report.to_json()
     result = {"method": "elbo", "data": data.name, "split": data.split, **_prefixed("elbo", fields)}
     return result, describe_elbo(fields), {"elbo_bits_per_dim": (report.index, report.per_image)}
 
@@ -199,7 +204,7 @@ def nll_command(command: arguments.Nll) -> Outcome:
     config = read_config(command.run) if foreign is None else foreign.config
     if command.pixels is not None:
         config = replace(config, data=replace(config.data, pixels=command.pixels))
-    require_batch_size(command.batch_size)
+    require_at_least("--batch-size", command.batch_size, 1)
     if command.protocol == "paper" and command.method != "single":
         raise UserError(f"--protocol paper goes with --method single, not {command.method}; leave one out")
     if command.method == "elbo" and command.level != 0:
@@ -264,7 +269,7 @@ def calibrate_command(command: arguments.Calibrate) -> Outcome:
     if command.undo:
         remove_calibration(command.run)
         return Outcome({"run": str(command.run), "undone": True}, [f"{command.run} is as it was trained"])
-    require_batch_size(command.batch_size)
+    require_at_least("--batch-size", command.batch_size, 1)
     data = run_data(config, command.split, command.data)
     require_fit(data, config, command.run)
     loaded = load(command.run, calibrated=False)
@@ -278,12 +283,12 @@ def calibrate_command(command: arguments.Calibrate) -> Outcome:
     calibration = calibrate(
         model,
         data,
-        command.particles,
-        command.runs,
-        command.moves,
-        command.rungs,
-        command.seed,
-        to_stderr,
+        particles=command.particles,
+        runs=command.runs,
+        moves=command.moves,
+        rungs=command.rungs,
+        seed=command.seed,
+        progress=to_stderr,
     )
     path, after = write_calibration(command.run, calibration), figure()
     result = {

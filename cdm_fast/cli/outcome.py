@@ -11,7 +11,7 @@ from cdm_fast.cli import arguments
 from cdm_fast.cli.per_image import check_name, write_per_image
 from cdm_fast.config import RunConfig
 from cdm_fast.data import ImageData
-from cdm_fast.errors import UserError
+from cdm_fast.errors import UserError, require_at_least
 from cdm_fast.host.device import pick_device
 from cdm_fast.interop.source import is_foreign, open_foreign, output_folder, require_data
 from cdm_fast.model import CDM, DDM, Denoiser
@@ -64,12 +64,6 @@ ImageScoring = TypeVar("ImageScoring", arguments.Classify, arguments.Score)
 Scored = tuple[dict[str, Any], list[str], dict[str, tuple[Tensor, Tensor]]]  # JSON, lines, columns per image
 
 
-def require_batch_size(batch_size: int) -> None:
-    """Raises UserError for a `--batch-size` below 1."""
-    if batch_size < 1:
-        raise UserError(f"--batch-size is {batch_size}; give 1 or more")
-
-
 def scored_by(
     scoring: Callable[[ImageScoring, RunConfig, Denoiser, ImageData], Scored], command: ImageScoring
 ) -> Outcome:
@@ -81,7 +75,7 @@ def scored_by(
         require_data(command.run, command.data)
         foreign = open_model(command.run, command.device)
     config = read_config(command.run) if foreign is None else foreign.config
-    require_batch_size(command.batch_size)
+    require_at_least("--batch-size", command.batch_size, 1)
     if command.out is not None:
         check_name(command.out)
     data = run_data(config, command.split, command.data)

@@ -61,9 +61,9 @@ def write_confusion(
 ) -> Path:
     """The mean level posterior by true level (rows sum to 1), as a PNG under `path`.
 
-    A good classifier of the noise level shows a narrow band on the diagonal: neighbouring levels can hardly
-    be told apart, distant ones can. Colours follow the square root, or the off-diagonal would be invisible.
-    Raises ValueError for anything but a square matrix.
+    A good classifier of the noise level shows a narrow band on the diagonal: it confuses neighbouring levels
+    but not distant ones. Colours follow the square root, so that small values show. Raises ValueError for
+    anything but a square matrix.
     """
     matrix = np.asarray(confusion, dtype=np.float64)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
@@ -107,8 +107,7 @@ def write_level_mse(
 ) -> Path:
     """The denoising error per noise level, as a PNG under `path`.
 
-    The dashed line at 1 is what eps_hat = 0 would score: all noise left in. Raises ValueError for unequal
-    lengths.
+    The dashed line at 1 is the error of eps_hat = 0. Raises ValueError for unequal lengths.
     """
     levels, errors = np.asarray(level, dtype=np.float64), np.asarray(mse, dtype=np.float64)
     if levels.shape != errors.shape or levels.ndim != 1:
@@ -128,13 +127,13 @@ def write_acceptance(
 ) -> Path:
     """Acceptance and step size of a corrected sampler's moves by level, as a PNG under `path`.
 
-    The dashed line is the acceptance that the pilot aimed at.
+    The dashed line is the acceptance at which the pilot run aims.
     """
     figure, (acceptance, step_size) = new_figure(2)
     acceptance.axhline(report["target_acceptance"], color="grey", linestyle="--", linewidth=0.8)
     acceptance.plot(report["levels"], report["acceptance"], marker=".", linewidth=1.2)
     acceptance.set_ylim(-0.02, 1.02)
-    label_axes(acceptance, "accepted moves, share (dashed: aimed at)", "level (0 = data)")
+    label_axes(acceptance, "share of accepted moves (dashed: target)", "level (0 = data)")
     step_size.plot(report["levels"], report["step_size"], marker=".", linewidth=1.2)
     step_size.set_yscale("log")
     label_axes(step_size, "step size h", "level (0 = data)")

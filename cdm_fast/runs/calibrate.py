@@ -5,6 +5,7 @@
 
 import numpy as np
 
+from cdm_fast.config.choices import PARTICLES
 from cdm_fast.data import ImageData
 from cdm_fast.host.progress import Progress, silent
 from cdm_fast.likelihood.log_z import measure_log_z
@@ -15,7 +16,8 @@ from cdm_fast.runs.calibration import Calibration, fingerprint, fold, require_he
 def calibrate(
     model: CDM,
     data: ImageData,
-    particles: int = 128,
+    *,
+    particles: int = PARTICLES,
     runs: int = 3,
     moves: int = 1,
     rungs: int | None = None,
@@ -35,7 +37,16 @@ def calibrate(
     """
     require_head(model)
     weights = fingerprint(model.state_dict())
-    found = measure_log_z(model, data, particles, runs, moves, rungs, seed, progress=progress)
+    found = measure_log_z(
+        model,
+        data,
+        particles=particles,
+        runs=runs,
+        moves=moves,
+        rungs=rungs,
+        seed=seed,
+        progress=progress,
+    )
     ladder = found.levels[::-1]
 
     def at_every_level(values: list[float]) -> tuple[float, ...]:
