@@ -19,24 +19,6 @@ from cdm_fast.model.classifier import Classifier
 from cdm_fast.model.schedule import spread
 
 
-class OfClass(Denoiser):
-    """A class-conditional denoiser with its label fixed, for whatever takes a denoiser without one.
-
-    Args:
-        model: the model.
-        label: 0..K-1.
-    """
-
-    def __init__(self, model: Denoiser, label: int) -> None:
-        super().__init__(model, model.schedule, model.input_shape)
-        self.model = model
-        self.label = label
-
-    def denoise(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
-        """`eps_hat` of the fixed class; `label` is not read."""
-        return self.model.denoise(x, level, torch.full((len(x),), self.label, device=x.device))
-
-
 @measures
 def ode_log_prob_classes(
     model: Denoiser,
@@ -52,7 +34,8 @@ def ode_log_prob_classes(
     """
 
     def of_class(c: int) -> Tensor:
-        flow = flow_log_prob(OfClass(model, c), x, tolerance=tolerance, probes=probes, seed=seed)
+        label = torch.full((len(x),), c, device=x.device)
+        flow = flow_log_prob(model, x, tolerance=tolerance, probes=probes, seed=seed, label=label)
         return flow.log_prob.cpu()
 
     return torch.stack(in_turn(of_class, range(num_classes)), dim=1)

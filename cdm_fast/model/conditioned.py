@@ -8,11 +8,11 @@ from torch import Tensor
 
 from cdm_fast.errors import UserError
 from cdm_fast.model.cdm import CDM
-from cdm_fast.model.denoiser import Denoiser
+from cdm_fast.model.denoiser import Denoiser, Wrapped, Wrapper
 from cdm_fast.model.energy import Energy
 
 
-class OfClass(Energy):
+class OfClass(Wrapper[CDM], Energy):
     """One class of a class-conditional CDM as a density of its own.
 
     Args:
@@ -24,8 +24,8 @@ class OfClass(Energy):
     """
 
     def __init__(self, model: CDM, label: int) -> None:
-        super().__init__(model, model.schedule, model.input_shape)
-        self.model, self.label = model, label
+        super().__init__(model)
+        self.label = label
         classes = model.num_classes
         if classes is None:
             raise UserError(f"class {label} of a model that was trained without classes")
@@ -52,7 +52,7 @@ def refuse_label(label: Tensor | None) -> None:
         )
 
 
-class Guided(Denoiser):
+class Guided(Wrapper[Wrapped]):
     """A class-conditional model that overstates the class: see `Denoiser.guided_denoise`.
 
     Args:
@@ -60,9 +60,8 @@ class Guided(Denoiser):
         guidance: w; 0 leaves the model as it is.
     """
 
-    def __init__(self, model: Denoiser, guidance: float) -> None:
-        super().__init__(model, model.schedule, model.input_shape)
-        self.model = model
+    def __init__(self, model: Wrapped, guidance: float) -> None:
+        super().__init__(model)
         self.guidance = guidance
 
     def denoise(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
@@ -71,15 +70,13 @@ class Guided(Denoiser):
         return self.model.guided_denoise(x, level, label, self.guidance)
 
 
-class GuidedEnergy(Guided, Energy):
+class GuidedEnergy(Guided[Energy], Energy):
     """The same of a model that knows `log p_t`: `(1 + w) log p_t(x|label) - w log p_t(x)` is an energy too.
 
     Args:
         model: the model.
         guidance: w.
     """
-
-    model: Energy
 
     def log_prob_levels_and_score(
         self, x: Tensor, level: int | Tensor, label: Tensor | None = None
@@ -89,7 +86,7 @@ class GuidedEnergy(Guided, Energy):
         return self.model.guided_log_prob_levels_and_score(x, level, label, self.guidance)
 
 
-class Between(Denoiser):
+class Between(Wrapper[Denoiser]):
     """A class-conditional model on the way from the labelled class to another.
 
     `eps_hat = (1 - share) eps_hat(x, label) + share eps_hat(x, other)`, the denoiser of logits mixed in these
@@ -102,8 +99,7 @@ class Between(Denoiser):
     """
 
     def __init__(self, model: Denoiser, other: int, share: float) -> None:
-        super().__init__(model, model.schedule, model.input_shape)
-        self.model = model
+        super().__init__(model)
         self.other = other
         self.share = share
 

@@ -6,7 +6,7 @@
 from collections.abc import Callable
 from functools import wraps
 from itertools import chain
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, Generic, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +96,27 @@ class Denoiser(nn.Module):
                 "level 0 holds no noise, and a plain denoiser has no score there: use level 1 or above"
             )
         return -self.denoise(x, level, label) / self.amplitudes(level, x)[1]
+
+
+Wrapped = TypeVar("Wrapped", bound=Denoiser)
+
+
+class Wrapper(Denoiser, Generic[Wrapped]):
+    """A denoiser made of another one, `model`, on the same schedule and of the same input shape.
+
+    The model is registered once, as `network`: parameters, buffers and `state_dict` hold each tensor once.
+
+    Args:
+        model: the model to wrap.
+    """
+
+    def __init__(self, model: Wrapped) -> None:
+        super().__init__(model, model.schedule, model.input_shape)
+
+    @property
+    def model(self) -> Wrapped:
+        """The wrapped model."""
+        return cast(Wrapped, self.network)
 
 
 def like_network(model: Denoiser, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cdm_fast.errors import UserError
 from cdm_fast.model import Energy, measures, prototype
+from cdm_fast.model.denoiser import Wrapper
 from cdm_fast.sampling.corrected import MoveLog
 from cdm_fast.sampling.sample import sample
 
@@ -110,7 +111,7 @@ class MeanPool(Measurement):
         return small.repeat_interleave(self.factor, 2).repeat_interleave(self.factor, 3) / self.factor**2
 
 
-class Posterior(Energy):
+class Posterior(Wrapper[Energy], Energy):
     """`log q_t(x) = log p_t(x) + log N(y; m_t A x, sigma^2 I + r_t^2 A A^T)`, up to a constant a level.
 
     `m_t = a / (a^2 + s^2)` and `r_t^2 = s^2 / (a^2 + s^2)` are the mean (times x) and the variance of
@@ -133,12 +134,13 @@ class Posterior(Energy):
     def __init__(self, model: Energy, measurement: Measurement) -> None:
         if not isinstance(model, Energy):
             raise UserError(f"a {type(model).__name__} knows no log p(x) and has no posterior: give a CDM")
-        super().__init__(model, model.schedule, model.input_shape or measurement.shape)
+        super().__init__(model)
+        self.input_shape = model.input_shape or measurement.shape
         if self.input_shape != measurement.shape:
             raise UserError(
                 f"a measurement of an image of shape {measurement.shape}: the model's are {self.input_shape}"
             )
-        self.model, self.measurement = model, measurement
+        self.measurement = measurement
         power = self.a**2 + self.s**2
         self.register_buffer("mean", self.a / power, persistent=False)  # (L,) m_t
         spread = measurement.gain * self.s**2 / power
