@@ -14,12 +14,12 @@ from cdm_fast.errors import UserError
 from cdm_fast.host.distributed import by_rows, in_turn
 from cdm_fast.likelihood.given import num_classes_of
 from cdm_fast.likelihood.ode import flow_log_prob
-from cdm_fast.model import CDM, Denoiser, measures
+from cdm_fast.model import CDM, Denoiser, evaluation_mode
 from cdm_fast.model.classifier import Classifier
-from cdm_fast.model.schedule import spread
+from cdm_fast.model.schedule import evenly_spaced
 
 
-@measures
+@evaluation_mode
 def ode_log_prob_classes(
     model: Denoiser,
     x: Tensor,  # (B, C, H, W), dequantised
@@ -41,7 +41,7 @@ def ode_log_prob_classes(
     return torch.stack(in_turn(of_class, range(num_classes)), dim=1)
 
 
-@measures
+@evaluation_mode
 def denoising_scores(
     model: Denoiser,
     x: Tensor,  # (B, C, H, W), dequantised
@@ -54,7 +54,7 @@ def denoising_scores(
     The levels are spread evenly over 1..T, all weigh alike, and a pair serves every class: what classes have
     in common cancels (arXiv 2303.16203, section 3).
     """
-    levels = spread(1, model.schedule.T, trials)
+    levels = evenly_spaced(1, model.schedule.T, trials)
     total = torch.zeros(len(x), num_classes, dtype=torch.float64, device=x.device)
     for trial in range(trials):
         t = levels[trial % len(levels)]
@@ -67,8 +67,7 @@ def _class_errors(model: Denoiser, num_classes: int, t: int, x_and_eps: Tensor) 
     """(B, K) `|eps_hat(x_t, t, c) - eps|^2` from (B, 2, C, H, W)."""
     x, eps = x_and_eps.unbind(1)
     label = torch.arange(num_classes, device=x.device).repeat_interleave(len(x))
-    a, s = model.schedule.gather(t, x)
-    noisy = (a * x + s * eps).repeat(num_classes, *[1] * (x.dim() - 1))
+    noisy = model.schedule.noise(x, t, eps).repeat(num_classes, *[1] * (x.dim() - 1))
     error = model.denoise(noisy, t, label).unflatten(0, (num_classes, -1)) - eps
     return error.double().square().flatten(2).sum(2).T
 

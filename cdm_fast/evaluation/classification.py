@@ -34,10 +34,9 @@ from cdm_fast.host.distributed import by_rows
 from cdm_fast.host.progress import Progress, silent
 from cdm_fast.likelihood.ode import load_solver
 from cdm_fast.likelihood.units import bits_per_dim
-from cdm_fast.model import CDM, Denoiser, measures
+from cdm_fast.model import CDM, Denoiser, evaluation_mode
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.model.denoiser import like_network
-from cdm_fast.model.schedule import add_noise
 from cdm_fast.statistics import Reliability, confusion_matrix, reliability, stderr
 
 ODE_IMAGES, ODE_BATCH = 32, 64
@@ -103,7 +102,7 @@ class ClassReport:
         return {"predicted": (self.index, self.posterior.argmax(1)), **classes}
 
 
-@measures
+@evaluation_mode
 def evaluate_classes(
     model: Denoiser,
     data: ImageData,
@@ -183,7 +182,7 @@ def evaluate_classes(
         for first, x in batches(chosen, batch_size, generator):
             if method in ("ode", "denoising"):
                 progress(f"{method}, draw {draw + 1} of {draws}, image {first} of {len(index)}")
-            x = like_network(model, add_noise(model.schedule, x, level, generator))
+            x = like_network(model, model.schedule.noise(x, level, generator=generator))
             each = scores(x, first, generator).double().cpu()
             score[first : first + len(x)] += each / draws
             bits[first : first + len(x)] += bits_per_dim((each + log_prior).logsumexp(1), data) / draws

@@ -21,9 +21,8 @@ from cdm_fast.host.device import upload
 from cdm_fast.host.distributed import by_rows
 from cdm_fast.host.progress import Progress, silent
 from cdm_fast.likelihood.units import bits_per_dim
-from cdm_fast.model import CDM, measures
+from cdm_fast.model import CDM, evaluation_mode
 from cdm_fast.model.cdm import require_likelihood
-from cdm_fast.model.schedule import add_noise
 from cdm_fast.statistics import auroc, auroc_stderr, conformal_p_value, stderr
 
 SCORES = ("likelihood", "typicality", "level_posterior")
@@ -95,7 +94,7 @@ class OutlierReport:
         return self.scores["likelihood"].argsort(stable=True)
 
 
-@measures
+@evaluation_mode
 def evaluate_outliers(
     model: CDM,
     data: ImageData,
@@ -186,7 +185,7 @@ def _bits_and_distance(
     for draw in range(draws):
         generator = draw_generator(seed, draw)
         for first, x in batches(data, batch_size, generator):
-            x_t = upload(add_noise(model.schedule, x, level, generator), model.a.device)
+            x_t = upload(model.schedule.noise(x, level, generator=generator), model.a.device)
             log_prob = by_rows(log_prob_levels, x_t)
             rows = slice(first, first + len(x))
             total[0, rows] += bits_per_dim(log_prob[:, level], data)
@@ -216,7 +215,7 @@ def mean_by_severity(areas: dict[str, dict[str, list[float]]]) -> dict[str, list
     }
 
 
-@measures
+@evaluation_mode
 def anomaly_map(
     model: CDM,
     x: Tensor,  # (n, C, H, W) in [-1, 1]
@@ -237,7 +236,7 @@ def anomaly_map(
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(x.shape, dtype=torch.float64)
     for _ in range(draws):
-        x_t = upload(add_noise(model.schedule, x, level, generator), model.a.device)
+        x_t = upload(model.schedule.noise(x, level, generator=generator), model.a.device)
         total += (model.predict_x0(x_t, level).cpu() - x).double().square()
     return (total / draws).mean(1).sqrt()
 

@@ -23,10 +23,9 @@ from cdm_fast.likelihood.log_z import Normalisation, measure_log_z
 from cdm_fast.likelihood.ode import ContinuousDenoiser, FlowLikelihood, flow_log_prob, load_solver
 from cdm_fast.likelihood.single_pass import LikelihoodReport, evaluate
 from cdm_fast.likelihood.units import bits_per_dim, nats_per_bit_per_dim, require_denoiser
-from cdm_fast.model import CDM, Denoiser, measures
+from cdm_fast.model import CDM, Denoiser, evaluation_mode
 from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.model.denoiser import like_network
-from cdm_fast.model.schedule import add_noise
 from cdm_fast.statistics import stderr
 
 COMPARED_LEVELS = 12  # at which single pass and ODE are compared, even in log-SNR
@@ -73,7 +72,7 @@ class OdeReport:
     per_image: Tensor
 
 
-@measures
+@evaluation_mode
 def evaluate_ode(
     model: Denoiser,
     data: ImageData,
@@ -98,12 +97,12 @@ def evaluate_ode(
     _require("ODE images", num_images, 2)
     generator = torch.Generator().manual_seed(seed)
     index, x = choose_images(data, num_images, generator)
-    x_t = like_network(model, add_noise(model.schedule, x, level, generator))
+    x_t = like_network(model, model.schedule.noise(x, level, generator=generator))
     labels = None if labels is None else labels[index].to(x_t.device)
     levels: list[int] = []
     if isinstance(model, CDM) and given != "all":
-        later = model.schedule.pairs(min(COMPARED_LEVELS, model.schedule.T), "log_snr")
-        levels = sorted(t for t, _ in later if t > level)
+        later = model.schedule.grid(min(COMPARED_LEVELS, model.schedule.T), "log_snr")
+        levels = sorted(t for t in later if t > level)
 
     def flow_at(first: int, count: int, tolerance: float, levels: list[int]) -> FlowLikelihood:
         """The flow of `count` images from `first` on; of all classes, the mixture of their flows."""
@@ -138,9 +137,9 @@ def evaluate_ode(
         single, at = torch.zeros(0), torch.zeros(0, len(batch))
         if isinstance(model, CDM) and given != "all":
             label = None if labels is None else labels[first : first + batch_size]
-            single = model.log_prob(batch, level, label).double()
+            single = model.log_prob(batch, level, label=label).double()
             on_the_way = [
-                model.log_prob(like_network(model, x), t, label).double()
+                model.log_prob(like_network(model, x), t, label=label).double()
                 for t, x in zip(levels, flow.x, strict=True)
             ]
             at = torch.stack(on_the_way) - flow.log_prob_at
@@ -216,7 +215,7 @@ class ElboReport:
     per_image: Tensor
 
 
-@measures
+@evaluation_mode
 def evaluate_elbo(
     model: Denoiser,
     data: ImageData,
@@ -301,7 +300,7 @@ class AuditReport:
         }
 
 
-@measures
+@evaluation_mode
 def audit(
     model: CDM,
     data: ImageData,
@@ -382,7 +381,7 @@ class DenoiserAudit:
         }
 
 
-@measures
+@evaluation_mode
 def audit_denoiser(
     model: Denoiser,
     data: ImageData,

@@ -23,9 +23,8 @@ from cdm_fast.host.distributed import by_rows
 from cdm_fast.likelihood.given import Given, labels_given, of_all_classes
 from cdm_fast.likelihood.ratios import RatioCheck, ratio_check
 from cdm_fast.likelihood.units import bits_per_dim
-from cdm_fast.model import CDM, measures
+from cdm_fast.model import CDM, evaluation_mode
 from cdm_fast.model.cdm import require_likelihood
-from cdm_fast.model.schedule import add_noise
 from cdm_fast.nn.working import cast_weights
 from cdm_fast.statistics import stderr
 
@@ -83,7 +82,7 @@ class LikelihoodReport:
         return fields
 
 
-@measures
+@evaluation_mode
 def evaluate(
     model: CDM,
     data: ImageData,
@@ -140,7 +139,7 @@ def evaluate(
         generator = draw_generator(seed, draw)
         found = []
         for first, x in batches(data, batch_size, generator, protocol):
-            x_t = upload(add_noise(model.schedule, x, level, generator), device)
+            x_t = upload(model.schedule.noise(x, level, generator=generator), device)
             with cast_weights(model, device, precision):
                 found.append(log_prob_of(x_t, first))
             if draw == 0 and first < COST_IMAGES:
@@ -184,7 +183,7 @@ def _of_label(model: CDM, x_t: Tensor, level: int, label: Tensor | None) -> Call
 
     def log_prob(rows: Tensor) -> Tensor:
         own = None if label is None else upload(label, x_t.device)[rows]
-        return model.log_prob(x_t[rows], level, own).double()
+        return model.log_prob(x_t[rows], level, label=own).double()
 
     return log_prob
 

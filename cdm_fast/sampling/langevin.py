@@ -8,7 +8,7 @@ whatever the step size (Roberts & Tweedie 1996; Duane et al. 1987).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cdm_fast.errors import UserError
 from cdm_fast.host.device import upload
-from cdm_fast.model import Energy, measures
+from cdm_fast.model import Energy, evaluation_mode
 from cdm_fast.model.schedule import NoiseSchedule
 
 JITTER = 0.2  # of the step size of paths of several steps: those of one length may come back to their start
@@ -84,7 +84,7 @@ class Particles:
         return Particles(self.x[index], self.level, self.log_prob[index], self.score[index], label)
 
 
-@measures
+@evaluation_mode
 def hmc(
     model: Energy, particles: Particles, step_size: float, draw: Draw, leapfrog: int = 1
 ) -> tuple[Particles, Tensor]:
@@ -156,7 +156,7 @@ def stay(particles: Particles, level: int) -> Tensor:
     return particles.x
 
 
-@measures
+@evaluation_mode
 def tune_step_sizes(
     model: Energy,
     x: Tensor,
@@ -206,17 +206,18 @@ class Annealed:
     acceptance: Tensor
 
 
-@measures
+@evaluation_mode
 def anneal(
     model: Energy,
     x: Tensor,
     levels: Sequence[int],
-    step_sizes: dict[int, float],
+    step_sizes: Mapping[int, float],
     generator: torch.Generator,
     moves: int = 1,
     resample_below: float = 0.5,
     label: Tensor | None = None,
     leapfrog: int = 1,
+    on_level: Callable[[Particles, Tensor], None] | None = None,
 ) -> Annealed:
     """Carry `x` (N, ...), draws of `p[levels[0]]`, along `levels`: at each, reweight, resample and move.
 
@@ -228,6 +229,8 @@ def anneal(
         resample_below: effective sample size over N under which particles are resampled; 0 never does.
         label: (N,) int64, one class for all: particles of two classes cannot stand for each other.
         leapfrog: steps of each move.
+        on_level: is told the particles after the moves of a level, and (N,) the share of each one's that was
+            accepted.
     """
     particles, draw = Particles.at(model, x, levels[0], label), DrawFrom(generator)
     log_weight = torch.full((len(x),), -math.log(len(x)), dtype=torch.float64, device=x.device)
@@ -247,6 +250,8 @@ def anneal(
             log_weight = torch.full_like(log_weight, -math.log(len(x)))
         particles, accepted = move(model, particles.x, level, step_sizes[level], draw, moves, label, leapfrog)
         acceptance.append(accepted.mean())
+        if on_level is not None:
+            on_level(particles, accepted)
     ratios, sizes = (torch.tensor(values, dtype=torch.float64) for values in (log_ratio, ess))
     return Annealed(particles.x, log_weight, ratios, sizes, torch.stack(acceptance).cpu())
 

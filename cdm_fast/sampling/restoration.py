@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdm_fast.errors import UserError
-from cdm_fast.model import Energy, measures, prototype
+from cdm_fast.model import Energy, any_parameter, evaluation_mode
 from cdm_fast.model.denoiser import Wrapper
-from cdm_fast.sampling.corrected import MoveLog
+from cdm_fast.sampling.corrected import MALA
 from cdm_fast.sampling.sample import sample
+from cdm_fast.sampling.sampler import Callback, Sampler
 
+RESTORER = MALA(moves=4)
 LEVEL_DRAWS = 8  # of the noise under which candidates are compared at a level above 0
 
 
@@ -161,8 +163,8 @@ class Posterior(Wrapper[Energy], Energy):
         residual = self.measurement.y.to(x.dtype) - mean * self.measurement(x)
         return self.measurement.transpose(mean / variance * residual)
 
-    def log_prob_levels(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        return self.model.log_prob_levels(x, label).double() + self.log_likelihood_levels(x)
+    def log_prob_levels(self, x: Tensor, *, label: Tensor | None = None) -> Tensor:
+        return self.model.log_prob_levels(x, label=label).double() + self.log_likelihood_levels(x)
 
     def log_prob_levels_and_score(
         self, x: Tensor, level: int | Tensor, label: Tensor | None = None
@@ -191,7 +193,7 @@ class Restored:
         return self.images.mean(0)
 
 
-@measures
+@evaluation_mode
 def restore(
     model: Energy,
     measurement: Measurement,
@@ -200,27 +202,43 @@ def restore(
     seed: int = 0,
     *,
     level: int = 0,
-    moves: int = 4,
+    sampler: str | Sampler = RESTORER,
     label: int | None = None,
-    log: MoveLog | None = None,
+    callback: Callback | None = None,
 ) -> Restored:
-    """Draws of p(x_0 | y) by annealed MALA (`corrected.mala`), ranked by `log_prob_at`.
+    """Draws `candidates` images of p(x_0 | y) and ranks them by `log_prob_at`.
 
-    Arguments: `steps`, `seed`, `moves`, `label` and `log` as for `sample`; `level` of the ranking.
-    Raises UserError for a model without log p(x), and for an argument out of range.
+    Args:
+        model: the prior: a `CDM`, one class of it, or a composition.
+        measurement: `Known` values or `MeanPool` means of one image.
+        candidates: how many images to draw.
+        steps, seed, label, callback: as for `sample`.
+        level: of the ranking, 0..T.
+        sampler: as for `sample`; only corrected ones, `MALA` and `SMC`, draw from the posterior.
+
+    Raises:
+        UserError: a model without log p(x), or an argument out of range.
+
+    >>> from cdm_fast import CDM, MLP, NoiseSchedule
+    >>> schedule = NoiseSchedule.uniform(T=20)
+    >>> model = CDM(MLP(4, schedule.num_levels, hidden=8), schedule)
+    >>> image, known = torch.tensor([0.5, -0.5, 0.0, 0.0]), torch.tensor([True, True, False, False])
+    >>> found = restore(model, Known(image, 0.1, known), candidates=3, steps=4)
+    >>> found.images.shape, found.mean.shape, bool((found.log_prob.diff() <= 0).all())
+    (torch.Size([3, 4]), torch.Size([4]), True)
     """
-    posterior = Posterior(model, measurement).to(prototype(model).device)
+    posterior = Posterior(model, measurement).to(any_parameter(model).device)
     if candidates < 1:
         raise UserError(f"{candidates} candidates: draw 1 or more")
     if not 0 <= level <= model.schedule.T:
         raise UserError(f"level {level}: candidates differ at the levels 0 to T = {model.schedule.T}")
-    x = sample(posterior, candidates, "mala", steps, seed, label=label, moves=moves, log=log)
+    x = sample(posterior, candidates, sampler, steps, seed, label=label, callback=callback)
     log_prob = log_prob_at(model, x, level, label)
     order = log_prob.argsort(descending=True, stable=True)
     return Restored(x[order], log_prob[order], posterior.log_likelihood_levels(x)[order, 0])
 
 
-@measures
+@evaluation_mode
 def log_prob_at(model: Energy, x: Tensor, level: int, label: int | None = None, seed: int = 0) -> Tensor:
     """How probable clean images (B, ...) are at a noise level, (B,) float64 nats: what candidates rank by.
 
@@ -229,9 +247,9 @@ def log_prob_at(model: Energy, x: Tensor, level: int, label: int | None = None, 
     """
     labels = None if label is None else torch.full((len(x),), label, device=x.device)
     if level == 0:
-        return model.log_prob(x, 0, labels).double()
-    a, s = model.schedule.gather(level, x)
+        return model.log_prob(x, 0, label=labels).double()
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(LEVEL_DRAWS, *x.shape[1:], generator=generator, dtype=torch.float64).to(x)
-    each = [model.log_prob(a * x + s * eps, level, labels).double() for eps in noise]
+    noisy = (model.schedule.noise(x, level, eps) for eps in noise)
+    each = [model.log_prob(x_t, level, label=labels).double() for x_t in noisy]
     return torch.stack(each).mean(0)

@@ -317,10 +317,7 @@ def level_log_integral(model: CDM, draw: Draw, generator: torch.Generator) -> fl
     total, levels = 0.0, model.schedule.num_levels
     for t in reversed(range(levels - 1)):
         x, _ = draw(ROWS_PER_LEVEL, generator)
-        level = torch.full((len(x),), t + 1)
-        a, s = model.amplitudes(level, x.double())
-        x_t = a * x + s * torch.randn(x.shape, generator=generator, dtype=torch.float64)
-        log_prob = model.log_prob_levels(x_t)
+        log_prob = model.log_prob_levels(model.schedule.noise(x.double(), t + 1, generator=generator))
         ratio = log_prob[:, t] - log_prob[:, t + 1]
         total += float(ratio.logsumexp(0)) - math.log(len(ratio))
     return total if math.isfinite(total) else math.inf

@@ -107,8 +107,7 @@ def ratio_loss(draw: Draw, batch_size: int) -> Loss:
 
 
 def _noised(model: CDM, x: Tensor, level: Tensor, generator: torch.Generator) -> Tensor:
-    a, s = model.amplitudes(level, x)
-    return a * x + s * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    return model.schedule.noise(x, level, generator=generator)
 
 
 def level_validation(rows: Tensor, generator: torch.Generator, num: int = 4096) -> Validate:
