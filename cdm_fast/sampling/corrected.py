@@ -1,7 +1,8 @@
-"""Corrected samplers: Metropolis-adjusted moves on the way from noise to data.
+"""Corrected samplers: Metropolis-adjusted moves at each level on the way from noise to data.
 
-A predictor's step is never exact, and for a composition or a guided model no number of steps is: its density
-at a level is not the noised density of the next. Moves that leave `p_t` unchanged pull the images back to it.
+A predictor's step is never exact. For a composition or a guided model even infinitely many steps are not: its
+density at one level is not the noised density of the level below. Moves that leave `p_t` unchanged bring the
+images back to it.
 
 Legend: B batch, t a level, t_prev the next one towards data, a = a[t], s = s[t].
 """
@@ -29,13 +30,13 @@ from cdm_fast.sampling.langevin import (
 )
 from cdm_fast.sampling.sampler import BatchNoise, Callback, Moves, Run, Sampler, Step, check_range
 
-PILOTS = 64  # particles that find the step sizes
-PILOT_MOVES = 4  # of each of them at every level
+PILOTS = 64  # particles of the pilot run that finds the step sizes
+PILOT_MOVES = 4  # of each particle at each level
 
 
 @dataclass(frozen=True)
 class _DrawOfImages:
-    """The noise of a batch as moves ask for it."""
+    """The noise of a batch of images as a `langevin.Draw`."""
 
     noise: BatchNoise
 
@@ -48,7 +49,7 @@ class _DrawOfImages:
 
 @dataclass
 class MoveLog:
-    """A callback that sums up the moves of a corrected sampler, level by level, over all batches.
+    """A callback that counts the moves of a corrected sampler at each level, over all batches.
 
     Fields:
         leapfrog: steps of each move.
@@ -68,7 +69,7 @@ class MoveLog:
     moved: dict[int, int] = field(default_factory=dict)
 
     def __call__(self, step: Step) -> None:
-        """Adds the moves of a step, if there were any."""
+        """Adds the moves of a step; a step without moves adds nothing."""
         moves, level = step.moves, step.level
         if moves is None:
             return
@@ -78,7 +79,7 @@ class MoveLog:
         self.moved[level] = self.moved.get(level, 0) + len(moves.accepted) * moves.count
 
     def to_json(self) -> dict[str, Any]:
-        """Levels from noise to data, with the acceptance and the step size of each."""
+        """The levels from noise to data, with the acceptance rate and the step size of each."""
         levels = sorted(self.moved, reverse=True)
         return {
             "leapfrog": self.leapfrog,
@@ -101,10 +102,10 @@ def mala(
     leapfrog: int = 1,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Annealed MALA, or HMC: at each level moves, then a `ddim` step to the next; x0_hat of level 1 last.
+    """Annealed MALA, or HMC: moves at each level, then a DDIM step to the next; returns x0_hat.
 
-    The step takes its score from the last move, so a level costs 1 + moves x leapfrog evaluations.
-    `step_size` is h of each level but 0, from `find_step_sizes`.
+    The step uses the score of the last move, so a level costs 1 + moves x leapfrog evaluations. `step_size`
+    maps each level but 0 to h, as `find_step_sizes` returns it.
     """
     draw = _DrawOfImages(noise)
     for t, t_prev in pairwise(grid):
@@ -118,7 +119,7 @@ def mala(
 
 
 def ddim_step(model: Denoiser, particles: Particles, t_prev: int) -> Tensor:
-    """DDIM eq. 12 with eta = 0 (arXiv 2010.02502) from the particles' level, by the score that they hold."""
+    """DDIM eq. 12 with eta = 0 (arXiv 2010.02502) from the particles' level to t_prev, by their scores."""
     a, s, t = model.schedule.a.tolist(), model.schedule.s.tolist(), particles.level
     x0_hat = (particles.x + s[t] ** 2 * particles.score) / a[t]
     return a[t_prev] * x0_hat - s[t_prev] * s[t] * particles.score
@@ -136,12 +137,12 @@ def smc(
     leapfrog: int = 1,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Annealed particles, reweighted and resampled (`langevin.anneal`); x0_hat of level 1 at the end.
+    """Sequential Monte Carlo: particles that are reweighted, resampled and moved (`langevin.anneal`).
 
-    Moves are local: they cannot carry mass between separated modes, weights can. The images of a batch and a
-    class are one population and depend on each other: some began as copies of one particle. Where that
-    matters, draw more than are wanted and keep some.
-    `step_size` is h of each level but 0, from `find_step_sizes`.
+    Returns x0_hat of the last level above 0. Moves are local and cannot carry mass between separated modes;
+    weights can. The images of a batch and class are one population and depend on each other: some start as
+    copies of the same particle. Where that matters, draw more images than needed and keep some. `step_size`
+    maps each level but 0 to h, as `find_step_sizes` returns it.
     """
     generator, result = noise.generator(), torch.empty_like(x)
 
@@ -176,11 +177,11 @@ def smc(
 
 @dataclass(frozen=True)
 class Corrected(Sampler):
-    """A sampler that corrects each level by Metropolis-adjusted moves: `MALA` or `SMC`.
+    """The base of `MALA` and `SMC`, which correct the images at each level by Metropolis-adjusted moves.
 
     Args:
         moves: of each image at each level, 1 or more.
-        leapfrog: steps of each move; Langevin moves with one, Hamiltonian ones (HMC) with more.
+        leapfrog: steps of each move, 1 or more: one is a Langevin move, several a Hamiltonian one (HMC).
 
     Raises:
         UserError: a number below 1.
@@ -198,7 +199,7 @@ class Corrected(Sampler):
     def prepare(
         self, model: Denoiser, grid: Sequence[int], shape: tuple[int, ...], label: Tensor | None
     ) -> Run:
-        """The loop with step sizes found by a pilot run of a fixed seed.
+        """The loop with step sizes from a pilot run of a fixed seed.
 
         Raises UserError for a model that knows no log p_t(x).
         """
@@ -216,9 +217,16 @@ class Corrected(Sampler):
 
 @dataclass(frozen=True)
 class MALA(Corrected):
-    """Annealed MALA (`mala`), Metropolis-adjusted Langevin moves at each level; HMC with `leapfrog` above 1.
+    """Annealed MALA: Metropolis-adjusted Langevin moves at each level, or HMC if `leapfrog` > 1 (`mala`).
 
-    Args and errors as of `Corrected`. See also `SMC`, which carries mass between separated modes too.
+    See also `SMC`, which carries mass between separated modes too, and `MoveLog`, for the acceptance rates.
+
+    Args:
+        moves: of each image at each level, 1 or more.
+        leapfrog: steps of each move, 1 or more: one is a Langevin move, several a Hamiltonian one (HMC).
+
+    Raises:
+        UserError: a number below 1.
 
     >>> from cdm_fast import CDM, MLP, NoiseSchedule, sample
     >>> schedule = NoiseSchedule.uniform(T=20)
@@ -238,10 +246,16 @@ class MALA(Corrected):
 
 @dataclass(frozen=True)
 class SMC(Corrected):
-    """Annealed particles (`smc`): the images of a batch and class are one population, reweighted, resampled
-    and moved at each level.
+    """Sequential Monte Carlo: the images of a batch and class are one population of particles (`smc`).
 
-    Args and errors as of `Corrected`.
+    At each level they are reweighted, resampled where the weights are too uneven, and moved.
+    Arguments and errors are those of `MALA`.
+
+    >>> from cdm_fast import CDM, MLP, NoiseSchedule, sample
+    >>> schedule = NoiseSchedule.uniform(T=20)
+    >>> model = CDM(MLP(2, schedule.num_levels, hidden=8), schedule)
+    >>> sample(model, 5, sampler=SMC(moves=1), steps=3).shape
+    torch.Size([5, 2])
     """
 
     name = "smc"
@@ -261,7 +275,10 @@ def find_step_sizes(
     label: Tensor | None = None,  # of the images to come, (N,) int64
     leapfrog: int = 1,
 ) -> dict[int, float]:
-    """The step size of the moves at each level of the grid but 0: tuned by a pilot run of a fixed seed."""
+    """Step sizes of the moves at each level of the grid but 0, level -> h, from a pilot run of a fixed seed.
+
+    See `langevin.tune_step_sizes`.
+    """
     like, generator = any_parameter(model), torch.Generator().manual_seed(0)
     x = upload(torch.randn((PILOTS, *shape), generator=generator, dtype=like.dtype), like.device)
     pilots = None if label is None else label[torch.arange(PILOTS, device=label.device) % len(label)]

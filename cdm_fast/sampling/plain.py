@@ -39,7 +39,7 @@ def ddpm(
     *,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Ancestral sampling: x_prev ~ q(x_prev | x_t, x0_hat), the exact posterior for strides of any length.
+    """Ancestral sampling: x_prev ~ q(x_prev | x_t, x0_hat), the exact posterior of a step of any length.
 
     With `x_t = r x_prev + sqrt(v) z`, `r = a/a_prev`, `v = s^2 - r^2 s_prev^2` it is Gaussian with mean
     `a_prev (v/s^2) x0_hat + r (s_prev^2/s^2) x_t` and variance `v s_prev^2/s^2`; for a variance-preserving
@@ -68,7 +68,7 @@ def ddim(
     eta: float = 0.0,
     callback: Callback | None = None,
 ) -> Tensor:
-    """DDIM eq. 12 (arXiv 2010.02502) for any schedule; deterministic at eta = 0, as noisy as DDPM at eta = 1.
+    """DDIM eq. 12 (arXiv 2010.02502) for any schedule; deterministic at eta = 0, the law of DDPM at eta = 1.
 
     `x_prev = a_prev x0_hat + sqrt(s_prev^2 - c^2) eps_hat + c z` with
     `c = eta s_prev sqrt(1 - (sigma_prev/sigma)^2)`.
@@ -99,7 +99,8 @@ def dpm_solver_pp_2m(
 
     With `lambda = log(a/s)` and `h = lambda_prev - lambda` a step is
     `x_prev = (s_prev/s) x - a_prev (exp(-h) - 1) D`, `D = x0_hat + h/(2 h_before) (x0_hat - x0_hat_before)`.
-    The first step has no x0_hat before it and the last has h = inf: both use D = x0_hat.
+    `x0_hat_before` and `h_before` are those of the step before. The first step has none and the last has
+    h = inf: both use D = x0_hat.
     """
     a, s, log_snr = (table.tolist() for table in (model.schedule.a, model.schedule.s, model.schedule.log_snr))
     x0_before, h_before = None, 0.0
@@ -154,7 +155,7 @@ def euler_ot(
 ) -> Tensor:
     """Euler steps along `dx/ds = eps_hat - x0_hat`, the velocity of straight paths (arXiv 2210.02747).
 
-    The same map as `ddim` with eta = 0, which takes any schedule. Raises UserError unless a + s = 1.
+    For the schedule `ot` it is the same map as `ddim` with eta = 0. Raises UserError unless a + s = 1.
     """
     a, s = model.schedule.a, model.schedule.s
     if not torch.allclose(a + s, torch.ones_like(s), rtol=0, atol=1e-9):
@@ -173,10 +174,10 @@ def euler_ot(
 
 @dataclass(frozen=True)
 class Plain(Sampler):
-    """A sampler without options: its loop, and the spacing of its levels.
+    """A sampler without options, made of its loop.
 
     Args:
-        name: what it is called.
+        name: for messages.
         run: the loop, such as `heun`.
         spacing: of its levels where only their number is given.
     """
@@ -194,10 +195,10 @@ class Plain(Sampler):
 
 @dataclass(frozen=True)
 class DDIM(Sampler):
-    """DDIM (`ddim`) with its noise.
+    """DDIM with a choice of its noise (`ddim`).
 
     Args:
-        eta: 0..1; 0 is deterministic, 1 draws from the same law as DDPM.
+        eta: 0..1; 0 is deterministic, 1 draws from the law of DDPM.
 
     Raises:
         UserError: an eta outside 0..1.

@@ -1,12 +1,13 @@
-"""Restoration: draws of p(x_0 | y) for a linear measurement y = A x_0 + sigma n, ranked by the model.
+"""Restoration: draws from p(x_0 | y) for a linear measurement y = A x_0 + sigma n, ranked by the model.
 
-`Posterior` is an `Energy` like the model that it conditions, so the corrected samplers take it; its path and
-why it is exact at both ends stand in docs/explanation/energy.md.
+`Posterior` is an `Energy` like its prior, so `MALA` and `SMC` draw from it. docs/explanation/energy.md
+derives its path from noise to data and shows that it is exact at both ends.
 
 # B batch, k measured values, L = T+2 noise levels, N candidates
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,20 +22,22 @@ from cdm_fast.sampling.sample import sample
 from cdm_fast.sampling.sampler import Callback, Sampler
 
 RESTORER = MALA(moves=4)
-LEVEL_DRAWS = 8  # of the noise under which candidates are compared at a level above 0
+LEVEL_DRAWS = 8  # of the noise with which candidates are compared at a level above 0
 
 
 class Measurement(nn.Module):
-    """`y = A x_0 + sigma n`, n ~ N(0, I), with `A A^T = gain I`; subclasses know A.
+    """A linear measurement of an image: `y = A x_0 + sigma n`, n ~ N(0, I), with `A A^T = gain I`.
+
+    Subclasses provide A as `forward` and its transpose as `transpose`: `Known` and `MeanPool`.
 
     Args:
-        y: what was measured, any shape of k values.
+        y: the measured values, k of them in any shape.
         sigma: standard deviation of its noise, in the images' units, positive.
         shape: of one image.
         gain: squared length of a row of A.
 
     Raises:
-        UserError: nothing measured, a value that is not finite, or a sigma that is not positive and finite.
+        UserError: no measured value, one that is not finite, or a sigma that is not positive and finite.
     """
 
     y: Tensor
@@ -60,12 +63,19 @@ class Measurement(nn.Module):
 
 
 class Known(Measurement):
-    """Some values of an image, each with noise: inpainting; all of them: denoising.
+    """Some values of an image, each with noise (inpainting), or all of them (denoising).
 
     Args:
-        image: (C, H, W), or any shape; read where `known`.
-        known: bool, like `image`; everywhere by default.
-        sigma: of the known values.
+        image: (C, H, W), or any other shape; only the known values are read.
+        sigma: standard deviation of the noise in the known values, in the images' units.
+        known: bool, like `image`; True everywhere by default.
+
+    Raises:
+        UserError: as `Measurement`, or a `known` of another dtype or shape.
+
+    >>> measurement = Known(torch.tensor([0.5, -0.5, 0.0]), 0.1, torch.tensor([True, False, True]))
+    >>> measurement.y
+    tensor([0.5000, 0.0000])
     """
 
     index: Tensor
@@ -80,9 +90,11 @@ class Known(Measurement):
         self.register_buffer("index", known.flatten().nonzero()[:, 0])
 
     def forward(self, x: Tensor) -> Tensor:
+        """The known values of x (B, *shape), (B, k)."""
         return x.flatten(1)[:, self.index]
 
     def transpose(self, values: Tensor) -> Tensor:
+        """Values (B, k) where they are known and 0 elsewhere, (B, *shape)."""
         empty = values.new_zeros(len(values), math.prod(self.shape))
         return empty.index_copy(1, self.index, values).view(-1, *self.shape)
 
@@ -91,9 +103,12 @@ class MeanPool(Measurement):
     """Means of `factor` x `factor` pixels, each with noise: super-resolution. `A A^T = I / factor^2`.
 
     Args:
-        small: (C, H/factor, W/factor).
+        small: (C, H/factor, W/factor), the means.
         factor: 2 or more.
-        sigma: of the means.
+        sigma: standard deviation of the noise in the means, in the images' units.
+
+    Raises:
+        UserError: as `Measurement`, a factor below 2, or a `small` that is not (C, h, w).
     """
 
     def __init__(self, small: Tensor, factor: int, sigma: float) -> None:
@@ -106,25 +121,31 @@ class MeanPool(Measurement):
         self.factor, self.small_shape = factor, tuple(small.shape)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The means of x (B, C, H, W), (B, k)."""
         return F.avg_pool2d(x, self.factor).flatten(1)
 
     def transpose(self, values: Tensor) -> Tensor:
+        """Each value, over factor^2, at the pixels of its mean: (B, C, H, W) for values (B, k)."""
         small = values.view(-1, *self.small_shape)
         return small.repeat_interleave(self.factor, 2).repeat_interleave(self.factor, 3) / self.factor**2
 
 
 class Posterior(Wrapper[Energy], Energy):
-    """`log q_t(x) = log p_t(x) + log N(y; m_t A x, sigma^2 I + r_t^2 A A^T)`, up to a constant a level.
+    """The posterior p(x_0 | y) of a measurement, as an energy on a path of its own.
 
-    `m_t = a / (a^2 + s^2)` and `r_t^2 = s^2 / (a^2 + s^2)` are the mean (times x) and the variance of
-    x_0 | x_t = x under x_0 ~ N(0, I). At level 0 it is log p(x) + log p(y | x), at level T+1 N(0, I): exact,
-    whatever the data. Between them it is p(x_t | y) if the data are N(0, I), else a path to it. The variance
-    is that of pseudoinverse guidance (Song et al., ICLR 2023), whose mean is the denoiser's instead: its
-    gradient needs the denoiser's Jacobian, that of a mean linear in x costs nothing.
+    `log q_t(x) = log p_t(x) + log N(y; m_t A x, sigma^2 I + r_t^2 A A^T)`, up to a constant per level.
+
+    `m_t x` with `m_t = a / (a^2 + s^2)`, and `r_t^2 = s^2 / (a^2 + s^2)`, are the mean and the variance of
+    x_0 | x_t = x under x_0 ~ N(0, I). Both ends are exact for any data: level 0 is log p(x) + log p(y | x),
+    level T+1 is N(0, I). The levels between them are p(x_t | y) for N(0, I) data, and a path otherwise. The
+    variance is that of pseudoinverse guidance (Song et al., ICLR 2023). The mean there is the denoiser's,
+    whose gradient needs a Jacobian of the network; a mean linear in x needs none.
+
+    See also `restore`, which draws from it and ranks what it has drawn.
 
     Args:
         model: the prior.
-        measurement: of one image; all candidates share it.
+        measurement: of one image.
 
     Raises:
         UserError: a model that knows no log p(x), or an image of another shape.
@@ -145,8 +166,8 @@ class Posterior(Wrapper[Energy], Energy):
         self.measurement = measurement
         power = self.a**2 + self.s**2
         self.register_buffer("mean", self.a / power, persistent=False)  # (L,) m_t
-        spread = measurement.gain * self.s**2 / power
-        self.register_buffer("variance", measurement.sigma**2 + spread, persistent=False)  # (L,) of y | x_t
+        of_x0 = measurement.gain * self.s**2 / power  # r_t^2 A A^T
+        self.register_buffer("variance", measurement.sigma**2 + of_x0, persistent=False)  # (L,) of y | x_t
 
     def log_likelihood_levels(self, x: Tensor) -> Tensor:
         """`log N(y; m_t A x, variance_t I)` in nats at every level, (B, L) float64."""
@@ -157,18 +178,20 @@ class Posterior(Wrapper[Energy], Energy):
         return -0.5 * (distance / variance + len(y) * (2 * math.pi * variance).log())
 
     def log_likelihood_score(self, x: Tensor, level: int | Tensor) -> Tensor:
-        """`m_t A^T (y - m_t A x) / variance_t`, like `x`: the gradient of the above at `level`."""
+        """Gradient of `log_likelihood_levels` at `level`: `m_t A^T (y - m_t A x) / variance_t`, like x."""
         index = self.schedule.levels(level, x)
         mean, variance = (table[index].to(x.dtype)[:, None] for table in (self.mean, self.variance))
         residual = self.measurement.y.to(x.dtype) - mean * self.measurement(x)
         return self.measurement.transpose(mean / variance * residual)
 
     def log_prob_levels(self, x: Tensor, *, label: Tensor | None = None) -> Tensor:
+        """`log q_t(x)` in nats at every level, up to a constant per level, (B, L) float64."""
         return self.model.log_prob_levels(x, label=label).double() + self.log_likelihood_levels(x)
 
     def log_prob_levels_and_score(
         self, x: Tensor, level: int | Tensor, label: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        """As of `Energy`."""
         log_prob, score = self.model.log_prob_levels_and_score(x, level, label)
         return log_prob.double() + self.log_likelihood_levels(x), score + self.log_likelihood_score(x, level)
 
@@ -179,8 +202,8 @@ class Restored:
 
     Fields:
         images: (N, ...).
-        log_prob: (N,) float64, the model's own, nats; what they are ranked by.
-        log_likelihood: (N,) float64, `log p(y | x)` of the measurement, nats.
+        log_prob: (N,) float64 nats, the model's log-density, by which they are ranked (`log_prob_at`).
+        log_likelihood: (N,) float64 nats, `log p(y | x)` of the measurement.
     """
 
     images: Tensor
@@ -189,7 +212,7 @@ class Restored:
 
     @property
     def mean(self) -> Tensor:
-        """The mean of the candidates, (...): of all estimates the one of least squared error."""
+        """The mean of the candidates, (...): the estimate of least mean squared error."""
         return self.images.mean(0)
 
 
@@ -198,7 +221,7 @@ def restore(
     model: Energy,
     measurement: Measurement,
     candidates: int = 16,
-    steps: int = 50,
+    steps: int | Sequence[int] = 50,
     seed: int = 0,
     *,
     level: int = 0,
@@ -240,10 +263,10 @@ def restore(
 
 @evaluation_mode
 def log_prob_at(model: Energy, x: Tensor, level: int, label: int | None = None, seed: int = 0) -> Tensor:
-    """How probable clean images (B, ...) are at a noise level, (B,) float64 nats: what candidates rank by.
+    """The log-density by which candidates are ranked, of clean images x (B, ...): (B,) float64 nats.
 
-    At level 0 `log p(x)`; above it the mean of `log p_t(a x + s eps)` over `LEVEL_DRAWS` draws of eps, the
-    same for every image. Noise hides the details that are smaller than itself, and so does the comparison.
+    At level 0 it is `log p(x)`; above it the mean of `log p_t(a x + s eps)` over `LEVEL_DRAWS` draws of eps,
+    the same for every image: a comparison that ignores details smaller than the noise.
     """
     labels = None if label is None else torch.full((len(x),), label, device=x.device)
     if level == 0:

@@ -51,24 +51,23 @@ def sample(
 ) -> Tensor:
     """Draws `num` images from the model: `(num, *shape)`, in the dtype and on the device of its parameters.
 
-    Image i depends on the seed, i and its label alone: any `batch_size` gives the same result up to rounding,
-    and so does any number of processes (see `distributed.joined`), which share the images. `SMC` is an
-    exception: a batch is one population. Global random generators are neither read nor changed, and dropout
-    is off.
+    Image i depends on the seed, i and its label alone, so the result does not depend on `batch_size` or on
+    the number of processes among which the images are divided, up to rounding. `SMC` is an exception: its
+    batches are populations. Global random generators are neither read nor changed, and dropout is off.
 
     Args:
         model: a `CDM`, a `DDM`, or anything made of them: compositions, `Guided`, `Posterior`, ...
-        num: how many.
+        num: number of images, 0 or more.
         sampler: a name of `SAMPLERS`, or a sampler with options, such as `DDIM(eta=1.0)` or `MALA(moves=4)`.
-        steps: the number of levels it visits, 1..T, spread as suits the sampler; or the levels themselves,
-            falling from T to 0, such as `model.schedule.grid(20, "log_snr")`.
+        steps: the number of steps, 1..T, spaced as suits the sampler; or the levels to visit, falling from T
+            to 0, such as `model.schedule.grid(20, "log_snr")`.
         seed: 0..2^64 - 1.
         label: one class for all, or (num,) int64.
         guidance: w in `(1 + w) eps_hat(x, label) - w eps_hat(x)` (arXiv 2207.12598).
-        batch_size: images drawn at once.
+        batch_size: number of images to draw at once.
         shape: of one image; `model.input_shape` by default.
-        precision: of the network; "bf16" is under autocast, and images stay fp32.
-        callback: is told of every step of every batch of this process; see `Step` and `MoveLog`.
+        precision: of the network; "bf16" runs it under autocast, and images stay fp32.
+        callback: called with a `Step` after each step of each batch of this process; see also `MoveLog`.
 
     Raises:
         UserError: an argument out of range, or a sampler that does not suit the model.

@@ -1,4 +1,4 @@
-"""What all samplers share: what `sample` asks of one, and what a callback is told.
+"""The interface between `sample` and the samplers, and between samplers and callbacks.
 
 # B batch
 """
@@ -35,7 +35,7 @@ class Moves:
     """Metropolis-adjusted moves of a batch at one level.
 
     Fields:
-        accepted: (B,) float64, the share of each image's moves that was accepted.
+        accepted: (B,) float64, the fraction of each image's moves that was accepted.
         count: moves of each image.
         leapfrog: steps of each move.
         step_size: h of each step, in units of x squared.
@@ -49,12 +49,14 @@ class Moves:
 
 @dataclass(frozen=True)
 class Step:
-    """Where a sampler has arrived, as a callback is told after every step.
+    """The state of a sampler after a step, as its callback receives it.
+
+    Plain samplers report each level that they reach. Corrected ones report each level after its moves, and 0.
 
     Fields:
-        level: t, 0 at the end.
-        x: (B, ...) images at that level; of the batch in hand, which belongs to this process.
-        moves: what a corrected sampler did at the level before it told, None where there were no moves.
+        level: t; 0 at the end.
+        x: (B, ...) images of the current batch at that level.
+        moves: the moves of a corrected sampler at that level; None for others, and at level 0.
     """
 
     level: int
@@ -66,7 +68,7 @@ Callback = Callable[[Step], None]
 
 
 class Run(Protocol):
-    """One batch from noise to images: the loop of an algorithm with its options set."""
+    """The loop of a sampler with its options set: one batch from noise to images."""
 
     def __call__(
         self,
@@ -83,11 +85,13 @@ class Run(Protocol):
 
 
 class Sampler:
-    """A sampling algorithm with its options, as `sample` takes it; `SAMPLERS` has the defaults by name.
+    """The base of all samplers: an algorithm with its options, as `sample` takes it.
+
+    `SAMPLERS` holds those with default options by name. A sampler of your own subclasses this.
 
     Attributes:
-        name: the key in `SAMPLERS`, and what messages call it.
-        spacing: how its levels are spread where only their number is given.
+        name: its key in `SAMPLERS`, used in messages.
+        spacing: of its levels where only their number is given, see `NoiseSchedule.grid`.
         compares_densities: whether it compares values of `log p_t`, for which bf16 is too coarse.
     """
 
@@ -102,7 +106,7 @@ class Sampler:
         shape: tuple[int, ...],  # of one image
         label: Tensor | None,  # (N,) int64, of all images to come
     ) -> Run:
-        """The loop, ready for batches. Raises UserError for a model that it cannot sample."""
+        """The loop that draws each batch. Raises UserError for a model that does not suit the sampler."""
         raise NotImplementedError
 
 
