@@ -216,14 +216,14 @@ def _read_source(
     if isinstance(source, CDM) and source.conditioning == "joint":
         at = torch.zeros(len(x), dtype=torch.int64, device=x.device) if level is None else level
         each, pull = source.log_prob_levels_each_and_pullback(x, at)
-        everything = source.joint_classes
-        classes = [leaf.label if isinstance(leaf, OfClass) else everything for leaf in leaves]
+        marginal = source.joint_classes  # the column after those of the classes
+        columns = [leaf.label if isinstance(leaf, OfClass) else marginal for leaf in leaves]
 
         def of_classes(weight: Tensor) -> Tensor:
-            wide = weight.new_zeros(len(x), everything + 1)
-            return pull(wide.index_add(1, upload(torch.tensor(classes), x.device), weight))
+            of_columns = weight.new_zeros(len(x), marginal + 1)
+            return pull(of_columns.index_add(1, upload(torch.tensor(columns), x.device), weight))
 
-        return each[:, :, classes], of_classes
+        return each[:, :, columns], of_classes
     if level is None:
         log_prob, score = source.log_prob_levels(x), torch.zeros_like(x)
     else:

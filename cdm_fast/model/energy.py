@@ -53,7 +53,9 @@ class Energy(Denoiser):
         level = self.schedule.levels(level, x)
         labels = torch.cat([label, torch.full_like(label, -1)])
         both = self.log_prob_levels_and_score(torch.cat([x, x]), level.repeat(2), labels)
-        log_prob, score = ((1 + guidance) * given - guidance * free for given, free in map(_halves, both))
+        log_prob, score = (
+            (1 + guidance) * conditional - guidance * marginal for conditional, marginal in map(_halves, both)
+        )
         return log_prob, score
 
     def log_prob_levels(self, x: Tensor, *, label: Tensor | None = None) -> Tensor:
