@@ -1,4 +1,4 @@
-"""Classification Diffusion Models: train, sample, and read log p(x) off one forward pass.
+"""Classification Diffusion Models: train, sample, and compute log p(x) in one forward pass.
 
 Names are imported on first use, so that `import cdm_fast` and `cdm-fast --help` do not load torch.
 """

@@ -98,7 +98,7 @@ def test_folding_the_constants_in_gives_the_exact_density(shifted):
     assert torch.allclose(shifted.log_prob_levels(X), exact(X), atol=1e-10)
     assert torch.equal(shifted.score(X, LEVEL), score)
     if shifted.num_classes is not None:
-        of_class = shifted.log_prob_levels(X, torch.arange(5) % CLASSES)
+        of_class = shifted.log_prob_levels(X, label=torch.arange(5) % CLASSES)
         assert torch.allclose(of_class, exact(X), atol=1e-10)
 
 

@@ -133,7 +133,7 @@ def test_labels_select_the_component(schedule):
         model.denoise(x, 5, label), ExactDenoiser(density, schedule).denoise(x, 5, label), **EXACT
     )
     expected = density.components_log_prob(x, schedule.a, schedule.s)[torch.arange(4), :, label]
-    torch.testing.assert_close(model.log_prob_levels(x, label), expected, **EXACT)
+    torch.testing.assert_close(model.log_prob_levels(x, label=label), expected, **EXACT)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no-grad", "inference"])

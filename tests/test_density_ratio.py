@@ -230,7 +230,7 @@ X = RNG.normal(size=(60, 3))
         ),
         (lambda: CDMDensity().fit(np.where(X > 2, np.nan, X)), "NaN"),
         (lambda: CDMDensity(max_iter=0).fit(X), "max_iter is 0"),
-        (lambda: CDMDensity(ce_weight=-1).fit(X), "ce_weight is -1"),
+        (lambda: CDMDensity(level_weight=-1).fit(X), "level_weight is -1"),
         (lambda: CDMDensity(batch_size=10**9).fit(X), "batch_size is 1000000000"),
         (lambda: CDMDensity(hidden=1.5).fit(X), "hidden is 1.5"),
         (lambda: CDMDensity(smallest_noise=1.0).fit(X), "smallest_noise is 1.0"),

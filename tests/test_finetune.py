@@ -70,7 +70,7 @@ def test_other_classes_begin_alike(folder, tmp_path, kind):
     assert new.num_classes == 2
     x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        first, second = (new.log_prob(x, 0, torch.full((3,), c)) for c in (0, 1))
+        first, second = (new.log_prob(x, 0, label=torch.full((3,), c)) for c in (0, 1))
         if kind == "embedding":
             torch.testing.assert_close(first, second)
             torch.testing.assert_close(new.log_prob(x), old.log_prob(x))  # the null class stays

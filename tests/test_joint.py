@@ -78,7 +78,7 @@ def test_densities_of_all_classes_are_exact(exact, mixture, level):
     marginal = mixture.log_prob(x, SCHEDULE.a, SCHEDULE.s)
     torch.testing.assert_close(exact.log_prob_levels(x), marginal, **EXACT)
     wanted = torch.where(label < 0, marginal[:, level], each[torch.arange(20), level, label.clamp(min=0)])
-    torch.testing.assert_close(exact.log_prob(x, level, label), wanted, **EXACT)
+    torch.testing.assert_close(exact.log_prob(x, level, label=label), wanted, **EXACT)
 
 
 def test_classifier_is_bayes_rule(exact, mixture):
@@ -151,9 +151,8 @@ def test_loss_gradient_equals_plain_double_backward(name, label, class_weight, r
     model = CDM(network, SCHEDULE)
     x0 = torch.rand(6, *network.input_shape, dtype=torch.float64) * 2 - 1
     eps = torch.randn_like(x0)
-    a, s = SCHEDULE.gather(LEVEL, x0)
     weights = {"ce_weight": 0.1, "class_weight": class_weight}
-    expected = double_backward_loss(network, a * x0 + s * eps, eps, LEVEL, label, **weights)
+    expected = double_backward_loss(network, SCHEDULE.noise(x0, LEVEL, eps), eps, LEVEL, label, **weights)
     terms = cdm_loss(model, x0, LEVEL, eps, label, **weights)
     assert relative_error(terms.loss, expected) < 1e-9
     assert relative_error(gradients(terms.loss, network), gradients(expected, network)) < 1e-9
@@ -306,7 +305,7 @@ def test_embedding_gives_every_class_by_one_pass_each():
     x = torch.randn(4, 5)
     each = model.log_prob_classes(x, 2)
     for c in range(K):
-        torch.testing.assert_close(each[:, c], model.log_prob(x, 2, torch.full((4,), c)))
+        torch.testing.assert_close(each[:, c], model.log_prob(x, 2, label=torch.full((4,), c)))
     wanted = (each + torch.tensor([1 / 8, 2 / 8, 5 / 8]).log()).log_softmax(1)
     torch.testing.assert_close(model.log_class_posterior(x, 2), wanted)
 

@@ -90,7 +90,7 @@ def ode_errors(
     )
     z = columns.standardise(x.numpy())
     a, s = model.schedule.a[1:2], model.schedule.s[1:2]
-    z = a * z + s * torch.randn(z.shape, dtype=z.dtype, generator=generator)
+    z = model.schedule.noise(z, 1, generator=generator)
     exact, bits = white.log_prob(z, a, s)[:, 0], x.shape[1] * math.log(2)
     flow = flow_log_prob(model, z, 1, tolerance=ODE_TOLERANCE[x.shape[1]])
     error = (flow.log_prob - exact) / bits

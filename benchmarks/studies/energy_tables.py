@@ -26,6 +26,7 @@ from cdm_fast.model.conditioned import OfClass
 from cdm_fast.plots.sheet import write_rows
 from cdm_fast.runs.build import run_data
 from cdm_fast.runs.checkpoint import read_config
+from cdm_fast.sampling import MALA
 from cdm_fast.sampling.langevin import DrawFrom, anneal, ladder, tune_step_sizes
 from cdm_fast.sampling.restoration import Known, MeanPool, Posterior, restore
 from tests.analytic import (
@@ -69,8 +70,8 @@ def exact_model(density, T, shape=None):
 def p_values(model, density, way):
     found = []
     for seed in range(SEEDS):
-        options = {"moves": way.moves, "leapfrog": way.leapfrog}
-        drawn = sample(model, NUM, way.sampler, way.steps, seed=seed, batch_size=NUM, **options)
+        sampler = MALA(way.moves, way.leapfrog) if way.sampler == "mala" else way.sampler
+        drawn = sample(model, NUM, sampler, way.steps, seed=seed, batch_size=NUM)
         exact = density.sample(NUM, torch.Generator().manual_seed(100 + seed))
         found.append(two_sample_test(drawn.flatten(1), exact, PERMUTATIONS).p_value)
     return found
@@ -179,10 +180,7 @@ def digits(run, out):
         "1 and 7": Product([of(1), of(7)]),
     }
     grey = read_config(run).image.num_grey_levels
-    drawn = {
-        name: displayable(sample(row, 10, "mala", 20, moves=3, leapfrog=3), grey)
-        for name, row in rows.items()
-    }
+    drawn = {name: displayable(sample(row, 10, MALA(3, 3), 20), grey) for name, row in rows.items()}
     write_rows(drawn, out, "compositions of classes: mala, 20 steps, 3 moves of 3")
 
 

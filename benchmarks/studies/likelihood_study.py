@@ -29,7 +29,6 @@ from cdm_fast.data.draws import draw_images
 from cdm_fast.likelihood import evaluate, evaluate_elbo, measure_log_z, ratio_check
 from cdm_fast.likelihood.units import nats_per_bit_per_dim
 from cdm_fast.model.losses import LossTerms, Noised
-from cdm_fast.model.schedule import add_noise
 from cdm_fast.nn import UNet
 from cdm_fast.nn.heads import CumulativeHead
 from cdm_fast.nn.layers import Conv2d, full_precision
@@ -224,7 +223,7 @@ def ratios_under_dropout(run: Path, num_images: int = 512) -> str:
             generator = torch.Generator().manual_seed(0)
             total = 0.0
             for t in range(model.schedule.T + 1):
-                x = add_noise(model.schedule, draw_images(data, num_images, generator), t + 1, generator)
+                x = model.schedule.noise(draw_images(data, num_images, generator), t + 1, generator=generator)
                 log_prob = model.log_prob_levels(x).double()  # type: ignore[operator]
                 ratio = log_prob[:, t] - log_prob[:, t + 1]
                 total += float(ratio.logsumexp(0)) - math.log(num_images)

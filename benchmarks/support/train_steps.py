@@ -38,8 +38,8 @@ class Batch:
         self.x0 = torch.rand(shape, generator=generator) * 2 - 1
         self.eps = torch.randn(shape, generator=generator)
         self.level = torch.randint(1, schedule.T + 1, (batch_size,), generator=generator)
-        a, s_t = schedule.gather(self.level, self.x0)
-        x_t = a * self.x0 + s_t * self.eps
+        _, s_t = schedule.amplitudes(self.level, self.x0)
+        x_t = schedule.noise(self.x0, self.level, self.eps)
         self.x0, self.eps, self.level = (x.to(device) for x in (self.x0, self.eps, self.level))
         self.x_t, self.s_t = x_t.to(device), s_t.to(device)
 

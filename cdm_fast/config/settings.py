@@ -15,6 +15,8 @@ Schedule = Literal["linear", "uniform", "ot", "cosine"]
 # as for models trained on u/(N-1) without noise; its interval is then 2/(N-1) wide.
 PixelMap = Literal["intervals", "points"]
 
+CE_WEIGHT = 1e-3  # default weight of the cross-entropy over levels, beside the mean squared error of eps_hat
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -135,7 +137,7 @@ class TrainConfig:
     rises from the first step on."""
     finetune: str | None = None
     """Begin from the averaged weights of this run directory, trained or converted, in a new run."""
-    ce_weight: float = 1e-3
+    ce_weight: float = CE_WEIGHT
     """Weight of the cross-entropy over noise levels (cdm only)."""
     mse_weight: float = 1.0
     """Weight of the denoising error (cdm only)."""

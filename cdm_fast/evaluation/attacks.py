@@ -25,7 +25,7 @@ from cdm_fast.evaluation.class_scores import require_classes
 from cdm_fast.evaluation.classification import labels_for
 from cdm_fast.evaluation.square_attack import SquareAttack
 from cdm_fast.host.progress import Progress, silent
-from cdm_fast.model import CDM, measures
+from cdm_fast.model import CDM, evaluation_mode
 from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.model.denoiser import like_network
@@ -125,7 +125,7 @@ class AttackReport:
         return asdict(self)
 
 
-@measures
+@evaluation_mode
 def evaluate_attack(
     model: CDM | Classifier,
     data: ImageData,

@@ -14,30 +14,12 @@ from cdm_fast.errors import UserError
 from cdm_fast.host.distributed import by_rows, in_turn
 from cdm_fast.likelihood.given import num_classes_of
 from cdm_fast.likelihood.ode import flow_log_prob
-from cdm_fast.model import CDM, Denoiser, measures
+from cdm_fast.model import CDM, Denoiser, evaluation_mode
 from cdm_fast.model.classifier import Classifier
-from cdm_fast.model.schedule import spread
+from cdm_fast.model.schedule import evenly_spaced
 
 
-class OfClass(Denoiser):
-    """A class-conditional denoiser with its label fixed, for whatever takes a denoiser without one.
-
-    Args:
-        model: the model.
-        label: 0..K-1.
-    """
-
-    def __init__(self, model: Denoiser, label: int) -> None:
-        super().__init__(model, model.schedule, model.input_shape)
-        self.model = model
-        self.label = label
-
-    def denoise(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
-        """`eps_hat` of the fixed class; `label` is not read."""
-        return self.model.denoise(x, level, torch.full((len(x),), self.label, device=x.device))
-
-
-@measures
+@evaluation_mode
 def ode_log_prob_classes(
     model: Denoiser,
     x: Tensor,  # (B, C, H, W), dequantised
@@ -52,13 +34,14 @@ def ode_log_prob_classes(
     """
 
     def of_class(c: int) -> Tensor:
-        flow = flow_log_prob(OfClass(model, c), x, tolerance=tolerance, probes=probes, seed=seed)
+        label = torch.full((len(x),), c, device=x.device)
+        flow = flow_log_prob(model, x, tolerance=tolerance, probes=probes, seed=seed, label=label)
         return flow.log_prob.cpu()
 
     return torch.stack(in_turn(of_class, range(num_classes)), dim=1)
 
 
-@measures
+@evaluation_mode
 def denoising_scores(
     model: Denoiser,
     x: Tensor,  # (B, C, H, W), dequantised
@@ -71,7 +54,7 @@ def denoising_scores(
     The levels are spread evenly over 1..T with equal weights, and every class meets the same pairs, so that
     the part of the error that classes share cancels (arXiv 2303.16203, section 3).
     """
-    levels = spread(1, model.schedule.T, trials)
+    levels = evenly_spaced(1, model.schedule.T, trials)
     total = torch.zeros(len(x), num_classes, dtype=torch.float64, device=x.device)
     for trial in range(trials):
         t = levels[trial % len(levels)]
@@ -84,8 +67,7 @@ def _class_errors(model: Denoiser, num_classes: int, t: int, x_and_eps: Tensor) 
     """`|eps_hat(x_t, t, c) - eps|^2` (B, K) from pairs of x and eps (B, 2, C, H, W)."""
     x, eps = x_and_eps.unbind(1)
     label = torch.arange(num_classes, device=x.device).repeat_interleave(len(x))
-    a, s = model.schedule.gather(t, x)
-    noisy = (a * x + s * eps).repeat(num_classes, *[1] * (x.dim() - 1))
+    noisy = model.schedule.noise(x, t, eps).repeat(num_classes, *[1] * (x.dim() - 1))
     error = model.denoise(noisy, t, label).unflatten(0, (num_classes, -1)) - eps
     return error.double().square().flatten(2).sum(2).T
 

@@ -36,7 +36,7 @@ from cdm_fast.likelihood.batches import noised_batches
 from cdm_fast.likelihood.given import require_known
 from cdm_fast.likelihood.ode import load_solver
 from cdm_fast.likelihood.units import bits_per_dim
-from cdm_fast.model import CDM, Denoiser, measures
+from cdm_fast.model import CDM, Denoiser, evaluation_mode
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.statistics import Reliability, confusion_matrix, reliability, standard_error
 
@@ -109,7 +109,7 @@ class ClassReport:
         return {"predicted": (self.index, self.posterior.argmax(1)), **classes}
 
 
-@measures
+@evaluation_mode
 def evaluate_classes(
     model: Denoiser,
     data: ImageData,

@@ -24,9 +24,8 @@ from cdm_fast.host.distributed import by_rows
 from cdm_fast.host.progress import Progress, silent
 from cdm_fast.likelihood.batches import noised_batches
 from cdm_fast.likelihood.units import bits_per_dim
-from cdm_fast.model import CDM, measures
+from cdm_fast.model import CDM, evaluation_mode
 from cdm_fast.model.cdm import require_likelihood
-from cdm_fast.model.schedule import add_noise
 from cdm_fast.statistics import auroc, auroc_standard_error, conformal_p_value, standard_error
 
 SCORES = ("likelihood", "typicality", "level_posterior")
@@ -102,7 +101,7 @@ class OutlierReport:
         return self.scores["likelihood"].argsort(stable=True)
 
 
-@measures
+@evaluation_mode
 def evaluate_outliers(
     model: CDM,
     data: ImageData,
@@ -244,7 +243,7 @@ def mean_by_severity(areas: dict[str, dict[str, list[float]]]) -> dict[str, list
     }
 
 
-@measures
+@evaluation_mode
 def anomaly_map(
     model: CDM,
     x: Tensor,  # (n, C, H, W) in [-1, 1]
@@ -268,7 +267,7 @@ def anomaly_map(
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(x.shape, dtype=torch.float64)
     for _ in range(draws):
-        x_t = upload(add_noise(model.schedule, x, level, generator), model.a.device)
+        x_t = upload(model.schedule.noise(x, level, generator=generator), model.a.device)
         total += (model.predict_x0(x_t, level).cpu() - x).double().square()
     return (total / draws).mean(1).sqrt()
 

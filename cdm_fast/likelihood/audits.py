@@ -14,7 +14,7 @@ from cdm_fast.likelihood.ode import load_solver
 from cdm_fast.likelihood.ode_report import OdeReport, evaluate_ode
 from cdm_fast.likelihood.single_pass import LikelihoodReport, evaluate
 from cdm_fast.likelihood.units import nats_per_bit_per_dim
-from cdm_fast.model import CDM, Denoiser, measures
+from cdm_fast.model import CDM, Denoiser, evaluation_mode
 from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.statistics import require_error_bar
 
@@ -97,7 +97,7 @@ class AuditReport:
         }
 
 
-@measures
+@evaluation_mode
 def audit_denoiser(
     model: Denoiser,
     data: ImageData,
@@ -153,7 +153,7 @@ def audit_denoiser(
     return DenoiserAudit(ode, elbo, gap, error)
 
 
-@measures
+@evaluation_mode
 def audit(
     model: CDM,
     data: ImageData,

@@ -13,7 +13,6 @@ from cdm_fast.data.draws import Protocol, batches
 from cdm_fast.host.device import upload
 from cdm_fast.model import Denoiser
 from cdm_fast.model.denoiser import like_network
-from cdm_fast.model.schedule import add_noise
 
 
 def noised_batches(
@@ -30,5 +29,5 @@ def noised_batches(
     noise and its eps from `generator` when it is asked for. Raises UserError for a level outside 0..T+1.
     """
     for first, x in batches(data, batch_size, generator, protocol):
-        x_t = add_noise(model.schedule, x, level, generator)
+        x_t = model.schedule.noise(x, level, generator=generator)
         yield first, like_network(model, upload(x_t, model.a.device))

@@ -18,7 +18,7 @@ from torch import Tensor
 from cdm_fast.errors import UserError
 from cdm_fast.host.device import upload
 from cdm_fast.host.distributed import gather_rows, rank_range
-from cdm_fast.model import Denoiser, measures
+from cdm_fast.model import Denoiser, evaluation_mode
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class VariationalBound:
     mse: list[float]
 
 
-@measures
+@evaluation_mode
 def variational_bound(
     model: Denoiser,
     x: Tensor,
@@ -101,7 +101,6 @@ def _squared_error(
     batch_size: int,
 ) -> Tensor:
     """`|eps_hat - eps|^2` at level t, float64, of this process's share of the images (n, ...)."""
-    a, s = float(model.schedule.a[t]), float(model.schedule.s[t])
     noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
     errors = [torch.empty(0, dtype=torch.float64, device=x.device)]  # for a process without images
     mine = rank_range(len(x))
@@ -110,7 +109,8 @@ def _squared_error(
     for first in range(0, len(x), batch_size):
         rows = slice(first, first + batch_size)
         eps = upload(noise[rows], x.device)
-        residual = model.denoise(a * x[rows] + s * eps, t, None if label is None else label[rows]) - eps
+        x_t = model.schedule.noise(x[rows], t, eps)
+        residual = model.denoise(x_t, t, None if label is None else label[rows]) - eps
         errors.append(residual.double().square().flatten(1).sum(1))
     return torch.cat(errors)
 

@@ -18,7 +18,7 @@ from cdm_fast.host.progress import Progress, silent
 from cdm_fast.likelihood.elbo import variational_bound
 from cdm_fast.likelihood.given import labels_given
 from cdm_fast.likelihood.units import bits_per_dim, nats_per_bit_per_dim, require_denoiser
-from cdm_fast.model import Denoiser, measures
+from cdm_fast.model import Denoiser, evaluation_mode
 from cdm_fast.model.denoiser import like_network
 from cdm_fast.statistics import require_error_bar, standard_error
 
@@ -55,7 +55,7 @@ class ElboReport:
         return fields
 
 
-@measures
+@evaluation_mode
 def evaluate_elbo(
     model: Denoiser,
     data: ImageData,

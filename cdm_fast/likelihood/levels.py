@@ -16,12 +16,12 @@ from cdm_fast.data.draws import choose_images, draw_images
 from cdm_fast.host.device import upload
 from cdm_fast.host.distributed import by_rows
 from cdm_fast.likelihood.units import require_denoiser
-from cdm_fast.model import CDM, Denoiser, measures
+from cdm_fast.model import CDM, Denoiser, evaluation_mode
 from cdm_fast.model.cdm import require_likelihood
-from cdm_fast.model.schedule import add_noise, spread
+from cdm_fast.model.schedule import evenly_spaced
 
 
-@measures
+@evaluation_mode
 def estimate_level(model: Denoiser, y: Tensor, batch_size: int = 256) -> tuple[Tensor, Tensor]:
     """The noise of `y = x_0 + sigma n` by maximum likelihood over levels: `(level (n,) int64, sigma (n,))`.
 
@@ -75,7 +75,7 @@ class SigmaCalibration:
 SIGMAS = (0.01, 2.0)  # range of the noise that a calibration adds, as far as the schedule covers it
 
 
-@measures
+@evaluation_mode
 def calibrate_sigma(
     model: CDM, data: ImageData, num_images: int = 16, points: int = 8, seed: int = 0, batch_size: int = 256
 ) -> SigmaCalibration:
@@ -106,7 +106,7 @@ def calibrate_sigma(
     return SigmaCalibration(sigma.tolist(), median, low, high, len(index))
 
 
-@measures
+@evaluation_mode
 def denoise_blind(model: Denoiser, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Denoises `y = x_0 + sigma n` of unknown sigma: `(x0_hat like y, sigma (n,), level (n,) int64)`.
 
@@ -117,7 +117,7 @@ def denoise_blind(model: Denoiser, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return model.predict_x0(a * y, level), sigma, level
 
 
-@measures
+@evaluation_mode
 def mse_per_level(
     model: Denoiser, data: ImageData, max_levels: int = 25, num_images: int = 128, seed: int = 0
 ) -> tuple[list[int], list[float]]:
@@ -126,19 +126,19 @@ def mse_per_level(
     The error is per value, in units of the noise variance, on `num_images` images of `data` drawn with
     replacement at each of at most `max_levels` levels spread evenly.
     """
-    levels = spread(1, model.schedule.T, max_levels)
+    levels = evenly_spaced(1, model.schedule.T, max_levels)
     generator = torch.Generator().manual_seed(seed)
     errors = []
     for t in levels:
         x = draw_images(data, num_images, generator)
         eps = torch.randn(x.shape, generator=generator)
-        a, s = model.schedule.gather(t, x)
-        eps_hat = by_rows(partial(model.denoise, level=t), upload(a * x + s * eps, model.a.device)).cpu()
+        x_t = upload(model.schedule.noise(x, t, eps), model.a.device)
+        eps_hat = by_rows(partial(model.denoise, level=t), x_t).cpu()
         errors.append(float((eps_hat - eps).square().mean()))
     return levels, errors
 
 
-@measures
+@evaluation_mode
 def level_confusion(
     model: CDM, data: ImageData, bins: int = 25, num_images: int = 64, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -156,7 +156,7 @@ def level_confusion(
     for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         x = draw_images(data, num_images, generator)
         level = torch.randint(low, high, (num_images,), generator=generator)
-        x_t = upload(add_noise(model.schedule, x, level, generator), model.a.device)
+        x_t = upload(model.schedule.noise(x, level, generator=generator), model.a.device)
         posterior = by_rows(model.log_posterior, x_t).exp()
         mass = posterior.double().mean(dim=0).cpu().cumsum(0)
         rows.append(torch.diff(mass[edges[1:] - 1], prepend=torch.zeros(1, dtype=mass.dtype)))
@@ -175,7 +175,7 @@ def _by_diffusion(model: Denoiser, y: Tensor) -> Tensor:
     """
     require_denoiser(model)
     steps = min(BLIND_LEVELS, model.schedule.T)
-    levels = [t for t, _ in reversed(model.schedule.pairs(steps, "log_snr"))]
+    levels = model.schedule.grid(steps, "log_snr")[-2::-1]
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(2, (BLIND_PROBES, *y.shape), generator=generator).to(y) * 2 - 1
     slope = torch.stack([_slope(model, y, t, signs) for t in levels])  # (m, n)

@@ -26,10 +26,9 @@ from cdm_fast.data.draws import draw_images
 from cdm_fast.errors import require_at_least
 from cdm_fast.host.progress import Progress, silent
 from cdm_fast.likelihood.units import nats_per_bit_per_dim
-from cdm_fast.model import CDM, measures
+from cdm_fast.model import CDM, evaluation_mode
 from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.model.denoiser import like_network
-from cdm_fast.model.schedule import add_noise
 from cdm_fast.sampling.langevin import DrawFrom, anneal, ladder, move, tune_step_sizes
 
 MOST_RUNGS = 256
@@ -74,7 +73,7 @@ class Normalisation:
         return self.log_z[position], self.log_z_stderr[position]
 
 
-@measures
+@evaluation_mode
 def measure_log_z(
     model: CDM,
     data: ImageData,
@@ -158,7 +157,7 @@ class _Walker:
         """log Z (K+1,), of `num` noised images that first move at the lowest level for a while."""
         lowest = self.levels[-1]
         images = draw_images(self.data, num, self.generator)
-        x = like_network(self.model, add_noise(self.model.schedule, images, lowest, self.generator))
+        x = like_network(self.model, self.model.schedule.noise(images, lowest, generator=self.generator))
         moves = EQUILIBRATION * self.moves
         draw = DrawFrom(self.generator)
         start = move(self.model, x, lowest, self.step_sizes[lowest], draw, moves)[0].x

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from cdm_fast.errors import UserError
 from cdm_fast.host.device import upload
-from cdm_fast.model import Denoiser, log_normal, measures
+from cdm_fast.model import Denoiser, evaluation_mode, log_normal
 from cdm_fast.model.denoiser import like_network
 from cdm_fast.model.schedule import NoisePath
 
@@ -83,7 +83,7 @@ class FlowLikelihood:
     noise_norm: Tensor
 
 
-@measures
+@evaluation_mode
 def flow_log_prob(
     model: Denoiser,
     x: Tensor,

@@ -22,9 +22,8 @@ from cdm_fast.likelihood.given import labels_given, log_class_prior
 from cdm_fast.likelihood.ode import ContinuousDenoiser, FlowLikelihood, flow_log_prob, load_solver
 from cdm_fast.likelihood.ode_outliers import describe_outliers, find_outliers
 from cdm_fast.likelihood.units import bits_per_dim, nats_per_bit_per_dim, require_denoiser
-from cdm_fast.model import CDM, Denoiser, measures
+from cdm_fast.model import CDM, Denoiser, evaluation_mode
 from cdm_fast.model.denoiser import like_network
-from cdm_fast.model.schedule import add_noise
 from cdm_fast.statistics import require_error_bar, standard_error
 
 COMPARED_LEVELS = 12  # at which single pass and ODE are compared, even in log-SNR
@@ -90,7 +89,7 @@ class OdeReport:
         return fields
 
 
-@measures
+@evaluation_mode
 def evaluate_ode(
     model: Denoiser,
     data: ImageData,
@@ -135,7 +134,7 @@ def evaluate_ode(
     require_at_least("batch_size", batch_size, 1)
     generator = torch.Generator().manual_seed(seed)
     index, x = choose_images(data, num_images, generator)
-    x_t = like_network(model, add_noise(model.schedule, x, level, generator))
+    x_t = like_network(model, model.schedule.noise(x, level, generator=generator))
     labels = None if labels is None else labels[index].to(x_t.device)
     flows = _Flows(model, x_t, level, labels, given, probes, seed)
     start = time.perf_counter()
@@ -186,8 +185,8 @@ class _Flows:
         """The levels on the way at which the single pass is compared; none without a single pass."""
         if not isinstance(self.model, CDM) or self.given == "all":
             return []
-        pairs = self.model.schedule.pairs(min(COMPARED_LEVELS, self.model.schedule.T), "log_snr")
-        return sorted(t for t, _ in pairs if t > self.level)
+        grid = self.model.schedule.grid(min(COMPARED_LEVELS, self.model.schedule.T), "log_snr")
+        return sorted(t for t in grid if t > self.level)
 
     def of(self, first: int, count: int, tolerance: float, levels: Sequence[int] = ()) -> FlowLikelihood:
         """The flow of `count` images from `first` on; for "all", the mixture of the flows of all classes."""

@@ -13,9 +13,9 @@ from cdm_fast.data.draws import draw_images
 from cdm_fast.host.device import upload
 from cdm_fast.host.distributed import by_rows
 from cdm_fast.likelihood.units import nats_per_bit_per_dim
-from cdm_fast.model import CDM, measures
+from cdm_fast.model import CDM, evaluation_mode
 from cdm_fast.model.cdm import require_likelihood
-from cdm_fast.model.schedule import add_noise, spread
+from cdm_fast.model.schedule import evenly_spaced
 from cdm_fast.statistics import standard_error
 
 
@@ -50,7 +50,7 @@ class RatioCheck:
     num_images: int
 
 
-@measures
+@evaluation_mode
 def ratio_check(
     model: CDM, data: ImageData, max_levels: int = 256, num_images: int = 128, seed: int = 0
 ) -> RatioCheck:
@@ -65,12 +65,12 @@ def ratio_check(
         UserError: a model without likelihood.
     """
     require_likelihood(model)
-    levels = spread(0, model.schedule.T, max_levels)
+    levels = evenly_spaced(0, model.schedule.T, max_levels)
     generator = torch.Generator().manual_seed(seed)
     log_mean, error = [], []
     for t in levels:
         x = draw_images(data, num_images, generator)
-        x_next = upload(add_noise(model.schedule, x, t + 1, generator), model.a.device)
+        x_next = upload(model.schedule.noise(x, t + 1, generator=generator), model.a.device)
         log_prob = by_rows(model.log_prob_levels, x_next)
         ratio = (log_prob[:, t] - log_prob[:, t + 1]).double()
         log_mean.append(float(ratio.logsumexp(0)) - math.log(num_images))

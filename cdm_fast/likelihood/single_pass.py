@@ -24,7 +24,7 @@ from cdm_fast.likelihood.batches import noised_batches
 from cdm_fast.likelihood.given import labels_given, of_all_classes
 from cdm_fast.likelihood.ratios import RatioCheck, ratio_check
 from cdm_fast.likelihood.units import bits_per_dim
-from cdm_fast.model import CDM, measures
+from cdm_fast.model import CDM, evaluation_mode
 from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.nn.working import cast_weights
 from cdm_fast.statistics import standard_error
@@ -91,7 +91,7 @@ class LikelihoodReport:
         return fields
 
 
-@measures
+@evaluation_mode
 def evaluate(
     model: CDM,
     data: ImageData,

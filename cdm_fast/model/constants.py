@@ -1,4 +1,4 @@
-"""Constants of a CDM's logits, fitted last with all weights held.
+"""The constants of a CDM's logits, fitted after training with all weights fixed.
 
 # B batch, L = T+2 noise levels, K classes
 """
@@ -16,25 +16,31 @@ from cdm_fast.nn.heads import JointHead
 
 Draw = Callable[[int, torch.Generator], tuple[Tensor, Tensor | None]]  # B -> x (B, d), label (B,) or None
 
-# Rows that are stored, rows at a time, and the fewest for each logit.
+# The most rows to store, rows of one batch, and the fewest rows for each logit.
 STORED_ROWS, CHUNK, FEWEST_ROWS = 100_000, 4096, 10
 NEWTON_STEPS = 20
 
 
 @torch.no_grad()
 def fit_constants(model: CDM, draw: Draw, num: int, generator: torch.Generator) -> None:
-    """Refits the head's biases alone, to `num` fresh rows: the maximum of their mean log posterior.
+    """Refits the biases of the head alone, in place, by maximum likelihood on `num` fresh rows.
 
-    The last batches leave their noise in the constant of every logit, and so in every density and ratio. With
-    the weights held the problem is concave, and Newton's method solves it over many rows at once. Then the
-    posteriors of a logit, summed over rows, are the number of rows that are its own: the equations of MBAR
-    (doi 10.1063/1.2978177), the best that samples of all levels say of the levels' normalisation.
+    Stochastic gradients leave noise in the constant of every logit, and so in every density and ratio. With
+    the weights fixed the problem is concave, and Newton's method solves it over many rows at once. At the
+    maximum the posterior of each logit, summed over rows, equals the number of its own rows: the equations of
+    MBAR (doi 10.1063/1.2978177), the most efficient estimate of the levels' normalisation from samples of all
+    levels.
 
-    Newton's method converges on up to `STORED_ROWS` rows; one more step looks at all of them, each once. From
-    so near a start a single step is as good as the maximum itself. Densities far apart meet only through the
-    levels between them, whose errors add up, so the rows must be many.
+    Newton's method converges on up to `STORED_ROWS` rows, and takes one more step on all rows, each read
+    once; so close to the maximum one step suffices. Distant densities are connected only through the levels
+    between them, whose errors add up, so many rows are needed. Where a logit would have fewer than
+    `FEWEST_ROWS` rows of its own on average, nothing is changed.
 
-    Does nothing where a logit would have fewer than `FEWEST_ROWS` rows of its own on average.
+    Args:
+        model: a CDM with an `AdjointNetwork`.
+        draw: a number of rows B and a generator -> x (B, ...) and label (B,) int64 or None.
+        num: rows.
+        generator: of the rows and their noise.
     """
     assert isinstance(model.network, AdjointNetwork)
     head = model.network.linear_layer
@@ -58,9 +64,7 @@ def _scored(model: CDM, draw: Draw, num: int, generator: torch.Generator) -> Ite
     for first in range(0, num, CHUNK):
         x, label = draw(min(CHUNK, num - first), generator)
         level = torch.randperm(len(x), generator=generator) % model.schedule.num_levels
-        a, s = model.amplitudes(level, x)
-        noise = torch.randn(x.shape, generator=generator)
-        logits = model.logits(like_network(model, a * x + s * noise))
+        logits = model.logits(like_network(model, model.schedule.noise(x, level, generator=generator)))
         entry = level if label is None else level * model.joint_classes + label
         yield logits, entry.clamp(max=logits.shape[1] - 1)
 

@@ -122,7 +122,7 @@ def write_level_mse(
 
 
 def write_acceptance(
-    report: Mapping[str, Any],  # `MoveLog.to_json()`
+    report: Mapping[str, Any],  # `sampling.MoveLog.to_json()`
     path: str | Path,
 ) -> Path:
     """Acceptance and step size of a corrected sampler's moves by level, as a PNG under `path`.

@@ -21,9 +21,8 @@ from cdm_fast.data import ImageData
 from cdm_fast.data.pixels import dequantize
 from cdm_fast.errors import UserError
 from cdm_fast.host.progress import Progress, silent
-from cdm_fast.model import CDM, measures
+from cdm_fast.model import CDM, evaluation_mode
 from cdm_fast.model.denoiser import like_network
-from cdm_fast.model.schedule import add_noise
 from cdm_fast.nn.heads import CumulativeHead, JointHead, LowRankHead
 from cdm_fast.runs.calibration import fingerprint, require_head
 from cdm_fast.runs.constants import Constants
@@ -62,10 +61,14 @@ class Draw:
             mirrored = torch.rand(num, generator=generator) < 0.5
             x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
         level = stratified_levels(self.model.log_level_prior.double().cpu().exp(), num, generator)
-        return like_network(self.model, add_noise(self.model.schedule, x, level, generator)), level, index
+        return (
+            like_network(self.model, self.model.schedule.noise(x, level, generator=generator)),
+            level,
+            index,
+        )
 
 
-@measures
+@evaluation_mode
 def refit_constants(
     model: CDM,
     data: ImageData,

@@ -15,10 +15,9 @@ from cdm_fast.data.draws import choose_images, draw_images
 from cdm_fast.host.distributed import by_rows
 from cdm_fast.likelihood import evaluate
 from cdm_fast.likelihood.units import nats_per_bit_per_dim
-from cdm_fast.model import CDM, DDM, measures
+from cdm_fast.model import CDM, DDM, evaluation_mode
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.model.denoiser import like_network
-from cdm_fast.model.schedule import add_noise
 from cdm_fast.training.levels import stratified_levels
 
 ROWS = 1024  # noised images of a check: less than one training step's work at batch 128
@@ -63,7 +62,7 @@ class LevelChecks:
         return sum(abs(value) > 0.1 + 2 * error for value, error in pairs) / len(self.log_mean_posterior)
 
 
-@measures
+@evaluation_mode
 def check_levels(model: CDM, data: ImageData, num_rows: int = ROWS, seed: int = 0) -> LevelChecks:
     """The level posteriors of noised images of `data` against p(t), and their adjacent ratios, in one pass.
 
@@ -100,7 +99,7 @@ def check_levels(model: CDM, data: ImageData, num_rows: int = ROWS, seed: int = 
 def _noised(model: CDM, x: Tensor, level: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
     """The rows noised to their levels, `CHUNK` at a time."""
     for rows, levels in zip(x.split(CHUNK), level.split(CHUNK), strict=True):
-        yield add_noise(model.schedule, rows, levels, generator)
+        yield model.schedule.noise(rows, levels, generator=generator)
 
 
 def _mean_posterior(log_posterior: Tensor, log_prior: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,7 +142,7 @@ def _adjacent_ratios(
     return middle, log_mean, error, sizes
 
 
-@measures
+@evaluation_mode
 def check_classes(model: CDM | Classifier, data: ImageData, seed: int = 0) -> tuple[float, float] | None:
     """(mean of `-log p(c | x)` in nats at level 0, accuracy) on images of `data`; None without classes.
 
