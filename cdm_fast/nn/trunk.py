@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from cdm_fast.errors import UserError
 from cdm_fast.nn.embedding import Embedding, class_index, sinusoids
 from cdm_fast.nn.layers import AttentionBlock, Conv2d, Downsample, Layer, ResnetBlock, Upsample, run_adjoint
+from cdm_fast.ops.backend import under_this_selection
 
 
 class Resolution(nn.Module):
@@ -106,6 +107,8 @@ class Stage:
 
 def checkpointed(function: Callable[..., Any], *inputs: Any) -> Any:
     """`function(*inputs)`, of which autograd keeps the inputs alone. It draws no random numbers itself."""
+    if not torch.compiler.is_compiling():  # a compiled graph holds the choice already
+        function = under_this_selection(function)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
