@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from building.kernels import STABLE_ABI
 from cdm_fast import CDM, NoiseSchedule
 from cdm_fast.ops import backend as _backend
 from cdm_fast.ops import set_backend, use_backend
@@ -32,6 +33,14 @@ def test_auto_takes_cpp_on_the_cpu():
         pytest.skip("the extension is not built")
     assert _backend.selected_backend() == "auto"
     assert _backend.resolve("group_norm_silu", CPU_FLOAT) == "cpp"
+
+
+def test_the_extension_names_the_torch_that_it_was_built_for():
+    if _backend.missing("cpp"):
+        pytest.skip("the extension is not built")
+    version = int(STABLE_ABI, 16)
+    expected = f"{version >> 56}.{version >> 48 & 0xFF}"
+    assert _backend.build_info()["torch_target_version"] == expected
 
 
 def test_auto_takes_the_reference_where_no_kernel_fits():

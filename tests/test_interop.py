@@ -57,7 +57,17 @@ def test_diffusers_schedulers_agree_with_our_samplers(sampler, schedule_name, st
 def joint_unet():
     torch.manual_seed(0)
     schedule = NoiseSchedule.uniform(6)
-    network = UNet(8, 1, schedule.num_levels, 32, (1,), 1, (8,), num_classes=3, conditioning="joint")
+    network = UNet(
+        8,
+        1,
+        schedule.num_levels,
+        base_channels=32,
+        multipliers=(1,),
+        blocks_per_level=1,
+        attention_resolutions=(8,),
+        num_classes=3,
+        conditioning="joint",
+    )
     with torch.no_grad():
         network.linear_layer.weight.normal_(std=0.3)
     return CDM(network, schedule, class_prior=torch.tensor([1.0, 2.0, 3.0]))

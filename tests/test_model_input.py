@@ -13,12 +13,31 @@ LEVEL = torch.tensor([1, 2])
 # name -> (build(num_classes), call(network, x, label), x)
 NETWORKS = {
     "unet": (
-        lambda k: UNet(8, 1, 12, 8, (1,), 1, (), num_classes=k, num_groups=2),
+        lambda k: UNet(
+            8,
+            1,
+            12,
+            base_channels=8,
+            multipliers=(1,),
+            blocks_per_level=1,
+            attention_resolutions=(),
+            num_classes=k,
+            num_groups=2,
+        ),
         lambda network, x, label: network(x, label),
         torch.ones(2, 1, 8, 8),
     ),
     "unet-denoiser": (
-        lambda k: UNetDenoiser(8, 1, 8, (1,), 1, (), num_classes=k, num_groups=2),
+        lambda k: UNetDenoiser(
+            8,
+            1,
+            base_channels=8,
+            multipliers=(1,),
+            blocks_per_level=1,
+            attention_resolutions=(),
+            num_classes=k,
+            num_groups=2,
+        ),
         lambda network, x, label: network(x, LEVEL, label),
         torch.ones(2, 1, 8, 8),
     ),

@@ -12,7 +12,6 @@ from torch import Tensor
 from cdm_fast.model.cdm import CDM
 from cdm_fast.model.denoiser import like_network
 from cdm_fast.nn import AdjointNetwork
-from cdm_fast.nn.heads import JointHead
 
 Draw = Callable[[int, torch.Generator], tuple[Tensor, Tensor | None]]  # B -> x (B, d), label (B,) or None
 
@@ -50,7 +49,7 @@ def fit_constants(model: CDM, draw: Draw, num: int, generator: torch.Generator) 
             break
     if num > first:
         constants += _newton_step(chain(stored, _scored(model, draw, num - first, generator)), constants)
-    head.shift_each(constants) if isinstance(head, JointHead) else head.shift(constants)
+    head.shift_each(constants)
 
 
 def _scored(model: CDM, draw: Draw, num: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:

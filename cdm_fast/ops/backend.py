@@ -158,6 +158,11 @@ def kernel_layout(image: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.preserve_format
 
 
+def copies_in_one_launch(tensor: Tensor) -> bool:
+    """Whether one strided copy beats several with longer inner loops: on a GPU, where launches count."""
+    return tensor.device.type != "cpu"
+
+
 def resolve(op: str, tensor: Tensor) -> str:
     """The backend that runs `op` on a tensor like this one: "reference", "cpp", "cuda" or "triton".
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from cdm_fast.ops import backend as _backend
 from cdm_fast.ops import checks
 from cdm_fast.ops.backend import Coverage
+from cdm_fast.ops.precision import compute_dtype
 from cdm_fast.ops.registry import define, overload
 
 _backend.declare(
@@ -61,7 +62,7 @@ def denoise_loss_reference(grad_x: Tensor, x: Tensor, s_t: Tensor, eps: Tensor) 
 
 def _widen(grad_x: Tensor, x: Tensor, *per_image: Tensor) -> tuple[Tensor, ...]:
     """The arguments in the dtype of the computation, the (B,) ones shaped to broadcast over an image."""
-    compute = torch.promote_types(_output_dtype(grad_x, x), torch.float32)
+    compute = compute_dtype(_output_dtype(grad_x, x))
     shape = (-1,) + (1,) * (x.dim() - 1)
     return grad_x.to(compute), x.to(compute), *(value.to(compute).reshape(shape) for value in per_image)
 
@@ -95,7 +96,7 @@ def head_cotangent(
     if backend == "reference":
         return head_cotangent_reference(weight_c, level, class_weight)
     if class_weight is not None:
-        class_weight = class_weight.to(_compute_dtype(weight_c)).contiguous()
+        class_weight = class_weight.to(compute_dtype(weight_c.dtype)).contiguous()
     return overload("head_cotangent", backend)(weight_c.contiguous(), level.contiguous(), class_weight)
 
 
@@ -168,10 +169,6 @@ def _ready(grad_x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     return grad_x.contiguous(), *(other.to(compute).contiguous() for other in others)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _launch(name: str, *arguments: Any) -> Any:
     from cdm_fast.kernels import denoise as kernels
 
@@ -216,7 +213,7 @@ def _fake_cotangent_backward(
     weight_c: Tensor, level: Tensor, class_weight: Tensor | None, grad: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of weight_c and class_weight (empty without it), in the dtype of the arithmetic."""
-    compute = _compute_dtype(weight_c)
+    compute = compute_dtype(weight_c.dtype)
     num_classes = 0 if class_weight is None else class_weight.shape[1]
     grad_class_weight = weight_c.new_empty((level.shape[0], num_classes), dtype=compute)
     return weight_c.new_empty(weight_c.shape, dtype=compute), grad_class_weight

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from cdm_fast.ops import backend, checks
 from cdm_fast.ops.noise_level_ce import NoiseLevelCE, noise_level_ce_reference
+from cdm_fast.ops.precision import compute_dtype
 from cdm_fast.ops.registry import define, overload
 
 # Logits that exist at a time, unless one level of a batch has more. On CPU, 2^18 to 2^21 are equally fast; on
@@ -85,7 +86,7 @@ def head_noise_level_ce(
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(compute_dtype(x.dtype))
 
 
 def _forward(
@@ -188,7 +189,7 @@ def _class_shares(true: Tensor, label: Tensor) -> Tensor:
 
 
 def _fake(h: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    compute = torch.promote_types(h.dtype, torch.float32)
+    compute = compute_dtype(h.dtype)
     loss, log_ratio, log_total = (h.new_empty(len(h), dtype=compute) for _ in range(3))
     return loss, log_ratio, log_total
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from cdm_fast.ops import backend as _backend
 from cdm_fast.ops import checks
 from cdm_fast.ops.backend import Coverage
+from cdm_fast.ops.precision import compute_dtype
 from cdm_fast.ops.registry import define, overload
 
 # CUDA devices have the Triton kernel alone.
@@ -56,7 +57,7 @@ def noise_level_ce_reference(
 
 def level_logits_reference(logits: Tensor, num_classes: int = 1) -> Tensor:
     """The specification of `level_logits` in plain PyTorch; see there."""
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    z = logits.to(compute_dtype(logits.dtype))
     if z.dim() == 3:
         return z.logsumexp(-1)
     if num_classes == 1:
@@ -75,15 +76,6 @@ def level_logits(logits: Tensor, num_classes: int = 1) -> Tensor:
     if num_classes == 1 or backend == "reference":
         return level_logits_reference(logits, num_classes)
     return overload("level_logits", backend)(logits.flatten(1).contiguous(), num_levels, num_classes)
-
-
-def log_posterior(logits: Tensor, num_classes: int = 1) -> Tensor:
-    """log p(t | x), summed over classes: (B, L) nats in fp32 (fp64 for fp64 logits).
-
-    logits, num_classes, errors and derivatives: as in `level_logits`. What follows the sum over classes is
-    PyTorch's log_softmax: one pass already, over a K-th of the numbers.
-    """
-    return level_logits(logits, num_classes).log_softmax(1)
 
 
 def noise_level_ce(
@@ -121,7 +113,7 @@ def noise_level_ce(
 
 def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     """loss, log_ratio, and the (B, 6) sums that the backward pass reads."""
-    batch, compute = logits.shape[0], torch.promote_types(logits.dtype, torch.float32)
+    batch, compute = logits.shape[0], compute_dtype(logits.dtype)
     loss, log_ratio = (logits.new_empty(batch, dtype=compute) for _ in range(2))
     return loss, log_ratio, logits.new_empty((batch, 6), dtype=compute)
 
@@ -162,7 +154,7 @@ def _triton_level_logits(logits: Tensor, num_levels: int, num_classes: int) -> T
 
 
 def _fake_level_logits(logits: Tensor, num_levels: int, *_: Any) -> Tensor:
-    compute = torch.promote_types(logits.dtype, torch.float32)
+    compute = compute_dtype(logits.dtype)
     return logits.new_empty((logits.shape[0], num_levels), dtype=compute)
 
 

@@ -15,6 +15,7 @@ from cdm_fast.ops import backend as _backend
 from cdm_fast.ops import checks
 from cdm_fast.ops.backend import Coverage
 from cdm_fast.ops.philox import Stream, check_seed, philox_flip, philox_normal, philox_uniform
+from cdm_fast.ops.precision import compute_dtype
 from cdm_fast.ops.registry import define, overload
 
 _backend.declare(
@@ -101,7 +102,7 @@ def noising(
         return noising_reference(
             x0, level, a, s, seed, eps=eps, num_grey_levels=num_grey_levels, flip=flip, dtype=dtype
         )
-    compute = torch.promote_types(torch.float32 if x0.dtype == torch.uint8 else x0.dtype, torch.float32)
+    compute = compute_dtype(torch.float32 if x0.dtype == torch.uint8 else x0.dtype)
     wanted = dtype or (compute if x0.dtype == torch.uint8 else x0.dtype)
     stored = wanted if _stores(backend, compute, wanted) else compute
     layout = _layout(x0)
