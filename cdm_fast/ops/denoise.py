@@ -1,4 +1,4 @@
-"""The two ends of the way back through the network: the head's cotangent, and eps_hat with its squared error.
+"""Before and after the network's adjoint: the head's cotangent, and eps_hat with its squared error.
 
 B batch, L = T+2 noise levels, K classes, D features of the head. CDM Thm 3.1: with F(x, t) = f[T+1] - f[t],
 E[eps | x_t = x] = s_t (grad_x F + x), and x_0 = (x - s_t eps) / a_t.
@@ -157,7 +157,7 @@ def denoise_loss(
 
 
 def _widest(grad_x: Tensor, x: Tensor) -> Tensor:
-    """The one that decides the dtype in which the kernels get grad_x, see `_ready`."""
+    """The tensor whose dtype decides that in which the kernels get grad_x, see `_ready`."""
     return x if x.dtype == torch.float64 else grad_x
 
 
@@ -234,13 +234,13 @@ def _save_per_image(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Non
 
 
 def _epilogue_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The op is linear, and training differentiates `denoise_loss` instead: plain PyTorch will do."""
+    """Plain PyTorch is enough: the op is linear, and training differentiates `denoise_loss` instead."""
     s = _per_image(ctx.saved_tensors[0], grad)
     return (s * grad).to(ctx.dtype), s * grad, None
 
 
 def _x0_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Linear again."""
+    """The op is linear in grad_x and x, as `denoise_epilogue` is."""
     a, s = (_per_image(value, grad) for value in ctx.saved_tensors)
     return (-s * s / a * grad).to(ctx.dtype), (1 - s * s) / a * grad, None, None
 

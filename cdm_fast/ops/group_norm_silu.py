@@ -43,20 +43,38 @@ def group_norm_silu(
     seed: Tensor | None = None,  # (2,) or (3,) int64: (seed, offset), number of the first image
     skip: Tensor | None = None,  # (B, C2, *spatial)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`mask silu(weight (x - mean) rstd + bias)`, statistics per image and group: returns (y, mean, rstd).
+    """`mask silu(weight (x - mean) rstd + bias)`, with statistics per image and group.
 
-    x: float tensor of two or more dimensions. weight, bias: per channel, or per image and channel (the scale
-    and shift of an embedding). silu=False: plain GroupNorm. dropout: probability in [0, 1) of zeroing an
-    element of the result, kept ones grow by 1/(1 - dropout); the mask is a function of `seed` and of the
-    element's index in channels-last order. A third number in `seed` says how many images come before the
-    first, so that a part of a batch has the mask that it has within the whole. y: like x. mean, rstd: (B, G)
-    in fp32 (fp64 for fp64), constants to autograd.
+    Args:
+        x: float tensor of two or more dimensions.
+        weight, bias: per channel, or per image and channel (the scale and shift of an embedding).
+        num_groups: G, a divisor of the channels.
+        eps: added to the variance.
+        silu: False for plain GroupNorm.
+        dropout: probability in [0, 1) of zeroing an element of the result; the others are multiplied by
+            1/(1 - dropout).
+        seed: of dropout. The mask is a function of (seed, offset) and of the element's index in channels-last
+            order. The third number is that of images before the first, so that a part of a batch has the
+            same mask as within the whole.
+        skip: normalises cat((x, skip), 1), of C + C2 channels, as are weight, bias and y; a group may have
+            channels of both. Kernels read both in place; the reference concatenates, with the same result.
 
-    skip: the input is then cat((x, skip), 1), of C + C2 channels, and so are weight, bias and y; a group may
-    have channels of both. The kernels read the two where they lie; the reference concatenates them, with the
-    same result.
+    Returns:
+        (y, mean, rstd): y like x; mean and rstd (B, G) in fp32 (fp64 for fp64), constants to autograd.
 
-    Raises TypeError or ValueError for arguments of the wrong dtype, shape, device or range.
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: an argument of the wrong shape, device or range.
+
+    Source: GroupNorm, Wu and He 2018, eq. 1-3 (arXiv 1803.08494).
+
+    Example:
+        >>> import torch
+        >>> from cdm_fast.ops import group_norm_silu
+        >>> x = torch.randn(2, 8, 4, 4)
+        >>> y, mean, rstd = group_norm_silu(x, torch.ones(8), torch.zeros(8), num_groups=2)
+        >>> y.shape, mean.shape
+        (torch.Size([2, 8, 4, 4]), torch.Size([2, 2]))
     """
     _check(x, skip, weight, bias, num_groups, dropout, seed)
     backend = resolve("group_norm_silu", x)
@@ -197,10 +215,10 @@ def group_norm_silu_vjp_reference(
 
 
 def dropout_mask(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
-    """What dropout multiplies with: 0 or 1/(1 - dropout), of x's shape, in the precision of the statistics.
+    """The factors of dropout, 0 or 1/(1 - dropout), of x's shape, in the precision of the statistics.
 
-    Element i, counted in channels-last order from the image that `seed` calls the first, survives if word i
-    of the DROPOUT stream is at least `drop_threshold(dropout)`.
+    Element i is kept if word i of the DROPOUT stream is at least `drop_threshold(dropout)`. Elements are
+    counted in channels-last order; the images before the first, which `seed` may name, count too.
     """
     if seed is None:
         raise ValueError("seed: dropout > 0 needs a (2,) int64 tensor (seed, offset), got None")
@@ -227,7 +245,7 @@ def _per_channel(parameter: Tensor, x: Tensor) -> Tensor:
 
 
 def _with_value(function_of_x: Tensor, value: Tensor) -> Tensor:
-    """`value`, with the derivatives of `function_of_x`."""
+    """`value` in the forward pass, with the derivatives of `function_of_x`."""
     return value.detach().reshape(function_of_x.shape) + (function_of_x - function_of_x.detach())
 
 
