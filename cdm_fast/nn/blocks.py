@@ -47,8 +47,7 @@ class ResnetBlock(Layer):
     """norm-SiLU-conv3x3-(+ embedding)-norm-SiLU-dropout-conv3x3, plus the input (through 1x1 if C changes).
 
     Args:
-        in_channels, out_channels: C before (a skip connection's included) and after; they differ where there
-            is a skip connection.
+        in_channels, out_channels: C before and after; with a skip connection, C before includes its channels.
         num_groups: G of both norms.
         dropout: after the second SiLU.
         embedding_width: E of the class or time embedding, or None for a block without one.
@@ -106,7 +105,7 @@ class ResnetBlock(Layer):
     def _shortcut(self, x: Tensor, skip: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """The shortcut of the input, and its kernel's pieces for `x` and for `skip`, if there is one.
 
-        The pieces have no gaps: convolutions would copy them, each once more.
+        The pieces are contiguous, because each convolution would otherwise copy them again.
         """
         if not self.has_shortcut:
             return x, None

@@ -302,7 +302,7 @@ def class_weights(
 def noise_head(
     in_features: int, num_levels: int, num_classes: int | None, conditioning: Conditioning, rank: int = 0
 ) -> CumulativeHead:
-    """The head that `conditioning` asks for; UserError for one that does not exist or lacks its classes.
+    """The head for `conditioning`; UserError for an unknown one, or for a joint one without `num_classes`.
 
     rank: of a joint head's classes; 0 for a full head.
     """
@@ -318,5 +318,5 @@ def noise_head(
 
 
 def embedded_classes(num_classes: int | None, conditioning: Conditioning) -> int | None:
-    """K where the trunk sees the class, None where only the head knows of it."""
+    """K if the label enters the trunk, None if it only chooses among the head's logits."""
     return num_classes if conditioning == "embedding" else None

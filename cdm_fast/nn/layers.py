@@ -1,4 +1,4 @@
-"""Layers that know their own adjoint.
+"""Layers with an explicit adjoint.
 
 Every layer maps `x` to `(y, residuals)`, and its `adjoint(residuals, g)` returns the gradient of `<g, y>`
 with respect to `x`, written out as an ordinary forward computation. A loss that contains an input gradient is
@@ -6,7 +6,7 @@ then a first-order function of the parameters: no autograd call inside the loss,
 
 Residuals hold only what the adjoint reads; convolutions and linear layers need none.
 
-# B batch, C channels, H W pixels, N = H*W tokens, G groups, K classes, E embedding width
+# B batch, C channels, H W pixels, N = H*W tokens, G groups
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,13 +26,13 @@ Residuals = Any  # whatever a layer's own adjoint reads: a tensor, a tuple, or N
 
 @contextmanager
 def full_precision(x: Tensor) -> Iterator[None]:
-    """A region in which autocast leaves fp32 computations in fp32, and a GPU computes them in IEEE fp32."""
+    """Switches autocast off and has a GPU compute fp32 in IEEE fp32, not TF32, inside the block."""
     with torch.autocast(device_type=x.device.type, enabled=False), ieee_fp32():
         yield
 
 
 def to_trunk_dtype(x: Tensor, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
-    """`x` in the dtype that autocast has chosen for matrix products here; without autocast in its own."""
+    """`x` in the dtype that autocast uses for matrix products; without autocast, in its own dtype."""
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -40,7 +40,7 @@ def to_trunk_dtype(x: Tensor, memory_format: torch.memory_format = torch.preserv
 
 
 def for_adjoint_name(name: str) -> str:
-    """The attribute for a second alias of a module's weight `name`, for the adjoint."""
+    """Name of the attribute that holds the adjoint's alias of the weight `name`."""
     return f"{name}_for_adjoint"
 
 
@@ -50,7 +50,7 @@ def for_adjoint(module: nn.Module, name: str) -> Tensor:
     return getattr(module, name) if alias is None else alias
 
 
-# The attribute of a norm for what `working_weights` lends besides: (name, weight, B) -> the same (B, C).
+# Attribute of a norm that `working_weights` sets: (name, weight (C,), B) -> the weight expanded to (B, C).
 FOR_IMAGES = "for_images"
 
 
@@ -153,8 +153,8 @@ class GroupNorm(Layer):
     ) -> tuple[Tensor, Residuals]:
         """`x` (B, C1, H, W); `skip` the channels that follow those of `x`, or None.
 
-        seed: (2,) or (3,) int64. The dropout mask is a function of it: forward and adjoint see the same one
-        and nothing is stored; None for no dropout.
+        seed: (2,) or (3,) int64, or None for no dropout. The mask is a function of it, so forward pass
+        and adjoint use the same mask without storing it.
         """
         dropout = 0.0 if seed is None else self.dropout
         y, mean, rstd = group_norm_silu(
@@ -178,7 +178,7 @@ class GroupNorm(Layer):
         return group_norm_silu_vjp(g, x, *parameters, mean, rstd, self.num_groups, **options)
 
     def _for_images(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """The parameters as the op reads them: (C,), or (B, C) where somebody sums their gradients later."""
+        """The parameters as the op reads them: (C,), or (B, C) if `working_weights` sums their gradients."""
         lent = self.__dict__.get(FOR_IMAGES)
         if lent is None or resolve("group_norm_silu", x) != "triton":
             return weight, bias
@@ -191,5 +191,5 @@ def tokens(x: Tensor) -> Tensor:
 
 
 def pixels(x: Tensor, height: int, width: int) -> Tensor:
-    """(B, N, C) as a channels-last (B, C, H, W): the inverse of `tokens`."""
+    """(B, N, C) as channels-last (B, C, H, W): the inverse of `tokens`."""
     return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)

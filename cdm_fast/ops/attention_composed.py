@@ -1,4 +1,4 @@
-"""Attention composed of the library's matrix products and of one pass over what lies between them.
+"""Attention composed of the library's matrix products and one elementwise pass between them.
 
 B batch, N tokens, C channels, h heads, D = C/h channels per head. The equations and names are those of
 `cdm_fast/ops/attention.py`. At any time only some heads, or some rows of one head's score matrix, exist:
@@ -25,7 +25,7 @@ class Product(Protocol):
 
 
 class Pieces(NamedTuple):
-    """What a device brings: its products and its passes over score matrices (heads, rows, N), in place.
+    """What a device provides: products, and in-place passes over score matrices (heads, rows, N).
 
     All tiles are contiguous; lse is (heads, rows) in the precision of the statistics.
     """

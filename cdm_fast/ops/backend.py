@@ -1,4 +1,4 @@
-"""Which code runs an op: the only file that knows what is built, installed and present.
+"""Which code runs an op: the only file that asks what is built, installed and present.
 
 An op is written up to four times: "reference" (plain PyTorch, anywhere), "cpp" (C++, CPU), "cuda" (CUDA
 C++), "triton" (GPUs, or CPU tensors under Triton's interpreter). `declare` records which of them an op has,
@@ -34,7 +34,7 @@ BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
 ATTENTION_METHODS = ("auto", "fused", "composed")
 ATTENTION_TABLE = Path(__file__).with_name("attention_methods.json")
 
-# What "auto" tries, per device type, fastest first; "reference" is what is left.
+# What "auto" tries per device type, fastest first; "reference" if none works.
 _FASTEST_FIRST = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 
 _HOW_TO_BUILD = (
@@ -150,9 +150,9 @@ def under_this_selection(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def kernel_layout(image: Tensor) -> torch.memory_format:
-    """The layout in which a convolution of `image` (B, C, H, W) reads its kernels without a copy of them.
+    """The memory format in which a convolution of `image` (B, C, H, W) reads its kernels without a copy.
 
-    cuDNN copies the kernels of a channels-last image at each use where they lie otherwise.
+    For a channels-last image, cuDNN copies kernels of another format at each use.
     """
     last = image.is_cuda and image.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.preserve_format
@@ -195,8 +195,8 @@ _warned = False
 def _warn_of_slow_path(op: str, taken: str, device: str, dtype: torch.dtype) -> None:
     """Warns, once in a process, that a GPU runs something slower than it could, and why.
 
-    That is the reference where kernels of the op take this dtype, or Triton after a failed build of the CUDA
-    kernels. Without a GPU the tensors are fake ones, whose speed is of no interest.
+    Slower means the reference although a kernel takes this dtype, or Triton after a failed build of the CUDA
+    kernels. Without a GPU, CUDA tensors are fake ones, whose speed does not matter.
     """
     global _warned
     if _warned or device != "cuda" or not torch.cuda.is_available():
@@ -265,7 +265,7 @@ def _no_extension(error: ImportError) -> str:
 
 
 def _other_torch() -> str:
-    """A remark that the extension was built beside another torch, if it was."""
+    """A remark if the extension was built for another version of torch, else an empty string."""
     beside = (build_record.read() or {}).get("torch")
     if beside in (None, torch.__version__):
         return ""

@@ -51,7 +51,7 @@ def noising_reference(
     per_image = (-1,) + (1,) * (x0.dim() - 1)
     layout = _layout(x0)
     clean = x0.to(compute).contiguous(memory_format=layout)
-    seed = cast(Tensor, seed)  # given wherever something is drawn: `noising` has made sure
+    seed = cast(Tensor, seed)  # `noising` checks that it is given where something is drawn
     if flip:
         coin = philox_flip(seed, x0.shape[0]).reshape(per_image)
         clean = torch.where(coin, clean.flip(-1), clean)
@@ -78,7 +78,7 @@ def noising(
     flip: bool = False,
     dtype: torch.dtype | None = None,
 ) -> NoisingResult:
-    """x_t = a[level] x_0 + s[level] eps, with everything that leads to it, in one pass over the images.
+    """x_t = a[level] x_0 + s[level] eps in one pass, with dequantisation, flips and the draw of the noise.
 
     x0: float images in [-1, 1], or uint8 ones with values below `num_grey_levels` = N, which become
         2 (u + U) / N - 1 with U uniform in [0, 1).
