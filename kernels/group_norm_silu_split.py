@@ -168,7 +168,7 @@ def _of_groups(count: int, mean: Tensor) -> Tensor:
 def _options(silu: bool, dropout: float, x: Tensor, skip: Tensor | None) -> dict[str, object]:
     """The compile-time constants; threshold 0 means no dropout. in_fours: four neighbours share a block."""
     in_fours = x.shape[1] % 4 == 0 and (skip is None or skip.shape[1] % 4 == 0)
-    threshold, scale = int(dropout * 2**32), 1 / (1 - dropout)
+    threshold, scale = philox.drop_threshold(dropout), 1 / (1 - dropout)
     return {"silu": silu, "drop_threshold": threshold, "keep_scale": scale, "in_fours": in_fours}
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cdm_fast.ops.backend import Coverage, declare, resolve
 from cdm_fast.ops.group_norm_silu_op import dense, laid_out_as, parameters, whole_shape
-from cdm_fast.ops.philox import Stream, check_seed, philox_words
+from cdm_fast.ops.philox import Stream, check_seed, drop_threshold, philox_words
 from cdm_fast.ops.precision import compute_dtype
 from cdm_fast.ops.registry import overload
 
@@ -226,11 +226,6 @@ def dropout_mask(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
     words = philox_words(seed[:2], x.numel(), Stream.DROPOUT, before)
     kept = (words >= drop_threshold(dropout)).to(compute_dtype(x.dtype)) / (1 - dropout)
     return kept.reshape(x.movedim(1, -1).shape).movedim(-1, 1)
-
-
-def drop_threshold(dropout: float) -> int:
-    """The 32-bit word below which an element is dropped."""
-    return int(dropout * 2**32)
 
 
 def _groups(x: Tensor, num_groups: int) -> Tensor:
