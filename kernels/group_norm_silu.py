@@ -16,14 +16,14 @@ from torch import Tensor
 
 from cdm_fast.ops import philox
 
-SPLIT_PIXELS = 257  # from so many pixels on a channels-last group is split
-_SPLIT_PIXELS_OF_FEW = 65  # the same, where fewer than _PROGRAMS would have the work
+SPLIT_PIXELS = 257  # groups of channels-last images with this many pixels or more are split
+_SPLIT_PIXELS_OF_FEW = 65  # the same, where fewer than _PROGRAMS programs would run otherwise
 _PROGRAMS = 256  # to keep 132 multiprocessors reading
 _TILE = 512  # elements
 _CHANNELS_LAST_TILE = 2048  # elements, 16 per thread
-_CHANNELS_LAST_TILE_OF_MANY_SUMS = 1024  # ten sums for every element: with more, registers spill
-_CHANNELS_TO_SUM = 16  # few, so that some programs run at once
-_LINE_BYTES = 128  # what neighbouring channels should fill, when channels-last
+_CHANNELS_LAST_TILE_OF_MANY_SUMS = 1024  # ten sums per element: larger tiles spill registers
+_CHANNELS_TO_SUM = 16  # per program: few, so that several programs run at once
+_LINE_BYTES = 128  # a cache line, which neighbouring channels of channels-last images should fill
 
 
 @on_its_device

@@ -68,7 +68,7 @@ class AutogradNetwork:
     def _noise_ratio(
         self, x: Tensor, level: Tensor, label: Tensor | None, guidance: float
     ) -> tuple[Tensor, Tensor]:
-        """`sum_b (f[T+1] - f[level_b])`, whose gradient is every sample's own, and the logits."""
+        """`sum_b (f[T+1] - f[level_b])`, whose gradient holds each sample's, and the logits."""
         logits, classes = self.logits(x, label), self.joint_classes
         if classes is None:
             return -noise_level_ce(logits, level).log_ratio.sum(), logits

@@ -33,7 +33,7 @@ class Encoder(DownTrunk, AdjointNetwork):
     `Encoder(32, 3, 1002, dropout=0.1)` has the way down of the paper's CIFAR-10 network.
 
     Args:
-        image_size and the others: as in `UNet`, which also says what is raised.
+        image_size and all others: as in `UNet`, which also says what is raised.
 
     Example:
         >>> import torch

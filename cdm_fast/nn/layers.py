@@ -21,7 +21,7 @@ from cdm_fast.ops import group_norm_silu, group_norm_silu_vjp, linear
 from cdm_fast.ops.backend import resolve
 from cdm_fast.ops.precision import ieee_fp32
 
-Residuals = Any  # whatever a layer's own adjoint reads: a tensor, a tuple, or None
+Residuals = Any  # what a layer's adjoint reads: a tensor, a tuple, or None
 
 
 @contextmanager
@@ -45,7 +45,7 @@ def for_adjoint_name(name: str) -> str:
 
 
 def for_adjoint(module: nn.Module, name: str) -> Tensor:
-    """The weight as the adjoint reads it: the module's own, or the alias that `working_weights` lends."""
+    """The weight as the adjoint reads it: the module's own, or the alias that `working_weights` set."""
     alias: Tensor | None = getattr(module, for_adjoint_name(name), None)
     return getattr(module, name) if alias is None else alias
 
@@ -179,10 +179,10 @@ class GroupNorm(Layer):
 
     def _for_images(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """The parameters as the op reads them: (C,), or (B, C) if `working_weights` sums their gradients."""
-        lent = self.__dict__.get(FOR_IMAGES)
-        if lent is None or resolve("group_norm_silu", x) != "triton":
+        expand = self.__dict__.get(FOR_IMAGES)
+        if expand is None or resolve("group_norm_silu", x) != "triton":
             return weight, bias
-        return lent("weight", weight, len(x)), lent("bias", bias, len(x))
+        return expand("weight", weight, len(x)), expand("bias", bias, len(x))
 
 
 def tokens(x: Tensor) -> Tensor:

@@ -117,8 +117,12 @@ class UNet(UNetTrunk, AdjointNetwork):
         conditioning: "embedding": the label enters every block; "joint": the head has a logit for every
             (level, class) pair.
         head_rank: rank of a joint head's classes, for many of them; 0 for a full head.
-        trunk: `base_channels`, `multipliers`, `blocks_per_level`, `attention_resolutions`, `dropout` and
-            `num_groups`, with the meaning and defaults of `TrunkShape`.
+        base_channels: width at full resolution, 128 by default; divisible by `num_groups`.
+        multipliers: width of each resolution in units of `base_channels`, (1, 2, 2, 2) by default.
+        blocks_per_level: residual blocks per resolution on the way down, 2 by default; on the way up 1 more.
+        attention_resolutions: sizes H at which every block is followed by attention, (16,) by default.
+        dropout: probability of zeroing an activation in every residual block, 0 by default.
+        num_groups: groups of every GroupNorm, 32 by default.
 
     Raises:
         UserError: sizes that do not fit together; the message names them.
@@ -173,7 +177,7 @@ class UNetDenoiser(UNetTrunk):
         image_size: H = W of the images; divisible by 2 once per resolution after the first.
         channels: C of the images.
         num_classes: K for a class-conditional network, else None.
-        trunk: as in `UNet`, which also says what is raised.
+        trunk: `base_channels` and the other options of `UNet`, which also says what is raised.
     """
 
     def __init__(
@@ -202,7 +206,7 @@ class UNetClassifier(UNetTrunk):
         image_size: H = W of the images; divisible by 2 once per resolution after the first.
         channels: C of the images.
         num_classes: K.
-        trunk: as in `UNet`, which also says what is raised.
+        trunk: `base_channels` and the other options of `UNet`, which also says what is raised.
     """
 
     def __init__(

@@ -32,9 +32,11 @@ def working_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     slots = [*cast, *kept]
     weights = [_weight(slot) for slot in slots]
     of_images: dict[Slot, list[Tensor]] = {slot: [] for slot in slots}
-    lent = _Lend.apply(dtype, len(cast), list(of_images.values()), *weights)
+    copies = _WorkingCopies.apply(dtype, len(cast), list(of_images.values()), *weights)
     try:
-        for (module, name), first, second in zip(slots, lent[: len(slots)], lent[len(slots) :], strict=True):
+        for (module, name), first, second in zip(
+            slots, copies[: len(slots)], copies[len(slots) :], strict=True
+        ):
             module._parameters[name] = first
             module.__dict__[for_adjoint_name(name)] = second
             if isinstance(module, GroupNorm) and torch.is_grad_enabled():
@@ -59,11 +61,11 @@ def cast_weights(
     if precision != "bf16":
         yield
         return
-    lends = not any(is_compiled(module.__dict__.get("forward")) for module in model.modules())
+    copies = not any(is_compiled(module.__dict__.get("forward")) for module in model.modules())
     with (
         torch.autocast(device.type, torch.bfloat16),
         torch.no_grad(),
-        working_weights(model, torch.bfloat16) if lends else nullcontext(),
+        working_weights(model, torch.bfloat16) if copies else nullcontext(),
     ):
         yield
 
@@ -101,7 +103,7 @@ def _slots(model: nn.Module) -> tuple[list[Slot], list[Slot]]:
 def _for_images(
     of_images: dict[Slot, list[Tensor]], module: nn.Module, name: str, weight: Tensor, num_images: int
 ) -> Tensor:
-    """The weight (C,) expanded to (B, C); `_Lend` sums its gradients, which are kept in `of_images`."""
+    """The weight (C,) expanded to (B, C); `_WorkingCopies` sums its gradients, which are kept in `of_images`."""
     expanded: Tensor = _ForImages.apply(of_images[module, name], weight, num_images)
     return expanded
 
@@ -109,7 +111,7 @@ def _for_images(
 class _ForImages(torch.autograd.Function):
     """(kept, weight (C,), B) -> the same (B, C); its gradient is appended to `kept` and goes no further.
 
-    Autograd runs the backward pass of `_Lend` after that of every use of a working copy, so by then all
+    Autograd runs the backward pass of `_WorkingCopies` after that of every use of a working copy, so by then all
     gradients are kept.
     """
 
@@ -125,7 +127,7 @@ class _ForImages(torch.autograd.Function):
         return None, None, None
 
 
-class _Lend(torch.autograd.Function):
+class _WorkingCopies(torch.autograd.Function):
     """(dtype, n, kept, weights) -> the working copies, of which the first n are cast, and an alias of each.
 
     kept: for each weight, the gradients per image (B, C) to add to its gradient.
@@ -142,8 +144,8 @@ class _Lend(torch.autograd.Function):
         cast = [torch.empty_like(weight, dtype=dtype) for weight in weights[:num_cast]]
         if cast:
             torch._foreach_copy_(cast, list(weights[:num_cast]))
-        lent = [*cast, *(weight.detach() for weight in weights[num_cast:])]
-        return *lent, *(weight.detach() for weight in lent)
+        copies = [*cast, *(weight.detach() for weight in weights[num_cast:])]
+        return *copies, *(copy.detach() for copy in copies)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -163,7 +163,7 @@ def _widest(grad_x: Tensor, x: Tensor) -> Tensor:
 
 def _ready(grad_x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """The arguments as the kernels take them: contiguous, all but grad_x in the dtype of the arithmetic."""
-    compute = torch.float64 if torch.float64 in (grad_x.dtype, others[0].dtype) else torch.float32
+    compute = compute_dtype(_output_dtype(grad_x, others[0]))
     if compute == torch.float64:
         grad_x = grad_x.to(compute)
     return grad_x.contiguous(), *(other.to(compute).contiguous() for other in others)

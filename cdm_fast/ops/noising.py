@@ -47,7 +47,7 @@ def noising_reference(
     dtype: torch.dtype | None = None,
 ) -> NoisingResult:
     """The specification of `noising` in plain PyTorch; see there."""
-    compute = torch.float64 if x0.dtype == torch.float64 else torch.float32
+    compute = compute_dtype(x0.dtype)
     per_image = (-1,) + (1,) * (x0.dim() - 1)
     layout = _layout(x0)
     clean = x0.to(compute).contiguous(memory_format=layout)
@@ -102,7 +102,7 @@ def noising(
         return noising_reference(
             x0, level, a, s, seed, eps=eps, num_grey_levels=num_grey_levels, flip=flip, dtype=dtype
         )
-    compute = compute_dtype(torch.float32 if x0.dtype == torch.uint8 else x0.dtype)
+    compute = compute_dtype(x0.dtype)
     wanted = dtype or (compute if x0.dtype == torch.uint8 else x0.dtype)
     stored = wanted if _stores(backend, compute, wanted) else compute
     layout = _layout(x0)

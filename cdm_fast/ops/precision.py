@@ -10,7 +10,7 @@ _OPERATIONS = (("cuda", "conv"), ("cuda", "rnn"), ("cuda", "matmul"))
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which the ops compute and accumulate values of this floating dtype: fp32, or fp64 for fp64."""
+    """The dtype in which the ops compute with and accumulate values of `dtype`: fp32, or fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)
 
 
