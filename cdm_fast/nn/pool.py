@@ -19,6 +19,7 @@ from cdm_fast.nn.layers import (
     tokens,
 )
 from cdm_fast.ops import linear
+from cdm_fast.ops.precision import compute_dtype
 
 
 class ConvMeanPool(Conv2d):
@@ -58,7 +59,7 @@ class ConvMeanPool(Conv2d):
 
 def _touched_positions(size: int, like: Tensor) -> Tensor:
     """(3, size): whether tap -1, 0, +1 of a padded kernel ever reads each position of a row of pixels."""
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(like.dtype)
     reads = torch.ones((3, size), dtype=dtype, device=like.device)
     reads[0, -1:].zero_()  # tap k reads position p for the output p - k, which must lie inside the image
     reads[2, :1].zero_()

@@ -103,7 +103,7 @@ def _slots(model: nn.Module) -> tuple[list[Slot], list[Slot]]:
 def _for_images(
     of_images: dict[Slot, list[Tensor]], module: nn.Module, name: str, weight: Tensor, num_images: int
 ) -> Tensor:
-    """The weight (C,) expanded to (B, C); `_WorkingCopies` sums its gradients, which are kept in `of_images`."""
+    """The weight (C,) expanded to (B, C); its gradients are kept in `of_images`, to be summed."""
     expanded: Tensor = _ForImages.apply(of_images[module, name], weight, num_images)
     return expanded
 
@@ -111,8 +111,8 @@ def _for_images(
 class _ForImages(torch.autograd.Function):
     """(kept, weight (C,), B) -> the same (B, C); its gradient is appended to `kept` and goes no further.
 
-    Autograd runs the backward pass of `_WorkingCopies` after that of every use of a working copy, so by then all
-    gradients are kept.
+    Autograd runs the backward pass of `_WorkingCopies` after those of all uses of the working copies, so by
+    then all gradients are kept.
     """
 
     @staticmethod
