@@ -8,7 +8,16 @@ from tests.opaque import Opaque
 
 SCHEDULE = NoiseSchedule.uniform(T=10)
 NETWORKS = {
-    "unet": lambda: UNet(8, 1, SCHEDULE.num_levels, 8, (1, 2), 1, (4,), num_groups=4),
+    "unet": lambda: UNet(
+        8,
+        1,
+        SCHEDULE.num_levels,
+        base_channels=8,
+        multipliers=(1, 2),
+        blocks_per_level=1,
+        attention_resolutions=(4,),
+        num_groups=4,
+    ),
     "mlp": lambda: MLP(6, SCHEDULE.num_levels, hidden=16, depth=1),
     "general": lambda: Opaque(MLP(6, SCHEDULE.num_levels, hidden=16, depth=1)),
 }

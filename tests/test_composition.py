@@ -83,7 +83,7 @@ def test_particles_match_the_analytic_product():
 @pytest.mark.parametrize("conditioning", ["joint", "embedding"])
 def test_classes_of_one_model(conditioning):
     torch.manual_seed(0)
-    network = MLP(3, SCHEDULE.num_levels, 16, num_classes=4, conditioning=conditioning).double()
+    network = MLP(3, SCHEDULE.num_levels, hidden=16, num_classes=4, conditioning=conditioning).double()
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     model = CDM(network, SCHEDULE)
@@ -107,7 +107,9 @@ NETWORKS = {
 def joint_model(kind):
     """Four classes that differ, and the list of its network's evaluations."""
     torch.manual_seed(1)
-    network = MLP(3, SCHEDULE.num_levels, 16, num_classes=4, conditioning="joint", **NETWORKS[kind]).double()
+    network = MLP(
+        3, SCHEDULE.num_levels, hidden=16, num_classes=4, conditioning="joint", **NETWORKS[kind]
+    ).double()
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     prior, calls = torch.tensor([1.0, 2.0, 3.0, 4.0]), []
@@ -156,7 +158,7 @@ def test_classes_of_a_joint_model_take_one_evaluation(kind):
         (lambda m: Mixture([m, m], [1.0, 0.0]), "must be positive"),
         (lambda m: negation(m, m, 0.0), "strength is 0.0"),
         (lambda m: OfClass(m, 0), "trained without classes"),
-        (lambda m: Product([m, DDM(MLPDenoiser(2, 16), SCHEDULE)]), "a DDM knows no log p"),
+        (lambda m: Product([m, DDM(MLPDenoiser(2, hidden=16), SCHEDULE)]), "a DDM knows no log p"),
         (lambda m: sample(Product([m]), 2, "mala", 3, label=0), "takes no label"),
     ],
     ids=["empty", "shape", "weights", "zero weight", "strength", "classless", "ddm", "label"],

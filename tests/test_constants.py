@@ -169,17 +169,21 @@ def test_a_run_keeps_its_constants_and_gives_them_up(tmp_path, conditioning):
     call_json("train", "--data", data, "--out", run, *flags)
     x, label = torch.rand(2, 1, 8, 8) * 2 - 1, torch.tensor([0, 2]) if conditioning != "none" else None
     fitted, plain = load(run), load(run, constants=False)
-    assert not torch.allclose(fitted.log_prob_levels(x, label), plain.log_prob_levels(x, label), atol=1e-3)
+    assert not torch.allclose(
+        fitted.log_prob_levels(x, label=label), plain.log_prob_levels(x, label=label), atol=1e-3
+    )
     assert torch.equal(load(run, weights="raw").log_prob_levels(x), load(run, "raw").log_prob_levels(x))
     call_json("calibrate", run, "--method", "constants", "--undo")
-    assert torch.equal(load(run).log_prob_levels(x, label), plain.log_prob_levels(x, label))
+    assert torch.equal(load(run).log_prob_levels(x, label=label), plain.log_prob_levels(x, label=label))
     found = call_json("calibrate", run, "--method", "constants", "--rows", "2000", "--device", "cpu")
     assert found["after"]["level_ce"] < found["before"]["level_ce"] or conditioning == "embedding"
-    torch.testing.assert_close(load(run).log_prob_levels(x, label), fitted.log_prob_levels(x, label))
+    torch.testing.assert_close(
+        load(run).log_prob_levels(x, label=label), fitted.log_prob_levels(x, label=label)
+    )
     stored = json.loads((run / "constants.json").read_text())
     (run / "constants.json").write_text(json.dumps({**stored, "weights": "0" * 64}))
     with pytest.warns(UserWarning, match="other weights"):
-        assert torch.equal(load(run).log_prob_levels(x, label), plain.log_prob_levels(x, label))
+        assert torch.equal(load(run).log_prob_levels(x, label=label), plain.log_prob_levels(x, label=label))
     (run / "constants.json").write_text("{")
     with pytest.raises(UserError, match=r"constants.json cannot be read"):
         load(run)

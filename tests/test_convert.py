@@ -20,7 +20,17 @@ SIZE, CHANNELS, LEVELS, BASE, MULTIPLIERS, BLOCKS = 8, 2, 7, 32, (1, 2), 1
 def make_state(num_classes=None, seed=0):
     """Random weights under the public names; norms and biases are not left at 1 and 0."""
     torch.manual_seed(seed)
-    network = UNet(SIZE, CHANNELS, LEVELS, BASE, MULTIPLIERS, BLOCKS, (SIZE // 2,), 0.0, num_classes)
+    network = UNet(
+        SIZE,
+        CHANNELS,
+        LEVELS,
+        base_channels=BASE,
+        multipliers=MULTIPLIERS,
+        blocks_per_level=BLOCKS,
+        attention_resolutions=(SIZE // 2,),
+        dropout=0.0,
+        num_classes=num_classes,
+    )
     return {name: value + 0.1 * torch.randn_like(value) for name, value in network.state_dict().items()}
 
 
@@ -134,7 +144,15 @@ def test_the_papers_networks_are_recognised():
     sizes = {"cifar10": (32, (1, 2, 2, 2)), "celeba64": (64, (1, 2, 2, 2, 4))}
     for image_size, multipliers in sizes.values():
         with torch.device("meta"):
-            state = UNet(image_size, 3, 1002, 128, multipliers, 2, (16,)).state_dict()
+            state = UNet(
+                image_size,
+                3,
+                1002,
+                base_channels=128,
+                multipliers=multipliers,
+                blocks_per_level=2,
+                attention_resolutions=(16,),
+            ).state_dict()
         config, assumed = infer_config(state, "linear", None, "file")
         assert (config.image.size, config.image.channels, config.schedule.T) == (image_size, 3, 1000)
         assert (config.network.base_channels, config.network.multipliers) == (128, multipliers)
@@ -160,7 +178,16 @@ def public_alpha_hat(steps, beta_start=1e-4, beta_end=0.02):
 def test_betas_are_the_public_codes_at_any_number_of_levels(tmp_path, betas):
     """Ours scale by 1000/T: eps_hat would be 13 % off at level 250 of 500."""
     torch.manual_seed(0)
-    state = UNet(SIZE, CHANNELS, 502, BASE, MULTIPLIERS, BLOCKS, (SIZE // 2,), 0.0).state_dict()
+    state = UNet(
+        SIZE,
+        CHANNELS,
+        502,
+        base_channels=BASE,
+        multipliers=MULTIPLIERS,
+        blocks_per_level=BLOCKS,
+        attention_resolutions=(SIZE // 2,),
+        dropout=0.0,
+    ).state_dict()
     file = save_public(tmp_path / "cdm.pt", state)
     convert(file, tmp_path / "run", schedule="linear", betas=betas, image_size=SIZE)
     alpha_hat = public_alpha_hat(500, *(betas or PUBLIC_BETAS)).double()
@@ -204,7 +231,16 @@ def test_a_schedule_that_nothing_tells_is_asked_for(tmp_path):
 def test_flow_matching_keeps_sigma_min(tmp_path, images):
     """Their eps_hat at the level next to the data, times 1 - (1 - sigma_min) t: 9 % low without sigma_min."""
     torch.manual_seed(0)
-    network = UNet(SIZE, CHANNELS, 1000, BASE, MULTIPLIERS, BLOCKS, (SIZE // 2,), 0.0)
+    network = UNet(
+        SIZE,
+        CHANNELS,
+        1000,
+        base_channels=BASE,
+        multipliers=MULTIPLIERS,
+        blocks_per_level=BLOCKS,
+        attention_resolutions=(SIZE // 2,),
+        dropout=0.0,
+    )
     file = save_public(tmp_path / "cdm.pt", network.state_dict())
     convert(file, tmp_path / "run", image_size=SIZE)
     model = load(tmp_path / "run")
@@ -365,7 +401,15 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path, capsys, write, message):
 
 def test_an_image_size_that_cannot_be_guessed_is_asked_for(tmp_path):
     with torch.device("meta"):
-        state = UNet(SIZE, CHANNELS, LEVELS, BASE, MULTIPLIERS, BLOCKS, ()).state_dict()
+        state = UNet(
+            SIZE,
+            CHANNELS,
+            LEVELS,
+            base_channels=BASE,
+            multipliers=MULTIPLIERS,
+            blocks_per_level=BLOCKS,
+            attention_resolutions=(),
+        ).state_dict()
     with pytest.raises(UserError, match="attends at 0 resolutions.*give --image-size"):
         infer_config(state, "linear", None, "file")
 

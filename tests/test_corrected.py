@@ -53,7 +53,7 @@ def test_particles_part_after_resampling():
 def test_the_guided_energy_is_one_function(conditioning):
     """Its value is the guided combination of log-densities, its score that value's gradient."""
     torch.manual_seed(0)
-    network = MLP(3, SCHEDULE.num_levels, 16, num_classes=4, conditioning=conditioning).double()
+    network = MLP(3, SCHEDULE.num_levels, hidden=16, num_classes=4, conditioning=conditioning).double()
     model = CDM(network, SCHEDULE, class_prior=torch.tensor([1.0, 2.0, 3.0, 4.0]))
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -107,7 +107,7 @@ def test_uniform_draws():
 
 @pytest.mark.parametrize("sampler", [MALA, SMC])
 def test_what_is_refused(sampler):
-    plain = DDM(MLPDenoiser(2, 16), SCHEDULE)
+    plain = DDM(MLPDenoiser(2, hidden=16), SCHEDULE)
     with pytest.raises(UserError, match="plain denoiser .DDM. does not"):
         sample(plain, 2, sampler(), 3)
     with pytest.raises(UserError, match="moves is 0"):

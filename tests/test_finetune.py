@@ -104,7 +104,17 @@ def test_a_converted_run_goes_on_with_other_data(tmp_path):
 
 def test_a_converted_run_trains_on_pictures_of_its_kind(tmp_path):
     torch.manual_seed(0)
-    network = UNet(SIZE, 3, 7, 32, (1, 2), 1, (SIZE // 2,), 0.0, 4)
+    network = UNet(
+        SIZE,
+        3,
+        7,
+        base_channels=32,
+        multipliers=(1, 2),
+        blocks_per_level=1,
+        attention_resolutions=(SIZE // 2,),
+        dropout=0.0,
+        num_classes=4,
+    )
     file = save_public(tmp_path / "cdm.pt", network.state_dict())
     flags = ("--schedule", "linear", "--image-size", SIZE)
     call_json("convert", file, "--out", tmp_path / "public", *flags)

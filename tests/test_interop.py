@@ -57,7 +57,17 @@ def test_diffusers_schedulers_agree_with_our_samplers(sampler, schedule_name, st
 def joint_unet():
     torch.manual_seed(0)
     schedule = NoiseSchedule.uniform(6)
-    network = UNet(8, 1, schedule.num_levels, 32, (1,), 1, (8,), num_classes=3, conditioning="joint")
+    network = UNet(
+        8,
+        1,
+        schedule.num_levels,
+        base_channels=32,
+        multipliers=(1,),
+        blocks_per_level=1,
+        attention_resolutions=(8,),
+        num_classes=3,
+        conditioning="joint",
+    )
     with torch.no_grad():
         network.linear_layer.weight.normal_(std=0.3)
     return CDM(network, schedule, class_prior=torch.tensor([1.0, 2.0, 3.0]))
@@ -79,7 +89,7 @@ MODULES = {"likelihood": Likelihood, "classifier": ClassPosterior}
 def joint_mlp():
     torch.manual_seed(0)
     schedule = NoiseSchedule.uniform(6)
-    network = MLP(5, schedule.num_levels, 16, num_classes=3, conditioning="joint")
+    network = MLP(5, schedule.num_levels, hidden=16, num_classes=3, conditioning="joint")
     torch.nn.init.normal_(network.linear_layer.weight, std=0.3)
     return CDM(network, schedule, class_prior=torch.tensor([1.0, 2.0, 3.0]))
 
@@ -114,7 +124,7 @@ def test_onnx_agrees(tmp_path):
 
 def test_what_is_refused():
     schedule = NoiseSchedule.ot(8)
-    model = CDM(MLP(2, schedule.num_levels, 16), schedule)
+    model = CDM(MLP(2, schedule.num_levels, hidden=16), schedule)
     with pytest.raises(UserError, match="'ot' does not preserve variance"):
         NoisePredictor(model)
     with pytest.raises(UserError, match="trained without classes"):

@@ -22,7 +22,16 @@ EXACT = {"rtol": 1e-9, "atol": 1e-9}
 NETWORKS = {
     "mlp": lambda: MLP(5, SCHEDULE.num_levels, hidden=8, depth=1, num_classes=K, conditioning="joint"),
     "unet": lambda: UNet(
-        8, 1, SCHEDULE.num_levels, 8, (1, 2), 1, (4,), num_groups=4, num_classes=K, conditioning="joint"
+        8,
+        1,
+        SCHEDULE.num_levels,
+        base_channels=8,
+        multipliers=(1, 2),
+        blocks_per_level=1,
+        attention_resolutions=(4,),
+        num_groups=4,
+        num_classes=K,
+        conditioning="joint",
     ),
     "low-rank": lambda: MLP(
         5, SCHEDULE.num_levels, hidden=8, depth=1, num_classes=K, conditioning="joint", head_rank=2

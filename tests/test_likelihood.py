@@ -46,7 +46,19 @@ def grey_images(num=2000, grey=16, seed=0):
 
 def test_bf16_says_what_it_costs():
     torch.manual_seed(0)
-    model = CDM(UNet(8, 1, SCHEDULE.num_levels, 32, (1,), 1, (), num_groups=8), SCHEDULE)
+    model = CDM(
+        UNet(
+            8,
+            1,
+            SCHEDULE.num_levels,
+            base_channels=32,
+            multipliers=(1,),
+            blocks_per_level=1,
+            attention_resolutions=(),
+            num_groups=8,
+        ),
+        SCHEDULE,
+    )
     with torch.no_grad():
         model.network.linear_layer.weight *= 20  # logits large enough for bf16 to round visibly
     images = torch.randint(16, (300, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

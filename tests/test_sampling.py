@@ -219,7 +219,19 @@ def test_batch_size_does_not_matter(model, sampler):
 def test_bf16_rounds_the_network_and_not_the_images(relative_error):
     torch.manual_seed(0)
     schedule = NoiseSchedule.uniform(T=10)
-    model = CDM(UNet(8, 1, schedule.num_levels, 32, (1,), 1, (), num_groups=8), schedule)
+    model = CDM(
+        UNet(
+            8,
+            1,
+            schedule.num_levels,
+            base_channels=32,
+            multipliers=(1,),
+            blocks_per_level=1,
+            attention_resolutions=(),
+            num_groups=8,
+        ),
+        schedule,
+    )
     with torch.no_grad():
         model.network.linear_layer.weight *= 20
     exact, rounded = (sample(model, 4, steps=5, precision=precision) for precision in ("fp32", "bf16"))

@@ -78,10 +78,8 @@ class EnergyUNet(UNet):
     head's rows for them start at zero.
     """
 
-    def __init__(
-        self, image_size: int, channels: int, num_levels: int, base_channels: int, **rest: Any
-    ) -> None:
-        super().__init__(image_size, channels, num_levels, base_channels, **rest)
+    def __init__(self, image_size: int, channels: int, num_levels: int, **trunk: Any) -> None:
+        super().__init__(image_size, channels, num_levels, **trunk)
         self.pair = Conv2d(self.out_channels, PAIRS * channels)
         pooled = self.linear_layer.in_features
         self.linear_layer = CumulativeHead(pooled + PAIRS, num_levels)
@@ -120,7 +118,7 @@ def energy_state(config: RunConfig) -> TrainingState:
         image.size,
         image.channels,
         model.schedule.num_levels,
-        network.base_channels,
+        base_channels=network.base_channels,
         multipliers=network.multipliers,
         blocks_per_level=network.blocks_per_level,
         attention_resolutions=network.attention_resolutions,

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,12 @@ CIFAR10 = (32, 3, 1002, 128, (1, 2, 2, 2), 2, (16,))  # the paper's network, 33.
 SMALL = (16, 3, 52, 32, (1, 2), 1, (8,))
 BATCH_SIZE = {"cpu": 8, "cuda": 128}  # the paper's on a GPU
 PRESET = {"cpu": "fashion-mnist", "cuda": "cifar10"}
+
+
+def trunk_options(sizes: tuple) -> dict[str, Any]:
+    """Of `CIFAR10` or another tuple like it, what networks take by keyword."""
+    names = ("base_channels", "multipliers", "blocks_per_level", "attention_resolutions")
+    return dict(zip(names, sizes[3:], strict=True))
 
 
 class Batch:
@@ -79,7 +86,7 @@ class Steps:
     ) -> Callable[[], Tensor]:
         """The explicit adjoint, channels-last, in fp32 or under bf16 autocast."""
         torch.manual_seed(0)
-        network, batch = UNet(*self.sizes), self.batch
+        network, batch = UNet(*self.sizes[:3], **trunk_options(self.sizes)), self.batch
         torch.manual_seed(0)
         network.load_state_dict(PlainUNet(*self.sizes).state_dict())
         network = network.to(memory_format=torch.channels_last)
@@ -98,8 +105,8 @@ class Steps:
     def ddm(self, dtype: torch.dtype) -> Callable[[], Tensor]:
         """A plain diffusion model on the same trunk, tuned as `adjoint` is: half of its multiplications."""
         torch.manual_seed(0)
-        size, channels, _, *rest = self.sizes
-        network = UNetDenoiser(size, channels, *rest).to(memory_format=torch.channels_last)
+        network = UNetDenoiser(*self.sizes[:2], **trunk_options(self.sizes))
+        network = network.to(memory_format=torch.channels_last)
         model, batch = DDM(network, self.schedule).to(self.device), self.batch
         x0, eps = (x.to(memory_format=torch.channels_last) for x in (batch.x0, batch.eps))
 

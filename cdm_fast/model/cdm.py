@@ -13,9 +13,10 @@ from cdm_fast.model.denoiser import DDM, Denoiser
 from cdm_fast.model.energy import Energy, log_normal
 from cdm_fast.model.schedule import NoiseSchedule
 from cdm_fast.nn import AdjointNetwork
+from cdm_fast.nn.autograd import AutogradNetwork
 from cdm_fast.nn.embedding import check_labels
 from cdm_fast.nn.heads import Conditioning, logits_at
-from cdm_fast.ops import denoise_epilogue, denoise_x0, level_logits, noise_level_ce, use_backend
+from cdm_fast.ops import denoise_epilogue, denoise_x0, level_logits, noise_level_ce
 
 # From so many classes on, training never holds all joint logits at once (see `ops/head_noise_level_ce.py`).
 MANY_CLASSES = 30
@@ -144,26 +145,24 @@ class CDM(Energy):
         """(num,) int64 levels from p(t)."""
         return torch.multinomial(self.log_level_prior.exp(), num, replacement=True, generator=generator)
 
+    @property
+    def _adjoint_network(self) -> AdjointNetwork | AutogradNetwork:
+        """The network, or where it has no adjoint of its own, its logits differentiated by `torch.func`."""
+        if isinstance(self.network, AdjointNetwork):
+            return self.network
+        return AutogradNetwork(self.logits, self.joint_classes if self.conditioning == "joint" else None)
+
     def ratio_gradient(
         self, x: Tensor, level: Tensor, label: Tensor | None = None, guidance: float = 0.0
     ) -> Tensor:
         """`grad_x F(x, level)`, like `x`; `level` (B,) int64; `guidance` for joint logits only."""
-        if isinstance(self.network, AdjointNetwork):
-            return self.network.ratio_gradient(x, level, label, guidance)
-        with use_backend("reference"):
-            gradient = torch.func.grad(self._log_ratio_of_noise, has_aux=True)
-            return gradient(x, level, label, guidance)[0]
+        return self._adjoint_network.ratio_gradient(x, level, label, guidance)
 
     def logits_and_ratio_gradient(
         self, x: Tensor, level: Tensor, label: Tensor | None = None, guidance: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """`(logits(x), grad_x F(x, level) like x)` from one evaluation; `guidance` for joint logits only."""
-        if isinstance(self.network, AdjointNetwork):
-            return self.network.logits_and_ratio_gradient(x, level, label, guidance)
-        with use_backend("reference"):
-            gradient = torch.func.grad(self._log_ratio_of_noise, has_aux=True)
-            grad_x, logits = gradient(x, level, label, guidance)
-        return logits, grad_x
+        return self._adjoint_network.logits_and_ratio_gradient(x, level, label, guidance)
 
     def cross_entropy_and_ratio_gradient(
         self, x: Tensor, level: Tensor, label: Tensor | None = None
@@ -173,8 +172,8 @@ class CDM(Energy):
         nothing.
         """
         classes = self.joint_classes
-        if classes >= MANY_CLASSES and isinstance(self.network, AdjointNetwork):
-            return self.network.cross_entropy_and_ratio_gradient(x, level, label)
+        if classes >= MANY_CLASSES:
+            return self._adjoint_network.cross_entropy_and_ratio_gradient(x, level, label)
         logits, grad_x = self.logits_and_ratio_gradient(x, level, label)
         if classes == 1:
             return noise_level_ce(logits, level).loss, None, grad_x
@@ -258,10 +257,7 @@ class CDM(Energy):
         of weights (B, K + 1) that returns the sum of the scores at `level` with these weights, like `x`.
         For joint logits only.
         """
-        if isinstance(self.network, AdjointNetwork):
-            logits, pull = self.network.logits_and_pullback(x)
-        else:
-            logits, pull = self._logits_and_pullback(x)
+        logits, pull = self._adjoint_network.logits_and_pullback(x)
         classes = self.joint_classes
         each = torch.cat([self._per_class(logits), level_logits(logits, classes)[:, :, None]], dim=2)
 
@@ -271,19 +267,6 @@ class CDM(Energy):
             return -(gradient + weight.sum(1).view(-1, *[1] * (x.dim() - 1)) * x)
 
         return self._to_log_prob(each, x), weighted_score
-
-    def _logits_and_pullback(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
-        """`AdjointNetwork.logits_and_pullback` of any network."""
-        with use_backend("reference"):
-            logits, pull_logits, *_ = torch.func.vjp(self.logits, x)
-
-        def pull(level: Tensor, class_weight: Tensor) -> Tensor:
-            levels = torch.arange(self.schedule.num_levels - 1, device=level.device)
-            joint = (levels == level[:, None])[:, :, None] * class_weight[:, None]  # (B, L-1, K)
-            cotangent = torch.cat([-joint.flatten(1), joint.sum((1, 2))[:, None]], dim=1)
-            return pull_logits(cotangent.to(logits))[0]
-
-        return logits, pull
 
     def log_class_posterior(
         self, x: Tensor, level: int | Tensor = 0, class_prior: Tensor | None = None
@@ -331,19 +314,6 @@ class CDM(Energy):
         each = (slice(None), *[None] * (logits.dim() - 2))
         normal = log_normal(x)[:, None].to(logits.dtype)
         return logits - logits[:, -1:] + (prior[-1] - prior)[each] + normal[:, *each]
-
-    def _log_ratio_of_noise(
-        self, x: Tensor, level: Tensor, label: Tensor | None, guidance: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
-        """`sum_b F(x_b, level_b)`, whose gradient is every sample's own, and the logits."""
-        logits = self.logits(x, label)
-        if self.conditioning == "embedding":
-            return -noise_level_ce(logits, level).log_ratio.sum(), logits
-        log_ratio = noise_level_ce(logits, level, label, self.joint_classes).log_ratio
-        if guidance:
-            marginal = noise_level_ce(logits, level, None, self.joint_classes).log_ratio
-            log_ratio = (1 + guidance) * log_ratio - guidance * marginal
-        return -log_ratio.sum(), logits
 
 
 def _log_prior(prior: Tensor, of: str, count: int) -> Tensor:

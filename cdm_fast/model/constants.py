@@ -1,4 +1,4 @@
-"""The constants of a CDM's logits, fitted after training with all weights fixed.
+"""The additive constants of a CDM's logits, fitted after training with all weights fixed.
 
 # B batch, L = T+2 noise levels, K classes
 """
@@ -12,35 +12,35 @@ from torch import Tensor
 from cdm_fast.model.cdm import CDM
 from cdm_fast.model.denoiser import like_network
 from cdm_fast.nn import AdjointNetwork
-from cdm_fast.nn.heads import JointHead
 
 Draw = Callable[[int, torch.Generator], tuple[Tensor, Tensor | None]]  # B -> x (B, d), label (B,) or None
 
-# The most rows to store, rows of one batch, and the fewest rows for each logit.
+# Rows whose logits are stored, rows evaluated at a time, and the fewest rows per logit.
 STORED_ROWS, CHUNK, FEWEST_ROWS = 100_000, 4096, 10
 NEWTON_STEPS = 20
 
 
 @torch.no_grad()
 def fit_constants(model: CDM, draw: Draw, num: int, generator: torch.Generator) -> None:
-    """Refits the biases of the head alone, in place, by maximum likelihood on `num` fresh rows.
+    """Refits only the biases of the head, to `num` fresh rows: maximises their mean log posterior.
 
-    Stochastic gradients leave noise in the constant of every logit, and so in every density and ratio. With
-    the weights fixed the problem is concave, and Newton's method solves it over many rows at once. At the
-    maximum the posterior of each logit, summed over rows, equals the number of its own rows: the equations of
-    MBAR (doi 10.1063/1.2978177), the most efficient estimate of the levels' normalisation from samples of all
-    levels.
+    The last batches of training leave noise in the constant of every logit, and so in every density and
+    ratio. With the weights fixed the problem is concave, and Newton's method solves it over many rows at
+    once. At the solution each logit's posteriors, summed over all rows, equal the number of rows drawn from
+    it. These are the equations of MBAR (doi 10.1063/1.2978177), the maximum-likelihood estimate of the
+    levels' normalisation from samples of all levels.
 
-    Newton's method converges on up to `STORED_ROWS` rows, and takes one more step on all rows, each read
-    once; so close to the maximum one step suffices. Distant densities are connected only through the levels
-    between them, whose errors add up, so many rows are needed. Where a logit would have fewer than
-    `FEWEST_ROWS` rows of its own on average, nothing is changed.
+    Newton's method runs to convergence on up to `STORED_ROWS` rows, followed by one step on all rows, each
+    evaluated once; from so close a start one step reaches the maximum. Distant densities are compared through
+    the levels between them, whose errors add up, so many rows are needed.
+
+    Does nothing if a logit would have fewer than `FEWEST_ROWS` rows on average.
 
     Args:
-        model: a CDM with an `AdjointNetwork`.
-        draw: a number of rows B and a generator -> x (B, ...) and label (B,) int64 or None.
-        num: rows.
-        generator: of the rows and their noise.
+        model: with an `AdjointNetwork`; changed in place.
+        draw: returns fresh rows, (B, d) and their labels (B,) or None, for a batch size and a generator.
+        num: rows to draw.
+        generator: of rows, levels and noise.
     """
     assert isinstance(model.network, AdjointNetwork)
     head = model.network.linear_layer
@@ -56,11 +56,11 @@ def fit_constants(model: CDM, draw: Draw, num: int, generator: torch.Generator) 
             break
     if num > first:
         constants += _newton_step(chain(stored, _scored(model, draw, num - first, generator)), constants)
-    head.shift_each(constants) if isinstance(head, JointHead) else head.shift(constants)
+    head.shift_each(constants)
 
 
 def _scored(model: CDM, draw: Draw, num: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """(logits, own entry) of `num` fresh rows, each level as often as any other, `CHUNK` at a time."""
+    """(logits, index of the true logit) of `num` fresh rows, levels equally often, `CHUNK` at a time."""
     for first in range(0, num, CHUNK):
         x, label = draw(min(CHUNK, num - first), generator)
         level = torch.randperm(len(x), generator=generator) % model.schedule.num_levels
@@ -70,7 +70,7 @@ def _scored(model: CDM, draw: Draw, num: int, generator: torch.Generator) -> Ite
 
 
 def _newton_step(scored: Iterable[tuple[Tensor, Tensor]], constants: Tensor) -> Tensor:
-    """The step of every constant, (outputs,), in [-1, 1]; pure noise keeps 0, for one constant is free."""
+    """The step of every constant, (outputs,), in [-1, 1]; 0 for pure noise, since one constant is free."""
     gradient, curvature = torch.zeros_like(constants), constants.new_zeros(2 * [len(constants)])
     for logits, own in scored:
         posterior = (logits + constants.to(logits.dtype)).softmax(1)

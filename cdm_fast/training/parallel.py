@@ -28,7 +28,7 @@ from cdm_fast.host.processes import is_main, this_process
 from cdm_fast.model import CDM, DDM
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.model.losses import LossTerms, Noised
-from cdm_fast.nn.layers import AttentionBlock, ResnetBlock
+from cdm_fast.nn.blocks import AttentionBlock, ResnetBlock
 from cdm_fast.nn.trunk import DownTrunk
 from cdm_fast.runs.checkpoint import Checkpoint
 from cdm_fast.training.ema import Ema, Model
