@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.support.analytic import ExactNetwork, GaussianMixture
 from cdm_fast import CDM, DDM, NoiseSchedule, UserError
 from cdm_fast.cli.per_image import write_per_image
 from cdm_fast.data import ImageData
 from cdm_fast.likelihood import audit, evaluate_elbo, evaluate_ode, measure_log_z
-from tests.analytic import ExactNetwork, GaussianMixture
 
 SHAPE = (1, 2, 2)
 T = 40
