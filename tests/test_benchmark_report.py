@@ -161,6 +161,7 @@ KEPT = {
     "name": (json.dumps(_stages()), "h200", "a name begins with cpu- or gpu-"),
     "half": ("{", "gpu-h200", "cannot be read"),
     "half-a-run": (json.dumps({"stages": [{}]}), "gpu-h200", "not a results.json of run_gpu.sh"),
+    "dry-run": (json.dumps({"environment": {"small": True}, "stages": []}), "gpu-h200", "of a dry run"),
 }
 
 

@@ -62,7 +62,7 @@ def keep(document: Path, path: Path) -> None:
     """Writes the results.json of `run_gpu.sh` as a result file.
 
     Raises:
-        BadResult: it is not such a document.
+        BadResult: it is not such a document, or one of a dry run.
     """
     try:
         found = json.loads(document.read_text())
@@ -72,6 +72,8 @@ def keep(document: Path, path: Path) -> None:
         raise BadResult(f"{document}: cannot be read ({error})") from error
     except (KeyError, TypeError) as error:
         raise BadResult(f"{document}: not a results.json of run_gpu.sh ({error!r})") from error
+    if environment.get("small"):
+        raise BadResult(f"{document}: of a dry run, whose times mean nothing")
     start(path, environment)
     for row in rows:
         add(path, row)
