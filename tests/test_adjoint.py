@@ -9,6 +9,7 @@ from cdm_fast import CDM, MLP, Encoder, NoiseSchedule, UNet, UserError, cdm_loss
 from cdm_fast.nn import blocks, layers, resample
 from cdm_fast.nn.mlp import MLPBlock
 from cdm_fast.nn.pool import ConvMeanPool, EnergyPool
+from tests.accuracy import TOLERANCE, relative_error
 from tests.opaque import Opaque
 
 SHAPE = (3, 8, 6, 10)
@@ -62,7 +63,7 @@ def apply(layer, x):
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels-last"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_adjoint_is_the_vector_jacobian_product(name, channels_last, relative_error):
+def test_adjoint_is_the_vector_jacobian_product(name, channels_last):
     build, shape = LAYERS[name]
     layer = randomise(build())
     x = torch.randn(shape, dtype=torch.float64)
@@ -80,7 +81,7 @@ def test_adjoint_is_the_vector_jacobian_product(name, channels_last, relative_er
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_forward_and_adjoint_differentiate_like_double_backward(name, relative_error):
+def test_forward_and_adjoint_differentiate_like_double_backward(name):
     build, shape = LAYERS[name]
     layer = randomise(build())
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -101,7 +102,7 @@ def test_forward_and_adjoint_differentiate_like_double_backward(name, relative_e
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels-last"])
-def test_a_skip_connection_counts_as_further_channels(channels_last, relative_error):
+def test_a_skip_connection_counts_as_further_channels(channels_last):
     """Output, adjoint and the derivative of both equal those of the same block on the concatenation."""
     block = randomise(with_dropout(blocks.ResnetBlock(8, 12, 4, dropout=0.3)))
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -123,7 +124,7 @@ def test_a_skip_connection_counts_as_further_channels(channels_last, relative_er
 
 
 @pytest.mark.parametrize(("build", "shrinks"), [(UNet, 3.0), (Encoder, 2.5)])
-def test_recomputation_changes_memory_and_nothing_else(build, shrinks, relative_error):
+def test_recomputation_changes_memory_and_nothing_else(build, shrinks):
     """Loss and gradient, dropout included; and what autograd keeps of a step shrinks.
 
     The encoder's pools are no stages: they keep what they read.
@@ -201,7 +202,7 @@ NETWORKS = {
 
 @pytest.mark.parametrize("labelled", [False, True], ids=["unlabelled", "labelled"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_network_ratio_gradient(name, labelled, relative_error):
+def test_network_ratio_gradient(name, labelled):
     network = randomise(NETWORKS[name](3 if labelled else None))
     x = torch.randn(4, *network.input_shape, dtype=torch.float64, requires_grad=True)
     level, label = torch.tensor([0, 3, 20, 21]), torch.tensor([0, 1, 2, -1]) if labelled else None
@@ -224,7 +225,7 @@ def whole_gradient(loss, network):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("classes", [None, 3], ids=["unconditional", "conditional"])
-def test_loss_gradient_equals_plain_double_backward(dtype, classes, relative_error, tolerance):
+def test_loss_gradient_equals_plain_double_backward(dtype, classes):
     sizes = {
         "base_channels": 32,
         "multipliers": (1, 2),
@@ -246,7 +247,7 @@ def test_loss_gradient_equals_plain_double_backward(dtype, classes, relative_err
         double_backward_loss(plain, schedule.noise(x0, level, eps), eps, s, level, row), plain
     )
     terms = cdm_loss(model, x0, level, eps, label)
-    assert relative_error(whole_gradient(terms.loss, network), expected) < tolerance[dtype]
+    assert relative_error(whole_gradient(terms.loss, network), expected) < TOLERANCE[dtype]
 
 
 def test_loss_never_calls_autograd(monkeypatch):
@@ -279,7 +280,7 @@ def test_loss_never_calls_autograd(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["unet", "encoder"])
-def test_general_path_agrees_with_the_fast_one(name, relative_error):
+def test_general_path_agrees_with_the_fast_one(name):
     network = randomise(NETWORKS[name]())
     schedule = NoiseSchedule.linear(T=20)
     fast, general = CDM(network, schedule), CDM(Opaque(network), schedule, input_shape=network.input_shape)

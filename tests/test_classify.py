@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.support.analytic import Density, ExactDenoiser, ExactNetwork, GaussianMixture
 from cdm_fast import CDM, NoiseSchedule, UserError
 from cdm_fast.cli.describe import describe_corruptions
 from cdm_fast.data import ImageData, write_image
@@ -21,7 +22,6 @@ from cdm_fast.evaluation.robustness import evaluate_corruptions
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.model.losses import Noised, noised_classifier_loss
 from cdm_fast.statistics import confusion_matrix, reliability
-from tests.analytic import Density, ExactDenoiser, ExactNetwork, GaussianMixture
 from tests.test_cli import call, call_json
 from tests.test_joint import ExactJoint
 from tests.tiny_run import CLASSES, FLAGS, write_images

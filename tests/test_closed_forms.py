@@ -8,10 +8,7 @@ import math
 import pytest
 import torch
 
-from cdm_fast.errors import UserError
-from cdm_fast.model import CDM
-from cdm_fast.model.schedule import SCHEDULES, NoiseSchedule
-from tests.analytic import (
+from benchmarks.support.analytic import (
     ExactDenoiser,
     ExactNetwork,
     GaussianMixture,
@@ -23,6 +20,9 @@ from tests.analytic import (
     noisy_sample,
     random_mixture,
 )
+from cdm_fast.errors import UserError
+from cdm_fast.model import CDM
+from cdm_fast.model.schedule import SCHEDULES, NoiseSchedule
 
 T = 30
 EXACT = {"rtol": 1e-8, "atol": 1e-8}

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
+from benchmarks.support.analytic import ExactNetwork, GaussianMixture, mixture, product, random_mixture
 from cdm_fast import CDM, DDM, MLP, MLPDenoiser, NoiseSchedule, UserError, sample
 from cdm_fast.evaluation.quality import two_sample_test
 from cdm_fast.model.composition import Mixture, Product, negation
 from cdm_fast.model.conditioned import OfClass
 from cdm_fast.sampling import MALA
-from tests.analytic import ExactNetwork, GaussianMixture, mixture, product, random_mixture
 from tests.opaque import Opaque
 
 SCHEDULE = NoiseSchedule.uniform(60)

@@ -13,6 +13,7 @@ from cdm_fast.errors import UserError
 from cdm_fast.interop.convert import PUBLIC_BETAS, choose_schedule, convert, infer_config, read_public
 from cdm_fast.likelihood import evaluate
 from cdm_fast.runs.checkpoint import read_config
+from tests.accuracy import TOLERANCE, relative_error
 
 SIZE, CHANNELS, LEVELS, BASE, MULTIPLIERS, BLOCKS = 8, 2, 7, 32, (1, 2), 1
 
@@ -103,17 +104,17 @@ def images():
 
 
 @pytest.mark.parametrize("prefix", ["", "module."], ids=["plain", "data-parallel"])
-def test_logits_agree_with_the_public_network(tmp_path, images, relative_error, tolerance, prefix):
+def test_logits_agree_with_the_public_network(tmp_path, images, prefix):
     raw, ema = make_state(seed=0), make_state(seed=1)
     file = save_public(tmp_path / "cdm.pt", raw, ema, prefix)
     convert(file, tmp_path / "run", schedule="linear", image_size=SIZE)
     with torch.no_grad():
         for weights, state in (("ema", ema), ("raw", raw)):
             logits = load(tmp_path / "run", weights=weights).logits(images)
-            assert relative_error(logits, public_logits(state, images)) < tolerance[torch.float32]
+            assert relative_error(logits, public_logits(state, images)) < TOLERANCE[torch.float32]
 
 
-def test_class_conditional_logits_agree(tmp_path, images, relative_error, tolerance):
+def test_class_conditional_logits_agree(tmp_path, images):
     state = make_state(num_classes=4)
     converted = convert(
         save_public(tmp_path / "cdm.pt", state), tmp_path / "run", schedule="linear", image_size=SIZE
@@ -123,16 +124,16 @@ def test_class_conditional_logits_agree(tmp_path, images, relative_error, tolera
     with torch.no_grad():
         logits = load(tmp_path / "run").logits(images, label)
     row = label % 5  # the file's null class is the last
-    assert relative_error(logits, public_logits(state, images, row)) < tolerance[torch.float32]
+    assert relative_error(logits, public_logits(state, images, row)) < TOLERANCE[torch.float32]
 
 
-def test_flow_matching_levels_are_turned_round(tmp_path, images, relative_error, tolerance):
+def test_flow_matching_levels_are_turned_round(tmp_path, images):
     state = make_state()
     convert(save_public(tmp_path / "cdm.pt", state), tmp_path / "run", schedule="ot", image_size=SIZE)
     model = load(tmp_path / "run")
     with torch.no_grad():
         logits = model.logits(images)
-    assert relative_error(logits, public_logits(state, images).flip(1)) < tolerance[torch.float32]
+    assert relative_error(logits, public_logits(state, images).flip(1)) < TOLERANCE[torch.float32]
     # Their time of level t, i/(N-1) with i = N-1-t: x = time x_0 + (1 - (1 - sigma_min) time) eps.
     time = torch.arange(LEVELS - 1, -1, -1, dtype=torch.float64) / (LEVELS - 1)
     torch.testing.assert_close(model.schedule.a, time)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from benchmarks.support.analytic import ExactNetwork, random_mixture
 from cdm_fast import CDM, DDM, MLP, MLPDenoiser, NoiseSchedule, UserError, sample
 from cdm_fast.evaluation.quality import two_sample_test
 from cdm_fast.model.conditioned import GuidedEnergy
 from cdm_fast.sampling import MALA, SMC, ImageNoise, MoveLog
-from tests.analytic import ExactNetwork, random_mixture
 
 SCHEDULE = NoiseSchedule.uniform(60)
 MIXTURE_2D = random_mixture(2, 8, seed=1)

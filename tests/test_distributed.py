@@ -24,6 +24,7 @@ from cdm_fast.runs.checkpoint import load_checkpoint
 from cdm_fast.training.prepare import config_to_resume
 from cdm_fast.training.train import resume, train
 from tests import workers
+from tests.accuracy import relative_error
 from tests.tiny_run import FLAGS, tiny_config, write_images
 
 LOSSES = 50
@@ -58,7 +59,7 @@ def several():
 @pytest.mark.parametrize(
     ("count", "parallel", "steps"), [(2, "ddp", LOSSES), (4, "ddp", LOSSES), (2, "fsdp", 5), (4, "fsdp", 2)]
 )
-def test_processes_take_the_steps_of_one(tmp_path, config, alone, relative_error, count, parallel, steps):
+def test_processes_take_the_steps_of_one(tmp_path, config, alone, count, parallel, steps):
     found = workers.start(count, workers.joint_steps, tmp_path, config, parallel, steps)
     for dtype, tolerance in (("torch.float32", 1e-5), ("torch.float64", 1e-10)):
         for name, expected in alone[dtype].items():
@@ -76,7 +77,7 @@ def test_a_step_that_is_bad_in_one_process_is_skipped_by_all(tmp_path, config, p
         assert found["ema"].isfinite().all()
 
 
-def test_measurements_that_processes_share_are_those_of_one(tmp_path, config, relative_error):
+def test_measurements_that_processes_share_are_those_of_one(tmp_path, config):
     config = replace(config, network=replace(config.network, conditioning="joint"))
     expected = workers.measurements(config)
     for found in workers.start(2, workers.joint_measurements, tmp_path, config):
@@ -85,7 +86,7 @@ def test_measurements_that_processes_share_are_those_of_one(tmp_path, config, re
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_run_of_processes_is_continued_by_one(tmp_path, config, monkeypatch, relative_error, parallel):
+def test_run_of_processes_is_continued_by_one(tmp_path, config, monkeypatch, parallel):
     monkeypatch.setattr("cdm_fast.training.finish.write_final", lambda *_: {})
     train(config, tmp_path / "alone", device="cpu")
     stopped = workers.start(2, workers.joint_run, tmp_path, config, tmp_path / "run", parallel, 3)
@@ -101,7 +102,7 @@ def test_run_of_processes_is_continued_by_one(tmp_path, config, monkeypatch, rel
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_processes_keep_the_best_checkpoint_of_one(tmp_path, config, monkeypatch, relative_error, parallel):
+def test_processes_keep_the_best_checkpoint_of_one(tmp_path, config, monkeypatch, parallel):
     monkeypatch.setattr("cdm_fast.training.finish.write_final", lambda *_: {})
     output = replace(config.output, evaluate_every=2, keep_best="level_ce")
     config = replace(config, output=output, train=replace(config.train, level_draws="stratified"))

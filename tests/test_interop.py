@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.support.analytic import ExactNetwork, random_mixture
 from cdm_fast import CDM, MLP, NoiseSchedule, UNet, UserError
 from cdm_fast.interop import ClassPosterior, Likelihood, NoisePredictor, build_scheduler, export, export_onnx
 from cdm_fast.model.conditioned import Guided
 from cdm_fast.sampling import ddim, dpm_solver_pp_2m
-from tests.analytic import ExactNetwork, random_mixture
 
 
 def silent():

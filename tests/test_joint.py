@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.support.analytic import GaussianMixture, eps_hat, noisy_sample, random_mixture
 from cdm_fast import CDM, DDM, MLP, MLPDenoiser, NoiseSchedule, UNet, UserError, cdm_loss, sample, use_backend
 from cdm_fast.model.conditioned import Between, Guided
 from cdm_fast.nn.heads import JointHead, LowRankHead
-from tests.analytic import GaussianMixture, eps_hat, noisy_sample, random_mixture
+from tests.accuracy import TOLERANCE, relative_error
 from tests.opaque import Opaque
 
 K = 3
@@ -155,7 +156,7 @@ def double_backward_loss(network, x_t, eps, level, label, ce_weight, class_weigh
 @pytest.mark.parametrize("class_weight", [0.0, 0.3])
 @pytest.mark.parametrize("label", LABELS.values(), ids=LABELS)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_loss_gradient_equals_plain_double_backward(name, label, class_weight, relative_error):
+def test_loss_gradient_equals_plain_double_backward(name, label, class_weight):
     network = randomised(name)
     model = CDM(network, SCHEDULE)
     x0 = torch.rand(6, *network.input_shape, dtype=torch.float64) * 2 - 1
@@ -170,7 +171,7 @@ def test_loss_gradient_equals_plain_double_backward(name, label, class_weight, r
 @pytest.mark.parametrize("label", LABELS.values(), ids=LABELS)
 @pytest.mark.parametrize("guidance", [0.0, 1.5])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_fast_path_agrees_with_torch_func(name, guidance, label, relative_error):
+def test_fast_path_agrees_with_torch_func(name, guidance, label):
     network = randomised(name)
     x = torch.randn(6, *network.input_shape, dtype=torch.float64)
     general = CDM(Opaque(network), SCHEDULE, conditioning="joint", class_prior=torch.ones(K))
@@ -185,7 +186,7 @@ def test_fast_path_agrees_with_torch_func(name, guidance, label, relative_error)
 
 @pytest.mark.parametrize("label", LABELS.values(), ids=LABELS)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_many_classes_train_alike_without_all_their_logits(name, label, relative_error, monkeypatch):
+def test_many_classes_train_alike_without_all_their_logits(name, label, monkeypatch):
     network = randomised(name)
     x0 = torch.rand(6, *network.input_shape, dtype=torch.float64)
     eps = torch.randn_like(x0)
@@ -279,7 +280,7 @@ def test_one_class_is_the_plain_head():
     [("mlp", LABELS["mixed"]), ("mlp", None), ("unet", LABELS["mixed"]), ("low-rank", LABELS["mixed"])],
     ids=["mlp-mixed", "mlp-none", "unet-mixed", "low-rank-mixed"],
 )
-def test_loss_and_guided_denoiser_compile_as_one_graph(name, label, relative_error, tolerance):
+def test_loss_and_guided_denoiser_compile_as_one_graph(name, label):
     torch.compiler.reset()
     network = NETWORKS[name]()
     model = CDM(network, SCHEDULE)
@@ -288,7 +289,7 @@ def test_loss_and_guided_denoiser_compile_as_one_graph(name, label, relative_err
     expected = gradients(loss(x0, LEVEL, eps, label).loss, network)
     compiled = torch.compile(lambda *args: loss(*args).loss, fullgraph=True, backend="aot_eager")
     got = gradients(compiled(x0, LEVEL, eps, label), network)
-    assert relative_error(got, expected) < tolerance[torch.float32]
+    assert relative_error(got, expected) < TOLERANCE[torch.float32]
     with torch.no_grad():
         for function in (model.log_prob, model.denoise, Guided(model, 2.0).denoise):
             whole = torch.compile(function, fullgraph=True, backend="aot_eager")

@@ -137,6 +137,23 @@ def test_an_import_of_a_higher_room_is_seen(text):
     assert not upward("cdm_fast.model.cdm", "from cdm_fast.nn import MLP\nimport torch", modules)
 
 
+@pytest.mark.parametrize("folder", ["benchmarks", "docs", "building", "cdm_fast", "kernels"])
+def test_only_tests_import_tests(folder):
+    """Tests may import what benchmarks share; nothing outside the tests imports them."""
+    paths = sorted((ROOT / folder).rglob("*.py"))
+    assert paths
+    found = {str(path.relative_to(ROOT)) for path in paths if "tests" in top_packages(path.read_text())}
+    assert found == set()
+
+
+def top_packages(text):
+    """The first words of all imports in a source."""
+    nodes = list(ast.walk(ast.parse(text)))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {name.split(".")[0] for name in names}
+
+
 def test_a_relative_import_is_seen():
     with pytest.raises(AssertionError, match="relative"):
         imported("from . import load", set())

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.support.analytic import ExactNetwork, GaussianMixture, UniformPixels
 from cdm_fast import CDM, DDM, NoiseSchedule, UNet, UserError
 from cdm_fast.data import ImageData
 from cdm_fast.likelihood import (
@@ -16,7 +17,6 @@ from cdm_fast.likelihood import (
     mse_per_level,
     ratio_check,
 )
-from tests.analytic import ExactNetwork, GaussianMixture, UniformPixels
 
 SHAPE = (1, 2, 2)
 SCHEDULE = NoiseSchedule.uniform(T=30)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.support.analytic import ExactNetwork, GaussianMixture
 from cdm_fast import CDM, DDM, NoiseSchedule, UserError
 from cdm_fast.cli import arguments
 from cdm_fast.cli.describe import describe_ode
@@ -21,7 +22,6 @@ from cdm_fast.likelihood import audit, evaluate, evaluate_elbo, evaluate_ode, me
 from cdm_fast.likelihood.ode_outliers import find_outliers
 from cdm_fast.model import Denoiser
 from cdm_fast.runs.calibration import calibrate
-from tests.analytic import ExactNetwork, GaussianMixture
 
 SHAPE = (1, 2, 2)
 T = 40

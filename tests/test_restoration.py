@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.support.analytic import ExactNetwork, GaussianMixture, given, random_mixture, smooth_pixels
 from cdm_fast import CDM, DDM, MLPDenoiser, NoiseSchedule, UserError, sample
 from cdm_fast.cli.arguments import Restore
 from cdm_fast.cli.restore import measure, read_input
@@ -13,7 +14,6 @@ from cdm_fast.runs.checkpoint import create_run, read_config
 from cdm_fast.sampling import MALA
 from cdm_fast.sampling.restoration import Known, MeanPool, Posterior, log_prob_at, restore
 from cdm_fast.training.state import new_state, to_checkpoint
-from tests.analytic import ExactNetwork, GaussianMixture, given, random_mixture, smooth_pixels
 from tests.test_bad_input import refused
 from tests.test_cli import call_json
 from tests.tiny_run import GREY_LEVELS, tiny_config, write_images

@@ -7,12 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cdm_fast.errors import UserError
-from cdm_fast.model import CDM
-from cdm_fast.model.schedule import SCHEDULES, NoiseSchedule
-from cdm_fast.nn import UNet
-from cdm_fast.sampling import DDIM, SAMPLERS, ImageNoise, ddim, ddpm, dpm_solver_pp_2m, euler_ot, heun, sample
-from tests.analytic import (
+from benchmarks.support.analytic import (
     ExactDenoiser,
     ExactNetwork,
     GaussianMixture,
@@ -20,6 +15,12 @@ from tests.analytic import (
     gaussian_flow,
     random_mixture,
 )
+from cdm_fast.errors import UserError
+from cdm_fast.model import CDM
+from cdm_fast.model.schedule import SCHEDULES, NoiseSchedule
+from cdm_fast.nn import UNet
+from cdm_fast.sampling import DDIM, SAMPLERS, ImageNoise, ddim, ddpm, dpm_solver_pp_2m, euler_ot, heun, sample
+from tests.accuracy import relative_error
 
 GAUSSIAN = random_mixture(dim=3, components=1, seed=5)
 MIXTURE = GaussianMixture(
@@ -216,7 +217,7 @@ def test_batch_size_does_not_matter(model, sampler):
     torch.testing.assert_close(sample(model, 3, sampler, steps=6, seed=1), whole[:3])
 
 
-def test_bf16_rounds_the_network_and_not_the_images(relative_error):
+def test_bf16_rounds_the_network_and_not_the_images():
     torch.manual_seed(0)
     schedule = NoiseSchedule.uniform(T=10)
     model = CDM(

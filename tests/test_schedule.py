@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -17,6 +17,7 @@ names = st.sampled_from(sorted(SCHEDULES))
 sizes = st.integers(1, 3000)
 
 
+@settings(deadline=None)
 @given(names, sizes)
 def test_convention(name, T):
     schedule = NoiseSchedule.by_name(name, T)
@@ -31,12 +32,14 @@ def test_convention(name, T):
     assert schedule.sigma[0] == 0 and schedule.sigma[-1] == math.inf
 
 
+@settings(deadline=None)
 @given(st.sampled_from(["linear", "uniform", "cosine"]), sizes)
 def test_variance_preserving(name, T):
     schedule = NoiseSchedule.by_name(name, T)
     torch.testing.assert_close(schedule.a**2 + schedule.s**2, torch.ones(T + 2).double(), rtol=0, atol=1e-14)
 
 
+@settings(deadline=None)
 @given(sizes)
 def test_ot_paths_are_straight(T):
     schedule = NoiseSchedule.ot(T)
@@ -46,6 +49,7 @@ def test_ot_paths_are_straight(T):
     )
 
 
+@settings(deadline=None)
 @given(sizes)
 def test_uniform_noise_is_even(T):
     expected = torch.full((T + 1,), 1 / (T + 1), dtype=torch.float64)
@@ -86,6 +90,7 @@ def test_cosine_is_nichol_dhariwal():
     assert float(schedule.a[1000] / schedule.a[999]) == pytest.approx(math.sqrt(1e-3))  # clipped at 0.999
 
 
+@settings(deadline=None)
 @given(names, st.integers(1, 400), st.sampled_from(sorted(GRIDS)), st.data())
 def test_grids_fall_from_T_to_0(name, T, spacing, data):
     steps = data.draw(st.integers(1, T))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
+from benchmarks.support.analytic import ExactNetwork, GaussianMixture
 from cdm_fast import CDM, DDM, NoiseSchedule
 from cdm_fast.cli.describe import describe_outliers
 from cdm_fast.data import ImageData, quantize
@@ -17,7 +18,6 @@ from cdm_fast.errors import UserError
 from cdm_fast.evaluation.outliers import SCORES, anomaly_map, evaluate_outliers, level_of
 from cdm_fast.likelihood import calibrate_sigma
 from cdm_fast.statistics import auroc, auroc_standard_error, conformal_p_value
-from tests.analytic import ExactNetwork, GaussianMixture
 from tests.test_cli import call, call_json
 from tests.tiny_run import FLAGS, write_images
 

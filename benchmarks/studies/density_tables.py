@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from benchmarks.studies.rows import add_row, read_rows
+from benchmarks.support.analytic import GaussianMixture, random_mixture
 from cdm_fast.host.optional import need
 from cdm_fast.likelihood import flow_log_prob
 from cdm_fast.tables import CDMDensity, MutualInformation
-from tests.analytic import GaussianMixture, random_mixture
 
 MIXTURE_ROWS, TEST_ROWS = 200_000, 5_000
 ODE_POINTS = {2: 200, 16: 100, 64: 40}

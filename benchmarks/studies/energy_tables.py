@@ -18,6 +18,15 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import avg_pool2d
 
+from benchmarks.support.analytic import (
+    ExactNetwork,
+    GaussianMixture,
+    given,
+    mixture,
+    product,
+    random_mixture,
+    smooth_pixels,
+)
 from cdm_fast import CDM, NoiseSchedule, load, sample
 from cdm_fast.data.pixels import displayable, from_display, levels_to_display
 from cdm_fast.evaluation.quality import two_sample_test
@@ -29,15 +38,6 @@ from cdm_fast.runs.checkpoint import read_config
 from cdm_fast.sampling import MALA
 from cdm_fast.sampling.langevin import DrawFrom, anneal, ladder, tune_step_sizes
 from cdm_fast.sampling.restoration import Known, MeanPool, Posterior, restore
-from tests.analytic import (
-    ExactNetwork,
-    GaussianMixture,
-    given,
-    mixture,
-    product,
-    random_mixture,
-    smooth_pixels,
-)
 
 NUM, SEEDS, PERMUTATIONS = 500, 3, 499
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from cdm_fast.ops import use_backend
 from cdm_fast.ops.noise_level_ce import level_logits, noise_level_ce
+from tests.accuracy import TOLERANCE, assert_kernel_accurate
 
 # batch, levels, classes, whether every level has K logits (else pure noise has one)
 CASES = {
@@ -44,7 +45,7 @@ def _values_and_gradient(logits, level, label, num_classes):
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-def test_kernels_are_as_accurate_as_the_reference(kernels, poison_empty, assert_kernel_accurate, case, dtype):
+def test_kernels_are_as_accurate_as_the_reference(kernels, poison_empty, case, dtype):
     arguments = _case(*case, dtype=dtype)
     with use_backend("reference"):
         plain = _values_and_gradient(*arguments)
@@ -57,7 +58,7 @@ def test_kernels_are_as_accurate_as_the_reference(kernels, poison_empty, assert_
 
 @pytest.mark.parametrize("most", ["baseline", "avx2"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-def test_lesser_instruction_sets_are_as_accurate(limit_isa, assert_kernel_accurate, most, dtype):
+def test_lesser_instruction_sets_are_as_accurate(limit_isa, most, dtype):
     arguments = _case(*CASES["longer-than-a-block"], dtype=dtype)
     with use_backend("reference"):
         plain = _values_and_gradient(*arguments)
@@ -128,21 +129,19 @@ def _level_logits_and_gradient(logits, num_classes):
 @pytest.mark.parametrize("most", ["baseline", "avx2", "avx512"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-def test_level_logits_and_posterior_in_cpp(
-    limit_isa, poison_empty, assert_kernel_accurate, most, case, dtype
-):
+def test_level_logits_and_posterior_in_cpp(limit_isa, poison_empty, most, case, dtype):
     limit_isa(most)
-    _assert_level_logits("cpp", assert_kernel_accurate, case, dtype)
+    _assert_level_logits("cpp", case, dtype)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-def test_level_logits_and_posterior_in_triton(poison_empty, assert_kernel_accurate, case, dtype):
+def test_level_logits_and_posterior_in_triton(poison_empty, case, dtype):
     pytest.importorskip("triton", reason="triton is not installed")
-    _assert_level_logits("triton", assert_kernel_accurate, case, dtype)
+    _assert_level_logits("triton", case, dtype)
 
 
-def _assert_level_logits(kernels, assert_kernel_accurate, case, dtype):
+def _assert_level_logits(kernels, case, dtype):
     logits, _, _, num_classes = _case(*case, dtype=dtype)
     with use_backend("reference"):
         plain = _level_logits_and_gradient(logits, num_classes)
@@ -329,7 +328,7 @@ MINUS_INFINITY = {
 @pytest.mark.parametrize("num_classes, entries", MINUS_INFINITY.values(), ids=MINUS_INFINITY.keys())
 @pytest.mark.parametrize("label", [None, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_of_minus_infinity(backend, tolerance, num_classes, entries, label, dtype):
+def test_logits_of_minus_infinity(backend, num_classes, entries, label, dtype):
     """Impossible levels and classes: finite wherever the reference is, infinite where it is."""
     logits = torch.randn(2, 12 if num_classes == 1 else 21).to(dtype)
     logits[:, entries] = -torch.inf
@@ -342,7 +341,7 @@ def test_logits_of_minus_infinity(backend, tolerance, num_classes, entries, labe
         (gradient,) = torch.autograd.grad(getattr(result, output).sum(), leaf)
         return result.loss.detach(), result.log_ratio.detach(), gradient
 
-    bounds = {"rtol": tolerance[dtype], "atol": tolerance[dtype]}
+    bounds = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
     for output in ("loss", "log_ratio"):
         got = values(output)
         with use_backend("reference"):
