@@ -92,3 +92,26 @@ def from_display(pixels: Tensor, num_grey_levels: int, pixel_map: PixelMap = "in
     if pixel_map == "points":
         return pixels.float() * (2 / 255) - 1
     return (pixels.float() * ((num_grey_levels - 1) / 255) + 0.5) * (2 / num_grey_levels) - 1
+
+
+def noise_of_inputs(sigma: float, num_grey_levels: int, pixels: PixelMap = "intervals") -> float:
+    """Standard deviation in the model's units, [-1, 1], of noise that is `sigma` in units of white."""
+    return 2 * sigma * (1 if pixels == "points" else (num_grey_levels - 1) / num_grey_levels)
+
+
+def to_inputs(pixels: Tensor, num_grey_levels: int, pixel_map: PixelMap = "intervals") -> Tensor:
+    """Pixels, white being 1 and noise allowed, as inputs of a model: an affine map, without clipping.
+
+    A clean pixel p becomes the middle of its grey level's interval, `2 ((N-1) p + 1/2)/N - 1`, or the point
+    `2 p - 1`.
+    """
+    if pixel_map == "points":
+        return 2 * pixels - 1
+    return (pixels * (num_grey_levels - 1) + 0.5) * (2 / num_grey_levels) - 1
+
+
+def to_pixels(x: Tensor, num_grey_levels: int, pixel_map: PixelMap = "intervals") -> Tensor:
+    """The inverse of `to_inputs`."""
+    if pixel_map == "points":
+        return (x + 1) / 2
+    return ((x + 1) * (num_grey_levels / 2) - 0.5) / (num_grey_levels - 1)

@@ -62,6 +62,7 @@ class ClassReport:
         images_per_second: classified, once each: images times draws over seconds.
         index: (n,) which images of the split; score: (n, K) log p(x|c) in nats, for "denoising" its score,
             for "discriminative" log p(c|x);
+        log_joint: (n, K) `score` plus `log p(c)`: for a likelihood `log p(x, c)` in nats.
         posterior: (n, K) `p(c|x)`.
     """
 
@@ -86,12 +87,14 @@ class ClassReport:
     reliability: Reliability
     index: Tensor
     score: Tensor
+    log_joint: Tensor
     posterior: Tensor
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the values of single images, ready for `json.dumps`."""
         fields = asdict(self)
-        del fields["index"], fields["score"], fields["posterior"]
+        for of_images in ("index", "score", "log_joint", "posterior"):
+            del fields[of_images]
         return fields
 
     def columns(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -188,7 +191,8 @@ def evaluate_classes(
             score[first : first + len(x)] += each / draws
             bits[first : first + len(x)] += bits_per_dim((each + log_prior).logsumexp(1), data) / draws
     seconds = time.perf_counter() - began
-    log_posterior = (score + log_prior).log_softmax(1)
+    log_joint = score + log_prior
+    log_posterior = log_joint.log_softmax(1)
     predicted = log_posterior.argmax(1)
     right = (predicted == label).double()
     calibration = reliability(log_posterior.exp(), label)
@@ -215,6 +219,7 @@ def evaluate_classes(
         reliability=calibration,
         index=index,
         score=score,
+        log_joint=log_joint,
         posterior=log_posterior.exp(),
     )
 

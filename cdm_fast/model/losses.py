@@ -103,7 +103,7 @@ def noised_ddm_loss(model: DDM, batch: Noised) -> LossTerms:
 
 
 def noised_classifier_loss(model: Classifier, batch: Noised) -> LossTerms:
-    """`-log p(label | x)` in nats of inputs at level 0, which is no noise."""
+    """`-log p(label | x)` in nats of inputs at the classifier's level."""
     assert batch.label is not None
     ce = F.cross_entropy(model.logits(batch.x_t), batch.label)
     return LossTerms(ce, torch.zeros_like(ce), ce)
