@@ -9,8 +9,8 @@
 - noised: the same trained under the noise of each sigma, a run for each;
 - denoised: the clean one behind the joint run's denoiser.
 
-`attack` is a check that the certificates hold: projected gradient descent on the smoothed posterior inside the
-certified radius, for the joint run. A missing run is trained into RUNS by the preset.
+`attack` is a check that the certificates hold: projected gradient descent on the smoothed posterior inside
+the certified radius, for the joint run. A missing run is trained into RUNS by the preset.
 """
 
 import argparse
