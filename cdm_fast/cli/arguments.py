@@ -223,6 +223,26 @@ class Classify:
     """Steps of the attack; by default 40 for pgd, 50 for deepfool, 200 for cw, 1000 for square."""
     attack_images: int = 100
     """Images to attack, drawn from the split."""
+    selective: Annotated[bool, FlagCreatePairsOff] = False
+    """Also state what abstaining gains: accuracy on the most certain images, conformal prediction sets,
+    rejection by log p(x); draws RUN/selective.png."""
+    set_coverage: float = 0.9
+    """Share of images whose conformal prediction set holds their class (--selective)."""
+    false_alarms: float = 0.05
+    """Share of usual images that a threshold on log p(x) may reject (--selective)."""
+    certify: Annotated[bool, FlagCreatePairsOff] = False
+    """Also certify the classes against every perturbation up to an L2 radius, by randomized smoothing; draws
+    RUN/certified.png. Joint, embedding and discriminative."""
+    sigma: tuple[float, ...] = (0.25, 0.5, 1.0)
+    """Standard deviations of the noise of --certify, white being 1; half of that of [-1, 1] images."""
+    certify_images: int = 100
+    """Images to certify, drawn from the split."""
+    certify_draws: int = 1000
+    """Noise draws an image; more of them certify larger radii."""
+    failure_probability: float = 0.001
+    """Of each certificate: that its radius is too large."""
+    denoiser: Path | None = None
+    """Run directory whose denoiser goes before this classifier in --certify."""
     out: Path | None = None
     """Also write the prediction and every class's log-likelihood of each image into this .npz or .csv."""
     batch_size: int = 500

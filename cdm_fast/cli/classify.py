@@ -6,6 +6,7 @@ from typing import Any
 
 from cdm_fast.cli import arguments
 from cdm_fast.cli.arguments import Classify
+from cdm_fast.cli.certify import certify_images, check_certify, select_images
 from cdm_fast.cli.describe import describe_attack, describe_classes, describe_corruptions
 from cdm_fast.cli.outcome import Outcome, Scored, scored_by
 from cdm_fast.config import RunConfig
@@ -27,8 +28,8 @@ from cdm_fast.runs.load import load
 def score_classes(command: Classify, config: RunConfig, model: Denoiser, data: ImageData) -> Scored:
     """The JSON values, the lines for a person, and the columns of the per-image file.
 
-    Draws RUN/classes.png and, if asked for, RUN/corruptions.png and RUN/attack.png. Raises UserError as
-    `evaluate_classes` and `evaluate_attack` do.
+    Draws RUN/classes.png and, if asked for, pictures of corruptions, an attack, abstention and certificates.
+    Raises UserError as `evaluate_classes`, `evaluate_attack` and `evaluate_certificates` do.
     """
     require_classes(model)
     if command.attack is not None:  # what it lacks is told before any work
@@ -42,6 +43,7 @@ def score_classes(command: Classify, config: RunConfig, model: Denoiser, data: I
         if command.attack_from is not None:
             _require_same_kind(command.attack_from, config)
         load_foolbox()
+    check_certify(command, model, data)
     report = _evaluate(command, config, model, data)
     result = report.to_json()
     picture = write_classes(result, command.run / "classes.png")
@@ -58,7 +60,15 @@ def score_classes(command: Classify, config: RunConfig, model: Denoiser, data: I
         attacked, told = _attack(command, model, data)
         result |= {"attack": attacked}
         lines += told
-    return result, lines, report.columns()
+    columns = report.columns()
+    for scored in (
+        *([select_images(command, model, data, report)] if command.selective else ()),
+        *([certify_images(command, model, data)] if command.certify else ()),
+    ):
+        result |= scored[0]
+        lines += scored[1]
+        columns |= scored[2]
+    return result, lines, columns
 
 
 def _attack(command: Classify, model: Denoiser, data: ImageData) -> tuple[dict[str, Any], list[str]]:

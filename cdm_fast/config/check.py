@@ -47,6 +47,11 @@ def check(config: RunConfig) -> None:
         )
     if train.objective == "classifier" and config.image.num_classes is None:
         raise UserError(f"--objective classifier needs labels, and {source} has none; give labelled data")
+    if train.classifier_noise and train.objective != "classifier":
+        raise UserError(
+            f"--classifier-noise {train.classifier_noise:g} is that of --objective classifier alone: leave it"
+            " out, or give that objective"
+        )
     if config.network.conditioning == "joint" and train.objective == "ddm":
         raise UserError(
             "--conditioning joint needs logits, and --objective ddm has none; give --conditioning embedding"
@@ -166,7 +171,9 @@ def _unit_interval(config: RunConfig) -> list[tuple[str, float, bool]]:
 
 
 def _nonnegative(config: RunConfig) -> list[tuple[str, float]]:
-    names = ("lr", "weight_decay", "clip_norm", "ce_weight", "mse_weight", "class_weight")
+    names = (
+        "lr", "weight_decay", "clip_norm", "ce_weight", "mse_weight", "class_weight", "classifier_noise",
+    )  # fmt: skip
     of_training = [(name.replace("_", "-"), getattr(config.train, name)) for name in names]
     return [*of_training, ("guidance", config.output.guidance)]
 

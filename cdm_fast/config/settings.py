@@ -103,7 +103,7 @@ class TrainConfig:
 
     objective: Objective = "cdm"
     """`cdm`: classify the noise level and denoise by its gradient; `ddm`: the plain denoising baseline;
-    `classifier`: the discriminative one, cross-entropy over the classes of clean images."""
+    `classifier`: the discriminative one, cross-entropy over the classes of images."""
     steps: int = 1000
     """Optimizer steps in all."""
     batch_size: int = 128
@@ -144,6 +144,9 @@ class TrainConfig:
     class_weight: float = 0.0
     """Weight of the cross-entropy over classes at the input's level, on top of its part in the one over noise
     levels (--conditioning joint only)."""
+    classifier_noise: float = 0.0
+    """Standard deviation of the Gaussian noise under which a classifier trains, white being 1; the schedule's
+    nearest level (--objective classifier only)."""
     dropout_until: float = 1.0
     """Share of the steps, from the first, that drop activations; the rest trains the network as it is used
     afterwards, whose likelihoods are off otherwise."""
