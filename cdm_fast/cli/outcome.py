@@ -1,5 +1,6 @@
-"""What the commands share: their outcome, the loaded model, data that must fit the run."""
+"""What the commands share: their outcome, the loaded model, and data that fit the run."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,9 @@ from cdm_fast.interop.source import is_foreign, open_foreign, output_folder, req
 from cdm_fast.model import CDM, DDM, Denoiser
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.runs.build import run_data
-from cdm_fast.runs.checkpoint import read_config
+from cdm_fast.runs.checkpoint import load_checkpoint, read_config
 from cdm_fast.runs.load import load
+from cdm_fast.training.prepare import data_digest
 
 
 class Outcome(NamedTuple):
@@ -79,8 +81,8 @@ def scored_by(
         raise UserError(f"--batch-size is {command.batch_size}; give 1 or more")
     if command.out is not None:
         check_name(command.out)
-    data = run_data(config, command.split, command.data)
-    require_fit(data, config, command.run)
+    own_too = isinstance(command, arguments.Score)  # whose reference is the validation split
+    data = data_for(command.run, config, command.split, command.data, own_too)
     model = load_on(command.run, command.device) if foreign is None else foreign.model
     into = command if foreign is None else replace(command, run=foreign.folder)
     result, lines, columns = scoring(into, config, model, data)
@@ -88,6 +90,37 @@ def scored_by(
     if command.out is not None:
         found["out"] = str(write_per_image(command.out, data, columns))
     return Outcome(found, lines)
+
+
+def data_for(
+    run: Path, config: RunConfig, split: str, source: str | None = None, own_too: bool = False
+) -> ImageData:
+    """A split of the run's own data, or of `source`, checked against the run.
+
+    own_too: the run's own data are read besides those of `source`. Raises UserError for images of another
+    size or kind, and for own data that have changed since the training.
+    """
+    if source is None or own_too:
+        _require_unchanged(run, config)
+    data = run_data(config, split, source)
+    require_fit(data, config, run)
+    return data
+
+
+def _require_unchanged(run: Path, config: RunConfig) -> None:
+    """UserError where the run's own data are not those it was trained on.
+
+    Its test split may then hold images of the old training split. A converted run knows no data of its own.
+    """
+    if config.data.source == "digits":  # they come with scikit-learn
+        return
+    with warnings.catch_warnings(action="ignore"):  # loading the model warns of a damaged checkpoint
+        trained_on = load_checkpoint(run, parts=()).state.get("data_digest")
+    if trained_on and trained_on != data_digest(run_data(config, "train")):
+        raise UserError(
+            f"{config.data.source} has changed since {run} was trained on it; restore those images, or name"
+            " other data by --data"
+        )
 
 
 def require_fit(data: ImageData, config: RunConfig, run: Path) -> None:

@@ -58,6 +58,7 @@ def train(
     Raises UserError for bad data or settings, before anything is written; when `out` exists; when the disk
     refuses; and when `max_bad_steps` steps in a row are not finite.
     """
+    out = Path(out).expanduser()
     if is_main():
         require_new(out)
     require_extras(config)
@@ -72,8 +73,8 @@ def train(
         state.data = data_digest(data)
         if is_main():
             create_run(out, config, to_checkpoint(state, config))
-        with alone_in(Path(out)):
-            return _train(config, Path(out), state, data, validation, max_time, parallel)
+        with alone_in(out):
+            return _train(config, out, state, data, validation, max_time, parallel)
 
 
 def resume(
@@ -87,8 +88,10 @@ def resume(
     """Continues a run from its newest intact checkpoint, exactly as if it had never stopped.
 
     config: the run's own, with another number of steps or other `output` settings if wanted.
-    Raises UserError as `train` does, and when `config` changes anything that decides the numbers.
+    Raises UserError as `train` does, when `config` changes anything that decides the numbers, and when it
+    asks for fewer steps than the run has taken.
     """
+    run = Path(run).expanduser()
     stored = read_config(run)
     config = config or stored
     check(config)
@@ -97,9 +100,15 @@ def resume(
         raise UserError(f"--resume {run} cannot change {'; '.join(changed)}; train into another --out")
     require_extras(config)
     check_parallel(config, parallel)
-    require_trained_here(load_checkpoint(run, parts=()), str(run))  # before its data are looked for
+    newest = load_checkpoint(run, parts=())
+    require_trained_here(newest, str(run))  # before its data are looked for
+    if config.train.steps < newest.step:
+        raise UserError(
+            f"--steps is {config.train.steps}, and {run} has taken {newest.step} steps; give {newest.step} or"
+            " more"
+        )
     place = pick_device(device)
-    with alone_in(Path(run)), own_randomness(place):
+    with alone_in(run), own_randomness(place):
         data = run_data(config, "train")
         if from_main(resolve(config, data, place)).image != config.image:
             raise UserError(f"--data {config.data.source} is not what {run} was trained on; give that data")
@@ -110,10 +119,10 @@ def resume(
         if from_main(state.step) != state.step:
             raise UserError(f"{run} is another one on another machine; put it where all of them see it")
         if is_main():
-            make_ready(Path(run), state.step)
+            make_ready(run, state.step)
         if config != stored:
-            write_config(Path(run), config)
-        return _train(config, Path(run), state, data, validation, max_time, parallel)
+            write_config(run, config)
+        return _train(config, run, state, data, validation, max_time, parallel)
 
 
 def _train(
