@@ -14,10 +14,14 @@ import pytest
 from PIL import Image
 
 from cdm_fast.cli import arguments, main
+from cdm_fast.cli.bar import Bar
 from cdm_fast.cli.entry import parse
+from cdm_fast.data import load_data
+from cdm_fast.data.pictures import encode_png
 from cdm_fast.errors import UserError
 from cdm_fast.host.device import pick_device
 from cdm_fast.runs.load import load
+from cdm_fast.sampling import sample
 from tests.test_bad_input import refused
 from tests.test_cli import COMMANDS, call_json
 from tests.tiny_run import FLAGS, write_images
@@ -248,6 +252,122 @@ def test_ctrl_c_during_the_imports_shows_no_traceback(trained, seconds):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode in (-signal.SIGINT, 130) and "Traceback" not in errors
+
+
+# Many samples
+
+
+@pytest.fixture
+def flat(tmp_path, trained):
+    """Flags that draw 10 images in batches of 4."""
+    return ["sample", trained, "--num", "10", "--batch-size", "4", "--steps", "2", "--seed", "3"]
+
+
+def test_batches_and_outputs_hold_the_same_images(flat, tmp_path):
+    call_json(*flat, "--out", tmp_path / "batches.npz")
+    call_json(*flat, "--batch-size", "100", "--out", tmp_path / "one.npz")
+    found = call_json(*flat, "--out", tmp_path / "folder")
+    assert (found["num_images"], found["stopped"]) == (10, "finished")
+    with np.load(tmp_path / "batches.npz") as batches, np.load(tmp_path / "one.npz") as one:
+        assert set(batches) == set(one) == {"images", "num_grey_levels"}
+        np.testing.assert_array_equal(batches["images"], one["images"])
+        images, grey = batches["images"], int(batches["num_grey_levels"])
+    names = sorted((tmp_path / "folder").iterdir())
+    assert [path.name for path in names] == [f"{i:06d}.png" for i in range(10)]
+    pictures = np.stack([np.asarray(Image.open(path)) for path in names])
+    np.testing.assert_allclose(pictures / 255 * (grey - 1), images[..., 0], atol=0.51)
+    assert len(load_data(str(tmp_path / "batches.npz"), "train").images) == 7
+    assert not [path for path in tmp_path.rglob("*") if "unfinished" in path.name]
+
+
+def test_moves_of_several_batches_are_those_of_one(flat, tmp_path):
+    flags = ["--sampler", "mala", "--moves", "1"]
+    several = call_json(*flat, *flags, "--out", tmp_path / "several.npz")
+    one = call_json(*flat, *flags, "--batch-size", "100", "--out", tmp_path / "one.npz")
+    assert several["step_size"] == one["step_size"]
+    np.testing.assert_allclose(several["acceptance"], one["acceptance"], rtol=1e-5)
+    with np.load(tmp_path / "several.npz") as a, np.load(tmp_path / "one.npz") as b:
+        np.testing.assert_array_equal(a["images"], b["images"])
+
+
+def test_ctrl_c_keeps_what_was_drawn(flat, tmp_path, monkeypatch):
+    for out in ("a.npz", "folder", "sheet.png"):
+        calls = []
+
+        def draw(*arguments, calls=calls, **options):
+            calls.append(options)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return sample(*arguments, **options)
+
+        monkeypatch.setattr("cdm_fast.cli.sample.sample", draw)
+        found = call_json(*flat, "--out", tmp_path / out)
+        assert (found["num_images"], found["stopped"]) == (8, "signal")
+    with np.load(tmp_path / "a.npz") as arrays:
+        assert len(arrays["images"]) == 8
+    assert len(list((tmp_path / "folder").iterdir())) == 8 and (tmp_path / "sheet.png").exists()
+
+
+def test_ctrl_c_while_a_batch_is_written_waits_for_its_end(flat, tmp_path, monkeypatch):
+    def encode(image):
+        os.kill(os.getpid(), signal.SIGINT)
+        return encode_png(image)
+
+    monkeypatch.setattr("cdm_fast.cli.sample_files.encode_png", encode)
+    found = call_json(*flat, "--out", tmp_path / "folder")
+    names = sorted(path.name for path in (tmp_path / "folder").iterdir())
+    assert found["num_images"] == 4 and names == [f"{i:06d}.png" for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--num", str(10**9)], "more than a sheet holds"),
+        (["--num", str(10**15), "--out", "big.npz"], "bytes in"),
+        (["--num", str(10**15), "--out", "big"], "files in"),
+        (["--batch-size", "0"], "--batch-size is 0"),
+        (["--out", "picture.gif"], ".png or .npz, or that of a folder"),
+        (["--out", "taken"], "taken exists already"),
+    ],
+)
+def test_samples_that_cannot_be_written_are_refused_first(trained, tmp_path, monkeypatch, flags, told):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    refused(tmp_path, ["sample", trained, *flags], told)
+
+
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(capsys, monkeypatch):
+    monkeypatch.setattr("cdm_fast.cli.bar._SECONDS_BETWEEN_LINES", 0.0)
+    with Bar("images", 3) as bar:
+        for _ in range(3):
+            bar.advance(1)
+    assert capsys.readouterr().err == "1 of 3 images\n2 of 3 images\n"
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes this for a terminal
+    with Bar("images", 3) as bar:
+        bar.advance(3)
+    assert "images" in (drawn := capsys.readouterr().err) and "3/3" in drawn and "ETA" in drawn
+
+
+def test_memory_does_not_grow_with_the_number_of_samples(trained, tmp_path):
+    """400,000 images of 64 bytes would show as 25 MB; the network is replaced, for it takes minutes."""
+    script = (
+        "import resource, sys, torch\n"
+        "import cdm_fast.cli.sample as command\n"
+        "from cdm_fast.cli import main\n"
+        "command.sample = lambda model, num, *_, **__: torch.zeros(num, 1, 8, 8)\n"
+        "def peak(num, out):\n"
+        "    assert main(['sample', sys.argv[1], '--num', num, '--batch-size', '2000', '--out', out]) == 0\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak('8000', 'few.npz')\n"
+        "grown = peak('400000', 'many.npz') - before\n"
+        "assert grown < 8000, f'{grown} KiB'\n"
+    )
+    command = [sys.executable, "-c", script, str(trained.resolve())]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "many.npz") as arrays:
+        assert arrays["images"].shape == (400_000, 8, 8, 1)
 
 
 # Help

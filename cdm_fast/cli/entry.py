@@ -7,7 +7,6 @@ no command made use of; 141 where the reader of standard output has gone.
 import contextlib
 import io
 import json
-import math
 import os
 import sys
 import warnings
@@ -38,6 +37,7 @@ from cdm_fast.cli.help import registry
 from cdm_fast.cli.interrupt import INTERRUPTED, interruptible
 from cdm_fast.cli.streams import Lossy, OutputGone, open_standard_streams, writing_result
 from cdm_fast.config import preset
+from cdm_fast.config.json import finite
 from cdm_fast.errors import UserError
 from cdm_fast.host.processes import launched, starts_again
 
@@ -183,7 +183,7 @@ def _run(arguments: list[str]) -> int:
             interruptible()
             outcome = run(command)
         with writing_result():
-            print(json.dumps(_finite(outcome.result)) if as_json else "\n".join(outcome.lines))
+            print(json.dumps(finite(outcome.result)) if as_json else "\n".join(outcome.lines))
         return 0
     except UserError as error:
         return _refuse(str(error), as_json)
@@ -233,12 +233,3 @@ def _warnings_of_one_line() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = show
         yield
-
-
-def _finite(value: Any) -> Any:
-    """A JSON value in which NaN and infinity, which JSON lacks, are null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

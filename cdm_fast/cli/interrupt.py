@@ -35,3 +35,19 @@ def interruptible() -> None:
     """From here on Ctrl-C raises KeyboardInterrupt again, if `dies_of_interrupt` has changed that."""
     if _ends_process:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def deferred_interrupt() -> Iterator[None]:
+    """A block that a Ctrl-C does not cut short: it raises KeyboardInterrupt at the end of the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if received:
+        raise KeyboardInterrupt

@@ -12,7 +12,7 @@ from cdm_fast.cli import arguments
 from cdm_fast.cli.per_image import check_name, write_per_image
 from cdm_fast.config import RunConfig
 from cdm_fast.data import ImageData
-from cdm_fast.errors import UserError
+from cdm_fast.errors import UserError, require_at_least
 from cdm_fast.host.device import pick_device
 from cdm_fast.interop.source import is_foreign, open_foreign, output_folder, require_data
 from cdm_fast.model import CDM, DDM, Denoiser
@@ -24,10 +24,19 @@ from cdm_fast.training.prepare import data_digest
 
 
 class Outcome(NamedTuple):
-    """What a command tells: JSON values for `--json`, lines for a person."""
+    """What a command prints: JSON values for `--json`, or lines of text."""
 
     result: dict[str, Any]
     lines: list[str]
+
+
+def without_arrays(report: dict[str, Any]) -> dict[str, Any]:
+    """A report without its lists of numbers, such as one value for every level, at any depth."""
+    return {
+        key: without_arrays(value) if isinstance(value, dict) else value
+        for key, value in report.items()
+        if not (isinstance(value, list | tuple) and any(isinstance(each, int | float) for each in value))
+    }
 
 
 class Opened(NamedTuple):
@@ -48,17 +57,18 @@ def open_model(run: Path, device: str) -> Opened:
 
 
 UNTRAINED_NULL = (
-    "this run was trained without label dropout, as the paper's public code trains, so its figures without a"
-    " label, and guidance, are those of a class that it never saw"
+    "this run was trained without label dropout, as in the paper's public code, so its figures without a"
+    " label, and guidance, use an embedding that it never saw in training"
 )
 
 
 def null_is_untrained(config: RunConfig) -> bool:
-    """Whether the run's class embedding has a row for no class that training never used."""
+    """Whether the run has an embedding for "no class" that was never trained."""
     return config.network.conditioning == "embedding" and config.train.label_dropout == 0
 
 
 def load_on(run: Path, device: str) -> CDM | DDM | Classifier:
+    """A run's model on the device."""
     return load(run).to(pick_device(device))
 
 
@@ -69,16 +79,17 @@ Scored = tuple[dict[str, Any], list[str], dict[str, tuple[Tensor, Tensor]]]  # J
 def scored_by(
     scoring: Callable[[ImageScoring, RunConfig, Denoiser, ImageData], Scored], command: ImageScoring
 ) -> Outcome:
-    """Reads what a command names, has it scored, and writes the values of every image if asked to."""
+    """Opens the model and the data, scores the images, and writes the per-image file of `--out`."""
     foreign = None
     if is_foreign(command.run):
         if not isinstance(command, arguments.Classify):
-            raise UserError(f"{command.run} only denoises, and score reads one-pass likelihoods; give a run")
+            raise UserError(
+                f"{command.run} only denoises, and score needs single-pass likelihoods; give a run"
+            )
         require_data(command.run, command.data)
         foreign = open_model(command.run, command.device)
     config = read_config(command.run) if foreign is None else foreign.config
-    if command.batch_size < 1:
-        raise UserError(f"--batch-size is {command.batch_size}; give 1 or more")
+    require_at_least("--batch-size", command.batch_size, 1)
     if command.out is not None:
         check_name(command.out)
     own_too = isinstance(command, arguments.Score)  # whose reference is the validation split

@@ -322,8 +322,9 @@ def _log_prior(prior: Tensor, of: str, count: int) -> Tensor:
     return (prior / prior.sum()).log()
 
 
-def require_likelihood(model: Denoiser) -> None:
-    """UserError for a model without a likelihood."""
+def require_likelihood(model: Denoiser) -> "CDM":
+    """The model itself, which is a CDM; UserError for a model without a likelihood."""
     if not isinstance(model, CDM):
         kind = "plain denoising model (DDM)" if isinstance(model, DDM) else "classifier"
         raise UserError(f"this is a {kind}, which has no likelihood: train with --objective cdm")
+    return model

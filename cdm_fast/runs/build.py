@@ -112,8 +112,8 @@ def run_data(config: RunConfig, split: str, source: str | None = None) -> ImageD
     return replace(data, pixels=config.data.pixels)
 
 
-def class_labels(config: RunConfig, num: int) -> Tensor | None:
-    """(num,) int64: the classes in turn for a class-conditional run, else None."""
+def class_labels(config: RunConfig, num: int, first: int = 0) -> Tensor | None:
+    """(num,) int64: the classes in turn, from image `first` on, for a class-conditional run, else None."""
     if config.network.conditioning == "none" or config.image.num_classes is None:
         return None
-    return torch.arange(num) % config.image.num_classes
+    return torch.arange(first, first + num) % config.image.num_classes

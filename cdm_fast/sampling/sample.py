@@ -50,6 +50,7 @@ def sample(
     moves: int = 2,
     leapfrog: int = 1,
     log: MoveLog | None = None,
+    first: int = 0,
 ) -> Tensor:
     """`num` images drawn from the model, `(num, *shape)`, in the dtype and on the device of its parameters.
 
@@ -58,7 +59,8 @@ def sample(
     noise of `ddim`; `shape` of one image, by default `model.input_shape`; `spacing` of the levels visited,
     the sampler's own by default; `precision` of the network ("bf16": under autocast, images stay fp32);
     `moves` of `mala` and `smc` at each level, each of `leapfrog` steps (Langevin moves with one, HMC with
-    more), and `log`, to which they add the acceptance of each level.
+    more), and `log`, to which they add the acceptance of each level, and whose step sizes they keep if it has
+    any; `first`, the number of the first image: `num` images from there on.
     Image i depends on the seed, i and its label alone: any `batch_size` gives the same result up to rounding,
     and so does any number of processes (see `distributed.joined`), which share the images. Not so for `smc`,
     where a batch is one population. The step sizes of moves come from a pilot of a fixed seed.
@@ -68,6 +70,8 @@ def sample(
     run = _sampler(sampler, eta, spacing)
     shape = _image_shape(model, shape)
     _check_range("num", num, 0, bits=32)
+    _check_range("first", first, 0, bits=32)
+    _check_range("first + num", first + num, 0, bits=32)
     _check_range("batch_size", batch_size, 1, bits=32)
     _check_range("seed", seed, 0, bits=64)
     like = prototype(model)
@@ -83,7 +87,8 @@ def sample(
         _check_range("leapfrog", leapfrog, 1, bits=32)
         log = MoveLog() if log is None else log
         log.leapfrog = leapfrog
-        log.step_size = prepare(model, sampler, steps, shape, labels, spacing, leapfrog)
+        if not log.step_size:
+            log.step_size = prepare(model, sampler, steps, shape, labels, spacing, leapfrog)
         run = partial(run, moves=moves, log=log)
     elif leapfrog != 1:
         raise UserError(
@@ -94,7 +99,7 @@ def sample(
     with cast_weights(model, like.device, precision):
         for start in range(mine.start, mine.stop, batch_size):
             batch = slice(start, min(start + batch_size, mine.stop))
-            noise = ImageNoise(seed, batch, shape, like)
+            noise = ImageNoise(seed, slice(first + batch.start, first + batch.stop), shape, like)
             label_b = None if labels is None else labels[batch]
             images.append(run(model, noise(), noise, steps, label_b))
     return gather_rows(torch.cat(images), num)
