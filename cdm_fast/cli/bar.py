@@ -2,13 +2,9 @@
 
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
-from cdm_fast.host.processes import is_main
-from cdm_fast.host.progress import to_stderr
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
+from cdm_fast.host.progress import terminal_bar, to_stderr
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -26,7 +22,7 @@ class Bar:
     def __init__(self, what: str, total: int) -> None:
         self._what, self._total, self._done = what, total, 0
         self._told = time.monotonic()
-        self._bar = _rich_bar(what)
+        self._bar = terminal_bar(what)
         if self._bar is not None:
             self._task = self._bar.add_task(what, total=total)
 
@@ -49,17 +45,3 @@ class Bar:
         elif self._done < self._total and time.monotonic() - self._told >= _SECONDS_BETWEEN_LINES:
             self._told = time.monotonic()
             to_stderr(f"{self._done} of {self._total} {self._what}")
-
-
-def _rich_bar(what: str) -> "Progress | None":
-    """rich's progress bar; None without a terminal or without rich, and in all processes but one."""
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    except ImportError:
-        return None
-    console = Console(stderr=True, highlight=False)
-    if not (console.is_terminal and is_main()):
-        return None
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("ETA"))
-    return Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True, compact=True), console=console)

@@ -70,7 +70,7 @@ def parse(arguments: Sequence[str]) -> Command:
     )
     complaint = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint), registry:
+        with writing_result(), contextlib.redirect_stderr(complaint), registry:
             command = tyro.cli(commands, prog="cdm-fast", args=list(arguments), config=markers)
     except SystemExit as stop:
         if stop.code in (0, None):
@@ -175,8 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     as_json = "--json" in arguments
     try:
-        with writing_result():
-            command = parse(arguments)
+        command = parse(arguments)
         with contextlib.redirect_stdout(sys.stderr), _warnings_of_one_line():
             from cdm_fast.cli.commands import run  # imports torch
 
