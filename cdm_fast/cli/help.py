@@ -2,7 +2,7 @@
 
 tyro's own rule keeps the line breaks of a docstring, lists inherited fields first, and ends the help of every
 optional argument in `(default: None)`. The rule here joins the lines, lists inherited fields last, and
-prints no default where it is None, which the docstring explains, or where an option is a mere switch.
+prints no default where it is None or empty, which the docstring explains, or where an option is a switch.
 """
 
 import ast
@@ -33,7 +33,7 @@ def fields_of_command(info: StructTypeInfo) -> StructConstructorSpec | None:
     for each in own + inherited:
         default = getattr(info.default, each.name) if isinstance(info.default, kind) else _default(each)
         hint: Any = hints[each.name]
-        if default is None or hint == Switch:
+        if default is None or default == () or hint == Switch:
             hint = Annotated[hint, tyro.conf.arg(help_behavior_hint="")]
         if each.default is None and not kind.__module__.startswith("cdm_fast.config."):
             hint = _without_none[hint]  # leaving the option out says so already
