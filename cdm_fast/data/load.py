@@ -89,13 +89,15 @@ def load_data(
 def _open(source: str | Path) -> Source:
     if source == "digits":
         return read_digits()
+    remedy = "give digits, hf:OWNER/NAME, a folder, a .zip or an .npz"
+    if source in ("", "hf:"):  # an empty path would be the current folder
+        raise UserError(f"{source!r} names no data; {remedy}")
     if isinstance(source, str) and source.startswith("hf:"):
         return read_hub(source.removeprefix("hf:"))
-    path = Path(source).expanduser()
-    remedy = "give digits, hf:OWNER/NAME, a folder, a .zip or an .npz"
     try:
+        path = Path(source).expanduser()
         is_folder = stat.S_ISDIR(path.stat().st_mode)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last for ~NAME of an unknown user
         raise bad(source, f"cannot be found ({error_text(error)}); {remedy}") from None
     if is_folder:
         if is_idx_folder(path):

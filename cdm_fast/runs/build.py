@@ -120,12 +120,13 @@ def run_data(config: RunConfig, split: str, source: str | None = None) -> ImageD
 
     Raises UserError for data that cannot be read.
     """
-    data = load_data(source or config.data.source, split, config.data.image_size, config.data.split_seed)
+    source = config.data.source if source is None else source
+    data = load_data(source, split, config.data.image_size, config.data.split_seed)
     return replace(data, pixels=config.data.pixels)
 
 
-def class_labels(config: RunConfig, num: int) -> Tensor | None:
-    """(num,) int64: the classes in turn for a class-conditional run, else None."""
+def class_labels(config: RunConfig, num: int, first: int = 0) -> Tensor | None:
+    """(num,) int64: the classes in turn, from image `first` on, for a class-conditional run, else None."""
     if config.network.conditioning == "none" or config.image.num_classes is None:
         return None
-    return torch.arange(num) % config.image.num_classes
+    return torch.arange(first, first + num) % config.image.num_classes
