@@ -14,9 +14,9 @@ from cdm_fast.model.schedule import NoiseSchedule
 class Classifier(Denoiser):
     """A classifier: `network(x)` is `log p(c | x)` up to one constant per x, trained by cross-entropy alone.
 
-    It has a schedule so that the training loop of the other models can train it, at one level: 0, clean
-    images, or that of the noise under which it is to classify. It cannot denoise: sampling, likelihoods and plots of
-    levels raise UserError.
+    It has a schedule so that the training loop of the other models can train it. It is trained at one level:
+    0, clean images, or that of the noise under which it is to classify. It cannot denoise: sampling,
+    likelihoods and plots of levels raise UserError.
 
     Args:
         network: a module from (B, ...) to logits (B, K), with an attribute `num_classes`.
