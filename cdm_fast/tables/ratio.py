@@ -49,7 +49,7 @@ class DensityRatio(ClassifierMixin, TableEstimator):
     """`log p_1(x) / p_0(x)` of two sets of rows, told apart by networks with joint (level, class) logits.
 
     A network for each fold starts as the two sets' Gaussians and learns what they miss; logistic regression
-    on the rows that it never saw puts its log ratios right (`cdm_fast.tables.calibration`). New rows are
+    on the rows that it never saw calibrates its log ratios (`cdm_fast.tables.calibration`). New rows are
     scored by the mean of the networks.
 
     The parameters are those of `TableEstimator`.
