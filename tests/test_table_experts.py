@@ -8,7 +8,7 @@ from scipy.special import digamma
 from scipy.stats import multivariate_t, t
 
 from cdm_fast.tables import MutualInformation
-from cdm_fast.tables.calibration import calibrate
+from cdm_fast.tables.calibration import calibrate, offset
 from cdm_fast.tables.columns import normal_scores
 from cdm_fast.tables.experts import Neighbours, StudentCopula, experts, student_quantiles
 
@@ -85,6 +85,21 @@ def test_an_expert_of_the_wrong_sign_is_left_out():
     assert both.alpha[0] == pytest.approx(calibrate(numerator, denominator).alpha[0])
     nothing = calibrate(-numerator, -denominator)
     assert nothing.alpha == (0.0,) and nothing.c == 0
+
+
+def test_the_offset_of_a_network_is_found_where_the_rows_tell_it():
+    numerator, denominator = logits(20_000)
+    assert offset(numerator - 2, denominator - 2) == pytest.approx(2, abs=0.03)
+
+
+def test_rows_far_apart_move_no_offset():
+    """40 nats apart, the loss is flat: N(40, 80) against N(-40, 80) are right as they are."""
+    rng = np.random.default_rng(0)
+    numerator, denominator = (
+        40 + np.sqrt(80) * rng.normal(size=5000),
+        -40 + np.sqrt(80) * rng.normal(size=5000),
+    )
+    assert abs(offset(numerator, denominator - 20)) < 0.3
 
 
 def test_weights_count_as_copies():

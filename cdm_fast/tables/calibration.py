@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 NEWTON_STEPS = 50
-# No constant is larger, in nats; where one would be, the sets are told apart perfectly and any will do.
+# No constant is larger, in nats.
 LARGEST_OFFSET = 50.0
 
 
@@ -72,15 +72,18 @@ def calibrate(
 def offset(numerator: Array, denominator: Array) -> float:
     """The constant c alone, in nats, that minimises the logistic loss of `log_ratio + c`.
 
-    Networks leave the constant of their log ratio to chance, each to its own.
+    Networks leave the constant of their log ratio to chance, each to its own. A pull worth one row towards 0
+    decides where the sets are told apart perfectly: then the loss is all but flat, and its minimum is set by
+    the two most extreme rows.
     """
     low, high = -LARGEST_OFFSET, LARGEST_OFFSET
+    fewest = min(len(numerator), len(denominator))
     for _ in range(60):  # the slope of the loss rises with c
         middle = (low + high) / 2
         missed = np.mean(1 - np.tanh((numerator + middle) / 2))
         mistaken = np.mean(1 + np.tanh((denominator + middle) / 2))
-        low, high = (middle, high) if missed > mistaken else (low, middle)
-    return (low + high) / 2 if abs(low) < LARGEST_OFFSET - 1 else 0.0
+        low, high = (middle, high) if missed - mistaken > middle / fewest else (low, middle)
+    return (low + high) / 2
 
 
 def _halved(rows: int, weights: Array | None) -> Array:
