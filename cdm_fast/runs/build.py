@@ -107,7 +107,12 @@ def class_prior(config: RunConfig) -> Tensor | None:
 
 def run_data(config: RunConfig, split: str, source: str | None = None) -> ImageData:
     """A split of the run's own data, or of `source` read the same way."""
-    data = load_data(source or config.data.source, split, config.data.image_size, config.data.split_seed)
+    data = load_data(
+        config.data.source if source is None else source,
+        split,
+        config.data.image_size,
+        config.data.split_seed,
+    )
     return replace(data, pixels=config.data.pixels)
 
 

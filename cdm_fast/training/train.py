@@ -17,6 +17,7 @@ from cdm_fast.host.device import pick_device
 from cdm_fast.host.distributed import from_main, lost_another
 from cdm_fast.host.files import alone_in
 from cdm_fast.host.processes import is_main, this_process
+from cdm_fast.host.progress import to_stderr
 from cdm_fast.runs.build import run_data
 from cdm_fast.runs.checkpoint import (
     create_run,
@@ -65,6 +66,7 @@ def train(
     place = pick_device(device)
     with own_randomness(place):
         data = run_data(config, "train")
+        to_stderr(data.describe())
         config = from_main(resolve(config, data, place))
         validation = run_data(config, "validation").take(slice(config.output.evaluate_images))
         state = new_state(config, place)
