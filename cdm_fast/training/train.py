@@ -66,12 +66,12 @@ def train(
     place = pick_device(device)
     with own_randomness(place):
         data = run_data(config, "train")
-        to_stderr(data.describe())
         config = from_main(resolve(config, data, place))
         validation = run_data(config, "validation").take(slice(config.output.evaluate_images))
         state = new_state(config, place)
         begin_from_run(config, state)
         state.data = data_digest(data)
+        to_stderr(data.describe())
         if is_main():
             create_run(out, config, to_checkpoint(state, config))
         with alone_in(Path(out)):
