@@ -39,9 +39,9 @@ from cdm_fast.likelihood.units import require_denoiser
 from cdm_fast.model import CDM, Denoiser
 from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.plots.evaluation import write_audit
-from cdm_fast.runs.build import run_data
 from cdm_fast.runs.calibration import apply_calibration, calibrate, remove_calibration, write_calibration
 from cdm_fast.runs.checkpoint import read_config
+from cdm_fast.runs.data import evaluation_data
 from cdm_fast.runs.load import load
 from cdm_fast.training.tuning import compile_network
 
@@ -194,7 +194,7 @@ def nll_command(command: arguments.Nll) -> Outcome:
         raise UserError(f"--level {command.level}: the variational bound is one of level 0; leave it out")
     if command.out is not None:
         check_name(command.out)
-    data = run_data(config, command.split, command.data)
+    data = evaluation_data(command.run, config, command.split, command.data)
     require_fit(data, config, command.run)
     if command.precision != "fp32" and command.method != "single":
         raise UserError(f"--precision {command.precision} goes with --method single; leave one out")
@@ -252,7 +252,7 @@ def calibrate_command(command: arguments.Calibrate) -> Outcome:
         return Outcome({"run": str(command.run), "undone": True}, [f"{command.run} is as it was trained"])
     if command.batch_size < 1:
         raise UserError(f"--batch-size is {command.batch_size}; give 1 or more")
-    data = run_data(config, command.split, command.data)
+    data = evaluation_data(command.run, config, command.split, command.data)
     require_fit(data, config, command.run)
     loaded = load(command.run, calibrated=False)
     require_likelihood(loaded)

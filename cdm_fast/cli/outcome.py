@@ -16,8 +16,8 @@ from cdm_fast.host.device import pick_device
 from cdm_fast.interop.source import is_foreign, open_foreign, output_folder, require_data
 from cdm_fast.model import CDM, DDM, Denoiser
 from cdm_fast.model.classifier import Classifier
-from cdm_fast.runs.build import run_data
 from cdm_fast.runs.checkpoint import read_config
+from cdm_fast.runs.data import evaluation_data
 from cdm_fast.runs.load import load
 
 
@@ -79,7 +79,7 @@ def scored_by(
         raise UserError(f"--batch-size is {command.batch_size}; give 1 or more")
     if command.out is not None:
         check_name(command.out)
-    data = run_data(config, command.split, command.data)
+    data = evaluation_data(command.run, config, command.split, command.data)
     require_fit(data, config, command.run)
     model = load_on(command.run, command.device) if foreign is None else foreign.model
     into = command if foreign is None else replace(command, run=foreign.folder)

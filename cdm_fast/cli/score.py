@@ -31,7 +31,7 @@ from cdm_fast.model import CDM, Denoiser
 from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.plots.evaluation import write_outliers, write_sigma
 from cdm_fast.plots.sheet import write_rows
-from cdm_fast.runs.build import run_data
+from cdm_fast.runs.data import evaluation_data
 
 CORRUPTED = "corrupted"  # what --against takes besides data sources
 REFERENCE_IMAGES = 2000  # whose mean is the typical likelihood
@@ -56,7 +56,7 @@ def score_images(command: Score, config: RunConfig, model: Denoiser, data: Image
     if command.against not in (None, CORRUPTED):
         other = other_data(command.against, command.split, config)
         other = other.take(choose(len(other), command.images, generator))
-    reference = run_data(config, "validation")
+    reference = evaluation_data(command.run, config, "validation")
     map_level = level_of(model, MAP_SIGMA) if command.map_level is None else command.map_level
     report = evaluate_outliers(
         model,
@@ -109,7 +109,15 @@ def other_data(source: str, split: str, config: RunConfig) -> ImageData:
     Its grey levels are spread evenly over the run's, black to black and white to white.
     """
     image = config.image
-    data = load_data(source, split, image.size, config.data.split_seed, image.channels)
+    data = load_data(
+        source,
+        split,
+        image.size,
+        config.data.split_seed,
+        image.channels,
+        crop=config.data.crop,
+        resample=config.data.resample,
+    )
     scaled = data.images.float() * ((image.num_grey_levels - 1) / (data.num_grey_levels - 1))
     return replace(
         data,

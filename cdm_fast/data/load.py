@@ -2,8 +2,10 @@
 
 # N images, C channels, H W pixels, K classes
 
+import hashlib
 import stat
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -22,7 +24,7 @@ from cdm_fast.data.layout import is_picture
 from cdm_fast.data.names import SPLITS, listed
 from cdm_fast.data.npz import read_npz
 from cdm_fast.data.order import Indices, split_indices
-from cdm_fast.data.pictures import Fit, parse_crop
+from cdm_fast.data.pictures import Fit, Pixels, parse_crop
 from cdm_fast.data.source import Part, Source
 from cdm_fast.errors import UserError
 from cdm_fast.host.reading import bad, error_text, shown
@@ -110,6 +112,34 @@ def load_data(
         kind=found.kind,
         class_names=found.class_names,
     )
+
+
+def data_digest(data: ImageData) -> str:
+    """A digest of the number of images, the labels, and 4096 images spread evenly over them."""
+    return _digest(data.images.shape, lambda index: data.images[index].numpy(), data.labels)
+
+
+def source_digest(
+    source: str | Path, split_seed: int, fit: Fit, hf_column: str | None = None, hf_split: str | None = None
+) -> str:
+    """`data_digest` of the training split, for which no other image is read; arguments as of `load_data`."""
+    found = _open(source, hf_column, hf_split)
+    part, indices = _choose(found, "train", split_seed)
+    labels = None if part.labels is None else torch.from_numpy(part.labels[indices])
+    with part.open(fit) as rows:
+        shape = (len(indices), *rows.shape)
+        return _digest(shape, lambda index: rows.read(indices[index.numpy()]), labels)
+
+
+def _digest(shape: Sequence[int], read: Callable[[Tensor], Pixels], labels: Tensor | None) -> str:
+    """See `data_digest`; read: gives the images of some indices."""
+    digest = hashlib.blake2b(torch.tensor(shape).numpy().tobytes(), digest_size=16)
+    spread = torch.linspace(0, shape[0] - 1, min(shape[0], 4096)).long()
+    for index in spread.split(64):
+        digest.update(read(index).tobytes())
+    if labels is not None:
+        digest.update(labels.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _tell_unread(source: Source) -> None:

@@ -3,14 +3,12 @@
 Legend: L = T+2 noise levels, K classes.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cdm_fast.config import RunConfig, ScheduleConfig, check
-from cdm_fast.data import ImageData, load_data
 from cdm_fast.model import CDM, DDM
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.model.schedule import NoiseSchedule
@@ -103,17 +101,6 @@ def class_prior(config: RunConfig) -> Tensor | None:
     if config.network.conditioning == "none" or counts is None:
         return None
     return torch.tensor(counts).clamp(min=1)
-
-
-def run_data(config: RunConfig, split: str, source: str | None = None) -> ImageData:
-    """A split of the run's own data, or of `source` read the same way."""
-    data = load_data(
-        config.data.source if source is None else source,
-        split,
-        config.data.image_size,
-        config.data.split_seed,
-    )
-    return replace(data, pixels=config.data.pixels)
 
 
 def class_labels(config: RunConfig, num: int) -> Tensor | None:

@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from cdm_fast.errors import UserError
 from cdm_fast.host.processes import launched, this_process
 from cdm_fast.runs.build import head_rank
 from cdm_fast.runs.checkpoint import read_config
+from cdm_fast.runs.data import in_place
 from cdm_fast.training.tuning import pick_precision
 
 
@@ -30,6 +30,7 @@ def begun(config: RunConfig, out: str | Path) -> RunConfig | None:
     if not (Path(out) / "config.json").is_file():
         return None
     stored = read_config(out)
+    config = in_place(config)
     network, train = config.network, config.train
     told_by_machine = replace(
         config,
@@ -58,14 +59,6 @@ def resolve(config: RunConfig, data: ImageData, device: torch.device) -> RunConf
         config,
         train=replace(config.train, precision=pick_precision(config, device)),
     )
-
-
-def data_digest(data: ImageData) -> str:
-    """A digest of the number of images, the labels, and 4096 images spread evenly over them."""
-    spread = torch.linspace(0, len(data.images) - 1, min(len(data.images), 4096)).long()
-    parts = [torch.tensor(data.images.shape), data.images[spread]]
-    parts += [] if data.labels is None else [data.labels]
-    return hashlib.blake2b(b"".join(part.numpy().tobytes() for part in parts), digest_size=16).hexdigest()
 
 
 def check_parallel(config: RunConfig, parallel: Parallel) -> None:

@@ -12,13 +12,13 @@ from cdm_fast.config import RunConfig, check
 from cdm_fast.config.choices import Parallel
 from cdm_fast.config.json import differences
 from cdm_fast.data import ImageData
+from cdm_fast.data.load import data_digest
 from cdm_fast.errors import UserError
 from cdm_fast.host.device import pick_device
 from cdm_fast.host.distributed import from_main, lost_another
 from cdm_fast.host.files import alone_in
 from cdm_fast.host.processes import is_main, this_process
 from cdm_fast.host.progress import to_stderr
-from cdm_fast.runs.build import run_data
 from cdm_fast.runs.checkpoint import (
     create_run,
     load_checkpoint,
@@ -27,11 +27,12 @@ from cdm_fast.runs.checkpoint import (
     require_new,
     write_config,
 )
+from cdm_fast.runs.data import in_place, run_data
 from cdm_fast.training.display import Display
 from cdm_fast.training.finetune import begin_from_run
 from cdm_fast.training.log import open_sinks, require_extras
 from cdm_fast.training.loop import SavesCheckpoints, Session, train_steps
-from cdm_fast.training.prepare import check_parallel, data_digest, on_device, own_randomness, resolve
+from cdm_fast.training.prepare import check_parallel, on_device, own_randomness, resolve
 from cdm_fast.training.report import update_loss_curves, write_final
 from cdm_fast.training.saver import Saver
 from cdm_fast.training.state import (
@@ -61,6 +62,7 @@ def train(
     """
     if is_main():
         require_new(out)
+    config = in_place(config)
     require_extras(config)
     check_parallel(config, parallel)
     place = pick_device(device)
@@ -92,7 +94,7 @@ def resume(
     Raises UserError as `train` does, and when `config` changes anything that decides the numbers.
     """
     stored = read_config(run)
-    config = config or stored
+    config = in_place(config or stored)
     check(config)
     changed = differences(stored, config)
     if changed:
