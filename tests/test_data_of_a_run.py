@@ -12,7 +12,7 @@ from PIL import Image
 from cdm_fast.config import RunConfig, preset
 from cdm_fast.config.json import differences
 from cdm_fast.data import load_data, read_image
-from cdm_fast.data.load import data_digest, source_digest
+from cdm_fast.data.load import Request, data_digest, source_digest
 from cdm_fast.data.pictures import Fit, decode, parse_crop
 from cdm_fast.errors import UserError
 from cdm_fast.runs.checkpoint import create_run, read_config
@@ -119,7 +119,7 @@ def test_the_digest_needs_few_images_and_is_that_of_all(tmp_path, monkeypatch):
     for source in (tmp_path / "pics", tmp_path / "a.npz", "digits"):
         for seed in (0, 1):
             whole = data_digest(load_data(source, "train", split_seed=seed))
-            assert source_digest(source, seed, Fit()) == whole
+            assert source_digest(Request(source, split_seed=seed)) == whole
 
 
 def test_moved_data_can_be_named_to_resume_but_not_other_settings(run):

@@ -11,6 +11,7 @@ from cdm_fast.config.choices import (
     ClassifyMethod,
     CorrectedSampler,
     Parallel,
+    Resample,
     RestoreTask,
     Split,
 )
@@ -37,6 +38,8 @@ class Train:
     """Stop after this many seconds, with everything saved."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
+    cache: str | None = None
+    """Folder of prepared copies of data, or `off`; by default CDM_FAST_CACHE, or the user's cache folder."""
     parallel: Parallel = "ddp"
     """Under torchrun: `ddp`, every process holds the whole model; `fsdp`, each holds a part of it."""
     json: Json = False
@@ -384,7 +387,51 @@ class Replay:
     """Print the result as one JSON object on stdout."""
 
 
+@dataclass(frozen=True)
+class Data:
+    """Tell what a data source holds: kind, splits, shape, classes, size, and whether a copy is prepared."""
+
+    source: Positional[str] = ""
+    """As for `train --data`; not needed with --clear."""
+    image_size: int | None = None
+    """Resample to this many pixels a side, as in training."""
+    crop: str = "centre"
+    """`centre`, `none`, or LEFT,TOP,WIDTH,HEIGHT in pixels."""
+    resample: Resample = "bicubic"
+    """Filter of --image-size."""
+    channels: int | None = None
+    """1 makes all images grey, 3 colour."""
+    split_seed: int = 0
+    """Seed of the train/validation/test split of sources that come without one."""
+    hf_column: str | None = None
+    """Image column of hf:NAME, parquet or arrow files, where there are several."""
+    hf_split: str | None = None
+    """Split of hf:NAME to train on, where it is not called train."""
+    prepare: Annotated[bool, FlagCreatePairsOff] = False
+    """Make the prepared copy that training with these settings maps; one that is there is verified."""
+    clear: Annotated[bool, FlagCreatePairsOff] = False
+    """Remove the source's prepared copy; without a source, all."""
+    sheet: Path | None = None
+    """Also draw examples into this .png."""
+    cache: str | None = None
+    """Folder of prepared copies; by default CDM_FAST_CACHE, or the user's cache folder."""
+    json: Json = False
+    """Print the findings as one JSON object on stdout."""
+
+
 Command = (
-    Train | Replay | Sample | Nll | Calibrate | Classify | Score | Denoise | Restore | Plot | Convert | Doctor
+    Train
+    | Replay
+    | Sample
+    | Nll
+    | Calibrate
+    | Classify
+    | Score
+    | Denoise
+    | Restore
+    | Plot
+    | Convert
+    | Doctor
+    | Data
 )
 Shared = Train | Sample | Nll | Classify  # many processes may share their work

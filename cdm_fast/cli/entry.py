@@ -23,6 +23,7 @@ from cdm_fast.cli.arguments import (
     Classify,
     Command,
     Convert,
+    Data,
     Denoise,
     Doctor,
     Nll,
@@ -58,6 +59,7 @@ def parse(arguments: Sequence[str]) -> Command:
         Annotated[Replay, subcommand("replay")],
         Annotated[Convert, subcommand("convert")],
         Annotated[Doctor, subcommand("doctor")],
+        Annotated[Data, subcommand("data")],
     ]
     flat = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
     complaint = io.StringIO()

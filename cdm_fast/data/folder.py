@@ -2,6 +2,7 @@
 
 # n chosen images, C channels, H W pixels
 
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from cdm_fast.data.labelling import Labelling, label_pictures
 from cdm_fast.data.layout import by_split, is_hidden, is_note, is_picture
 from cdm_fast.data.names import listed
 from cdm_fast.data.order import Indices
-from cdm_fast.data.pictures import MAX_SIDE, SUFFIXES, UNREAD_SUFFIXES, Fit, Pixels, decode
+from cdm_fast.data.pictures import MAX_SIDE, SUFFIXES, UNREAD_SUFFIXES, Fit, Pixels, decode_quietly, quiet
 from cdm_fast.data.source import FIRST, Part, Rows, Source, make_source
 from cdm_fast.data.tables import KNOWN_TABLES, MAX_TABLE_BYTES, Table, parse_table
 from cdm_fast.host.reading import (
@@ -46,9 +47,9 @@ def picture_part(
 
     @contextmanager
     def opened(fit: Fit) -> Iterator[Rows]:
-        with opener() as fetch:
+        with quiet(), opener() as fetch:
             if reference is None:
-                first = decode(fetch(keys[0], MAX_PICTURE_BYTES), f"{name}/{keys[0]}", fit)
+                first = decode_quietly(fetch(keys[0], MAX_PICTURE_BYTES), f"{name}/{keys[0]}", fit)
             else:
                 with reference.open(fit) as rows:
                     first = rows.read(FIRST)[0]
@@ -61,7 +62,7 @@ def picture_part(
                 out = np.empty((len(indices), *first.shape), np.uint8)
                 for row, index in zip(out, indices, strict=True):
                     content = fetch(keys[index], MAX_PICTURE_BYTES)
-                    pixels = decode(content, f"{name}/{keys[index]}", fit)
+                    pixels = decode_quietly(content, f"{name}/{keys[index]}", fit)
                     _check_like(f"{name}/{keys[index]}", pixels, first)
                     row[:] = pixels  # one grey plane fills three of colour
                     expansion.add(first.size, len(content))
@@ -158,7 +159,13 @@ def read_image_zip(path: Path) -> Source:
     @contextmanager
     def opener() -> Iterator[Fetch]:
         with open_zip(path) as archive:
-            yield lambda key, limit: read_member(path, archive, archive.getinfo(key), limit)
+            lock = threading.Lock()  # a ZipFile counts its readers without one
+
+            def fetch(key: str, limit: int) -> bytes:
+                with lock:
+                    return read_member(path, archive, archive.getinfo(key), limit)
+
+            yield fetch
 
     return _collect(Listing(path, "zip", files, opener))
 
@@ -169,7 +176,8 @@ def read_table(path: Path) -> Source:
     Raises UserError for names that lead out of the folder or to no file.
     """
     folder = path.parent
-    table = parse_table(str(path), read_bytes(path, MAX_TABLE_BYTES))
+    content = read_bytes(path, MAX_TABLE_BYTES)
+    table = parse_table(str(path), content)
     assert table is not None  # only a .json may be of another kind
     outside = [name for name in table.files if name.startswith("/") or ".." in PurePosixPath(name).parts]
     if outside:
@@ -190,8 +198,16 @@ def read_table(path: Path) -> Source:
         if "train" not in splits:
             raise bad(path, "puts no file into the split train; name the training pictures")
     labels = Labelling.of_tables(path, keys, [("", table)])
+    facts = [(key, found.st_size, found.st_mtime_ns) for key in keys if (found := (folder / key).stat())]
+    mark = hashlib.blake2b(content + repr(facts).encode("utf8", "surrogateescape"), digest_size=16)
     return _source(
-        path, splits, labels, _folder_opener(folder), f"a table of {len(keys)} pictures", labels.unread
+        path,
+        splits,
+        labels,
+        _folder_opener(folder),
+        f"a table of {len(keys)} pictures",
+        labels.unread,
+        mark.hexdigest(),
     )
 
 
@@ -220,6 +236,7 @@ def _source(
     opener: Opener,
     kind: str,
     unread: tuple[str, ...],
+    mark: str | None = None,
 ) -> Source:
     found: dict[str, Part] = {}
     for split in sorted(splits, key=lambda split: split != "train"):
@@ -233,6 +250,7 @@ def _source(
         unread=unread,
         encoded=True,
         class_names=labelling.class_names,
+        mark=mark,
     )
 
 

@@ -1,5 +1,6 @@
 """Reader of image data sets of the Hugging Face hub, through the optional package `datasets`."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,8 +104,12 @@ def _splits(name: str, held: list[str], train_split: str | None) -> dict[str, st
 def _opener(table: Any, column: str, name: str) -> Callable[[], Any]:
     @contextmanager
     def opener() -> Iterator[Callable[[str, int], bytes]]:
+        lock = threading.Lock()  # `datasets` promises nothing to threads
+
         def fetch(key: str, limit: int) -> bytes:
-            return cell_bytes(table[int(key)][column], f"{name}/{key}", limit)
+            with lock:
+                cell = table[int(key)][column]
+            return cell_bytes(cell, f"{name}/{key}", limit)
 
         yield fetch
 

@@ -3,11 +3,10 @@
 # N images, C channels, H W pixels, K classes
 
 import hashlib
-import stat
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,19 +14,24 @@ from torch import Tensor
 
 from cdm_fast.config import PixelMap
 from cdm_fast.config.choices import Resample
-from cdm_fast.data.arrays import is_idx_folder, is_idx_name, read_digits, read_idx_folder
-from cdm_fast.data.arrow import is_table_file, read_arrow
-from cdm_fast.data.cifar import is_cifar_folder, is_cifar_name, read_cifar_folder
-from cdm_fast.data.folder import read_image_folder, read_image_zip, read_table, walk
-from cdm_fast.data.hub import read_hub
-from cdm_fast.data.layout import is_picture
-from cdm_fast.data.names import SPLITS, listed
-from cdm_fast.data.npz import read_npz
+from cdm_fast.data.copies import (
+    Chosen,
+    Copy,
+    cache_folder,
+    find,
+    is_worth_it,
+    key_of,
+    mark_of,
+    prepare,
+)
+from cdm_fast.data.names import SPLITS
 from cdm_fast.data.order import Indices, split_indices
-from cdm_fast.data.pictures import Fit, Pixels, parse_crop
+from cdm_fast.data.parallel import read_into_memory
+from cdm_fast.data.pictures import Fit, Pixels, parse_crop, pillow_version
+from cdm_fast.data.recognise import TABLES, open_source
 from cdm_fast.data.source import Part, Source
-from cdm_fast.errors import UserError
-from cdm_fast.host.reading import bad, error_text, shown
+from cdm_fast.errors import DiskError, UserError
+from cdm_fast.host.reading import bad, shown
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,39 @@ class ImageData:
         return replace(self, images=self.images[index], labels=labels)
 
 
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a source, whatever the split; see `load_data`."""
+
+    source: str | Path
+    fit: Fit = Fit()
+    split_seed: int = 0
+    hf_column: str | None = None
+    hf_split: str | None = None
+
+    def open(self) -> Source:
+        """The source, recognised but not read; what it holds and is not read is told."""
+        found = open_source(self.source, self.hf_column, self.hf_split)
+        tell_unread(found.name, found.unread)
+        return found
+
+    def mark(self) -> str | None:
+        """What tells the content of a file or folder from another's; None where only opening it tells."""
+        path = Path(str(self.source).removeprefix("hf:")).expanduser()
+        if str(self.source).strip() in ("", "digits", "hf:"):
+            return None
+        if str(self.source).startswith("hf:") and not path.is_dir():
+            return None
+        if path.suffix.lower() in TABLES:
+            return None
+        mark = mark_of(path)
+        return None if mark is None else f"{mark} {path.suffix.lower()} {self.hf_column}"
+
+    def key(self, mark: str) -> str:
+        """The name of the prepared copy."""
+        return key_of(mark, self.fit, self.split_seed, pillow_version())
+
+
 def load_data(
     source: str | Path,
     split: str = "train",
@@ -90,17 +127,25 @@ def load_data(
         resample: the filter: "bicubic", "bilinear", "lanczos" or "box", antialiased.
         hf_column, hf_split: of an hf: source, the image column and the split to train on.
 
-    What lies in a source and is not read is named in a warning. Raises UserError, naming file and remedy, for
-    a source that is missing, damaged, hostile or ambiguous.
+    A source of many pictures is decoded once, by all cores, into a prepared copy that later calls and other
+    processes map (see `copies`). What lies in a source and is not read is named in a warning. Raises
+    UserError, naming file and remedy, for a source that is missing, damaged, hostile or ambiguous.
     """
     if split not in SPLITS:
         raise UserError(f"no split {split!r}; choose one of {', '.join(SPLITS)}")
     fit = Fit(image_size, channels, parse_crop(crop), resample)
-    found = _open(source, hf_column, hf_split)
-    _tell_unread(found)
+    request = Request(source, fit, split_seed, hf_column, hf_split)
+    mark, copy = ready_copy(request)
+    if copy is not None:
+        tell_unread(str(source), copy.about.unread)
+        return _from_copy(request, copy, split)
+    found = request.open()
     part, indices = _choose(found, split, split_seed)
+    copy = _new_copy(request, found, mark)
+    if copy is not None:
+        return _from_copy(request, copy, split)
     with part.open(fit) as rows:
-        images = rows.read(indices)
+        images = read_into_memory(found.name, rows, indices)
     labels = None if part.labels is None else torch.from_numpy(part.labels[indices])
     return ImageData(
         torch.from_numpy(images),
@@ -114,19 +159,86 @@ def load_data(
     )
 
 
+def _from_copy(request: Request, copy: Copy, split: str) -> ImageData:
+    images, labels = copy.split(split)
+    about = copy.about
+    if not len(images):
+        raise _too_few(str(request.source), about.train, split)
+    return ImageData(
+        images,
+        labels,
+        about.num_grey_levels,
+        about.num_classes,
+        name=str(request.source),
+        split=split,
+        kind=about.kind,
+        class_names=about.class_names,
+    )
+
+
+def ready_copy(request: Request) -> tuple[str | None, Copy | None]:
+    """The source's mark, and its prepared copy if there is one; found without opening the source."""
+    cache = cache_folder()
+    mark = None if cache is None else request.mark()
+    if cache is None or mark is None:
+        return mark, None
+    return mark, find(cache, request.key(mark))
+
+
+def _new_copy(request: Request, found: Source, mark: str | None) -> Copy | None:
+    """A prepared copy where it is worth one and the disk takes it, which is told otherwise."""
+    cache = cache_folder()
+    if cache is None:
+        return None
+    with found.parts["train"].open(request.fit) as rows:
+        row_bytes = int(np.prod(rows.shape))
+    num_bytes = row_bytes * sum(part.count for part in found.parts.values())
+    if not is_worth_it(found, num_bytes):
+        return None
+    try:
+        return make_copy(request, found, mark, cache)
+    except DiskError as error:
+        warnings.warn(f"{error}; reading into memory, as at every start", stacklevel=3)
+        return None
+
+
+def make_copy(request: Request, found: Source, mark: str | None, cache: Path) -> Copy | None:
+    """The prepared copy of a source, made if need be; None for a source that nothing tells from another.
+
+    mark: the request's, from before the source was opened. Raises DiskError where the disk refuses, and
+    UserError as the source does, or when it changes meanwhile.
+    """
+    own = mark or found.mark
+    if own is None:
+        return None
+    chosen: Chosen = {}
+    for split in SPLITS:
+        part, indices = _indices(found, split, request.split_seed)
+        if len(indices):
+            chosen[split] = part, indices
+
+    def unchanged() -> bool:
+        if mark is None and Path(request.source).suffix.lower() in TABLES:
+            return open_source(request.source).mark == own
+        return mark is None or request.mark() == mark
+
+    return prepare(cache, request.key(own), found, chosen, request.fit, unchanged)
+
+
 def data_digest(data: ImageData) -> str:
     """A digest of the number of images, the labels, and 4096 images spread evenly over them."""
     return _digest(data.images.shape, lambda index: data.images[index].numpy(), data.labels)
 
 
-def source_digest(
-    source: str | Path, split_seed: int, fit: Fit, hf_column: str | None = None, hf_split: str | None = None
-) -> str:
-    """`data_digest` of the training split, for which no other image is read; arguments as of `load_data`."""
-    found = _open(source, hf_column, hf_split)
-    part, indices = _choose(found, "train", split_seed)
+def source_digest(request: Request) -> str:
+    """`data_digest` of the training split, for which no other image is read."""
+    _, copy = ready_copy(request)
+    if copy is not None:
+        return data_digest(_from_copy(request, copy, "train"))
+    found = request.open()
+    part, indices = _choose(found, "train", request.split_seed)
     labels = None if part.labels is None else torch.from_numpy(part.labels[indices])
-    with part.open(fit) as rows:
+    with part.open(request.fit) as rows:
         shape = (len(indices), *rows.shape)
         return _digest(shape, lambda index: rows.read(indices[index.numpy()]), labels)
 
@@ -142,82 +254,32 @@ def _digest(shape: Sequence[int], read: Callable[[Tensor], Pixels], labels: Tens
     return digest.hexdigest()
 
 
-def _tell_unread(source: Source) -> None:
-    if source.unread:
-        told = shown("; ".join(source.unread), 600)
-        warnings.warn(f"{shown(source.name, 300)}: not read: {told}", stacklevel=3)
+def tell_unread(name: str, unread: Sequence[str]) -> None:
+    """Warns of what lies in a source and is not read."""
+    if unread:
+        warnings.warn(f"{shown(name, 300)}: not read: {shown('; '.join(unread), 600)}", stacklevel=4)
 
 
-def _open(source: str | Path, hf_column: str | None = None, hf_split: str | None = None) -> Source:
-    if not str(source).strip():
-        raise UserError(
-            "--data is empty, as an unset variable leaves it; give digits, a path or hf:OWNER/NAME"
-        )
-    if source == "digits":
-        return read_digits()
-    if isinstance(source, str) and source.startswith("hf:"):
-        repo = source.removeprefix("hf:")
-        if repo.strip() and Path(repo).expanduser().is_dir():
-            return _open_folder(Path(repo).expanduser(), hf_column)
-        return read_hub(repo, hf_column, hf_split)
-    path = Path(source).expanduser()
-    remedy = "give digits, hf:OWNER/NAME, a folder, a .zip, a .csv, a .jsonl or an .npz"
-    try:
-        is_folder = stat.S_ISDIR(path.stat().st_mode)
-    except (OSError, ValueError) as error:
-        raise bad(source, f"cannot be found ({error_text(error)}); {remedy}") from None
-    suffix = path.suffix.lower()
-    if is_folder:
-        return _open_folder(path, hf_column)
-    if suffix == ".npz":
-        return read_npz(path)
-    if suffix == ".zip":
-        return read_image_zip(path)
-    if suffix in (".csv", ".tsv", ".jsonl"):
-        return read_table(path)
-    if is_table_file(path.name):
-        return read_arrow(path.parent, [path.name], hf_column)
-    raise bad(source, f"is a file of no known kind; {remedy}")
-
-
-def _open_folder(path: Path, hf_column: str | None) -> Source:
-    if is_idx_folder(path):
-        return read_idx_folder(path)
-    if is_cifar_folder(path):
-        return read_cifar_folder(path)
-    files = list(walk(path))
-    if any(map(is_picture, files)):
-        return read_image_folder(path)
-    tables = [name for name in files if is_table_file(name)]
-    if tables:
-        return read_arrow(path, tables, hf_column)
-    inner = _inner_folders(files)
-    if len(inner) > 1:
-        raise bad(path, f"holds several data sets ({listed(inner)}); give the path of one")
-    if inner:
-        return _open_folder(path / inner[0], hf_column)
-    return read_image_folder(path)  # which says what is missing
-
-
-def _inner_folders(files: list[str]) -> list[str]:
-    """Folders of known files further in, as `MNIST/raw` and `cifar-10-batches-py`, where tools leave them."""
-    known = {
-        str(PurePosixPath(name).parent)
-        for name in files
-        if is_idx_name(PurePosixPath(name).name) or is_cifar_name(PurePosixPath(name).name)
-    }
-    return sorted(known)
+def split_counts(source: Source, split_seed: int) -> dict[str, int]:
+    """How many images each split has."""
+    return {split: len(_indices(source, split, split_seed)[1]) for split in SPLITS}
 
 
 def _choose(source: Source, split: str, split_seed: int) -> tuple[Part, Indices]:
-    """The shipped part that holds a split, and the split's indices in it."""
+    """The shipped part that holds a split, and the split's indices in it; UserError if there are none."""
+    part, indices = _indices(source, split, split_seed)
+    if len(indices) == 0:
+        raise _too_few(source.name, part.count, split)
+    return part, indices
+
+
+def _indices(source: Source, split: str, split_seed: int) -> tuple[Part, Indices]:
     if split != "train" and split in source.parts:
         part = source.parts[split]
         return part, np.arange(part.count, dtype=np.int64)
     part = source.parts["train"]
-    indices = split_indices(part.count, part.labels, frozenset(source.parts), split_seed)[split]
-    if len(indices) == 0:
-        raise bad(
-            source.name, f"has {part.count} training images, too few to cut a {split} split from; add some"
-        )
-    return part, indices
+    return part, split_indices(part.count, part.labels, frozenset(source.parts), split_seed)[split]
+
+
+def _too_few(name: str, count: int, split: str) -> UserError:
+    return bad(name, f"has {count} training images, too few to cut a {split} split from; add some")

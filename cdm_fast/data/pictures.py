@@ -8,6 +8,8 @@ import re
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -97,6 +99,14 @@ def parse_crop(text: str) -> str | Box:
     return left, top, width, height
 
 
+def pillow_version() -> str:
+    """The version of Pillow, on which decoded pixels may depend; "" without it."""
+    try:
+        return str(import_module("PIL").__version__)
+    except ImportError:
+        return ""
+
+
 def _pillow() -> Any:
     """The module PIL.Image, which also turns arrays into pictures; UserError without pillow."""
     return need("PIL.Image", "reading and writing pictures")
@@ -108,13 +118,22 @@ def decode(content: bytes, name: object, fit: Fit = Fit()) -> Pixels:  # noqa: B
     Returns (C,H,W) uint8. Raises UserError, naming `name`, for anything but a whole PNG, JPEG, BMP, WebP,
     PNM, GIF or TIFF picture of at most 2**25 pixels with 8 bits a channel, one frame, and no transparency.
     """
+    with quiet():
+        return decode_quietly(content, name, fit)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences Pillow's warnings, of damaged EXIF tags and of sizes that we judge here, in all threads."""
+    with warnings.catch_warnings(action="ignore"):
+        yield
+
+
+def decode_quietly(content: bytes, name: object, fit: Fit) -> Pixels:
+    """`decode` for threads, which may not change the filters of warnings: call it within `quiet`."""
     pillow = _pillow()
     try:
-        # The warnings that are silenced are of damaged EXIF tags and of sizes that we judge ourselves.
-        with (
-            warnings.catch_warnings(action="ignore"),
-            pillow.open(io.BytesIO(content), formats=_FORMATS) as image,
-        ):
+        with pillow.open(io.BytesIO(content), formats=_FORMATS) as image:
             if math.prod(image.size) > MAX_PIXELS:
                 raise bad(name, f"has {image.width}x{image.height} pixels, over {MAX_PIXELS}; scale it down")
             _refuse_loss(image, name)

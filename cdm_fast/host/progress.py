@@ -1,7 +1,10 @@
 """Where long measurements tell how far they are."""
 
 import sys
+import time
 from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
 
 from cdm_fast.host.processes import is_main
 
@@ -16,3 +19,64 @@ def to_stderr(message: str) -> None:
     """One line on stderr, at once, from one process."""
     if is_main():
         print(message, file=sys.stderr, flush=True)
+
+
+class Countdown:
+    """How much of a known amount of work is done, and how long the rest takes, on stderr.
+
+    A bar on a terminal, a line every ten seconds elsewhere; nothing at all of work that takes less than two.
+    A context manager. Every process that works tells, whatever its rank.
+    """
+
+    _SILENT, _BETWEEN = 2.0, 10.0
+
+    def __init__(self, title: str, total: int) -> None:
+        self._title, self._total, self._done = title, total, 0
+        self._began = self._told = time.monotonic()
+        self._bar: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, count: int) -> None:
+        """Counts some more of the work as done."""
+        self._done += count
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=self._done)
+        elif now - self._began >= self._SILENT and self._told == self._began:
+            self._told = now
+            self._bar = _bar(self._title, self._total, self._done)
+            if self._bar is None:
+                self._line(now)
+        elif now - self._told >= self._BETWEEN and self._told > self._began:
+            self._told = now
+            self._line(now)
+
+    def _line(self, now: float) -> None:
+        left = (now - self._began) * (self._total - self._done) / max(self._done, 1)
+        line = f"{self._title}: {self._done:,} of {self._total:,}, {left:.0f} s left"
+        print(line, file=sys.stderr, flush=True)
+
+
+def _bar(title: str, total: int, done: int) -> Any:
+    """rich's progress bar, started; None where stderr is no terminal, or without rich."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        return None
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        return None
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn(compact=True))
+    bar = Progress(TextColumn("{task.description}", markup=False), *columns, console=console)
+    bar.add_task(title, total=total, completed=done)
+    bar.start()
+    return bar

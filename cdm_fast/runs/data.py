@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cdm_fast.config import RunConfig
 from cdm_fast.data import ImageData, load_data
-from cdm_fast.data.load import source_digest
+from cdm_fast.data.load import Request, source_digest
 from cdm_fast.data.pictures import Fit, parse_crop
 from cdm_fast.errors import UserError
 from cdm_fast.runs.checkpoint import load_checkpoint
@@ -69,7 +69,8 @@ def require_own_data(run: Path, config: RunConfig) -> None:
         return  # converted: what it was trained on is not known
     data = config.data
     fit = Fit(data.image_size, data.channels, parse_crop(data.crop), data.resample)
-    if source_digest(data.source, data.split_seed, fit, data.hf_column, data.hf_split) != trained_on:
+    request = Request(data.source, fit, data.split_seed, data.hf_column, data.hf_split)
+    if source_digest(request) != trained_on:
         raise UserError(
             f"{data.source} has changed since {run} was trained on it, so its test split may hold training"
             " images; restore it, or name other data by --data"
