@@ -147,27 +147,24 @@ def mark_of(path: Path) -> str | None:
     """A digest of names, sizes and times of a file, or of all files below a folder; None for neither."""
     digest = hashlib.blake2b(digest_size=16)
     try:
-        facts = sorted(_facts(path, "")) if path.is_dir() else [(path.name, *_size_and_time(path))]
+        facts = sorted(_facts(str(path), "")) if path.is_dir() else [_fact(path.name, path.stat())]
     except (OSError, ValueError):
         return None  # the reader tells what is wrong
-    for fact in facts:
-        digest.update(f"{fact!r}\n".encode("utf8", "surrogateescape"))
+    digest.update("\0".join(facts).encode("utf8", "surrogateescape"))
     return digest.hexdigest()
 
 
-def _size_and_time(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns
+def _fact(name: str, found: os.stat_result) -> str:
+    return f"{name}\0{found.st_size}\0{found.st_mtime_ns}"
 
 
-def _facts(folder: Path, prefix: str) -> Iterator[tuple[str, int, int]]:
+def _facts(folder: str, prefix: str) -> Iterator[str]:
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
-                yield from _facts(Path(entry.path), f"{prefix}{entry.name}/")
+                yield from _facts(entry.path, f"{prefix}{entry.name}/")
             else:
-                found = entry.stat()
-                yield f"{prefix}{entry.name}", found.st_size, found.st_mtime_ns
+                yield _fact(f"{prefix}{entry.name}", entry.stat())
 
 
 def find(cache: Path, key: str) -> Copy | None:

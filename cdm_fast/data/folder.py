@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from cdm_fast.data.labelling import Labelling, label_pictures
-from cdm_fast.data.layout import by_split, is_hidden, is_note, is_picture
+from cdm_fast.data.layout import by_split, is_hidden, is_note, is_picture, suffix_of
 from cdm_fast.data.names import listed
 from cdm_fast.data.order import Indices
 from cdm_fast.data.pictures import MAX_SIDE, SUFFIXES, UNREAD_SUFFIXES, Fit, Pixels, decode_quietly, quiet
@@ -118,34 +118,43 @@ def read_image_folder(folder: Path) -> Source:
     Hidden files are passed over; any other file that is not read is named in a warning. Raises UserError for
     an empty folder, a link that leaves it, and whatever could be read in two ways.
     """
-    return _collect(Listing(folder, "folder", sorted(walk(folder)), _folder_opener(folder)))
+    return _collect(Listing(folder, "folder", sorted(walk(folder)), _folder_opener(folder, walked=True)))
 
 
-def _folder_opener(folder: Path) -> Opener:
+def _folder_opener(folder: Path, walked: bool = False) -> Opener:
+    """walked: `walk` has looked at the links, which takes longer than to read a small file."""
+
     @contextmanager
     def opener() -> Iterator[Fetch]:
-        yield lambda key, limit: read_bytes(folder / key, limit, folder)
+        inside = None if walked else folder
+        yield lambda key, limit: read_bytes(Path(f"{folder}/{key}"), limit, inside)
 
     return opener
 
 
 def walk(folder: Path) -> Iterator[str]:
     """Relative names of the files under a folder. Links may point to files inside it, nowhere else."""
+    yield from _walk(folder, str(folder), "")
 
-    def stop(error: OSError) -> None:
-        raise bad(error.filename, f"cannot be listed ({error_text(error)}); check its permissions")
 
-    for place, folders, files in os.walk(folder, onerror=stop):
-        folders[:] = [name for name in folders if not is_hidden(name)]
-        for name in (*folders, *files):
-            path = Path(place, name)
-            if path.is_symlink():
-                require_inside(path, folder)
-                if name in folders:
-                    raise bad(path, "is a link to a folder; put the files themselves there")
-        for name in files:
-            if not is_hidden(name):
-                yield Path(place, name).relative_to(folder).as_posix()
+def _walk(root: Path, place: str, prefix: str) -> Iterator[str]:
+    try:
+        with os.scandir(place) as listing:
+            entries = list(listing)
+    except OSError as error:
+        raise bad(place, f"cannot be listed ({error_text(error)}); check its permissions") from None
+    for entry in entries:
+        is_folder = entry.is_dir(follow_symlinks=False)
+        if entry.is_symlink():
+            require_inside(Path(entry.path), root)
+            if entry.is_dir() and not is_hidden(entry.name):
+                raise bad(entry.path, "is a link to a folder; put the files themselves there")
+        if is_hidden(entry.name):
+            continue
+        if is_folder:
+            yield from _walk(root, entry.path, f"{prefix}{entry.name}/")
+        else:
+            yield f"{prefix}{entry.name}"
 
 
 def read_image_zip(path: Path) -> Source:
@@ -213,7 +222,7 @@ def read_table(path: Path) -> Source:
 
 def _collect(listing: Listing) -> Source:
     pictures = [name for name in listing.files if is_picture(name)]
-    lost = [name for name in listing.files if PurePosixPath(name).suffix.lower() in UNREAD_SUFFIXES]
+    lost = [name for name in listing.files if suffix_of(name) in UNREAD_SUFFIXES]
     if not pictures:
         raise _no_pictures(listing, lost)
     tables, read = _read_tables(listing)
@@ -259,9 +268,9 @@ def _read_tables(listing: Listing) -> tuple[list[tuple[str, Table]], set[str]]:
     found, read = [], set()
     with listing.opener() as fetch:
         for name in listing.files:
-            place = PurePosixPath(name)
-            if place.name.lower() not in KNOWN_TABLES:
+            if name.rpartition("/")[2].lower() not in KNOWN_TABLES:
                 continue
+            place = PurePosixPath(name)
             table = parse_table(f"{listing.path}/{name}", fetch(name, MAX_TABLE_BYTES))
             if table is not None:
                 found.append(("" if str(place.parent) == "." else f"{place.parent}/", table))

@@ -22,9 +22,24 @@ def is_note(name: str) -> bool:
     return name.lower().startswith(("readme", "license", "licence"))
 
 
+# Names are taken apart by hand: with pathlib a million of them take a minute.
+
+
+def parts_of(name: str) -> list[str]:
+    """The folders on the way to a file, and its own name."""
+    return [part for part in name.split("/") if part not in ("", ".")]
+
+
+def suffix_of(name: str) -> str:
+    """Such as `.png`, in lower case; "" without one."""
+    own = name.rpartition("/")[2]
+    dot = own.rfind(".")
+    return own[dot:].lower() if dot > 0 else ""
+
+
 def is_picture(name: str) -> bool:
     """Whether a reader opens a file of this name."""
-    return PurePosixPath(name).suffix.lower() in SUFFIXES
+    return suffix_of(name) in SUFFIXES
 
 
 def by_split(path: Path, pictures: list[str], lost: Sequence[str]) -> tuple[dict[str, list[str]], int]:
@@ -35,7 +50,8 @@ def by_split(path: Path, pictures: list[str], lost: Sequence[str]) -> tuple[dict
     and where a split holds none but lost pictures.
     """
     every = [*pictures, *lost]
-    shared = len(PurePosixPath(os.path.commonpath([str(PurePosixPath(name).parent) for name in every])).parts)
+    folders = [parts_of(name)[:-1] for name in every]
+    shared = len(os.path.commonprefix([min(folders), max(folders)]))
     tops = {part_of(name, shared) for name in every}
     found = {top: split for top in sorted(tops) if (split := split_of(top)) is not None}
     if not found:
@@ -74,7 +90,7 @@ def _check_splits(path: Path, tops: set[str], found: dict[str, str]) -> None:
 def _refuse_inner_splits(path: Path, names: Sequence[str], shared: int) -> None:
     """UserError for split folders within class folders: their test pictures would be trained on."""
     for name in names:
-        inner = PurePosixPath(name).parts[shared + 1 : -1]
+        inner = parts_of(name)[shared + 1 : -1]
         split = next((part for part in inner if split_of(part)), None)
         if split is not None:
             raise bad(
@@ -86,8 +102,8 @@ def _refuse_inner_splits(path: Path, names: Sequence[str], shared: int) -> None:
 
 def part_of(name: str, depth: int) -> str:
     """The folder at a depth on the way to a picture; "" for one that lies higher."""
-    parts = PurePosixPath(name).parts[depth:-1]
-    return parts[0] if parts else ""
+    parts = parts_of(name)
+    return parts[depth] if depth < len(parts) - 1 else ""
 
 
 def is_numbered_archive(names: Sequence[str], depth: int) -> bool:
