@@ -178,8 +178,9 @@ def _bit_depth(image: "Image") -> int:
 
 def _grey_or_colour(image: "Image", name: object) -> "Image":
     """The picture in mode L or RGB; UserError if that would lose depth or transparency."""
+    image.load()  # so that closing its file leaves the pixels
     if image.mode in ("L", "RGB") and "transparency" not in image.info:
-        return image.copy()
+        return image
     if image.mode in ("1", "CMYK", "YCbCr") and "transparency" not in image.info:
         return image.convert("L" if image.mode == "1" else "RGB")
     if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
@@ -231,7 +232,8 @@ def _cut(image: "Image", box: Box, size: tuple[int, int] | None, name: object) -
 
 
 def _to_array(image: "Image") -> Pixels:
-    pixels = np.asarray(image)
+    shape = (image.height, image.width, 3) if image.mode == "RGB" else (image.height, image.width)
+    pixels = np.frombuffer(image.tobytes(), np.uint8).reshape(shape)
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
