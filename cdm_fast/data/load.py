@@ -5,8 +5,9 @@
 import hashlib
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -34,9 +35,16 @@ from cdm_fast.errors import DiskError, UserError
 from cdm_fast.host.reading import bad, shown
 
 
+class Feed(Protocol):
+    """Gathers the images of one step while the step before is taken; see `training.feed`."""
+
+    def take(self, index: Tensor, following: Callable[[], Tensor]) -> Tensor:
+        """The images of `index` (B,), (B,C,H,W) uint8; those of `following()` will be wanted next."""
+
+
 @dataclass(frozen=True)
 class ImageData:
-    """One split of a data set, in memory."""
+    """One split of a data set, in memory or mapped from a prepared copy."""
 
     images: Tensor  # (N,C,H,W) uint8, values 0..num_grey_levels-1
     labels: Tensor | None  # (N,) int64 in 0..num_classes-1
@@ -47,6 +55,7 @@ class ImageData:
     pixels: PixelMap = "intervals"  # where grey levels stand in [-1, 1]
     kind: str = "a data set"  # what the source was recognised as
     class_names: tuple[str, ...] | None = None  # of each label, where the source names its classes
+    feed: Feed | None = field(default=None, compare=False, repr=False)  # where a thread gathers batches
 
     def __len__(self) -> int:
         return len(self.images)

@@ -92,9 +92,3 @@ def own_randomness(device: torch.device) -> Iterator[None]:
     """Keeps the caller's global generator, which dropout draws from and training seeds at each step."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
-
-
-def on_device(data: ImageData, device: torch.device) -> ImageData:
-    """Images and labels moved to the device."""
-    labels = None if data.labels is None else data.labels.to(device)
-    return replace(data, images=data.images.to(device), labels=labels)

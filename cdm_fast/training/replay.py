@@ -23,8 +23,9 @@ from cdm_fast.host.files import write_atomically
 from cdm_fast.model.losses import Noised
 from cdm_fast.runs.checkpoint import load_checkpoint, read_config
 from cdm_fast.runs.data import evaluation_data
+from cdm_fast.training.feed import on_device
 from cdm_fast.training.loop import take_step
-from cdm_fast.training.prepare import on_device, own_randomness
+from cdm_fast.training.prepare import own_randomness
 from cdm_fast.training.state import TrainingState, from_checkpoint
 from cdm_fast.training.step import (
     LossFunction,

@@ -35,6 +35,7 @@ from cdm_fast.nn.working import is_compiled, working_weights
 from cdm_fast.ops import noising
 from cdm_fast.ops.precision import ieee_fp32
 from cdm_fast.training.ema import Ema
+from cdm_fast.training.feed import images_of
 
 LossFunction = Callable[..., LossTerms]  # (model, batch)
 
@@ -180,13 +181,18 @@ def draw_batch(data: ImageData, model: CDM | DDM | Classifier, config: RunConfig
     """The batch of a step (from 0), a function of (seed, step): images, dequantisation, flips, levels, noise.
 
     Several processes draw all of it, which takes far less than a step does, and each returns its own rows.
-    `data` and `model` must be on one device.
+    The labels must be on the model's device; the images may be in host memory.
     """
-    train, device = config.train, data.images.device
+    train, device = config.train, model.a.device
     generator = torch.Generator(device).manual_seed(derived_seed(train.seed, step, "batch"))
-    index = upload(batch_indices(len(data.images), train.batch_size, train.seed, step), device)
+
+    def indices(step: int) -> Tensor:
+        return batch_indices(len(data.images), train.batch_size, train.seed, step)
+
+    on_host = indices(step)
     level = model.draw_levels(train.batch_size, generator)
-    images, grey = data.images[index], data.num_grey_levels
+    images = images_of(data, on_host, lambda: indices(step + 1), device)
+    index, grey = upload(on_host, device), data.num_grey_levels
     points = config.data.pixels == "points"
     x_t, eps, _ = noising(
         images.float() * (2 / (grey - 1)) - 1 if points else images,

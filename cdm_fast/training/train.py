@@ -29,10 +29,11 @@ from cdm_fast.runs.checkpoint import (
 )
 from cdm_fast.runs.data import in_place, run_data
 from cdm_fast.training.display import Display
+from cdm_fast.training.feed import on_device
 from cdm_fast.training.finetune import begin_from_run
 from cdm_fast.training.log import open_sinks, require_extras
 from cdm_fast.training.loop import SavesCheckpoints, Session, train_steps
-from cdm_fast.training.prepare import check_parallel, on_device, own_randomness, resolve
+from cdm_fast.training.prepare import check_parallel, own_randomness, resolve
 from cdm_fast.training.report import update_loss_curves, write_final
 from cdm_fast.training.saver import Saver
 from cdm_fast.training.state import (
