@@ -35,8 +35,7 @@ def digits(small, device):
         optimizer.step()
     test = load_data("digits", "test")
     images = dequantize(test.images[: 2 if small else IMAGES], test.num_grey_levels, generator).to(device)
-    a, s = model.schedule.gather(1, images)
-    return model.eval(), a * images + s * torch.randn(images.shape, generator=generator).to(device)
+    return model.eval(), model.schedule.noise(images, 1, generator=generator)
 
 
 def test_single_pass_against_ode(benchmark, compare, digits, small):

@@ -1,7 +1,7 @@
 """Cost of a training step against batch size (1 to 512) and resolution (8 to 64), beside our own DDM.
 
-    pytest benchmarks/bench_scaling.py --benchmark-only --benchmark-json scaling.json
-    python -m benchmarks.support.plot_scaling scaling.json scaling.png
+    pytest benchmarks/bench_scaling.py --benchmark-only --results scaling.jsonl
+    python -m benchmarks.support.plot_scaling scaling.jsonl scaling.png
 
 A network of two resolutions and 32 (GPU: 128) channels, in the precision that `--precision auto` picks.
 """

@@ -1,18 +1,20 @@
-"""What all benchmarks share: options, the device and versions in the JSON, and the interleaved comparison.
+"""What all benchmarks share: options, rows with device and versions, and the interleaved comparison.
 
-    pytest benchmarks/ --benchmark-only [--small] [--threads N] [--device cpu|cuda] [--benchmark-json FILE]
+    pytest benchmarks/ --benchmark-only [--small] [--threads N] [--device cpu|cuda] [--results FILE]
 
 A ratio is only reported for two functions timed in turns in one process: on a shared machine, figures taken
 minutes apart differ by more than most of what is measured here.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.support import results
 from benchmarks.support.environment import facts
 from benchmarks.support.networks import Models
 from benchmarks.support.timing import calls_per_round, comparison, seconds_per_call
@@ -26,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--threads", type=int, default=None, help="CPU threads (default: torch's own choice)")
     group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: cpu)")
     group.addoption("--rounds", type=int, default=None, help="rounds of each comparison (default: 15)")
+    group.addoption("--results", type=Path, help="write each figure to this file, a JSON object a line")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,6 +37,28 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(threads)
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: this torch sees no CUDA device; leave the option out")
+    if config.getoption("--results") is not None:
+        small, device = bool(config.getoption("--small")), config.getoption("--device")
+        environment = {**facts(device), "small": small, "command": _command(config)}
+        results.start(config.getoption("--results"), environment)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Writes the row of a benchmark that has passed."""
+    report = yield
+    path, benchmark = item.config.getoption("--results"), getattr(item, "funcargs", {}).get("benchmark")
+    if path is not None and report.when == "call" and report.passed and benchmark and benchmark.extra_info:
+        results.add(path, {**_named(item.nodeid), **benchmark.extra_info})
+    return report
+
+
+def _named(test: str) -> dict[str, str]:
+    """{benchmark, case}, in words, from a test's identifier."""
+    file, _, name = test.partition("::")
+    function, _, parameters = name.partition("[")
+    words = [function.removeprefix("test_").replace("_", " "), *parameters.rstrip("]").split("-")]
+    return {"benchmark": Path(file).stem.removeprefix("bench_"), "case": " ".join(words).strip()}
 
 
 @pytest.fixture(scope="session")
@@ -123,16 +148,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 def _command(config: pytest.Config) -> str:
-    """The command line without where its JSON went."""
+    """The command line without where its results went."""
     line = " ".join(["pytest", *config.invocation_params.args])
-    return re.sub(r" --benchmark-json[ =]\S+", "", line)
-
-
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """Adds what a figure depends on to pytest-benchmark's JSON, and takes the machine's name out."""
-    machine_info.pop("node", None)
-    machine_info["cdm_fast"] = {
-        **facts(config.getoption("--device")),
-        "small": bool(config.getoption("--small")),
-        "command": _command(config),
-    }
+    return re.sub(r" --results[ =]\S+", "", line)

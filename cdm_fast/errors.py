@@ -10,3 +10,9 @@ class UserError(ValueError):
 
 class DiskError(UserError):
     """The system refused to write (no space, no permission): training warns and tries again later."""
+
+
+def require_at_least(name: str, value: int, least: int) -> None:
+    """Raises UserError where `value` is below `least`; `name` is what the user knows it by."""
+    if value < least:
+        raise UserError(f"{name} is {value}; give {least} or more")

@@ -9,11 +9,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cdm_fast.errors import UserError
 from cdm_fast.host.optional import need
 
 
-def auroc(higher: Tensor, lower: Tensor) -> float:
-    """The chance that a value of `higher` exceeds one of `lower`, ties counting half."""
+def auroc(
+    higher: Tensor,  # (n,)
+    lower: Tensor,  # (m,)
+) -> float:
+    """Area under the ROC curve: the chance that a value of `higher` exceeds one of `lower`; ties count 1/2.
+
+    1 is perfect separation, 0.5 is guessing. Raises UserError where scikit-learn is not installed.
+
+    >>> auroc(torch.tensor([3.0, 1.0]), torch.tensor([2.0, 0.0]))  # three of the four pairs
+    0.75
+    """
     kind = torch.cat([torch.ones(len(higher)), torch.zeros(len(lower))])
     roc_auc_score = need("sklearn.metrics", "AUROC").roc_auc_score
     return float(roc_auc_score(kind.numpy(), torch.cat([higher, lower]).double().numpy()))
@@ -24,11 +34,13 @@ BINS = 15  # of the calibration error
 
 @dataclass(frozen=True)
 class Reliability:
-    """How far confidence is from accuracy, over `BINS` bins of equal width of the confidence.
+    """Calibration of a classifier: confidence against accuracy in `BINS` equal bins of the confidence.
 
     Fields:
-        ece: `sum_b n_b / n |accuracy_b - confidence_b|`, 0..1 (arXiv 1706.04599, eq. 3).
-        count, confidence, accuracy: of each bin; the means of an empty one are NaN.
+        ece: expected calibration error `sum_b n_b / n |accuracy_b - confidence_b|`, 0..1 (arXiv 1706.04599,
+            eq. 3).
+        count: images in each bin.
+        confidence, accuracy: their means in each bin; NaN for an empty one.
     """
 
     ece: float
@@ -41,7 +53,7 @@ def reliability(
     posterior: Tensor,  # (n, K) p(c|x)
     label: Tensor,  # (n,) int64
 ) -> Reliability:
-    """The calibration of a classifier's largest posterior; bin b holds confidences in (b, b+1] / `BINS`."""
+    """The calibration of the most probable class; bin b holds confidences in (b, b+1] / `BINS`."""
     confidence, predicted = posterior.double().max(1)
     right = (predicted == label).double()
     index = ((confidence * BINS).ceil().long() - 1).clamp(0, BINS - 1)
@@ -55,42 +67,60 @@ def reliability(
     )
 
 
-def confusion_matrix(predicted: Tensor, label: Tensor, num_classes: int) -> Tensor:
-    """(K, K) int64: how many images of each class (row) were taken for each (column)."""
+def confusion_matrix(
+    predicted: Tensor,  # (n,) int64
+    label: Tensor,  # (n,) int64
+    num_classes: int,
+) -> Tensor:  # (K, K)
+    """Counts (K, K) int64 of images by true class (row) and predicted class (column)."""
     pairs = torch.bincount(label * num_classes + predicted, minlength=num_classes**2)
     return pairs.view(num_classes, num_classes)
 
 
-def stderr(values: Tensor) -> float:
-    """Standard error of the mean of independent values; NaN for a single one."""
+def require_error_bar(num: int, what: str) -> None:
+    """Raises UserError where `num` values are too few for a standard error; `what` names them."""
+    if num < 2:
+        raise UserError(f"{num} {what}: at least 2 are needed for an error bar")
+
+
+def standard_error(values: Tensor) -> float:
+    """Standard error of the mean of independent `values` (n,); NaN for a single one.
+
+    >>> round(standard_error(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])), 4)  # sqrt(2.5 / 5)
+    0.7071
+    """
     return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
 def conformal_p_value(
-    score: Tensor,  # (n,)
-    reference: Tensor,  # (m,) of held-out data
-) -> Tensor:
-    """`(1 + #{reference >= score}) / (1 + m)`, (n,): at most q on a share q of data like the reference."""
-    below = torch.searchsorted(reference.sort().values, score)
+    value: Tensor,  # (n,), large where an image is unusual
+    reference: Tensor,  # (m,), the same statistic on held-out data
+) -> Tensor:  # (n,) float64
+    """`(1 + #{reference >= value}) / (1 + m)`.
+
+    On data exchangeable with the reference a p-value is at most q with probability at most q.
+    """
+    below = torch.searchsorted(reference.sort().values, value)
     return (1 + len(reference) - below).double() / (1 + len(reference))
 
 
-def auroc_stderr(
+def auroc_standard_error(
     higher: Tensor,  # (n,)
     lower: Tensor,  # (m,)
 ) -> float:
     """Standard error of `auroc(higher, lower)` (DeLong et al. 1988); NaN where a set has one value.
 
-    The area is a mean, over either set, of the share of the other that a value beats; so is its variance.
+    The area is the mean over either set of the share of the other set that a value exceeds; its variance is
+    the sum of the variances of these two means.
     """
     if min(len(higher), len(lower)) < 2:
         return math.nan
-    variance = sum(_beaten(x, y).var() / len(x) for x, y in ((higher, lower), (-lower, -higher)))
+    variance = sum(_share_below(x, y).var() / len(x) for x, y in ((higher, lower), (-lower, -higher)))
     return math.sqrt(float(variance))
 
 
-def _beaten(values: Tensor, others: Tensor) -> Tensor:
-    """Share of `others` (m,) below each of `values` (n,), ties counting half."""
+def _share_below(values: Tensor, others: Tensor) -> Tensor:
+    """Share of `others` (m,) below each of `values` (n,), float64, ties counting half."""
     ordered = others.sort().values
     below, upto = (torch.searchsorted(ordered, values.contiguous(), right=right) for right in (False, True))
     return (below + upto).double() / (2 * len(others))

@@ -40,7 +40,9 @@ py::dict build_info() {
     info["cuda"] = false;
 #endif
     info["compiler"] = __VERSION__;
-    info["torch_target_version"] = "2.10";
+    // The first two bytes of the version that the build targets: major and minor.
+    info["torch_target_version"] =
+        std::to_string(TORCH_TARGET_VERSION >> 56) + "." + std::to_string(TORCH_TARGET_VERSION >> 48 & 0xff);
     return info;
 }
 

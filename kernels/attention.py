@@ -24,7 +24,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-_LONG = 512  # tokens from which on four tiles of 128 rows or more share a head
+_LONG = 512  # tokens: a head of this many has four tiles of 128 rows
 
 
 class Blocks(NamedTuple):
@@ -105,10 +105,10 @@ def choose_blocks(
 ) -> Blocks:
     """How to cut the work for heads of D = width in a kernel that adds `products` products at every step.
 
-    Chosen so that next to nothing spills on sm_80, sm_90 and sm_100, by the assembler's report. `wgmma` of
-    sm_90 takes 64 rows or more: so there heads of more than 128 channels leave half of the result's to
-    another program, and long sequences of heads up to 64 wide have tiles of 128 rows, if registers suffice,
-    which load half as many bytes per product and take up to 112 KiB of shared memory.
+    Chosen so that almost no registers spill on sm_80, sm_90 and sm_100, by the assembler's report. `wgmma`
+    of sm_90 needs 64 rows or more. There, two programs share the result's channels for heads wider than 128,
+    and long sequences of heads up to 64 wide use tiles of 128 rows where registers suffice: these load half
+    as many bytes per product and take up to 112 KiB of shared memory.
     """
     padded = max(16, triton.next_power_of_2(width))
     if dtype == torch.float32:  # multiplied without tensor cores, from registers
@@ -195,7 +195,7 @@ def _store_tile(
     stride: int,
     WIDTH: tl.constexpr,
 ) -> None:
-    """pointer[tokens, channels] = tile, but for what is outside."""
+    """pointer[tokens, channels] = tile, where inside."""
     inside = (tokens[:, None] < num_tokens) & (channels[None, :] < WIDTH)
     tl.store(
         pointer + tokens[:, None] * stride + channels[None, :], tile.to(pointer.dtype.element_ty), mask=inside

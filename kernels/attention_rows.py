@@ -1,4 +1,4 @@
-"""Triton kernels of what lies between the matrix products of a composed attention, row by row and in place.
+"""Triton kernels between the matrix products of a composed attention: row by row, in place.
 
 `cdm_fast/ops/attention.py` has the equations, `cdm_fast/ops/attention_composed.py` the products. A tile is
 (heads, rows, N) and contiguous; a program holds whole rows of it, so that every matrix is read once and
@@ -12,8 +12,8 @@ import triton.language as tl
 from cdm_fast.kernels import on_its_device
 from torch import Tensor
 
-MAX_COLUMNS = 4096  # that a program holds of up to four matrices, 64 fp32 registers a thread
-_ELEMENTS = 2048  # of a tile of short rows
+MAX_COLUMNS = 4096  # per program, of up to four matrices: 64 fp32 registers per thread
+_ELEMENTS = 2048  # per tile of short rows
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels of the way back through the network: the head's cotangent, eps_hat, x0_hat, squared error.
+"""Triton kernels of the head's cotangent, eps_hat, x0_hat and the squared error.
 
 `cdm_fast/ops/denoise.py` is the specification. B batch, N rows of the head's weight, D features, K classes.
 """

@@ -14,14 +14,16 @@ from cdm_fast.kernels import group_norm_silu_split, on_its_device
 from cdm_fast.kernels.group_norm_silu_split import masked, silu_first, silu_second
 from torch import Tensor
 
-SPLIT_PIXELS = 257  # from so many pixels on a channels-last group is split
-_SPLIT_PIXELS_OF_FEW = 65  # the same, where fewer than _PROGRAMS would have the work
+from cdm_fast.ops import philox
+
+SPLIT_PIXELS = 257  # groups of channels-last images with this many pixels or more are split
+_SPLIT_PIXELS_OF_FEW = 65  # the same, where fewer than _PROGRAMS programs would run otherwise
 _PROGRAMS = 256  # to keep 132 multiprocessors reading
 _TILE = 512  # elements
 _CHANNELS_LAST_TILE = 2048  # elements, 16 per thread
-_CHANNELS_LAST_TILE_OF_MANY_SUMS = 1024  # ten sums for every element: with more, registers spill
-_CHANNELS_TO_SUM = 16  # few, so that some programs run at once
-_LINE_BYTES = 128  # what neighbouring channels should fill, when channels-last
+_CHANNELS_LAST_TILE_OF_MANY_SUMS = 1024  # ten sums per element: larger tiles spill registers
+_CHANNELS_TO_SUM = 16  # per program: few, so that several programs run at once
+_LINE_BYTES = 128  # a cache line, which neighbouring channels of channels-last images should fill
 
 
 @on_its_device
@@ -174,11 +176,11 @@ def _geometry(
 
 def _dropout(dropout: float) -> dict[str, float]:
     """The compile-time constants of dropout; threshold 0 means none."""
-    return {"drop_threshold": int(dropout * 2**32), "keep_scale": 1 / (1 - dropout)}
+    return {"drop_threshold": philox.drop_threshold(dropout), "keep_scale": 1 / (1 - dropout)}
 
 
 def _pointer(optional: Tensor | None, x: Tensor) -> Tensor:
-    """For a tensor that is not there, a kernel is given any pointer; it does not use it."""
+    """A pointer that a kernel does not use stands for a tensor that is None."""
     return x if optional is None else optional
 
 

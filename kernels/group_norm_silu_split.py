@@ -1,13 +1,13 @@
 """Triton kernels of GroupNorm + SiLU + dropout for channels-last images, a group split over programs.
 
 `cdm_fast/ops/group_norm_silu.py` is the specification; docs/explanation/group_norm_silu.md derives it.
-Each of the three functions launches three kernels: sums over a chunk of pixels, channel by channel; their
-combination
-into what a group's elements need; the result, element by element. A program's tile is pixels by neighbouring
-channels, whatever groups these belong to: it reads whole lines, and no lane idles for the size of a group.
+Each of the three functions launches three kernels. The first sums over a chunk of pixels, per channel; the
+second combines the sums into the numbers that a group's elements need; the third computes the result per
+element. A program's tile is pixels by neighbouring channels of any groups, so it reads whole cache lines and
+keeps all lanes busy at any group size.
 
-The sums of the chunks are added in one order, so the result is the same every time. The last kernels visit
-the images from the last to the first, because those read last may still be in the L2 cache.
+The sums of the chunks are added in a fixed order, so the result is deterministic. The third kernel visits the
+images in reverse order, because those read last may still be in the L2 cache.
 
 # B batch, C channels, G groups, k chunk of pixels, w channels of a tile
 """
@@ -26,8 +26,8 @@ from cdm_fast.ops import philox
 _DROPOUT = tl.constexpr(int(philox.Stream.DROPOUT))
 
 _WIDTH = 128  # channels of a tile: 256 bytes in bf16
-_ELEMENTS = 2048  # of a tile, 16 per thread
-_ELEMENTS_OF_MANY_SUMS = 1024  # ten sums for every element: with more, registers spill
+_ELEMENTS = 2048  # per tile, 16 per thread
+_ELEMENTS_OF_MANY_SUMS = 1024  # ten sums per element: larger tiles spill registers
 _PROGRAMS = 2048  # to keep 132 multiprocessors reading
 
 
@@ -168,7 +168,7 @@ def _of_groups(count: int, mean: Tensor) -> Tensor:
 def _options(silu: bool, dropout: float, x: Tensor, skip: Tensor | None) -> dict[str, object]:
     """The compile-time constants; threshold 0 means no dropout. in_fours: four neighbours share a block."""
     in_fours = x.shape[1] % 4 == 0 and (skip is None or skip.shape[1] % 4 == 0)
-    threshold, scale = int(dropout * 2**32), 1 / (1 - dropout)
+    threshold, scale = philox.drop_threshold(dropout), 1 / (1 - dropout)
     return {"silu": silu, "drop_threshold": threshold, "keep_scale": scale, "in_fours": in_fours}
 
 

@@ -33,7 +33,7 @@ import torch._dynamo  # which every optimizer imports, for a second; children fi
 
 from cdm_fast.config import RunConfig
 from cdm_fast.runs.checkpoint import load_checkpoint
-from cdm_fast.training import loop, report, saver, train
+from cdm_fast.training import finish, loop, report, saver, train
 from tests.tiny_run import tiny_config, write_images
 
 STEPS = 40
@@ -77,7 +77,7 @@ def watch(progress: Progress) -> None:
         progress["being_saved"] = NONE
 
     loop.take_step, saver.save_checkpoint = step, save_checkpoint
-    report.write_loss_curves, train.write_final = lambda *_: [], lambda *_: {}
+    report.write_loss_curves, finish.write_final = lambda *_: [], lambda *_: {}
 
 
 def child(config: RunConfig, run: Path) -> int:

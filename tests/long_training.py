@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from cdm_fast.training import loop, train
+from cdm_fast.training import finish, loop, train
 from tests.tiny_run import tiny_config, write_images
 
 MAX_GROWTH = 8 << 20
@@ -47,7 +47,7 @@ def long_training(steps: int, folder: Path) -> dict[str, Any]:
             memory.append(resident_bytes())
             files.append(len(open_files()))
 
-    loop.take_step, train.write_final = watched, lambda *_: {}
+    loop.take_step, finish.write_final = watched, lambda *_: {}
     train.train(replace(config, output=output), folder / "run", device="cpu")
     log = (folder / "run" / "log.jsonl").stat().st_size
     return {

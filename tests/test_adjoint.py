@@ -5,17 +5,18 @@ import torch
 from torch import nn
 
 from benchmarks.support.plain_unet import PlainUNet, double_backward_loss
-from cdm_fast import CDM, MLP, Encoder, NoiseSchedule, UNet, cdm_loss, use_backend
-from cdm_fast.nn import layers
-from cdm_fast.nn.encoder import EnergyPool
+from cdm_fast import CDM, MLP, Encoder, NoiseSchedule, UNet, UserError, cdm_loss, use_backend
+from cdm_fast.nn import blocks, layers, resample
 from cdm_fast.nn.mlp import MLPBlock
+from cdm_fast.nn.pool import ConvMeanPool, EnergyPool
+from tests.accuracy import TOLERANCE, relative_error
 from tests.opaque import Opaque
 
 SHAPE = (3, 8, 6, 10)
 
 
 def embedded_block() -> nn.Module:
-    block = layers.ResnetBlock(8, 16, num_groups=4, embedding_width=5)
+    block = blocks.ResnetBlock(8, 16, num_groups=4, embedding_width=5)
     block.forward_with = {"embedding": torch.randn(3, 5, dtype=torch.float64)}
     return block
 
@@ -29,18 +30,18 @@ LAYERS = {
     "conv3x3": (lambda: layers.Conv2d(8, 5), SHAPE),
     "conv1x1": (lambda: layers.Conv2d(8, 5, kernel_size=1), SHAPE),
     "conv-exact": (lambda: layers.Conv2d(8, 5, exact=True), SHAPE),
-    "downsample": (lambda: layers.Downsample(8), SHAPE),
-    "upsample": (lambda: layers.Upsample(8), SHAPE),
-    "upsample-folded": (lambda: layers.Upsample(3), (6, 3, 12, 16)),
+    "downsample": (lambda: resample.Downsample(8), SHAPE),
+    "upsample": (lambda: resample.Upsample(8), SHAPE),
+    "upsample-folded": (lambda: resample.Upsample(3), (6, 3, 12, 16)),
     "group-norm": (lambda: layers.GroupNorm(8, 4, silu=False), SHAPE),
     "group-norm-silu": (lambda: layers.GroupNorm(8, 2), SHAPE),
     "group-norm-silu-dropout": (lambda: with_dropout(layers.GroupNorm(8, 2, dropout=0.3)), SHAPE),
-    "attention": (lambda: layers.AttentionBlock(8, 4), SHAPE),
-    "resnet": (lambda: layers.ResnetBlock(8, 8, num_groups=4), SHAPE),
-    "resnet-shortcut": (lambda: layers.ResnetBlock(8, 12, num_groups=4), SHAPE),
+    "attention": (lambda: blocks.AttentionBlock(8, 4), SHAPE),
+    "resnet": (lambda: blocks.ResnetBlock(8, 8, num_groups=4), SHAPE),
+    "resnet-shortcut": (lambda: blocks.ResnetBlock(8, 12, num_groups=4), SHAPE),
     "resnet-embedding": (embedded_block, SHAPE),
-    "resnet-dropout": (lambda: with_dropout(layers.ResnetBlock(8, 8, 4, dropout=0.3)), SHAPE),
-    "conv-mean-pool": (lambda: layers.ConvMeanPool(8, 5), SHAPE),
+    "resnet-dropout": (lambda: with_dropout(blocks.ResnetBlock(8, 8, 4, dropout=0.3)), SHAPE),
+    "conv-mean-pool": (lambda: ConvMeanPool(8, 5), SHAPE),
     "energy-pool": (lambda: EnergyPool(8, num_groups=4, num_means=5, num_squares=3), SHAPE),
     "linear": (lambda: layers.Linear(7, 5), (4, 7)),
     "silu": (layers.SiLU, (4, 7)),
@@ -62,7 +63,7 @@ def apply(layer, x):
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels-last"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_adjoint_is_the_vector_jacobian_product(name, channels_last, relative_error):
+def test_adjoint_is_the_vector_jacobian_product(name, channels_last):
     build, shape = LAYERS[name]
     layer = randomise(build())
     x = torch.randn(shape, dtype=torch.float64)
@@ -80,7 +81,7 @@ def test_adjoint_is_the_vector_jacobian_product(name, channels_last, relative_er
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_forward_and_adjoint_differentiate_like_double_backward(name, relative_error):
+def test_forward_and_adjoint_differentiate_like_double_backward(name):
     build, shape = LAYERS[name]
     layer = randomise(build())
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -101,9 +102,9 @@ def test_forward_and_adjoint_differentiate_like_double_backward(name, relative_e
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels-last"])
-def test_a_skip_connection_counts_as_further_channels(channels_last, relative_error):
+def test_a_skip_connection_counts_as_further_channels(channels_last):
     """Output, adjoint and the derivative of both equal those of the same block on the concatenation."""
-    block = randomise(with_dropout(layers.ResnetBlock(8, 12, 4, dropout=0.3)))
+    block = randomise(with_dropout(blocks.ResnetBlock(8, 12, 4, dropout=0.3)))
     layout = torch.channels_last if channels_last else torch.contiguous_format
     whole = torch.randn(3, 8, 4, 6, dtype=torch.float64).to(memory_format=layout).requires_grad_()
     pieces = [piece.detach().clone(memory_format=layout).requires_grad_() for piece in whole.split([5, 3], 1)]
@@ -123,13 +124,24 @@ def test_a_skip_connection_counts_as_further_channels(channels_last, relative_er
 
 
 @pytest.mark.parametrize(("build", "shrinks"), [(UNet, 3.0), (Encoder, 2.5)])
-def test_recomputation_changes_memory_and_nothing_else(build, shrinks, relative_error):
+def test_recomputation_changes_memory_and_nothing_else(build, shrinks):
     """Loss and gradient, dropout included; and what autograd keeps of a step shrinks.
 
     The encoder's pools are no stages: they keep what they read.
     """
     network = randomise(
-        build(16, 3, 22, 8, (1, 2), 1, (8,), dropout=0.3, num_groups=4, num_classes=3)
+        build(
+            16,
+            3,
+            22,
+            base_channels=8,
+            multipliers=(1, 2),
+            blocks_per_level=1,
+            attention_resolutions=(8,),
+            dropout=0.3,
+            num_groups=4,
+            num_classes=3,
+        )
     ).train()
     model = CDM(network, NoiseSchedule.uniform(T=20))
     x0, eps = torch.rand(4, 3, 16, 16, dtype=torch.float64), torch.randn(4, 3, 16, 16, dtype=torch.float64)
@@ -151,12 +163,38 @@ def test_recomputation_changes_memory_and_nothing_else(build, shrinks, relative_
 
 
 NETWORKS = {
-    "unet": lambda classes=None: UNet(16, 3, 22, 8, (1, 2, 2), 2, (8,), num_groups=4, num_classes=classes),
+    "unet": lambda classes=None: UNet(
+        16,
+        3,
+        22,
+        base_channels=8,
+        multipliers=(1, 2, 2),
+        blocks_per_level=2,
+        attention_resolutions=(8,),
+        num_groups=4,
+        num_classes=classes,
+    ),
     "unet-one-resolution": lambda classes=None: UNet(
-        8, 1, 22, 8, (1,), 1, (), num_groups=2, num_classes=classes
+        8,
+        1,
+        22,
+        base_channels=8,
+        multipliers=(1,),
+        blocks_per_level=1,
+        attention_resolutions=(),
+        num_groups=2,
+        num_classes=classes,
     ),
     "encoder": lambda classes=None: Encoder(
-        16, 3, 22, 8, (1, 2, 2), 2, (8,), num_groups=4, num_classes=classes
+        16,
+        3,
+        22,
+        base_channels=8,
+        multipliers=(1, 2, 2),
+        blocks_per_level=2,
+        attention_resolutions=(8,),
+        num_groups=4,
+        num_classes=classes,
     ),
     "mlp": lambda classes=None: MLP(5, 22, hidden=16, depth=2, num_classes=classes),
 }
@@ -164,7 +202,7 @@ NETWORKS = {
 
 @pytest.mark.parametrize("labelled", [False, True], ids=["unlabelled", "labelled"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_network_ratio_gradient(name, labelled, relative_error):
+def test_network_ratio_gradient(name, labelled):
     network = randomise(NETWORKS[name](3 if labelled else None))
     x = torch.randn(4, *network.input_shape, dtype=torch.float64, requires_grad=True)
     level, label = torch.tensor([0, 3, 20, 21]), torch.tensor([0, 1, 2, -1]) if labelled else None
@@ -187,22 +225,29 @@ def whole_gradient(loss, network):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("classes", [None, 3], ids=["unconditional", "conditional"])
-def test_loss_gradient_equals_plain_double_backward(dtype, classes, relative_error, tolerance):
-    sizes = (16, 3, 22, 32, (1, 2), 2, (8,))
+def test_loss_gradient_equals_plain_double_backward(dtype, classes):
+    sizes = {
+        "base_channels": 32,
+        "multipliers": (1, 2),
+        "attention_resolutions": (8,),
+        "num_classes": classes,
+    }
     schedule = NoiseSchedule.uniform(T=20)
     torch.manual_seed(1)
-    plain = PlainUNet(*sizes, num_classes=classes).to(dtype)
-    network = UNet(*sizes, num_classes=classes).to(dtype)
+    plain = PlainUNet(16, 3, 22, **sizes).to(dtype)
+    network = UNet(16, 3, 22, **sizes).to(dtype)
     network.load_state_dict(plain.state_dict())
     model = CDM(network, schedule)
     x0 = torch.rand(6, 3, 16, 16, dtype=dtype) * 2 - 1
     eps, level = torch.randn_like(x0), torch.tensor([0, 1, 5, 11, 20, 21])
     label = torch.arange(6) % 4 - 1 if classes else None
-    a, s = schedule.gather(level, x0)
+    s = schedule.amplitudes(level, x0)[1]
     row = None if label is None else label % 4  # of the plain network's table: its null class is the last
-    expected = whole_gradient(double_backward_loss(plain, a * x0 + s * eps, eps, s, level, row), plain)
+    expected = whole_gradient(
+        double_backward_loss(plain, schedule.noise(x0, level, eps), eps, s, level, row), plain
+    )
     terms = cdm_loss(model, x0, level, eps, label)
-    assert relative_error(whole_gradient(terms.loss, network), expected) < tolerance[dtype]
+    assert relative_error(whole_gradient(terms.loss, network), expected) < TOLERANCE[dtype]
 
 
 def test_loss_never_calls_autograd(monkeypatch):
@@ -211,7 +256,19 @@ def test_loss_never_calls_autograd(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("autograd was called inside the loss")
 
-    model = CDM(UNet(8, 1, 12, 8, (1, 2), 1, (4,), num_groups=4), NoiseSchedule.uniform(T=10))
+    model = CDM(
+        UNet(
+            8,
+            1,
+            12,
+            base_channels=8,
+            multipliers=(1, 2),
+            blocks_per_level=1,
+            attention_resolutions=(4,),
+            num_groups=4,
+        ),
+        NoiseSchedule.uniform(T=10),
+    )
     for module, name in ((torch.autograd, "grad"), (torch.autograd, "backward"), (torch.func, "grad")):
         monkeypatch.setattr(module, name, refuse)
     monkeypatch.setattr(torch.func, "vjp", refuse)
@@ -223,7 +280,7 @@ def test_loss_never_calls_autograd(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["unet", "encoder"])
-def test_general_path_agrees_with_the_fast_one(name, relative_error):
+def test_general_path_agrees_with_the_fast_one(name):
     network = randomise(NETWORKS[name]())
     schedule = NoiseSchedule.linear(T=20)
     fast, general = CDM(network, schedule), CDM(Opaque(network), schedule, input_shape=network.input_shape)
@@ -238,7 +295,16 @@ def test_general_path_agrees_with_the_fast_one(name, relative_error):
 
 def test_the_papers_cifar10_network_has_its_size_and_names():
     with torch.device("meta"):
-        network = UNet(32, 3, 1002, 128, (1, 2, 2, 2), 2, (16,), dropout=0.1)
+        network = UNet(
+            32,
+            3,
+            1002,
+            base_channels=128,
+            multipliers=(1, 2, 2, 2),
+            blocks_per_level=2,
+            attention_resolutions=(16,),
+            dropout=0.1,
+        )
         plain = PlainUNet(32, 3, 1002, 128, (1, 2, 2, 2), 2, (16,), dropout=0.1)
     assert sum(p.numel() for p in network.parameters()) == sum(p.numel() for p in plain.parameters())
     assert round(sum(p.numel() for p in network.parameters()) / 1e6, 1) == 33.4
@@ -254,3 +320,42 @@ def test_the_papers_cifar10_network_has_its_size_and_names():
         "linear_layer.weight",
     ):
         assert name in network.state_dict()
+
+
+@pytest.mark.parametrize("kind", [UNet, Encoder])
+def test_the_rate_of_dropout_can_be_changed(kind):
+    """A new rate reaches every block: the same masks and outputs as of a network built with it."""
+    sizes = {"base_channels": 8, "multipliers": (1,), "blocks_per_level": 1, "num_groups": 4}
+    torch.manual_seed(0)
+    network = randomise(kind(4, 1, 12, **sizes, dropout=0.5)).train()
+    x = torch.randn(3, 1, 4, 4, dtype=torch.float64)
+
+    def logits(network):
+        torch.manual_seed(1)
+        return network(x)
+
+    outputs = {}
+    for rate in (0.0, 0.1, 0.9):
+        other = kind(4, 1, 12, **sizes, dropout=rate).double()
+        other.load_state_dict(network.state_dict())
+        network.dropout = rate
+        outputs[rate] = logits(network)
+        assert torch.equal(outputs[rate], logits(other))
+    assert not torch.equal(outputs[0.1], outputs[0.9]) and not torch.equal(outputs[0.0], outputs[0.1])
+    with pytest.raises(UserError, match="dropout is 1"):
+        network.dropout = 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["bf16", "fp64"])
+@pytest.mark.parametrize("in_one", [False, True], ids=["by-parity", "at-once"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_parities_are_interleaved(dtype, in_one, memory_format, monkeypatch):
+    """Both ways of copying, against the definition."""
+    monkeypatch.setattr(resample, "copies_in_one_launch", lambda tensor: in_one)
+    y = torch.randn(2, 4 * 3, 3, 4).to(dtype).to(memory_format=memory_format)
+    expected = y.new_empty(2, 3, 4, 6)
+    for p in (0, 1):
+        for q in (0, 1):
+            parity = y[:, 3 * (2 * p + q) : 3 * (2 * p + q + 1)]
+            expected[:, :, p::2, q::2] = parity[:, :, p : p + 2, q : q + 3]
+    assert torch.equal(resample.interleave_parities(y), expected)

@@ -8,6 +8,8 @@ import torch
 
 from cdm_fast import CDM, MLP, NoiseSchedule, UserError
 from cdm_fast.cli.describe import describe_attack
+from cdm_fast.data import dequantize
+from cdm_fast.data.pixels import from_brightness
 from cdm_fast.evaluation.attacks import ClassLogLikelihoods, evaluate_attack
 from cdm_fast.evaluation.square_attack import square_side
 from cdm_fast.model.classifier import Classifier
@@ -44,6 +46,18 @@ def test_the_module_is_bayes_rule_and_its_gradient_exact(conditioning):
     (gradient,) = torch.autograd.grad(got[:, 1].sum(), pixels)
     wanted = (density.means[1] - x) / SPREAD**2 * (2 * (GREY - 1) / GREY)
     torch.testing.assert_close(gradient.flatten(1), wanted)
+
+
+@pytest.mark.parametrize("pixel_map", ["intervals", "points"])
+@pytest.mark.parametrize("grey", [2, 17, 256])
+def test_brightness_is_mapped_to_the_middle_of_its_grey_levels_interval(grey, pixel_map):
+    levels = torch.arange(grey).to(torch.uint8).view(1, 1, 1, -1)
+    brightness = levels.double() / (grey - 1)
+    x = from_brightness(brightness, grey, pixel_map)
+    middle = dequantize(levels, grey, torch.full(levels.shape, 0.5), pixel_map)
+    torch.testing.assert_close(x, middle.double(), rtol=0, atol=1e-6)
+    assert x.dtype == torch.float64
+    torch.testing.assert_close(from_brightness(255 * brightness, grey, pixel_map, white=255), x)
 
 
 @pytest.mark.parametrize("conditioning", ["joint", "embedding"])
@@ -197,6 +211,11 @@ def test_missing_foolbox_is_one_line(joint, monkeypatch):
 
 
 @pytest.mark.parametrize(("attack", "norm"), [("guess", "linf"), ("pgd", "l1")])
-def test_wrong_use_is_told(attack, norm):
+def test_unknown_names_are_refused(attack, norm):
     with pytest.raises(UserError, match="unknown"):
         evaluate_attack(MODELS["joint"](classes()), draw(classes(), 4), attack, norm)
+
+
+def test_an_empty_batch_is_refused():
+    with pytest.raises(UserError, match="batch_size is 0"):
+        evaluate_attack(MODELS["joint"](classes()), draw(classes(), 4), "fgsm", num_images=4, batch_size=0)

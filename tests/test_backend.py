@@ -1,8 +1,13 @@
 """Backends: what is chosen, what a name demands, and that the choice is undone."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
+from building.kernels import STABLE_ABI
+from cdm_fast import CDM, NoiseSchedule
 from cdm_fast.ops import backend as _backend
 from cdm_fast.ops import set_backend, use_backend
 
@@ -28,6 +33,14 @@ def test_auto_takes_cpp_on_the_cpu():
         pytest.skip("the extension is not built")
     assert _backend.selected_backend() == "auto"
     assert _backend.resolve("group_norm_silu", CPU_FLOAT) == "cpp"
+
+
+def test_the_extension_names_the_torch_that_it_was_built_for():
+    if _backend.missing("cpp"):
+        pytest.skip("the extension is not built")
+    version = int(STABLE_ABI, 16)
+    expected = f"{version >> 56}.{version >> 48 & 0xFF}"
+    assert _backend.build_info()["torch_target_version"] == expected
 
 
 def test_auto_takes_the_reference_where_no_kernel_fits():
@@ -157,3 +170,51 @@ def test_a_compiled_function_follows_the_selected_backend(monkeypatch):
     assert "cdm_fast.group_norm_silu" in graphs[0] and "cdm_fast.group_norm_silu" not in graphs[1]
     torch.testing.assert_close(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+def test_other_threads_do_not_see_a_block():
+    """A thread that trains while another evaluates under the reference keeps its kernels."""
+    inside, seen = threading.Barrier(2, timeout=60), []
+
+    def look():
+        inside.wait()
+        seen.append(_backend.selected_backend())
+        inside.wait()
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(look)
+        with use_backend("reference"):
+            inside.wait()
+            inside.wait()
+        other.result()
+    assert seen == ["auto"]
+
+
+def test_evaluations_of_a_foreign_network_leave_other_threads_alone():
+    """`denoise` of a network without an adjoint runs under the reference, in its own thread only."""
+    seen = []
+
+    class Looks(torch.nn.Module):
+        def forward(self, x):
+            own = _backend.selected_backend()
+            with ThreadPoolExecutor(1) as pool:
+                seen.append((own, pool.submit(_backend.selected_backend).result()))
+            return x.sum(1, keepdim=True) * torch.arange(6.0)
+
+    CDM(Looks(), NoiseSchedule.uniform(T=4), input_shape=(3,)).denoise(torch.ones(2, 3), 1)
+    assert seen == [("reference", "auto")]
+
+
+def test_set_backend_holds_in_all_threads():
+    set_backend("reference")
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(_backend.selected_backend).result() == "reference"
+
+
+def test_work_handed_to_another_thread_can_keep_the_selection():
+    """As a GPU's backward pass does with what it computes again."""
+    with use_backend("reference"):
+        function = _backend.under_this_selection(_backend.selected_backend)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(function).result() == "reference"
+        assert pool.submit(_backend.selected_backend).result() == "auto"

@@ -20,7 +20,17 @@ TRAINING = {"optimizer": "adamw", "weight_decay": 0.01, "lr": 2e-3, "batch_size"
 
 def small_network():
     """Every fused op, and as few launches as can be: the interpreter of Triton takes tens of ms for each."""
-    network = UNet(4, 1, SCHEDULE.num_levels, 8, (1,), 0, (), dropout=0.2, num_groups=2)
+    network = UNet(
+        4,
+        1,
+        SCHEDULE.num_levels,
+        base_channels=8,
+        multipliers=(1,),
+        blocks_per_level=0,
+        attention_resolutions=(),
+        dropout=0.2,
+        num_groups=2,
+    )
     return network.to(memory_format=torch.channels_last)
 
 

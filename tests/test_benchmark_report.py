@@ -1,6 +1,10 @@
 """The table of benchmarks/README.md is what the results give, those of run_gpu.sh among them."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -23,9 +27,12 @@ FIGURE = {"candidate_ms": 1.23456, "baseline_ms": 1234.5, "ratio": 3.0}
 QUARTILES = {"ratio_lower_quartile": 2.9, "ratio_upper_quartile": 3.25}
 
 
-def _document(environment, test="test_float_images", **extra_info):
-    entry = {"fullname": f"benchmarks/bench_noising.py::{test}", "extra_info": extra_info}
-    return {"machine_info": {"cdm_fast": environment}, "benchmarks": [entry]}
+def _rows(environment, case="float images", **measured):
+    return [{"environment": environment}, {"benchmark": "noising", "case": case, **measured}]
+
+
+def _lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 @pytest.fixture
@@ -36,9 +43,14 @@ def folder(tmp_path):
     return tmp_path
 
 
-def _table(folder, *documents):
-    for number, document in enumerate(documents):
-        (folder / "results" / f"run{number}.json").write_text(json.dumps(document))
+def _table(folder, *runs):
+    """The page with result files, and with a results.json of `run_gpu.sh` for each dict."""
+    for number, run in enumerate(runs):
+        if isinstance(run, list):
+            (folder / "results" / f"cpu-{number}.jsonl").write_text(_lines(run))
+        else:
+            (folder / "results.json").write_text(json.dumps(run))
+            assert report.main(["--keep", str(folder / "results.json"), f"gpu-{number}"], folder) == 0
     assert report.main([], folder) == 0
     return (folder / "README.md").read_text()
 
@@ -54,11 +66,11 @@ def test_without_a_gpu_run_the_table_says_so(folder):
 
 
 def test_a_figure_has_its_row_and_its_run_a_line(folder):
-    page = _table(folder, _document(CPU, "test_float_images[a-b]", shape=[8, 3], **FIGURE, **QUARTILES))
+    page = _table(folder, _rows(CPU, "float images a b", shape=[8, 3], **FIGURE, **QUARTILES))
     row = "| noising | float images a b | 8x3 | 1.23 | 1234 | 3.00 (2.90-3.25) | — | — | [1] |"
     assert row in page.splitlines()
     assert (
-        "- [1] `run0.json`: Some CPU (AVX2), 2 threads; python 3.12.1, torch 2.13.0; "
+        "- [1] `cpu-0.jsonl`: Some CPU (AVX2), 2 threads; python 3.12.1, torch 2.13.0; "
         "commit abc1234567+; `pytest benchmarks`" in page.splitlines()
     )
     assert "| noising | on a GPU | not measured yet |" in page
@@ -114,13 +126,13 @@ REMARKS = {
 @pytest.mark.parametrize(("document", "says"), REMARKS.values(), ids=REMARKS.keys())
 def test_what_is_no_row_of_the_table_stands_below_it(folder, document, says):
     lines = _table(folder, document).splitlines()
-    assert lines[lines.index(f"  - {says}") - 1].startswith("- [1] `run0.json`")
+    assert lines[lines.index(f"  - {says}") - 1].startswith("- [1] `gpu-0.jsonl`")
 
 
 def test_check_fails_on_a_stale_table_and_writes_nothing(folder, capsys):
     before = _table(folder)
     assert report.main(["--check"], folder) == 0
-    (folder / "results" / "new.json").write_text(json.dumps(_document(CPU, **FIGURE)))
+    (folder / "results" / "cpu-new.jsonl").write_text(_lines(_rows(CPU, **FIGURE)))
     assert report.main(["--check"], folder) == 1
     assert "stale: run `python -m benchmarks.support.report`" in capsys.readouterr().err
     assert (folder / "README.md").read_text() == before
@@ -128,18 +140,64 @@ def test_check_fails_on_a_stale_table_and_writes_nothing(folder, capsys):
 
 BAD = {
     "half": ("{", "not JSON"),
-    "list": ("[1]", "holds no figures of a benchmark"),
-    "half-a-run": (json.dumps({"stages": [{}]}), "holds no figures of a benchmark"),
-    "smoke-run": (json.dumps(_document(CPU | {"small": True})), "a smoke run"),
+    "empty": ("", "holds no figures of a benchmark"),
+    "list": ("[1]\n[2]", "holds no figures of a benchmark"),
+    "half-a-run": (_lines(_rows(CPU)[:1]), "holds no figures of a benchmark"),
+    "other-rows": (_lines([{"environment": CPU}, {"epoch": 1}]), "holds no figures of a benchmark"),
+    "no-environment": (_lines(_rows(CPU)[1:]), "holds no figures of a benchmark"),
+    "smoke-run": (_lines(_rows(CPU | {"small": True})), "a smoke run"),
 }
 
 
 @pytest.mark.parametrize(("text", "says"), BAD.values(), ids=BAD.keys())
 def test_a_bad_result_is_named(folder, capsys, text, says):
-    (folder / "results" / "odd.json").write_text(text)
+    (folder / "results" / "cpu-odd.jsonl").write_text(text)
     assert report.main([], folder) == 2
     message = capsys.readouterr().err
-    assert f"odd.json: {says}" in message and message.count("\n") == 1
+    assert f"cpu-odd.jsonl: {says}" in message and message.count("\n") == 1
+
+
+KEPT = {
+    "name": (json.dumps(_stages()), "h200", "a name begins with cpu- or gpu-"),
+    "half": ("{", "gpu-h200", "cannot be read"),
+    "half-a-run": (json.dumps({"stages": [{}]}), "gpu-h200", "not a results.json of run_gpu.sh"),
+    "dry-run": (json.dumps({"environment": {"small": True}, "stages": []}), "gpu-h200", "of a dry run"),
+}
+
+
+@pytest.mark.parametrize(("text", "name", "says"), KEPT.values(), ids=KEPT.keys())
+def test_what_cannot_be_kept_is_refused_in_one_line(folder, capsys, text, name, says):
+    (folder / "results.json").write_text(text)
+    assert report.main(["--keep", str(folder / "results.json"), name], folder) == 2
+    message = capsys.readouterr().err
+    assert says in message and message.count("\n") == 1
+    assert not list((folder / "results").iterdir())
+
+
+def test_a_benchmark_writes_a_row_a_measurement(tmp_path):
+    """Each figure is a line as soon as its benchmark has passed; the command is kept without the file."""
+    out = tmp_path / "rows.jsonl"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks/bench_denoise.py",
+        "-k",
+        "fp32",
+        "--benchmark-only",
+    ]
+    done = subprocess.run(
+        [*command, "--small", "--results", str(out), "-p", "no:cacheprovider"],
+        cwd=Path(__file__).parents[1],
+        env={key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, *rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert first["environment"]["small"] and str(out) not in first["environment"]["command"]
+    assert rows and all(row["benchmark"] == "denoise" and row["ratio"] > 0 for row in rows)
+    assert len({row["case"] for row in rows}) == len(rows)
 
 
 def test_a_readme_without_the_markers_is_named(folder, capsys):

@@ -22,7 +22,7 @@ from cdm_fast.runs.checkpoint import (
     checkpoint_folders,
     create_run,
     load_checkpoint,
-    make_ready,
+    prepare_to_resume,
     read_config,
     save_checkpoint,
     write_config,
@@ -339,7 +339,7 @@ def test_damaged_newer_ones_are_set_aside_and_never_counted(run, config, state):
     """Else, with keep=1, the damaged one would be kept and the next good one removed."""
     truncate(checkpoint_folders(run)[0])
     (run / ".log.jsonl.unfinished-1").write_bytes(b"half")
-    make_ready(run, step=2)
+    prepare_to_resume(run, step=2)
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-00000002", "damaged-00000003"}
     assert not (run / ".log.jsonl.unfinished-1").exists()
     assert load_checkpoint(run).step == 2

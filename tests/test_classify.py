@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.support.analytic import Density, ExactDenoiser, ExactNetwork, GaussianMixture
 from cdm_fast import CDM, NoiseSchedule, UserError
 from cdm_fast.cli.describe import describe_corruptions
 from cdm_fast.data import ImageData, write_image
@@ -21,7 +22,6 @@ from cdm_fast.evaluation.robustness import evaluate_corruptions
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.model.losses import Noised, noised_classifier_loss
 from cdm_fast.statistics import confusion_matrix, reliability
-from tests.analytic import Density, ExactDenoiser, ExactNetwork, GaussianMixture
 from tests.test_cli import call, call_json
 from tests.test_joint import ExactJoint
 from tests.tiny_run import CLASSES, FLAGS, write_images
@@ -149,11 +149,11 @@ def test_scores_and_marginal_are_the_closed_forms(method):
     # The draws move a pixel by less than one grey level; their mean log-density is near the middle's.
     middle = ((data.images + 0.5) / 128 - 1).double().flatten(1)
     each = density.components_log_prob(middle, SCHEDULE.a[:1], SCHEDULE.s[:1])[:, 0]
-    torch.testing.assert_close(report.score, each, rtol=0, atol=0.15)
+    torch.testing.assert_close(report.class_scores, each, rtol=0, atol=0.15)
     marginal = (each + density.weights.log()).logsumexp(1)
     wanted = float(-marginal.mean() / (2 * math.log(2)) + 7)
     assert report.bits_per_dim == pytest.approx(wanted, abs=0.01)
-    posterior = (report.score + density.weights.log()).softmax(1)
+    posterior = (report.class_scores + density.weights.log()).softmax(1)
     torch.testing.assert_close(report.posterior, posterior)
 
 
@@ -164,7 +164,7 @@ def test_draws_are_averaged_as_log_probabilities():
     generators = [torch.Generator().manual_seed(5 * 1_000_003 + i) for i in range(2)]
     noisy = [(data.images + torch.rand(data.images.shape, generator=g)) / 128 - 1 for g in generators]
     each = torch.stack([model.log_prob_classes(x.double()) for x in noisy])
-    torch.testing.assert_close(several.score, each.mean(0), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(several.class_scores, each.mean(0), rtol=1e-6, atol=1e-5)
 
 
 def test_ode_per_class_agrees_with_the_densities():
@@ -175,7 +175,7 @@ def test_ode_per_class_agrees_with_the_densities():
     ode = evaluate_classes(model, data, "ode", num_images=12, probes=0, class_prior=prior)
     exact = evaluate_classes(joint_model(density), data, num_images=12, draws=1)
     assert ode.num_images == 12 and torch.equal(ode.index, exact.index)
-    torch.testing.assert_close(ode.score, exact.score, rtol=0, atol=0.02)
+    torch.testing.assert_close(ode.class_scores, exact.class_scores, rtol=0, atol=0.02)
     assert ode.bits_per_dim == pytest.approx(exact.bits_per_dim, abs=0.01)
     assert ode.confusion == exact.confusion
 
@@ -186,9 +186,9 @@ def test_denoising_error_classifies_well_and_has_no_likelihood():
     report = evaluate_classes(FlatDenoiser(density, SCHEDULE), data, trials=80)
     assert report.method == "denoising" and report.bits_per_dim is None
     assert 0.55 < report.accuracy < BAYES + 3 * report.accuracy_stderr
-    assert bool((report.score < 0).all())
+    assert bool((report.class_scores < 0).all())
     again = evaluate_classes(FlatDenoiser(density, SCHEDULE), data, trials=80)
-    assert torch.equal(again.score, report.score)
+    assert torch.equal(again.class_scores, report.class_scores)
 
 
 def test_all_classes_meet_the_same_noise():
@@ -196,8 +196,8 @@ def test_all_classes_meet_the_same_noise():
     one = classes().component(0)
     same = GaussianMixture(torch.ones(2) / 2, one.means.expand(2, 2), one.covariances.expand(2, 2, 2))
     report = evaluate_classes(FlatDenoiser(same, SCHEDULE), draw(classes(), 20), trials=3)
-    torch.testing.assert_close(report.score[:, 0], report.score[:, 1])
-    assert len(report.score[:, 0].unique()) == 20
+    torch.testing.assert_close(report.class_scores[:, 0], report.class_scores[:, 1])
+    assert len(report.class_scores[:, 0].unique()) == 20
 
 
 def test_calibration_error_of_a_hand_made_case():
@@ -234,6 +234,7 @@ def test_confusion_counts_rows_of_true_classes():
         ("joint", {}, {"method": "guess"}, "unknown method"),
         ("joint", {}, {"draws": 0}, "draws is 0"),
         ("joint", {}, {"num_images": 0}, "images is 0"),
+        ("joint", {}, {"batch_size": 0}, "batch_size is 0"),
         ("joint", {}, {"level": -1}, "level -1: joint and embedding"),
         ("embedding", {}, {"level": SCHEDULE.T + 1}, "level .*: joint and embedding"),
         ("embedding", {}, {"level": 3, "method": "denoising"}, "level 3: joint and embedding"),

@@ -226,7 +226,8 @@ def test_denoise_estimates_sigma_and_writes_images(trained, tmp_path):
 def test_plot_draws_every_picture(trained):
     out, _ = trained
     result = call_json("plot", out)
-    assert {os.path.basename(path) for path in result["pictures"]} == {"loss.png", "confusion.png", "mse.png"}
+    names = {os.path.basename(path) for path in result["pictures"]}
+    assert names == {"loss.png", "confusion.png", "mse.png", "calibration.png"}
 
 
 def test_doctor_reports():

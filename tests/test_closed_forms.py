@@ -8,10 +8,7 @@ import math
 import pytest
 import torch
 
-from cdm_fast.errors import UserError
-from cdm_fast.model import CDM
-from cdm_fast.model.schedule import SCHEDULES, NoiseSchedule
-from tests.analytic import (
+from benchmarks.support.analytic import (
     ExactDenoiser,
     ExactNetwork,
     GaussianMixture,
@@ -23,6 +20,9 @@ from tests.analytic import (
     noisy_sample,
     random_mixture,
 )
+from cdm_fast.errors import UserError
+from cdm_fast.model import CDM
+from cdm_fast.model.schedule import SCHEDULES, NoiseSchedule
 
 T = 30
 EXACT = {"rtol": 1e-8, "atol": 1e-8}
@@ -133,7 +133,7 @@ def test_labels_select_the_component(schedule):
         model.denoise(x, 5, label), ExactDenoiser(density, schedule).denoise(x, 5, label), **EXACT
     )
     expected = density.components_log_prob(x, schedule.a, schedule.s)[torch.arange(4), :, label]
-    torch.testing.assert_close(model.log_prob_levels(x, label), expected, **EXACT)
+    torch.testing.assert_close(model.log_prob_levels(x, label=label), expected, **EXACT)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no-grad", "inference"])

@@ -4,11 +4,21 @@ import pytest
 import torch
 
 from cdm_fast import CDM, MLP, NoiseSchedule, UNet, cdm_loss
+from tests.accuracy import TOLERANCE, relative_error
 from tests.opaque import Opaque
 
 SCHEDULE = NoiseSchedule.uniform(T=10)
 NETWORKS = {
-    "unet": lambda: UNet(8, 1, SCHEDULE.num_levels, 8, (1, 2), 1, (4,), num_groups=4),
+    "unet": lambda: UNet(
+        8,
+        1,
+        SCHEDULE.num_levels,
+        base_channels=8,
+        multipliers=(1, 2),
+        blocks_per_level=1,
+        attention_resolutions=(4,),
+        num_groups=4,
+    ),
     "mlp": lambda: MLP(6, SCHEDULE.num_levels, hidden=16, depth=1),
     "general": lambda: Opaque(MLP(6, SCHEDULE.num_levels, hidden=16, depth=1)),
 }
@@ -26,19 +36,19 @@ def gradients(model, loss):
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
-def test_training_loss_is_one_graph(model, relative_error, tolerance):
+def test_training_loss_is_one_graph(model):
     x0 = torch.rand(4, *model.input_shape)
     level, eps = torch.tensor([0, 3, 10, 11]), torch.randn_like(x0)
     expected = gradients(model, cdm_loss(model, x0, level, eps).loss)
     compiled = torch.compile(
         lambda x0, level, eps: cdm_loss(model, x0, level, eps).loss, fullgraph=True, backend="aot_eager"
     )
-    assert relative_error(gradients(model, compiled(x0, level, eps)), expected) < tolerance[torch.float32]
+    assert relative_error(gradients(model, compiled(x0, level, eps)), expected) < TOLERANCE[torch.float32]
 
 
 @torch.no_grad()
-def test_denoiser_and_likelihood_are_one_graph(model, relative_error, tolerance):
+def test_denoiser_and_likelihood_are_one_graph(model):
     x, level = torch.randn(4, *model.input_shape), torch.tensor([1, 3, 10, 11])
     for function in (model.denoise, model.log_prob):
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-        assert relative_error(compiled(x, level), function(x, level)) < tolerance[torch.float32]
+        assert relative_error(compiled(x, level), function(x, level)) < TOLERANCE[torch.float32]

@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
+from benchmarks.support.analytic import ExactNetwork, GaussianMixture, mixture, product, random_mixture
 from cdm_fast import CDM, DDM, MLP, MLPDenoiser, NoiseSchedule, UserError, sample
 from cdm_fast.evaluation.quality import two_sample_test
 from cdm_fast.model.composition import Mixture, Product, negation
 from cdm_fast.model.conditioned import OfClass
-from tests.analytic import ExactNetwork, GaussianMixture, mixture, product, random_mixture
+from cdm_fast.sampling import MALA
 from tests.opaque import Opaque
 
 SCHEDULE = NoiseSchedule.uniform(60)
@@ -63,7 +64,7 @@ def p_value(density, drawn):
 def test_samples_match_the_analytic_composition(case):
     """Two-sample test of level 5 % by 499 permutations."""
     model, density = CASES[case]
-    assert p_value(density, sample(model, 400, "mala", 20, seed=1, moves=4, batch_size=400)) > 0.05
+    assert p_value(density, sample(model, 400, MALA(moves=4), 20, seed=1, batch_size=400)) > 0.05
 
 
 @pytest.mark.parametrize("case", ["product", "negation"])
@@ -82,7 +83,7 @@ def test_particles_match_the_analytic_product():
 @pytest.mark.parametrize("conditioning", ["joint", "embedding"])
 def test_classes_of_one_model(conditioning):
     torch.manual_seed(0)
-    network = MLP(3, SCHEDULE.num_levels, 16, num_classes=4, conditioning=conditioning).double()
+    network = MLP(3, SCHEDULE.num_levels, hidden=16, num_classes=4, conditioning=conditioning).double()
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     model = CDM(network, SCHEDULE)
@@ -91,7 +92,8 @@ def test_classes_of_one_model(conditioning):
     mixed = Mixture([OfClass(model, c) for c in range(4)]).log_prob(x, 9)
     torch.testing.assert_close(mixed, model.log_prob_classes(x, 9).logsumexp(1) - torch.tensor(4.0).log())
     nested = negation(Product([OfClass(model, 2), model]), OfClass(model, 3), 0.5)
-    expected = model.log_prob(x, 0, two) + model.log_prob(x, 0) - 0.5 * model.log_prob(x, 0, three)
+    of_two, of_all, of_three = (model.log_prob(x, label=label) for label in (two, None, three))
+    expected = of_two + of_all - 0.5 * of_three
     torch.testing.assert_close(nested.log_prob(x, 0), expected)
 
 
@@ -105,7 +107,9 @@ NETWORKS = {
 def joint_model(kind):
     """Four classes that differ, and the list of its network's evaluations."""
     torch.manual_seed(1)
-    network = MLP(3, SCHEDULE.num_levels, 16, num_classes=4, conditioning="joint", **NETWORKS[kind]).double()
+    network = MLP(
+        3, SCHEDULE.num_levels, hidden=16, num_classes=4, conditioning="joint", **NETWORKS[kind]
+    ).double()
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     prior, calls = torch.tensor([1.0, 2.0, 3.0, 4.0]), []
@@ -130,7 +134,7 @@ def test_classes_of_a_joint_model_take_one_evaluation(kind):
     assert len(calls) == 1
 
     def composed(x):
-        of = [model.log_prob(x, level, torch.full((6,), c)) for c in range(4)]
+        of = [model.log_prob(x, level, label=torch.full((6,), c)) for c in range(4)]
         parts = torch.stack([of[0], model.log_prob(x, level), other.log_prob(x, level), of[2]])
         weight = torch.tensor([[1.0], [2.0], [2.0], [3.0]], dtype=torch.float64) / 8
         inner = torch.logsumexp(parts + weight.log(), 0) + 0.7 * of[1] + 0.3 * other.log_prob(x, level)
@@ -154,7 +158,7 @@ def test_classes_of_a_joint_model_take_one_evaluation(kind):
         (lambda m: Mixture([m, m], [1.0, 0.0]), "must be positive"),
         (lambda m: negation(m, m, 0.0), "strength is 0.0"),
         (lambda m: OfClass(m, 0), "trained without classes"),
-        (lambda m: Product([m, DDM(MLPDenoiser(2, 16), SCHEDULE)]), "a DDM knows no log p"),
+        (lambda m: Product([m, DDM(MLPDenoiser(2, hidden=16), SCHEDULE)]), "a DDM knows no log p"),
         (lambda m: sample(Product([m]), 2, "mala", 3, label=0), "takes no label"),
     ],
     ids=["empty", "shape", "weights", "zero weight", "strength", "classless", "ddm", "label"],

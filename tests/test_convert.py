@@ -13,6 +13,7 @@ from cdm_fast.errors import UserError
 from cdm_fast.interop.convert import PUBLIC_BETAS, choose_schedule, convert, infer_config, read_public
 from cdm_fast.likelihood import evaluate
 from cdm_fast.runs.checkpoint import read_config
+from tests.accuracy import TOLERANCE, relative_error
 
 SIZE, CHANNELS, LEVELS, BASE, MULTIPLIERS, BLOCKS = 8, 2, 7, 32, (1, 2), 1
 
@@ -20,7 +21,17 @@ SIZE, CHANNELS, LEVELS, BASE, MULTIPLIERS, BLOCKS = 8, 2, 7, 32, (1, 2), 1
 def make_state(num_classes=None, seed=0):
     """Random weights under the public names; norms and biases are not left at 1 and 0."""
     torch.manual_seed(seed)
-    network = UNet(SIZE, CHANNELS, LEVELS, BASE, MULTIPLIERS, BLOCKS, (SIZE // 2,), 0.0, num_classes)
+    network = UNet(
+        SIZE,
+        CHANNELS,
+        LEVELS,
+        base_channels=BASE,
+        multipliers=MULTIPLIERS,
+        blocks_per_level=BLOCKS,
+        attention_resolutions=(SIZE // 2,),
+        dropout=0.0,
+        num_classes=num_classes,
+    )
     return {name: value + 0.1 * torch.randn_like(value) for name, value in network.state_dict().items()}
 
 
@@ -93,17 +104,17 @@ def images():
 
 
 @pytest.mark.parametrize("prefix", ["", "module."], ids=["plain", "data-parallel"])
-def test_logits_agree_with_the_public_network(tmp_path, images, relative_error, tolerance, prefix):
+def test_logits_agree_with_the_public_network(tmp_path, images, prefix):
     raw, ema = make_state(seed=0), make_state(seed=1)
     file = save_public(tmp_path / "cdm.pt", raw, ema, prefix)
     convert(file, tmp_path / "run", schedule="linear", image_size=SIZE)
     with torch.no_grad():
         for weights, state in (("ema", ema), ("raw", raw)):
             logits = load(tmp_path / "run", weights=weights).logits(images)
-            assert relative_error(logits, public_logits(state, images)) < tolerance[torch.float32]
+            assert relative_error(logits, public_logits(state, images)) < TOLERANCE[torch.float32]
 
 
-def test_class_conditional_logits_agree(tmp_path, images, relative_error, tolerance):
+def test_class_conditional_logits_agree(tmp_path, images):
     state = make_state(num_classes=4)
     converted = convert(
         save_public(tmp_path / "cdm.pt", state), tmp_path / "run", schedule="linear", image_size=SIZE
@@ -113,16 +124,16 @@ def test_class_conditional_logits_agree(tmp_path, images, relative_error, tolera
     with torch.no_grad():
         logits = load(tmp_path / "run").logits(images, label)
     row = label % 5  # the file's null class is the last
-    assert relative_error(logits, public_logits(state, images, row)) < tolerance[torch.float32]
+    assert relative_error(logits, public_logits(state, images, row)) < TOLERANCE[torch.float32]
 
 
-def test_flow_matching_levels_are_turned_round(tmp_path, images, relative_error, tolerance):
+def test_flow_matching_levels_are_turned_round(tmp_path, images):
     state = make_state()
     convert(save_public(tmp_path / "cdm.pt", state), tmp_path / "run", schedule="ot", image_size=SIZE)
     model = load(tmp_path / "run")
     with torch.no_grad():
         logits = model.logits(images)
-    assert relative_error(logits, public_logits(state, images).flip(1)) < tolerance[torch.float32]
+    assert relative_error(logits, public_logits(state, images).flip(1)) < TOLERANCE[torch.float32]
     # Their time of level t, i/(N-1) with i = N-1-t: x = time x_0 + (1 - (1 - sigma_min) time) eps.
     time = torch.arange(LEVELS - 1, -1, -1, dtype=torch.float64) / (LEVELS - 1)
     torch.testing.assert_close(model.schedule.a, time)
@@ -134,7 +145,15 @@ def test_the_papers_networks_are_recognised():
     sizes = {"cifar10": (32, (1, 2, 2, 2)), "celeba64": (64, (1, 2, 2, 2, 4))}
     for image_size, multipliers in sizes.values():
         with torch.device("meta"):
-            state = UNet(image_size, 3, 1002, 128, multipliers, 2, (16,)).state_dict()
+            state = UNet(
+                image_size,
+                3,
+                1002,
+                base_channels=128,
+                multipliers=multipliers,
+                blocks_per_level=2,
+                attention_resolutions=(16,),
+            ).state_dict()
         config, assumed = infer_config(state, "linear", None, "file")
         assert (config.image.size, config.image.channels, config.schedule.T) == (image_size, 3, 1000)
         assert (config.network.base_channels, config.network.multipliers) == (128, multipliers)
@@ -160,7 +179,16 @@ def public_alpha_hat(steps, beta_start=1e-4, beta_end=0.02):
 def test_betas_are_the_public_codes_at_any_number_of_levels(tmp_path, betas):
     """Ours scale by 1000/T: eps_hat would be 13 % off at level 250 of 500."""
     torch.manual_seed(0)
-    state = UNet(SIZE, CHANNELS, 502, BASE, MULTIPLIERS, BLOCKS, (SIZE // 2,), 0.0).state_dict()
+    state = UNet(
+        SIZE,
+        CHANNELS,
+        502,
+        base_channels=BASE,
+        multipliers=MULTIPLIERS,
+        blocks_per_level=BLOCKS,
+        attention_resolutions=(SIZE // 2,),
+        dropout=0.0,
+    ).state_dict()
     file = save_public(tmp_path / "cdm.pt", state)
     convert(file, tmp_path / "run", schedule="linear", betas=betas, image_size=SIZE)
     alpha_hat = public_alpha_hat(500, *(betas or PUBLIC_BETAS)).double()
@@ -204,7 +232,16 @@ def test_a_schedule_that_nothing_tells_is_asked_for(tmp_path):
 def test_flow_matching_keeps_sigma_min(tmp_path, images):
     """Their eps_hat at the level next to the data, times 1 - (1 - sigma_min) t: 9 % low without sigma_min."""
     torch.manual_seed(0)
-    network = UNet(SIZE, CHANNELS, 1000, BASE, MULTIPLIERS, BLOCKS, (SIZE // 2,), 0.0)
+    network = UNet(
+        SIZE,
+        CHANNELS,
+        1000,
+        base_channels=BASE,
+        multipliers=MULTIPLIERS,
+        blocks_per_level=BLOCKS,
+        attention_resolutions=(SIZE // 2,),
+        dropout=0.0,
+    )
     file = save_public(tmp_path / "cdm.pt", network.state_dict())
     convert(file, tmp_path / "run", image_size=SIZE)
     model = load(tmp_path / "run")
@@ -365,7 +402,15 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path, capsys, write, message):
 
 def test_an_image_size_that_cannot_be_guessed_is_asked_for(tmp_path):
     with torch.device("meta"):
-        state = UNet(SIZE, CHANNELS, LEVELS, BASE, MULTIPLIERS, BLOCKS, ()).state_dict()
+        state = UNet(
+            SIZE,
+            CHANNELS,
+            LEVELS,
+            base_channels=BASE,
+            multipliers=MULTIPLIERS,
+            blocks_per_level=BLOCKS,
+            attention_resolutions=(),
+        ).state_dict()
     with pytest.raises(UserError, match="attends at 0 resolutions.*give --image-size"):
         infer_config(state, "linear", None, "file")
 

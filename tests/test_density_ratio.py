@@ -78,7 +78,7 @@ def test_constants_are_fitted_whatever_they_were(widths):
     """x_0 ~ N(0, widths[c]^2) on the line: exact logits are -x^2 / 2v - log(v) / 2, v the variance of x_t."""
     schedule, num_classes = even_in_log_noise(10, 0.1), None if len(widths) == 1 else len(widths)
     conditioning = "embedding" if num_classes is None else "joint"
-    network = MLP(1, 10, 2, 1, num_classes=num_classes, conditioning=conditioning).double()
+    network = MLP(1, 10, hidden=2, depth=1, num_classes=num_classes, conditioning=conditioning).double()
     head, width = network.linear_layer, torch.tensor(widths).double()
     shift = head.shift if num_classes is None else head.shift_each
     variance = (schedule.a[:-1, None] ** 2 * width**2 + schedule.s[:-1, None] ** 2).flatten()
@@ -230,7 +230,7 @@ X = RNG.normal(size=(60, 3))
         ),
         (lambda: CDMDensity().fit(np.where(X > 2, np.nan, X)), "NaN"),
         (lambda: CDMDensity(max_iter=0).fit(X), "max_iter is 0"),
-        (lambda: CDMDensity(ce_weight=-1).fit(X), "ce_weight is -1"),
+        (lambda: CDMDensity(level_weight=-1).fit(X), "level_weight is -1"),
         (lambda: CDMDensity(batch_size=10**9).fit(X), "batch_size is 1000000000"),
         (lambda: CDMDensity(hidden=1.5).fit(X), "hidden is 1.5"),
         (lambda: CDMDensity(smallest_noise=1.0).fit(X), "smallest_noise is 1.0"),

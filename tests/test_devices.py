@@ -48,7 +48,16 @@ def convolutions(monkeypatch, tf32):
 
 @pytest.fixture
 def model():
-    network = UNet(8, 1, 10, 8, (1, 2), 1, (4,), num_groups=4)
+    network = UNet(
+        8,
+        1,
+        10,
+        base_channels=8,
+        multipliers=(1, 2),
+        blocks_per_level=1,
+        attention_resolutions=(4,),
+        num_groups=4,
+    )
     return CDM(network, NoiseSchedule.uniform(T=8))
 
 

@@ -17,13 +17,14 @@ from cdm_fast.config import NetworkConfig
 from cdm_fast.errors import UserError
 from cdm_fast.host import distributed as module
 from cdm_fast.host.device import pick_device
-from cdm_fast.host.distributed import gather_rows, own_rows, share
+from cdm_fast.host.distributed import gather_rows, rank_range, rank_rows
 from cdm_fast.host.processes import Process, join
 from cdm_fast.runs import build
 from cdm_fast.runs.checkpoint import load_checkpoint
-from cdm_fast.training.prepare import begun
+from cdm_fast.training.prepare import config_to_resume
 from cdm_fast.training.train import resume, train
 from tests import workers
+from tests.accuracy import relative_error
 from tests.tiny_run import FLAGS, tiny_config, write_images
 
 LOSSES = 50
@@ -58,7 +59,7 @@ def several():
 @pytest.mark.parametrize(
     ("count", "parallel", "steps"), [(2, "ddp", LOSSES), (4, "ddp", LOSSES), (2, "fsdp", 5), (4, "fsdp", 2)]
 )
-def test_processes_take_the_steps_of_one(tmp_path, config, alone, relative_error, count, parallel, steps):
+def test_processes_take_the_steps_of_one(tmp_path, config, alone, count, parallel, steps):
     found = workers.start(count, workers.joint_steps, tmp_path, config, parallel, steps)
     for dtype, tolerance in (("torch.float32", 1e-5), ("torch.float64", 1e-10)):
         for name, expected in alone[dtype].items():
@@ -76,7 +77,7 @@ def test_a_step_that_is_bad_in_one_process_is_skipped_by_all(tmp_path, config, p
         assert found["ema"].isfinite().all()
 
 
-def test_measurements_that_processes_share_are_those_of_one(tmp_path, config, relative_error):
+def test_measurements_that_processes_share_are_those_of_one(tmp_path, config):
     config = replace(config, network=replace(config.network, conditioning="joint"))
     expected = workers.measurements(config)
     for found in workers.start(2, workers.joint_measurements, tmp_path, config):
@@ -85,8 +86,8 @@ def test_measurements_that_processes_share_are_those_of_one(tmp_path, config, re
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_run_of_processes_is_continued_by_one(tmp_path, config, monkeypatch, relative_error, parallel):
-    monkeypatch.setattr("cdm_fast.training.train.write_final", lambda *_: {})
+def test_run_of_processes_is_continued_by_one(tmp_path, config, monkeypatch, parallel):
+    monkeypatch.setattr("cdm_fast.training.finish.write_final", lambda *_: {})
     train(config, tmp_path / "alone", device="cpu")
     stopped = workers.start(2, workers.joint_run, tmp_path, config, tmp_path / "run", parallel, 3)
     assert [(summary["stopped"], summary["step"]) for summary in stopped] == [("signal", 4)] * 2
@@ -98,6 +99,22 @@ def test_run_of_processes_is_continued_by_one(tmp_path, config, monkeypatch, rel
         assert relative_error(*vectors) < 1e-4, part
     lines = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert lines == [2, 4, 6]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_processes_keep_the_best_checkpoint_of_one(tmp_path, config, monkeypatch, parallel):
+    monkeypatch.setattr("cdm_fast.training.finish.write_final", lambda *_: {})
+    output = replace(config.output, evaluate_every=2, keep_best="level_ce")
+    config = replace(config, output=output, train=replace(config.train, level_draws="stratified"))
+    train(config, tmp_path / "alone", device="cpu")
+    workers.start(2, workers.joint_run, tmp_path, config, tmp_path / "run", parallel)
+    got, expected = (tmp_path / name / "best" for name in ("run", "alone"))
+    scores = [json.loads((best / "score.json").read_text()) for best in (got, expected)]
+    assert scores[0]["step"] == scores[1]["step"]
+    assert scores[0]["value"] == pytest.approx(scores[1]["value"], rel=1e-4)
+    weights = [load_checkpoint(best).tensors["ema"] for best in (got, expected)]
+    vectors = (torch.cat([tensors[name].flatten() for name in sorted(tensors)]) for tensors in weights)
+    assert relative_error(*vectors) < 1e-4
 
 
 def test_failure_of_one_ends_all_with_its_reason(tmp_path, config):
@@ -118,16 +135,16 @@ def test_shares_and_rows_cover_everything_in_order(several):
     batch = torch.arange(24).reshape(12, 2)
     for rank in range(3):
         several(rank)
-        shares += share(7)
-        rows.append(own_rows(batch, parts=2))
+        shares += rank_range(7)
+        rows.append(rank_rows(batch, parts=2))
     assert shares == list(range(7))
     assert [row[:, 0].tolist() for row in rows] == [[0, 2, 12, 14], [4, 6, 16, 18], [8, 10, 20, 22]]
 
 
 def test_alone_nothing_is_copied():
     batch = torch.arange(4)
-    assert own_rows(batch, 2) is batch and gather_rows(batch, 4) is batch
-    assert module.mean_over_processes(batch) is batch and module.from_main(batch) is batch
+    assert rank_rows(batch, 2) is batch and gather_rows(batch, 4) is batch
+    assert module.all_reduce_mean(batch) is batch and module.broadcast_from_main(batch) is batch
 
 
 def test_more_processes_than_gpus_are_told(several, monkeypatch):
@@ -140,21 +157,21 @@ def test_more_processes_than_gpus_are_told(several, monkeypatch):
 
 
 def test_the_beginning_of_a_run_is_recognised(tmp_path, config, monkeypatch):
-    monkeypatch.setattr("cdm_fast.training.train.write_final", lambda *_: {})
+    monkeypatch.setattr("cdm_fast.training.finish.write_final", lambda *_: {})
     auto = replace(config, train=replace(config.train, precision="auto"))
-    assert begun(auto, tmp_path / "run") is None
+    assert config_to_resume(auto, tmp_path / "run") is None
     train(auto, tmp_path / "run", device="cpu")
-    again = begun(auto, tmp_path / "run")
+    again = config_to_resume(auto, tmp_path / "run")
     assert again is not None and resume(tmp_path / "run", again, device="cpu")["step"] == 6
     other = replace(auto, network=NetworkConfig(base_channels=64))
-    assert begun(other, tmp_path / "run") is None
+    assert config_to_resume(other, tmp_path / "run") is None
 
 
 def test_a_head_rank_that_no_head_takes_changes_no_run(tmp_path, config, monkeypatch):
-    monkeypatch.setattr("cdm_fast.training.train.write_final", lambda *_: {})
+    monkeypatch.setattr("cdm_fast.training.finish.write_final", lambda *_: {})
     config = replace(config, network=replace(config.network, conditioning="none", head_rank=10))
     train(config, tmp_path / "run", device="cpu")
-    assert begun(config, tmp_path / "run") is not None
+    assert config_to_resume(config, tmp_path / "run") is not None
 
 
 @pytest.mark.parametrize(("restarts", "objects"), [("0", 0), ("1", 0), ("2", 1)])

@@ -8,14 +8,17 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+import cdm_fast
 from cdm_fast import load
 from cdm_fast.cli import entry
+from cdm_fast.cli.arguments import Command
 from cdm_fast.config import RunConfig, preset
 from cdm_fast.training.train import train
 
@@ -108,3 +111,24 @@ def test_relative_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         if not re.match(r"[a-z]+:", target):
             assert (page.parent / target).exists(), f"{name(page)} links to {target}"
+
+
+def test_the_reference_has_every_public_name():
+    text = (ROOT / "docs/reference/api.md").read_text()
+    listed = set(re.findall(r"^\.\. auto(?:class|function):: (\w+)$", text, flags=re.MULTILINE))
+    assert listed == set(cdm_fast.__all__)
+
+
+@pytest.mark.parametrize("command", [command.__name__.lower() for command in get_args(Command)])
+def test_every_command_has_a_page(command):
+    page = ROOT / f"docs/how-to/{command}.md"
+    assert any(line.split()[0] == command for line in command_lines(page)), (
+        f"{name(page)} shows no cdm-fast {command}"
+    )
+
+
+def test_measurements_tell_device_and_versions():
+    for page in ROOT.glob("docs/measurements/*.md"):
+        text = page.read_text()
+        assert "AMD EPYC" in text or "CPU" in text, f"{name(page)} names no device"
+        assert re.search(r"torch 2\.\d+", text), f"{name(page)} names no version"

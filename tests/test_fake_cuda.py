@@ -33,7 +33,7 @@ LAUNCHES = {
     "ddpm": 1318,
     "dpm_solver_pp_2m": 1315,
     "heun": 2280,
-    "mala": 19018,
+    "mala": 19010,
     "smc": 20501,
     "guided": 1442,
     "guided joint": 1414,

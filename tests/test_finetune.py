@@ -70,7 +70,7 @@ def test_other_classes_begin_alike(folder, tmp_path, kind):
     assert new.num_classes == 2
     x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        first, second = (new.log_prob(x, 0, torch.full((3,), c)) for c in (0, 1))
+        first, second = (new.log_prob(x, 0, label=torch.full((3,), c)) for c in (0, 1))
         if kind == "embedding":
             torch.testing.assert_close(first, second)
             torch.testing.assert_close(new.log_prob(x), old.log_prob(x))  # the null class stays
@@ -104,7 +104,17 @@ def test_a_converted_run_goes_on_with_other_data(tmp_path):
 
 def test_a_converted_run_trains_on_pictures_of_its_kind(tmp_path):
     torch.manual_seed(0)
-    network = UNet(SIZE, 3, 7, 32, (1, 2), 1, (SIZE // 2,), 0.0, 4)
+    network = UNet(
+        SIZE,
+        3,
+        7,
+        base_channels=32,
+        multipliers=(1, 2),
+        blocks_per_level=1,
+        attention_resolutions=(SIZE // 2,),
+        dropout=0.0,
+        num_classes=4,
+    )
     file = save_public(tmp_path / "cdm.pt", network.state_dict())
     flags = ("--schedule", "linear", "--image-size", SIZE)
     call_json("convert", file, "--out", tmp_path / "public", *flags)
@@ -137,8 +147,8 @@ def test_a_finetuned_run_is_resumed_as_any_other(folder, tmp_path):
     ("flags", "told"),
     [
         (["--preset", "digits"], "--preset digits"),
-        (["--T", "9"], "knows the levels of"),
-        (["--schedule", "cosine"], "knows the levels of"),
+        (["--T", "9"], "has the levels of"),
+        (["--schedule", "cosine"], "has the levels of"),
         (["--base-channels", "64"], "leave the network's settings"),
         (["--conditioning", "none"], "leave"),
         (["--resume", "RUN"], "give only one"),

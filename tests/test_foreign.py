@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.support.analytic import random_mixture
 from cdm_fast import UserError, sample
 from cdm_fast.evaluation.class_scores import denoising_scores, ode_log_prob_classes
 from cdm_fast.interop import (
@@ -22,7 +23,6 @@ from cdm_fast.interop import (
 )
 from cdm_fast.likelihood import denoise_blind, flow_log_prob, variational_bound
 from cdm_fast.model.schedule import NoiseSchedule
-from tests.analytic import random_mixture
 
 MIXTURE = random_mixture(2, 3, seed=1, spread=0.5)
 PATHS = {
@@ -193,7 +193,7 @@ def test_classes():
 
 def test_noise_blind_denoising_finds_the_noise():
     """48 pixels of one Gaussian: sigma is estimated to about sqrt(1/96) of itself."""
-    from tests.analytic import GaussianMixture
+    from benchmarks.support.analytic import GaussianMixture
 
     density = GaussianMixture.gaussian(torch.zeros(48).double(), 0.04 * torch.eye(48).double())
 

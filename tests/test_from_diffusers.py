@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from torch import nn
 
+from benchmarks.support.analytic import random_mixture
 from cdm_fast import UserError
 from cdm_fast.interop import from_diffusers, load_diffusers
 from cdm_fast.interop.from_diffusers import fetch
 from cdm_fast.likelihood import flow_log_prob
-from tests.analytic import random_mixture
 from tests.test_cli import call, call_json
 from tests.tiny_run import write_images
 

@@ -57,7 +57,16 @@ def _without_waits(run):
 
 
 def test_a_loss_waits_for_nothing():
-    network = UNet(8, 1, SCHEDULE.num_levels, 8, (1, 2), 1, (4,), num_groups=4)
+    network = UNet(
+        8,
+        1,
+        SCHEDULE.num_levels,
+        base_channels=8,
+        multipliers=(1, 2),
+        blocks_per_level=1,
+        attention_resolutions=(4,),
+        num_groups=4,
+    )
     model = CDM(network, SCHEDULE).cuda()
     x0, level = torch.rand(4, 1, 8, 8, device="cuda"), torch.tensor([0, 3, 10, 11], device="cuda")
     eps = torch.randn_like(x0)

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.support.analytic import ExactNetwork, random_mixture
 from cdm_fast import CDM, MLP, NoiseSchedule, UNet, UserError
 from cdm_fast.interop import ClassPosterior, Likelihood, NoisePredictor, build_scheduler, export, export_onnx
 from cdm_fast.model.conditioned import Guided
 from cdm_fast.sampling import ddim, dpm_solver_pp_2m
-from tests.analytic import ExactNetwork, random_mixture
 
 
 def silent():
@@ -43,12 +43,12 @@ def test_diffusers_schedulers_agree_with_our_samplers(sampler, schedule_name, st
         scheduler = build_scheduler(diffusers.DDIMScheduler, schedule, steps, clip_sample=False)
     else:
         scheduler = build_scheduler(diffusers.DPMSolverMultistepScheduler, schedule, steps)
-    assert (scheduler.timesteps + 1).tolist() == [t for t, _ in schedule.pairs(steps)]
+    assert (scheduler.timesteps + 1).tolist() == schedule.grid(steps)[:-1]
     start = torch.randn(20, 3, dtype=dtype, generator=torch.Generator().manual_seed(0))
     x, predictor = start, NoisePredictor(model)
     for timestep in scheduler.timesteps:
         x = scheduler.step(predictor(x, timestep).sample, timestep, x).prev_sample
-    wanted = sampler(model, start, silent, steps, spacing="level")
+    wanted = sampler(model, start, silent, schedule.grid(steps))
     assert float((wanted - start).abs().max()) > 0.5
     coarse = dtype == torch.float32 and schedule_name == "cosine"
     torch.testing.assert_close(x.to(dtype), wanted, rtol=0, atol=1e-4 if coarse else 2e-6)
@@ -57,7 +57,17 @@ def test_diffusers_schedulers_agree_with_our_samplers(sampler, schedule_name, st
 def joint_unet():
     torch.manual_seed(0)
     schedule = NoiseSchedule.uniform(6)
-    network = UNet(8, 1, schedule.num_levels, 32, (1,), 1, (8,), num_classes=3, conditioning="joint")
+    network = UNet(
+        8,
+        1,
+        schedule.num_levels,
+        base_channels=32,
+        multipliers=(1,),
+        blocks_per_level=1,
+        attention_resolutions=(8,),
+        num_classes=3,
+        conditioning="joint",
+    )
     with torch.no_grad():
         network.linear_layer.weight.normal_(std=0.3)
     return CDM(network, schedule, class_prior=torch.tensor([1.0, 2.0, 3.0]))
@@ -79,7 +89,7 @@ MODULES = {"likelihood": Likelihood, "classifier": ClassPosterior}
 def joint_mlp():
     torch.manual_seed(0)
     schedule = NoiseSchedule.uniform(6)
-    network = MLP(5, schedule.num_levels, 16, num_classes=3, conditioning="joint")
+    network = MLP(5, schedule.num_levels, hidden=16, num_classes=3, conditioning="joint")
     torch.nn.init.normal_(network.linear_layer.weight, std=0.3)
     return CDM(network, schedule, class_prior=torch.tensor([1.0, 2.0, 3.0]))
 
@@ -114,7 +124,7 @@ def test_onnx_agrees(tmp_path):
 
 def test_what_is_refused():
     schedule = NoiseSchedule.ot(8)
-    model = CDM(MLP(2, schedule.num_levels, 16), schedule)
+    model = CDM(MLP(2, schedule.num_levels, hidden=16), schedule)
     with pytest.raises(UserError, match="'ot' does not preserve variance"):
         NoisePredictor(model)
     with pytest.raises(UserError, match="trained without classes"):

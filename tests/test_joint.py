@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.support.analytic import GaussianMixture, eps_hat, noisy_sample, random_mixture
 from cdm_fast import CDM, DDM, MLP, MLPDenoiser, NoiseSchedule, UNet, UserError, cdm_loss, sample, use_backend
 from cdm_fast.model.conditioned import Between, Guided
 from cdm_fast.nn.heads import JointHead, LowRankHead
-from tests.analytic import GaussianMixture, eps_hat, noisy_sample, random_mixture
+from tests.accuracy import TOLERANCE, relative_error
 from tests.opaque import Opaque
 
 K = 3
@@ -22,7 +23,16 @@ EXACT = {"rtol": 1e-9, "atol": 1e-9}
 NETWORKS = {
     "mlp": lambda: MLP(5, SCHEDULE.num_levels, hidden=8, depth=1, num_classes=K, conditioning="joint"),
     "unet": lambda: UNet(
-        8, 1, SCHEDULE.num_levels, 8, (1, 2), 1, (4,), num_groups=4, num_classes=K, conditioning="joint"
+        8,
+        1,
+        SCHEDULE.num_levels,
+        base_channels=8,
+        multipliers=(1, 2),
+        blocks_per_level=1,
+        attention_resolutions=(4,),
+        num_groups=4,
+        num_classes=K,
+        conditioning="joint",
     ),
     "low-rank": lambda: MLP(
         5, SCHEDULE.num_levels, hidden=8, depth=1, num_classes=K, conditioning="joint", head_rank=2
@@ -78,7 +88,7 @@ def test_densities_of_all_classes_are_exact(exact, mixture, level):
     marginal = mixture.log_prob(x, SCHEDULE.a, SCHEDULE.s)
     torch.testing.assert_close(exact.log_prob_levels(x), marginal, **EXACT)
     wanted = torch.where(label < 0, marginal[:, level], each[torch.arange(20), level, label.clamp(min=0)])
-    torch.testing.assert_close(exact.log_prob(x, level, label), wanted, **EXACT)
+    torch.testing.assert_close(exact.log_prob(x, level, label=label), wanted, **EXACT)
 
 
 def test_classifier_is_bayes_rule(exact, mixture):
@@ -146,14 +156,13 @@ def double_backward_loss(network, x_t, eps, level, label, ce_weight, class_weigh
 @pytest.mark.parametrize("class_weight", [0.0, 0.3])
 @pytest.mark.parametrize("label", LABELS.values(), ids=LABELS)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_loss_gradient_equals_plain_double_backward(name, label, class_weight, relative_error):
+def test_loss_gradient_equals_plain_double_backward(name, label, class_weight):
     network = randomised(name)
     model = CDM(network, SCHEDULE)
     x0 = torch.rand(6, *network.input_shape, dtype=torch.float64) * 2 - 1
     eps = torch.randn_like(x0)
-    a, s = SCHEDULE.gather(LEVEL, x0)
     weights = {"ce_weight": 0.1, "class_weight": class_weight}
-    expected = double_backward_loss(network, a * x0 + s * eps, eps, LEVEL, label, **weights)
+    expected = double_backward_loss(network, SCHEDULE.noise(x0, LEVEL, eps), eps, LEVEL, label, **weights)
     terms = cdm_loss(model, x0, LEVEL, eps, label, **weights)
     assert relative_error(terms.loss, expected) < 1e-9
     assert relative_error(gradients(terms.loss, network), gradients(expected, network)) < 1e-9
@@ -162,7 +171,7 @@ def test_loss_gradient_equals_plain_double_backward(name, label, class_weight, r
 @pytest.mark.parametrize("label", LABELS.values(), ids=LABELS)
 @pytest.mark.parametrize("guidance", [0.0, 1.5])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_fast_path_agrees_with_torch_func(name, guidance, label, relative_error):
+def test_fast_path_agrees_with_torch_func(name, guidance, label):
     network = randomised(name)
     x = torch.randn(6, *network.input_shape, dtype=torch.float64)
     general = CDM(Opaque(network), SCHEDULE, conditioning="joint", class_prior=torch.ones(K))
@@ -177,7 +186,7 @@ def test_fast_path_agrees_with_torch_func(name, guidance, label, relative_error)
 
 @pytest.mark.parametrize("label", LABELS.values(), ids=LABELS)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_many_classes_train_alike_without_all_their_logits(name, label, relative_error, monkeypatch):
+def test_many_classes_train_alike_without_all_their_logits(name, label, monkeypatch):
     network = randomised(name)
     x0 = torch.rand(6, *network.input_shape, dtype=torch.float64)
     eps = torch.randn_like(x0)
@@ -271,7 +280,7 @@ def test_one_class_is_the_plain_head():
     [("mlp", LABELS["mixed"]), ("mlp", None), ("unet", LABELS["mixed"]), ("low-rank", LABELS["mixed"])],
     ids=["mlp-mixed", "mlp-none", "unet-mixed", "low-rank-mixed"],
 )
-def test_loss_and_guided_denoiser_compile_as_one_graph(name, label, relative_error, tolerance):
+def test_loss_and_guided_denoiser_compile_as_one_graph(name, label):
     torch.compiler.reset()
     network = NETWORKS[name]()
     model = CDM(network, SCHEDULE)
@@ -280,7 +289,7 @@ def test_loss_and_guided_denoiser_compile_as_one_graph(name, label, relative_err
     expected = gradients(loss(x0, LEVEL, eps, label).loss, network)
     compiled = torch.compile(lambda *args: loss(*args).loss, fullgraph=True, backend="aot_eager")
     got = gradients(compiled(x0, LEVEL, eps, label), network)
-    assert relative_error(got, expected) < tolerance[torch.float32]
+    assert relative_error(got, expected) < TOLERANCE[torch.float32]
     with torch.no_grad():
         for function in (model.log_prob, model.denoise, Guided(model, 2.0).denoise):
             whole = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -306,7 +315,7 @@ def test_embedding_gives_every_class_by_one_pass_each():
     x = torch.randn(4, 5)
     each = model.log_prob_classes(x, 2)
     for c in range(K):
-        torch.testing.assert_close(each[:, c], model.log_prob(x, 2, torch.full((4,), c)))
+        torch.testing.assert_close(each[:, c], model.log_prob(x, 2, label=torch.full((4,), c)))
     wanted = (each + torch.tensor([1 / 8, 2 / 8, 5 / 8]).log()).log_softmax(1)
     torch.testing.assert_close(model.log_class_posterior(x, 2), wanted)
 

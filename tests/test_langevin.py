@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from benchmarks.support.analytic import ExactNetwork, GaussianMixture, noisy_sample, random_mixture
 from cdm_fast import CDM, NoiseSchedule, UserError
 from cdm_fast.sampling.langevin import DrawFrom, Particles, anneal, hmc, ladder, resample, tune_step_sizes
-from tests.analytic import ExactNetwork, GaussianMixture, noisy_sample, random_mixture
 
 MIXTURE_2D = random_mixture(2, 8, seed=1)
 MIXTURE_16D = random_mixture(16, 2, seed=2, spread=0.3)

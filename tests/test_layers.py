@@ -96,6 +96,17 @@ def test_a_room_imports_from_lower_rooms_only(layer):
     assert {module: others for module, others in found.items() if others - allowed.get(module, set())} == {}
 
 
+def test_loading_a_run_imports_no_likelihood():
+    modules = sources()
+    found, pending = set(), ["cdm_fast.runs.load"]
+    while pending:
+        module = pending.pop()
+        if module in modules and module not in found:
+            found.add(module)
+            pending += imported(modules[module], modules)
+    assert {module.split(".")[1] for module in found} & {"likelihood", "sampling", "plots"} == set()
+
+
 def test_no_files_import_each_other_in_a_circle():
     modules = sources()
     graph = {
@@ -124,6 +135,23 @@ def test_an_import_of_a_higher_room_is_seen(text):
     modules = {"cdm_fast": "", "cdm_fast.runs": "", "cdm_fast.runs.load": "", "cdm_fast.model.cdm": ""}
     assert upward("cdm_fast.model.cdm", text, modules)
     assert not upward("cdm_fast.model.cdm", "from cdm_fast.nn import MLP\nimport torch", modules)
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "docs", "building", "cdm_fast", "kernels"])
+def test_only_tests_import_tests(folder):
+    """Tests may import what benchmarks share; nothing outside the tests imports them."""
+    paths = sorted((ROOT / folder).rglob("*.py"))
+    assert paths
+    found = {str(path.relative_to(ROOT)) for path in paths if "tests" in top_packages(path.read_text())}
+    assert found == set()
+
+
+def top_packages(text):
+    """The first words of all imports in a source."""
+    nodes = list(ast.walk(ast.parse(text)))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {name.split(".")[0] for name in names}
 
 
 def test_a_relative_import_is_seen():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.support.analytic import ExactNetwork, GaussianMixture, UniformPixels
 from cdm_fast import CDM, DDM, NoiseSchedule, UNet, UserError
 from cdm_fast.data import ImageData
 from cdm_fast.likelihood import (
@@ -16,7 +17,6 @@ from cdm_fast.likelihood import (
     mse_per_level,
     ratio_check,
 )
-from tests.analytic import ExactNetwork, GaussianMixture, UniformPixels
 
 SHAPE = (1, 2, 2)
 SCHEDULE = NoiseSchedule.uniform(T=30)
@@ -46,7 +46,19 @@ def grey_images(num=2000, grey=16, seed=0):
 
 def test_bf16_says_what_it_costs():
     torch.manual_seed(0)
-    model = CDM(UNet(8, 1, SCHEDULE.num_levels, 32, (1,), 1, (), num_groups=8), SCHEDULE)
+    model = CDM(
+        UNet(
+            8,
+            1,
+            SCHEDULE.num_levels,
+            base_channels=32,
+            multipliers=(1,),
+            blocks_per_level=1,
+            attention_resolutions=(),
+            num_groups=8,
+        ),
+        SCHEDULE,
+    )
     with torch.no_grad():
         model.network.linear_layer.weight *= 20  # logits large enough for bf16 to round visibly
     images = torch.randint(16, (300, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from benchmarks.support.analytic import ExactDenoiser, GaussianMixture, random_mixture
 from cdm_fast import NoiseSchedule, UserError
 from cdm_fast.likelihood import variational_bound
-from tests.analytic import ExactDenoiser, GaussianMixture, random_mixture
 from tests.test_trained_densities import even_in_log_snr
 
 MIXTURE = random_mixture(2, 8, seed=1)

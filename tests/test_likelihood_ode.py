@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.support.analytic import ExactDenoiser, ExactNetwork, noisy_sample, random_mixture
 from cdm_fast import CDM, MLP, NoiseSchedule, UserError
 from cdm_fast.likelihood import flow_log_prob
 from cdm_fast.model import DDM
 from cdm_fast.model.schedule import SCHEDULES
-from tests.analytic import ExactDenoiser, ExactNetwork, noisy_sample, random_mixture
 
 MIXTURE_2D = random_mixture(2, 8, seed=1)
 MIXTURE_16D = random_mixture(16, 8, seed=2)

@@ -1,19 +1,27 @@
 """log Z of densities that integrate to one, or to a constant that a test has put in; and the whole audit."""
 
 import csv
+import inspect
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from benchmarks.support.analytic import ExactNetwork, GaussianMixture
 from cdm_fast import CDM, DDM, NoiseSchedule, UserError
+from cdm_fast.cli import arguments
+from cdm_fast.cli.describe import describe_ode
 from cdm_fast.cli.per_image import write_per_image
+from cdm_fast.config.choices import PARTICLES
 from cdm_fast.data import ImageData
-from cdm_fast.likelihood import audit, evaluate_elbo, evaluate_ode, measure_log_z
-from tests.analytic import ExactNetwork, GaussianMixture
+from cdm_fast.likelihood import audit, evaluate, evaluate_elbo, evaluate_ode, measure_log_z
+from cdm_fast.likelihood.ode_outliers import find_outliers
+from cdm_fast.model import Denoiser
+from cdm_fast.runs.calibration import calibrate
 
 SHAPE = (1, 2, 2)
 T = 40
@@ -127,6 +135,60 @@ def test_the_pieces_stand_alone():
     assert ode.index.tolist() == list(range(300)) and ode.per_image.shape == (300,)
 
 
+class RunsAway(CDM):
+    """The exact model, but for a push outwards wherever the pixels' mean is far above the others'."""
+
+    def denoise(self, x, level, label=None):
+        eps_hat, level = super().denoise(x, level, label), self.schedule.levels(level, x)
+        a, s = self.amplitudes(level, x)
+        far = x.mean((1, 2, 3), keepdim=True) > 1.5 * (a**2 * VARIANCE + s**2).sqrt()
+        return torch.where(far, eps_hat + x, eps_hat)
+
+
+@pytest.mark.parametrize("single_pass", [True, False], ids=["cdm", "denoiser alone"])
+def test_an_image_whose_ode_runs_away_is_named_and_does_not_move_the_median(single_pass):
+    images = gaussian_pixels(12).images
+    images[7] = 250
+    data = replace(DATA, images=images, labels=DATA.labels[:12])
+    calm, wild = (kind(exact_model().network, SCHEDULE, input_shape=SHAPE) for kind in (CDM, RunsAway))
+    if not single_pass:
+        calm, wild = (Denoises(model) for model in (calm, wild))
+    options = {"num_images": 12, "tolerance": 1e-3}
+    before, after = (evaluate_ode(model, data, level=1, **options) for model in (calm, wild))
+    assert before.outliers == [] and before.warning is None
+    assert after.outliers == [7] and "1 of 12 images" in after.warning and "image 7 (" in after.warning
+    assert "nats off, trajectory outside the range of noise)" in after.warning
+    assert abs(after.bits_per_dim - before.bits_per_dim) > 5
+    assert after.median_bits_per_dim == pytest.approx(before.median_bits_per_dim, abs=0.2)
+    if single_pass:
+        assert abs(after.difference) > 5 and abs(after.median_difference) < 0.05
+    lines = [line for line in describe_ode(after.to_json()) if line.startswith("warning: ")]
+    assert len(lines) == 1 and len(describe_ode(before.to_json())) == len(describe_ode(after.to_json())) - 1
+
+
+class Denoises(Denoiser):
+    """The denoiser of a model, without its likelihood."""
+
+    def __init__(self, model):
+        super().__init__(model, model.schedule, SHAPE)
+
+    def denoise(self, x, level, label=None):
+        return self.network.denoise(x, level, label)
+
+
+def test_outliers_are_counted_from_the_median_whatever_log_z_is():
+    """A constant of 500 nats in the single pass makes no outliers, and NaN is one."""
+    generator = torch.Generator().manual_seed(0)
+    ode = 5 * torch.randn(100, generator=generator).double()
+    norm = torch.randn(100, 64, generator=generator).square().sum(1)
+    assert find_outliers(ode, ode + 500 + torch.randn(100, generator=generator), norm, 64) == {}
+    ode[3], ode[5], norm[9] = ode[3] - 60, torch.nan, 300
+    assert list(find_outliers(ode, torch.zeros(100).double(), norm, 64)) == [3, 5, 9]
+    assert list(find_outliers(ode, None, norm, 64)) == [5, 9]
+    ode[3] -= 500  # further than images differ from each other
+    assert list(find_outliers(ode, None, norm, 64)) == [3, 5, 9]
+
+
 @pytest.mark.parametrize(
     ("measure", "told"),
     [
@@ -136,15 +198,24 @@ def test_the_pieces_stand_alone():
         (lambda m: measure_log_z(m, DATA, rungs=1), "1 rungs"),
         (lambda m: evaluate_ode(m, DATA, num_images=1), "1 ODE images"),
         (lambda m: evaluate_ode(m, DATA, level=T + 1), f"level {T + 1}"),
+        (lambda m: evaluate_ode(m, DATA, batch_size=0), "batch_size is 0"),
+        (lambda m: evaluate(m, DATA, batch_size=0), "batch_size is 0"),
+        (lambda m: evaluate_elbo(m, DATA, batch_size=0), "batch_size is 0"),
         (lambda m: evaluate_elbo(m, DATA, num_images=0), "0 ELBO images"),
         (lambda m: audit(m, DATA, level=T + 1), f"level {T + 1}"),
         (lambda m: audit(m, DATA, draws=0), "draws is 0"),
     ],
-    ids=["particles", "runs", "moves", "rungs", "ode images", "ode level", "elbo images", "level", "draws"],
 )
 def test_bad_requests_are_named(measure, told):
     with pytest.raises(UserError, match=told):
         measure(exact_model())
+
+
+def test_particles_have_one_default():
+    defaults = {
+        inspect.signature(f).parameters["particles"].default for f in (measure_log_z, audit, calibrate)
+    }
+    assert defaults == {arguments.Nll.particles, arguments.Calibrate.particles} == {PARTICLES}
 
 
 @pytest.mark.parametrize("measure", [measure_log_z, audit])

@@ -1,11 +1,14 @@
 """What a user of the model API can get wrong is told in one line, and classes reach the network as given."""
 
+from dataclasses import MISSING, fields
+
 import pytest
 import torch
 
 from cdm_fast import MLP, MLPDenoiser, UNet, UNetDenoiser, UserError
 from cdm_fast.data import dequantize
 from cdm_fast.data.pixels import displayable, from_display
+from cdm_fast.nn.trunk import TrunkOptions, TrunkShape
 
 K = 3
 LEVEL = torch.tensor([1, 2])
@@ -13,12 +16,31 @@ LEVEL = torch.tensor([1, 2])
 # name -> (build(num_classes), call(network, x, label), x)
 NETWORKS = {
     "unet": (
-        lambda k: UNet(8, 1, 12, 8, (1,), 1, (), num_classes=k, num_groups=2),
+        lambda k: UNet(
+            8,
+            1,
+            12,
+            base_channels=8,
+            multipliers=(1,),
+            blocks_per_level=1,
+            attention_resolutions=(),
+            num_classes=k,
+            num_groups=2,
+        ),
         lambda network, x, label: network(x, label),
         torch.ones(2, 1, 8, 8),
     ),
     "unet-denoiser": (
-        lambda k: UNetDenoiser(8, 1, 8, (1,), 1, (), num_classes=k, num_groups=2),
+        lambda k: UNetDenoiser(
+            8,
+            1,
+            base_channels=8,
+            multipliers=(1,),
+            blocks_per_level=1,
+            attention_resolutions=(),
+            num_classes=k,
+            num_groups=2,
+        ),
         lambda network, x, label: network(x, LEVEL, label),
         torch.ones(2, 1, 8, 8),
     ),
@@ -85,3 +107,13 @@ def test_a_picture_on_disk_and_back_is_the_middle_of_each_grey_level(num_grey_le
     # What a picture can hold of it: grey levels are rounded to 1/255.
     assert (from_display(shown, num_grey_levels) - middle).abs().max() < 1.01 / 255
     assert torch.equal(displayable(from_display(shown, num_grey_levels), num_grey_levels), shown)
+
+
+def test_networks_take_every_optional_size_by_keyword():
+    """`TrunkOptions`, which types the keywords, has the fields of `TrunkShape` that have a default."""
+    optional = {field.name: field.type for field in fields(TrunkShape) if field.default is not MISSING}
+    assert optional == TrunkOptions.__annotations__
+    with pytest.raises(TypeError, match="base_chanels"):
+        UNet(8, 1, 12, base_chanels=8)
+    with pytest.raises(TypeError):
+        UNet(8, 1, 12, 8)

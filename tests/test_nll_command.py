@@ -137,7 +137,7 @@ def test_given_chooses_whose_likelihood_it_is(conditional):
     with torch.no_grad():
         expected = {
             "none": model.log_prob(x),
-            "label": model.log_prob(x, 0, data.labels),
+            "label": model.log_prob(x, 0, label=data.labels),
             "all": (model.log_prob_classes(x) + model.log_class_prior).logsumexp(1),
         }
     for given, log_prob in expected.items():
@@ -176,7 +176,7 @@ def test_an_interrupt_leaves_at_once(run, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cdm_fast.likelihood.audits.flow_log_prob", interrupted)
+    monkeypatch.setattr("cdm_fast.likelihood.ode_report.flow_log_prob", interrupted)
     assert call("nll", run, "--method", "ode", *AUDIT)[0] == 130
 
 

@@ -10,9 +10,8 @@ import pytest
 from cdm_fast.cli import main
 from cdm_fast.data import batch_indices
 from cdm_fast.errors import UserError
-from cdm_fast.training import loop
+from cdm_fast.training import finish, loop
 from cdm_fast.training import replay as replay_module
-from cdm_fast.training import train as train_module
 from cdm_fast.training.replay import replay
 from cdm_fast.training.step import draw_batch
 from cdm_fast.training.train import train
@@ -30,7 +29,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(train_module, "write_final", lambda *_: {})
+    monkeypatch.setattr(finish, "write_final", lambda *_: {})
 
 
 def poisoned(data, model, config, step):

@@ -5,14 +5,15 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.support.analytic import ExactNetwork, GaussianMixture, given, random_mixture, smooth_pixels
 from cdm_fast import CDM, DDM, MLPDenoiser, NoiseSchedule, UserError, sample
 from cdm_fast.cli.arguments import Restore
 from cdm_fast.cli.restore import measure, read_input
 from cdm_fast.evaluation.quality import two_sample_test
 from cdm_fast.runs.checkpoint import create_run, read_config
+from cdm_fast.sampling import MALA
 from cdm_fast.sampling.restoration import Known, MeanPool, Posterior, log_prob_at, restore
 from cdm_fast.training.state import new_state, to_checkpoint
-from tests.analytic import ExactNetwork, GaussianMixture, given, random_mixture, smooth_pixels
 from tests.test_bad_input import refused
 from tests.test_cli import call_json
 from tests.tiny_run import GREY_LEVELS, tiny_config, write_images
@@ -102,7 +103,7 @@ def test_the_score_is_the_gradient(task):
 def test_samples_match_the_analytic_posterior(task):
     """Two-sample test of level 5 %; one against a posterior of 1.7 times the noise is refused at 1 %."""
     measurement = TASKS[task]
-    drawn = sample(Posterior(MODEL, measurement), 300, "mala", 30, seed=1, moves=4, batch_size=300)
+    drawn = sample(Posterior(MODEL, measurement), 300, MALA(moves=4), 30, seed=1, batch_size=300)
     generator = torch.Generator().manual_seed(2)
     right, wrong = (exact_posterior(measurement, factor).sample(300, generator) for factor in (1, 3))
     assert two_sample_test(drawn.flatten(1), right, 499).p_value > 0.05
@@ -115,7 +116,7 @@ def test_components_have_the_mass_that_the_measurement_leaves_them():
     model = CDM(ExactNetwork(density, SCHEDULE), SCHEDULE, input_shape=(2,))
     measurement = Known(torch.tensor([0.2, 0.0]).double(), 0.5, torch.tensor([True, False]))
     exact = given(density, torch.tensor([[1.0, 0.0]]), measurement.y, 0.5**2)
-    drawn = sample(Posterior(model, measurement), 400, "mala", 20, seed=1, moves=2, batch_size=400)
+    drawn = sample(Posterior(model, measurement), 400, MALA(moves=2), 20, seed=1, batch_size=400)
     generator = torch.Generator().manual_seed(2)
     assert two_sample_test(drawn, exact.sample(400, generator), 499).p_value > 0.05
     assert two_sample_test(drawn, density.sample(400, generator), 499).p_value < 0.01
@@ -131,7 +132,7 @@ def test_no_number_of_plain_steps_will_do():
 
 @pytest.mark.parametrize("level", [0, 12])
 def test_candidates_are_ranked_as_the_closed_form_ranks_them(level):
-    found = restore(MODEL, TASKS["inpaint"], 12, steps=10, moves=2, level=level)
+    found = restore(MODEL, TASKS["inpaint"], 12, steps=10, sampler=MALA(moves=2), level=level)
     a, s = SCHEDULE.a[level : level + 1], SCHEDULE.s[level : level + 1]
     x = found.images.flatten(1)
     if level == 0:
@@ -156,7 +157,7 @@ def test_a_class_is_restored_under_its_own_density():
     model = CDM(network, SCHEDULE, input_shape=(1,), class_prior=torch.ones(2), conditioning="embedding")
     measurement = Known(torch.tensor([0.8], dtype=torch.float64), 1.0)
     for label, side in ((0, -1), (1, 1)):
-        found = restore(model, measurement, 20, steps=20, moves=2, label=label)
+        found = restore(model, measurement, 20, steps=20, sampler=MALA(moves=2), label=label)
         assert (found.images * side > 0).all()
 
 
@@ -169,7 +170,10 @@ def test_a_class_is_restored_under_its_own_density():
         (lambda: Known(NOISY / 0, 0.1), "not finite"),
         (lambda: MeanPool(NOISY, 1, 0.1), "factor 1"),
         (lambda: Posterior(MODEL, MeanPool(NOISY, 2, 0.1)), "shape .1, 8, 8."),
-        (lambda: Posterior(DDM(MLPDenoiser(16, 16), SCHEDULE), TASKS["denoise"]), "DDM knows no log p"),
+        (
+            lambda: Posterior(DDM(MLPDenoiser(16, hidden=16), SCHEDULE), TASKS["denoise"]),
+            "DDM knows no log p",
+        ),
         (lambda: restore(MODEL, TASKS["denoise"], 0), "0 candidates"),
         (lambda: restore(MODEL, TASKS["denoise"], 2, level=61), "level 61"),
     ],

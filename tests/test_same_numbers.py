@@ -14,6 +14,7 @@ from cdm_fast.ops.backend import missing
 from cdm_fast.runs.build import build_model
 from cdm_fast.runs.checkpoint import Checkpoint, create_run
 from cdm_fast.runs.weights import snapshot
+from tests.accuracy import TOLERANCE, relative_error
 from tests.opaque import Opaque
 from tests.tiny_run import with_settings
 
@@ -98,7 +99,7 @@ def general(model):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("way", [fast, channels_last, cpp, general], ids=lambda way: way.__name__)
-def test_every_path_agrees_with_the_reference_ops(model, way, dtype, relative_error, tolerance):
+def test_every_path_agrees_with_the_reference_ops(model, way, dtype):
     model = model.to(dtype)
     with use_backend("reference"):
         expected = numbers(model)
@@ -106,7 +107,7 @@ def test_every_path_agrees_with_the_reference_ops(model, way, dtype, relative_er
     with backend:
         got = numbers(model)
     for name, value in expected.items():
-        assert relative_error(got[name], value) < tolerance[dtype], name
+        assert relative_error(got[name], value) < TOLERANCE[dtype], name
 
 
 def test_bf16_loses_no_more_by_the_fast_path_than_by_the_reference(model):

@@ -1,17 +1,13 @@
 """Samplers on exact denoisers: order of convergence, the law of the samples, determinism, bad values."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from cdm_fast.errors import UserError
-from cdm_fast.model import CDM
-from cdm_fast.model.schedule import SCHEDULES, NoiseSchedule
-from cdm_fast.nn import UNet
-from cdm_fast.sampling import SAMPLERS, ImageNoise, ddim, ddpm, dpm_solver_pp_2m, euler_ot, heun, sample
-from tests.analytic import (
+from benchmarks.support.analytic import (
     ExactDenoiser,
     ExactNetwork,
     GaussianMixture,
@@ -19,6 +15,12 @@ from tests.analytic import (
     gaussian_flow,
     random_mixture,
 )
+from cdm_fast.errors import UserError
+from cdm_fast.model import CDM
+from cdm_fast.model.schedule import SCHEDULES, NoiseSchedule
+from cdm_fast.nn import UNet
+from cdm_fast.sampling import DDIM, SAMPLERS, ImageNoise, ddim, ddpm, dpm_solver_pp_2m, euler_ot, heun, sample
+from tests.accuracy import relative_error
 
 GAUSSIAN = random_mixture(dim=3, components=1, seed=5)
 MIXTURE = GaussianMixture(
@@ -38,27 +40,33 @@ def start(dim: int, num: int = 16) -> Tensor:
     return torch.randn(num, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def errors(sampler, problem, schedule, steps, **options):
+def run_of(sampler):
+    """The loop of a plain sampler, which needs to know nothing to be ready."""
+    return sampler.prepare(None, [], (), None)
+
+
+def errors(sampler, problem, schedule, steps, spacing):
     """Largest distance to the exact probability-flow map, for each number of steps."""
     density, flow = PROBLEMS[problem]
     model, x = ExactDenoiser(density, schedule), start(density.dim)
     exact = flow(density, schedule, x, schedule.T)
-    return [float((sampler(model, x, silent, n, **options) - exact).abs().max()) for n in steps]
+    return [float((sampler(model, x, silent, schedule.grid(n, spacing)) - exact).abs().max()) for n in steps]
 
 
 @every_schedule
 @every_problem
 @pytest.mark.parametrize(
-    ("sampler", "order", "final_error"),
+    ("name", "order", "final_error"),
     [
-        pytest.param(ddim, 1, 0.05, id="ddim"),
-        pytest.param(heun, 2, 0.003, id="heun"),
-        pytest.param(dpm_solver_pp_2m, 2, 0.002, id="dpm_solver_pp_2m"),
+        pytest.param("ddim", 1, 0.05, id="ddim"),
+        pytest.param("heun", 2, 0.003, id="heun"),
+        pytest.param("dpm_solver_pp_2m", 2, 0.002, id="dpm_solver_pp_2m"),
     ],
 )
-def test_order_of_convergence(sampler, order, final_error, problem, schedule_name):
-    steps = [32, 64, 128]
-    error = errors(sampler, problem, NoiseSchedule.by_name(schedule_name, 4096), steps)
+def test_order_of_convergence(name, order, final_error, problem, schedule_name):
+    steps, sampler = [32, 64, 128], SAMPLERS[name]
+    schedule = NoiseSchedule.by_name(schedule_name, 4096)
+    error = errors(run_of(sampler), problem, schedule, steps, sampler.spacing)
     assert error[-1] < final_error
     measured = math.log(error[0] / error[-1]) / math.log(steps[-1] / steps[0])
     assert order - 0.15 < measured < order + 0.35
@@ -67,14 +75,14 @@ def test_order_of_convergence(sampler, order, final_error, problem, schedule_nam
 @every_problem
 def test_multistep_order_on_an_uneven_grid(problem):
     """Steps of changing log-SNR: the extrapolation has to use the ratio of the last two."""
-    error = errors(dpm_solver_pp_2m, problem, NoiseSchedule.cosine(4096), [32, 128], spacing="level")
+    error = errors(dpm_solver_pp_2m, problem, NoiseSchedule.cosine(4096), [32, 128], "level")
     assert error[-1] < 4e-4
     assert math.log(error[0] / error[1]) / math.log(4) > 1.85
 
 
 @every_problem
 def test_euler_order_of_convergence(problem):
-    error = errors(euler_ot, problem, NoiseSchedule.ot(4096), [32, 128])
+    error = errors(euler_ot, problem, NoiseSchedule.ot(4096), [32, 128], "level")
     assert error[-1] < 0.03
     assert 0.85 < math.log(error[0] / error[1]) / math.log(4) < 1.15
 
@@ -84,14 +92,16 @@ def test_a_cdm_is_sampled_like_the_exact_denoiser():
     schedule = NoiseSchedule.uniform(400)
     model = CDM(ExactNetwork(MIXTURE, schedule), schedule)
     x = start(1)
-    got = dpm_solver_pp_2m(model, x, silent, 60)
-    torch.testing.assert_close(got, dpm_solver_pp_2m(ExactDenoiser(MIXTURE, schedule), x, silent, 60))
+    grid = schedule.grid(60, "log_snr")
+    got = dpm_solver_pp_2m(model, x, silent, grid)
+    torch.testing.assert_close(got, dpm_solver_pp_2m(ExactDenoiser(MIXTURE, schedule), x, silent, grid))
     torch.testing.assert_close(got, flow_1d(MIXTURE, schedule, x, schedule.T), rtol=0, atol=0.01)
 
 
 def test_euler_is_ddim_on_straight_paths():
     model, x = ExactDenoiser(GAUSSIAN, NoiseSchedule.ot(100)), start(3)
-    torch.testing.assert_close(euler_ot(model, x, silent, 13), ddim(model, x, silent, 13))
+    grid = model.schedule.grid(13)
+    torch.testing.assert_close(euler_ot(model, x, silent, grid), ddim(model, x, silent, grid))
 
 
 @every_schedule
@@ -99,7 +109,7 @@ def test_one_step_returns_x0_hat(schedule_name):
     schedule = NoiseSchedule.by_name(schedule_name, 60)
     model, x = ExactDenoiser(MIXTURE, schedule), start(1)
     for sampler in (ddpm, ddim, dpm_solver_pp_2m, heun):
-        torch.testing.assert_close(sampler(model, x, silent, 1), model.predict_x0(x, 60))
+        torch.testing.assert_close(sampler(model, x, silent, [60, 0]), model.predict_x0(x, 60))
 
 
 def reverse_step(schedule, t, t_prev):
@@ -115,7 +125,7 @@ def law_of_ddpm(density, schedule, steps):
     mean_0, covariance_0 = density.means[0], density.covariances[0]
     eye = torch.eye(density.dim, dtype=torch.float64)
     mean, covariance = torch.zeros(density.dim, dtype=torch.float64), eye
-    for t, t_prev in schedule.pairs(steps):
+    for t, t_prev in pairwise(schedule.grid(steps)):
         a, s = schedule.a[t], schedule.s[t]
         # x0_hat = mean_0 + gain (x - a mean_0)
         gain = a * covariance_0 @ torch.linalg.inv(a**2 * covariance_0 + s**2 * eye)
@@ -138,13 +148,12 @@ def assert_law(x, mean, covariance, slack=0.0):
 
 @every_schedule
 @pytest.mark.parametrize("steps", [4, 25])
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim-eta-1"])
+@pytest.mark.parametrize("sampler", ["ddpm", DDIM(eta=1.0)], ids=["ddpm", "ddim-eta-1"])
 def test_ancestral_law_with_strided_steps(sampler, steps, schedule_name):
     """The samples follow the exact law of the exact posterior's chain, however long the strides."""
     schedule = NoiseSchedule.by_name(schedule_name, 200)
     model = ExactDenoiser(GAUSSIAN, schedule)
-    name, eta = ("ddpm", 0.0) if sampler == "ddpm" else ("ddim", 1.0)
-    x = sample(model, 20_000, name, steps, seed=2, eta=eta, batch_size=20_000)
+    x = sample(model, 20_000, sampler, steps, seed=2, batch_size=20_000)
     assert_law(x, *law_of_ddpm(GAUSSIAN, schedule, steps))
 
 
@@ -153,7 +162,7 @@ def test_ancestral_law_with_strided_steps(sampler, steps, schedule_name):
 def test_ddim_reaches_the_data(eta, schedule_name):
     """Any eta, half the levels skipped: mean and covariance of a mixture within sampling error + 2 %."""
     schedule = NoiseSchedule.by_name(schedule_name, 200)
-    x = sample(ExactDenoiser(MIXTURE, schedule), 10_000, "ddim", 100, seed=3, eta=eta, batch_size=10_000)
+    x = sample(ExactDenoiser(MIXTURE, schedule), 10_000, DDIM(eta), 100, seed=3, batch_size=10_000)
     assert_law(x, MIXTURE.mean(), MIXTURE.covariance(), slack=0.02)
     assert float((x < -0.3).double().mean()) == pytest.approx(_mass_below(-0.3), abs=0.02)
 
@@ -208,10 +217,22 @@ def test_batch_size_does_not_matter(model, sampler):
     torch.testing.assert_close(sample(model, 3, sampler, steps=6, seed=1), whole[:3])
 
 
-def test_bf16_rounds_the_network_and_not_the_images(relative_error):
+def test_bf16_rounds_the_network_and_not_the_images():
     torch.manual_seed(0)
     schedule = NoiseSchedule.uniform(T=10)
-    model = CDM(UNet(8, 1, schedule.num_levels, 32, (1,), 1, (), num_groups=8), schedule)
+    model = CDM(
+        UNet(
+            8,
+            1,
+            schedule.num_levels,
+            base_channels=32,
+            multipliers=(1,),
+            blocks_per_level=1,
+            attention_resolutions=(),
+            num_groups=8,
+        ),
+        schedule,
+    )
     with torch.no_grad():
         model.network.linear_layer.weight *= 20
     exact, rounded = (sample(model, 4, steps=5, precision=precision) for precision in ("fp32", "bf16"))
@@ -285,10 +306,13 @@ def test_sizes(num, shape):
         pytest.param({"num": -1}, "num is -1", id="num"),
         pytest.param({"batch_size": 0}, "batch_size is 0", id="batch-size"),
         pytest.param({"seed": -5}, "seed is -5", id="seed"),
-        pytest.param({"eta": 1.5}, "eta is 1.5: it must lie between 0", id="eta-range"),
-        pytest.param({"eta": math.nan}, "eta is nan", id="eta-nan"),
-        pytest.param({"eta": 0.5, "sampler": "heun"}, "'heun' takes none", id="eta-elsewhere"),
-        pytest.param({"spacing": "karras"}, "unknown spacing 'karras'", id="spacing"),
+        pytest.param(
+            {"steps": [20, 5, 7, 0]}, r"steps is \[20, 5, 7, 0\]: give levels that fall", id="rising"
+        ),
+        pytest.param({"steps": [19, 5, 0]}, "fall from T = 20 to 0", id="grid-start"),
+        pytest.param({"steps": [20, 5]}, "fall from T = 20 to 0", id="grid-end"),
+        pytest.param({"steps": [20, 4.5, 0]}, "fall from T = 20 to 0", id="grid-of-floats"),
+        pytest.param({"steps": []}, "fall from T = 20 to 0", id="no-grid"),
         pytest.param({"label": torch.tensor([1.0, 2.0])}, "float32", id="label-dtype"),
         pytest.param({"label": torch.tensor([1, 2, 3])}, r"pass int64 \(2,\)", id="label-shape"),
     ],
@@ -296,6 +320,27 @@ def test_sizes(num, shape):
 def test_bad_values(model, arguments, message):
     with pytest.raises(UserError, match=message):
         sample(model, **{"num": 2, "steps": 5, **arguments})
+
+
+@pytest.mark.parametrize("eta", [1.5, -0.1, math.nan])
+def test_bad_eta(eta):
+    with pytest.raises(UserError, match=f"eta is {eta}: it must lie between 0"):
+        DDIM(eta)
+
+
+@every_sampler
+def test_own_levels_and_what_a_callback_is_told(model, sampler):
+    """The levels of a grid, in order, and the result at the end; neither changes what is drawn."""
+    steps = []
+    grid = model.schedule.grid(6, SAMPLERS[sampler].spacing)
+    found = sample(model, 5, sampler, grid, seed=7, callback=steps.append)
+    assert torch.equal(found, sample(model, 5, sampler, 6, seed=7))
+    corrected = sampler in ("mala", "smc")
+    assert [step.level for step in steps] == (grid if corrected else grid[1:])
+    assert all(step.x.shape == (5, 1, 3, 3) for step in steps)
+    torch.testing.assert_close(steps[-1].x, found)
+    moved = [step.moves.count for step in steps[:-1] if step.moves is not None]
+    assert moved == ([2] * 6 if corrected else [])
 
 
 def test_unknown_shape(model):

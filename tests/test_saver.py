@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cdm_fast.errors import DiskError, UserError
-from cdm_fast.host.files import alone_in
+from cdm_fast.host.files import exclusive_lock
 from cdm_fast.runs.checkpoint import checkpoint_folders, create_run, load_checkpoint
 from cdm_fast.training import saver as module
 from cdm_fast.training.saver import Saver
@@ -210,10 +210,10 @@ def test_weights_that_are_not_finite_stop_the_training(run, at, state):
 
 
 def test_two_processes_cannot_train_one_run(run):
-    with alone_in(run):
+    with exclusive_lock(run):
         with pytest.raises(UserError, match="run is being trained by another process"):
             resume(run, device="cpu")
-    with alone_in(run):
+    with exclusive_lock(run):
         pass
 
 
@@ -239,7 +239,7 @@ def fill(folder):
 
 def test_a_disk_that_fills_loses_nothing_and_says_so(tmp_path, config, small_disk, monkeypatch):
     """It fills before the fourth step: training goes on, the last save fails, --resume repeats the rest."""
-    monkeypatch.setattr("cdm_fast.training.train.write_final", lambda *_: {})
+    monkeypatch.setattr("cdm_fast.training.finish.write_final", lambda *_: {})
     config = replace(config, output=replace(config.output, save_every=1, log_every=1))
     train(config, tmp_path / "whole", device="cpu")
     run = small_disk / "run"

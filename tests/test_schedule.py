@@ -1,19 +1,23 @@
 """Every schedule keeps the one convention, at any T, and its values are those of its source."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from cdm_fast.errors import UserError
+from cdm_fast.model import Denoiser
 from cdm_fast.model.schedule import GRIDS, SCHEDULES, NoiseSchedule
 
 names = st.sampled_from(sorted(SCHEDULES))
 sizes = st.integers(1, 3000)
 
 
+@settings(deadline=None)
 @given(names, sizes)
 def test_convention(name, T):
     schedule = NoiseSchedule.by_name(name, T)
@@ -28,12 +32,14 @@ def test_convention(name, T):
     assert schedule.sigma[0] == 0 and schedule.sigma[-1] == math.inf
 
 
+@settings(deadline=None)
 @given(st.sampled_from(["linear", "uniform", "cosine"]), sizes)
 def test_variance_preserving(name, T):
     schedule = NoiseSchedule.by_name(name, T)
     torch.testing.assert_close(schedule.a**2 + schedule.s**2, torch.ones(T + 2).double(), rtol=0, atol=1e-14)
 
 
+@settings(deadline=None)
 @given(sizes)
 def test_ot_paths_are_straight(T):
     schedule = NoiseSchedule.ot(T)
@@ -43,6 +49,7 @@ def test_ot_paths_are_straight(T):
     )
 
 
+@settings(deadline=None)
 @given(sizes)
 def test_uniform_noise_is_even(T):
     expected = torch.full((T + 1,), 1 / (T + 1), dtype=torch.float64)
@@ -83,43 +90,63 @@ def test_cosine_is_nichol_dhariwal():
     assert float(schedule.a[1000] / schedule.a[999]) == pytest.approx(math.sqrt(1e-3))  # clipped at 0.999
 
 
+@settings(deadline=None)
 @given(names, st.integers(1, 400), st.sampled_from(sorted(GRIDS)), st.data())
-def test_pairs_walk_from_T_to_0(name, T, spacing, data):
+def test_grids_fall_from_T_to_0(name, T, spacing, data):
     steps = data.draw(st.integers(1, T))
-    pairs = NoiseSchedule.by_name(name, T).pairs(steps, spacing)
-    assert len(pairs) == steps
-    assert pairs[0][0] == T and pairs[-1][1] == 0
-    assert all(t > t_prev for t, t_prev in pairs)
-    assert all(before[1] == after[0] for before, after in zip(pairs[:-1], pairs[1:], strict=True))
+    grid = NoiseSchedule.by_name(name, T).grid(steps, spacing)
+    assert len(grid) == steps + 1
+    assert grid[0] == T and grid[-1] == 0
+    assert all(t > t_prev for t, t_prev in pairwise(grid))
 
 
 def test_all_levels_are_visited_in_T_steps():
-    expected = [(t, t - 1) for t in range(30, 0, -1)]
     for spacing in GRIDS:
-        assert NoiseSchedule.cosine(30).pairs(30, spacing) == expected
+        assert NoiseSchedule.cosine(30).grid(30, spacing) == list(range(30, -1, -1))
 
 
-def test_pairs_even_in_level():
-    assert NoiseSchedule.uniform(1000).pairs(4) == [(1000, 750), (750, 500), (500, 250), (250, 0)]
+def test_grid_even_in_level():
+    assert NoiseSchedule.uniform(1000).grid(4) == [1000, 750, 500, 250, 0]
 
 
-def test_pairs_even_in_log_snr():
+def test_grid_even_in_log_snr():
     schedule = NoiseSchedule.uniform(100_000)
-    levels = [t for t, _ in schedule.pairs(8, "log_snr")]
+    levels = schedule.grid(8, "log_snr")[:-1]
     gaps = schedule.log_snr[levels].diff()
     assert levels[-1] == 1
     torch.testing.assert_close(gaps, gaps.mean().expand(7), rtol=0.1, atol=0)
 
 
-def test_gather_shapes_and_values():
+def test_amplitudes_shapes_and_values():
     schedule = NoiseSchedule.ot(9)
     x = torch.zeros(3, 2, 4, 4)
-    a, s = schedule.gather(torch.tensor([0, 5, 10]), x)
+    a, s = schedule.amplitudes(torch.tensor([0, 5, 10]), x)
     assert a.shape == s.shape == (3, 1, 1, 1) and a.dtype == s.dtype == torch.float32
     assert a.flatten().tolist() == [1.0, 0.5, 0.0] and s.flatten().tolist() == [0.0, 0.5, 1.0]
-    assert schedule.gather(5, x)[0].flatten().tolist() == [0.5, 0.5, 0.5]
+    assert schedule.amplitudes(5, x)[0].flatten().tolist() == [0.5, 0.5, 0.5]
+    model = Denoiser(nn.Identity(), schedule)
+    of_model = model.amplitudes(torch.tensor([0, 5, 10]), x)
+    assert all(torch.equal(one, other) for one, other in zip(of_model, (a, s), strict=True))
     assert schedule.levels(7, x).tolist() == [7, 7, 7]
     assert schedule.levels(torch.zeros(0, dtype=torch.int64), x[:0]).shape == (0,)
+
+
+def test_noise_is_the_definition():
+    """At one level and at many, with given and with drawn noise, on the data's dtype; level 0 is the data."""
+    schedule = NoiseSchedule.cosine(9)
+    for dtype in (torch.float32, torch.float64):
+        x0, eps = torch.randn(2, 3, 2, 4, dtype=dtype).unbind(0)
+        level = torch.tensor([0, 4, 10])
+        a, s = schedule.a[level].to(dtype).view(3, 1, 1), schedule.s[level].to(dtype).view(3, 1, 1)
+        torch.testing.assert_close(schedule.noise(x0, level, eps), a * x0 + s * eps)
+        torch.testing.assert_close(schedule.noise(x0, 4, eps)[1], schedule.noise(x0, level, eps)[1])
+        drawn = torch.randn(x0.shape, generator=torch.Generator().manual_seed(5), dtype=dtype)
+        found = schedule.noise(x0, level, generator=torch.Generator().manual_seed(5))
+        torch.testing.assert_close(found, a * x0 + s * drawn)
+        assert found.dtype == dtype
+        assert schedule.noise(x0, 0) is x0
+    with pytest.raises(UserError, match="level 11 does not exist"):
+        schedule.noise(x0, 11)
 
 
 @pytest.mark.parametrize("T", [0, -3, 2.5, True, "10", None], ids=str)
@@ -137,12 +164,12 @@ def test_bad_name():
 @pytest.mark.parametrize("steps", [0, -1, 11, 2.5], ids=str)
 def test_bad_steps(steps):
     with pytest.raises(UserError, match="from 1 to T = 10"):
-        NoiseSchedule.uniform(10).pairs(steps)
+        NoiseSchedule.uniform(10).grid(steps)
 
 
 def test_bad_spacing():
     with pytest.raises(UserError, match="'karras': choose one of level, log_snr"):
-        NoiseSchedule.uniform(10).pairs(5, "karras")
+        NoiseSchedule.uniform(10).grid(5, "karras")
 
 
 @pytest.mark.parametrize(
@@ -157,7 +184,7 @@ def test_bad_spacing():
 )
 def test_bad_level(level, message):
     with pytest.raises(UserError, match=message):
-        NoiseSchedule.uniform(10).gather(level, torch.zeros(2, 3))
+        NoiseSchedule.uniform(10).amplitudes(level, torch.zeros(2, 3))
 
 
 @pytest.mark.parametrize(
@@ -178,4 +205,4 @@ def test_bad_amplitudes(a, s, message):
 
 def test_own_amplitudes():
     schedule = NoiseSchedule("mine", torch.tensor([1.0, 0.7, 0.2, 0.0]), torch.tensor([0.0, 0.5, 0.9, 1.0]))
-    assert schedule.T == 2 and schedule.pairs(2) == [(2, 1), (1, 0)]
+    assert schedule.T == 2 and schedule.grid(2) == [2, 1, 0]

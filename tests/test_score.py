@@ -10,14 +10,14 @@ import pytest
 import torch
 from scipy import stats
 
+from benchmarks.support.analytic import ExactNetwork, GaussianMixture
 from cdm_fast import CDM, DDM, NoiseSchedule
 from cdm_fast.cli.describe import describe_outliers
 from cdm_fast.data import ImageData, quantize
 from cdm_fast.errors import UserError
 from cdm_fast.evaluation.outliers import SCORES, anomaly_map, evaluate_outliers, level_of
 from cdm_fast.likelihood import calibrate_sigma
-from cdm_fast.statistics import auroc, auroc_stderr, conformal_p_value
-from tests.analytic import ExactNetwork, GaussianMixture
+from cdm_fast.statistics import auroc, auroc_standard_error, conformal_p_value
 from tests.test_cli import call, call_json
 from tests.tiny_run import FLAGS, write_images
 
@@ -117,11 +117,12 @@ def test_standard_error_of_auroc():
     draws = torch.randn(300, 100, generator=generator)
     sets = [(row[:60] + 1, row[60:]) for row in draws]
     spread = np.std([auroc(x, y) for x, y in sets])
-    assert np.mean([auroc_stderr(x, y) for x, y in sets]) == pytest.approx(spread, rel=0.12)  # 3 / sqrt(600)
+    error = np.mean([auroc_standard_error(x, y) for x, y in sets])
+    assert error == pytest.approx(spread, rel=0.12)  # 3 / sqrt(600)
     # Shares beaten: 1 and 1/2 of 2; 1 and 1/2 of 2; each of variance 1/8.
-    by_hand = auroc_stderr(torch.tensor([3.0, 1.0]), torch.tensor([2.0, 0.0]))
+    by_hand = auroc_standard_error(torch.tensor([3.0, 1.0]), torch.tensor([2.0, 0.0]))
     assert by_hand == pytest.approx(math.sqrt(1 / 8 / 2 + 1 / 8 / 2))
-    assert math.isnan(auroc_stderr(torch.zeros(1), torch.zeros(3)))
+    assert math.isnan(auroc_standard_error(torch.zeros(1), torch.zeros(3)))
 
 
 def test_conformal_p_value():
@@ -165,6 +166,8 @@ def test_refusals(model):
     own = gaussian_images(VARIANCE, 0, count=4)
     with pytest.raises(UserError, match="draws is 0"):
         evaluate_outliers(model, own, own, draws=0)
+    with pytest.raises(UserError, match="batch_size is 0"):
+        evaluate_outliers(model, own, own, batch_size=0)
     with pytest.raises(UserError, match="false alarms is 1"):
         evaluate_outliers(model, own, own, false_alarms=1)
     with pytest.raises(UserError, match="level"):

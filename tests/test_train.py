@@ -17,7 +17,7 @@ from cdm_fast.model.losses import noised_cdm_loss
 from cdm_fast.runs.build import build_model
 from cdm_fast.runs.checkpoint import load_checkpoint, read_config
 from cdm_fast.runs.load import load
-from cdm_fast.training import train as module
+from cdm_fast.training import finish as module
 from cdm_fast.training.ema import Ema
 from cdm_fast.training.prepare import resolve
 from cdm_fast.training.state import new_state
@@ -31,6 +31,7 @@ from cdm_fast.training.step import (
 )
 from cdm_fast.training.stop import Stopper
 from cdm_fast.training.train import resume, train
+from tests.accuracy import TOLERANCE, relative_error
 from tests.tiny_run import GREY_LEVELS, tiny_config, write_images
 
 CPU = torch.device("cpu")
@@ -106,13 +107,13 @@ def test_class_weight_adds_the_cross_entropy_of_classes(config, rank):
     assert float((weighted - plain).detach()) == pytest.approx(0.5 * expected, rel=1e-3)
 
 
-def test_parts_add_up_to_the_whole_batch(config, relative_error, tolerance):
+def test_parts_add_up_to_the_whole_batch(config):
     config = without_dropout(config)
     whole, parts = new_state(config, CPU), new_state(config, CPU)
     batch = draw_batch(load_data(config.data.source), whole.model, config, 0)
     one, four = step_once(config, whole, batch), step_once(config, parts, batch, parts=4)
     torch.testing.assert_close(torch.stack(one[:4]), torch.stack(four[:4]))
-    assert relative_error(gradient(parts.model), gradient(whole.model)) < tolerance[torch.float32]
+    assert relative_error(gradient(parts.model), gradient(whole.model)) < TOLERANCE[torch.float32]
 
 
 def test_clipping_shortens_the_gradient(config):
@@ -401,7 +402,7 @@ def test_finished_run_leaves_pictures_score_and_log(tmp_path, config):
     summary = train(config, tmp_path / "run", device="cpu")
     assert (summary["stopped"], summary["step"], summary["skipped_steps"]) == ("finished", 6, 0)
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    pictures = {"samples.png", "loss.png", "confusion.png", "mse.png"}
+    pictures = {"samples.png", "loss.png", "confusion.png", "mse.png", "calibration.png"}
     assert names == pictures | {"config.json", "log.jsonl", "nll.json", "checkpoints"}
     score = json.loads((tmp_path / "run" / "nll.json").read_text())
     assert score["bits_per_dim"] == summary["bits_per_dim"]

@@ -83,12 +83,13 @@ def test_recomputation_compiles(one_graph, config):
 
 @pytest.mark.parametrize("kind", ["cdm", "ddm"])
 def test_compiled_network_draws_the_same_images(one_graph, kind):
-    schedule, shape = NoiseSchedule.uniform(T=10), (8, 1, 8, (1, 2), 1, (4,))
+    schedule, shape = NoiseSchedule.uniform(T=10), (8, 1)
+    trunk = {"base_channels": 8, "multipliers": (1, 2), "blocks_per_level": 1, "attention_resolutions": (4,)}
     torch.manual_seed(0)
     model = (
-        CDM(UNet(8, 1, schedule.num_levels, *shape[2:], num_groups=4), schedule)
+        CDM(UNet(*shape, schedule.num_levels, **trunk, num_groups=4), schedule)
         if kind == "cdm"
-        else DDM(UNetDenoiser(*shape, num_groups=4), schedule)
+        else DDM(UNetDenoiser(*shape, **trunk, num_groups=4), schedule)
     )
     expected = sample(model, 3, steps=4)
     tuning.compile_network(model, "default")

@@ -20,13 +20,13 @@ from cdm_fast.config import RunConfig
 from cdm_fast.data import load_data
 from cdm_fast.errors import UserError
 from cdm_fast.evaluation.classification import evaluate_classes
-from cdm_fast.host.distributed import joined, whole
+from cdm_fast.host.distributed import gather_full, process_group
 from cdm_fast.host.processes import this_process
 from cdm_fast.likelihood import evaluate, evaluate_elbo, evaluate_ode, mse_per_level
 from cdm_fast.model.losses import Noised
 from cdm_fast.runs.build import build_model
 from cdm_fast.sampling import sample
-from cdm_fast.training import loop
+from cdm_fast.training import finish, loop
 from cdm_fast.training import train as training
 from cdm_fast.training.ema import Ema
 from cdm_fast.training.parallel import wrap
@@ -78,7 +78,7 @@ def _run(
 
 def joint_steps(config: RunConfig, parallel: str, steps: int) -> dict[str, Any]:
     """Everything of `steps_taken`, of processes that share each step."""
-    with joined("cpu"):
+    with process_group("cpu"):
         return steps_taken(config, parallel, steps)
 
 
@@ -88,7 +88,9 @@ def steps_taken(config: RunConfig, parallel: str | None, steps: int) -> dict[str
     for dtype in (torch.float32, torch.float64):
         state, loss = _state(config, dtype, parallel)
         result = _step(config, state, loss, 3)
-        gradient = [whole(weight.grad) for weight in state.model.parameters() if weight.grad is not None]
+        gradient = [
+            gather_full(weight.grad) for weight in state.model.parameters() if weight.grad is not None
+        ]
         found[str(dtype)] = {"gradient": _flat(gradient), "result": torch.stack([*result])}
     return found
 
@@ -108,7 +110,7 @@ def many_steps(
 
 def joint_bad_step(config: RunConfig, parallel: str) -> dict[str, Any]:
     """`many_steps` with a NaN in step 2 of one process."""
-    with joined("cpu"):
+    with process_group("cpu"):
         return many_steps(config, parallel, 4, poisoned=2)
 
 
@@ -155,7 +157,7 @@ def _flat(tensors: list[Any]) -> Tensor:
 
 def joint_measurements(config: RunConfig) -> dict[str, Any]:
     """`measurements` that processes share."""
-    with joined("cpu"):
+    with process_group("cpu"):
         return measurements(config)
 
 
@@ -180,7 +182,7 @@ def measurements(config: RunConfig) -> dict[str, Any]:
         **{
             method: evaluate_classes(
                 model, data, method, num_images=5, draws=1, trials=3, tolerance=1e-2, probes=2
-            ).score
+            ).class_scores
             for method in ("joint", "denoising", "ode")
         },
     }
@@ -188,7 +190,7 @@ def measurements(config: RunConfig) -> dict[str, Any]:
 
 def joint_run(config: RunConfig, out: Path, parallel: str, signalled: int | None = None) -> dict[str, Any]:
     """Trains a run; the last rank is told to stop in step `signalled`."""
-    training.write_final = lambda *_: {}
+    finish.write_final = lambda *_: {}
     draw = loop.draw_batch
 
     def signalling(data: Any, model: Any, config: RunConfig, step: int) -> Noised:
@@ -197,7 +199,7 @@ def joint_run(config: RunConfig, out: Path, parallel: str, signalled: int | None
         return draw(data, model, config, step)
 
     loop.draw_batch = signalling
-    with joined("cpu"):
+    with process_group("cpu"):
         return training.train(config, out, device="cpu", parallel=parallel)
 
 
@@ -212,7 +214,7 @@ def joint_failure(config: RunConfig, out: Path) -> str:
 
     loop.draw_batch = failing
     try:
-        with joined("cpu"):
+        with process_group("cpu"):
             training.train(config, out, device="cpu")
     except UserError as error:
         return str(error)
@@ -223,7 +225,7 @@ def uneven(config: RunConfig, out: Path) -> str:
     """What is said of a batch that the processes cannot share."""
     odd = replace(config, train=replace(config.train, batch_size=9))
     try:
-        with joined("cpu"):
+        with process_group("cpu"):
             training.train(odd, out, device="cpu")
     except UserError as error:
         return str(error)

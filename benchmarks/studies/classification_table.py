@@ -133,7 +133,7 @@ def described(run: Path) -> dict[str, Any]:
 
 def bound(model: CDM, test: ImageData, num_images: int) -> dict[str, float]:
     """The variational bound of the marginal on test images, bits/dim."""
-    found = evaluate_elbo(model, test, num_images, 500, 0, to_stderr)
+    found = evaluate_elbo(model, test, num_images, batch_size=500, progress=to_stderr)
     return {"bits_per_dim": found.bits_per_dim, "bits_per_dim_stderr": found.bits_per_dim_stderr}
 
 

@@ -28,7 +28,7 @@ from cdm_fast.host.optional import need
 from cdm_fast.likelihood import evaluate, evaluate_elbo
 from cdm_fast.likelihood.units import bits_per_dim
 from cdm_fast.runs.checkpoint import load_checkpoint
-from cdm_fast.statistics import stderr
+from cdm_fast.statistics import standard_error
 
 DRAWS = 3  # of dequantisation noise at the test images
 COPIES = 10  # dequantised copies of the training images, for estimators that take a fixed set
@@ -51,7 +51,7 @@ def scored(score: Score) -> dict[str, float]:
     """bits/dim of the test images, mean over draws, with its standard error over images."""
     data = load_data("digits", "test")
     each = torch.stack([bits_per_dim(score(rows("test", draw)).double(), data) for draw in range(DRAWS)])
-    return {"bits_per_dim": float(each.mean()), "bits_per_dim_stderr": stderr(each.mean(0))}
+    return {"bits_per_dim": float(each.mean()), "bits_per_dim_stderr": standard_error(each.mean(0))}
 
 
 def best(fits: Iterable[tuple[str, Any]]) -> tuple[str, Any]:

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from benchmarks.studies.rows import add_row, read_rows
+from benchmarks.support.analytic import GaussianMixture, random_mixture
 from cdm_fast.host.optional import need
 from cdm_fast.likelihood import flow_log_prob
 from cdm_fast.tables import CDMDensity, MutualInformation
-from tests.analytic import GaussianMixture, random_mixture
 
 MIXTURE_ROWS, TEST_ROWS = 200_000, 5_000
 ODE_POINTS = {2: 200, 16: 100, 64: 40}
@@ -90,7 +90,7 @@ def ode_errors(
     )
     z = columns.standardise(x.numpy())
     a, s = model.schedule.a[1:2], model.schedule.s[1:2]
-    z = a * z + s * torch.randn(z.shape, dtype=z.dtype, generator=generator)
+    z = model.schedule.noise(z, 1, generator=generator)
     exact, bits = white.log_prob(z, a, s)[:, 0], x.shape[1] * math.log(2)
     flow = flow_log_prob(model, z, 1, tolerance=ODE_TOLERANCE[x.shape[1]])
     error = (flow.log_prob - exact) / bits

@@ -18,17 +18,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import avg_pool2d
 
-from cdm_fast import CDM, NoiseSchedule, load, sample
-from cdm_fast.data.pixels import displayable, from_display, levels_to_display
-from cdm_fast.evaluation.quality import two_sample_test
-from cdm_fast.model.composition import Mixture, Product, negation
-from cdm_fast.model.conditioned import OfClass
-from cdm_fast.plots.sheet import write_rows
-from cdm_fast.runs.checkpoint import read_config
-from cdm_fast.runs.data import run_data
-from cdm_fast.sampling.langevin import DrawFrom, anneal, ladder, tune_step_sizes
-from cdm_fast.sampling.restoration import Known, MeanPool, Posterior, restore
-from tests.analytic import (
+from benchmarks.support.analytic import (
     ExactNetwork,
     GaussianMixture,
     given,
@@ -37,6 +27,17 @@ from tests.analytic import (
     random_mixture,
     smooth_pixels,
 )
+from cdm_fast import CDM, NoiseSchedule, load, sample
+from cdm_fast.data.pixels import displayable, from_display, levels_to_display
+from cdm_fast.evaluation.quality import two_sample_test
+from cdm_fast.model.composition import Mixture, Product, negation
+from cdm_fast.model.conditioned import OfClass
+from cdm_fast.plots.sheet import write_rows
+from cdm_fast.runs.checkpoint import read_config
+from cdm_fast.runs.data import run_data
+from cdm_fast.sampling import MALA
+from cdm_fast.sampling.langevin import DrawFrom, anneal, ladder, tune_step_sizes
+from cdm_fast.sampling.restoration import Known, MeanPool, Posterior, restore
 
 NUM, SEEDS, PERMUTATIONS = 500, 3, 499
 
@@ -69,8 +70,8 @@ def exact_model(density, T, shape=None):
 def p_values(model, density, way):
     found = []
     for seed in range(SEEDS):
-        options = {"moves": way.moves, "leapfrog": way.leapfrog}
-        drawn = sample(model, NUM, way.sampler, way.steps, seed=seed, batch_size=NUM, **options)
+        sampler = MALA(way.moves, way.leapfrog) if way.sampler == "mala" else way.sampler
+        drawn = sample(model, NUM, sampler, way.steps, seed=seed, batch_size=NUM)
         exact = density.sample(NUM, torch.Generator().manual_seed(100 + seed))
         found.append(two_sample_test(drawn.flatten(1), exact, PERMUTATIONS).p_value)
     return found
@@ -179,10 +180,7 @@ def digits(run, out):
         "1 and 7": Product([of(1), of(7)]),
     }
     grey = read_config(run).image.num_grey_levels
-    drawn = {
-        name: displayable(sample(row, 10, "mala", 20, moves=3, leapfrog=3), grey)
-        for name, row in rows.items()
-    }
+    drawn = {name: displayable(sample(row, 10, MALA(3, 3), 20), grey) for name, row in rows.items()}
     write_rows(drawn, out, "compositions of classes: mala, 20 steps, 3 moves of 3")
 
 

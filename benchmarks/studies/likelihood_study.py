@@ -29,7 +29,6 @@ from cdm_fast.data.draws import draw_images
 from cdm_fast.likelihood import evaluate, evaluate_elbo, measure_log_z, ratio_check
 from cdm_fast.likelihood.units import nats_per_bit_per_dim
 from cdm_fast.model.losses import LossTerms, Noised
-from cdm_fast.model.schedule import add_noise
 from cdm_fast.nn import UNet
 from cdm_fast.nn.heads import CumulativeHead
 from cdm_fast.nn.layers import Conv2d, full_precision
@@ -79,10 +78,8 @@ class EnergyUNet(UNet):
     head's rows for them start at zero.
     """
 
-    def __init__(
-        self, image_size: int, channels: int, num_levels: int, base_channels: int, **rest: Any
-    ) -> None:
-        super().__init__(image_size, channels, num_levels, base_channels, **rest)
+    def __init__(self, image_size: int, channels: int, num_levels: int, **trunk: Any) -> None:
+        super().__init__(image_size, channels, num_levels, **trunk)
         self.pair = Conv2d(self.out_channels, PAIRS * channels)
         pooled = self.linear_layer.in_features
         self.linear_layer = CumulativeHead(pooled + PAIRS, num_levels)
@@ -121,7 +118,7 @@ def energy_state(config: RunConfig) -> TrainingState:
         image.size,
         image.channels,
         model.schedule.num_levels,
-        network.base_channels,
+        base_channels=network.base_channels,
         multipliers=network.multipliers,
         blocks_per_level=network.blocks_per_level,
         attention_resolutions=network.attention_resolutions,
@@ -224,7 +221,7 @@ def ratios_under_dropout(run: Path, num_images: int = 512) -> str:
             generator = torch.Generator().manual_seed(0)
             total = 0.0
             for t in range(model.schedule.T + 1):
-                x = add_noise(model.schedule, draw_images(data, num_images, generator), t + 1, generator)
+                x = model.schedule.noise(draw_images(data, num_images, generator), t + 1, generator=generator)
                 log_prob = model.log_prob_levels(x).double()  # type: ignore[operator]
                 ratio = log_prob[:, t] - log_prob[:, t + 1]
                 total += float(ratio.logsumexp(0)) - math.log(num_images)

@@ -9,7 +9,7 @@ from benchmarks.support.environment import facts
 from cdm_fast.config import RunConfig
 from cdm_fast.errors import UserError
 from cdm_fast.runs.checkpoint import load_checkpoint, read_config
-from cdm_fast.training.prepare import begun
+from cdm_fast.training.prepare import config_to_resume
 from cdm_fast.training.train import resume, train
 
 
@@ -33,7 +33,7 @@ def trained(config: RunConfig, run: Path) -> Path:
     """
     if not run.exists():
         train(replace(config, output=replace(config.output, sample_every=0, evaluate_every=0)), run)
-    elif begun(config, run) is None or read_config(run).train.steps != config.train.steps:
+    elif config_to_resume(config, run) is None or read_config(run).train.steps != config.train.steps:
         raise UserError(f"{run} holds a run of other settings; give another --runs")
     elif load_checkpoint(run, ()).step < config.train.steps:
         resume(run)

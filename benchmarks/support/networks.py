@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.support.plain_unet import PlainUNet
-from benchmarks.support.train_steps import CIFAR10, SMALL
+from benchmarks.support.train_steps import CIFAR10, SMALL, trunk_options
 from cdm_fast import CDM, DDM, NoiseSchedule, UNet, UNetDenoiser
 from cdm_fast.model import Denoiser
 
@@ -33,26 +33,29 @@ class Models:
 
     def cdm(self) -> CDM:
         """The library's, channels-last, with the plain network's weights."""
-        network = UNet(*self.sizes)
+        network = self._unet()
         network.load_state_dict(self._plain_network().state_dict())
         return self._ready(CDM(network, self.schedule))
 
     def joint(self) -> CDM:
         """With a logit for every (level, class) pair."""
         torch.manual_seed(0)
-        return self._ready(CDM(UNet(*self.sizes, num_classes=CLASSES, conditioning="joint"), self.schedule))
+        return self._ready(CDM(self._unet(num_classes=CLASSES, conditioning="joint"), self.schedule))
 
     def ddm(self) -> DDM:
         """The plain diffusion model on the same trunk."""
         torch.manual_seed(0)
-        size, channels, _, *rest = self.sizes
-        return self._ready(DDM(UNetDenoiser(size, channels, *rest), self.schedule))
+        network = UNetDenoiser(*self.sizes[:2], **trunk_options(self.sizes))
+        return self._ready(DDM(network, self.schedule))
 
     def images(self, num: int) -> Tensor:
         """(num, C, H, W) of N(0, I), channels-last."""
         size, channels = self.sizes[:2]
         x = torch.randn(num, channels, size, size, generator=torch.Generator().manual_seed(1))
         return x.to(self.device).contiguous(memory_format=torch.channels_last)
+
+    def _unet(self, **classes) -> UNet:
+        return UNet(*self.sizes[:3], **trunk_options(self.sizes), **classes)
 
     def _plain_network(self) -> PlainUNet:
         torch.manual_seed(0)

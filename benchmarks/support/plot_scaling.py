@@ -1,12 +1,13 @@
 """Draws what `bench_scaling.py` measured: images per second, and the share of the convolution rate.
 
-python -m benchmarks.support.plot_scaling RESULT.json PICTURE.png
+python -m benchmarks.support.plot_scaling RESULT.jsonl PICTURE.png
 """
 
 import sys
 from pathlib import Path
 
-from benchmarks.support.report import BadResult, read
+from benchmarks.support.report import figures
+from benchmarks.support.results import BadResult, read
 from cdm_fast.host.optional import need
 
 
@@ -17,14 +18,14 @@ def draw(result: Path, picture: Path) -> None:
         BadResult: the file holds no figures of bench_scaling.py.
     """
     run = read(result)
-    figures = [figure for figure in run.figures if figure["benchmark"] == "scaling" and "shape" in figure]
-    if not figures:
+    measured = [figure for figure in figures(run) if figure["benchmark"] == "scaling" and "shape" in figure]
+    if not measured:
         raise BadResult(f"{result}: no figures of bench_scaling.py; take them with its command")
     need("matplotlib", "drawing").use("Agg")
     plt = need("matplotlib.pyplot", "drawing")
     fig, (speed, share) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for size in sorted({figure["shape"][-1] for figure in figures}):
-        rows = sorted((f for f in figures if f["shape"][-1] == size), key=lambda f: f["shape"][0])
+    for size in sorted({figure["shape"][-1] for figure in measured}):
+        rows = sorted((f for f in measured if f["shape"][-1] == size), key=lambda f: f["shape"][0])
         batch = [row["shape"][0] for row in rows]
         speed.plot(
             batch, [1e3 * row["shape"][0] / row["candidate_ms"] for row in rows], "o-", label=f"{size}x{size}"
@@ -48,4 +49,4 @@ if __name__ == "__main__":
     try:
         draw(Path(sys.argv[1]), Path(sys.argv[2]))
     except (BadResult, IndexError) as error:
-        sys.exit(f"benchmarks.support.plot_scaling: error: {error}; usage: RESULT.json PICTURE.png")
+        sys.exit(f"benchmarks.support.plot_scaling: error: {error}; usage: RESULT.jsonl PICTURE.png")

@@ -1,80 +1,48 @@
-"""The one table of benchmarks/README.md, made from benchmarks/results/*.json.
+"""The one table of benchmarks/README.md, made from benchmarks/results/{cpu,gpu}-*.jsonl.
 
     python -m benchmarks.support.report           # writes the table
     python -m benchmarks.support.report --check   # fails if it is not what the results give
+    python -m benchmarks.support.report --keep OUT/results.json gpu-h200    # run_gpu.sh's, as a result file
 
-A result is the JSON of `pytest benchmarks/ --benchmark-only --benchmark-json FILE`, or the results.json of
-`run_gpu.sh`, whose profile, training and failures are told in lines below the table.
+`benchmarks.support.results` describes a result file. Profiles, trainings and failures of a GPU run are told
+in lines below the table.
 """
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from benchmarks.support.results import BadResult, Run, keep, read
 
 FOLDER = Path(__file__).parents[1]
+FILES = "[cg]pu-*.jsonl"  # the studies' result files lie beside them
 IN_A_PICTURE = ("scaling",)  # benchmarks whose figures are drawn instead: one row each would hide the others
 BEGIN, END = "<!-- table: python -m benchmarks.support.report -->", "<!-- end of table -->"
 COLUMNS = ("benchmark", "case", "shape", "ms", "baseline ms", "ratio", "of limit", "peak MiB", "run")
 NOTHING = "—"
 
 
-class Run(NamedTuple):
-    """One result file: where its figures come from, and one dict per figure."""
-
-    name: str
-    environment: dict[str, Any]
-    figures: list[dict[str, Any]]
-    remarks: list[str] = []
+def figures(run: Run) -> list[dict[str, Any]]:
+    """The rows that hold times or memory of a candidate: rows of the table."""
+    measured = [row for row in run.rows if "candidate_ms" in row or "candidate_peak_mib" in row]
+    return [row for row in measured if row.get("benchmark") not in (None, "training")]
 
 
-class BadResult(ValueError):
-    """A file under results/ that cannot be reported; the message names it and the reason."""
-
-
-def read(path: Path) -> Run:
-    """The run in one result file.
-
-    Raises:
-        BadResult: no JSON, without figures of a benchmark, or a smoke run.
-    """
-    try:
-        document = json.loads(path.read_text())
-    except ValueError as error:
-        raise BadResult(f"{path.name}: not JSON ({error}); remove it or take the figures again") from error
-    try:
-        if "stages" in document:
-            environment = document["environment"]
-            figures, remarks = _of_stages(document["stages"])
-        else:
-            environment = document["machine_info"]["cdm_fast"]
-            figures, remarks = [_figure(entry) for entry in document["benchmarks"]], []
-    except (AttributeError, KeyError, TypeError) as error:
-        raise BadResult(f"{path.name}: holds no figures of a benchmark ({error!r}); remove it") from error
-    if environment.get("small"):
-        raise BadResult(f"{path.name}: a smoke run (--small), whose times mean nothing; remove it")
-    return Run(path.stem, environment, figures, remarks)
-
-
-def _of_stages(stages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The figures of a results.json, and in words what is no row of the table."""
-    figures, remarks = [], []
-    for stage in stages:
-        if stage["status"] != "passed":
-            why = f" ({stage['reason']})" if "reason" in stage else ""
-            remarks.append(f"stage {stage['name']}: {stage['status']}{why}")
-        for record in stage["records"]:
-            if "error" in record:
-                remarks.append(f"{record['benchmark']}, {record['case']}: no figure, {record['error']}")
-            elif "bits_per_dim" in record:
-                remarks.append(_training(record))
-            elif "candidate_ms" in record and record["benchmark"] != "training":
-                figures.append(record)
-        remarks += _profile([record for record in stage["records"] if "profile" in record])
-    return figures, remarks
+def remarks(run: Run) -> list[str]:
+    """In words, what is no row of the table."""
+    told = []
+    for row in run.rows:
+        if "status" in row:
+            why = f" ({row['reason']})" if "reason" in row else ""
+            told.append(f"stage {row['name']}: {row['status']}{why}")
+        elif "error" in row:
+            told.append(f"{row['benchmark']}, {row['case']}: no figure, {row['error']}")
+        elif "bits_per_dim" in row:
+            told.append(_training(row))
+    return told + _profile([row for row in run.rows if "profile" in row])
 
 
 def _training(record: dict[str, Any]) -> str:
@@ -100,24 +68,15 @@ def _profile(rows: list[dict[str, Any]], most: int = 8) -> list[str]:
     ]
 
 
-def _figure(entry: dict[str, Any]) -> dict[str, Any]:
-    """{benchmark, case} and what `compare` measured, from one entry of pytest-benchmark's JSON."""
-    file, _, test = entry["fullname"].partition("::")
-    name, _, parameters = test.partition("[")
-    case = " ".join([name.removeprefix("test_").replace("_", " "), *parameters.rstrip("]").split("-")])
-    benchmark = Path(file).stem.removeprefix("bench_")
-    return {"benchmark": benchmark, "case": case.strip(), **entry["extra_info"]}
-
-
 def table(runs: list[Run]) -> str:
     """The table, with a row for each benchmark that no GPU has run yet; then a line per run."""
     rows = [
         _row(figure, number)
         for number, run in enumerate(runs, 1)
-        for figure in run.figures
+        for figure in figures(run)
         if figure["benchmark"] not in IN_A_PICTURE
     ]
-    measured = {(run.environment["device"], figure["benchmark"]) for run in runs for figure in run.figures}
+    measured = {(run.environment["device"], figure["benchmark"]) for run in runs for figure in figures(run)}
     missing = sorted({name for _, name in measured if ("cuda", name) not in measured})
     if not measured:
         missing = ["all"]
@@ -185,10 +144,10 @@ def _notes(number: int, run: Run) -> list[str]:
     keys = ("python", "torch", "triton", "cuda")
     versions = ", ".join(f"{key} {facts[key]}" for key in keys if facts.get(key))
     origin = (
-        f"- [{number}] `{run.name}.json`: {device}; {versions}; "
+        f"- [{number}] `{run.name}.jsonl`: {device}; {versions}; "
         f"commit {facts.get('commit', 'unknown')}; `{facts.get('command', 'unknown')}`"
     )
-    return [origin, *(f"  - {remark}" for remark in run.remarks)]
+    return [origin, *(f"  - {remark}" for remark in remarks(run))]
 
 
 def with_table(page: str, content: str) -> str:
@@ -203,15 +162,31 @@ def with_table(page: str, content: str) -> str:
     return pattern.sub(lambda _: f"{BEGIN}\n\n{content}\n\n{END}", page)
 
 
+def _keep(document: Path, name: str, folder: Path) -> None:
+    """Raises BadResult for a name that the table would not find, and for a document that gives no results."""
+    path = folder / f"{name}.jsonl"
+    if not path.match(FILES):
+        raise BadResult(f"--keep {name}: a name begins with cpu- or gpu-")
+    keep(document, path)
+
+
 def main(arguments: list[str] | None = None, folder: Path = FOLDER) -> int:
     """Writes or checks the table in `folder`. Exit status: 0, 1 for a stale table, 2 for bad results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.support.report", description="README's table")
     parser.add_argument("--check", action="store_true", help="write nothing, fail if the table is stale")
+    parser.add_argument(
+        "--keep",
+        nargs=2,
+        metavar=("FILE", "NAME"),
+        help="keep a results.json of run_gpu.sh under a name, first",
+    )
     options = parser.parse_args(arguments)
     readme = folder / "README.md"
     page = readme.read_text()
     try:
-        runs = [read(path) for path in sorted((folder / "results").glob("*.json"))]
+        if options.keep:
+            _keep(Path(options.keep[0]), options.keep[1], folder / "results")
+        runs = [read(path) for path in sorted((folder / "results").glob(FILES))]
         new = with_table(page, table(runs))
     except BadResult as error:
         print(f"benchmarks.support.report: error: {error}", file=sys.stderr)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,12 @@ BATCH_SIZE = {"cpu": 8, "cuda": 128}  # the paper's on a GPU
 PRESET = {"cpu": "fashion-mnist", "cuda": "cifar10"}
 
 
+def trunk_options(sizes: tuple) -> dict[str, Any]:
+    """Of `CIFAR10` or another tuple like it, what networks take by keyword."""
+    names = ("base_channels", "multipliers", "blocks_per_level", "attention_resolutions")
+    return dict(zip(names, sizes[3:], strict=True))
+
+
 class Batch:
     """One pinned batch for every variant: x0, eps, level, x_t and s_t, drawn on the CPU for any device."""
 
@@ -38,8 +45,8 @@ class Batch:
         self.x0 = torch.rand(shape, generator=generator) * 2 - 1
         self.eps = torch.randn(shape, generator=generator)
         self.level = torch.randint(1, schedule.T + 1, (batch_size,), generator=generator)
-        a, s_t = schedule.gather(self.level, self.x0)
-        x_t = a * self.x0 + s_t * self.eps
+        _, s_t = schedule.amplitudes(self.level, self.x0)
+        x_t = schedule.noise(self.x0, self.level, self.eps)
         self.x0, self.eps, self.level = (x.to(device) for x in (self.x0, self.eps, self.level))
         self.x_t, self.s_t = x_t.to(device), s_t.to(device)
 
@@ -79,7 +86,7 @@ class Steps:
     ) -> Callable[[], Tensor]:
         """The explicit adjoint, channels-last, in fp32 or under bf16 autocast."""
         torch.manual_seed(0)
-        network, batch = UNet(*self.sizes), self.batch
+        network, batch = UNet(*self.sizes[:3], **trunk_options(self.sizes)), self.batch
         torch.manual_seed(0)
         network.load_state_dict(PlainUNet(*self.sizes).state_dict())
         network = network.to(memory_format=torch.channels_last)
@@ -98,8 +105,8 @@ class Steps:
     def ddm(self, dtype: torch.dtype) -> Callable[[], Tensor]:
         """A plain diffusion model on the same trunk, tuned as `adjoint` is: half of its multiplications."""
         torch.manual_seed(0)
-        size, channels, _, *rest = self.sizes
-        network = UNetDenoiser(size, channels, *rest).to(memory_format=torch.channels_last)
+        network = UNetDenoiser(*self.sizes[:2], **trunk_options(self.sizes))
+        network = network.to(memory_format=torch.channels_last)
         model, batch = DDM(network, self.schedule).to(self.device), self.batch
         x0, eps = (x.to(memory_format=torch.channels_last) for x in (batch.x0, batch.eps))
 

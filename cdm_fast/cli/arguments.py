@@ -6,10 +6,12 @@ from typing import Annotated, Literal
 
 from cdm_fast.config import Compile, PixelMap, Preset, RunConfig, Sampler, Schedule
 from cdm_fast.config.choices import (
+    PARTICLES,
     AttackName,
     AttackNorm,
     ClassifyMethod,
     CorrectedSampler,
+    Given,
     Parallel,
     Resample,
     RestoreTask,
@@ -18,7 +20,6 @@ from cdm_fast.config.choices import (
 from cdm_fast.config.flags import FlagCreatePairsOff, Positional
 
 Json = Annotated[bool, FlagCreatePairsOff]
-Given = Literal["label", "none", "all"]
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Nll:
     default 4, or exact up to 16 dimensions."""
     elbo_images: int = 256
     """Images to score by the variational bound, drawn from the split."""
-    particles: int = 128
+    particles: int = PARTICLES
     """Particles of each run that measures log Z."""
     runs: int = 3
     """Independent runs that measure log Z; their spread is the error bar."""
@@ -148,20 +149,25 @@ class Nll:
 
 @dataclass(frozen=True)
 class Calibrate:
-    """Measure log Z of the single pass at every level and fold it into what the run's likelihoods say.
+    """Measure log Z of the single pass at every level, or refit the logits' constants; likelihoods use them.
 
-    The weights stay as they are; RUN/calibration.json holds the constants.
+    The checkpoints stay as they are; RUN/calibration.json or RUN/constants.json holds the constants.
     """
 
     run: Positional[Path]
     """Run directory."""
+    method: Literal["particles", "constants"] = "particles"
+    """`particles` measures log Z by annealing; `constants` refits the constants of the logits, also those of
+    classes, to noised training images."""
     undo: Annotated[bool, FlagCreatePairsOff] = False
     """Remove the calibration instead."""
+    rows: int = 100_000
+    """Noised training images of `--method constants`."""
     data: str | None = None
     """Data source; by default the run's own."""
     split: Split = "validation"
     """Images to score before and after, and from which walks back to noise begin."""
-    particles: int = 128
+    particles: int = PARTICLES
     """Particles of each run that measures log Z."""
     runs: int = 3
     """Independent runs that measure log Z; their spread is the error bar."""

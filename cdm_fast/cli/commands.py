@@ -14,7 +14,7 @@ from cdm_fast.cli.score import score_command
 from cdm_fast.cli.tools import convert_command, doctor_command, plot_command, replay_command
 from cdm_fast.cli.train import train_command
 from cdm_fast.errors import UserError
-from cdm_fast.host.distributed import joined
+from cdm_fast.host.distributed import process_group
 from cdm_fast.host.processes import launched
 
 
@@ -24,7 +24,7 @@ def run(command: arguments.Command) -> Outcome:
     Under torchrun the processes share the work, and each returns the outcome.
     """
     if isinstance(command, arguments.Shared):
-        with joined(command.device):
+        with process_group(command.device):
             return _COMMANDS[type(command)](command)
     if launched() is not None:
         raise UserError(f"{type(command).__name__.lower()} is the work of one process; leave torchrun out")

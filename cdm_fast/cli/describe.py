@@ -57,6 +57,8 @@ def describe_ode(ode: Mapping[str, Any]) -> list[str]:
             )
         )
         lines.append(f"the same at levels on the way to noise: {', '.join(each)}")
+    if ode["warning"] is not None:
+        lines.append(f"warning: {ode['warning']}")
     return lines
 
 

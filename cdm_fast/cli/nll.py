@@ -16,11 +16,18 @@ from cdm_fast.cli.describe import (
     describe_ode,
     describe_score,
 )
-from cdm_fast.cli.outcome import UNTRAINED_NULL, Outcome, Scored, null_is_untrained, open_model, require_fit
+from cdm_fast.cli.outcome import (
+    UNTRAINED_NULL,
+    Outcome,
+    Scored,
+    null_is_untrained,
+    open_model,
+    require_fit,
+)
 from cdm_fast.cli.per_image import check_name, write_per_image
 from cdm_fast.config import RunConfig
 from cdm_fast.data import ImageData
-from cdm_fast.errors import UserError
+from cdm_fast.errors import UserError, require_at_least
 from cdm_fast.host.device import pick_device
 from cdm_fast.host.progress import to_stderr
 from cdm_fast.interop import Foreign
@@ -32,18 +39,23 @@ from cdm_fast.likelihood import (
     evaluate,
     evaluate_elbo,
     evaluate_ode,
-    without_images,
 )
+from cdm_fast.likelihood.audits import LARGEST_ODE_BATCH
 from cdm_fast.likelihood.single_pass import PUBLIC_SCORING
-from cdm_fast.likelihood.units import require_denoiser
+from cdm_fast.likelihood.units import nats_per_bit_per_dim, require_denoiser
 from cdm_fast.model import CDM, Denoiser
 from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.plots.evaluation import write_audit
-from cdm_fast.runs.calibration import apply_calibration, calibrate, remove_calibration, write_calibration
+from cdm_fast.runs.calibrate import calibrate
+from cdm_fast.runs.calibration import apply_calibration, remove_calibration, write_calibration
 from cdm_fast.runs.checkpoint import read_config
+from cdm_fast.runs.constants import put_constants, remove_constants, write_constants
 from cdm_fast.runs.data import evaluation_data
 from cdm_fast.runs.load import load
+from cdm_fast.training.constants import refit_constants
+from cdm_fast.training.loop import describe_validation
 from cdm_fast.training.tuning import compile_network
+from cdm_fast.training.validation import validate
 
 
 def score(command: Nll, model: Denoiser, data: ImageData) -> Scored:
@@ -66,10 +78,10 @@ def _score_single(command: Nll, model: CDM, data: ImageData) -> Scored:
         model,
         data,
         command.level,
-        command.draws,
-        command.batch_size,
-        command.seed,
-        command.protocol,
+        draws=command.draws,
+        batch_size=command.batch_size,
+        seed=command.seed,
+        protocol=command.protocol,
         precision=command.precision,
         given=command.given or "none",
     )
@@ -83,24 +95,30 @@ def _score_ode(command: Nll, model: Denoiser, data: ImageData) -> Scored:
         model,
         data,
         command.level,
-        command.ode_images,
-        command.tolerance,
-        command.probes,
-        min(command.batch_size, 64),
-        command.seed,
-        to_stderr,
-        command.given or "none",
+        num_images=command.ode_images,
+        tolerance=command.tolerance,
+        probes=command.probes,
+        batch_size=min(command.batch_size, LARGEST_ODE_BATCH),
+        seed=command.seed,
+        progress=to_stderr,
+        given=command.given or "none",
     )
-    fields = without_images(report)
+    fields = report.to_json()
     result = {"method": "ode", "data": data.name, "split": data.split, **_prefixed("ode", fields)}
     return result, describe_ode(fields), {"ode_bits_per_dim": (report.index, report.per_image)}
 
 
 def _score_elbo(command: Nll, model: Denoiser, data: ImageData) -> Scored:
     report = evaluate_elbo(
-        model, data, command.elbo_images, command.batch_size, command.seed, to_stderr, command.given or "none"
+        model,
+        data,
+        command.elbo_images,
+        batch_size=command.batch_size,
+        seed=command.seed,
+        progress=to_stderr,
+        given=command.given or "none",
     )
-    fields = without_images(report)
+    fields = report.to_json()
     result = {"method": "elbo", "data": data.name, "split": data.split, **_prefixed("elbo", fields)}
     return result, describe_elbo(fields), {"elbo_bits_per_dim": (report.index, report.per_image)}
 
@@ -186,8 +204,7 @@ def nll_command(command: arguments.Nll) -> Outcome:
     config = read_config(command.run) if foreign is None else foreign.config
     if command.pixels is not None:
         config = replace(config, data=replace(config.data, pixels=command.pixels))
-    if command.batch_size < 1:
-        raise UserError(f"--batch-size is {command.batch_size}; give 1 or more")
+    require_at_least("--batch-size", command.batch_size, 1)
     if command.protocol == "paper" and command.method != "single":
         raise UserError(f"--protocol paper goes with --method single, not {command.method}; leave one out")
     if command.method == "elbo" and command.level != 0:
@@ -213,7 +230,7 @@ def nll_command(command: arguments.Nll) -> Outcome:
     if command.out is not None:
         found["out"] = str(write_per_image(command.out, data, columns))
     if calibration is not None and "bits_per_dim" in result:
-        before = result["bits_per_dim"] - calibration.bits_per_dim(command.level, data)
+        before = result["bits_per_dim"] - calibration.log_z[command.level] / nats_per_bit_per_dim(data)
         found["uncalibrated_bits_per_dim"] = before
         lines = [
             *lines,
@@ -247,11 +264,12 @@ def _given(
 def calibrate_command(command: arguments.Calibrate) -> Outcome:
     """`cdm-fast calibrate`."""
     config = read_config(command.run)
+    if command.method == "constants":
+        return _refit(command, config)
     if command.undo:
         remove_calibration(command.run)
         return Outcome({"run": str(command.run), "undone": True}, [f"{command.run} is as it was trained"])
-    if command.batch_size < 1:
-        raise UserError(f"--batch-size is {command.batch_size}; give 1 or more")
+    require_at_least("--batch-size", command.batch_size, 1)
     data = evaluation_data(command.run, config, command.split, command.data)
     require_fit(data, config, command.run)
     loaded = load(command.run, calibrated=False)
@@ -265,12 +283,12 @@ def calibrate_command(command: arguments.Calibrate) -> Outcome:
     calibration = calibrate(
         model,
         data,
-        command.particles,
-        command.runs,
-        command.moves,
-        command.rungs,
-        command.seed,
-        to_stderr,
+        particles=command.particles,
+        runs=command.runs,
+        moves=command.moves,
+        rungs=command.rungs,
+        seed=command.seed,
+        progress=to_stderr,
     )
     path, after = write_calibration(command.run, calibration), figure()
     result = {
@@ -285,3 +303,32 @@ def calibrate_command(command: arguments.Calibrate) -> Outcome:
     z, error, up = calibration.log_z[0], calibration.log_z_stderr[0], calibration.log_z_up
     told = f"log Z of level 0: {z:+.2f} +- {error:.2f} nats by walks from noise, {up:+.2f} from data"
     return Outcome(result, [*names, told, str(path)])
+
+
+def _refit(command: arguments.Calibrate, config: RunConfig) -> Outcome:
+    """`cdm-fast calibrate --method constants`."""
+    if command.undo:
+        remove_constants(command.run)
+        return Outcome({"run": str(command.run), "undone": True}, [f"{command.run} is as it was trained"])
+    data = evaluation_data(command.run, config, command.split, command.data)
+    require_fit(data, config, command.run)
+    loaded = load(command.run, calibrated=False, constants=False)
+    require_likelihood(loaded)
+    model = cast(CDM, loaded.to(pick_device(command.device)))
+    before = validate(model, data)
+    constants = refit_constants(
+        model,
+        evaluation_data(command.run, config, "train", command.data),
+        command.rows,
+        flip=config.data.flip,
+        null_class=config.train.label_dropout > 0,
+        seed=command.seed,
+        progress=to_stderr,
+    )
+    put_constants(model, constants)
+    path, after = write_constants(command.run, constants), validate(model, data)
+    result = {"run": str(command.run), "before": before, "after": after, "file": str(path)}
+    lines = [
+        f"{name}: {describe_validation(figures)}" for name, figures in (("before", before), ("after", after))
+    ]
+    return Outcome(result, [*lines, str(path)])

@@ -11,7 +11,7 @@ from cdm_fast.cli import arguments
 from cdm_fast.cli.per_image import check_name, write_per_image
 from cdm_fast.config import RunConfig
 from cdm_fast.data import ImageData
-from cdm_fast.errors import UserError
+from cdm_fast.errors import UserError, require_at_least
 from cdm_fast.host.device import pick_device
 from cdm_fast.interop.source import is_foreign, open_foreign, output_folder, require_data
 from cdm_fast.model import CDM, DDM, Denoiser
@@ -75,8 +75,7 @@ def scored_by(
         require_data(command.run, command.data)
         foreign = open_model(command.run, command.device)
     config = read_config(command.run) if foreign is None else foreign.config
-    if command.batch_size < 1:
-        raise UserError(f"--batch-size is {command.batch_size}; give 1 or more")
+    require_at_least("--batch-size", command.batch_size, 1)
     if command.out is not None:
         check_name(command.out)
     data = evaluation_data(command.run, config, command.split, command.data)

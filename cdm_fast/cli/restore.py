@@ -24,7 +24,7 @@ from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.plots.sheet import write_rows
 from cdm_fast.runs.checkpoint import read_config
 from cdm_fast.runs.load import load
-from cdm_fast.sampling.corrected import MoveLog
+from cdm_fast.sampling.corrected import MALA, MoveLog
 from cdm_fast.sampling.restoration import Known, MeanPool, Measurement, Restored, restore
 
 FLAGS = {"inpaint": ("mask", "box"), "denoise": (), "super-resolution": ("factor",)}
@@ -156,8 +156,8 @@ def restore_command(command: arguments.Restore) -> Outcome:
         command.steps,
         command.seed,
         level=command.level,
-        moves=command.moves,
-        log=log,
+        sampler=MALA(command.moves),
+        callback=log,
     )
     write_candidates(found, shown, config, command, out)
     log_prob, rates = found.log_prob.tolist(), log.to_json()["acceptance"]

@@ -23,8 +23,8 @@ from cdm_fast.plots.sheet import write_rows
 from cdm_fast.plots.training import write_acceptance
 from cdm_fast.runs.build import class_labels
 from cdm_fast.runs.checkpoint import read_config
-from cdm_fast.sampling import sample
-from cdm_fast.sampling.corrected import CORRECTED, MoveLog
+from cdm_fast.sampling import DDIM, SAMPLERS, MoveLog, Sampler, sample
+from cdm_fast.sampling.corrected import CORRECTED
 from cdm_fast.training.report import write_sheet
 from cdm_fast.training.tuning import compile_network
 
@@ -99,17 +99,28 @@ def _draw(
     return sample(
         model,
         command.num,
-        command.sampler,
+        _sampler(command),
         command.steps,
         command.seed,
         label=labels,
         guidance=guidance,
-        eta=command.eta,
         precision=command.precision,
-        moves=command.moves,
-        leapfrog=command.leapfrog,
-        log=log,
+        callback=log,
     )
+
+
+def _sampler(command: arguments.Sample) -> Sampler:
+    """The sampler with its options; UserError for an option of another one."""
+    name, eta, leapfrog = command.sampler, command.eta, command.leapfrog
+    if eta and name != "ddim":
+        raise UserError(f"eta is {eta}, but sampler {name!r} takes none: leave it out, or choose 'ddim'")
+    if leapfrog != 1 and name not in CORRECTED:
+        raise UserError(
+            f"leapfrog is {leapfrog}, but sampler {name!r} makes no moves: choose 'mala' or 'smc'"
+        )
+    if name in CORRECTED:
+        return CORRECTED[name](command.moves, leapfrog)
+    return DDIM(eta) if name == "ddim" else SAMPLERS[name]
 
 
 def _check_between(command: arguments.Sample, config: RunConfig, out: Path) -> None:

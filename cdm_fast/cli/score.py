@@ -63,13 +63,13 @@ def score_images(command: Score, config: RunConfig, model: Denoiser, data: Image
         chosen,
         reference.take(choose(len(reference), REFERENCE_IMAGES, generator)),
         other,
-        command.against == CORRUPTED,
-        command.level,
-        command.draws,
-        command.false_alarms,
-        command.batch_size,
-        command.seed,
-        to_stderr,
+        corruptions=command.against == CORRUPTED,
+        level=command.level,
+        draws=command.draws,
+        false_alarms=command.false_alarms,
+        batch_size=command.batch_size,
+        seed=command.seed,
+        progress=to_stderr,
     )
     order = report.order()
     least = order.flip(0)[:SHOWN]

@@ -8,10 +8,10 @@ from cdm_fast.cli.describe import describe_accuracy, describe_score
 from cdm_fast.cli.outcome import Outcome
 from cdm_fast.data.copies import cached_in
 from cdm_fast.errors import UserError
-from cdm_fast.host.distributed import from_main
+from cdm_fast.host.distributed import broadcast_from_main
 from cdm_fast.host.processes import is_main, launched
 from cdm_fast.host.progress import to_stderr
-from cdm_fast.training.prepare import begun
+from cdm_fast.training.prepare import config_to_resume
 from cdm_fast.training.train import resume, train
 
 
@@ -29,7 +29,7 @@ def train_command(command: arguments.Train) -> Outcome:
         source = config.train.finetune
         name = command.preset if source is None else f"{Path(source).name}-finetuned"
         run = command.out or Path("runs") / name
-        again = from_main(begun(config, run) if launched() and is_main() else None)
+        again = broadcast_from_main(config_to_resume(config, run) if launched() and is_main() else None)
         if again is not None:
             to_stderr(f"{run} holds the beginning of this run: continuing it")
             config, begins = again, False

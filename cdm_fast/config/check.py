@@ -68,6 +68,7 @@ def check(config: RunConfig) -> None:
             f"--sampler euler_ot needs --schedule ot without --sigma-min, not {config.schedule.schedule} with"
             f" {config.schedule.sigma_min:g}; give ddim"
         )
+    _check_keep_best(config)
     _check_resolutions(config)
 
 
@@ -87,6 +88,20 @@ def _check_schedule(schedule: ScheduleConfig) -> None:
         raise UserError(
             f"--sigma-min {schedule.sigma_min} goes with --schedule ot, not {schedule.schedule}; leave it out"
         )
+
+
+def _check_keep_best(config: RunConfig) -> None:
+    """The criterion must be measured, at intervals."""
+    output, objective = config.output, config.train.objective
+    if output.keep_best == "none":
+        return
+    if not output.evaluate_every:
+        raise UserError(f"--keep-best {output.keep_best} needs validations; give --evaluate-every")
+    if output.keep_best == "class_ce":
+        if objective == "ddm" or (objective == "cdm" and config.network.conditioning == "none"):
+            raise UserError("--keep-best class_ce needs a model of classes; give --conditioning joint")
+    elif objective != "cdm":
+        raise UserError(f"--keep-best {output.keep_best} needs a likelihood; give --objective cdm")
 
 
 def _lower_bounds(config: RunConfig) -> list[tuple[str, int, int]]:
@@ -117,6 +132,7 @@ def _lower_bounds(config: RunConfig) -> list[tuple[str, int, int]]:
         ("sample-every", output.sample_every, 0),
         ("evaluate-every", output.evaluate_every, 0),
         ("evaluate-images", output.evaluate_images, 1),
+        ("constants-rows", output.constants_rows, 0),
         ("draws", output.draws, 1),
         ("num-samples", output.num_samples, 1),
         ("sampling-steps", output.sampling_steps, 1),

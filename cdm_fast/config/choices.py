@@ -12,5 +12,8 @@ ClassifyMethod = Literal["joint", "embedding", "denoising", "ode", "discriminati
 Sampler = Literal["ddpm", "ddim", "dpm_solver_pp_2m", "heun", "euler_ot"]
 Objective = Literal["cdm", "ddm", "classifier"]
 Precision = Literal["auto", "fp32", "bf16"]
+Given = Literal["label", "none", "all"]  # an image's own label, no label, all classes together
 Compile = Literal["auto", "off", "default", "reduce-overhead"]
 Resample = Literal["bicubic", "bilinear", "lanczos", "box"]
+
+PARTICLES = 128  # of each walk that measures log Z

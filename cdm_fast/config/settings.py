@@ -15,6 +15,8 @@ Schedule = Literal["linear", "uniform", "ot", "cosine"]
 # as for models trained on u/(N-1) without noise; its interval is then 2/(N-1) wide.
 PixelMap = Literal["intervals", "points"]
 
+CE_WEIGHT = 1e-3  # default weight of the cross-entropy over levels, beside the mean squared error of eps_hat
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -118,6 +120,9 @@ class TrainConfig:
     """Optimizer steps in all."""
     batch_size: int = 128
     """Images per optimizer step."""
+    level_draws: Literal["independent", "stratified"] = "independent"
+    """How a batch draws its noise levels: each by itself, or all by one randomly shifted grid through their
+    distribution, so that every batch covers it evenly."""
     accumulate: int = 1
     """Split each batch into this many parts, one after the other, to save memory."""
     optimizer: Literal["adam", "adamw"] = "adam"
@@ -144,7 +149,7 @@ class TrainConfig:
     rises from the first step on."""
     finetune: str | None = None
     """Begin from the averaged weights of this run directory, trained or converted, in a new run."""
-    ce_weight: float = 1e-3
+    ce_weight: float = CE_WEIGHT
     """Weight of the cross-entropy over noise levels (cdm only)."""
     mse_weight: float = 1.0
     """Weight of the denoising error (cdm only)."""
@@ -186,9 +191,16 @@ class OutputConfig:
     sample_every: int = 500
     """Steps between two sample grids and loss curves; 0: only at the end."""
     evaluate_every: int = 500
-    """Steps between two validation likelihoods; 0: only at the end, on the test split."""
+    """Steps between two validations (likelihood, classes, calibration of the levels); 0: only at the end, on
+    the test split."""
     evaluate_images: int = 500
     """Validation images to score at those intervals; the test split is always scored whole."""
+    keep_best: Literal["none", "bits_per_dim", "level_ce", "class_ce"] = "none"
+    """Also keep the checkpoint with the lowest value of this validation figure, as a run directory of its
+    own, RUN/best."""
+    constants_rows: int = 0
+    """Noised training images to which the constants of the logits are refitted after the last step, with all
+    weights held (see `calibrate --method constants`); 0: they stay as trained."""
     draws: int = 3
     """Dequantisation draws of the final likelihood."""
     num_samples: int = 64

@@ -35,7 +35,7 @@ from cdm_fast.data.parallel import read_chunks
 from cdm_fast.data.pictures import Fit
 from cdm_fast.data.source import Part, Source
 from cdm_fast.errors import DiskError, UserError
-from cdm_fast.host.files import directory_in_one_step, remove, remove_unfinished
+from cdm_fast.host.files import atomic_directory, remove, remove_unfinished
 from cdm_fast.host.progress import Countdown, to_stderr
 from cdm_fast.host.reading import bad, shown
 
@@ -204,7 +204,7 @@ def prepare(
             found = find(cache, key)
             if found is not None:
                 return found
-            with directory_in_one_step(cache / key) as unfinished:
+            with atomic_directory(cache / key) as unfinished:
                 about = _write(unfinished, source, chosen, fit)
                 if not unchanged():
                     raise bad(source.name, "has changed while it was read; start again when it is complete")

@@ -16,34 +16,38 @@ Protocol = Literal["dequantized", "paper"]
 
 
 def draw_generator(seed: int, draw: int) -> torch.Generator:
-    """The randomness of one dequantisation draw of a whole data set."""
+    """The generator of one dequantisation draw of a data set; each `draw` of a seed has another one."""
     return torch.Generator().manual_seed(seed * 1_000_003 + draw)
 
 
 def batches(
     data: ImageData, batch_size: int, generator: torch.Generator, protocol: Protocol = "dequantized"
 ) -> Iterator[tuple[int, Tensor]]:
-    """(index of the first image, images in [-1, 1]) of one pass over `data`."""
+    """One pass over `data` in order: (index of its first image, images (B, C, H, W)) of each batch.
+
+    `protocol` "dequantized" adds uniform noise from the generator; "paper" takes the points 2u/(N-1) - 1, as
+    the public code of CDM does.
+    """
     for first in range(0, len(data.images), batch_size):
         images = data.images[first : first + batch_size]
-        if protocol == "paper":  # the public code's 2u/255 - 1
+        if protocol == "paper":
             yield first, dequantize(images, data.num_grey_levels, torch.full(images.shape, 0.5), "points")
         else:
             yield first, dequantize(images, data.num_grey_levels, generator, data.pixels)
 
 
 def draw_images(data: ImageData, num: int, generator: torch.Generator) -> Tensor:
-    """(num, C, H, W) dequantised images, drawn with replacement."""
+    """(num, C, H, W) dequantised images in [-1, 1], drawn with replacement."""
     index = torch.randint(len(data.images), (num,), generator=generator)
     return dequantize(data.images[index], data.num_grey_levels, generator, data.pixels)
 
 
 def choose(count: int, num: int | None, generator: torch.Generator) -> Tensor:
-    """(m,) which of `count` images: `num` different ones, or all, in order."""
+    """(m,) int64 indices, rising, of `num` of `count` images without replacement; None for all."""
     return torch.randperm(count, generator=generator)[:num].sort().values
 
 
 def choose_images(data: ImageData, num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(index, dequantised images) of `num` different images, or of all if there are fewer, in order."""
+    """min(num, n) images without replacement: (index (m,) int64, rising, dequantised (m, C, H, W))."""
     index = choose(len(data.images), num, generator)
     return index, dequantize(data.images[index], data.num_grey_levels, generator, data.pixels)

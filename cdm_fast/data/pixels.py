@@ -40,6 +40,15 @@ def dequantize(
     return (images + noise.float()).mul_(2 / num_grey_levels).sub_(1)
 
 
+def to_points(images: Tensor, num_grey_levels: int) -> Tensor:
+    """Grey level u of N (any dtype) at its point 2u/(N-1) - 1, float32, without noise.
+
+    >>> to_points(torch.tensor([0, 1, 2]), 3).tolist()
+    [-1.0, 0.0, 1.0]
+    """
+    return images.float() * (2 / (num_grey_levels - 1)) - 1
+
+
 def bits_of_interval(num_grey_levels: int, pixels: PixelMap = "intervals") -> float:
     """`-log2` of the width of a grey level's interval: log2(N/2), or log2((N-1)/2) around points."""
     return math.log2((num_grey_levels - (pixels == "points")) / 2)
@@ -84,11 +93,18 @@ def levels_to_display(levels: Tensor, num_grey_levels: int) -> Tensor:
 
 
 def from_display(pixels: Tensor, num_grey_levels: int, pixel_map: PixelMap = "intervals") -> Tensor:
-    """uint8 0..255 as model images in [-1, 1]: the inverse of `displayable`, between grey levels too.
+    """uint8 0..255 as model images in [-1, 1]: the inverse of `displayable`, between grey levels too."""
+    return from_brightness(pixels.float(), num_grey_levels, pixel_map, white=255)
 
-    `x = 2 (u + 1/2)/N - 1` with `u = (N-1) pixel/255`: black and white are the middles of the outermost
-    intervals. Around points black is -1 and white 1.
+
+def from_brightness(
+    brightness: Tensor, num_grey_levels: int, pixel_map: PixelMap = "intervals", white: float = 1
+) -> Tensor:
+    """Brightness from 0 (black) to `white` as model images in [-1, 1], differentiable, in its own dtype.
+
+    `x = 2 (u + 1/2)/N - 1` with `u = (N-1) brightness/white`, not rounded: black and white are the middles of
+    the outermost intervals. Around points black is -1 and white 1.
     """
     if pixel_map == "points":
-        return pixels.float() * (2 / 255) - 1
-    return (pixels.float() * ((num_grey_levels - 1) / 255) + 0.5) * (2 / num_grey_levels) - 1
+        return brightness * (2 / white) - 1
+    return (brightness * ((num_grey_levels - 1) / white) + 0.5) * (2 / num_grey_levels) - 1

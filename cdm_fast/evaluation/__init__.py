@@ -1,1 +1,1 @@
-"""How good a model is, apart from its likelihood."""
+"""Evaluation of models besides their likelihood: classification, robustness, outliers, sample quality."""

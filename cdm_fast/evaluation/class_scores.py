@@ -1,4 +1,4 @@
-"""A score of each class for every image, and which method fits a model.
+"""Scores of every class for every image, and the methods that a model can serve.
 
 # B batch, n images, K classes, d = C*H*W
 """
@@ -14,30 +14,12 @@ from cdm_fast.errors import UserError
 from cdm_fast.host.distributed import by_rows, in_turn
 from cdm_fast.likelihood.given import num_classes_of
 from cdm_fast.likelihood.ode import flow_log_prob
-from cdm_fast.model import CDM, Denoiser, measures
+from cdm_fast.model import CDM, Denoiser, evaluation_mode
 from cdm_fast.model.classifier import Classifier
-from cdm_fast.model.schedule import spread
+from cdm_fast.model.schedule import evenly_spaced
 
 
-class OfClass(Denoiser):
-    """A class-conditional denoiser with its label fixed, for whatever takes a denoiser without one.
-
-    Args:
-        model: the model.
-        label: 0..K-1.
-    """
-
-    def __init__(self, model: Denoiser, label: int) -> None:
-        super().__init__(model, model.schedule, model.input_shape)
-        self.model = model
-        self.label = label
-
-    def denoise(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
-        """`eps_hat` of the fixed class; `label` is not read."""
-        return self.model.denoise(x, level, torch.full((len(x),), self.label, device=x.device))
-
-
-@measures
+@evaluation_mode
 def ode_log_prob_classes(
     model: Denoiser,
     x: Tensor,  # (B, C, H, W), dequantised
@@ -46,19 +28,20 @@ def ode_log_prob_classes(
     probes: int | None = None,
     seed: int = 0,
 ) -> Tensor:  # (B, K)
-    """`log p(x|c)` in nats by the probability-flow ODE of each class, every class with the same probes.
+    """`log p(x|c)` in nats, float64, by the probability-flow ODE of each class, all with the same probes.
 
-    Arguments and errors as of `flow_log_prob`.
+    Arguments and errors as of `flow_log_prob` (arXiv 2110.00473).
     """
 
     def of_class(c: int) -> Tensor:
-        flow = flow_log_prob(OfClass(model, c), x, tolerance=tolerance, probes=probes, seed=seed)
+        label = torch.full((len(x),), c, device=x.device)
+        flow = flow_log_prob(model, x, tolerance=tolerance, probes=probes, seed=seed, label=label)
         return flow.log_prob.cpu()
 
     return torch.stack(in_turn(of_class, range(num_classes)), dim=1)
 
 
-@measures
+@evaluation_mode
 def denoising_scores(
     model: Denoiser,
     x: Tensor,  # (B, C, H, W), dequantised
@@ -66,12 +49,12 @@ def denoising_scores(
     trials: int,
     generator: torch.Generator,
 ) -> Tensor:  # (B, K)
-    """`-mean_i |eps_hat(x_i, t_i, c) - eps_i|^2` of each class over `trials` pairs of level and noise.
+    """`-mean_i |eps_hat(x_i, t_i, c) - eps_i|^2` of each class, over `trials` pairs of level and noise.
 
-    The levels are spread evenly over 1..T, all weigh alike, and a pair serves every class: what classes have
-    in common cancels (arXiv 2303.16203, section 3).
+    The levels are spread evenly over 1..T with equal weights, and every class meets the same pairs, so that
+    the part of the error that classes share cancels (arXiv 2303.16203, section 3).
     """
-    levels = spread(1, model.schedule.T, trials)
+    levels = evenly_spaced(1, model.schedule.T, trials)
     total = torch.zeros(len(x), num_classes, dtype=torch.float64, device=x.device)
     for trial in range(trials):
         t = levels[trial % len(levels)]
@@ -81,17 +64,16 @@ def denoising_scores(
 
 
 def _class_errors(model: Denoiser, num_classes: int, t: int, x_and_eps: Tensor) -> Tensor:
-    """(B, K) `|eps_hat(x_t, t, c) - eps|^2` from (B, 2, C, H, W)."""
+    """`|eps_hat(x_t, t, c) - eps|^2` (B, K) from pairs of x and eps (B, 2, C, H, W)."""
     x, eps = x_and_eps.unbind(1)
     label = torch.arange(num_classes, device=x.device).repeat_interleave(len(x))
-    a, s = model.schedule.gather(t, x)
-    noisy = (a * x + s * eps).repeat(num_classes, *[1] * (x.dim() - 1))
+    noisy = model.schedule.noise(x, t, eps).repeat(num_classes, *[1] * (x.dim() - 1))
     error = model.denoise(noisy, t, label).unflatten(0, (num_classes, -1)) - eps
     return error.double().square().flatten(2).sum(2).T
 
 
 def require_classes(model: Denoiser) -> int:
-    """K; UserError for a model without classes."""
+    """K, the number of the model's classes; raises UserError for a model without."""
     num_classes = num_classes_of(model)
     if num_classes is None:
         raise UserError(
@@ -101,7 +83,10 @@ def require_classes(model: Denoiser) -> int:
 
 
 def fitting_method(model: Denoiser, method: ClassifyMethod | None = None) -> ClassifyMethod:
-    """`method`, or the model's own; UserError for an unknown one and for one that the model cannot serve."""
+    """`method`, or by default the model's own.
+
+    Raises UserError for an unknown method, and for one that the model cannot serve.
+    """
     own: ClassifyMethod = model.conditioning if isinstance(model, CDM) else "denoising"
     if isinstance(model, Classifier):
         own = "discriminative"

@@ -1,6 +1,6 @@
-"""Generative classification: every class's likelihood of an image, then Bayes' rule; and how good that is.
+"""Generative classification: the likelihood of an image under every class, then Bayes' rule.
 
-Four ways to a score of each class from networks that denoise, and one baseline that does not:
+Four methods score the classes by a network that denoises; the fifth is a baseline that does not:
 
 - joint: `log p(x|c)` of all classes from one forward pass of joint (level, class) logits;
 - embedding: the same from one pass per class of a network that takes the label;
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from cdm_fast.config.choices import ClassifyMethod
 from cdm_fast.data import ImageData
-from cdm_fast.data.draws import batches, choose, draw_generator
-from cdm_fast.errors import UserError
+from cdm_fast.data.draws import choose, draw_generator
+from cdm_fast.errors import UserError, require_at_least
 from cdm_fast.evaluation.class_scores import (
     denoising_scores,
     fitting_method,
@@ -32,36 +32,42 @@ from cdm_fast.evaluation.class_scores import (
 )
 from cdm_fast.host.distributed import by_rows
 from cdm_fast.host.progress import Progress, silent
+from cdm_fast.likelihood.batches import noised_batches
+from cdm_fast.likelihood.given import require_known
 from cdm_fast.likelihood.ode import load_solver
 from cdm_fast.likelihood.units import bits_per_dim
-from cdm_fast.model import CDM, Denoiser, measures
+from cdm_fast.model import CDM, Denoiser, evaluation_mode
 from cdm_fast.model.classifier import Classifier
-from cdm_fast.model.denoiser import like_network
-from cdm_fast.model.schedule import add_noise
-from cdm_fast.statistics import Reliability, confusion_matrix, reliability, stderr
+from cdm_fast.statistics import Reliability, confusion_matrix, reliability, standard_error
 
 ODE_IMAGES, ODE_BATCH = 32, 64
 DRAWS = {"joint": 3, "embedding": 3, "denoising": 1, "ode": 1, "discriminative": 3}
 
+# (x_t (B, ...), index of its first image, noise) -> a score of every class (B, K), such as log p(x_t|c)
+ScoreClasses = Callable[[Tensor, int, torch.Generator], Tensor]
+
 
 @dataclass(frozen=True)
 class ClassReport:
-    """How well a model tells the classes of a data set, and how it was measured.
+    """Accuracy and calibration of a model on a labelled data set, and how they were measured.
 
     Fields:
-        accuracy, accuracy_stderr: share of images whose most probable class is theirs, and its error bar.
-        ece: calibration error of that class's posterior, 0..1.
+        method: how classes are scored; see this module's head.
+        accuracy, accuracy_stderr: share of images whose most probable class is right; its standard error.
+        ece: expected calibration error of that class's posterior, 0..1.
         log_loss: mean of `-log p(label|x)`, nats.
         bits_per_dim, bits_per_dim_stderr: of the marginal `sum_c p(c) p(x|c)` on dequantised images, with its
             standard error; None for "denoising" and "discriminative", which have no likelihood.
         confusion: (K, K) rows are true classes.
         reliability: the bins of `ece`.
-        draws: dequantisation draws; an image's class scores are their mean: log-probabilities are averaged.
-        level: noise level at which it was classified, and of `bits_per_dim`; every draw has its own noise.
+        draws: dequantisation draws; an image's class scores (log-probabilities) are averaged over them.
+        level: noise level of the classified images and of `bits_per_dim`; every draw has its own noise.
         trials: pairs of level and noise of "denoising"; tolerance: of "ode"; None for the others.
-        images_per_second: classified, once each: images times draws over seconds.
-        index: (n,) which images of the split; score: (n, K) log p(x|c) in nats, for "denoising" its score,
-            for "discriminative" log p(c|x);
+        num_images, num_classes, data, split: what was classified.
+        seconds, images_per_second: time of the scoring; every draw counts its images.
+        index: (n,) which images of the split.
+        class_scores: (n, K) `log p(x|c)` in nats; for "denoising" minus the mean error, for "discriminative"
+            `log p(c|x)`.
         posterior: (n, K) `p(c|x)`.
     """
 
@@ -85,25 +91,25 @@ class ClassReport:
     confusion: list[list[int]]
     reliability: Reliability
     index: Tensor
-    score: Tensor
+    class_scores: Tensor
     posterior: Tensor
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the values of single images, ready for `json.dumps`."""
         fields = asdict(self)
-        del fields["index"], fields["score"], fields["posterior"]
+        del fields["index"], fields["class_scores"], fields["posterior"]
         return fields
 
     def columns(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """`predicted` and each class's score, as `write_per_image` takes them."""
+        """Columns of a per-image file, name -> (images, values): `predicted` and the score of each class."""
         name = {"denoising": "denoising_score", "discriminative": "log_posterior"}.get(
             self.method, "log_prob"
         )
-        classes = {f"{name}_{c}": (self.index, values) for c, values in enumerate(self.score.T)}
+        classes = {f"{name}_{c}": (self.index, values) for c, values in enumerate(self.class_scores.T)}
         return {"predicted": (self.index, self.posterior.argmax(1)), **classes}
 
 
-@measures
+@evaluation_mode
 def evaluate_classes(
     model: Denoiser,
     data: ImageData,
@@ -123,11 +129,11 @@ def evaluate_classes(
     """Classifies the labelled images of `data` by Bayes' rule; see `ClassReport` and this module's head.
 
     Args:
-        method: the model's own conditioning by default, and "denoising" for a plain denoiser.
+        method: by default the model's own conditioning, or "denoising" for a plain denoiser.
         num_images: so many images, drawn from the data; by default all, or `ODE_IMAGES` by the ODE.
         draws: of dequantisation noise; by default 1 for "ode" and "denoising", 3 for the others.
         level: classify `x_level` by `p_level(x_level|c)`, with fresh noise in every draw; "joint" and
-            "embedding" only. Noise hides what tells images apart without telling classes apart.
+            "embedding" only. Noise hides details that differ between images of one class.
         trials: of "denoising"; tolerance, probes: of "ode".
         batch_size: network inputs per evaluation.
         seed: of every draw.
@@ -136,73 +142,59 @@ def evaluate_classes(
     Raises:
         UserError: a model without classes, a method that does not fit it, data without labels or of other
             classes, numbers out of range, and as `flow_log_prob`.
+
+    A network whose weights are zero finds every class equally likely:
+
+    >>> from cdm_fast import MLP, NoiseSchedule
+    >>> network = MLP(dim=2, num_levels=12, hidden=4, depth=1, num_classes=2, conditioning="joint")
+    >>> _ = [torch.nn.init.zeros_(parameter) for parameter in network.parameters()]
+    >>> flat = torch.nn.Sequential(torch.nn.Flatten(), network)
+    >>> model = CDM(flat, NoiseSchedule.uniform(T=10), class_prior=torch.ones(2), conditioning="joint")
+    >>> images, labels = torch.zeros(6, 1, 1, 2, dtype=torch.uint8), torch.arange(6) % 2
+    >>> data = ImageData(images, labels, num_grey_levels=256, num_classes=2, name="black", split="test")
+    >>> report = evaluate_classes(model, data)
+    >>> report.method, report.accuracy, round(report.log_loss, 4)  # log 2
+    ('joint', 0.5, 0.6931)
+    >>> report.confusion  # the first class wins a tie
+    [[3, 0], [3, 0]]
     """
     num_classes = require_classes(model)
     method = fitting_method(model, method)
-    label = labels_for(data, num_classes)
-    for what, value in (("draws", draws), ("trials", trials), ("images", num_images)):
-        if value is not None and value < 1:
-            raise UserError(f"{what} is {value}: at least one is needed")
-    if level and (method not in ("joint", "embedding") or not 0 < level <= model.schedule.T):
-        raise UserError(
-            f"level {level}: joint and embedding classify at 0 to T = {model.schedule.T}, other methods at 0"
-        )
+    labels = labels_for(data, num_classes)
+    _check_numbers(model, method, level, draws=draws, trials=trials, images=num_images, batch_size=batch_size)
     draws = draws or DRAWS[method]
     log_prior = _log_class_prior(model, num_classes, class_prior)
     wanted = num_images or (ODE_IMAGES if method == "ode" else None)
     index = choose(len(data), wanted, torch.Generator().manual_seed(seed))
-    chosen, label = data.take(index), label[index]
-    scores: Callable[[Tensor, int, torch.Generator], Tensor]
+    labels = labels[index]
     if method == "ode":
-        load_solver()  # its absence is told before any work
+        load_solver()  # a missing package is reported before any work
         batch_size = min(batch_size, ODE_BATCH)
-
-        def scores(x: Tensor, first: int, generator: torch.Generator) -> Tensor:
-            return ode_log_prob_classes(model, x, num_classes, tolerance, probes, seed + first)
+        scores = _ode_scores(model, num_classes, tolerance, probes, seed)
     elif method == "denoising":
         batch_size = max(1, batch_size // num_classes)
-
-        def scores(x: Tensor, first: int, generator: torch.Generator) -> Tensor:
-            return denoising_scores(model, x, num_classes, trials, generator)
+        scores = _denoising_scores(model, num_classes, trials)
     else:
-        assert isinstance(model, CDM | Classifier)
-        one_pass: Callable[[Tensor], Tensor] = (
-            model.log_class_posterior
-            if isinstance(model, Classifier)
-            else partial(model.log_prob_classes, level=level)
-        )
-
-        def scores(x: Tensor, first: int, generator: torch.Generator) -> Tensor:
-            return by_rows(one_pass, x)
-
-    began = time.perf_counter()
-    score = torch.zeros(len(index), num_classes, dtype=torch.float64)
-    bits = torch.zeros(len(index), dtype=torch.float64)
-    for draw in range(draws):
-        generator = draw_generator(seed, draw)
-        for first, x in batches(chosen, batch_size, generator):
-            if method in ("ode", "denoising"):
-                progress(f"{method}, draw {draw + 1} of {draws}, image {first} of {len(index)}")
-            x = like_network(model, add_noise(model.schedule, x, level, generator))
-            each = scores(x, first, generator).double().cpu()
-            score[first : first + len(x)] += each / draws
-            bits[first : first + len(x)] += bits_per_dim((each + log_prior).logsumexp(1), data) / draws
-    seconds = time.perf_counter() - began
-    log_posterior = (score + log_prior).log_softmax(1)
-    predicted = log_posterior.argmax(1)
-    right = (predicted == label).double()
-    calibration = reliability(log_posterior.exp(), label)
+        scores, progress = _one_pass_scores(model, level), silent  # too fast for a line a batch
+    start = time.perf_counter()
+    class_scores, bits = _mean_over_draws(
+        model,
+        data.take(index),
+        scores,
+        log_prior,
+        draws=draws,
+        level=level,
+        batch_size=batch_size,
+        seed=seed,
+        progress=lambda message: progress(f"{method}, {message}"),
+    )
+    seconds = time.perf_counter() - start
     has_likelihood = method not in ("denoising", "discriminative")
     return ClassReport(
-        method=method,
-        accuracy=float(right.mean()),
-        accuracy_stderr=stderr(right),
-        ece=calibration.ece,
-        log_loss=-float(log_posterior.gather(1, label[:, None]).mean()),
+        **_statistics((class_scores + log_prior).log_softmax(1), labels),
         bits_per_dim=float(bits.mean()) if has_likelihood else None,
-        bits_per_dim_stderr=stderr(bits) if has_likelihood else None,
-        num_images=len(index),
-        num_classes=num_classes,
+        bits_per_dim_stderr=standard_error(bits) if has_likelihood else None,
+        method=method,
         draws=draws,
         level=level,
         trials=trials if method == "denoising" else None,
@@ -211,40 +203,121 @@ def evaluate_classes(
         images_per_second=draws * len(index) / seconds,
         data=data.name,
         split=data.split,
-        confusion=confusion_matrix(predicted, label, num_classes).tolist(),
-        reliability=calibration,
         index=index,
-        score=score,
-        posterior=log_posterior.exp(),
+        class_scores=class_scores,
     )
 
 
+def _check_numbers(model: Denoiser, method: ClassifyMethod, level: int, **counts: int | None) -> None:
+    """Raises UserError for a count below 1, and for a level at which the method does not classify."""
+    for name, count in counts.items():
+        if count is not None:
+            require_at_least(name, count, 1)
+    if level and (method not in ("joint", "embedding") or not 0 < level <= model.schedule.T):
+        raise UserError(
+            f"level {level}: joint and embedding classify at 0 to T = {model.schedule.T}, other methods at 0"
+        )
+
+
+def _ode_scores(
+    model: Denoiser, num_classes: int, tolerance: float, probes: int | None, seed: int
+) -> ScoreClasses:
+    def scores(x: Tensor, first: int, generator: torch.Generator) -> Tensor:
+        return ode_log_prob_classes(model, x, num_classes, tolerance, probes, seed + first)
+
+    return scores
+
+
+def _denoising_scores(model: Denoiser, num_classes: int, trials: int) -> ScoreClasses:
+    def scores(x: Tensor, first: int, generator: torch.Generator) -> Tensor:
+        return denoising_scores(model, x, num_classes, trials, generator)
+
+    return scores
+
+
+def _one_pass_scores(model: Denoiser, level: int) -> ScoreClasses:
+    assert isinstance(model, CDM | Classifier), "`fitting_method` refuses other models"
+    one_pass: Callable[[Tensor], Tensor] = (
+        model.log_class_posterior
+        if isinstance(model, Classifier)
+        else partial(model.log_prob_classes, level=level)
+    )
+
+    def scores(x: Tensor, first: int, generator: torch.Generator) -> Tensor:
+        return by_rows(one_pass, x)
+
+    return scores
+
+
+def _mean_over_draws(
+    model: Denoiser,
+    data: ImageData,
+    scores: ScoreClasses,
+    log_prior: Tensor,  # (K,)
+    *,
+    draws: int,
+    level: int,
+    batch_size: int,
+    seed: int,
+    progress: Progress,
+) -> tuple[Tensor, Tensor]:
+    """Class scores (n, K) and bits/dim of the marginal (n,), float64, each the mean over draws of noise."""
+    class_scores = torch.zeros(len(data), len(log_prior), dtype=torch.float64)
+    bits = torch.zeros(len(data), dtype=torch.float64)
+    for draw in range(draws):
+        generator = draw_generator(seed, draw)
+        for first, x_t in noised_batches(model, data, level, batch_size, generator):
+            progress(f"draw {draw + 1} of {draws}, image {first} of {len(data)}")
+            rows = slice(first, first + len(x_t))
+            each = scores(x_t, first, generator).double().cpu()
+            class_scores[rows] += each / draws
+            bits[rows] += bits_per_dim((each + log_prior).logsumexp(1), data) / draws
+    return class_scores, bits
+
+
+def _statistics(
+    log_posterior: Tensor,  # (n, K)
+    labels: Tensor,  # (n,)
+) -> dict[str, Any]:
+    """The fields of a `ClassReport` that follow from the posterior and the labels."""
+    num_images, num_classes = log_posterior.shape
+    predicted = log_posterior.argmax(1)
+    right = (predicted == labels).double()
+    calibration = reliability(log_posterior.exp(), labels)
+    return {
+        "accuracy": float(right.mean()),
+        "accuracy_stderr": standard_error(right),
+        "ece": calibration.ece,
+        "log_loss": -float(log_posterior.gather(1, labels[:, None]).mean()),
+        "num_images": num_images,
+        "num_classes": num_classes,
+        "confusion": confusion_matrix(predicted, labels, num_classes).tolist(),
+        "reliability": calibration,
+        "posterior": log_posterior.exp(),
+    }
+
+
 def labels_for(data: ImageData, num_classes: int) -> Tensor:
-    """(n,) int64 labels of `data`; UserError if it has none, or others than K classes."""
+    """The labels (n,) int64 of `data`; raises UserError where it has none, or other classes than K."""
     labels = require_labels(data)
     if data.num_classes != num_classes:
         raise UserError(
             f"{data.name} has {data.num_classes} classes, and the model was trained on {num_classes};"
             " give data of the same classes"
         )
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= num_classes:
-        wrong = low if low < 0 else high
-        raise UserError(
-            f"{data.name} holds label {wrong}, out of range: classes are 0 to {num_classes - 1}; relabel it"
-        )
+    require_known(labels, num_classes, data.name)
     return labels
 
 
 def require_labels(data: ImageData) -> Tensor:
-    """(n,) int64 labels of `data`; UserError if it has none."""
+    """The labels (n,) int64 of `data`; raises UserError where it has none."""
     if data.labels is None:
         raise UserError(f"{data.name} has no labels, and an accuracy needs them; give labelled data")
     return data.labels
 
 
 def _log_class_prior(model: Denoiser, num_classes: int, class_prior: Tensor | None) -> Tensor:
-    """(K,) float64 in nats, on the CPU; 0 where the scores are posteriors already."""
+    """`log p(c)` (K,) in nats, float64, on the CPU; 0 for a `Classifier`, whose scores are posteriors."""
     if isinstance(model, Classifier):
         return torch.zeros(num_classes, dtype=torch.float64)
     if class_prior is None and isinstance(model, CDM) and model.log_class_prior is not None:

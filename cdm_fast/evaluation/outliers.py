@@ -1,13 +1,15 @@
-"""How unusual single images are under a model, and how well that tells other data from its own.
+"""How unusual single images are under a model, and how well this separates other data from the model's own.
 
-Three scores come from one forward pass, and all grow with how unusual an image is. None is right alone: see
+Three scores come from one forward pass; each is larger for more unusual images. None suffices alone: see
 docs/explanation/score.md.
 
 # B batch, n images, C channels, H W pixels, d = C*H*W, L = T+2 noise levels, m reference images
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,16 +17,16 @@ from torch import Tensor
 
 from cdm_fast.data import ImageData
 from cdm_fast.data.corruptions import KINDS, SEVERITIES, corrupt
-from cdm_fast.data.draws import batches, draw_generator
-from cdm_fast.errors import UserError
+from cdm_fast.data.draws import draw_generator
+from cdm_fast.errors import UserError, require_at_least
 from cdm_fast.host.device import upload
 from cdm_fast.host.distributed import by_rows
 from cdm_fast.host.progress import Progress, silent
+from cdm_fast.likelihood.batches import noised_batches
 from cdm_fast.likelihood.units import bits_per_dim
-from cdm_fast.model import CDM, measures
+from cdm_fast.model import CDM, evaluation_mode
 from cdm_fast.model.cdm import require_likelihood
-from cdm_fast.model.schedule import add_noise
-from cdm_fast.statistics import auroc, auroc_stderr, conformal_p_value, stderr
+from cdm_fast.statistics import auroc, auroc_standard_error, conformal_p_value, standard_error
 
 SCORES = ("likelihood", "typicality", "level_posterior")
 
@@ -33,14 +35,14 @@ Scores = dict[str, Tensor]  # name, of SCORES -> (n,) float64
 
 @dataclass(frozen=True)
 class Separation:
-    """How well each score tells other images from the data.
+    """How well each score separates other images from the data.
 
     Fields:
         data: name of the other images.
         bits_per_dim: mean over them.
-        auroc: of each score, the chance that one of them scores higher than one of the data; ties count half.
-        auroc_stderr: standard error over both sets (DeLong et al. 1988).
-        scores: of every image.
+        auroc: of each score: the chance that another image scores higher than one of the data.
+        auroc_stderr: its standard error over both sets (DeLong et al. 1988).
+        scores: of every other image.
     """
 
     data: str
@@ -52,16 +54,20 @@ class Separation:
 
 @dataclass(frozen=True)
 class OutlierReport:
-    """Scores of a data set, and what they are worth against other data.
+    """Scores of a data set, and how well they separate other data from it.
 
     Fields:
-        reference, reference_bits_per_dim: the split whose mean is the typical likelihood, and that mean.
-        p_value: (n,) share of the reference images, this one counted in, that are as untypical or more: a
-            conformal p-value, so that `p_value <= q` raises a false alarm on a share q of data like the
-            reference.
+        data, split, num_images, level, draws: what is scored.
+        bits_per_dim, bits_per_dim_stderr: mean over images, and its standard error.
+        reference, reference_images, reference_bits_per_dim: the split whose mean is the typical likelihood,
+            its size, and that mean.
+        p_value: (n,) conformal p-value of the typicality: the share of the reference images, with this one
+            among them, that are at least as untypical. `p_value <= q` is a false alarm for at most a share q
+            of data like the reference.
         false_alarms, flagged: q, and the share of the data with `p_value <= q`.
-        against: of other data, if asked for.
-        corruptions: AUROC of each kind by score, at severity 1 to 5, if asked for.
+        scores: of every image.
+        against: separation of other data; None without.
+        corruptions: kind -> score -> AUROC at severity 1 to 5; None without.
     """
 
     data: str
@@ -91,16 +97,17 @@ class OutlierReport:
         return {**fields, "corruptions_mean": mean}
 
     def order(self) -> Tensor:
-        """(n,) int64, the likeliest image first."""
+        """The images (n,) int64, the likeliest first."""
         return self.scores["likelihood"].argsort(stable=True)
 
 
-@measures
+@evaluation_mode
 def evaluate_outliers(
     model: CDM,
     data: ImageData,
     reference: ImageData,
     against: ImageData | None = None,
+    *,
     corruptions: bool = False,
     level: int = 0,
     draws: int = 1,
@@ -117,41 +124,48 @@ def evaluate_outliers(
 
     Args:
         reference: images like those of the training that the model was not fitted to.
+        against: other images, to measure how well each score separates them from `data`.
         corruptions: also score `data` under every kind of `corruptions.KINDS` at every severity.
         level: t, 0 for the data itself; above 0, `x_t = a x + s eps` is scored.
         draws: of dequantisation noise (and eps), whose scores are averaged.
         false_alarms: q of `OutlierReport`.
+        batch_size: images per forward pass.
+        seed: of every draw, and of the corruptions.
 
     Raises:
         UserError: a model without likelihood, or one that has diverged; a level outside 0..T+1, or another
             argument out of range.
+
+    A network whose weights are zero has the density N(0, I): black images are less likely than grey ones.
+
+    >>> from cdm_fast import MLP, NoiseSchedule
+    >>> network = MLP(dim=2, num_levels=12, hidden=4, depth=1)
+    >>> _ = [torch.nn.init.zeros_(parameter) for parameter in network.parameters()]
+    >>> model = CDM(torch.nn.Sequential(torch.nn.Flatten(), network), NoiseSchedule.uniform(T=10))
+    >>> def images(level, name):
+    ...     pixels = torch.full((50, 1, 1, 2), level, dtype=torch.uint8)
+    ...     return ImageData(pixels, None, num_grey_levels=256, num_classes=None, name=name, split="test")
+    >>> report = evaluate_outliers(model, images(128, "grey"), images(128, "grey"), images(0, "black"))
+    >>> report.against.auroc["likelihood"], report.against.auroc["typicality"]
+    (1.0, 1.0)
+    >>> report.scores["likelihood"].shape, report.p_value.shape
+    (torch.Size([50]), torch.Size([50]))
     """
     require_likelihood(model)
-    if draws < 1:
-        raise UserError(f"draws is {draws}: at least one is needed")
+    require_at_least("draws", draws, 1)
+    require_at_least("batch_size", batch_size, 1)
     if not 0 < false_alarms < 1:
         raise UserError(f"the share of false alarms is {false_alarms}: it must lie between 0 and 1")
-
-    def raw(images: ImageData) -> tuple[Tensor, Tensor]:
-        return _bits_and_distance(model, images, level, draws, batch_size, seed)
-
-    typical, _ = raw(reference)
-    centre = float(typical.mean())
+    raw = partial(_bits_and_distance, model, level=level, draws=draws, batch_size=batch_size, seed=seed)
+    reference_bits, _ = raw(reference)
+    typical = float(reference_bits.mean())
 
     def scores(images: ImageData) -> Scores:
         bits, distance = raw(images)
-        return dict(zip(SCORES, (bits, (bits - centre).abs(), distance), strict=True))
+        return dict(zip(SCORES, (bits, (bits - typical).abs(), distance), strict=True))
 
     own = scores(data)
-    p_value = conformal_p_value(own["typicality"], (typical - centre).abs())
-    areas: dict[str, dict[str, list[float]]] = {}
-    for kind in KINDS if corruptions else ():
-        progress(f"corruption {len(areas) + 1} of {len(KINDS)}: {kind}")
-        found = []
-        for severity in SEVERITIES:
-            images = corrupt(data.images, kind, severity, data.num_grey_levels, seed)
-            found.append(scores(replace(data, images=images)))
-        areas[kind] = {name: [auroc(each[name], own[name]) for each in found] for name in SCORES}
+    p_value = conformal_p_value(own["typicality"], (reference_bits - typical).abs())
     return OutlierReport(
         data=data.name,
         split=data.split,
@@ -159,38 +173,51 @@ def evaluate_outliers(
         level=level,
         draws=draws,
         bits_per_dim=float(own["likelihood"].mean()),
-        bits_per_dim_stderr=stderr(own["likelihood"]),
+        bits_per_dim_stderr=standard_error(own["likelihood"]),
         reference=f"{reference.name}, {reference.split}",
         reference_images=len(reference),
-        reference_bits_per_dim=centre,
+        reference_bits_per_dim=typical,
         false_alarms=false_alarms,
         flagged=float((p_value <= false_alarms).double().mean()),
         scores=own,
         p_value=p_value,
         against=None if against is None else _separation(against, scores(against), own),
-        corruptions=areas or None,
+        corruptions=_corruption_areas(data, scores, own, seed, progress) if corruptions else None,
     )
+
+
+def _corruption_areas(
+    data: ImageData, scores: Callable[[ImageData], Scores], own: Scores, seed: int, progress: Progress
+) -> dict[str, dict[str, list[float]]]:
+    """AUROC of corrupted `data` against its `own` scores: kind -> name of the score -> at each severity."""
+    areas: dict[str, dict[str, list[float]]] = {}
+    for kind in KINDS:
+        progress(f"corruption {len(areas) + 1} of {len(KINDS)}: {kind}")
+        found = []
+        for severity in SEVERITIES:
+            images = corrupt(data.images, kind, severity, data.num_grey_levels, seed)
+            found.append(scores(replace(data, images=images)))
+        areas[kind] = {name: [auroc(each[name], own[name]) for each in found] for name in SCORES}
+    return areas
 
 
 def _bits_and_distance(
     model: CDM, data: ImageData, level: int, draws: int, batch_size: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """`(bits/dim (n,), E|t' - level| under the level posterior (n,))`, float64, means over draws."""
+    """bits/dim (n,) and `E|t' - level|` under the level posterior (n,), float64, each the mean over draws."""
     prior = model.log_level_prior.double().cpu()
-    apart = (torch.arange(len(prior)) - level).abs().double()
+    distance_to = (torch.arange(len(prior)) - level).abs().double()  # (L,)
 
     def log_prob_levels(x_t: Tensor) -> Tensor:
         return model.log_prob_levels(x_t).double().cpu()
 
     total = torch.zeros(2, len(data), dtype=torch.float64)
     for draw in range(draws):
-        generator = draw_generator(seed, draw)
-        for first, x in batches(data, batch_size, generator):
-            x_t = upload(add_noise(model.schedule, x, level, generator), model.a.device)
+        for first, x_t in noised_batches(model, data, level, batch_size, draw_generator(seed, draw)):
             log_prob = by_rows(log_prob_levels, x_t)
-            rows = slice(first, first + len(x))
+            rows = slice(first, first + len(x_t))
             total[0, rows] += bits_per_dim(log_prob[:, level], data)
-            total[1, rows] += (log_prob + prior).softmax(1) @ apart  # Bayes: p(t|x) ~ p_t(x) p(t)
+            total[1, rows] += (log_prob + prior).softmax(1) @ distance_to  # Bayes: p(t|x) ~ p_t(x) p(t)
     if not bool(total.isfinite().all()):
         bad = int((~total.isfinite()).any(0).sum())
         raise UserError(f"{bad} of {len(data)} images have no finite score; the model has diverged")
@@ -203,20 +230,20 @@ def _separation(other: ImageData, theirs: Scores, own: Scores) -> Separation:
         data=f"{other.name}, {other.split}",
         bits_per_dim=float(theirs["likelihood"].mean()),
         auroc={name: auroc(theirs[name], own[name]) for name in SCORES},
-        auroc_stderr={name: auroc_stderr(theirs[name], own[name]) for name in SCORES},
+        auroc_stderr={name: auroc_standard_error(theirs[name], own[name]) for name in SCORES},
         scores=theirs,
     )
 
 
 def mean_by_severity(areas: dict[str, dict[str, list[float]]]) -> dict[str, list[float]]:
-    """By score: the mean over kinds of corruption at each severity."""
+    """Score -> mean of its AUROC over kinds of corruption, at each severity."""
     return {
         name: torch.tensor([kind[name] for kind in areas.values()], dtype=torch.float64).mean(0).tolist()
         for name in SCORES
     }
 
 
-@measures
+@evaluation_mode
 def anomaly_map(
     model: CDM,
     x: Tensor,  # (n, C, H, W) in [-1, 1]
@@ -224,24 +251,27 @@ def anomaly_map(
     draws: int = 8,
     seed: int = 0,
 ) -> Tensor:
-    """How far each pixel is from what the rest of the image makes the model expect: (n, H, W), units of x.
+    """Error of each pixel when the image is noised and denoised: (n, H, W), in units of x.
 
-    `sqrt(mean (x0_hat(x_t) - x)^2)` over channels and `draws` of `x_t = a x + s eps` at one level. Raises
-    UserError for level 0, where nothing is removed, and T+1, where nothing is left.
+    It is `sqrt(mean (x0_hat(x_t) - x)^2)` over channels and `draws` of `x_t = a x + s eps` at one level, and
+    large where a pixel differs from what the model expects given the rest.
+
+    Raises:
+        UserError: a model without likelihood, draws below 1, level 0, where there is no noise, or T+1, where
+            nothing of the image is left.
     """
     require_likelihood(model)
     if not 1 <= level <= model.schedule.T:
         raise UserError(f"level {level} makes no anomaly map: choose one of 1 to {model.schedule.T}")
-    if draws < 1:
-        raise UserError(f"draws is {draws}: at least one is needed")
+    require_at_least("draws", draws, 1)
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(x.shape, dtype=torch.float64)
     for _ in range(draws):
-        x_t = upload(add_noise(model.schedule, x, level, generator), model.a.device)
+        x_t = upload(model.schedule.noise(x, level, generator=generator), model.a.device)
         total += (model.predict_x0(x_t, level).cpu() - x).double().square()
     return (total / draws).mean(1).sqrt()
 
 
 def level_of(model: CDM, sigma: float) -> int:
-    """The level 1..T whose noise is nearest to `sigma` (of [-1, 1]), by ratio."""
+    """The level 1..T whose noise is nearest to `sigma` > 0 in log sigma, for data in [-1, 1]."""
     return 1 + int((model.schedule.sigma[1:-1].log() - math.log(sigma)).abs().argmin())

@@ -1,7 +1,7 @@
-"""Sample quality: are two sets of samples draws of one law?
+"""Sample quality: do two sets of samples come from the same distribution?
 
-The Frechet and the kernel distance compare features of images. What they measure is up to the extractor of
-the features: with Inception features they are FID and KID, with any other they must be named after it.
+The Frechet and the kernel distance compare features of images, and depend on the network that computes them:
+with Inception features they are FID and KID, with any other they must be named after it.
 
 # N, M samples, D features, P permutations
 """
@@ -15,10 +15,10 @@ from cdm_fast.errors import UserError
 
 
 class TwoSampleTest(NamedTuple):
-    """What `two_sample_test` returns."""
+    """Result of `two_sample_test`."""
 
-    distance: float  # energy distance, 0 for equal laws; in the samples' own units
-    p_value: float  # share of permutations at least as distant, the samples' own order among them
+    distance: float  # energy distance, 0 for equal distributions; in the samples' own units
+    p_value: float  # share of permutations at least as distant, the identity among them
 
 
 def two_sample_test(
@@ -27,14 +27,24 @@ def two_sample_test(
     permutations: int = 999,
     seed: int = 0,
 ) -> TwoSampleTest:
-    """Permutation test of equal laws by the energy distance `2 E|x-y| - E|x-x'| - E|y-y'|`.
+    """Permutation test of equal distributions by the energy distance `2 E|x-y| - E|x-x'| - E|y-y'|`.
 
-    Consistent against every difference in law with finite means (Szekely & Rizzo 2013), exact at any sample
-    size: under equal laws the p-value is at most alpha with probability at most alpha. Memory is (N+M)^2.
+    Consistent against every alternative with finite means (Szekely & Rizzo 2013), and exact at any sample
+    size: under equal distributions the p-value is at most alpha with probability at most alpha. Takes memory
+    of order (N+M)^2 + P (N+M).
 
-    Raises UserError for samples of different sizes of one, or fewer than two of either.
+    Args:
+        permutations: P.
+        seed: of the permutations.
+
+    Raises:
+        UserError: fewer than two samples of either, or samples of different sizes.
+
+    >>> x = torch.arange(20.0)[:, None]
+    >>> two_sample_test(x, x + 100).p_value  # no permutation is as distant
+    0.001
     """
-    both = torch.cat([_rows("x", x), _rows("y", y)]).double()
+    both = torch.cat(_rows(x, y))
     distances = torch.cdist(both, both, compute_mode="donot_use_mm_for_euclid_dist")
     sign = torch.cat([torch.full((len(x),), 1 / len(x)), torch.full((len(y),), -1 / len(y))]).to(both)
     generator = torch.Generator().manual_seed(seed)
@@ -52,10 +62,17 @@ def frechet_distance(
     """`|mu_x - mu_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2))` of the features' means and covariances.
 
     Of Inception features this is FID (arXiv 1706.08500). The trace of the root is the sum of the singular
-    values of `C_x^(1/2) C_y^(1/2)`: no root of a nonsymmetric matrix is needed. Biased upwards for few
-    samples: compare equal numbers only.
+    values of `C_x^(1/2) C_y^(1/2)`, which needs no root of a nonsymmetric matrix. Biased upwards for few
+    samples: compare figures of equal numbers of samples only.
+
+    Raises:
+        UserError: fewer than two samples of either, or samples of different sizes.
+
+    >>> x = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
+    >>> round(frechet_distance(x, x + 2.0), 3)  # 3 features, each 2 apart
+    12.0
     """
-    x, y = _rows("x", x).double(), _rows("y", y).double()
+    x, y = _rows(x, y)
     roots = [_root(samples.T.cov().reshape(samples.shape[1], -1)) for samples in (x, y)]
     spread = sum((root**2).sum() for root in roots) - 2 * torch.linalg.matrix_norm(roots[0] @ roots[1], "nuc")
     return float((x.mean(0) - y.mean(0)).square().sum() + spread)
@@ -65,11 +82,14 @@ def kernel_distance(
     x: Tensor,  # (N, D) features
     y: Tensor,  # (M, D)
 ) -> float:
-    """Unbiased squared maximum mean discrepancy with the kernel `(<x, y>/D + 1)^3`; may fall below 0.
+    """Unbiased squared maximum mean discrepancy with the kernel `(<x, y>/D + 1)^3`; may be negative.
 
-    Of Inception features this is KID (arXiv 1801.01401), there the mean over subsets of the samples.
+    Of Inception features this is KID (arXiv 1801.01401), which is the mean over subsets of the samples there.
+
+    Raises:
+        UserError: fewer than two samples of either, or samples of different sizes.
     """
-    x, y = _rows("x", x).double(), _rows("y", y).double()
+    x, y = _rows(x, y)
     within = [_off_diagonal_mean(_cubic(samples, samples)) for samples in (x, y)]
     return float(sum(within) - 2 * _cubic(x, y).mean())
 
@@ -83,12 +103,17 @@ def _off_diagonal_mean(kernel: Tensor) -> Tensor:
 
 
 def _root(covariance: Tensor) -> Tensor:
-    """The symmetric square root; eigenvalues that rounding made negative count as 0."""
+    """The symmetric square root (D, D); eigenvalues that are negative by rounding count as 0."""
     values, axes = torch.linalg.eigh(covariance)
     return (axes * values.clamp(min=0).sqrt()) @ axes.T
 
 
-def _rows(name: str, samples: Tensor) -> Tensor:
-    if samples.dim() < 2 or len(samples) < 2:
-        raise UserError(f"{name} has shape {tuple(samples.shape)}: give at least two samples, one a row")
-    return samples.flatten(1)
+def _rows(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sets of samples as rows (N, D) and (M, D), float64; UserError where they cannot be compared."""
+    for name, samples in (("x", x), ("y", y)):
+        if samples.dim() < 2 or len(samples) < 2:
+            raise UserError(f"{name} has shape {tuple(samples.shape)}: give at least two samples, one a row")
+    x, y = x.flatten(1), y.flatten(1)
+    if x.shape[1] != y.shape[1]:
+        raise UserError(f"samples of {x.shape[1]} and {y.shape[1]} values: give samples of equal size")
+    return x.double(), y.double()

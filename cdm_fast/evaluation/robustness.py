@@ -1,4 +1,4 @@
-"""How well classes are told apart on images that are not as those of the training."""
+"""Classification accuracy on corrupted images."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,8 +9,8 @@ import torch
 from cdm_fast.data import ImageData
 from cdm_fast.data.corruptions import KINDS, SEVERITIES, corrupt
 from cdm_fast.evaluation.classification import ClassReport, require_labels
-from cdm_fast.host.progress import Progress
-from cdm_fast.statistics import stderr
+from cdm_fast.host.progress import Progress, silent
+from cdm_fast.statistics import standard_error
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,9 @@ class CorruptionReport:
     """Accuracy on corrupted images.
 
     Fields:
-        accuracy: of each kind, at severity 1 to 5.
-        mean, mean_stderr: over all kinds and severities; the standard error is over images, each of which
-            comes back in every kind.
+        accuracy: kind of corruption -> accuracy at severity 1 to 5.
+        mean, mean_stderr: mean over all kinds and severities, and its standard error over images, each of
+            which appears in every kind.
     """
 
     accuracy: dict[str, list[float]]
@@ -28,7 +28,7 @@ class CorruptionReport:
     mean_stderr: float
 
     def to_json(self) -> dict[str, Any]:
-        """`corruptions`, `corrupted_accuracy` and its `_stderr`."""
+        """`corruptions`, `corrupted_accuracy` and its `_stderr`, ready for `json.dumps`."""
         return {
             "corruptions": self.accuracy,
             "corrupted_accuracy": self.mean,
@@ -37,14 +37,21 @@ class CorruptionReport:
 
 
 def evaluate_corruptions(
-    evaluate: Callable[[ImageData], ClassReport],  # such as `evaluate_classes` with all else fixed
+    evaluate: Callable[[ImageData], ClassReport],
     data: ImageData,
-    progress: Progress,
+    progress: Progress = silent,
     seed: int = 0,
 ) -> CorruptionReport:
-    """Classifies `data` under every corruption at every severity; `seed` is that of `corrupt`.
+    """Classifies `data` under every corruption at every severity.
 
-    Raises UserError for data without labels, and as `evaluate` does.
+    Args:
+        evaluate: classifies a data set, such as `evaluate_classes` with all its other arguments fixed.
+        data: clean images with labels.
+        progress: called with a line for each kind of corruption.
+        seed: of `data.corruptions.corrupt`.
+
+    Raises:
+        UserError: data without labels, and as `evaluate` does.
     """
     labels = require_labels(data)
     accuracy: dict[str, list[float]] = {}
@@ -58,4 +65,4 @@ def evaluate_corruptions(
             right.append((report.posterior.argmax(1) == labels[report.index]).double())
             accuracy[kind].append(report.accuracy)
     per_image = torch.stack(right).mean(0)
-    return CorruptionReport(accuracy, float(per_image.mean()), stderr(per_image))
+    return CorruptionReport(accuracy, float(per_image.mean()), standard_error(per_image))

@@ -1,4 +1,4 @@
-"""A black-box attack in L-inf: random search by squares, which sees class scores and no gradient.
+"""A black-box attack in L-inf: random search by squares, from the outputs of a classifier without gradients.
 
 # B batch, C channels, H W pixels, K classes, m budgets
 """
@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FIRST_SHARE = 0.8  # of the pixels, in the first square
-HALVE_AT = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)  # of the steps: the share halves (the paper's)
+FIRST_SHARE = 0.8  # share of the pixels in the first square
+HALVE_AT = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)  # shares of the steps at which it halves
 
 
 class SquareAttack:
     """The Square Attack of arXiv 1912.00049, algorithms 1 and 2, in L-inf, on a whole batch at once.
 
-    Each step puts +-budget on one random square of every image, and keeps it where the margin
-    `z[label] - max of the others` falls. Starts from stripes. Called as a foolbox attack is.
+    Each step adds +-budget to one random square of every image, and keeps the change where the margin
+    `z[label] - max of the others` falls. The first step adds vertical stripes. The interface is that of a
+    foolbox attack.
 
     Args:
         steps: evaluations of the classifier per image and budget, at least 1.
@@ -35,7 +36,7 @@ class SquareAttack:
         label: Tensor,  # (B,) int64
         epsilons: Sequence[float],
     ) -> tuple[Any, list[Tensor], Tensor]:
-        """Nothing, the attacked images at each budget, and where they are misclassified, (m, B)."""
+        """(None, attacked images (B, C, H, W) at each budget, whether each is misclassified (m, B))."""
         found = [self._search(classifier, x, label, budget) for budget in epsilons]
         attacked, margins = zip(*found, strict=True)
         return None, list(attacked), torch.stack(margins) < 0
@@ -43,7 +44,7 @@ class SquareAttack:
     def _search(
         self, classifier: Callable[[Tensor], Tensor], x: Tensor, label: Tensor, budget: float
     ) -> tuple[Tensor, Tensor]:
-        """The images of least margin, and these margins, (B,)."""
+        """The images (B, C, H, W) of least margin within `budget`, and these margins (B,)."""
         batch, channels, height, width = x.shape
         best, least = x, margin(classifier(x), label)
         rows, columns = (torch.arange(size, device=x.device) for size in (height, width))
@@ -69,17 +70,17 @@ class SquareAttack:
 
 
 def margin(
-    score: Tensor,  # (B, K)
+    logits: Tensor,  # (B, K)
     label: Tensor,  # (B,) int64
 ) -> Tensor:  # (B,)
-    """The true class's score less the largest other; below 0 where the image is misclassified."""
-    true = score.gather(1, label[:, None])
-    others = score.scatter(1, label[:, None], -math.inf)
+    """The true class's logit minus the largest other; negative where the image is misclassified."""
+    true = logits.gather(1, label[:, None])
+    others = logits.scatter(1, label[:, None], -math.inf)
     return true[:, 0] - others.amax(1)
 
 
 def square_side(progress: float, height: int, width: int) -> int:
-    """Side of the square at this share of the steps, at least 1 and at most the picture's."""
+    """Side of the square in pixels after the share `progress` of the steps: 1 up to the image's."""
     share = FIRST_SHARE * 0.5 ** sum(progress >= at for at in HALVE_AT)
     return min(max(1, round(math.sqrt(share * height * width))), height, width)
 

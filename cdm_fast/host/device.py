@@ -8,22 +8,30 @@ from cdm_fast.host.processes import this_process
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device; from the host to a GPU by way of pinned memory, without a wait for either."""
+    """The tensor on `device`; from the host to a GPU through pinned memory, asynchronously."""
     if tensor.device.type == "cpu" and device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
 def wait_for(device: torch.device) -> None:
-    """Returns once the device has done all that it was given."""
+    """Waits until the device has completed all work enqueued on it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is a CUDA device or the CPU. UserError when it is not there.
+    """The torch device called `name`.
 
-    Among several processes of a run each has a GPU of its own.
+    Args:
+        name: "cpu", "cuda", "cuda:1", ...; "auto" is "cuda" where PyTorch finds a GPU, else "cpu". In a run
+            of several processes "cuda" is the GPU whose index is the local rank.
+
+    Raises:
+        UserError: the device is not available, or the machine has fewer GPUs than processes.
+
+    >>> pick_device("cpu")
+    device(type='cpu')
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,10 +48,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def _own_gpu(name: str, available: int) -> torch.device:
-    """The GPU whose number is the local rank; UserError when there are too few, or `name` is one of them."""
+    """The GPU whose index is the local rank; UserError when there are too few, or `name` has an index."""
     process = this_process()
     if ":" in name:
-        raise UserError(f"--device {name}: under torchrun every process takes a GPU of its own; give cuda")
+        raise UserError(f"--device {name}: torchrun assigns one GPU to each process; give cuda")
     if process.local_count > available:
         raise UserError(
             f"{process.local_count} processes on a machine of {available} GPUs; start as many as there are"

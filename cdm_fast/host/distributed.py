@@ -1,9 +1,9 @@
-"""Many processes, one result: how they join, share work, agree, and fail together.
+"""Collective operations of the processes that torchrun starts: work is split by rank, results are gathered.
 
-Everything here costs nothing in a process that is alone. Between `joined` and its end every process must make
-the same calls in the same order; each then holds the same results, and the one of rank 0 writes them.
+In a process that runs alone every function here returns at once. Inside `process_group` every process must
+make the same calls in the same order. Each then holds the same results, and rank 0 writes them.
 
-# n rows, W processes
+# n rows, W processes, B global batch
 """
 
 import contextlib
@@ -23,17 +23,21 @@ from cdm_fast.host.processes import Process, join, launched, this_process
 Value = TypeVar("Value")
 Item = TypeVar("Item")
 
-_TIMEOUT = timedelta(hours=1)  # rank 0 may write and draw for a while; a process that died is noticed at once
-_FAILURE = "failure"  # key of the store under which the first to fail says why
-_LAST_WORDS = timedelta(seconds=2)  # to wait for that
+_TIMEOUT = timedelta(hours=1)  # rank 0 may write and draw for long; the end of a process is noticed at once
+_FAILURE = "failure"  # key of the store under which the first process to fail leaves its message
+_FAILURE_WAIT = timedelta(seconds=2)  # for that message
 
 
 @contextlib.contextmanager
-def joined(device: str) -> Iterator[None]:
-    """Joins the processes that torchrun started while the block runs; does nothing where it started one.
+def process_group(device: str) -> Iterator[None]:
+    """Initialises the default process group of torchrun's processes, and destroys it when the block ends.
 
-    Processes on a GPU talk by NCCL, by Gloo otherwise and about whatever lives in host memory. When one fails
-    the others, which would wait for it forever, raise a UserError that says what it said.
+    Without torchrun, or with a single process, it does nothing. Tensors on a GPU are sent by NCCL, tensors in
+    host memory by Gloo. When one process fails, the others raise a UserError with its message instead of
+    waiting for it.
+
+    Args:
+        device: as for `pick_device`.
     """
     process = launched()
     if process is None or process.count == 1:
@@ -41,20 +45,20 @@ def joined(device: str) -> Iterator[None]:
         return
     join(process)
     try:
-        place = pick_device(device)
-        if place.type == "cuda":
-            torch.cuda.set_device(place)
+        on_cuda = (chosen := pick_device(device)).type == "cuda"
+        if on_cuda:
+            torch.cuda.set_device(chosen)
         store, rank, count = next(dist.rendezvous("env://", process.rank, process.count))
-        # torchrun may keep its store over a restart, with the addresses of processes that are gone.
+        # torchrun may keep its store over a restart, with the addresses of the former processes.
         store = dist.PrefixStore(f"cdm_fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo",
+            "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
             store=store,
             rank=rank,
             world_size=count,
             timeout=_TIMEOUT,
         )
-        with _failing_together(store, process):
+        with _propagate_failure(store, process):
             yield
         dist.destroy_process_group()
     finally:
@@ -62,39 +66,43 @@ def joined(device: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _failing_together(store: dist.Store, process: Process) -> Iterator[None]:
-    """Leaves the reason of a failure for the others, and finds the one that another has left."""
+def _propagate_failure(store: dist.Store, process: Process) -> Iterator[None]:
+    """Stores the message of the first failure, and raises it in the other processes."""
     try:
         yield
     except Exception as error:
-        if not lost_another(error):
-            words = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            with contextlib.suppress(RuntimeError):  # the store may be gone
-                store.compare_set(_FAILURE, "", f"process {process.rank}: {words}")
+        if not lost_peer(error):
+            message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            with contextlib.suppress(RuntimeError):  # the store may have gone with rank 0
+                store.compare_set(_FAILURE, "", f"process {process.rank}: {message}")
             raise
         try:
-            store.wait([_FAILURE], _LAST_WORDS)
+            store.wait([_FAILURE], _FAILURE_WAIT)
             reason = store.get(_FAILURE).decode()
         except RuntimeError:
-            reason = "another process of this run has died; torchrun tells which"
+            reason = "another process of this run has died; the output of torchrun names it"
         raise UserError(reason) from error
 
 
-def lost_another(error: BaseException) -> bool:
-    """Whether an error came from talking to a process that is no longer there."""
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error was raised by a collective operation because another process has ended."""
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and ("gloo" in str(error).lower() or "NCCL" in str(error))
 
 
-def share(count: int) -> range:
-    """This process's part of `count` things: contiguous, in the order of ranks, as even as can be."""
+def rank_range(count: int) -> range:
+    """The indices of 0..count-1 that this rank works on: contiguous, in the order of ranks, sizes within one.
+
+    >>> rank_range(5)  # alone
+    range(0, 5)
+    """
     process = this_process()
     return range(*(count * rank // process.count for rank in (process.rank, process.rank + 1)))
 
 
 def gather_rows(rows: Tensor, count: int) -> Tensor:
-    """(n, ...) from the (len(share(n)), ...) of every process."""
+    """(n, ...), in every process, from the (len(rank_range(n)), ...) of each; `count` is n."""
     processes = this_process().count
     if processes == 1:
         return rows
@@ -108,20 +116,22 @@ def gather_rows(rows: Tensor, count: int) -> Tensor:
 
 
 def by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`function(x)`, (n, ...), of a function that treats the rows of `x` (n, ...) one by one: each process
-    takes its share of them."""
+    """`function(x)`, (n, ...), with the rows of `x` (n, ...) split over the processes.
+
+    `function` must treat rows independently of each other.
+    """
     if this_process().count == 1:
         return function(x)
-    rows = share(len(x))
-    # Without rows of its own a process still has to know of what shape and type they are.
+    rows = rank_range(len(x))
+    # A rank without rows of its own still needs their shape and dtype for the all-gather.
     mine = function(x[rows.start : rows.stop] if rows else x[:1])
     return gather_rows(mine[: len(rows)], len(x))
 
 
 def in_turn(function: Callable[[Item], Value], items: Sequence[Item]) -> list[Value]:
-    """`[function(item) for item in items]`: the processes take one item each, and again, until none is left.
+    """`[function(item) for item in items]`, with item i computed by the process of rank i mod W.
 
-    The values travel by pickle: they should live in host memory.
+    The values are pickled, so tensors among them should be in host memory.
     """
     process = this_process()
     mine = [function(item) for item in items[process.rank :: process.count]]
@@ -132,10 +142,10 @@ def in_turn(function: Callable[[Item], Value], items: Sequence[Item]) -> list[Va
     return [every[number % process.count][number // process.count] for number in range(len(items))]
 
 
-def own_rows(batch: Tensor, parts: int) -> Tensor:
-    """(B/W, ...): this process's rows of a batch (B, ...) that is worked on in `parts` equal parts.
+def rank_rows(batch: Tensor, parts: int) -> Tensor:
+    """This rank's rows, (B/W, ...), of a batch (B, ...) that is processed in `parts` equal parts.
 
-    Of each part every process has an equal piece, in the order of ranks.
+    Each part is divided evenly over the ranks, in their order. W `parts` must divide B.
     """
     process = this_process()
     if process.count == 1:
@@ -143,14 +153,17 @@ def own_rows(batch: Tensor, parts: int) -> Tensor:
     return batch.unflatten(0, (parts, process.count, -1))[:, process.rank].flatten(0, 1)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """In one piece a tensor that FSDP2 has split over the processes, which must all ask; another as it is."""
-    gather = getattr(tensor, "full_tensor", None)  # of a DTensor, whose import takes a while
+def gather_full(tensor: Tensor) -> Tensor:
+    """The full tensor of a DTensor, which FSDP2 has sharded; any other tensor as it is.
+
+    A collective operation: every process must call it.
+    """
+    gather = getattr(tensor, "full_tensor", None)  # duck typing: importing DTensor takes a second
     return tensor if gather is None else gather()
 
 
-def mean_over_processes(values: Tensor) -> Tensor:
-    """The mean of every process's `values`."""
+def all_reduce_mean(values: Tensor) -> Tensor:
+    """The mean of `values` over the processes, in each of them; `values` is overwritten by their sum."""
     count = this_process().count
     if count == 1:
         return values
@@ -158,8 +171,8 @@ def mean_over_processes(values: Tensor) -> Tensor:
     return values / count
 
 
-def from_main(value: Value) -> Value:
-    """What rank 0 gave."""
+def broadcast_from_main(value: Value) -> Value:
+    """The value of rank 0, in every process; it is pickled."""
     if this_process().count == 1:
         return value
     box = [value]
@@ -167,8 +180,8 @@ def from_main(value: Value) -> Value:
     return box[0]
 
 
-def largest(value: int) -> int:
-    """The largest of what every process gave. On the host: it does not wait for a GPU."""
+def all_reduce_max(value: int) -> int:
+    """The maximum of `value` over the processes; computed in host memory, so that no GPU is waited for."""
     if this_process().count == 1:
         return value
     box = torch.tensor(value)
@@ -176,9 +189,12 @@ def largest(value: int) -> int:
     return int(box)
 
 
-_REASONS = (None, "max_time", "signal")
+_REASONS = (None, "max_time", "signal")  # later ones take precedence
 
 
-def agreed(reason: str | None) -> str | None:
-    """Why all processes stop now, if one of them has a reason; see `stop.Stopper`."""
-    return _REASONS[largest(_REASONS.index(reason))]
+def agree_on_stop(reason: str | None) -> str | None:
+    """Why all processes stop now, None if none has a reason; a signal comes before the time limit.
+
+    reason: of this process, as in `stop.Stopper`.
+    """
+    return _REASONS[all_reduce_max(_REASONS.index(reason))]

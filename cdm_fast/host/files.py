@@ -1,4 +1,4 @@
-"""Files and folders that are either complete or absent, and folders that one process holds."""
+"""Atomic writes of files and folders, and the lock of a run directory."""
 
 import contextlib
 import fcntl
@@ -12,11 +12,11 @@ from cdm_fast.host.processes import is_main
 
 
 def write_atomically(path: str | Path, data: bytes) -> Path:
-    """Writes a file that is seen under its name only when it is complete and on the disk; returns its path.
+    """Writes a file so that it exists under its name only complete and flushed to the disk; returns its path.
 
-    Missing folders are made. What stood under the name before stays until then, and stays on failure. Of
-    several processes, which hold the same results, the one of rank 0 writes.
-    Raises DiskError naming the file where the system refuses (no space, no permission).
+    Missing parent folders are created. An earlier file of the name is replaced at the end, and stays if the
+    write fails. In a run of several processes rank 0 writes.
+    Raises DiskError that names the file when the system refuses (no space, no permission).
     """
     path = Path(path)
     if not is_main():
@@ -39,8 +39,8 @@ def write_atomically(path: str | Path, data: bytes) -> Path:
 
 
 @contextlib.contextmanager
-def directory_in_one_step(target: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the name `target` when the block ends, or vanishes when it fails."""
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """A temporary folder to fill; renamed to `target` when the block ends, removed when it raises."""
     unfinished = target.parent / f".{target.name}.unfinished-{os.getpid()}"
     unfinished.mkdir()
     try:
@@ -56,7 +56,7 @@ def directory_in_one_step(target: Path) -> Iterator[Path]:
 
 
 def remove(folder: Path) -> None:
-    """Removes a folder that is gone from under its name in one step; what cannot be removed stays hidden."""
+    """Removes a folder: it is renamed to a hidden name first, so that a partial removal is never seen."""
     hidden = folder.with_name(f".{folder.name}.unfinished-removal")
     with contextlib.suppress(OSError):
         os.replace(folder, hidden)
@@ -64,7 +64,7 @@ def remove(folder: Path) -> None:
 
 
 def remove_unfinished(folder: Path, name: str = "") -> None:
-    """Removes what killed processes left in a folder half-written or half-removed, under `name` or any."""
+    """Removes temporary files and folders that killed processes left: those of `name`, or all of them."""
     for abandoned in folder.glob(".*.unfinished-*"):
         if not abandoned.name.startswith(f".{name}.unfinished-" if name else "."):
             continue
@@ -84,7 +84,7 @@ def _flush_directory(folder: Path) -> None:
 
 @contextlib.contextmanager
 def saving(run: Path) -> Iterator[None]:
-    """Turns what the disk refuses (no space, no permission) into a DiskError that says nothing is lost."""
+    """Turns an OSError of the block (no space, no permission) into a DiskError: earlier saves are intact."""
     try:
         yield
     except OSError as error:
@@ -95,11 +95,10 @@ def saving(run: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def alone_in(run: Path) -> Iterator[None]:
-    """Holds a run against a second training, until the block or the process ends.
+def exclusive_lock(run: Path) -> Iterator[None]:
+    """Locks a run directory against a second training until the block or the process ends.
 
-    Of several processes that train together the one of rank 0 holds it. Raises UserError when another
-    training has it.
+    In a run of several processes rank 0 takes the lock. Raises UserError when another training holds it.
     """
     if not is_main():
         yield

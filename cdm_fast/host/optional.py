@@ -1,16 +1,16 @@
-"""Packages that single features need. The library imports with torch, numpy and safetensors alone."""
+"""Optional packages. The library itself imports torch, numpy and safetensors only."""
 
 from importlib import import_module
 from types import ModuleType
 
 from cdm_fast.errors import UserError
 
-# Packages that are not called as the module they bring.
+# Packages whose name differs from that of their module.
 _PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn"}
 
 
 def need(module: str, purpose: str) -> ModuleType:
-    """A module such as "PIL.Image"; UserError, which names the package, if that is not installed."""
+    """The imported module, such as "PIL.Image"; UserError that names the package if it is not installed."""
     try:
         return import_module(module)
     except ImportError as error:

@@ -1,8 +1,8 @@
-"""Pickles that come from strangers, of `torch.save` and of numpy arrays: nothing in them is run.
+"""Untrusted pickles, of `torch.save` and of numpy arrays: they are checked first, and nothing in them is run.
 
-What they ask for is looked at before anything is loaded. PyTorch's `weights_only` loading runs no code, but
-it follows orders: to make four billion bytes, to unpack a bomb, to hash a tuple of 2**60 leaves. Here the
-container must hold its tensors as they are, and the pickle may name nothing but tensors and dicts.
+PyTorch's `weights_only` loading runs no code, but a hostile file can still make it allocate gigabytes, expand
+a decompression bomb, or hash a tuple of 2**60 leaves. Here the archive must be uncompressed, and its pickle
+may name nothing but tensors and dicts.
 """
 
 import io
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from cdm_fast.errors import UserError
 from cdm_fast.host.reading import MAX_DATA_BYTES, bad, error_text, open_zip, read_bytes, read_member, shown
 
-MAX_PICKLE_BYTES = 2**26  # of the structure alone; the numbers lie beside it
+MAX_PICKLE_BYTES = 2**26  # of the pickle alone; the tensors are members of their own
 MAX_TUPLE_LEAVES = 1000  # a tensor's size, stride and storage have a dozen
 
 _STORAGES = "Float Double Half BFloat16 Long Int Short Char Byte Bool".split()
@@ -36,7 +36,7 @@ _ALLOWED = {
 
 _NAMES = ("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4")
 
-# What its loader lets through when a file is damaged.
+# What PyTorch's loader raises for damaged files.
 DAMAGE = (
     pickle.UnpicklingError,
     RuntimeError,
@@ -60,7 +60,7 @@ def load_plain(path: Path) -> Any:
     asks for anything else. Takes twice the memory of the file.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):  # of storages in odd places: what comes out is judged
+        with warnings.catch_warnings(action="ignore"):  # of unusual storages; the callers check the result
             return torch.load(_checked(path), map_location="cpu", weights_only=True)
     except DAMAGE as error:
         if isinstance(error, UserError):
@@ -69,7 +69,7 @@ def load_plain(path: Path) -> Any:
 
 
 def _checked(path: Path) -> io.BytesIO:
-    """The file packed anew from members that were looked at: PyTorch's reader must not see other ones."""
+    """The archive rebuilt from the checked members, so that PyTorch's reader sees no others."""
     packed = io.BytesIO()
     with open_zip(path) as archive, zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as copy:
         members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
@@ -92,8 +92,8 @@ def _check_pickle(path: Path, program: bytes) -> None:
 
     def allow(name: str, argument: Any) -> None:
         if name != "GLOBAL" or argument not in _ALLOWED:
-            told = ascii(argument)[:80] if name == "GLOBAL" else name
-            raise bad(path, f"wants to execute code ({told}) and was refused; save its state_dicts alone")
+            named = ascii(argument)[:80] if name == "GLOBAL" else name
+            raise bad(path, f"wants to execute code ({named}) and was refused; save its state_dicts alone")
 
     check_tuples(path, program, allow)
 
@@ -101,11 +101,13 @@ def _check_pickle(path: Path, program: bytes) -> None:
 def check_tuples(
     path: Path, program: bytes | BinaryIO, allow: Callable[[str, Any], None] = lambda name, argument: None
 ) -> None:
-    """Raises UserError if a pickle holds a tuple with many leaves; `allow` is asked of every name it gives.
+    """Raises UserError if a pickle holds a tuple with more than `MAX_TUPLE_LEAVES` leaves.
 
-    Only tuples are followed: they are hashed when they are keys, again for every way that leads to a leaf.
+    Only tuples are followed: as dictionary keys they are hashed, which visits a shared leaf once per path.
+
+    allow: called with the opcode and argument of every global that the pickle names; may raise.
     """
-    stack: list[int] = []  # of each value: its leaves, if it is a tuple; -1 for a mark
+    stack: list[int] = []  # leaves of each value, 1 unless it is a tuple; -1 for a mark
     memo: dict[int, int] = {}
     for opcode, argument, _ in _opcodes(program):
         name, index = opcode.name, argument if isinstance(argument, int) else len(memo)
@@ -122,13 +124,13 @@ def check_tuples(
 
 
 def _opcodes(program: bytes | BinaryIO) -> Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]]:
-    """The pickle's opcodes and arguments, without the warnings that decoding a damaged string gives."""
+    """Opcodes and arguments of the pickle, without the warnings of decoding a damaged string."""
     with warnings.catch_warnings(action="ignore"):
         yield from pickletools.genops(program)
 
 
 def _step(opcode: pickletools.OpcodeInfo, stack: list[int]) -> None:
-    """What an opcode does to the number of leaves on the stack."""
+    """Applies an opcode to the stack of leaf counts."""
     taken: list[int] = []
     for kind in reversed(opcode.stack_before):
         if kind is pickletools.stackslice:

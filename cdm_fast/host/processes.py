@@ -1,4 +1,4 @@
-"""Which of the processes of a run this one is. Nothing here imports torch."""
+"""Rank and world size of this process. Nothing here imports torch."""
 
 import os
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ _FROM_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_POR
 
 @dataclass(frozen=True)
 class Process:
-    """One of `count` processes that do a piece of work together; alone by default.
+    """The position of a process among `count` that work together; by default it works alone.
 
     Fields:
-        rank: 0..count-1; the process of rank 0 writes, prints and decides for all.
-        count: in all, on every machine.
-        local_rank, local_count: the same among those of this machine.
+        rank: 0..count-1; rank 0 writes, prints and decides for all.
+        count: the world size, over all machines.
+        local_rank, local_count: the same within this machine.
     """
 
     rank: int = 0
@@ -23,7 +23,7 @@ class Process:
 
 
 def launched() -> Process | None:
-    """What torchrun says about this process; None where it did not start it."""
+    """This process according to torchrun's environment variables; None where torchrun did not start it."""
     if not all(name in os.environ for name in _FROM_TORCHRUN):
         return None
     rank, count, local_rank = (int(os.environ[name]) for name in _FROM_TORCHRUN[:3])
@@ -31,7 +31,7 @@ def launched() -> Process | None:
 
 
 def starts_again() -> bool:
-    """Whether torchrun would start this command once more if it failed."""
+    """Whether torchrun restarts this command if it fails."""
     count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     return count < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
 
@@ -40,16 +40,16 @@ _joined = Process()
 
 
 def join(process: Process) -> None:
-    """From now on this process is one of several; see `distributed.joined`, which calls this."""
+    """Makes `process` the result of `this_process`; called by `distributed.process_group`."""
     global _joined
     _joined = process
 
 
 def this_process() -> Process:
-    """This process among those it has joined; alone unless `distributed.joined` is active."""
+    """This process among those of the active `distributed.process_group`; a process alone outside one."""
     return _joined
 
 
 def is_main() -> bool:
-    """Whether this process writes and prints."""
+    """Whether this process has rank 0, which writes and prints."""
     return _joined.rank == 0

@@ -1,4 +1,4 @@
-"""Where long measurements tell how far they are."""
+"""Progress messages of long measurements."""
 
 import sys
 import time
@@ -12,11 +12,11 @@ Progress = Callable[[str], None]
 
 
 def silent(message: str) -> None:
-    """Says nothing."""
+    """Discards the message."""
 
 
 def to_stderr(message: str) -> None:
-    """One line on stderr, at once, from one process."""
+    """Prints a line on stderr and flushes it; rank 0 only."""
     if is_main():
         print(message, file=sys.stderr, flush=True)
 

@@ -1,4 +1,4 @@
-"""Bounded reading of files, and of the zip container that hostile input likes best."""
+"""Reading of untrusted files and zip archives, with limits on size and expansion."""
 
 import lzma
 import os
@@ -16,8 +16,8 @@ from cdm_fast.errors import UserError
 MAX_DATA_BYTES = 2**34  # of pixels in one split, in memory: ImageNet at 64x64 is 2**33.9
 MAX_PICTURE_BYTES = 2**26  # of one compressed picture file
 
-# Compressed data may expand freely up to the first figure; beyond it, by no more than the factor. Deflate
-# reaches 1032, which no images worth learning from come near (Fashion-MNIST: 1.8).
+# Compressed data may expand to the first number of bytes at any ratio; beyond it, at most by the factor.
+# Deflate reaches 1032; real images stay far below (Fashion-MNIST: 1.8).
 FREE_EXPANSION_BYTES = 2**26
 MAX_EXPANSION = 200
 
@@ -36,18 +36,18 @@ _ZIP_ERRORS = (
 
 
 def bad(name: object, problem: str) -> UserError:
-    """The error `NAME: PROBLEM`, on one line whatever characters the file name or the problem hold."""
+    """The error `NAME: PROBLEM` on one line, with control characters escaped."""
     return UserError(f"{shown(str(name), 400)}: {shown(' '.join(problem.split()), 500)}")
 
 
 def shown(text: str, limit: int) -> str:
-    """A stranger's text for a terminal: without control characters, its middle left out beyond `limit`."""
+    """Untrusted text for a terminal: control characters are escaped, and its middle is cut beyond `limit`."""
     text = text if text.isprintable() else repr(text)
     return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
 
 
 def check_size(name: object, num_bytes: int, packed_bytes: int | None = None) -> None:
-    """Raise UserError if `num_bytes` are too many to hold, or absurd for `packed_bytes` compressed ones."""
+    """Raises UserError if `num_bytes` exceed the limit, or the allowed expansion of `packed_bytes`."""
     if num_bytes > MAX_DATA_BYTES:
         raise bad(
             name, f"would take {num_bytes} bytes, above the limit of {MAX_DATA_BYTES}; use a part of it"
@@ -61,7 +61,7 @@ def check_size(name: object, num_bytes: int, packed_bytes: int | None = None) ->
 
 
 def require_inside(path: Path, folder: Path) -> None:
-    """Raise UserError if `path` is a link that leads out of `folder`, of which it is a part."""
+    """Raises UserError if `path`, a part of `folder`, is a link to a target outside of it."""
     root = os.path.realpath(folder)
     if not Path(os.path.realpath(path)).is_relative_to(root):
         raise bad(path, "is a link that leads out of its folder; put the file itself there")
@@ -69,9 +69,9 @@ def require_inside(path: Path, folder: Path) -> None:
 
 @contextmanager
 def open_regular(path: Path, folder: Path | None = None) -> Iterator[BinaryIO]:
-    """Open a regular file for reading; UserError if missing, unreadable, or a device, pipe or folder.
+    """Opens a regular file for reading; UserError if missing, unreadable, or a device, pipe or folder.
 
-    folder: what the file is a part of; a link that leads out of it is refused too.
+    folder: the folder that the file belongs to; a link to a target outside of it is refused.
     """
     if folder is not None:
         require_inside(path, folder)
@@ -94,7 +94,7 @@ def read_bytes(path: Path, limit: int, folder: Path | None = None) -> bytes:
         if size > limit:
             raise bad(path, f"has {size} bytes, above the limit of {limit}; make it smaller")
         try:
-            return stream.read(min(limit, max(size, 2**20)))  # Python takes memory for what is asked
+            return stream.read(min(limit, max(size, 2**20)))  # Python allocates what is asked for
         except OSError as error:
             raise bad(path, f"cannot be read ({error_text(error)}); copy it again") from None
 
@@ -108,7 +108,7 @@ def error_text(error: BaseException) -> str:
 
 @contextmanager
 def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
-    """Open a zip container (also .npz); UserError if it is missing, or its directory is damaged or a lie."""
+    """Opens a zip archive (also .npz); UserError if it is missing, or its directory is damaged or false."""
     with open_regular(path) as stream:
         try:
             archive = zipfile.ZipFile(stream)
@@ -122,7 +122,7 @@ def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def check_member(path: Path, info: zipfile.ZipInfo) -> None:
-    """Raise UserError if a zip entry is encrypted, a link, leads out of it, or is packed in a rare way."""
+    """Raises UserError if a zip entry is encrypted, a link, outside the archive, or of a rare compression."""
     name = f"{path}/{info.filename}"
     parts = PurePosixPath(info.filename).parts
     if info.filename.startswith("/") or ".." in parts or "\\" in info.filename or ":" in info.filename[:2]:

@@ -1,9 +1,9 @@
-"""Checkpoints of the CDM paper's public code as run directories.
+"""Converts checkpoints of the CDM paper's public code to run directories.
 
 Such a file is a dict with `ema_model_state_dict` and `model_state_dict`, or one of them, or a bare
 state_dict, also as safetensors; its U-Net has the parameter names of `cdm_fast.nn.UNet`, perhaps behind the
-`module.` of data-parallel training and the `_orig_mod.` of torch.compile. The architecture is read off the
-tensors' shapes. A pickle that wants to run code is refused.
+`module.` of data-parallel training and the `_orig_mod.` of torch.compile. The architecture is inferred from
+the tensors' shapes. A pickle that would execute code is refused.
 
 # L = T+2 noise levels, D pooled features, K classes
 """
@@ -78,27 +78,31 @@ def convert(
     betas: tuple[float, float] | None = None,
     image_size: int | None = None,
 ) -> Converted:
-    """Turns a checkpoint of the paper's public code into the run directory `out`.
+    """Converts a checkpoint of the paper's public code to the run directory `out`.
 
-    file: of torch.save or safetensors; out: a directory that does not exist yet; schedule: what it was
-    trained with ("ot": the flow-matching variety, whose levels run the other way round), by default what the
-    number of outputs or the file's name tell; betas: first and last of "linear", by default `PUBLIC_BETAS` at
-    any number of levels; image_size: in pixels, by default the one at which the network attends at 16x16, as
-    the paper's do.
-    Raises UserError for a file that is missing, damaged, wants to execute code, or holds another network, for
-    a schedule or an image size that cannot be told or does not fit, and when `out` exists.
+    Args:
+        file: of torch.save or safetensors.
+        out: a directory that does not exist yet.
+        schedule: that of its training; "ot" is the flow-matching variant, whose levels have the opposite
+            order. By default it follows from the number of outputs or the name of the file.
+        betas: first and last of "linear"; by default `PUBLIC_BETAS` at any number of levels.
+        image_size: in pixels; by default the one at which the network attends at 16x16, as the paper's do.
+
+    Raises:
+        UserError: the file is missing, damaged, would execute code, or holds another network; the schedule or
+            the image size is neither known nor given, or does not fit; `out` exists.
     """
     require_new(out)
     weights, notes = read_public(file)
     _require_network(weights, image_size, str(file))
-    chosen, told = choose_schedule(weights["ema"], schedule, file)
+    chosen, reason = choose_schedule(weights["ema"], schedule, file)
     if betas is not None and chosen != "linear":
         raise UserError(
             f"--beta-start and --beta-end go with --schedule linear, not {chosen}; leave them out"
         )
     config, assumed = infer_config(weights["ema"], chosen, image_size, str(file), betas)
-    assumed = (told, *assumed, *notes)
-    # build_model draws weights; the caller's random numbers should not notice.
+    assumed = (reason, *assumed, *notes)
+    # build_model draws weights; the caller's generator keeps its state.
     with torch.random.fork_rng(devices=[]):
         model = build_model(config)
     tensors: dict[str, State] = {"optimizer": {}}
@@ -114,7 +118,7 @@ def _require_network(weights: Mapping[str, State], image_size: int | None, file:
     """UserError unless the tensors are those of one network, whatever its schedule."""
     config, _ = infer_config(weights["ema"], "uniform", image_size, file)
     try:
-        with torch.device("meta"):  # before memory is taken for what the shapes of some tensors promise
+        with torch.device("meta"):  # shapes are checked before memory is allocated
             expected = build_network(config).state_dict()
     except UserError as error:
         raise UserError(f"{file} describes no network that works: {error}") from None
@@ -123,9 +127,9 @@ def _require_network(weights: Mapping[str, State], image_size: int | None, file:
 
 
 def read_public(file: str | Path) -> tuple[dict[str, dict[str, Tensor]], tuple[str, ...]]:
-    """The `model` and `ema` weights of a public checkpoint, without prefixes, on the CPU, and what to tell.
+    """The `model` and `ema` weights of a public checkpoint, on the CPU, without prefixes; and notes on them.
 
-    Where a file holds one of the two, or a bare state_dict, it stands for both.
+    A file with one of the two, or a bare state_dict, gives both.
     Raises UserError that names the file when it is missing, damaged, not plain tensors, or of another format.
     """
     content = read_any(Path(file))
@@ -155,24 +159,24 @@ def _kind(content: Any) -> str:
 
 
 def choose_schedule(state: State, asked: Schedule | None, file: str | Path) -> tuple[Schedule, str]:
-    """The schedule and how it was chosen: asked for, told by the outputs, or by the name of the file.
+    """The schedule and how it was chosen: given, or inferred from the outputs or the name of the file.
 
-    Raises UserError where none of them tells.
+    Raises UserError where nothing determines it.
     """
     outputs = _shape(state, "linear_layer.weight", 2, str(file))[0]
     named = next((kind for words, kind in PUBLIC_NAMES.items() if words in Path(file).name), None)
-    told = PUBLIC_OUTPUTS.get(outputs) or named
+    known = PUBLIC_OUTPUTS.get(outputs) or named
     if asked is not None:
-        against = "" if told in (None, asked) else f", though its {outputs} outputs or its name say {told}"
+        against = "" if known in (None, asked) else f", though its {outputs} outputs or its name say {known}"
         return asked, f"schedule {asked}{against}"
-    if told is None:
+    if known is None:
         raise UserError(
             f"{file}: {outputs} outputs are {outputs - 2} noise levels of --schedule linear, or {outputs}"
-            " times of flow matching, whose levels run the other way round, --schedule ot, and nothing in the"
+            " times of flow matching, whose levels have the opposite order, --schedule ot, and nothing in the"
             " file tells which; give --schedule"
         )
     why = f"from its {outputs} outputs" if outputs in PUBLIC_OUTPUTS else "from the name of the file"
-    return told, f"schedule {told} ({why})"
+    return known, f"schedule {known} ({why})"
 
 
 def infer_config(
@@ -187,49 +191,69 @@ def infer_config(
     Raises UserError that begins with `where` when a tensor is missing that every such network has, or when
     the image size is neither given nor to be guessed.
     """
-    base_channels, channels = _shape(state, "conv_in.weight", 4, where)[:2]
+    inferred, assumed = _infer_network(state, where), ["256 grey levels at 2u/255 - 1"]
+    classes = _shape(state, "label_emb.weight", 2, where)[0] - 1 if "label_emb.weight" in state else None
+    attention = _attention(state, where)
+    if image_size is None:
+        image_size = _usual_image_size(attention, where)
+        assumed.append(f"image size {image_size}")
+    paper = PRESETS["celeba64-paper" if image_size == 64 else "cifar10-paper"]
+    network = replace(
+        inferred,
+        attention_resolutions=tuple(image_size >> i for i in attention),
+        dropout=paper.network.dropout,
+        conditioning="none" if classes is None else "embedding",
+    )
+    channels = _shape(state, "conv_in.weight", 4, where)[1]
+    image = ImageShape(size=image_size, channels=channels, num_grey_levels=256, num_classes=classes)
+    levels, assumed_levels = _infer_schedule(state, schedule, where, betas)
+    assumed += assumed_levels
+    if classes is not None:
+        assumed.append("a null class that the public code never trains: score with --given label or all")
+    output = replace(paper.output, sampling_steps=min(paper.output.sampling_steps, levels.T))
+    config = replace(paper, image=image, network=network, schedule=levels, output=output)
+    return config, tuple(assumed)
+
+
+def _attention(state: State, where: str) -> list[int]:
+    """The resolutions with attention, as numbers of halvings."""
+    num_resolutions = _count(state, r"down\.(\d+)\.", where)
+    return [i for i in range(num_resolutions) if f"down.{i}.attn.0.q.weight" in state]
+
+
+def _infer_network(state: State, where: str) -> NetworkConfig:
+    """Widths and depth of the U-Net."""
+    base_channels = _shape(state, "conv_in.weight", 4, where)[0]
     num_resolutions = _count(state, r"down\.(\d+)\.", where)
     widths = [_shape(state, f"down.{i}.block.0.conv1.weight", 4, where)[0] for i in range(num_resolutions)]
-    attention = [i for i in range(num_resolutions) if f"down.{i}.attn.0.q.weight" in state]
     num_levels = _shape(state, "linear_layer.weight", 2, where)[0]
     if any(width % base_channels for width in widths) or num_levels < 3:
         raise UserError(
             f"{where}: widths {widths} over {base_channels} and {num_levels} levels are not those of a CDM;"
             " convert takes the CDM paper's U-Net only"
         )
-    classes = _shape(state, "label_emb.weight", 2, where)[0] - 1 if "label_emb.weight" in state else None
-    assumed = ["256 grey levels at 2u/255 - 1"]
-    if image_size is None:
-        image_size = _usual_image_size(attention, where)
-        assumed.append(f"image size {image_size}")
-    paper = PRESETS["celeba64-paper" if image_size == 64 else "cifar10-paper"]
-    network = NetworkConfig(
+    return NetworkConfig(
         base_channels=base_channels,
         multipliers=tuple(width // base_channels for width in widths),
         blocks_per_level=_count(state, r"down\.0\.block\.(\d+)\.", where),
-        attention_resolutions=tuple(image_size >> i for i in attention),
         num_groups=32,
-        dropout=paper.network.dropout,
-        conditioning="none" if classes is None else "embedding",
     )
-    image = ImageShape(size=image_size, channels=channels, num_grey_levels=256, num_classes=classes)
-    start, end = (betas or PUBLIC_BETAS) if schedule == "linear" else (None, None)
-    levels = ScheduleConfig(
-        schedule=schedule,
-        T=num_levels - 2,
-        beta_start=start,
-        beta_end=end,
-        sigma_min=PUBLIC_SIGMA_MIN if schedule == "ot" else 0.0,
-    )
+
+
+def _infer_schedule(
+    state: State, schedule: Schedule, where: str, betas: tuple[float, float] | None
+) -> tuple[ScheduleConfig, list[str]]:
+    """The noise levels, and what of them had to be assumed."""
+    T = _shape(state, "linear_layer.weight", 2, where)[0] - 2
     if schedule == "linear":
-        assumed.append(f"beta {start:g} to {end:g}{'' if betas else ', as in the public code at any T'}")
+        start, end = betas or PUBLIC_BETAS
+        note = f"beta {start:g} to {end:g}{'' if betas else ', as in the public code at any T'}"
+        return ScheduleConfig(schedule=schedule, T=T, beta_start=start, beta_end=end), [note]
     if schedule == "ot":
-        assumed.append(f"sigma_min {PUBLIC_SIGMA_MIN:g}")
-    if classes is not None:
-        assumed.append("a null class that the public code never trains: score with --given label or all")
-    output = replace(paper.output, sampling_steps=min(paper.output.sampling_steps, levels.T))
-    config = replace(paper, image=image, network=network, schedule=levels, output=output)
-    return config, tuple(assumed)
+        return ScheduleConfig(schedule=schedule, T=T, sigma_min=PUBLIC_SIGMA_MIN), [
+            f"sigma_min {PUBLIC_SIGMA_MIN:g}"
+        ]
+    return ScheduleConfig(schedule=schedule, T=T), []
 
 
 def _usual_image_size(attention: list[int], where: str) -> int:
@@ -243,7 +267,7 @@ def _usual_image_size(attention: list[int], where: str) -> int:
 
 
 def _with_levels_from_data(state: State, schedule: str) -> State:
-    """The weights with outputs in our order of levels, data first.
+    """The weights with outputs in this library's order of levels, data first.
 
     The flow-matching checkpoints count from noise to data: with N outputs, logit i is their level at time
     i/(N-1), `x = (i/(N-1)) x_0 + (1 - (1 - sigma_min) i/(N-1)) eps`, which is our `ot` level t = N-1-i with

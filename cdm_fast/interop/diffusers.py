@@ -74,7 +74,7 @@ def build_scheduler(
     timesteps anew, and with them fp32 sigmas.)
 
     Args:
-        steps: where they divide T, the grid is `schedule.pairs(steps)`.
+        steps: where they divide T, the grid is `schedule.grid(steps)`.
         options: of the scheduler. `DDIMScheduler` wants `clip_sample=False`: ours does not clip.
 
     Raises:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cdm_fast.errors import UserError
-from cdm_fast.model import CDM, prototype
+from cdm_fast.model import CDM, any_parameter
 from cdm_fast.ops import use_backend
 
 
@@ -51,7 +51,7 @@ def export(module: Likelihood | ClassPosterior) -> torch.export.ExportedProgram:
     model = module.model
     if model.input_shape is None:
         raise UserError("the model does not know the shape of one image: build it with input_shape=")
-    x = prototype(model).new_zeros((2, *model.input_shape))
+    x = any_parameter(model).new_zeros((2, *model.input_shape))
     with use_backend("reference"), torch.no_grad():
         return torch.export.export(module, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch")}})
 

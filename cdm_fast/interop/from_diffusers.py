@@ -1,7 +1,7 @@
-"""Models of Hugging Face diffusers as denoisers: a network and its scheduler, or the folder that holds both.
+"""Models of Hugging Face diffusers as denoisers: a network with its scheduler, or a folder that holds both.
 
 Most schedulers number T noisy levels from 0 and preserve variance: their timestep i is level i + 1 here, and
-there is no time between. FlowMatch..., EDM... and ScoreSdeVe schedulers have a path in continuous time.
+nothing lies between timesteps. FlowMatch..., EDM... and ScoreSdeVe schedulers have a path in continuous time.
 
 # K classes
 """
@@ -42,61 +42,99 @@ def from_diffusers(
 ) -> Foreign:
     """A diffusers network as a denoiser, on the noise levels that its scheduler describes.
 
-    Of the scheduler only the training noise counts, not its timesteps, steps or solver. A learned variance is
-    left out.
+    Only the training noise of the scheduler is used, not its timesteps or solver. The channels of a learned
+    variance are ignored.
 
     Args:
-        network: `UNet2DModel`, `DiTTransformer2DModel`, `UNet2DConditionModel` or one called like them.
-        scheduler: the one that it was trained with.
-        conditions: of a label (B,), or None, the further keyword arguments of the network, such as
+        network: `UNet2DModel`, `DiTTransformer2DModel`, `UNet2DConditionModel` or one with their interface.
+        scheduler: the one that the network was trained with.
+        conditions: maps a label (B,), or None, to further keyword arguments of the network, such as
             `encoder_hidden_states` of a conditional U-Net; by default `class_labels`, where it has classes.
-        num_classes, null_label: K, and the label of no class; of a DiT its own by default, of a `UNet2DModel`
-            all its classes, without a null one.
+        num_classes, null_label: K, and the label that stands for no class. By default a DiT's own; all
+            classes of a `UNet2DModel`, without a null class.
         levels: T of the grid, where the scheduler has a continuous path.
 
     Raises:
-        UserError: a scheduler or a kind of prediction that is not known.
+        UserError: an unknown scheduler or kind of prediction.
+
+    Example, with stand-ins for `diffusers.UNet2DModel` and `diffusers.DDPMScheduler`:
+        >>> from types import SimpleNamespace
+        >>> class Half(nn.Module):  # predicts half of its input as the noise
+        ...     def forward(self, y, timestep):
+        ...         return SimpleNamespace(sample=y / 2)
+        >>> class DDPM:
+        ...     config = {"prediction_type": "epsilon"}
+        ...     alphas_cumprod = torch.linspace(0.99, 0.01, 10)
+        >>> model = from_diffusers(Half(), DDPM())
+        >>> model.schedule.T, model.denoise(torch.ones(1, 1, 2, 2), 5).flatten().tolist()
+        (10, [0.5, 0.5, 0.5, 0.5])
     """
-    settings, own = scheduler.config, getattr(network, "config", {})
-    if num_classes is None:
-        num_classes = own.get("num_embeds_ada_norm") or own.get("num_class_embeds")
-        null_label = own.get("num_embeds_ada_norm") if null_label is None else null_label
-    options: dict[str, Any] = {
-        "call": partial(_call, conditions),
-        "num_classes": num_classes,
-        "null_label": null_label,
-        "input_shape": _input_shape(own),
-        "description": f"{type(network).__name__} under {type(scheduler).__name__}",
-    }
-    kind = type(scheduler).__name__
-    steps = int(settings.get("num_train_timesteps", 1000))
+    settings, kind = scheduler.config, type(scheduler).__name__
+    options = _options(network, kind, conditions, num_classes, null_label)
     if kind.startswith("FlowMatch"):
-        return PathDenoiser(
-            network,
-            straight_path(data_first=True),
-            "velocity",
-            condition=lambda time: steps * time,
-            levels=levels,
-            **options,
-        )
+        return _flow_matching(network, settings, levels, options)
     if kind == "ScoreSdeVeScheduler":
-        path = ve_path(settings["sigma_min"], settings["sigma_max"], settings["sampling_eps"])
-        sigma = partial(_beta, path.amplitudes)
-        return PathDenoiser(network, path, "score", condition=sigma, levels=levels, **options)
+        return _variance_exploding(network, settings, levels, options)
     predicts = settings.get("prediction_type", "epsilon")
     if predicts not in _PREDICTS:
         raise UserError(f"{kind} predicts {predicts!r}: known are {', '.join(_PREDICTS)}")
     if kind.startswith("EDM"):
-        options["call"] = partial(_call_edm, options["call"], settings["sigma_data"], predicts)
-        path = sigma_path(settings["sigma_min"], settings["sigma_max"])
-        return PathDenoiser(network, path, "x0", condition=torch.exp, levels=levels, **options)
+        return _edm(network, settings, predicts, levels, options)
     schedule, timesteps = _levels(scheduler, kind)
     options["call"] = partial(_call_at_levels, options["call"])
     return LevelDenoiser(network, schedule, _PREDICTS[predicts], conditions=timesteps, **options)
 
 
+def _options(
+    network: nn.Module,
+    scheduler_kind: str,
+    conditions: Conditions | None,
+    num_classes: int | None,
+    null_label: int | None,
+) -> dict[str, Any]:
+    """The arguments that all denoisers of a network share."""
+    own = getattr(network, "config", {})
+    if num_classes is None:
+        num_classes = own.get("num_embeds_ada_norm") or own.get("num_class_embeds")
+        null_label = own.get("num_embeds_ada_norm") if null_label is None else null_label
+    return {
+        "call": partial(_call, conditions),
+        "num_classes": num_classes,
+        "null_label": null_label,
+        "input_shape": _input_shape(own),
+        "description": f"{type(network).__name__} under {scheduler_kind}",
+    }
+
+
+def _flow_matching(network: nn.Module, settings: Any, levels: int, options: dict[str, Any]) -> PathDenoiser:
+    """A velocity, whose time is 0 at the data and counts `num_train_timesteps` up to the noise."""
+    steps = int(settings.get("num_train_timesteps", 1000))
+    path = straight_path(data_first=True)
+    return PathDenoiser(
+        network, path, "velocity", condition=lambda time: steps * time, levels=levels, **options
+    )
+
+
+def _variance_exploding(
+    network: nn.Module, settings: Any, levels: int, options: dict[str, Any]
+) -> PathDenoiser:
+    """A score, conditioned on sigma."""
+    path = ve_path(settings["sigma_min"], settings["sigma_max"], settings["sampling_eps"])
+    sigma = partial(_beta, path.amplitudes)
+    return PathDenoiser(network, path, "score", condition=sigma, levels=levels, **options)
+
+
+def _edm(
+    network: nn.Module, settings: Any, predicts: str, levels: int, options: dict[str, Any]
+) -> PathDenoiser:
+    """The bare network of EDM: diffusers keeps the preconditioning in the scheduler."""
+    call = partial(_call_edm, options["call"], settings["sigma_data"], predicts)
+    path = sigma_path(settings["sigma_min"], settings["sigma_max"])
+    return PathDenoiser(network, path, "x0", condition=torch.exp, levels=levels, **{**options, "call": call})
+
+
 def _levels(scheduler: Any, kind: str) -> tuple[NoiseSchedule, Tensor]:
-    """The schedule of `alphas_cumprod`, and the timestep of each level; one of pure noise is left out."""
+    """The schedule of `alphas_cumprod`, and the timestep of each level, without that of pure noise."""
     power = getattr(scheduler, "alphas_cumprod", None)
     if power is None:
         raise UserError(
@@ -123,7 +161,7 @@ def _call(
 def _call_at_levels(
     call: Callable[..., Tensor], network: Any, y: Tensor, timestep: Tensor, label: Tensor | None
 ) -> Tensor:
-    """The same with whole timesteps, which a learned time embedding looks up."""
+    """As `_call`, with integer timesteps, which a learned time embedding needs."""
     return call(network, y, timestep.round().long(), label)
 
 
@@ -136,7 +174,7 @@ def _call_edm(
     sigma: Tensor,
     label: Tensor | None,
 ) -> Tensor:
-    """The denoised image of a bare network: diffusers keeps EDM's preconditioning in the scheduler."""
+    """The denoised image of a bare network, by EDM's preconditioning (arXiv 2206.00364, eq. 7)."""
     column = sigma.to(y).view(-1, *[1] * (y.dim() - 1))
     total = column**2 + sigma_data**2
     out = call(network, y * total.rsqrt(), 0.25 * sigma.log(), label)
@@ -169,8 +207,8 @@ def load_diffusers(folder: str | Path) -> Foreign:
     folder: of a pipeline (with `unet/` or `transformer/`, and `scheduler/`), or of a network with
     `scheduler_config.json` beside its `config.json`. Nothing is fetched, and no code in it is run: weights
     are read as tensors alone.
-    Raises UserError for a folder that is no such one, a network of another kind (one of latents, that of a
-    pipeline with `vae/`, too), and weights that do not belong to it.
+    Raises UserError for another folder, an unsupported network (also one of latents, in a pipeline with
+    `vae/`), and weights that do not fit the network.
     """
     try:
         import diffusers
@@ -195,7 +233,7 @@ def load_diffusers(folder: str | Path) -> Foreign:
 
 
 def fetch(repo: str) -> Path:
-    """The folder of a model of the Hugging Face hub, fetched once and kept by `huggingface_hub`.
+    """The folder of a model of the Hugging Face hub, downloaded once and cached by `huggingface_hub`.
 
     repo: "OWNER/NAME". Raises UserError where the package or the model cannot be had.
     """
@@ -244,7 +282,7 @@ def _scheduler_kind(diffusers: Any, settings: dict[str, Any], where: Path) -> An
 
 
 def _load_weights(network: nn.Module, folder: Path) -> None:
-    """Strictly: every tensor of the network, and no other."""
+    """Loads a state_dict strictly; UserError for a missing, unexpected or misshapen tensor."""
     file = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if file is None:
         raise bad(folder, f"holds no {' or '.join(_WEIGHTS)}; save the network in one file")

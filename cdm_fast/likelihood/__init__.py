@@ -1,22 +1,19 @@
-"""Likelihood of real data in bits per dimension, the audit of it, and what else the level posterior tells.
+"""Likelihood of real data in bits per dimension, its audit, and estimates of noise from the level posterior.
 
-`evaluate` takes one forward pass; `flow_log_prob` (ODE) and `variational_bound` use the same network's
-denoiser alone, and `measure_log_z` integrates the single-pass density. `audit` puts them side by side.
+`evaluate` takes one forward pass. `evaluate_ode` (`flow_log_prob`) and `evaluate_elbo` (`variational_bound`)
+use the same network's denoiser alone, and `measure_log_z` integrates the single-pass density. `audit` puts
+them side by side.
 """
 
+from cdm_fast.config.choices import Given
 from cdm_fast.likelihood.audits import (
     AuditReport,
     DenoiserAudit,
-    ElboReport,
-    OdeReport,
     audit,
     audit_denoiser,
-    evaluate_elbo,
-    evaluate_ode,
-    without_images,
 )
 from cdm_fast.likelihood.elbo import VariationalBound, variational_bound
-from cdm_fast.likelihood.given import Given
+from cdm_fast.likelihood.elbo_report import ElboReport, evaluate_elbo
 from cdm_fast.likelihood.levels import (
     SigmaCalibration,
     calibrate_sigma,
@@ -27,8 +24,10 @@ from cdm_fast.likelihood.levels import (
 )
 from cdm_fast.likelihood.log_z import Normalisation, measure_log_z
 from cdm_fast.likelihood.ode import ContinuousDenoiser, FlowLikelihood, flow_log_prob
+from cdm_fast.likelihood.ode_report import OdeReport, evaluate_ode
 from cdm_fast.likelihood.ratios import RatioCheck, ratio_check
 from cdm_fast.likelihood.single_pass import LikelihoodReport, evaluate
+from cdm_fast.likelihood.units import bits_per_dim
 
 __all__ = [
     "AuditReport",
@@ -45,6 +44,7 @@ __all__ = [
     "VariationalBound",
     "audit",
     "audit_denoiser",
+    "bits_per_dim",
     "calibrate_sigma",
     "denoise_blind",
     "estimate_level",
@@ -57,5 +57,4 @@ __all__ = [
     "mse_per_level",
     "ratio_check",
     "variational_bound",
-    "without_images",
 ]

@@ -1,9 +1,9 @@
-"""The variational bound on log p_0: what the denoiser alone is worth as a code, level by level.
+"""The variational bound on log p_0: the code length of the denoiser's ancestral chain, level by level.
 
-The generative chain goes from pure noise down the levels, one Gaussian a step; each step costs
-`KL(q(x_prev | x_t, x_0) || p(x_prev | x_t))` (DDPM, arXiv 2006.11239, eq. 5). Given `x0_hat` the mean of q's
-posterior with x0_hat in place of x_0 is p's mean, and p's variance is the best one for the error that the
-denoiser makes at that level (arXiv 2201.06503): measured on half of the images, used for the other half.
+The chain goes from pure noise down the levels, one Gaussian a step; each step costs
+`KL(q(x_prev | x_t, x_0) || p(x_prev | x_t))` (DDPM, arXiv 2006.11239, eq. 5). The mean of p is that of q with
+x0_hat in place of x_0; its variance is the optimal one for the denoiser's error at that level (arXiv
+2201.06503), measured on half of the images and used for the other half.
 
 # n images, d values of one image, m levels
 """
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from cdm_fast.errors import UserError
 from cdm_fast.host.device import upload
-from cdm_fast.host.distributed import gather_rows, share
-from cdm_fast.model import Denoiser, measures
+from cdm_fast.host.distributed import gather_rows, rank_range
+from cdm_fast.model import Denoiser, evaluation_mode
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class VariationalBound:
     """An upper bound on `-log p_0(x)` in nats, and its terms.
 
     Fields:
-        nats: (n,) the bound of each image, an unbiased estimate of its expectation over noise.
+        nats: (n,) the bound on `-log p_0` of each image, an unbiased estimate of its mean over noise.
         prior: mean of `KL(q(x_T | x_0) || N(0, I))`, T the noisiest level used.
-        levels: the m levels used, 1 <= lowest first.
+        levels: the m levels of the chain, lowest first.
         steps: mean cost of the step that ends at each of them but the last: `levels[i+1] -> levels[i]`.
         reconstruction: mean of `-log p(x_0 | x_t)` at the lowest level, Gaussian around x0_hat.
         mse: mean of `(eps_hat - eps)^2` at each level.
@@ -42,7 +42,7 @@ class VariationalBound:
     mse: list[float]
 
 
-@measures
+@evaluation_mode
 def variational_bound(
     model: Denoiser,
     x: Tensor,
@@ -52,10 +52,11 @@ def variational_bound(
     batch_size: int = 256,
     label: Tensor | None = None,
 ) -> VariationalBound:
-    """The bound at each of `x` (n, ...), dequantised data on the model's device, n >= 2.
+    """The bound on `-log p_0` of every image of `x`; see `VariationalBound`.
 
     Args:
-        levels: those that the chain passes through, in 1..T; all by default. Fewer make it looser.
+        x: (n, ...) dequantised data on the model's device, n >= 2.
+        levels: those of the chain, in 1..T; all by default. Fewer make the bound looser.
         seed: of the noise; every level has its own.
         batch_size: images per evaluation.
         label: (n,) int64, for a bound on `-log p_0(x|label)` of a class-conditional model.
@@ -99,23 +100,23 @@ def _squared_error(
     generator: torch.Generator,
     batch_size: int,
 ) -> Tensor:
-    """`|eps_hat - eps|^2` in float64 of this process's share of the images."""
-    a, s = float(model.schedule.a[t]), float(model.schedule.s[t])
+    """`|eps_hat - eps|^2` at level t, float64, of this process's share of the images (n, ...)."""
     noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
     errors = [torch.empty(0, dtype=torch.float64, device=x.device)]  # for a process without images
-    mine = share(len(x))
+    mine = rank_range(len(x))
     x, noise = x[mine.start : mine.stop], noise[mine.start : mine.stop]
     label = None if label is None else upload(label[mine.start : mine.stop], x.device)
     for first in range(0, len(x), batch_size):
         rows = slice(first, first + batch_size)
         eps = upload(noise[rows], x.device)
-        residual = model.denoise(a * x[rows] + s * eps, t, None if label is None else label[rows]) - eps
+        x_t = model.schedule.noise(x[rows], t, eps)
+        residual = model.denoise(x_t, t, None if label is None else label[rows]) - eps
         errors.append(residual.double().square().flatten(1).sum(1))
     return torch.cat(errors)
 
 
 def _mean_of_other_half(error: Tensor) -> Tensor:
-    """(m, n): for an even image the mean over odd ones, and the other way round."""
+    """Mean error (m, n) over the other half of the images: over odd ones for even ones, and vice versa."""
     means = torch.empty_like(error)
     means[:, 0::2] = error[:, 1::2].mean(1, keepdim=True)
     means[:, 1::2] = error[:, 0::2].mean(1, keepdim=True)
@@ -131,10 +132,11 @@ def _step_cost(
     a_prev: float,
     s_prev: float,
 ) -> Tensor:  # (n,) nats
-    """KL between q's Gaussian of x_prev and p's, which is wider by the squared distance of means expected.
+    """KL divergence of p's Gaussian of x_prev from q's.
 
-    With `v = s^2 - (a/a_prev)^2 s_prev^2` q's variance is `v s_prev^2 / s^2` (DDPM eq. 7), and the means are
-    `a_prev v / (s a) |eps_hat - eps|` apart.
+    With `v = s^2 - (a/a_prev)^2 s_prev^2` the variance of q is `v s_prev^2 / s^2` (DDPM eq. 7), the distance
+    of the means is `a_prev v / (s a) |eps_hat - eps|`, and the variance of p is that of q plus the expected
+    square of this distance.
     """
     v = s**2 - (a / a_prev * s_prev) ** 2
     variance = v * (s_prev / s) ** 2

@@ -1,33 +1,30 @@
-"""Of whom a class-conditional model's likelihood is: of an image given its label, of all classes together, or
-what the model says without a label.
+"""What a class-conditional model's likelihood is conditioned on: a label, no label, or all classes at once.
 
 # n images, K classes
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from cdm_fast.config.choices import Given
 from cdm_fast.data import ImageData
 from cdm_fast.errors import UserError
 from cdm_fast.host.device import upload
 from cdm_fast.model import CDM, Denoiser
 
-Given = Literal["label", "none", "all"]
-
 
 def num_classes_of(model: Denoiser) -> int | None:
-    """K of a class-conditional model, or None."""
+    """K of a class-conditional model, or None for a model without classes."""
     own = getattr(model, "num_classes", None)
     return own if own is not None else getattr(model.network, "num_classes", None)
 
 
 def labels_given(model: Denoiser, data: ImageData, given: Given) -> Tensor | None:
-    """(n,) int64 labels with which the images are scored, or None without.
+    """The labels (n,) int64 on which the likelihoods of `data` are conditioned; None for "none" and "all".
 
-    Raises UserError for a model without classes, data without labels, and labels of other classes.
+    Raises UserError for a model without classes, data without labels, and labels unknown to the model.
     """
     if given == "none":
         return None
@@ -38,17 +35,22 @@ def labels_given(model: Denoiser, data: ImageData, given: Given) -> Tensor | Non
         return None
     if data.labels is None:
         raise UserError(f"--given label: {data.name} has no labels; give labelled data, or --given all")
-    low, high = int(data.labels.min()), int(data.labels.max())
-    if low < 0 or high >= num_classes:
-        raise UserError(
-            f"{data.name} holds label {low if low < 0 else high}, and the model knows the classes 0 to"
-            f" {num_classes - 1}; give data of the same classes"
-        )
+    require_known(data.labels, num_classes, data.name)
     return data.labels
 
 
+def require_known(labels: Tensor, num_classes: int, name: str) -> None:
+    """Raises UserError for labels (n,) of the data set `name` outside 0..K-1."""
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise UserError(
+            f"{name} holds label {low if low < 0 else high}, out of range: the model knows the classes 0 to"
+            f" {num_classes - 1}; give data of the same classes, or relabel it"
+        )
+
+
 def log_class_prior(model: Denoiser) -> Tensor:
-    """(K,) float64 in nats, on the CPU: a CDM's own, or equal shares."""
+    """`log p(c)` (K,) in nats, float64, on the CPU: a CDM's own prior, or a uniform one."""
     num_classes = num_classes_of(model)
     assert num_classes is not None, "`labels_given` has refused a model without classes"
     if isinstance(model, CDM) and model.log_class_prior is not None:
@@ -58,8 +60,8 @@ def log_class_prior(model: Denoiser) -> Tensor:
 
 def of_all_classes(
     model: Denoiser, count: int, log_prob: Callable[[Tensor], Tensor]
-) -> Tensor:  # (count,) float64 nats, where `log_prob` leaves them
-    """`log sum_c p(c) p(x|c)` from `log_prob(label (count,))`, one call for each class."""
+) -> Tensor:  # (count,) float64, on the device of what `log_prob` returns
+    """`log sum_c p(c) p(x|c)` of `count` images in nats, from one `log_prob(label (count,))` a class."""
     prior = log_class_prior(model)
     each = torch.stack([log_prob(torch.full((count,), c)).double() for c in range(len(prior))])
     return (each + upload(prior, each.device)[:, None]).logsumexp(0)

@@ -1,6 +1,6 @@
-"""What the level posterior tells of single images: how noisy they are, and how well levels are told apart.
+"""The noise of single images, estimated from their density at every level; and denoising errors by level.
 
-# B batch, n images, L = T+2 noise levels
+# B batch, n images, L = T+2 noise levels, d = C*H*W, N bins of neighbouring levels, P probes
 """
 
 import math
@@ -16,21 +16,25 @@ from cdm_fast.data.draws import choose_images, draw_images
 from cdm_fast.host.device import upload
 from cdm_fast.host.distributed import by_rows
 from cdm_fast.likelihood.units import require_denoiser
-from cdm_fast.model import CDM, Denoiser, measures
+from cdm_fast.model import CDM, Denoiser, evaluation_mode
 from cdm_fast.model.cdm import require_likelihood
-from cdm_fast.model.schedule import add_noise, spread
+from cdm_fast.model.schedule import evenly_spaced
 
 
-@measures
+@evaluation_mode
 def estimate_level(model: Denoiser, y: Tensor, batch_size: int = 256) -> tuple[Tensor, Tensor]:
-    """The noise of `y = x_0 + sigma n`, by maximum likelihood over levels: `(level (n,) int64, sigma (n,))`.
+    """The noise of `y = x_0 + sigma n` by maximum likelihood over levels: `(level (n,) int64, sigma (n,))`.
 
     At the true level `a_t y` is distributed as `x_t`, so the density of y there is `p_t(a_t y) a_t^d`; levels
-    0..T are searched, first on a coarse grid and then around its best. Of a model that only denoises the
+    0..T are searched, first on a coarse grid and then around its best. For a model that only denoises, the
     density as a function of sigma is integrated from its denoiser (`_by_diffusion`).
 
     Args:
         y: (n, *input_shape) in the units of the data ([-1, 1] plus noise); sigma is in the same units.
+        batch_size: levels per evaluation.
+
+    Raises:
+        UserError: a classifier.
     """
     if not isinstance(model, CDM):
         level = _by_diffusion(model, y)
@@ -49,10 +53,12 @@ def estimate_level(model: Denoiser, y: Tensor, batch_size: int = 256) -> tuple[T
 
 @dataclass(frozen=True)
 class SigmaCalibration:
-    """Known noise against the estimated, in units of the data ([-1, 1]).
+    """Known noise against estimated noise, in units of the data ([-1, 1]).
 
-    Fields: sigma, what was added; median, low, high: of the estimates, low and high their 10th and 90th
-    percentile over images.
+    Fields:
+        sigma: the noise that is added.
+        median, low, high: median, 10th and 90th percentile over images of the estimates of it.
+        num_images: on which it is measured.
     """
 
     sigma: list[float]
@@ -66,14 +72,24 @@ class SigmaCalibration:
         return asdict(self)
 
 
-SIGMAS = (0.01, 2.0)  # least and most noise that a calibration adds, where the schedule reaches so far
+SIGMAS = (0.01, 2.0)  # range of the noise that a calibration adds, as far as the schedule covers it
 
 
-@measures
+@evaluation_mode
 def calibrate_sigma(
     model: CDM, data: ImageData, num_images: int = 16, points: int = 8, seed: int = 0, batch_size: int = 256
 ) -> SigmaCalibration:
-    """Adds noise of `points` known sigmas, even in their logarithm, to images and estimates it again."""
+    """Adds noise of `points` known sigmas, even in their logarithm, to images and estimates it from them.
+
+    Args:
+        num_images: drawn from `data` without replacement; all of them if there are fewer.
+        points: how many sigmas.
+        seed: of the images and their noise.
+        batch_size: of `estimate_level`.
+
+    Raises:
+        UserError: a model without likelihood.
+    """
     require_likelihood(model)
     generator = torch.Generator().manual_seed(seed)
     index, x = choose_images(data, num_images, generator)
@@ -90,38 +106,47 @@ def calibrate_sigma(
     return SigmaCalibration(sigma.tolist(), median, low, high, len(index))
 
 
-@measures
+@evaluation_mode
 def denoise_blind(model: Denoiser, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Denoise `y = x_0 + sigma n` of unknown sigma: `(x0_hat like y, sigma (n,), level (n,) int64)`."""
+    """Denoises `y = x_0 + sigma n` of unknown sigma: `(x0_hat like y, sigma (n,), level (n,) int64)`.
+
+    Arguments and errors as of `estimate_level`.
+    """
     level, sigma = estimate_level(model, y)
     a, _ = model.amplitudes(level, y)
     return model.predict_x0(a * y, level), sigma, level
 
 
-@measures
+@evaluation_mode
 def mse_per_level(
     model: Denoiser, data: ImageData, max_levels: int = 25, num_images: int = 128, seed: int = 0
 ) -> tuple[list[int], list[float]]:
-    """`(levels in 1..T, mean((eps_hat - eps)^2) at each)` on `num_images` images of `data`."""
-    levels = spread(1, model.schedule.T, max_levels)
+    """Denoising error by level: `(levels in 1..T, mean((eps_hat - eps)^2) at each)`.
+
+    The error is per value, in units of the noise variance, on `num_images` images of `data` drawn with
+    replacement at each of at most `max_levels` levels spread evenly.
+    """
+    levels = evenly_spaced(1, model.schedule.T, max_levels)
     generator = torch.Generator().manual_seed(seed)
     errors = []
     for t in levels:
         x = draw_images(data, num_images, generator)
         eps = torch.randn(x.shape, generator=generator)
-        a, s = model.schedule.gather(t, x)
-        eps_hat = by_rows(partial(model.denoise, level=t), upload(a * x + s * eps, model.a.device)).cpu()
+        x_t = upload(model.schedule.noise(x, t, eps), model.a.device)
+        eps_hat = by_rows(partial(model.denoise, level=t), x_t).cpu()
         errors.append(float((eps_hat - eps).square().mean()))
     return levels, errors
 
 
-@measures
+@evaluation_mode
 def level_confusion(
     model: CDM, data: ImageData, bins: int = 25, num_images: int = 64, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """`(edges (bins+1,), matrix (bins, bins))`: true range of levels against the posterior's mass in each.
+    """The level posterior by true level, in N bins of levels: `(edges (N+1,) int64, matrix (N, N) float64)`.
 
-    Rows are true ranges and sum to 1. Fewer levels than `bins` give one range per level.
+    Row i is the mean posterior mass in every bin of `num_images` images at levels of bin i, and sums to 1.
+    With fewer levels than `bins` every level has a bin of its own. Raises UserError for a model without
+    likelihood.
     """
     require_likelihood(model)
     num_levels = model.schedule.num_levels
@@ -131,26 +156,26 @@ def level_confusion(
     for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         x = draw_images(data, num_images, generator)
         level = torch.randint(low, high, (num_images,), generator=generator)
-        x_t = upload(add_noise(model.schedule, x, level, generator), model.a.device)
+        x_t = upload(model.schedule.noise(x, level, generator=generator), model.a.device)
         posterior = by_rows(model.log_posterior, x_t).exp()
         mass = posterior.double().mean(dim=0).cpu().cumsum(0)
         rows.append(torch.diff(mass[edges[1:] - 1], prepend=torch.zeros(1, dtype=mass.dtype)))
     return edges, torch.stack(rows)
 
 
-BLIND_LEVELS, BLIND_PROBES = 64, 8
+BLIND_LEVELS, BLIND_PROBES = 64, 8  # of the search without likelihood
 
 
 def _by_diffusion(model: Denoiser, y: Tensor) -> Tensor:
-    """(n,) the t in 1..T that maximises the density of `y = x_0 + sigma_t n`, from eps_hat alone.
+    """The level (n,) in 1..T that maximises the density of `y = x_0 + sigma_t n`, from eps_hat alone.
 
-    With noise the density of y follows the heat equation, so along log sigma its logarithm at a fixed y has
-    the slope `|eps_hat|^2 - sigma div_y eps_hat`. It is summed over levels even in log sigma; the divergence
-    is Hutchinson's, with fixed signs.
+    The density of y follows the heat equation, so that its logarithm at a fixed y has the slope
+    `|eps_hat|^2 - sigma div_y eps_hat` in log sigma. The slope is integrated over levels even in log sigma;
+    the divergence is Hutchinson's estimate with fixed random signs.
     """
     require_denoiser(model)
     steps = min(BLIND_LEVELS, model.schedule.T)
-    levels = [t for t, _ in reversed(model.schedule.pairs(steps, "log_snr"))]
+    levels = model.schedule.grid(steps, "log_snr")[-2::-1]
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(2, (BLIND_PROBES, *y.shape), generator=generator).to(y) * 2 - 1
     slope = torch.stack([_slope(model, y, t, signs) for t in levels])  # (m, n)
@@ -161,7 +186,7 @@ def _by_diffusion(model: Denoiser, y: Tensor) -> Tensor:
 
 
 def _slope(model: Denoiser, y: Tensor, t: int, signs: Tensor) -> Tensor:
-    """(n,) `d log p(y) / d log sigma` at level t."""
+    """`d log p(y) / d log sigma` (n,), float64, at level t, from random signs (P, n, ...)."""
     a, s = float(model.schedule.a[t]), float(model.schedule.s[t])
     with torch.enable_grad():
         x = (a * y).requires_grad_()
@@ -174,11 +199,11 @@ def _slope(model: Denoiser, y: Tensor, t: int, signs: Tensor) -> Tensor:
 
 def _most_likely(model: CDM, y: Tensor, levels: list[int], batch_size: int) -> int:
     """The t among `levels` that maximises `log p_t(a_t y) + d log a_t` for one `y` (*input_shape)."""
-    scores = []
+    log_density = []
     for first in range(0, len(levels), batch_size):
         level = upload(torch.tensor(levels[first : first + batch_size]), y.device)
         copies = y.expand(len(level), *y.shape)
         a, _ = model.amplitudes(level, copies)
         log_prob = model.log_prob(a * copies, level).double()
-        scores.append(log_prob + y.numel() * model.a[level].log())
-    return levels[int(torch.cat(scores).argmax())]
+        log_density.append(log_prob + y.numel() * model.a[level].log())
+    return levels[int(torch.cat(log_density).argmax())]

@@ -1,8 +1,8 @@
-"""Likelihood by the probability-flow ODE: what the score alone says, whatever the logits' constants are.
+"""Likelihood by the probability-flow ODE, which depends on the score alone and not on the logits' constants.
 
-The flow of arXiv 2011.13456, section 4.3, carries `x_t` to noise so that on the way it has the density of
-every level. It reads eps_hat and its divergence only: its figure shares the network with the single pass but
-not the normalisation, for any velocity field whatever transports a normalised density.
+The flow of arXiv 2011.13456, section 4.3, carries `x_t` to noise so that its marginal at every level is that
+level's density. It reads eps_hat and its divergence only: its figure shares the network with the single pass,
+and is normalised by construction, since any velocity field carries a normalised density to a normalised one.
 
 In `u = x_t / r`, `r = sqrt(a^2 + s^2)`, every schedule is variance-preserving, and `alpha = a/r`,
 `zeta = s/r` are functions of the log-SNR `l` alone. Three stretches,
@@ -12,11 +12,11 @@ derived in docs/explanation/likelihood.md:
 - from T to pure noise: x0_hat goes linearly in alpha to the mean of the data, its value at u = 0;
 - from 0 to 1, where no score is trained: the score of `x_1 / a_1`, held.
 
-A model with a path in continuous time (`ContinuousDenoiser`) is asked at every time that the solver wants,
-with no levels between: from its least noisy time, where an image is taken as it is, to its noisiest, where
-the density is taken for N(0, beta^2 I), as its own program does.
+A model with a path in continuous time (`ContinuousDenoiser`) is evaluated at the solver's own times, without
+levels: from its least noisy time, where an image is taken as it is, to its noisiest, where the density is
+taken to be N(0, beta^2 I), as the model's own program does.
 
-# B batch, d values of one image, P probes of the divergence
+# B batch, d values of one image, P probes of the divergence, T+2 noise levels
 """
 
 import math
@@ -28,20 +28,20 @@ from torch import Tensor
 
 from cdm_fast.errors import UserError
 from cdm_fast.host.device import upload
-from cdm_fast.model import Denoiser, log_normal, measures
+from cdm_fast.model import Denoiser, evaluation_mode, log_normal
 from cdm_fast.model.denoiser import like_network
 from cdm_fast.model.schedule import NoisePath
 
 Velocity = Callable[[float, Tensor], Tensor]  # (time, u (B, ...)) -> du/dtime, like u
 Solver = Callable[..., tuple[Tensor, Tensor]]
 
-# Up to this many dimensions the divergence is exact unless probes are asked for; above it, so many probes.
+# By default the divergence is exact up to so many dimensions, and estimated from so many probes above.
 EXACT_DIMENSIONS = 16
 DEFAULT_PROBES = 4
 
 
 class ContinuousDenoiser(Denoiser):
-    """A denoiser that knows its path in continuous time; levels 1..T are times of it."""
+    """A denoiser with a path in continuous time, of which levels 1..T are some times."""
 
     path: NoisePath
 
@@ -61,15 +61,17 @@ class ContinuousDenoiser(Denoiser):
 
 @dataclass(frozen=True)
 class FlowLikelihood:
-    """Log-likelihoods by the flow: at the level where it started, and at those recorded on the way.
+    """Log-likelihoods by the flow: at the level where it starts, and at those recorded on the way.
 
     Fields:
         log_prob: (B,) nats.
         probe_stderr: (B,) nats, from the spread over probes; 0 where the divergence is exact.
         levels: the n levels recorded.
-        x: (n, B, ...) `x_t` on the trajectory at each.
-        log_prob_at: (n, B) nats, `log p_t` of it.
-        evaluations: of the velocity and its divergence by the solver.
+        x: (n, B, ...) `x_t` of each trajectory at these levels.
+        log_prob_at: (n, B) its `log p_t` in nats.
+        evaluations: how often the solver evaluates the velocity and its divergence.
+        noise_norm: (B,) squared norm `|u|^2` of the noise where each trajectory ends: chi-squared with d
+            degrees of freedom for draws of the model's density, far larger where a trajectory has run away.
     """
 
     log_prob: Tensor
@@ -78,9 +80,10 @@ class FlowLikelihood:
     x: Tensor
     log_prob_at: Tensor
     evaluations: int
+    noise_norm: Tensor
 
 
-@measures
+@evaluation_mode
 def flow_log_prob(
     model: Denoiser,
     x: Tensor,
@@ -97,16 +100,30 @@ def flow_log_prob(
     Args:
         x: (B, ...), on the model's device.
         level: 0..T, of x.
-        tolerance: rtol and atol of the solver (Dormand-Prince 5(4)), which chooses its steps by it.
+        tolerance: rtol and atol of the adaptive solver (Dormand-Prince 5(4)).
         probes: random +-1 vectors of Hutchinson's estimate of the divergence, fixed along a trajectory; 0
             is the exact divergence, at d times the cost of a probe. By default exact up to
             `EXACT_DIMENSIONS`, `DEFAULT_PROBES` above.
-        seed: of the probes; an image's depend on its place in x too, not on what comes after it.
+        seed: of the probes; those of an image depend on its index in x too, and not on later images.
         levels: levels above `level` and up to T to record on the way.
         label: (B,) int64, for `log p(x|label)` of a class-conditional model.
 
     Raises:
         UserError: torchdiffeq is missing, an argument is out of range, or the solver gave up.
+
+    For pixels from N(0, I) the flow stands still, and the density is known:
+
+    >>> from cdm_fast import DDM, NoiseSchedule
+    >>> class StandardNormal(DDM):
+    ...     def denoise(self, x, level, label=None):
+    ...         return self.amplitudes(self.schedule.levels(level, x), x)[1] * x
+    >>> model = StandardNormal(torch.nn.Identity(), NoiseSchedule.cosine(T=200))
+    >>> x = torch.tensor([[0.0, 0.0], [1.0, -1.0]])
+    >>> flow = flow_log_prob(model, x, level=3)
+    >>> bool(torch.allclose(flow.log_prob, log_normal(x).double(), atol=1e-3))
+    True
+    >>> flow.probe_stderr.tolist(), [round(value, 3) for value in flow.noise_norm.tolist()]
+    ([0.0, 0.0], [0.0, 2.0])
     """
     solver = load_solver()
     T = model.schedule.T
@@ -124,7 +141,7 @@ def flow_log_prob(
 
 
 def load_solver() -> Solver:
-    """`odeint` of torchdiffeq; UserError that says how to get it."""
+    """`odeint` of torchdiffeq; raises UserError where it is not installed."""
     try:
         from torchdiffeq import odeint
     except ImportError:
@@ -135,7 +152,7 @@ def load_solver() -> Solver:
 
 
 class _Flow:
-    """One batch on its way from its level to noise: the state is u and the integrals of its divergence."""
+    """The flow of one batch from its level to noise; the state is u and the integral of its divergence."""
 
     def __init__(
         self,
@@ -166,6 +183,7 @@ class _Flow:
         self.divergence = self.u.new_zeros(len(x), max(1, probes))  # (B, P), its integral so far
 
     def run(self, level: int, levels: list[int]) -> FlowLikelihood:
+        """Integrates from `level` to pure noise, by way of the ascending `levels` to record."""
         T, log_snr = self.schedule.T, self.schedule.log_snr
         log_volume = 0.0  # log p_level(x) - log p(u), the change of coordinates at the start
         if level == 0:
@@ -185,19 +203,19 @@ class _Flow:
             states, divergences = self._integrate(self._between_levels, times)
         self._integrate(self._to_noise, [0.0, 1.0])
         kept = [stops.index(t) for t in levels]
-        return self._found(
-            log_normal(self.u), log_volume, levels, states[kept], divergences[kept], self.r[levels]
-        )
+        return self._found(1.0, log_volume, levels, states[kept], divergences[kept], self.r[levels])
 
     def _found(
         self,
-        base: Tensor,  # (B,) log-density of where the flow ended
+        noise_scale: float,  # the state at the end is a draw of N(0, noise_scale^2 I)
         log_volume: float,
         levels: list[int],
         states: Tensor,  # (n, B, ...) at those levels
         divergences: Tensor,  # (n, B, P)
         radius: Tensor,  # (n,) x over state
     ) -> FlowLikelihood:
+        noise = self.u / noise_scale
+        base = log_normal(noise) - self.dim * math.log(noise_scale)  # (B,)
         each = base[:, None] + self.divergence + log_volume  # (B, P)
         radius = radius.to(self.u)
         rest = (self.divergence - divergences).mean(2)  # (n, B), from each level to noise
@@ -208,10 +226,11 @@ class _Flow:
             x=states * radius.view(-1, *[1] * self.u.dim()),
             log_prob_at=base + rest - self.dim * radius.log()[:, None],
             evaluations=self.evaluations,
+            noise_norm=noise.square().flatten(1).sum(1),
         )
 
     def _integrate(self, velocity: Velocity, times: list[float]) -> tuple[Tensor, Tensor]:
-        """The states at `times`; the last one becomes the flow's own."""
+        """The states (n, B, ...) and divergences (n, B, P) at `times`; the last replace the flow's own."""
 
         def rate(time: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             self.evaluations += 1
@@ -226,16 +245,16 @@ class _Flow:
                 atol=self.tolerance,
                 method="dopri5",
             )
-        except AssertionError as error:  # torchdiffeq's word for a step of length zero, or NaN
+        except AssertionError as error:  # torchdiffeq raises it for a step of length zero, or NaN
             raise UserError(
-                f"the ODE solver gave up at tolerance {self.tolerance} ({error}): the network is too rough or"
-                " not finite there; give a larger tolerance"
+                f"the ODE solver gave up at tolerance {self.tolerance} ({error}): the network is too rough"
+                " or not finite there; give a larger tolerance"
             ) from None
         self.u, self.divergence = states[-1], divergences[-1]
         return states, divergences
 
     def _with_divergence(self, velocity: Velocity, time: float, u: Tensor) -> tuple[Tensor, Tensor]:
-        """The velocity, and its divergence (B, P): `v^T J v` of every probe, or summed over the axes."""
+        """The velocity like u, and its divergence: `v^T J v` of every probe (B, P), or exact (B, 1)."""
         with torch.enable_grad():
             u = u.detach().requires_grad_()
             rate = velocity(time, u)
@@ -247,13 +266,14 @@ class _Flow:
         return rate.detach(), divergence.sum(1, keepdim=True) if self.exact else divergence
 
     def _eps_hat(self, u: Tensor, levels: list[int]) -> Tensor:
-        """(len(levels), B, ...): eps_hat of every level at `x_t = r_t u`, as one batch."""
+        """eps_hat (len(levels), B, ...) of every level at `x_t = r_t u`, evaluated as one batch."""
         x = like_network(self.model, torch.cat([float(self.r[t]) * u for t in levels]))
         index = upload(torch.tensor(levels).repeat_interleave(len(u)), u.device)
         label = None if self.label is None else self.label.repeat(len(x) // len(self.label))
         return self.model.denoise(x, index, label).to(u.dtype).unflatten(0, (len(levels), -1))
 
     def _between_levels(self, log_snr: float, u: Tensor) -> Tensor:
+        """`du/dl` at log-SNR l, with eps_hat interpolated linearly in l between the levels on either side."""
         table = self.schedule.log_snr
         t = int((table[1:-1] >= log_snr).sum().clamp(1, self.schedule.T - 1))  # between levels t and t+1
         low, high = self._eps_hat(u, [t, t + 1])
@@ -266,13 +286,14 @@ class _Flow:
         T = self.schedule.T
         last = float(self.schedule.a[T] / self.r[T])  # alpha of level T
         angle = (1 - time) * math.asin(last)
-        at_zero = u[:1] if self.label is None else u  # one mean for all, or one for each label
+        at_zero = u[:1] if self.label is None else u  # one mean of the data, or one for each label
         both = self._x0_hat_at_T(torch.cat([torch.zeros_like(at_zero), u]))
         mean, of_u = both.split([len(at_zero), len(u)])
         x0_hat = mean + math.sin(angle) / last * (of_u - mean)
         return -math.asin(last) / math.cos(angle) * (x0_hat - math.sin(angle) * u)
 
     def _x0_hat_at_T(self, u: Tensor) -> Tensor:
+        """`x0_hat = (u - zeta eps_hat) / alpha` at level T, like u."""
         T = self.schedule.T
         alpha, zeta = float(self.schedule.a[T] / self.r[T]), float(self.schedule.s[T] / self.r[T])
         return (u - zeta * self._eps_hat(u, [T])[0]) / alpha
@@ -284,7 +305,7 @@ class _Flow:
 
 
 class _OwnFlow(_Flow):
-    """The same in a model's own continuous time and scale: the state is y."""
+    """The flow in a model's own continuous time and scale; the state is y in place of u."""
 
     model: ContinuousDenoiser
 
@@ -298,10 +319,11 @@ class _OwnFlow(_Flow):
         if len(distinct) > 1:
             states, divergences = self._integrate(self._rate, distinct)
         _, beta = path.amplitudes(torch.tensor([path.most]).double())
-        base = log_normal(self.u / float(beta)) - self.dim * math.log(float(beta))
         kept = [distinct.index(time) for time in stops[1:]]
         log_volume = self.dim * math.log(float(scales[level]))
-        return self._found(base, log_volume, levels, states[kept], divergences[kept], 1 / scales[levels])
+        return self._found(
+            float(beta), log_volume, levels, states[kept], divergences[kept], 1 / scales[levels]
+        )
 
     def _rate(self, time: float, y: Tensor) -> Tensor:
         return self.model.flow_rate(time, like_network(self.model, y), self.label).to(y.dtype)

@@ -1,4 +1,7 @@
-"""The first test of a normalisation: do neighbouring levels agree?"""
+"""The cheapest check of a normalisation: do the densities of neighbouring levels agree?
+
+# n images of each level, d = C*H*W, T+2 noise levels
+"""
 
 import math
 from dataclasses import dataclass
@@ -10,30 +13,30 @@ from cdm_fast.data.draws import draw_images
 from cdm_fast.host.device import upload
 from cdm_fast.host.distributed import by_rows
 from cdm_fast.likelihood.units import nats_per_bit_per_dim
-from cdm_fast.model import CDM, measures
+from cdm_fast.model import CDM, evaluation_mode
 from cdm_fast.model.cdm import require_likelihood
-from cdm_fast.model.schedule import add_noise, spread
-from cdm_fast.statistics import stderr
+from cdm_fast.model.schedule import evenly_spaced
+from cdm_fast.statistics import standard_error
 
 
 @dataclass(frozen=True)
 class RatioCheck:
     """How far the model's neighbouring levels are from normalised densities, measured on real images.
 
-    The mean of `p_t / p_{t+1}` under `p_{t+1}` is 1 for the true densities. The ratio is heavy-tailed, most
-    of all near the data: few images carry the mean, and the error bar, taken from the same images, is too
-    short when a rare large ratio was missed.
+    The mean of `p_t / p_{t+1}` under `p_{t+1}` is 1 for normalised densities. The ratio is heavy-tailed, most
+    of all near the data: few images dominate the mean, and the error bar, taken from the same images, is too
+    short where a rare large ratio is not among them.
 
     Fields:
-        levels: the t that were checked.
+        levels: the levels t that are checked.
         log_mean_ratio: `log E[p_t / p_{t+1}]` in nats at each of them; 0 for true densities.
         log_mean_ratio_stderr: its standard error, `std(ratio) / (mean(ratio) sqrt(n))`, in nats.
         worst: the largest absolute value among them, in nats.
-        worst_level: where.
-        sum_bits_per_dim: their sum in bits/dim, if every t in 0..T was checked, else None: by how much
-            bits/dim at level 0 would rise were every level rescaled to ratio 1. Positive means that the
-            figure is too good.
-        sum_bits_per_dim_stderr: its standard error; every level has images of its own.
+        worst_level: its level.
+        sum_bits_per_dim: their sum in bits/dim if every t in 0..T is checked, else None: by how much bits/dim
+            at level 0 rises when every level is rescaled to ratio 1. Positive means that the figure is too
+            good.
+        sum_bits_per_dim_stderr: its standard error; every level has its own images.
         num_images: images per level.
     """
 
@@ -47,7 +50,7 @@ class RatioCheck:
     num_images: int
 
 
-@measures
+@evaluation_mode
 def ratio_check(
     model: CDM, data: ImageData, max_levels: int = 256, num_images: int = 128, seed: int = 0
 ) -> RatioCheck:
@@ -56,18 +59,22 @@ def ratio_check(
     Args:
         max_levels: checks every t in 0..T, or this many of them spread evenly.
         num_images: images per level, drawn with replacement.
+        seed: of the images and their noise.
+
+    Raises:
+        UserError: a model without likelihood.
     """
     require_likelihood(model)
-    levels = spread(0, model.schedule.T, max_levels)
+    levels = evenly_spaced(0, model.schedule.T, max_levels)
     generator = torch.Generator().manual_seed(seed)
     log_mean, error = [], []
     for t in levels:
         x = draw_images(data, num_images, generator)
-        x_next = upload(add_noise(model.schedule, x, t + 1, generator), model.a.device)
+        x_next = upload(model.schedule.noise(x, t + 1, generator=generator), model.a.device)
         log_prob = by_rows(model.log_prob_levels, x_next)
         ratio = (log_prob[:, t] - log_prob[:, t + 1]).double()
         log_mean.append(float(ratio.logsumexp(0)) - math.log(num_images))
-        error.append(stderr((ratio - log_mean[-1]).exp()))
+        error.append(standard_error((ratio - log_mean[-1]).exp()))
     worst = max(range(len(levels)), key=lambda i: abs(log_mean[i]))
     complete = len(levels) == model.schedule.T + 1
     unit = nats_per_bit_per_dim(data)

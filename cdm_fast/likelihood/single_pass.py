@@ -1,33 +1,33 @@
 """bits/dim of one forward pass per image.
 
-Such a figure is *unaudited*: it is as good as the normalisation that the classifier has learned.
+Such a figure is *unaudited*: it is right as far as the classifier's densities integrate to one.
 
 # B batch, n images, d = C*H*W, N grey levels
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import accumulate
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from cdm_fast.config.choices import Given
 from cdm_fast.data import ImageData
-from cdm_fast.data.draws import Protocol, batches, draw_generator
-from cdm_fast.errors import UserError
+from cdm_fast.data.draws import Protocol, draw_generator
+from cdm_fast.errors import UserError, require_at_least
 from cdm_fast.host.device import upload
 from cdm_fast.host.distributed import by_rows
-from cdm_fast.likelihood.given import Given, labels_given, of_all_classes
+from cdm_fast.likelihood.batches import noised_batches
+from cdm_fast.likelihood.given import labels_given, of_all_classes
 from cdm_fast.likelihood.ratios import RatioCheck, ratio_check
 from cdm_fast.likelihood.units import bits_per_dim
-from cdm_fast.model import CDM, measures
+from cdm_fast.model import CDM, evaluation_mode
 from cdm_fast.model.cdm import require_likelihood
-from cdm_fast.model.schedule import add_noise
 from cdm_fast.nn.working import cast_weights
-from cdm_fast.statistics import stderr
+from cdm_fast.statistics import standard_error
 
 PAPER_PROTOCOL = (
     "not comparable with other bits/dim: pixels are scored as points, without dequantisation, and a density"
@@ -40,21 +40,29 @@ PUBLIC_SCORING = (
     " which is 7 for 256 grey levels"
 )
 
-COST_IMAGES = 256
+COST_IMAGES = 256  # on which the cost of bf16 is measured
+CHECKED_LEVELS, ALL_LEVELS_UP_TO = 64, 256  # of the ratio check, by default
+
+Batches = list[tuple[int, Tensor]]  # (index of the first image, x_t (B, ...)) of each
+LogProb = Callable[[Tensor, int], Tensor]  # (x_t (B, ...), index of its first image) -> log p (B,) in nats
 
 
 @dataclass(frozen=True)
 class LikelihoodReport:
-    """bits/dim of a data set and how it was measured; `per_image` (n,) holds the mean over draws.
+    """bits/dim of a data set by the single pass, and how it was measured.
 
     Fields:
         bits_per_dim: mean over images and draws.
         bits_per_dim_stderr: standard error over images of that mean.
         draw_spread: standard deviation of the mean between dequantisation draws; 0 for one draw.
-        warning: why the figure cannot be compared, if so.
+        draws, level, method, protocol, num_images, data, split: what was measured.
+        seconds, images_per_second: time of the scoring; every draw counts its images.
+        ratio_check: the check of neighbouring levels; None where it was skipped.
+        warning: why the figure cannot be compared with others; None where it can.
         precision: of the network: "fp32" or "bf16".
-        given: "label", each image given its label; "all", of all classes; "none", without a label.
         precision_cost: what bf16 adds to bits/dim, on the first `COST_IMAGES` images; None in fp32.
+        given: "label", each image given its label; "all", of all classes; "none", without a label.
+        per_image: (n,) bits/dim of each image, mean over draws.
     """
 
     bits_per_dim: float
@@ -83,11 +91,12 @@ class LikelihoodReport:
         return fields
 
 
-@measures
+@evaluation_mode
 def evaluate(
     model: CDM,
     data: ImageData,
     level: int = 0,
+    *,
     draws: int = 3,
     batch_size: int = 500,
     seed: int = 0,
@@ -96,7 +105,7 @@ def evaluate(
     precision: Literal["fp32", "bf16"] = "fp32",
     given: Given = "none",
 ) -> LikelihoodReport:
-    """bits/dim of `data` under the model's one-pass likelihood at `level`.
+    """bits/dim of `data` under the model's one-pass likelihood at `level` (CDM Thm 3.2).
 
     `bits/dim = -log2 p_t(x_t) / d + log2(N / 2)`, with `x = 2 (u + U[0,1)) / N - 1` for grey values u (or
     both with N-1 around points: see `data.pixels`). The protocol "paper" scores `x = 2u/(N-1) - 1`, without
@@ -113,81 +122,113 @@ def evaluate(
         given: of a class-conditional model: see `LikelihoodReport`. "all" takes a pass per class.
 
     Raises:
-        UserError: a model without likelihood, a level outside 0..T+1, draws below 1, an unknown protocol, and
-            as `labels_given`.
+        UserError: a model without likelihood, a level outside 0..T+1, draws or batch_size below 1, an unknown
+            protocol, and as `labels_given`.
+
+    A network whose weights are zero does not distinguish levels: its density is N(0, I) at each of them.
+
+    >>> from cdm_fast import MLP, NoiseSchedule
+    >>> network = MLP(dim=2, num_levels=12, hidden=4, depth=1)
+    >>> _ = [torch.nn.init.zeros_(parameter) for parameter in network.parameters()]
+    >>> model = CDM(torch.nn.Sequential(torch.nn.Flatten(), network), NoiseSchedule.uniform(T=10))
+    >>> images = torch.full((100, 1, 1, 2), 128, dtype=torch.uint8)  # at x = 0
+    >>> data = ImageData(images, None, num_grey_levels=256, num_classes=None, name="grey", split="test")
+    >>> report = evaluate(model, data)
+    >>> round(report.bits_per_dim, 3)  # log2(2 pi) / 2 + 7
+    8.326
+    >>> report.per_image.shape, report.ratio_check.worst < 1e-6
+    (torch.Size([100]), True)
     """
     require_likelihood(model)
-    if draws < 1:
-        raise UserError(f"draws is {draws}: at least one is needed")
+    require_at_least("draws", draws, 1)
+    require_at_least("batch_size", batch_size, 1)
     if protocol not in ("dequantized", "paper"):
         raise UserError(f"unknown protocol {protocol!r}: choose 'dequantized' or 'paper'")
-    device = model.a.device
-    labels = labels_given(model, data, given)
-    units = replace(data, pixels="intervals") if protocol == "paper" else data  # theirs adds 7 to points
+    log_prob = _log_prob_given(model, level, labels_given(model, data, given), given)
 
-    def log_prob_of(x_t: Tensor, first: int) -> Tensor:
-        """(n,) nats of the images from the one with index `first` on."""
-        if given == "all":
-            each = partial(_of_label, model, x_t, level)
-            return of_all_classes(model, len(x_t), lambda label: by_rows(each(label), _rows(x_t)))
-        label = None if labels is None else labels[first : first + len(x_t)]
-        return by_rows(_of_label(model, x_t, level, label), _rows(x_t))
+    def batches_of(draw: int) -> Iterator[tuple[int, Tensor]]:
+        return noised_batches(model, data, level, batch_size, draw_generator(seed, draw), protocol)
 
+    units = replace(data, pixels="intervals") if protocol == "paper" else data  # the paper's code adds 7 bits
     start = time.perf_counter()
-    bits = torch.empty(draws, len(data.images), dtype=torch.float64)
-    first_inputs: list[Tensor] = []
-    for draw in range(draws):
-        generator = draw_generator(seed, draw)
-        found = []
-        for first, x in batches(data, batch_size, generator, protocol):
-            x_t = upload(add_noise(model.schedule, x, level, generator), device)
-            with cast_weights(model, device, precision):
-                found.append(log_prob_of(x_t, first))
-            if draw == 0 and first < COST_IMAGES:
-                first_inputs.append(x_t[: COST_IMAGES - first])
-        bits[draw] = bits_per_dim(torch.cat(found).cpu(), units)
+    first_images: Batches = []
+    nats = [_score(model, log_prob, _keep_first(batches_of(0), COST_IMAGES, first_images), precision)]
+    nats += [_score(model, log_prob, batches_of(draw), precision) for draw in range(1, draws)]
+    bits = bits_per_dim(torch.stack(nats), units)  # (draws, n)
     seconds = time.perf_counter() - start
-    if check_levels is None:
-        check_levels = 256 if model.schedule.T < 256 else 64
-    check = ratio_check(model, data, check_levels, seed=seed) if check_levels else None
-    per_image = bits.mean(dim=0)
     cost = None
     if precision == "bf16":
-        starts = accumulate([0, *map(len, first_inputs)])
-        pairs = zip(first_inputs, starts, strict=False)
-        exact = torch.cat([log_prob_of(x_t, first) for x_t, first in pairs]).cpu()
-        cost = float((bits[0, : len(exact)] - bits_per_dim(exact, units)).mean())
+        exact = bits_per_dim(_score(model, log_prob, first_images, "fp32"), units)
+        cost = float((bits[0, : len(exact)] - exact).mean())
+    if check_levels is None:
+        check_levels = ALL_LEVELS_UP_TO if model.schedule.T < ALL_LEVELS_UP_TO else CHECKED_LEVELS
     return LikelihoodReport(
-        bits_per_dim=float(per_image.mean()),
-        bits_per_dim_stderr=stderr(per_image),
-        draw_spread=float(bits.mean(dim=1).std()) if draws > 1 else 0.0,
-        draws=draws,
+        **_statistics(bits),
         level=level,
         method="single",
         protocol=protocol,
-        num_images=len(data.images),
         seconds=seconds,
-        images_per_second=draws * len(data.images) / seconds,
+        images_per_second=bits.numel() / seconds,
         data=data.name,
         split=data.split,
-        ratio_check=check,
+        ratio_check=ratio_check(model, data, check_levels, seed=seed) if check_levels else None,
         warning=PAPER_PROTOCOL if protocol == "paper" else None,
         precision=precision,
         precision_cost=cost,
         given=given,
-        per_image=per_image,
     )
 
 
-def _of_label(model: CDM, x_t: Tensor, level: int, label: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """`log p` of some rows of a batch, by their index: processes share rows, and labels go with them."""
+def _score(
+    model: CDM, log_prob: LogProb, batches: Iterable[tuple[int, Tensor]], precision: Literal["fp32", "bf16"]
+) -> Tensor:  # (n,) nats, float64, on the CPU
+    """`log_prob` of every image of `batches`, in the given arithmetic."""
+    nats = []
+    for first, x_t in batches:
+        with cast_weights(model, model.a.device, precision):
+            nats.append(log_prob(x_t, first))
+    return torch.cat(nats).cpu()
 
-    def log_prob(rows: Tensor) -> Tensor:
-        own = None if label is None else upload(label, x_t.device)[rows]
-        return model.log_prob(x_t[rows], level, own).double()
 
-    return log_prob
+def _keep_first(
+    batches: Iterable[tuple[int, Tensor]], num: int, kept: Batches
+) -> Iterator[tuple[int, Tensor]]:
+    """Yields `batches`, and appends their first `num` images to `kept` on the way."""
+    for first, x_t in batches:
+        if first < num:
+            kept.append((first, x_t[: num - first]))
+        yield first, x_t
 
 
-def _rows(x: Tensor) -> Tensor:
-    return torch.arange(len(x), device=x.device)
+def _statistics(
+    bits: Tensor,  # (draws, n) bits/dim
+) -> dict[str, Any]:
+    """The fields of a `LikelihoodReport` that follow from the bits/dim of every draw and image."""
+    draws, num_images = bits.shape
+    per_image = bits.mean(dim=0)
+    return {
+        "bits_per_dim": float(per_image.mean()),
+        "bits_per_dim_stderr": standard_error(per_image),
+        "draw_spread": float(bits.mean(dim=1).std()) if draws > 1 else 0.0,
+        "draws": draws,
+        "num_images": num_images,
+        "per_image": per_image,
+    }
+
+
+def _log_prob_given(model: CDM, level: int, labels: Tensor | None, given: Given) -> LogProb:
+    """`log p_level` of a batch, conditioned as `given` says; the processes of a run share its rows."""
+
+    def of_label(x_t: Tensor, label: Tensor | None) -> Tensor:
+        def of_rows(rows: Tensor) -> Tensor:  # by index, so that the labels are split as the images are
+            own = None if label is None else upload(label, x_t.device)[rows]
+            return model.log_prob(x_t[rows], level, label=own).double()
+
+        return by_rows(of_rows, torch.arange(len(x_t), device=x_t.device))
+
+    def of_batch(x_t: Tensor, first: int) -> Tensor:
+        if given == "all":
+            return of_all_classes(model, len(x_t), partial(of_label, x_t))
+        return of_label(x_t, None if labels is None else labels[first : first + len(x_t)])
+
+    return of_batch

@@ -1,6 +1,6 @@
 """bits/dim from nats, and back.
 
-# d = C*H*W, N grey levels
+# n images, d = C*H*W, N grey levels
 """
 
 import math
@@ -14,16 +14,34 @@ from cdm_fast.model.classifier import Classifier
 
 
 def require_denoiser(model: Denoiser) -> None:
-    """UserError for a classifier, which has neither denoiser nor likelihood."""
+    """Raises UserError for a classifier, which has neither denoiser nor likelihood."""
     if isinstance(model, Classifier):
         raise UserError("this is a classifier, which has no likelihood: train with --objective cdm")
 
 
 def bits_per_dim(log_prob: Tensor, data: ImageData) -> Tensor:
-    """`-log2 p(x) / d + log2(N/2)` from nats; `log2((N-1)/2)` for pixels around points."""
+    """`-log2 p(x) / d + log2(N/2)`, the cost of the grey levels of an image in bits per value.
+
+    The offset turns a density on [-1, 1] into one over grey levels; it is `log2((N-1)/2)` where `data.pixels`
+    is "points" (arXiv 1511.01844, section 3.1).
+
+    Args:
+        log_prob: (n,) nats, of dequantised images.
+        data: any images of their size and number of grey levels.
+
+    Returns: (n,) bits/dim.
+
+    >>> import math, torch
+    >>> from cdm_fast.data import ImageData
+    >>> images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    >>> data = ImageData(images, None, num_grey_levels=16, num_classes=None, name="black", split="test")
+    >>> uniform = torch.full((2,), -64 * math.log(2))  # density 1/2 a value, on [-1, 1]
+    >>> bits_per_dim(uniform, data).tolist()  # log2(16)
+    [4.0, 4.0]
+    """
     return -log_prob / nats_per_bit_per_dim(data) + bits_of_interval(data.num_grey_levels, data.pixels)
 
 
 def nats_per_bit_per_dim(data: ImageData) -> float:
-    """`d ln 2`: nats of a whole image in one bit per dimension."""
+    """`d ln 2`: the nats of a whole image in one bit per dimension."""
     return data.images[0].numel() * math.log(2)

@@ -1,4 +1,4 @@
-"""CDM: a denoiser, a score and a log-likelihood, read off one classifier of noise levels: the two theorems.
+"""CDM: a denoiser, a score and a log-likelihood from one classifier of noise levels, by two theorems.
 
 # B batch, d = number of values of one input, L = T+2 noise levels, K classes
 """
@@ -13,45 +13,57 @@ from cdm_fast.model.denoiser import DDM, Denoiser
 from cdm_fast.model.energy import Energy, log_normal
 from cdm_fast.model.schedule import NoiseSchedule
 from cdm_fast.nn import AdjointNetwork
+from cdm_fast.nn.autograd import AutogradNetwork
 from cdm_fast.nn.embedding import check_labels
 from cdm_fast.nn.heads import Conditioning, logits_at
-from cdm_fast.ops import denoise_epilogue, denoise_x0, level_logits, noise_level_ce, use_backend
+from cdm_fast.ops import denoise_epilogue, denoise_x0, level_logits, noise_level_ce
 
 # From so many classes on, training never holds all joint logits at once (see `ops/head_noise_level_ce.py`).
 MANY_CLASSES = 30
 
 
 class CDM(Energy):
-    """A Classification Diffusion Model (arXiv 2402.10095): one network of noise levels, read in two ways.
+    """A Classification Diffusion Model (arXiv 2402.10095): a classifier of noise levels that denoises.
 
-    Its logits `f(x)[t] = log p(t|x) + const` are density ratios between levels (Thm 3.2), and the input
-    gradient of `F(x,t) = f(x)[T+1] - f(x)[t]` is the optimal denoiser (Thm 3.1).
+    The differences of its logits `f(x)[t] = log p(t|x) + const` are log-density ratios between levels
+    (Thm 3.2), and the input gradient of `F(x,t) = f(x)[T+1] - f(x)[t]` gives the optimal denoiser (Thm 3.1).
 
-    Conditioning on a class works in two ways. "embedding": the network takes the label, and f is that
-    class's. "joint": the network's logits are `z[t,c] = log p(t,c|x) + const` for every level t <= T and
-    class c (entry `t K + c`), and at the end one for pure noise, which has no class; `f[t] = logsumexp_c
-    z[t,c]` is the marginal's, and a label chooses `z[t,c]`. A label of -1, or none, asks for the marginal.
+    Conditioning on a class works in two ways. "embedding": the network takes the label, and f is that of the
+    class. "joint": the network's logits are `z[t,c] = log p(t,c|x) + const` for every level t <= T and class
+    c (entry `t K + c`), and a last one for pure noise, which has no class; a label selects `z[t,c]`, and
+    `f[t] = logsumexp_c z[t,c]` is the marginal over classes. A label of -1, or None, stands for the marginal.
+
+    See also `cdm_loss`, which trains it, `sample`, and `Energy`, its base.
 
     Args:
         network: any module from (B, ...) to logits (B, L), or (B, (L-1) K + 1) joint ones. An
-            `AdjointNetwork` such as `UNet` or `MLP` takes the fast path without autograd; any other goes
-            through `torch.func.grad`.
+            `AdjointNetwork` such as `UNet` or `MLP` takes the fast path without autograd; any other is
+            differentiated by `torch.func`.
         schedule: the noise levels.
-        level_prior: (L,) effective prior p(t) of the training: sampling distribution times any per-level
-            weight of the cross-entropy, up to a factor. Default uniform. A wrong prior shifts every
-            likelihood by a constant, so it is saved with the weights.
-        input_shape: shape of one input; taken from the network if it has one.
-        class_prior: (K,) share of each class among the labelled training data, up to a factor. Default
-            uniform over `network.num_classes`. A wrong one shifts each class's likelihood of a joint network
-            by a constant, and every `classify`, so it is saved too.
+        level_prior: (L,) prior p(t) of training, up to a factor: the distribution of the levels times any
+            per-level weight of the cross-entropy. Uniform by default. A wrong prior shifts every
+            log-likelihood by a constant per level, so it is saved with the weights.
+        input_shape: shape of one input; by default `network.input_shape`, if there is one.
+        class_prior: (K,) frequency of each class among the labelled training data, up to a factor. Uniform
+            over `network.num_classes` by default. With joint logits a wrong one shifts the log-likelihood of
+            each class by a constant, and so every class posterior; it is saved too.
         conditioning: "embedding" or "joint"; the network's own by default.
 
     Raises:
-        UserError: a prior of the wrong length or with a value that is not positive and finite.
+        UserError: a prior of the wrong length or with a value that is not positive and finite, or joint
+            logits of an unknown number of classes.
+
+    >>> from cdm_fast import CDM, MLP, NoiseSchedule
+    >>> schedule = NoiseSchedule.uniform(T=10)
+    >>> model = CDM(MLP(2, schedule.num_levels, hidden=8), schedule)
+    >>> x = torch.zeros(3, 2)
+    >>> model.log_posterior(x).shape, model.denoise(x, level=5).shape, model.log_prob(x).shape
+    (torch.Size([3, 12]), torch.Size([3, 2]), torch.Size([3]))
     """
 
     log_level_prior: Tensor
     log_class_prior: Tensor | None
+    class_constants: Tensor | None
 
     def __init__(
         self,
@@ -77,6 +89,8 @@ class CDM(Energy):
             "log_class_prior",
             None if class_prior is None else _log_prior(class_prior, "class", self.num_classes or 0),
         )
+        # (K+1, L) nats, added to the level logits of a class embedding given each class, the null class last.
+        self.register_buffer("class_constants", None, persistent=False)
         if self.conditioning == "joint" and self.num_classes is None:
             raise UserError("joint logits, but how many classes? give class_prior, one number per class")
 
@@ -86,7 +100,15 @@ class CDM(Energy):
         return self.num_classes or 1 if self.conditioning == "joint" else 1
 
     def logits(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """`f(x)`, (B, L); or the joint logits (B, (L-1) K + 1), which hold all classes whatever the label."""
+        """`f(x)`, (B, L); or the joint logits (B, (L-1) K + 1), which hold all classes whatever the label.
+
+        Args:
+            x: (B, ...).
+            label: (B,) int64; -1 or None stands for no class.
+
+        Raises:
+            UserError: labels of a model without classes, or of the wrong shape or dtype.
+        """
         if self.conditioning == "joint":
             self._check_labels(label, x)
             return self.network(x)
@@ -103,7 +125,11 @@ class CDM(Energy):
     def _of_levels(self, logits: Tensor, label: Tensor | None) -> Tensor:
         """`level_logits` out of `logits`."""
         if self.conditioning == "embedding":
-            return logits
+            if self.class_constants is None:
+                return logits
+            last = len(self.class_constants) - 1
+            rows = self.class_constants[last:] if label is None else self.class_constants[label % (last + 1)]
+            return logits + rows.to(logits.dtype)
         marginal = level_logits(logits, self.joint_classes)
         if label is None:
             return marginal
@@ -119,26 +145,24 @@ class CDM(Energy):
         """(num,) int64 levels from p(t)."""
         return torch.multinomial(self.log_level_prior.exp(), num, replacement=True, generator=generator)
 
+    @property
+    def _adjoint_network(self) -> AdjointNetwork | AutogradNetwork:
+        """The network, or where it has no adjoint of its own, its logits differentiated by `torch.func`."""
+        if isinstance(self.network, AdjointNetwork):
+            return self.network
+        return AutogradNetwork(self.logits, self.joint_classes if self.conditioning == "joint" else None)
+
     def ratio_gradient(
         self, x: Tensor, level: Tensor, label: Tensor | None = None, guidance: float = 0.0
     ) -> Tensor:
         """`grad_x F(x, level)`, like `x`; `level` (B,) int64; `guidance` for joint logits only."""
-        if isinstance(self.network, AdjointNetwork):
-            return self.network.ratio_gradient(x, level, label, guidance)
-        with use_backend("reference"):
-            gradient = torch.func.grad(self._log_ratio_of_noise, has_aux=True)
-            return gradient(x, level, label, guidance)[0]
+        return self._adjoint_network.ratio_gradient(x, level, label, guidance)
 
     def logits_and_ratio_gradient(
         self, x: Tensor, level: Tensor, label: Tensor | None = None, guidance: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """`(logits(x), grad_x F(x, level) like x)` from one evaluation; `guidance` for joint logits only."""
-        if isinstance(self.network, AdjointNetwork):
-            return self.network.logits_and_ratio_gradient(x, level, label, guidance)
-        with use_backend("reference"):
-            gradient = torch.func.grad(self._log_ratio_of_noise, has_aux=True)
-            grad_x, logits = gradient(x, level, label, guidance)
-        return logits, grad_x
+        return self._adjoint_network.logits_and_ratio_gradient(x, level, label, guidance)
 
     def cross_entropy_and_ratio_gradient(
         self, x: Tensor, level: Tensor, label: Tensor | None = None
@@ -148,8 +172,8 @@ class CDM(Energy):
         nothing.
         """
         classes = self.joint_classes
-        if classes >= MANY_CLASSES and isinstance(self.network, AdjointNetwork):
-            return self.network.cross_entropy_and_ratio_gradient(x, level, label)
+        if classes >= MANY_CLASSES:
+            return self._adjoint_network.cross_entropy_and_ratio_gradient(x, level, label)
         logits, grad_x = self.logits_and_ratio_gradient(x, level, label)
         if classes == 1:
             return noise_level_ce(logits, level).loss, None, grad_x
@@ -157,10 +181,11 @@ class CDM(Energy):
         return noise_level_ce(logits, level, label, classes).loss, at_level, grad_x
 
     def denoise(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
+        """`eps_hat = s (grad_x F + x)` (Thm 3.1), like `x`; arguments and errors as of `Denoiser.denoise`."""
         return self._eps_hat(x, level, label)
 
     def guided_denoise(self, x: Tensor, level: int | Tensor, label: Tensor, guidance: float) -> Tensor:
-        """As for any denoiser; joint logits take one evaluation, of the scalar `(1 + w) z[t,c] - w f[t]`."""
+        """As of `Denoiser`; joint logits take one evaluation, of the scalar `(1 + w) z[t,c] - w f[t]`."""
         if self.conditioning == "embedding":
             return super().guided_denoise(x, level, label, guidance)
         return self._eps_hat(x, level, label, guidance)
@@ -170,6 +195,7 @@ class CDM(Energy):
         return denoise_epilogue(self.ratio_gradient(x, level, label, guidance), x, self.s[level].to(x.dtype))
 
     def predict_x0(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
+        """`x0_hat = (x - s eps_hat) / a`, like `x`; arguments and errors as of `Denoiser.predict_x0`."""
         level = self._levels_with_data(level, x)
         a, s = (table[level].to(x.dtype) for table in (self.a, self.s))
         return denoise_x0(self.ratio_gradient(x, level, label), x, a, s)
@@ -178,24 +204,24 @@ class CDM(Energy):
         """`grad_x log p_t(x) = -(grad_x F + x)`, like `x`, at every level, 0 and T+1 included."""
         return -(self.ratio_gradient(x, self.schedule.levels(level, x), label) + x)
 
-    def log_prob_levels(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """`log p_t(x)`, or with labels `log p_t(x|c)`, in nats at every level, (B, L), in one pass (Thm 3.2).
+    def log_prob_levels(self, x: Tensor, *, label: Tensor | None = None) -> Tensor:
+        """`log p_t(x)` in nats at every level, (B, L), from one pass; with a label, `log p_t(x|label)`.
 
-        `log p_t(x) = f(x)[t] - f(x)[T+1] + log p(T+1)/p(t) + log N(x; 0, I)`
+        `log p_t(x) = f(x)[t] - f(x)[T+1] + log p(T+1)/p(t) + log N(x; 0, I)` (Thm 3.2)
         """
         return self._to_log_prob(self.level_logits(x, label), x)
 
     def log_prob_levels_and_score(
         self, x: Tensor, level: int | Tensor, label: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """`(log_prob_levels(x), score(x, level))` from one evaluation; what Langevin moves need."""
+        """`(log_prob_levels(x), score(x, level))` from one evaluation, as of `Energy`."""
         logits, grad_x = self.logits_and_ratio_gradient(x, self.schedule.levels(level, x), label)
         return self._to_log_prob(self._of_levels(logits, label), x), -(grad_x + x)
 
     def guided_log_prob_levels_and_score(
         self, x: Tensor, level: int | Tensor, label: Tensor, guidance: float
     ) -> tuple[Tensor, Tensor]:
-        """As for any energy; joint logits take one evaluation, of the scalar `(1 + w) z[t,c] - w f[t]`."""
+        """As of `Energy`; joint logits take one evaluation, of the scalar `(1 + w) z[t,c] - w f[t]`."""
         if self.conditioning == "embedding":
             return super().guided_log_prob_levels_and_score(x, level, label, guidance)
         level = self.schedule.levels(level, x)
@@ -205,7 +231,7 @@ class CDM(Energy):
         return self._to_log_prob(guided, x), -(grad_x + x)
 
     def log_prob_classes(self, x: Tensor, level: int | Tensor = 0) -> Tensor:
-        """`log p_t(x|c)` in nats for every class, (B, K); from one forward pass with joint logits, or from K.
+        """`log p_t(x|c)` in nats of every class, (B, K): one pass with joint logits, K with embedding.
 
         `log p_t(x|c) = z[t,c] - z_N + log p(T+1) - log p(t) - log p(c) + log N(x; 0, I)`
 
@@ -215,7 +241,8 @@ class CDM(Energy):
         index = self.schedule.levels(level, x)[:, None]
         if self.conditioning == "embedding":
             labels = torch.arange(num_classes, device=x.device)[:, None].expand(-1, x.shape[0])
-            return torch.stack([self.log_prob_levels(x, c).gather(1, index)[:, 0] for c in labels], dim=1)
+            each = [self.log_prob_levels(x, label=c).gather(1, index)[:, 0] for c in labels]
+            return torch.stack(each, dim=1)
         log_prob = self._to_log_prob(self._per_class(self.logits(x)), x)  # (B, L, K)
         return log_prob.gather(1, index[:, :, None].expand(-1, 1, num_classes)).squeeze(1)
 
@@ -224,15 +251,13 @@ class CDM(Energy):
         x: Tensor,  # (B, ...)
         level: Tensor,  # (B,) int64
     ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Every class's density and that of all data, with any sum of their scores, from one evaluation.
+        """Log-densities of all classes and of all data, and sums of their scores, from one evaluation.
 
-        Returns `log p_t(x|c)` in nats at every level, (B, L, K + 1), the last one `log p_t(x)`; and a
-        function of weights (B, K + 1): the sum of their scores at `level` so weighted, like `x`. Joint only.
+        Returns `log p_t(x|c)` in nats at every level, (B, L, K + 1), with `log p_t(x)` last; and a function
+        of weights (B, K + 1) that returns the sum of the scores at `level` with these weights, like `x`.
+        For joint logits only.
         """
-        if isinstance(self.network, AdjointNetwork):
-            logits, pull = self.network.logits_and_pullback(x)
-        else:
-            logits, pull = self._logits_and_pullback(x)
+        logits, pull = self._adjoint_network.logits_and_pullback(x)
         classes = self.joint_classes
         each = torch.cat([self._per_class(logits), level_logits(logits, classes)[:, :, None]], dim=2)
 
@@ -243,25 +268,18 @@ class CDM(Energy):
 
         return self._to_log_prob(each, x), weighted_score
 
-    def _logits_and_pullback(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
-        """`AdjointNetwork.logits_and_pullback` of any network."""
-        with use_backend("reference"):
-            logits, pull_logits, *_ = torch.func.vjp(self.logits, x)
-
-        def pull(level: Tensor, class_weight: Tensor) -> Tensor:
-            levels = torch.arange(self.schedule.num_levels - 1, device=level.device)
-            joint = (levels == level[:, None])[:, :, None] * class_weight[:, None]  # (B, L-1, K)
-            cotangent = torch.cat([-joint.flatten(1), joint.sum((1, 2))[:, None]], dim=1)
-            return pull_logits(cotangent.to(logits))[0]
-
-        return logits, pull
-
     def log_class_posterior(
         self, x: Tensor, level: int | Tensor = 0, class_prior: Tensor | None = None
     ) -> Tensor:
         """`log p(c | x_t = x)` in nats by Bayes' rule, (B, K).
 
-        class_prior: (K,) up to a factor; the training's by default, `torch.ones(K)` for equal ones.
+        Args:
+            x: (B, ...).
+            level: int or (B,) int64, the level at which x is.
+            class_prior: (K,) up to a factor; that of training by default, `torch.ones(K)` for equal ones.
+
+        Raises:
+            UserError: a model without classes, or a prior of the wrong length or not positive.
         """
         log_prior = self.log_class_prior
         if class_prior is not None:
@@ -297,19 +315,6 @@ class CDM(Energy):
         normal = log_normal(x)[:, None].to(logits.dtype)
         return logits - logits[:, -1:] + (prior[-1] - prior)[each] + normal[:, *each]
 
-    def _log_ratio_of_noise(
-        self, x: Tensor, level: Tensor, label: Tensor | None, guidance: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
-        """`sum_b F(x_b, level_b)`, whose gradient is every sample's own, and the logits."""
-        logits = self.logits(x, label)
-        if self.conditioning == "embedding":
-            return -noise_level_ce(logits, level).log_ratio.sum(), logits
-        log_ratio = noise_level_ce(logits, level, label, self.joint_classes).log_ratio
-        if guidance:
-            marginal = noise_level_ce(logits, level, None, self.joint_classes).log_ratio
-            log_ratio = (1 + guidance) * log_ratio - guidance * marginal
-        return -log_ratio.sum(), logits
-
 
 def _log_prior(prior: Tensor, of: str, count: int) -> Tensor:
     prior = torch.as_tensor(prior, dtype=torch.float64)
@@ -323,7 +328,7 @@ def _log_prior(prior: Tensor, of: str, count: int) -> Tensor:
 
 
 def require_likelihood(model: Denoiser) -> None:
-    """UserError for a model without a likelihood."""
+    """UserError unless the model is a `CDM`, the only kind with a likelihood in one pass."""
     if not isinstance(model, CDM):
         kind = "plain denoising model (DDM)" if isinstance(model, DDM) else "classifier"
         raise UserError(f"this is a {kind}, which has no likelihood: train with --objective cdm")

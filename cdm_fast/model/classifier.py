@@ -1,4 +1,4 @@
-"""The discriminative baseline: the trunk of the others as an ordinary classifier of clean images.
+"""The discriminative baseline: an ordinary classifier of clean images with the trunk of the other models.
 
 # B batch, K classes
 """
@@ -12,14 +12,14 @@ from cdm_fast.model.schedule import NoiseSchedule
 
 
 class Classifier(Denoiser):
-    """`network(x)` is `log p(c | x)` up to one constant per x; trained by cross-entropy, and nothing else.
+    """A classifier: `network(x)` is `log p(c | x)` up to one constant per x, trained by cross-entropy alone.
 
-    A schedule makes it trainable as the others are, at level 0 throughout. It has no denoiser: whatever asks
-    for one (sampling, likelihoods, plots of levels) raises UserError.
+    It has a schedule so that the training loop of the other models can train it, always at level 0. It cannot
+    denoise: sampling, likelihoods and plots of levels raise UserError.
 
     Args:
         network: a module from (B, ...) to logits (B, K), with an attribute `num_classes`.
-        schedule: of the runs to compare with.
+        schedule: that of the models with which it is compared.
     """
 
     def __init__(self, network: nn.Module, schedule: NoiseSchedule) -> None:
@@ -31,14 +31,15 @@ class Classifier(Denoiser):
         return torch.zeros(num, dtype=torch.int64, device=self.a.device)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the last layer reads, (B, D), for `quality` where there are no Inception weights.
+        """The input of the last layer, (B, D), for `evaluation.quality` without Inception weights.
 
-        Such a distance is neither FID nor KID, and compares with figures of the same classifier alone.
+        A distance of such features is neither FID nor KID: compare it only with figures of the same
+            classifier.
         """
         return self.network.features(x)  # type: ignore[operator]
 
     def logits(self, x: Tensor) -> Tensor:
-        """(B, K)."""
+        """(B, K) logits of x (B, ...)."""
         return self.network(x)
 
     def log_class_posterior(self, x: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ class Classifier(Denoiser):
         return self.logits(x).log_softmax(1)
 
     def denoise(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
-        """Raises UserError."""
+        """Raises UserError: a classifier cannot denoise."""
         raise UserError(
             "this is a run of --objective classifier, which cannot denoise or draw images:"
             " it serves classify alone"

@@ -1,10 +1,11 @@
 """Compositions of densities: products, mixtures and negations of models, or of the classes of one.
 
-A composition is an `Energy` like a CDM: it has `denoise`, `score` and `log_prob` at every level (up to a
-constant a level), but no logits. Noise and composition do not commute: the product of two noised densities is
-not the product's noised density, so no denoiser of the parts is the composition's, and a plain sampler draws
-from something else (arXiv 2302.11552). The densities that these objects define at the levels are a path from
-N(0, I) to the composition itself at level 0; samplers that follow it exactly are `mala` and `smc`.
+A composition is an `Energy` like a CDM: it has `denoise`, `score` and `log_prob` at every level, up to a
+constant per level, but no logits. Adding noise and composing do not commute: the product of two noised
+densities is not the noised density of the product, so no combination of the parts' denoisers is the denoiser
+of the product, and a plain sampler draws from another density (arXiv 2302.11552). The densities that a
+composition defines at the levels form a path from N(0, I) to the composition itself at level 0. The samplers
+`mala` and `smc` follow this path exactly.
 
 # B batch, L = T+2 noise levels, N parts
 """
@@ -25,7 +26,11 @@ WeightedScore = Callable[[Tensor], Tensor]  # weights (B, n) of n densities -> s
 
 
 class Composition(Energy):
-    """What products and mixtures share: N parts on one schedule, a weight for each.
+    """The base of `Product` and `Mixture`: N parts on one schedule, with a weight for each.
+
+    Args:
+        parts: N densities: CDMs, classes of one (`OfClass`), or other compositions.
+        weights: N numbers.
 
     Raises:
         UserError: no parts, parts of different schedules or shapes, or not one finite weight for each.
@@ -55,14 +60,21 @@ class Composition(Energy):
         self.parts = list(parts)
         self.register_buffer("weights", torch.tensor(weights, dtype=torch.float64))
 
-    def log_prob_levels(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+    def log_prob_levels(self, x: Tensor, *, label: Tensor | None = None) -> Tensor:
+        """Log-density of the composition at every level in nats, up to a constant per level, (B, L) float64.
+
+        Raises UserError for a label.
+        """
         refuse_label(label)
         return self._of_leaves(x, _read(self._leaves(), x)[0])
 
     def log_prob_levels_and_score(
         self, x: Tensor, level: int | Tensor, label: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """One evaluation of each model, however many of its classes take part in a joint one."""
+        """As of `Energy`. Each model is evaluated once, however many classes of a joint one take part.
+
+        Raises UserError for a label.
+        """
         refuse_label(label)
         level = self.schedule.levels(level, x)
         log_prob, weighted_score = _read(self._leaves(), x, level)
@@ -77,7 +89,7 @@ class Composition(Energy):
         return composed, weighted_score(weight) + own
 
     def _leaves(self) -> list[Energy]:
-        """The N' parts that are no compositions, in order."""
+        """The N' parts that are not compositions themselves, in order."""
         each = (part._leaves() if isinstance(part, Composition) else [part] for part in self.parts)
         return [leaf for leaves in each for leaf in leaves]
 
@@ -96,15 +108,28 @@ class Composition(Energy):
 
 
 class Product(Composition):
-    """`log q_t(x) = sum_i w_i log p_i,t(x) + (1 - sum_i w_i) s_t^2 log N(x; 0, I)`, up to a constant a level.
+    """The product of densities, each to a power: at level 0, `q(x) = prod_i p_i(x)^{w_i}` up to a constant.
 
-    At level 0 it is the product of the densities, each to the power w_i. The last term only chooses the path
-    there: it makes level T+1 N(0, I), whatever the weights, and keeps quotients integrable on the way. A
-    negative weight divides; see `negation`.
+    At level t, `log q_t(x) = sum_i w_i log p_i,t(x) + (1 - sum_i w_i) s_t^2 log N(x; 0, I)`, up to a constant
+    per level. The last term only chooses the path to level 0: it makes level T+1 N(0, I), whatever the
+    weights, and keeps quotients integrable. A negative weight divides; see `negation`.
+
+    See also `Mixture`, and `sampling.MALA`, which draws from a product.
 
     Args:
         parts: the densities.
         weights: w_i, 1 by default.
+
+    Raises:
+        UserError: no parts, parts of different schedules or shapes, or not one finite weight for each.
+
+    >>> from cdm_fast import CDM, MLP, NoiseSchedule
+    >>> schedule = NoiseSchedule.uniform(T=10)
+    >>> one, two = (CDM(MLP(2, schedule.num_levels, hidden=8), schedule) for _ in range(2))
+    >>> x = torch.zeros(3, 2)
+    >>> both = Product([one, two]).log_prob(x)
+    >>> torch.allclose(both, (one.log_prob(x) + two.log_prob(x)).double())
+    True
     """
 
     def __init__(self, parts: Sequence[Energy], weights: Sequence[float] | None = None) -> None:
@@ -117,16 +142,24 @@ class Product(Composition):
 
 
 class Mixture(Composition):
-    """`q_t(x) = sum_i w_i p_i,t(x)`: the one composition whose densities at the levels are its noised ones.
+    """The mixture of densities, `q_t(x) = sum_i w_i p_i,t(x)`.
 
-    The parts' constants count here: a model whose density integrates to e.g. 2 has twice its weight.
+    Its density at each level is the noised mixture, as for no other composition. The normalisation of the
+    parts matters here: a model whose density integrates to 2 has twice its weight.
 
     Args:
         parts: the densities.
         weights: w_i, positive, up to a factor; equal by default.
 
     Raises:
-        UserError: as `Composition`, and for a weight that is not positive.
+        UserError: as `Product`, or a weight that is not positive.
+
+    >>> from cdm_fast import CDM, MLP, NoiseSchedule
+    >>> schedule = NoiseSchedule.uniform(T=10)
+    >>> model = CDM(MLP(2, schedule.num_levels, hidden=8), schedule)
+    >>> x = torch.zeros(3, 2)
+    >>> torch.allclose(Mixture([model, model]).log_prob(x).float(), model.log_prob(x))
+    True
     """
 
     def __init__(self, parts: Sequence[Energy], weights: Sequence[float] | None = None) -> None:
@@ -142,7 +175,8 @@ class Mixture(Composition):
 def negation(keep: Energy, avoid: Energy, strength: float = 1.0) -> Product:
     """`keep` but not `avoid`: `p_keep(x) / p_avoid(x)^strength` (arXiv 2206.01714), up to a constant.
 
-    Integrable only where `avoid` has the heavier tails, or the strength stays below what its tails allow.
+    It is integrable only if `avoid` has the heavier tails, or `strength` is small enough for them.
+    Raises UserError unless `strength` is positive, and as `Product`.
     """
     if not strength > 0:
         raise UserError(f"strength is {strength}: give a positive number")
@@ -150,9 +184,9 @@ def negation(keep: Energy, avoid: Energy, strength: float = 1.0) -> Product:
 
 
 def _read(leaves: Sequence[Energy], x: Tensor, level: Tensor | None = None) -> tuple[Tensor, WeightedScore]:
-    """The leaves' log-densities (B, L, N') and their weighted scores at `level`; without one, no scores.
+    """The leaves' log-densities (B, L, N') and their weighted scores at `level`; without a level, no scores.
 
-    Classes of one joint model, and that model itself, are read off one evaluation.
+    Classes of one joint model, and that model itself, take one evaluation together.
     """
     columns: dict[Energy, list[int]] = {}
     for column, leaf in enumerate(leaves):
@@ -170,7 +204,7 @@ def _read(leaves: Sequence[Energy], x: Tensor, level: Tensor | None = None) -> t
 
 
 def _source(leaf: Energy) -> Energy:
-    """What is evaluated for a leaf: the joint model for any of its classes, otherwise the leaf itself."""
+    """The model to evaluate for a leaf: the joint model for each of its classes, else the leaf."""
     model = leaf.model if isinstance(leaf, OfClass) else leaf
     return model if isinstance(model, CDM) and model.conditioning == "joint" else leaf
 
@@ -178,18 +212,18 @@ def _source(leaf: Energy) -> Energy:
 def _read_source(
     source: Energy, leaves: Sequence[Energy], x: Tensor, level: Tensor | None
 ) -> tuple[Tensor, WeightedScore]:
-    """`_read` of leaves that have one source."""
+    """`_read` of leaves with the same source."""
     if isinstance(source, CDM) and source.conditioning == "joint":
         at = torch.zeros(len(x), dtype=torch.int64, device=x.device) if level is None else level
         each, pull = source.log_prob_levels_each_and_pullback(x, at)
-        everything = source.joint_classes
-        classes = [leaf.label if isinstance(leaf, OfClass) else everything for leaf in leaves]
+        marginal = source.joint_classes  # the column after those of the classes
+        columns = [leaf.label if isinstance(leaf, OfClass) else marginal for leaf in leaves]
 
         def of_classes(weight: Tensor) -> Tensor:
-            wide = weight.new_zeros(len(x), everything + 1)
-            return pull(wide.index_add(1, upload(torch.tensor(classes), x.device), weight))
+            of_columns = weight.new_zeros(len(x), marginal + 1)
+            return pull(of_columns.index_add(1, upload(torch.tensor(columns), x.device), weight))
 
-        return each[:, :, classes], of_classes
+        return each[:, :, columns], of_classes
     if level is None:
         log_prob, score = source.log_prob_levels(x), torch.zeros_like(x)
     else:

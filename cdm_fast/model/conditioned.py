@@ -1,4 +1,4 @@
-"""Models given a class: guided towards it, on the way between two, or with the class fixed.
+"""Models given a class: the class fixed, guidance towards it, and interpolation between two.
 
 # B batch, L = T+2 noise levels, K classes
 """
@@ -8,24 +8,33 @@ from torch import Tensor
 
 from cdm_fast.errors import UserError
 from cdm_fast.model.cdm import CDM
-from cdm_fast.model.denoiser import Denoiser
+from cdm_fast.model.denoiser import Denoiser, Wrapped, Wrapper
 from cdm_fast.model.energy import Energy
 
 
-class OfClass(Energy):
-    """One class of a class-conditional CDM as a density of its own.
+class OfClass(Wrapper[CDM], Energy):
+    """One class of a class-conditional CDM as a density of its own, `p(x|label)`.
+
+    See also `Product` and `Mixture`, which compose such densities.
 
     Args:
-        model: trained with classes.
-        label: the class.
+        model: a CDM trained with classes.
+        label: the class, 0..K-1.
 
     Raises:
-        UserError: a model without classes, or a class that it does not know.
+        UserError: a model without classes, or a class that does not exist.
+
+    >>> from cdm_fast import CDM, MLP, NoiseSchedule
+    >>> schedule = NoiseSchedule.uniform(T=10)
+    >>> model = CDM(MLP(2, schedule.num_levels, hidden=8, num_classes=3, conditioning="joint"), schedule)
+    >>> x = torch.zeros(4, 2)
+    >>> torch.equal(OfClass(model, 2).log_prob(x), model.log_prob(x, label=torch.tensor([2, 2, 2, 2])))
+    True
     """
 
     def __init__(self, model: CDM, label: int) -> None:
-        super().__init__(model, model.schedule, model.input_shape)
-        self.model, self.label = model, label
+        super().__init__(model)
+        self.label = label
         classes = model.num_classes
         if classes is None:
             raise UserError(f"class {label} of a model that was trained without classes")
@@ -35,10 +44,12 @@ class OfClass(Energy):
     def log_prob_levels_and_score(
         self, x: Tensor, level: int | Tensor, label: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        """As of `Energy`, of the fixed class. Raises UserError for a label."""
         return self.model.log_prob_levels_and_score(x, level, self._label(x, label))
 
-    def log_prob_levels(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        return self.model.log_prob_levels(x, self._label(x, label))
+    def log_prob_levels(self, x: Tensor, *, label: Tensor | None = None) -> Tensor:
+        """`log p_t(x|c)` of the fixed class in nats at every level, (B, L). Raises UserError for a label."""
+        return self.model.log_prob_levels(x, label=self._label(x, label))
 
     def _label(self, x: Tensor, label: Tensor | None) -> Tensor:
         refuse_label(label)
@@ -46,69 +57,79 @@ class OfClass(Energy):
 
 
 def refuse_label(label: Tensor | None) -> None:
+    """UserError unless `label` is None: a composition has no classes of its own."""
     if label is not None:
         raise UserError(
             "a composition takes no label: compose the classes themselves, as OfClass(model, label)"
         )
 
 
-class Guided(Denoiser):
-    """A class-conditional model that overstates the class: see `Denoiser.guided_denoise`.
+class Guided(Wrapper[Wrapped]):
+    """A class-conditional model under classifier-free guidance (arXiv 2207.12598).
+
+    `eps_hat = (1 + w) eps_hat(x, label) - w eps_hat(x)`. `sample(guidance=w)` makes one by itself.
+    See also `GuidedEnergy`, for a model that knows `log p_t`.
 
     Args:
-        model: the model.
+        model: any class-conditional denoiser.
         guidance: w; 0 leaves the model as it is.
+
+    >>> from cdm_fast import DDM, MLPDenoiser, NoiseSchedule
+    >>> model = DDM(MLPDenoiser(2, hidden=8, num_classes=3), NoiseSchedule.uniform(T=10))
+    >>> x, label = torch.randn(4, 2), torch.tensor([0, 1, 2, 0])
+    >>> guided = Guided(model, 1.5).denoise(x, 5, label)
+    >>> torch.allclose(guided, 2.5 * model.denoise(x, 5, label) - 1.5 * model.denoise(x, 5), atol=1e-5)
+    True
     """
 
-    def __init__(self, model: Denoiser, guidance: float) -> None:
-        super().__init__(model, model.schedule, model.input_shape)
-        self.model = model
+    def __init__(self, model: Wrapped, guidance: float) -> None:
+        super().__init__(model)
         self.guidance = guidance
 
     def denoise(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
+        """The guided `eps_hat`, like `x`; without a label the model's own."""
         if label is None:
             return self.model.denoise(x, level)
         return self.model.guided_denoise(x, level, label, self.guidance)
 
 
-class GuidedEnergy(Guided, Energy):
-    """The same of a model that knows `log p_t`: `(1 + w) log p_t(x|label) - w log p_t(x)` is an energy too.
+class GuidedEnergy(Guided[Energy], Energy):
+    """`Guided` of a model that knows `log p_t`: the energy `(1 + w) log p_t(x|label) - w log p_t(x)`.
 
     Args:
-        model: the model.
-        guidance: w.
+        model: a class-conditional CDM.
+        guidance: w; 0 leaves the model as it is.
     """
-
-    model: Energy
 
     def log_prob_levels_and_score(
         self, x: Tensor, level: int | Tensor, label: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        """As of `Energy`, of the guided log-density; without a label the model's own."""
         if label is None:
             return self.model.log_prob_levels_and_score(x, level)
         return self.model.guided_log_prob_levels_and_score(x, level, label, self.guidance)
 
 
-class Between(Denoiser):
-    """A class-conditional model on the way from the labelled class to another.
+class Between(Wrapper[Denoiser]):
+    """An interpolation between the labelled class and another one.
 
-    `eps_hat = (1 - share) eps_hat(x, label) + share eps_hat(x, other)`, the denoiser of logits mixed in these
-    proportions, that is of `p(x|label)^(1-share) p(x|other)^share` at every level up to a factor.
+    `eps_hat = (1 - u) eps_hat(x, label) + u eps_hat(x, other)` with u = `fraction`: the denoiser of
+    `p_t(x|label)^(1-u) p_t(x|other)^u` at every level, up to a factor.
 
     Args:
-        model: the model; `Guided` overstates both classes.
-        other: the class at share 1, 0..K-1.
-        share: 0..1.
+        model: any class-conditional denoiser; `Guided` applies guidance to both classes.
+        other: the class at fraction 1, 0..K-1.
+        fraction: u, 0..1.
     """
 
-    def __init__(self, model: Denoiser, other: int, share: float) -> None:
-        super().__init__(model, model.schedule, model.input_shape)
-        self.model = model
+    def __init__(self, model: Denoiser, other: int, fraction: float) -> None:
+        super().__init__(model)
         self.other = other
-        self.share = share
+        self.fraction = fraction
 
     def denoise(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
+        """The interpolated `eps_hat`, like `x`; without a label the model's own."""
         if label is None:
             return self.model.denoise(x, level)
         here, there = (self.model.denoise(x, level, c) for c in (label, torch.full_like(label, self.other)))
-        return torch.lerp(here, there, self.share)
+        return torch.lerp(here, there, self.fraction)

@@ -1,4 +1,4 @@
-"""Constants of a CDM's logits, fitted last with all weights held.
+"""The additive constants of a CDM's logits, fitted after training with all weights fixed.
 
 # B batch, L = T+2 noise levels, K classes
 """
@@ -12,29 +12,35 @@ from torch import Tensor
 from cdm_fast.model.cdm import CDM
 from cdm_fast.model.denoiser import like_network
 from cdm_fast.nn import AdjointNetwork
-from cdm_fast.nn.heads import JointHead
 
 Draw = Callable[[int, torch.Generator], tuple[Tensor, Tensor | None]]  # B -> x (B, d), label (B,) or None
 
-# Rows that are stored, rows at a time, and the fewest for each logit.
+# Rows whose logits are stored, rows evaluated at a time, and the fewest rows per logit.
 STORED_ROWS, CHUNK, FEWEST_ROWS = 100_000, 4096, 10
 NEWTON_STEPS = 20
 
 
 @torch.no_grad()
 def fit_constants(model: CDM, draw: Draw, num: int, generator: torch.Generator) -> None:
-    """Refits the head's biases alone, to `num` fresh rows: the maximum of their mean log posterior.
+    """Refits only the biases of the head, to `num` fresh rows: maximises their mean log posterior.
 
-    The last batches leave their noise in the constant of every logit, and so in every density and ratio. With
-    the weights held the problem is concave, and Newton's method solves it over many rows at once. Then the
-    posteriors of a logit, summed over rows, are the number of rows that are its own: the equations of MBAR
-    (doi 10.1063/1.2978177), the best that samples of all levels say of the levels' normalisation.
+    The last batches of training leave noise in the constant of every logit, and so in every density and
+    ratio. With the weights fixed the problem is concave, and Newton's method solves it over many rows at
+    once. At the solution each logit's posteriors, summed over all rows, equal the number of rows drawn from
+    it. These are the equations of MBAR (doi 10.1063/1.2978177), the maximum-likelihood estimate of the
+    levels' normalisation from samples of all levels.
 
-    Newton's method converges on up to `STORED_ROWS` rows; one more step looks at all of them, each once. From
-    so near a start a single step is as good as the maximum itself. Densities far apart meet only through the
-    levels between them, whose errors add up, so the rows must be many.
+    Newton's method runs to convergence on up to `STORED_ROWS` rows, followed by one step on all rows, each
+    evaluated once; from so close a start one step reaches the maximum. Distant densities are compared through
+    the levels between them, whose errors add up, so many rows are needed.
 
-    Does nothing where a logit would have fewer than `FEWEST_ROWS` rows of its own on average.
+    Does nothing if a logit would have fewer than `FEWEST_ROWS` rows on average.
+
+    Args:
+        model: with an `AdjointNetwork`; changed in place.
+        draw: returns fresh rows, (B, d) and their labels (B,) or None, for a batch size and a generator.
+        num: rows to draw.
+        generator: of rows, levels and noise.
     """
     assert isinstance(model.network, AdjointNetwork)
     head = model.network.linear_layer
@@ -50,23 +56,21 @@ def fit_constants(model: CDM, draw: Draw, num: int, generator: torch.Generator) 
             break
     if num > first:
         constants += _newton_step(chain(stored, _scored(model, draw, num - first, generator)), constants)
-    head.shift_each(constants) if isinstance(head, JointHead) else head.shift(constants)
+    head.shift_each(constants)
 
 
 def _scored(model: CDM, draw: Draw, num: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """(logits, own entry) of `num` fresh rows, each level as often as any other, `CHUNK` at a time."""
+    """(logits, index of the true logit) of `num` fresh rows, levels equally often, `CHUNK` at a time."""
     for first in range(0, num, CHUNK):
         x, label = draw(min(CHUNK, num - first), generator)
         level = torch.randperm(len(x), generator=generator) % model.schedule.num_levels
-        a, s = model.amplitudes(level, x)
-        noise = torch.randn(x.shape, generator=generator)
-        logits = model.logits(like_network(model, a * x + s * noise))
+        logits = model.logits(like_network(model, model.schedule.noise(x, level, generator=generator)))
         entry = level if label is None else level * model.joint_classes + label
         yield logits, entry.clamp(max=logits.shape[1] - 1)
 
 
 def _newton_step(scored: Iterable[tuple[Tensor, Tensor]], constants: Tensor) -> Tensor:
-    """The step of every constant, (outputs,), in [-1, 1]; pure noise keeps 0, for one constant is free."""
+    """The step of every constant, (outputs,), in [-1, 1]; 0 for pure noise, since one constant is free."""
     gradient, curvature = torch.zeros_like(constants), constants.new_zeros(2 * [len(constants)])
     for logits, own in scored:
         posterior = (logits + constants.to(logits.dtype)).softmax(1)

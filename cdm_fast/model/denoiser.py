@@ -1,4 +1,4 @@
-"""What samplers need of a model: a noise schedule and `eps_hat`; and DDM, a network that predicts the noise.
+"""`Denoiser`, the interface that samplers use, and DDM, a network that predicts the noise.
 
 # B batch, L = T+2 noise levels
 """
@@ -6,24 +6,27 @@
 from collections.abc import Callable
 from functools import wraps
 from itertools import chain
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, Generic, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from cdm_fast.errors import UserError
-from cdm_fast.model.schedule import NoiseSchedule
+from cdm_fast.model.schedule import NoiseSchedule, at_levels
 from cdm_fast.ops.checks import may_read
 from cdm_fast.ops.precision import ieee_fp32
 
 
 class Denoiser(nn.Module):
-    """What samplers need: a schedule, and `eps_hat = E[eps | x_t = x]` with all that follows from it.
+    """A noise schedule and `eps_hat = E[eps | x_t = x]`, with what follows from them: the base of all models.
+
+    A subclass provides `denoise`; `predict_x0`, `score` and `guided_denoise` follow from it.
+    See also `Energy`, a denoiser that knows `log p_t(x)` too.
 
     Args:
         network: the trained module.
-        schedule: the noise levels it was trained on.
-        input_shape: shape of one input, such as (1, 8, 8); taken from `network.input_shape` if it has one.
+        schedule: the noise levels on which it was trained.
+        input_shape: shape of one input, such as (1, 8, 8); by default `network.input_shape`, if there is one.
     """
 
     a: Tensor
@@ -40,17 +43,18 @@ class Denoiser(nn.Module):
         self.register_buffer("s", schedule.s, persistent=False)
 
     def amplitudes(self, level: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """`a[level]`, `s[level]` as (B, 1, ..., 1) in `like`'s dtype; `level` (B,) int64."""
-        shape = (-1,) + (1,) * (like.dim() - 1)
-        a, s = (table.index_select(0, level).to(like.dtype).view(shape) for table in (self.a, self.s))
-        return a, s
+        """`schedule.amplitudes` from tables on the model's device, so that nothing is copied to it.
+
+        `level` is (B,) int64 on that device. It is not checked.
+        """
+        return at_levels(self.a, self.s, level, like)
 
     def denoise(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
         """`eps_hat = E[eps | x_t = x]`, like `x` (B, ...).
 
         Args:
             level: int or (B,) int64, 0..T+1.
-            label: (B,) int64 for a class-conditional network; -1 or None asks for the denoiser of all data.
+            label: (B,) int64 for a class-conditional network; -1 or None stands for no class.
 
         Raises:
             UserError: a level outside 0..T+1.
@@ -58,9 +62,9 @@ class Denoiser(nn.Module):
         raise NotImplementedError
 
     def guided_denoise(self, x: Tensor, level: int | Tensor, label: Tensor, guidance: float) -> Tensor:
-        """`(1 + w) eps_hat(x, label) - w eps_hat(x)` with w = `guidance` (arXiv 2207.12598), like `x`.
+        """Classifier-free guidance (arXiv 2207.12598): `(1 + w) eps_hat(x, label) - w eps_hat(x)`, like `x`.
 
-        The two denoisers are evaluated as one batch.
+        w is `guidance`. The two denoisers are evaluated as one batch. Arguments as in `denoise`.
         """
         level = self.schedule.levels(level, x)
         labels = torch.cat([label, torch.full_like(label, -1)])
@@ -68,10 +72,10 @@ class Denoiser(nn.Module):
         return (1 + guidance) * conditional - guidance * marginal
 
     def predict_x0(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
-        """`x0_hat = (x - s eps_hat) / a`, like `x`.
+        """`x0_hat = E[x_0 | x_t = x] = (x - s eps_hat) / a`, like `x`; arguments as in `denoise`.
 
         Raises:
-            UserError: at level T+1, where nothing of the data is left.
+            UserError: level T+1, which holds no signal.
         """
         level = self._levels_with_data(level, x)
         a, s = self.amplitudes(level, x)
@@ -85,10 +89,10 @@ class Denoiser(nn.Module):
         return level
 
     def score(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
-        """`grad_x log p_t(x) = -eps_hat / s` (Tweedie), like `x`.
+        """`grad_x log p_t(x) = -eps_hat / s` (Tweedie's formula), like `x`; arguments as in `denoise`.
 
         Raises:
-            UserError: at level 0 of a plain denoiser, where s = 0.
+            UserError: level 0, where s = 0; an `Energy` has a score there too.
         """
         level = self.schedule.levels(level, x)
         if may_read(level) and bool((level == 0).any()):
@@ -98,9 +102,30 @@ class Denoiser(nn.Module):
         return -self.denoise(x, level, label) / self.amplitudes(level, x)[1]
 
 
+Wrapped = TypeVar("Wrapped", bound=Denoiser)
+
+
+class Wrapper(Denoiser, Generic[Wrapped]):
+    """A denoiser made of another one, `model`, on the same schedule and of the same input shape.
+
+    The model is registered once, as `network`: parameters, buffers and `state_dict` hold each tensor once.
+
+    Args:
+        model: the model to wrap.
+    """
+
+    def __init__(self, model: Wrapped) -> None:
+        super().__init__(model, model.schedule, model.input_shape)
+
+    @property
+    def model(self) -> Wrapped:
+        """The wrapped model."""
+        return cast(Wrapped, self.network)
+
+
 def like_network(model: Denoiser, x: Tensor) -> Tensor:
-    """`x` in the dtype and on the device of the network's numbers."""
-    return x.to(prototype(model))
+    """`x` in the dtype and on the device of the model's parameters."""
+    return x.to(any_parameter(model))
 
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -108,12 +133,13 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-def measures(
+def evaluation_mode(
     function: Callable[Concatenate[Model, Arguments], Result],
 ) -> Callable[Concatenate[Model, Arguments], Result]:
-    """For a function that only reads its model: no gradients, dropout off, every module's mode put back.
+    """Decorates a function of a model, its first argument, that evaluates it without training it.
 
-    fp32 is IEEE's there, on a GPU too (`ieee_fp32`).
+    Inside, gradients are off, the model is in eval mode, and fp32 is IEEE single precision on a GPU too
+    (`ieee_fp32`). Afterwards each module is back in the mode in which it was.
     """
 
     @wraps(function)
@@ -130,17 +156,31 @@ def measures(
     return run
 
 
-def prototype(model: nn.Module) -> Tensor:
-    """A tensor in the dtype and on the device of the model's numbers."""
+def any_parameter(model: nn.Module) -> Tensor:
+    """A floating-point parameter of the model, or a buffer where it has none: for its dtype and device."""
     return next(p for p in chain(model.parameters(), model.buffers()) if p.is_floating_point())
 
 
 class DDM(Denoiser):
-    """A plain denoising diffusion model: `network(x, level, label)` predicts the noise (arXiv 2006.11239)."""
+    """A plain denoising diffusion model: `network(x, level, label)` predicts the noise (arXiv 2006.11239).
+
+    The baseline of CDM. It draws samples and knows no `log p(x)`. See also `ddm_loss`, `CDM`.
+
+    Args:
+        network: a module from (B, ...), levels (B,) int64 and labels (B,) int64 or None to `eps_hat`
+            like the first, such as `UNetDenoiser` or `MLPDenoiser`.
+        schedule, input_shape: as of `Denoiser`.
+
+    >>> from cdm_fast import DDM, MLPDenoiser, NoiseSchedule
+    >>> model = DDM(MLPDenoiser(3, hidden=8), NoiseSchedule.linear(T=10))
+    >>> model.denoise(torch.zeros(2, 3), 5).shape
+    torch.Size([2, 3])
+    """
 
     def draw_levels(self, num: int, generator: torch.Generator | None = None) -> Tensor:
         """(num,) int64 levels, evenly from 1..T (DDPM eq. 14)."""
         return torch.randint(1, self.schedule.T + 1, (num,), device=self.a.device, generator=generator)
 
     def denoise(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
+        """The network's output, like `x`; arguments and errors as of `Denoiser.denoise`."""
         return self.network(x, self.schedule.levels(level, x), label)

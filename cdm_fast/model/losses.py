@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cdm_fast.config.settings import CE_WEIGHT
 from cdm_fast.model.cdm import CDM
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.model.denoiser import DDM, Denoiser
@@ -25,7 +26,7 @@ class LossTerms(NamedTuple):
 
 
 class Noised(NamedTuple):
-    """A batch of noised inputs and what was done to them."""
+    """A batch of noised inputs, with their noise, levels and labels."""
 
     x_t: Tensor  # (B, ...)
     eps: Tensor  # like x_t
@@ -39,21 +40,39 @@ def cdm_loss(
     level: Tensor | None = None,  # (B,) int64
     eps: Tensor | None = None,  # like x0
     label: Tensor | None = None,  # (B,) int64, -1 for none
-    ce_weight: float = 1e-3,
+    ce_weight: float = CE_WEIGHT,
     mse_weight: float = 1.0,
     generator: torch.Generator | None = None,
     class_weight: float = 0.0,
 ) -> LossTerms:
-    """`ce_weight CE(f(x_t), t) + mse_weight mean((eps_hat - eps)^2)` (CDM Alg. 1).
+    """The loss of a CDM: `ce_weight CE(f(x_t), t) + mse_weight mean((eps_hat - eps)^2)` (CDM Alg. 1).
 
-    Levels (from the model's p(t)) and noise are drawn, from `generator` if given, where they are not given.
-    The cross-entropy alone gives a bad denoiser; the squared error alone leaves the likelihood open by a
-    constant per level; both can be switched off by their weights.
+    The cross-entropy alone gives a poor denoiser; the squared error alone leaves one constant per level free,
+    so no likelihood. With joint logits the cross-entropy is over (level, class) pairs, or over levels alone
+    for an input without a label, and the squared error is that of the denoiser of the label, or of the
+    marginal. The cross-entropy is then `-log p(t | x_t) - log p(c | x_t, t)`, and `class_weight` adds the
+    second term once more. Each term alone is minimal for the true densities.
 
-    With joint logits the cross-entropy is over (level, class) pairs, and over levels alone for an input
-    without label; the squared error is that of the label's denoiser, or of the marginal's. That cross-entropy
-    is `-log p(t | x_t) - log p(c | x_t, t)`; `class_weight` adds the second term to the loss once more. Every
-    term by itself is smallest for the true densities.
+    Args:
+        model: the CDM.
+        x0: clean data; images in [-1, 1].
+        level: 0..T+1; drawn from the model's p(t) by default.
+        eps: N(0, I); drawn by default.
+        label: -1 stands for no class.
+        ce_weight, mse_weight: of the two terms; 0 leaves one out.
+        generator: of the levels and the noise that are drawn; PyTorch's global one by default.
+        class_weight: of the cross-entropy over classes, with joint logits.
+
+    Returns:
+        The loss, the mean squared error per value and the cross-entropy in nats, scalars.
+
+    >>> from cdm_fast import CDM, MLP, NoiseSchedule
+    >>> schedule = NoiseSchedule.uniform(T=10)
+    >>> model = CDM(MLP(2, schedule.num_levels, hidden=8), schedule)
+    >>> terms = cdm_loss(model, torch.randn(16, 2), ce_weight=0.01)
+    >>> terms.loss.backward()
+    >>> torch.allclose(terms.loss, 0.01 * terms.ce + terms.mse)
+    True
     """
     if level is None:
         level = model.draw_levels(len(x0), generator)
@@ -62,9 +81,13 @@ def cdm_loss(
 
 
 def noised_cdm_loss(
-    model: CDM, batch: Noised, ce_weight: float = 1e-3, mse_weight: float = 1.0, class_weight: float = 0.0
+    model: CDM,
+    batch: Noised,
+    ce_weight: float = CE_WEIGHT,
+    mse_weight: float = 1.0,
+    class_weight: float = 0.0,
 ) -> LossTerms:
-    """`cdm_loss` of inputs that are noised already."""
+    """`cdm_loss` of a batch that is noised already."""
     x_t, eps, level, label = batch
     cross_entropy, at_level, grad_x = model.cross_entropy_and_ratio_gradient(x_t, level, label)
     ce = cross_entropy.mean()
@@ -89,21 +112,29 @@ def ddm_loss(
     label: Tensor | None = None,  # (B,) int64, -1 for none
     generator: torch.Generator | None = None,
 ) -> LossTerms:
-    """`mean((eps_hat - eps)^2)` with levels drawn evenly from 1..T (DDPM eq. 14)."""
+    """The training loss of a DDM: `mean((eps_hat - eps)^2)` (DDPM eq. 14, arXiv 2006.11239).
+
+    Levels are drawn uniformly from 1..T where they are not given; the other arguments are those of
+    `cdm_loss`.
+
+    >>> from cdm_fast import DDM, MLPDenoiser, NoiseSchedule
+    >>> model = DDM(MLPDenoiser(2, hidden=8), NoiseSchedule.uniform(T=10))
+    >>> ddm_loss(model, torch.randn(16, 2)).loss.backward()
+    """
     if level is None:
         level = model.draw_levels(len(x0), generator)
     return noised_ddm_loss(model, _noised(model, x0, level, eps, label, generator))
 
 
 def noised_ddm_loss(model: DDM, batch: Noised) -> LossTerms:
-    """`ddm_loss` of inputs that are noised already."""
+    """`ddm_loss` of a batch that is noised already."""
     x_t, eps, level, label = batch
     mse = (model.denoise(x_t, level, label) - eps).square().mean()
     return LossTerms(mse, mse, None)
 
 
 def noised_classifier_loss(model: Classifier, batch: Noised) -> LossTerms:
-    """`-log p(label | x)` in nats of inputs at level 0, which is no noise."""
+    """Mean `-log p(label | x)` in nats of a batch at level 0, where there is no noise."""
     assert batch.label is not None
     ce = F.cross_entropy(model.logits(batch.x_t), batch.label)
     return LossTerms(ce, torch.zeros_like(ce), ce)

@@ -32,14 +32,19 @@ class NoiseSchedule:
 
     Build one with `linear`, `uniform`, `ot`, `cosine` or `by_name`; the constructor takes any amplitudes.
 
-    Arguments: `name`, what it is called; `a`, `s`, (L,) amplitudes with L >= 3, kept as float64 on the CPU.
-    Raises UserError unless a[0] = s[T+1] = 1, s[0] = a[T+1] = 0, both lie in [0, 1], and a/s falls strictly.
+    Args:
+        name: for messages.
+        a, s: (L,) amplitudes of signal and noise, L >= 3; kept as float64 on the CPU.
+
+    Raises:
+        UserError: unless a[0] = s[T+1] = 1, s[0] = a[T+1] = 0, all values lie in [0, 1], and a/s falls
+            strictly.
 
     >>> schedule = NoiseSchedule.uniform(T=3)
     >>> schedule.num_levels, schedule.s.tolist()
     (5, [0.0, 0.25, 0.5, 0.75, 1.0])
-    >>> schedule.pairs(3)
-    [(3, 2), (2, 1), (1, 0)]
+    >>> schedule.grid(steps=2)
+    [3, 2, 0]
     """
 
     name: str
@@ -83,8 +88,8 @@ class NoiseSchedule:
     def linear(cls, T: int, betas: tuple[float, float] | None = None) -> "NoiseSchedule":
         """DDPM: beta rises linearly, 1e-4 to 0.02 at T = 1000; other T scale it by 1000/T, clipped at 0.999.
 
-        Below T = 30 the clipped end keeps almost no signal (a_T = 4e-9 at T = 10): sample from another.
-        betas: the first and the last one for this T, in place of those.
+        Below T = 30 the clipped end keeps almost no signal (a_T = 4e-9 at T = 10): sample with another
+        schedule. `betas` replaces the first and the last beta for this T.
         Source: arXiv 2006.11239, section 4. Raises UserError unless T is an integer of at least 1, and
         0 < first <= last <= 0.999.
         """
@@ -119,8 +124,8 @@ class NoiseSchedule:
     def ot(cls, T: int, sigma_min: float = 0.0) -> "NoiseSchedule":
         """Straight lines from data to noise, `s = t/(T+1)`, `a = 1 - s`: flow matching, arXiv 2210.02747.
 
-        sigma_min: the noise left at the data's end, `s = 1 - (1 - sigma_min) a` (their eq. 20) at every level
-        but 0, which is clean data in every schedule here.
+        `sigma_min` is the noise that remains at the data: `s = 1 - (1 - sigma_min) a` (their eq. 20) at every
+        level but 0, which is clean data in every schedule here.
         Raises UserError unless T is an integer of at least 1 and sigma_min in [0, 1).
         """
         even = torch.arange(_check_T(T) + 2, dtype=torch.float64) / (T + 1)
@@ -137,8 +142,8 @@ class NoiseSchedule:
     ) -> Tensor:
         """`level` as a (B,) int64 tensor on `like`'s device.
 
-        Raises UserError for a wrong dtype or shape, and for a level outside 0..T+1 (of a tensor on the CPU
-        and outside a compiled graph: reading values on an accelerator would stall it).
+        Raises UserError for a wrong dtype or shape, and for a level outside 0..T+1. The values of a tensor on
+        an accelerator or in a compiled graph are not checked: reading them would wait for the device.
         """
         batch = like.shape[0]
         if isinstance(level, int):
@@ -152,7 +157,7 @@ class NoiseSchedule:
             self._check_range(int(level.min()), int(level.max()))
         return upload(level, like.device)
 
-    def gather(
+    def amplitudes(
         self,
         level: int | Tensor,  # (B,) int64, or one level for all
         like: Tensor,  # (B, ...)
@@ -162,13 +167,34 @@ class NoiseSchedule:
         Raises UserError as `levels` does.
         """
         index = self.levels(level, like)
-        shape = (-1,) + (1,) * (like.dim() - 1)
-        tables = (table.to(like.device, like.dtype) for table in (self.a, self.s))
-        a, s = (table.index_select(0, index).view(shape) for table in tables)
-        return a, s
+        return at_levels(upload(self.a, like.device), upload(self.s, like.device), index, like)
 
-    def pairs(self, steps: int, spacing: Spacing = "level") -> list[tuple[int, int]]:
-        """The `(t, t_prev)` of a sampler's steps, from level T down to level 0.
+    def noise(
+        self,
+        x0: Tensor,  # (B, ...)
+        level: int | Tensor,  # (B,) int64, or one level for all
+        eps: Tensor | None = None,  # like x0, or of a shape that broadcasts to it
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """`x_t = a[level] x_0 + s[level] eps`, like `x0`; at the int level 0 `x0` itself.
+
+        `eps` is N(0, I) drawn on the CPU, by `generator` if there is one, where it is not given.
+        Raises UserError as `levels` does.
+
+        >>> x0 = torch.ones(2, 3)
+        >>> NoiseSchedule.ot(T=3).noise(x0, torch.tensor([0, 2]), eps=-x0)
+        tensor([[1., 1., 1.],
+                [0., 0., 0.]])
+        """
+        if isinstance(level, int) and level == 0:
+            return x0
+        a, s = self.amplitudes(level, x0)
+        if eps is None:
+            eps = upload(torch.randn(x0.shape, generator=generator, dtype=x0.dtype), x0.device)
+        return a * x0 + s * eps
+
+    def grid(self, steps: int, spacing: Spacing = "level") -> list[int]:
+        """The steps + 1 levels that a sampler visits, from T down to 0.
 
         `spacing="level"` spreads them evenly over the level index; `"log_snr"` evenly over `log(a/s)` between
         levels T and 1, as far as whole levels allow, with a last step from 1 to 0.
@@ -178,8 +204,7 @@ class NoiseSchedule:
             raise UserError(f"steps is {steps!r}: choose an integer from 1 to T = {self.T}")
         if spacing not in GRIDS:
             raise UserError(f"unknown spacing {spacing!r}: choose one of {', '.join(GRIDS)}")
-        grid = [*GRIDS[spacing](self, steps), 0]
-        return list(zip(grid[:-1], grid[1:], strict=True))
+        return [*GRIDS[spacing](self, steps), 0]
 
     def _check_range(self, lowest: int, highest: int) -> None:
         if lowest < 0 or highest >= self.num_levels:
@@ -257,15 +282,15 @@ GRIDS: dict[str, Callable[[NoiseSchedule, int], list[int]]] = {
 class NoisePath:
     """A noise path in continuous time, as other programs define theirs: `y = alpha x_0 + beta eps`.
 
-    Time runs from `least` to `most` noise, up or down; `y` has the path's own scale, which for variance
-    exploding ones is not that of a schedule.
+    Time runs from that of the least noise to that of the most, up or down. `y` has the scale of the path,
+    which for variance-exploding paths is not that of a schedule.
 
     Fields:
         name: for messages.
         amplitudes: times (n,) float64 -> alpha, beta, each (n,), differentiable.
-        least, most: the times at which the model is used; there `beta > 0` at `most`, where y is taken for
-            N(0, beta^2 I).
-        times: T -> (T,) float64, the times of levels 1..T of a grid, for samplers and the bound.
+        least, most: the times of the least and the most noise at which the model is used; at `most`, `beta`
+            is positive and y is taken to be N(0, beta^2 I).
+        times: T -> (T,) float64, the times of levels 1..T of a grid, for samplers and the variational bound.
     """
 
     name: str
@@ -279,8 +304,9 @@ class NoisePath:
         return torch.func.jvp(self.amplitudes, (time,), (torch.ones_like(time),))[1]
 
     def schedule(self, T: int) -> NoiseSchedule:
-        """Levels 1..T at `times(T)`; amplitudes as the path's, or where they exceed 1 with a^2 + s^2 = 1.
+        """The schedule with levels 1..T at `times(T)`.
 
+        Its amplitudes are those of the path, rescaled to a^2 + s^2 = 1 if any of them exceeds 1.
         Raises UserError unless T is an integer of at least 1.
         """
         alpha, beta = self.amplitudes(self.times(_check_T(T)))
@@ -291,22 +317,26 @@ class NoisePath:
         return NoiseSchedule(self.name, torch.cat([one, alpha, zero]), torch.cat([zero, beta, one]))
 
 
-def add_noise(schedule: NoiseSchedule, x: Tensor, level: int | Tensor, generator: torch.Generator) -> Tensor:
-    """`x_t = a x + s eps`; `x` itself at level 0."""
-    if isinstance(level, int) and level == 0:
-        return x
-    a, s = schedule.gather(level, x)
-    return a * x + s * torch.randn(x.shape, generator=generator)
+def at_levels(
+    a: Tensor,  # (L,)
+    s: Tensor,  # (L,)
+    level: Tensor,  # (B,) int64, on their device
+    like: Tensor,  # (B, ...)
+) -> tuple[Tensor, Tensor]:
+    """`a[level]` and `s[level]`, each (B, 1, ..., 1) in `like`'s dtype."""
+    shape = (-1,) + (1,) * (like.dim() - 1)
+    a, s = (table.index_select(0, level).to(like.dtype).view(shape) for table in (a, s))
+    return a, s
 
 
-def spread(first: int, last: int, most: int) -> list[int]:
-    """All integers first..last, or `most` of them spread evenly."""
+def evenly_spaced(first: int, last: int, most: int) -> list[int]:
+    """All integers first..last, or `most` of them, evenly spaced."""
     count = min(most, last - first + 1)
     return sorted({round(float(t)) for t in torch.linspace(first, last, count, dtype=torch.float64)})
 
 
 def even_in_log_noise(num_levels: int, smallest: float) -> NoiseSchedule:
-    """s from `smallest` at level 1 to 1 by equal factors, `a = sqrt(1 - s^2)`."""
+    """`s` from `smallest` at level 1 to 1 at level T+1 in equal ratios, `a = sqrt(1 - s^2)`."""
     T = num_levels - 2
     s = torch.cat([torch.zeros(1), torch.logspace(math.log10(smallest), 0, T + 1, dtype=torch.float64)])
     s[-1] = 1

@@ -3,8 +3,6 @@
 # B batch, K classes, E embedding width
 """
 
-# B batch, K classes
-
 import math
 
 import torch
@@ -20,8 +18,10 @@ def check_labels(
     num_classes: int | None,  # K
     batch: int,
 ) -> None:
-    """Raises UserError for a label given to a network without classes, of another dtype or shape, or out of
-    range (looked at where that costs no wait for a device)."""
+    """Raises UserError for labels of a network without classes, of a wrong dtype or shape, or out of range.
+
+    The range is checked where `may_read` allows it.
+    """
     if label is None:
         return
     if num_classes is None:
@@ -63,7 +63,7 @@ class Embedding(nn.Module):
             linear.casts = True  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, base channels) -> (B, E), through the SiLU that every block applies to it."""
+        """(B, base channels) -> (B, E), with the SiLU applied that precedes every block's projection."""
         return F.silu(self.dense[1](F.silu(self.dense[0](x))))
 
 

@@ -1,4 +1,6 @@
-"""The head over (level, class) pairs: the densities of all classes at all levels from one forward pass.
+"""The heads: features to one logit per level, or per (level, class) pair.
+
+Joint logits give the densities of all classes at all levels from one forward pass.
 
 # B batch, D features, L = T+2 noise levels, K classes, N = (L-1) K + 1 logits: z[t, c] at t K + c for t <= T,
 # and z_N of pure noise, which belongs to no class, at the end; R rank
@@ -26,6 +28,8 @@ class CumulativeHead(nn.Linear):
     The cotangent of `F(x,t) = f[T+1] - f[t]` at the features is a difference of two rows of `cumsum(W)`.
     """
 
+    takes_label = False  # whether a label chooses among the logits; else it enters the trunk
+
     def cumulated(self) -> tuple[Tensor, Tensor]:
         """`(W_c (L, D), b_c (L,))`."""
         return self.weight.cumsum(0), self.bias.cumsum(0)
@@ -44,54 +48,51 @@ class CumulativeHead(nn.Linear):
         """Adds `by` (L,) to the logits, by the bias."""
         self.bias.add_(by.diff(prepend=by.new_zeros(1)).to(self.bias))
 
+    def shift_each(self, by: Tensor) -> None:
+        """Adds `by`, one number per logit, to the logits; here the same as `shift`."""
+        self.shift(by)
 
-class JointHead(CumulativeHead):
-    """Features to joint logits: `z_N = w_N h`, and downwards from noise `z[t,c] = z_N - sum_{u>=t} w[u,c] h`.
+    def cotangent(
+        self,
+        h: Tensor,  # (B, D)
+        cumulated: tuple[Tensor, Tensor],
+        level: Tensor,  # (B,) int64
+        label: Tensor | None = None,
+        guidance: float = 0.0,
+        at_level: Tensor | None = None,
+    ) -> Tensor:  # (B, D)
+        """Gradient of `f[T+1] - f[level]` with respect to the features `h`, on which it does not depend.
 
-    Pure noise knows no class, so the classes part on the way to the data. They start equal: every class has
-    the same weights at first. With K = 1 these are the differences of `CumulativeHead`'s logits.
+        `label`, `guidance` and `at_level` are for heads over classes (`ClassHead`), and are not read here.
+        """
+        return head_cotangent(cumulated[0], level)
 
-    Args:
-        in_features: D.
-        num_levels: L.
-        num_classes: K, at least 1.
+    def pick(self, logits: Tensor, level: Tensor) -> Tensor | None:
+        """What `cotangent` takes as `at_level`, out of all logits: nothing here."""
+        return None
+
+
+class ClassHead(CumulativeHead):
+    """Base of the heads over (level, class) pairs: N joint logits, of which a label chooses.
+
+    Subclasses say how the logits of a level come from its rows of the weight: `rows_per_level`,
+    `_from_noise_down`, `_per_class` and `_row_weights`.
     """
 
-    common_rows = slice(None)  # of a level's rows, those that between them hold every class's logit once
-
-    def __init__(self, in_features: int, num_levels: int, num_classes: int) -> None:
-        if num_classes < 1:
-            raise UserError(f"num_classes is {num_classes}: it must be at least 1")
-        super().__init__(in_features, (num_levels - 1) * num_classes + 1)
-        self.num_classes = self.rows_per_level = num_classes
-        with torch.no_grad():
-            for parameter in (self.weight, self.bias):
-                each = parameter[:-1].unflatten(0, (num_levels - 1, num_classes))
-                each.copy_(each[:, :1].clone().expand_as(each))
+    takes_label = True
+    common_rows: slice  # of a level's rows, those that between them enter every class's logit once
+    num_classes: int  # K
+    rows_per_level: int
 
     def cumulated(self) -> tuple[Tensor, Tensor]:
-        """`(W_c (N, D), b_c (N,))`."""
+        """`(W_c, b_c)`, of one row per row of the weight."""
         return self._from_noise_down(self.weight), self._from_noise_down(self.bias)
-
-    def _from_noise_down(self, rows: Tensor) -> Tensor:
-        noise = rows[-1:]
-        steps = rows[:-1].unflatten(0, (-1, self.num_classes))
-        down = steps.flip(0).cumsum(0).flip(0)
-        return torch.cat([noise - down.flatten(0, 1), noise])
 
     @torch.no_grad()
     def shift(self, by: Tensor) -> None:
         """Adds `by` (L,) to the logits of every level, for all its classes, by the bias."""
         self.bias[:-1].unflatten(0, (-1, self.rows_per_level))[:, self.common_rows] += by.diff()[:, None]
         self.bias[-1] += by[-1]
-
-    @torch.no_grad()
-    def shift_each(self, by: Tensor) -> None:
-        """Adds `by` (N,) to the logits, a constant of its own for every (level, class) pair, by the bias."""
-        assert self.rows_per_level == self.num_classes, "only a full head has a row for every pair"
-        noise = by[-1:].expand(1, self.num_classes)
-        joint = torch.cat([by[:-1].unflatten(0, (-1, self.num_classes)), noise])
-        self.bias.add_(torch.cat([joint.diff(dim=0).flatten(), by[-1:]]).to(self.bias))
 
     def cotangent(
         self,
@@ -116,7 +117,7 @@ class JointHead(CumulativeHead):
 
     def weighted_cotangent(
         self,
-        weight: Tensor,  # (N, D), cumulated
+        weight: Tensor,  # cumulated
         level: Tensor,  # (B,) int64
         class_weight: Tensor,  # (B, K), of any sum
     ) -> Tensor:  # (B, D)
@@ -132,7 +133,7 @@ class JointHead(CumulativeHead):
         cumulated: tuple[Tensor, Tensor],
         level: Tensor,  # (B,) int64
     ) -> Tensor:  # (B, K)
-        """z[level] alone, without the other levels'; at pure noise, where no cotangent is, of no meaning."""
+        """z[level], computed without the other levels' logits; meaningless at pure noise (level T+1)."""
         weight, bias = cumulated
         of_level = torch.arange(self.rows_per_level, device=level.device)
         rows = (level[:, None] * self.rows_per_level + of_level).clamp(max=len(weight) - 1)
@@ -140,6 +141,10 @@ class JointHead(CumulativeHead):
         with full_precision(h):
             basis = (picked @ h.to(weight.dtype).unsqueeze(2)).squeeze(2) + bias[rows]
             return self._per_class(basis)
+
+    def pick(self, logits: Tensor, level: Tensor) -> Tensor:
+        """z[level] (B, K), out of all logits (B, N); meaningless at pure noise."""
+        return logits_at(logits, level, self.num_classes)
 
     def cross_entropy(
         self,
@@ -149,29 +154,86 @@ class JointHead(CumulativeHead):
         label: Tensor | None = None,  # (B,) int64, -1 for none
     ) -> Tensor:  # (B,)
         """`-log p(level, label | h)` in nats, without all logits at once: for many classes."""
-        return head_noise_level_ce(h, *cumulated, level, label, self.num_classes).loss
+        raise NotImplementedError
+
+    def _from_noise_down(self, rows: Tensor) -> Tensor:
+        """The cumulated rows: those of a level are sums over all levels from it up to noise."""
+        raise NotImplementedError
 
     def _per_class(self, picked: Tensor) -> Tensor:
         """(B, K): the classes' logits out of those of one level's rows."""
-        return picked
+        raise NotImplementedError
 
     def _row_weights(self, class_weight: Tensor) -> Tensor:
         """How much each of a level's rows counts in `sum_c class_weight[c] z[level, c]`."""
+        raise NotImplementedError
+
+
+class JointHead(ClassHead):
+    """Features to joint logits: `z_N = w_N h`, and downwards from noise `z[t,c] = z_N - sum_{u>=t} w[u,c] h`.
+
+    Pure noise has no class, so the classes differ more and more towards the data. Every class has the same
+    weights at first. With K = 1 these are the differences of `CumulativeHead`'s logits.
+
+    Args:
+        in_features: D.
+        num_levels: L.
+        num_classes: K, at least 1.
+
+    Raises:
+        UserError: fewer than one class.
+    """
+
+    common_rows = slice(None)
+
+    def __init__(self, in_features: int, num_levels: int, num_classes: int) -> None:
+        if num_classes < 1:
+            raise UserError(f"num_classes is {num_classes}: it must be at least 1")
+        super().__init__(in_features, (num_levels - 1) * num_classes + 1)
+        self.num_classes = self.rows_per_level = num_classes
+        with torch.no_grad():
+            for parameter in (self.weight, self.bias):
+                each = parameter[:-1].unflatten(0, (num_levels - 1, num_classes))
+                each.copy_(each[:, :1].clone().expand_as(each))
+
+    @torch.no_grad()
+    def shift_each(self, by: Tensor) -> None:
+        """Adds `by` (N,) to the logits, a constant of its own for every (level, class) pair, by the bias."""
+        noise = by[-1:].expand(1, self.num_classes)
+        joint = torch.cat([by[:-1].unflatten(0, (-1, self.num_classes)), noise])
+        self.bias.add_(torch.cat([joint.diff(dim=0).flatten(), by[-1:]]).to(self.bias))
+
+    def cross_entropy(
+        self, h: Tensor, cumulated: tuple[Tensor, Tensor], level: Tensor, label: Tensor | None = None
+    ) -> Tensor:
+        return head_noise_level_ce(h, *cumulated, level, label, self.num_classes).loss
+
+    def _from_noise_down(self, rows: Tensor) -> Tensor:
+        noise = rows[-1:]
+        return torch.cat([noise - _sums_from_noise(rows, self.num_classes).flatten(0, 1), noise])
+
+    def _per_class(self, picked: Tensor) -> Tensor:
+        return picked
+
+    def _row_weights(self, class_weight: Tensor) -> Tensor:
         return class_weight
 
 
-class LowRankHead(JointHead):
-    """As `JointHead`, out of a few rows a level and class vectors that all levels share.
+class LowRankHead(ClassHead):
+    """As `JointHead`, from a few rows per level and class vectors that all levels share.
 
-    `z[t,c] = z_N - sum_{u>=t} (w[u,0] + sum_r v[c,r] w[u,r]) h`: R + 1 rows a level, and for each class a
-    vector v[c] of R numbers, the same at all levels. With R < K - 1 it saves memory; with more it can be any
-    full head, and learns few classes faster than one. Classes start equal: v = 0.
+    `z[t,c] = z_N - sum_{u>=t} (w[u,0] + sum_r v[c,r] w[u,r]) h`: R + 1 rows per level, and for each class a
+    vector v[c] of R numbers, the same at all levels. With R < K - 1 it saves memory; with R >= K - 1 it can
+    represent every full head, and it learns few classes faster than one. Classes start equal: v = 0.
 
     Args:
         in_features: D.
         num_levels: L.
         num_classes: K, at least 1.
         rank: R, at least 1.
+
+    Raises:
+        UserError: fewer than one class, or a rank below 1.
     """
 
     common_rows = slice(1)
@@ -179,7 +241,7 @@ class LowRankHead(JointHead):
     def __init__(self, in_features: int, num_levels: int, num_classes: int, rank: int) -> None:
         if rank < 1 or num_classes < 1:
             raise UserError(f"num_classes is {num_classes} and rank {rank}: both must be at least 1")
-        CumulativeHead.__init__(self, in_features, (num_levels - 1) * (rank + 1) + 1)
+        super().__init__(in_features, (num_levels - 1) * (rank + 1) + 1)
         self.num_classes, self.rows_per_level = num_classes, rank + 1
         self.classes = nn.Parameter(torch.zeros(num_classes, rank))
 
@@ -190,17 +252,18 @@ class LowRankHead(JointHead):
             joint = low_rank_logits(basis[:, :-1].unflatten(1, (-1, self.rows_per_level)), self.classes)
         return torch.cat([joint.flatten(1), basis[:, -1:]], dim=1)
 
+    def shift_each(self, by: Tensor) -> None:
+        """Not possible: classes share the rows of a level. Raises UserError."""
+        raise UserError("a head of low rank has no constant for every (level, class) pair: use head_rank=0")
+
     def cross_entropy(
         self, h: Tensor, cumulated: tuple[Tensor, Tensor], level: Tensor, label: Tensor | None = None
     ) -> Tensor:
-        """As `JointHead.cross_entropy`."""
         with full_precision(h):
             return low_rank_noise_level_ce(F.linear(h, *cumulated), self.classes, level, label)
 
     def _from_noise_down(self, rows: Tensor) -> Tensor:
-        noise = rows[-1:]
-        steps = rows[:-1].unflatten(0, (-1, self.rows_per_level))
-        down = steps.flip(0).cumsum(0).flip(0)
+        noise, down = rows[-1:], _sums_from_noise(rows, self.rows_per_level)
         return torch.cat([torch.cat([noise - down[:, :1], -down[:, 1:]], dim=1).flatten(0, 1), noise])
 
     def _per_class(self, picked: Tensor) -> Tensor:
@@ -208,6 +271,12 @@ class LowRankHead(JointHead):
 
     def _row_weights(self, class_weight: Tensor) -> Tensor:
         return torch.cat([class_weight.sum(1, keepdim=True), class_weight @ self.classes], dim=1)
+
+
+def _sums_from_noise(rows: Tensor, rows_per_level: int) -> Tensor:
+    """(L-1, rows per level, ...): the rows of each level plus those of all noisier levels below T+1."""
+    steps = rows[:-1].unflatten(0, (-1, rows_per_level))
+    return steps.flip(0).cumsum(0).flip(0)
 
 
 def logits_at(logits: Tensor, level: Tensor, num_classes: int) -> Tensor:
@@ -233,7 +302,7 @@ def class_weights(
 def noise_head(
     in_features: int, num_levels: int, num_classes: int | None, conditioning: Conditioning, rank: int = 0
 ) -> CumulativeHead:
-    """The head that `conditioning` asks for; UserError for one that does not exist or lacks its classes.
+    """The head for `conditioning`; UserError for an unknown one, or for a joint one without `num_classes`.
 
     rank: of a joint head's classes; 0 for a full head.
     """
@@ -249,5 +318,5 @@ def noise_head(
 
 
 def embedded_classes(num_classes: int | None, conditioning: Conditioning) -> int | None:
-    """K where the trunk sees the class, None where only the head knows of it."""
+    """K if the label enters the trunk, None if it only chooses among the head's logits."""
     return num_classes if conditioning == "embedding" else None

@@ -58,12 +58,22 @@ class MLP(AdjointNetwork):
         conditioning: "embedding": the label enters every block, with one extra null class; "joint": the head
             has a logit for every (level, class) pair.
         head_rank: rank of a joint head's classes, for many of them; 0 for a full head.
+
+    Raises:
+        UserError: a width or depth below 1, or a conditioning without its classes.
+
+    Example:
+        >>> import torch
+        >>> from cdm_fast import MLP
+        >>> MLP(2, 102, hidden=16)(torch.zeros(3, 2)).shape
+        torch.Size([3, 102])
     """
 
     def __init__(
         self,
         dim: int,
         num_levels: int,
+        *,
         hidden: int = 256,
         depth: int = 3,
         num_squares: int | None = None,
@@ -124,7 +134,9 @@ class MLPDenoiser(nn.Module):
         dim, hidden, depth, num_classes: as for `MLP`.
     """
 
-    def __init__(self, dim: int, hidden: int = 256, depth: int = 3, num_classes: int | None = None) -> None:
+    def __init__(
+        self, dim: int, *, hidden: int = 256, depth: int = 3, num_classes: int | None = None
+    ) -> None:
         super().__init__()
         _check_widths(dim, hidden, depth)
         self.input_shape = (dim,)

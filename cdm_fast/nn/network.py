@@ -1,4 +1,4 @@
-"""What a network must offer for the fast path: features, their adjoint, and a head over noise levels.
+"""The interface of networks with an explicit adjoint: features, their adjoint, and a head over noise levels.
 
 # B batch, D features, L = T+2 noise levels, K classes, N = L logits, or (L-1) K + 1 joint ones (`heads.py`)
 """
@@ -8,15 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cdm_fast.nn.heads import Conditioning, CumulativeHead, JointHead, logits_at
-from cdm_fast.ops import head_cotangent
+from cdm_fast.nn.heads import ClassHead, Conditioning, CumulativeHead
 
 
 class AdjointNetwork(nn.Module):
     """A noise-level classifier `f = head(features(x))` whose input gradient is a forward computation.
 
-    Subclasses provide `features`, `adjoint`, `linear_layer` (the head) and `input_shape`. With a `JointHead`
-    the trunk never sees the label: it chooses among the logits.
+    Subclasses provide `features`, `adjoint`, `linear_layer` (the head) and `input_shape`. With a `ClassHead`
+    the label does not enter the trunk; it chooses among the logits.
     """
 
     linear_layer: CumulativeHead
@@ -43,14 +42,11 @@ class AdjointNetwork(nn.Module):
     ) -> Tensor:
         """`grad_x (f(x)[T+1] - f(x)[level])`, like `x`. `level` (B,) int64.
 
-        A joint head evaluates the logits of that level alone, and takes the label's with `guidance` (see
-        `JointHead.cotangent`). Any other needs no logits, and has no `guidance` in one evaluation.
+        A head over classes computes the logits of that level alone and chooses the label's; for `guidance`
+        see `ClassHead.cotangent`. A head over levels needs no logits, and no `guidance` in one evaluation.
         """
         head = self.linear_layer
-        if not isinstance(head, JointHead):
-            _, residuals = self.features(x, label)
-            return self.adjoint(residuals, head_cotangent(head.cumulated()[0], level))
-        h, residuals = self.features(x)
+        h, residuals = self._features(x, label)
         return self.adjoint(residuals, head.cotangent(h, head.cumulated(), level, label, guidance))
 
     def logits_and_ratio_gradient(
@@ -58,24 +54,19 @@ class AdjointNetwork(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Logits (B, N) and `ratio_gradient` from one set of features; arguments as there."""
         head = self.linear_layer
-        joint = isinstance(head, JointHead)
-        h, residuals = self.features(x, None if joint else label)
-        weight, bias = head.cumulated()
-        logits = head.logits(h, weight, bias)
-        if isinstance(head, JointHead):
-            at_level = logits_at(logits, level, head.num_classes)
-            cotangent = head.cotangent(h, (weight, bias), level, label, guidance, at_level)
-        else:
-            cotangent = head_cotangent(weight, level)
+        h, residuals = self._features(x, label)
+        cumulated = head.cumulated()
+        logits = head.logits(h, *cumulated)
+        cotangent = head.cotangent(h, cumulated, level, label, guidance, head.pick(logits, level))
         return logits, self.adjoint(residuals, cotangent)
 
     def logits_and_pullback(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
-        """Joint logits (B, N), and a function of the same features for weights that depend on them.
+        """Joint logits (B, N), and a function that pulls class weights back to the input.
 
-        `pull(level (B,), weight (B, K))` is `grad_x sum_c weight[c] (z_N - z[level, c])`, like `x`.
+        `pull(level (B,), weight (B, K))` is `grad_x sum_c weight[c] (z_N - z[level, c])`, like `x`, from the
+        same features; the weights may depend on the logits. For heads over classes only.
         """
-        head = self.linear_layer
-        assert isinstance(head, JointHead)
+        head = self._class_head()
         h, residuals = self.features(x)
         weight, bias = head.cumulated()
 
@@ -87,16 +78,22 @@ class AdjointNetwork(nn.Module):
     def cross_entropy_and_ratio_gradient(
         self, x: Tensor, level: Tensor, label: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `logits_and_ratio_gradient` of a joint head, with the cross-entropy (B,) in place of the logits,
-        and with the logits (B, K) of each input's own level.
+        """The cross-entropy (B,) in nats, the logits (B, K) of each input's own level, and `ratio_gradient`.
 
-        The others never exist all at once: for many classes.
+        Never holds all joint logits at once: for many classes. For heads over classes only.
         """
-        head = self.linear_layer
-        assert isinstance(head, JointHead)
+        head = self._class_head()
         h, residuals = self.features(x)
         cumulated = head.cumulated()
         loss = head.cross_entropy(h, cumulated, level, label)
         at_level = head.at_level(h, cumulated, level)
         cotangent = head.cotangent(h, cumulated, level, label, at_level=at_level)
         return loss, at_level, self.adjoint(residuals, cotangent)
+
+    def _features(self, x: Tensor, label: Tensor | None) -> tuple[Tensor, Any]:
+        """`features`, of the label too where it enters the trunk."""
+        return self.features(x, None if self.linear_layer.takes_label else label)
+
+    def _class_head(self) -> ClassHead:
+        assert isinstance(self.linear_layer, ClassHead), "needs a head over (level, class) pairs"
+        return self.linear_layer

@@ -6,8 +6,9 @@ Parameter names are those of the paper's public checkpoints.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import repeat
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from cdm_fast.errors import UserError
+from cdm_fast.nn.blocks import AttentionBlock, ResnetBlock
 from cdm_fast.nn.embedding import Embedding, class_index, sinusoids
-from cdm_fast.nn.layers import AttentionBlock, Conv2d, Downsample, Layer, ResnetBlock, Upsample, run_adjoint
+from cdm_fast.nn.layers import Conv2d, Layer, run_adjoint
+from cdm_fast.nn.resample import Downsample, Upsample
+from cdm_fast.ops.backend import under_this_selection
 
 
 class Resolution(nn.Module):
@@ -106,11 +110,25 @@ class Stage:
 
 def checkpointed(function: Callable[..., Any], *inputs: Any) -> Any:
     """`function(*inputs)`, of which autograd keeps the inputs alone. It draws no random numbers itself."""
+    if not torch.compiler.is_compiling():  # a compiled graph holds the choice already
+        function = under_this_selection(function)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-class DownTrunk(nn.Module):
-    """The way down and the middle, image (B, C, H, W) -> feature map at the lowest resolution.
+class TrunkOptions(TypedDict, total=False):
+    """The optional fields of `TrunkShape`, as the networks take them by keyword."""
+
+    base_channels: int
+    multipliers: Sequence[int]
+    blocks_per_level: int
+    attention_resolutions: Sequence[int]
+    dropout: float
+    num_groups: int
+
+
+@dataclass(frozen=True)
+class TrunkShape:
+    """The sizes of a trunk, those of the paper's CIFAR-10 network by default.
 
     Args:
         image_size: H = W; divisible by 2 once per resolution after the first.
@@ -119,41 +137,76 @@ class DownTrunk(nn.Module):
         multipliers: width of each resolution in units of `base_channels`.
         blocks_per_level: residual blocks per resolution on the way down.
         attention_resolutions: sizes H at which every block is followed by attention (the middle always is).
-        dropout: in every residual block.
-        num_classes: K if the label is to enter every block (with one extra null class), else None.
-        num_groups: G of every GroupNorm; 32 in the paper.
-        timed: whether the noise level enters every block.
-
-    Set `recompute` to keep only the input of every stage, and compute the rest of it again in the adjoint and
-    in the backward pass: less memory, more time, the same numbers. Where the batch is part of a larger one,
-    set `first_image` to the number of images before it: dropout masks are then those of the larger one.
+        dropout: probability of zeroing an activation in every residual block, in [0, 1).
+        num_groups: G of every GroupNorm.
 
     Raises:
         UserError: a size that the resolutions cannot divide, or widths that the groups cannot.
     """
 
+    image_size: int
+    channels: int
+    base_channels: int = 128
+    multipliers: Sequence[int] = (1, 2, 2, 2)
+    blocks_per_level: int = 2
+    attention_resolutions: Sequence[int] = (16,)
+    dropout: float = 0.0
+    num_groups: int = 32
+
+    def __post_init__(self) -> None:
+        halvings = len(self.multipliers) - 1
+        if halvings < 0:
+            raise UserError(
+                "multipliers is empty: give one width multiplier per resolution, such as (1, 2, 2)"
+            )
+        if self.image_size % 2**halvings:
+            raise UserError(
+                f"image size {self.image_size} cannot be halved {halvings} times, as {halvings + 1} "
+                f"multipliers ask: use a multiple of {2**halvings} or fewer multipliers"
+            )
+        if self.base_channels % self.num_groups:
+            raise UserError(
+                f"base_channels {self.base_channels} is not a multiple of num_groups {self.num_groups}; "
+                "change one"
+            )
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        return self.channels, self.image_size, self.image_size
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each resolution, from full resolution down."""
+        return [self.base_channels * multiplier for multiplier in self.multipliers]
+
+
+class DownTrunk(nn.Module):
+    """The way down and the middle, image (B, C, H, W) -> feature map at the lowest resolution.
+
+    Args:
+        shape: the sizes.
+        num_classes: K if the label enters every block (with one extra null class), else None.
+        timed: whether the noise level enters every block.
+
+    Attributes:
+        dropout: the rate in all residual blocks; it can be set at any time, 0 switches dropout off.
+        recompute: keep only the input of every stage, and compute the rest again in the adjoint and in the
+            backward pass: less memory, more time, the same numbers.
+        first_image: where the batch is a part of a larger one, the number of images before it. Dropout masks
+            are then those of the larger batch.
+    """
+
     recompute = False
     first_image = 0
 
-    def __init__(
-        self,
-        image_size: int,
-        channels: int,
-        base_channels: int,
-        multipliers: Sequence[int],
-        blocks_per_level: int,
-        attention_resolutions: Sequence[int],
-        dropout: float,
-        num_classes: int | None,
-        num_groups: int,
-        timed: bool = False,
-    ) -> None:
+    def __init__(self, shape: TrunkShape, num_classes: int | None, timed: bool = False) -> None:
         super().__init__()
-        _check_sizes(image_size, base_channels, multipliers, num_groups)
-        self.input_shape: tuple[int, ...] = (channels, image_size, image_size)
-        self.base_channels, self.num_groups, self.dropout = base_channels, num_groups, dropout
-        self.attention_resolutions = tuple(attention_resolutions)
+        self.shape = shape
+        self.input_shape: tuple[int, ...] = shape.input_shape
+        self._dropout = shape.dropout
         self.num_classes = self.embedded_classes = num_classes
+        base_channels = shape.base_channels
         embedded = timed or num_classes is not None
         self.embedding_width = 4 * base_channels if embedded else None
         if embedded:
@@ -161,24 +214,38 @@ class DownTrunk(nn.Module):
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes + 1, base_channels)
 
-        self.conv_in = Conv2d(channels, base_channels, exact=True)
-        self.widths = [base_channels * multiplier for multiplier in multipliers]
+        self.conv_in = Conv2d(shape.channels, base_channels, exact=True)
         width = base_channels
         self.down = nn.ModuleList()
-        for i, after in enumerate(self.widths):
-            befores = ([width] + [after] * blocks_per_level)[:blocks_per_level]
-            down = self._resolution(image_size >> i, [(before, after) for before in befores])
-            if i < len(self.widths) - 1:
+        for i, after in enumerate(shape.widths):
+            befores = ([width] + [after] * shape.blocks_per_level)[: shape.blocks_per_level]
+            down = self._resolution(shape.image_size >> i, [(before, after) for before in befores])
+            if i < len(shape.widths) - 1:
                 down.downsample = Downsample(after)
             self.down.append(down)
             width = after
-        self.mid = Middle(width, num_groups, dropout, self.embedding_width)
+        self.mid = Middle(width, shape.num_groups, shape.dropout, self.embedding_width)
+
+    @property
+    def dropout(self) -> float:
+        return self._dropout
+
+    @dropout.setter
+    def dropout(self, rate: float) -> None:
+        if not 0 <= rate < 1:
+            raise UserError(f"dropout is {rate}: it must be at least 0 and less than 1")
+        self._dropout = rate
+        for block in self.modules():
+            if isinstance(block, ResnetBlock):
+                block.norm2.dropout = rate
 
     def _resolution(self, size: int, widths: list[tuple[int, int]]) -> Resolution:
         """Blocks from and to these widths, with attention if this size has it."""
-        attends = size in self.attention_resolutions
-        blocks = [ResnetBlock(*pair, self.num_groups, self.dropout, self.embedding_width) for pair in widths]
-        return Resolution(blocks, [AttentionBlock(after, self.num_groups) for _, after in widths if attends])
+        shape, attends = self.shape, size in self.shape.attention_resolutions
+        blocks = [
+            ResnetBlock(*pair, shape.num_groups, shape.dropout, self.embedding_width) for pair in widths
+        ]
+        return Resolution(blocks, [AttentionBlock(after, shape.num_groups) for _, after in widths if attends])
 
     def stages_of(self, down: Resolution) -> Iterator[Stage]:
         """The stages of one resolution on the way down, its change of size last."""
@@ -205,7 +272,7 @@ class DownTrunk(nn.Module):
         index = class_index(label, self.embedded_classes, batch, weight.device)
         terms = []
         if time is not None:
-            terms.append(sinusoids(time, self.base_channels).to(weight.dtype))
+            terms.append(sinusoids(time, self.shape.base_channels).to(weight.dtype))
         if index is not None:
             terms.append(self.label_emb(index))
         return self.temb(sum(terms[1:], start=terms[0])) if terms else None
@@ -220,22 +287,8 @@ class DownTrunk(nn.Module):
 
 
 def check_input(x: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises UserError for a batch whose images have another shape."""
     if x.shape[1:] != shape:
         raise UserError(
             f"the network takes images of shape (B, {', '.join(map(str, shape))}), not {tuple(x.shape)}"
-        )
-
-
-def _check_sizes(image_size: int, base_channels: int, multipliers: Sequence[int], num_groups: int) -> None:
-    halvings = len(multipliers) - 1
-    if halvings < 0:
-        raise UserError("multipliers is empty: give one width multiplier per resolution, such as (1, 2, 2)")
-    if image_size % 2**halvings:
-        raise UserError(
-            f"image size {image_size} cannot be halved {halvings} times, as {len(multipliers)} multipliers "
-            f"ask: use a multiple of {2**halvings} or fewer multipliers"
-        )
-    if base_channels % num_groups:
-        raise UserError(
-            f"base_channels {base_channels} is not a multiple of num_groups {num_groups}; change one"
         )

@@ -5,72 +5,53 @@ Parameter names are those of the paper's public checkpoints.
 # B batch, C channels, H W pixels, L = T+2 noise levels, K classes, E embedding width
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Iterable, Iterator
+from typing import Any, Unpack, cast
 
 from torch import Tensor, nn
 
 from cdm_fast.nn.heads import Conditioning, embedded_classes, noise_head
-from cdm_fast.nn.layers import (
-    Conv2d,
-    ConvMeanPool,
-    GroupNorm,
-    Upsample,
-    full_precision,
-)
+from cdm_fast.nn.layers import Conv2d, GroupNorm, full_precision
 from cdm_fast.nn.network import AdjointNetwork
-from cdm_fast.nn.trunk import DownTrunk, Resolution, Stage, StageInputs, check_input
+from cdm_fast.nn.pool import ConvMeanPool
+from cdm_fast.nn.resample import Upsample
+from cdm_fast.nn.trunk import (
+    DownTrunk,
+    Resolution,
+    Stage,
+    StageInputs,
+    TrunkOptions,
+    TrunkShape,
+    check_input,
+)
 
 
 class UNetTrunk(DownTrunk):
     """Everything of the U-Net but its head: image (B, C, H, W) -> feature map (B, base, H, W).
 
-    Args:
-        blocks_per_level: residual blocks per resolution on the way down; one more on the way up. The output
-            of every stage on the way down is kept for a skip connection.
-        image_size and the others: see `DownTrunk`.
+    Each resolution has one residual block more on the way up than on the way down, and the output of every
+    stage on the way down is kept for a skip connection. Arguments as in `DownTrunk`.
     """
 
-    def __init__(
-        self,
-        image_size: int,
-        channels: int,
-        base_channels: int,
-        multipliers: Sequence[int],
-        blocks_per_level: int,
-        attention_resolutions: Sequence[int],
-        dropout: float,
-        num_classes: int | None,
-        num_groups: int,
-        timed: bool = False,
-    ) -> None:
-        super().__init__(
-            image_size,
-            channels,
-            base_channels,
-            multipliers,
-            blocks_per_level,
-            attention_resolutions,
-            dropout,
-            num_classes,
-            num_groups,
-            timed,
-        )
-        skips = [base_channels]
-        for after in self.widths:
-            skips += [after] * (blocks_per_level + 1)  # the last is the downsampled one
+    def __init__(self, shape: TrunkShape, num_classes: int | None, timed: bool = False) -> None:
+        super().__init__(shape, num_classes, timed)
+        skips = [shape.base_channels]
+        for after in shape.widths:
+            skips += [after] * (shape.blocks_per_level + 1)  # the last is the downsampled one
         skips.pop()
-        width = self.widths[-1]
+        width = shape.widths[-1]
         ups: list[Resolution] = []
-        for i, after in reversed(list(enumerate(self.widths))):
-            befores = [width] + [after] * blocks_per_level
-            up = self._resolution(image_size >> i, [(before + skips.pop(), after) for before in befores])
+        for i, after in reversed(list(enumerate(shape.widths))):
+            befores = [width] + [after] * shape.blocks_per_level
+            up = self._resolution(
+                shape.image_size >> i, [(before + skips.pop(), after) for before in befores]
+            )
             if i > 0:
                 up.upsample = Upsample(after)
             ups.append(up)
             width = after
         self.up = nn.ModuleList(reversed(ups))
-        self.norm_out = GroupNorm(width, num_groups)
+        self.norm_out = GroupNorm(width, shape.num_groups)
         self.out_channels = width
 
     def up_stages(self) -> Iterator[Stage]:
@@ -126,18 +107,35 @@ class UNetTrunk(DownTrunk):
 class UNet(UNetTrunk, AdjointNetwork):
     """The CDM paper's noise-level classifier (arXiv 2402.10095): U-Net, mean over pixels, cumulated logits.
 
-    `UNet(32, 3, 1002, 128, (1, 2, 2, 2), 2, (16,), dropout=0.1)` is its CIFAR-10 network, 33.4 M parameters.
+    `UNet(32, 3, 1002, dropout=0.1)` is its CIFAR-10 network, of 33.4 M parameters.
 
     Args:
+        image_size: H = W of the images; divisible by 2 once per resolution after the first.
+        channels: C of the images.
         num_levels: L = T+2, `schedule.num_levels`.
         num_classes: K for a class-conditional network, else None.
         conditioning: "embedding": the label enters every block; "joint": the head has a logit for every
             (level, class) pair.
         head_rank: rank of a joint head's classes, for many of them; 0 for a full head.
-        image_size and the others: see `UNetTrunk`.
+        base_channels: width at full resolution, 128 by default; divisible by `num_groups`.
+        multipliers: width of each resolution in units of `base_channels`, (1, 2, 2, 2) by default.
+        blocks_per_level: residual blocks per resolution on the way down, 2 by default; on the way up 1 more.
+        attention_resolutions: sizes H at which every block is followed by attention, (16,) by default.
+        dropout: probability of zeroing an activation in every residual block, 0 by default.
+        num_groups: groups of every GroupNorm, 32 by default.
 
     Raises:
         UserError: sizes that do not fit together; the message names them.
+
+    Example:
+        >>> import torch
+        >>> from cdm_fast import UNet
+        >>> network = UNet(8, 1, 102, base_channels=32, multipliers=(1, 2), attention_resolutions=(4,))
+        >>> x = torch.zeros(2, 1, 8, 8)
+        >>> network(x).shape  # a logit for each noise level
+        torch.Size([2, 102])
+        >>> network.ratio_gradient(x, torch.tensor([0, 50])).shape
+        torch.Size([2, 1, 8, 8])
     """
 
     def __init__(
@@ -145,30 +143,18 @@ class UNet(UNetTrunk, AdjointNetwork):
         image_size: int,
         channels: int,
         num_levels: int,
-        base_channels: int = 128,
-        multipliers: Sequence[int] = (1, 2, 2, 2),
-        blocks_per_level: int = 2,
-        attention_resolutions: Sequence[int] = (16,),
-        dropout: float = 0.0,
+        *,
         num_classes: int | None = None,
-        num_groups: int = 32,
         conditioning: Conditioning = "embedding",
         head_rank: int = 0,
+        **trunk: Unpack[TrunkOptions],
     ) -> None:
-        super().__init__(
-            image_size,
-            channels,
-            base_channels,
-            multipliers,
-            blocks_per_level,
-            attention_resolutions,
-            dropout,
-            embedded_classes(num_classes, conditioning),
-            num_groups,
-        )
+        shape = TrunkShape(image_size, channels, **trunk)
+        super().__init__(shape, embedded_classes(num_classes, conditioning))
         self.num_classes, self.conditioning = num_classes, conditioning
-        self.conv_out = ConvMeanPool(self.out_channels, 2 * base_channels)
-        self.linear_layer = noise_head(2 * base_channels, num_levels, num_classes, conditioning, head_rank)
+        width = 2 * shape.base_channels
+        self.conv_out = ConvMeanPool(self.out_channels, width)
+        self.linear_layer = noise_head(width, num_levels, num_classes, conditioning, head_rank)
 
     def features(
         self, x: Tensor, label: Tensor | None = None, keep_residuals: bool = True
@@ -188,33 +174,21 @@ class UNetDenoiser(UNetTrunk):
     """The same trunk as a plain diffusion model's noise predictor: level in, eps_hat out (arXiv 2006.11239).
 
     Args:
-        image_size and the others: see `UNetTrunk`.
+        image_size: H = W of the images; divisible by 2 once per resolution after the first.
+        channels: C of the images.
+        num_classes: K for a class-conditional network, else None.
+        trunk: `base_channels` and the other options of `UNet`, which also says what is raised.
     """
 
     def __init__(
         self,
         image_size: int,
         channels: int,
-        base_channels: int = 128,
-        multipliers: Sequence[int] = (1, 2, 2, 2),
-        blocks_per_level: int = 2,
-        attention_resolutions: Sequence[int] = (16,),
-        dropout: float = 0.0,
+        *,
         num_classes: int | None = None,
-        num_groups: int = 32,
+        **trunk: Unpack[TrunkOptions],
     ) -> None:
-        super().__init__(
-            image_size,
-            channels,
-            base_channels,
-            multipliers,
-            blocks_per_level,
-            attention_resolutions,
-            dropout,
-            num_classes,
-            num_groups,
-            timed=True,
-        )
+        super().__init__(TrunkShape(image_size, channels, **trunk), num_classes, timed=True)
         self.conv_out = Conv2d(self.out_channels, channels, exact=True)
 
     def forward(self, x: Tensor, level: Tensor, label: Tensor | None = None) -> Tensor:
@@ -229,36 +203,20 @@ class UNetClassifier(UNetTrunk):
     """The same trunk as an ordinary classifier: mean over pixels, one logit per class.
 
     Args:
+        image_size: H = W of the images; divisible by 2 once per resolution after the first.
+        channels: C of the images.
         num_classes: K.
-        image_size and the others: see `UNetTrunk`.
+        trunk: `base_channels` and the other options of `UNet`, which also says what is raised.
     """
 
     def __init__(
-        self,
-        image_size: int,
-        channels: int,
-        num_classes: int,
-        base_channels: int = 128,
-        multipliers: Sequence[int] = (1, 2, 2, 2),
-        blocks_per_level: int = 2,
-        attention_resolutions: Sequence[int] = (16,),
-        dropout: float = 0.0,
-        num_groups: int = 32,
+        self, image_size: int, channels: int, num_classes: int, **trunk: Unpack[TrunkOptions]
     ) -> None:
-        super().__init__(
-            image_size,
-            channels,
-            base_channels,
-            multipliers,
-            blocks_per_level,
-            attention_resolutions,
-            dropout,
-            None,
-            num_groups,
-        )
+        shape = TrunkShape(image_size, channels, **trunk)
+        super().__init__(shape, None)
         self.num_classes = num_classes
-        self.conv_out = ConvMeanPool(self.out_channels, 2 * base_channels)
-        self.linear_layer = nn.Linear(2 * base_channels, num_classes)
+        self.conv_out = ConvMeanPool(self.out_channels, 2 * shape.base_channels)
+        self.linear_layer = nn.Linear(2 * shape.base_channels, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
         """`x` (B, C, H, W) -> pooled features (B, 2 base channels), in the parameters' precision."""

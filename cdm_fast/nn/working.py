@@ -1,11 +1,11 @@
-"""The weights of a model as one training step reads them: cast together, with a gradient for each use.
+"""Working copies of a model's weights for one training step or evaluation, cast all at once.
 
-Autocast casts weights one by one, and an explicit adjoint reads most of them twice, so that their two
-gradients are added and cast one by one too: some 600 small kernels a step of the CIFAR-10 network. Here lists
-do all of it, in some 20. The numbers are the same up to the order in which gradients are added.
+Autocast casts weights one by one. An explicit adjoint reads most weights twice, so their two gradients are
+added and cast one by one as well: some 600 small kernels per step of the CIFAR-10 network. Operations on
+lists of tensors do the same in some 20. The numbers are the same up to the order of the sums of gradients.
 
-Triton sums the gradients of a norm's parameters over pixels; those of all norms are summed over images here,
-at once, where each op would launch a kernel for it.
+Triton's GroupNorm returns the gradients of its parameters per image. Those of all norms are summed over
+images here at once, instead of by one kernel per norm.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,18 +23,20 @@ Slot = tuple[nn.Module, str]
 
 @contextmanager
 def working_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Lends the model its weights for a loss and its backward pass, both inside the block.
+    """Replaces the model's weights by working copies, for a loss and its backward pass inside the block.
 
-    Weights of convolutions and of embeddings' products are cast to `dtype`, that of autocast there, unless
-    they are exact; those of norms keep their own. Gradients arrive where they always do, once.
+    The weights of convolutions and embeddings are cast to `dtype`, which must be autocast's, except in exact
+    layers; those of norms keep their dtype. Gradients are accumulated in the model's own parameters.
     """
     cast, kept = _slots(model)
     slots = [*cast, *kept]
     weights = [_weight(slot) for slot in slots]
     of_images: dict[Slot, list[Tensor]] = {slot: [] for slot in slots}
-    lent = _Lend.apply(dtype, len(cast), list(of_images.values()), *weights)
+    copies = _WorkingCopies.apply(dtype, len(cast), list(of_images.values()), *weights)
     try:
-        for (module, name), first, second in zip(slots, lent[: len(slots)], lent[len(slots) :], strict=True):
+        for (module, name), first, second in zip(
+            slots, copies[: len(slots)], copies[len(slots) :], strict=True
+        ):
             module._parameters[name] = first
             module.__dict__[for_adjoint_name(name)] = second
             if isinstance(module, GroupNorm) and torch.is_grad_enabled():
@@ -51,25 +53,25 @@ def working_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 def cast_weights(
     model: nn.Module, device: torch.device, precision: Literal["fp32", "bf16"]
 ) -> Iterator[None]:
-    """Autocast to bf16, if that is the precision, for evaluations of a model whose weights stay as they are.
+    """Autocast to bf16, if `precision` asks for it, for evaluations that do not change the weights.
 
-    Autocast remembers the casts of whole trainable weights alone: averaged ones and parts of weights are cast
-    anew at every use. Here all are cast once, unless a compiled network does it. The numbers are the same.
+    Autocast caches the casts of whole trainable weights only; averaged weights and parts of weights are cast
+    again at every use. Here all weights are cast once, unless the network is compiled. Same numbers.
     """
     if precision != "bf16":
         yield
         return
-    lends = not any(is_compiled(module.__dict__.get("forward")) for module in model.modules())
+    copies = not any(is_compiled(module.__dict__.get("forward")) for module in model.modules())
     with (
         torch.autocast(device.type, torch.bfloat16),
         torch.no_grad(),
-        working_weights(model, torch.bfloat16) if lends else nullcontext(),
+        working_weights(model, torch.bfloat16) if copies else nullcontext(),
     ):
         yield
 
 
 def is_compiled(function: Callable[..., Any] | None) -> bool:
-    """Whether torch.compile has made it."""
+    """Whether torch.compile made this function."""
     return hasattr(function, "_torchdynamo_orig_callable")
 
 
@@ -81,7 +83,7 @@ def _weight(slot: Slot) -> nn.Parameter:
 
 
 def _slots(model: nn.Module) -> tuple[list[Slot], list[Slot]]:
-    """Weights that are cast, and those that are only read twice."""
+    """The weights to cast, and those that keep their dtype and only get an alias for the adjoint."""
     cast: list[Slot] = []
     kept: list[Slot] = []
     for module in model.modules():
@@ -101,7 +103,7 @@ def _slots(model: nn.Module) -> tuple[list[Slot], list[Slot]]:
 def _for_images(
     of_images: dict[Slot, list[Tensor]], module: nn.Module, name: str, weight: Tensor, num_images: int
 ) -> Tensor:
-    """The weight (C,) as (B, C), whose gradient is kept in `of_images` for `_Lend` to sum."""
+    """The weight (C,) expanded to (B, C); its gradients are kept in `of_images`, to be summed."""
     expanded: Tensor = _ForImages.apply(of_images[module, name], weight, num_images)
     return expanded
 
@@ -109,7 +111,8 @@ def _for_images(
 class _ForImages(torch.autograd.Function):
     """(kept, weight (C,), B) -> the same (B, C); its gradient is appended to `kept` and goes no further.
 
-    Autograd computes the gradient of `_Lend` after those of all that was lent, and so of all that is kept.
+    Autograd runs the backward pass of `_WorkingCopies` after those of all uses of the working copies, so by
+    then all gradients are kept.
     """
 
     @staticmethod
@@ -124,10 +127,10 @@ class _ForImages(torch.autograd.Function):
         return None, None, None
 
 
-class _Lend(torch.autograd.Function):
-    """(dtype, n, kept, weights) -> the weights, of which the first n are cast, and the same once more.
+class _WorkingCopies(torch.autograd.Function):
+    """(dtype, n, kept, weights) -> the working copies, of which the first n are cast, and an alias of each.
 
-    kept: of each weight, gradients per image, to be added to its own.
+    kept: for each weight, the gradients per image (B, C) to add to its gradient.
     """
 
     @staticmethod
@@ -141,8 +144,8 @@ class _Lend(torch.autograd.Function):
         cast = [torch.empty_like(weight, dtype=dtype) for weight in weights[:num_cast]]
         if cast:
             torch._foreach_copy_(cast, list(weights[:num_cast]))
-        lent = [*cast, *(weight.detach() for weight in weights[num_cast:])]
-        return *lent, *(weight.detach() for weight in lent)
+        copies = [*cast, *(weight.detach() for weight in weights[num_cast:])]
+        return *copies, *(copy.detach() for copy in copies)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -161,9 +164,9 @@ class _Lend(torch.autograd.Function):
 
 
 def _sums_over_images(of_images: list[list[Tensor]]) -> Iterator[list[Tensor | None]]:
-    """Of each weight the sums (C,) of its first gradient (B, C), then of its second, ...; None past the last.
+    """For each weight, the sum over images (C,) of its first gradient (B, C), then of its second, and so on.
 
-    All are put side by side and summed at once. Takes the gradients out.
+    None where a weight has no more. All gradients are concatenated and summed at once; the lists are emptied.
     """
     places = [(use, i) for i, kept in enumerate(of_images) for use in range(len(kept))]
     grads = [of_images[i][use] for use, i in places]
@@ -182,7 +185,7 @@ def _sums_over_images(of_images: list[list[Tensor]]) -> Iterator[list[Tensor | N
 
 
 def _added(first: list[Tensor | None], second: list[Tensor | None]) -> list[Tensor | None]:
-    """The sums of two lists, in which None is nothing."""
+    """Elementwise sums of two lists; None counts as zero."""
     total = [one if other is None else other for one, other in zip(first, second, strict=True)]
     both = [i for i in range(len(total)) if first[i] is not None and second[i] is not None]
     by_dtype: dict[torch.dtype, list[int]] = {}

@@ -6,7 +6,7 @@ from cdm_fast.ops.denoise import denoise_epilogue, denoise_loss, denoise_x0, hea
 from cdm_fast.ops.group_norm_silu import group_norm_silu, group_norm_silu_vjp
 from cdm_fast.ops.head_noise_level_ce import head_noise_level_ce
 from cdm_fast.ops.linear import linear
-from cdm_fast.ops.noise_level_ce import level_logits, log_posterior, noise_level_ce
+from cdm_fast.ops.noise_level_ce import level_logits, noise_level_ce
 from cdm_fast.ops.noising import noising
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "head_noise_level_ce",
     "level_logits",
     "linear",
-    "log_posterior",
     "noise_level_ce",
     "noising",
     "set_backend",

@@ -28,6 +28,7 @@ from torch import Tensor
 from cdm_fast.ops import attention_composed, attention_cpu, attention_gpu, checks
 from cdm_fast.ops import backend as _backend
 from cdm_fast.ops.backend import Coverage
+from cdm_fast.ops.precision import compute_dtype
 from cdm_fast.ops.registry import define, overload
 
 _backend.declare(
@@ -46,7 +47,7 @@ def attention_reference(
 ) -> tuple[Tensor, Tensor]:
     """The specification of `attention` in plain PyTorch; see there."""
     with torch.autocast(q.device.type, enabled=False):
-        q_h, k_h, v_h = (_heads(x.to(_statistics_dtype(q)), num_heads) for x in (q, k, v))
+        q_h, k_h, v_h = (_heads(x.to(compute_dtype(q.dtype)), num_heads) for x in (q, k, v))
         scores = scale * (q_h @ k_h.mT)
         lse = scores.detach().logsumexp(-1)
         return _tokens(scores.softmax(-1) @ v_h).to(q.dtype), lse
@@ -65,7 +66,7 @@ def attention_vjp_reference(
     It computes the probabilities anew, so that autograd sees all that the result depends on.
     """
     with torch.autocast(q.device.type, enabled=False):
-        g_h, q_h, k_h, v_h = (_heads(x.to(_statistics_dtype(q)), num_heads) for x in (g, q, k, v))
+        g_h, q_h, k_h, v_h = (_heads(x.to(compute_dtype(q.dtype)), num_heads) for x in (g, q, k, v))
         p = (scale * (q_h @ k_h.mT)).softmax(-1)
         grad_p = g_h @ v_h.mT
         grad_scores = scale * p * (grad_p - (p * grad_p).sum(-1, keepdim=True))
@@ -116,7 +117,11 @@ def attention_vjp(
     """
     _check(num_heads, q=q, k=k, v=v, g=g, out=out)
     checks.check_tensor(
-        "lse", lse, dtypes=(_statistics_dtype(q),), shape=(q.shape[0], num_heads, q.shape[1]), device=q.device
+        "lse",
+        lse,
+        dtypes=(compute_dtype(q.dtype),),
+        shape=(q.shape[0], num_heads, q.shape[1]),
+        device=q.device,
     )
     backend = _backend.resolve("attention", q)
     if backend == "reference":
@@ -132,10 +137,6 @@ def _check(num_heads: int, *, q: Tensor, **others: Tensor) -> None:
         raise ValueError(f"num_heads: expected a divisor of q's {q.shape[2]} channels, got {num_heads}")
     for name, value in others.items():
         checks.check_tensor(name, value, dtypes=(q.dtype,), shape=tuple(q.shape), device=q.device)
-
-
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:
@@ -154,7 +155,7 @@ def _triple(tensors: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float, num_heads: int) -> tuple[Tensor, Tensor]:
-    lse = q.new_empty((q.shape[0], num_heads, q.shape[1]), dtype=_statistics_dtype(q))
+    lse = q.new_empty((q.shape[0], num_heads, q.shape[1]), dtype=compute_dtype(q.dtype))
     return q.new_empty(q.shape), lse
 
 

@@ -1,4 +1,4 @@
-"""Attention composed of the library's matrix products and of one pass over what lies between them.
+"""Attention composed of the library's matrix products and one elementwise pass between them.
 
 B batch, N tokens, C channels, h heads, D = C/h channels per head. The equations and names are those of
 `cdm_fast/ops/attention.py`. At any time only some heads, or some rows of one head's score matrix, exist:
@@ -15,6 +15,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from cdm_fast.ops.precision import compute_dtype
+
 
 class Product(Protocol):
     """`a @ b` of a few heads, (heads, N, K) and (heads, K, M); plus `added`, which it may overwrite."""
@@ -23,7 +25,7 @@ class Product(Protocol):
 
 
 class Pieces(NamedTuple):
-    """What a device brings: its products and its passes over score matrices (heads, rows, N), in place.
+    """What a device provides: products, and in-place passes over score matrices (heads, rows, N).
 
     All tiles are contiguous; lse is (heads, rows) in the precision of the statistics.
     """
@@ -86,7 +88,7 @@ def _forward(pieces: Pieces, q: Tensor, k: Tensor, v: Tensor, scale: float) -> t
     outs, lses = [], []
     for (q_rows,) in _row_by_row(pieces, q):
         p = pieces.product(q_rows, k.mT)
-        lse = q.new_empty(p.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+        lse = q.new_empty(p.shape[:2], dtype=compute_dtype(q.dtype))
         pieces.softmax(p, lse, scale)
         outs.append(pieces.product(p, v))
         lses.append(lse)
@@ -163,7 +165,7 @@ def _row_by_row(pieces: Pieces, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]
 
 def _sum(parts: list[Tensor]) -> Tensor:
     """The sum of tensors of one dtype, rounded to it once."""
-    total = parts[0].to(torch.promote_types(parts[0].dtype, torch.float32))
+    total = parts[0].to(compute_dtype(parts[0].dtype))
     return parts[0] if len(parts) == 1 else sum(parts[1:], total).to(parts[0].dtype)
 
 

@@ -1,4 +1,4 @@
-"""Attention on the CPU: composed of the library's matrix products and a C++ pass over what lies between them.
+"""Attention on the CPU: the library's matrix products with a C++ pass between them.
 
 `cdm_fast/ops/attention_composed.py` is the composition, this file its pieces.
 """

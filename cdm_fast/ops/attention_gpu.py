@@ -25,6 +25,6 @@ def pieces() -> composed.Pieces:
 def _product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
     """As `composed.Product`; fp32 as PyTorch's settings say: not in TF32, unless these allow it.
 
-    Not in place, cuBLAS would first be given a copy of `added`.
+    In place, because cuBLAS would otherwise first copy `added`.
     """
     return torch.bmm(a, b) if added is None else added.baddbmm_(a, b)

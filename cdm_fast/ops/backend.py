@@ -1,4 +1,4 @@
-"""Which code runs an op: the only file that knows what is built, installed and present.
+"""Which code runs an op: the only file that asks what is built, installed and present.
 
 An op is written up to four times: "reference" (plain PyTorch, anywhere), "cpp" (C++, CPU), "cuda" (CUDA
 C++), "triton" (GPUs, or CPU tensors under Triton's interpreter). `declare` records which of them an op has,
@@ -15,14 +15,15 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
 ATTENTION_METHODS = ("auto", "fused", "composed")
 ATTENTION_TABLE = Path(__file__).with_name("attention_methods.json")
 
-# What "auto" tries, per device type, fastest first; "reference" is what is left.
+# What "auto" tries per device type, fastest first; "reference" if none works.
 _FASTEST_FIRST = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 
 _HOW_TO_BUILD = (
@@ -58,9 +59,21 @@ class Choice(NamedTuple):
     reason: str
 
 
+class _OfThread(threading.local):
+    """What the `with` blocks around the running code have selected; None outside of any.
+
+    Other threads do not see it, so that one of them may evaluate under the reference while another trains. A
+    `threading.local` and not a `ContextVar`, because torch.compile traces reads and writes of the first
+    (and compiles again when the value changes), and stops at the second.
+    """
+
+    backend: str | None = None
+    attention_method: str | None = None
+
+
 _coverage: dict[str, dict[str, Coverage]] = {}
-_selected = "auto"
-_attention_method = "auto"
+_default = "auto"  # of every thread, see `set_backend`
+_of_thread = _OfThread()
 
 
 def declare(op: str, **backends: Coverage) -> None:
@@ -69,43 +82,85 @@ def declare(op: str, **backends: Coverage) -> None:
 
 
 def set_backend(name: str) -> None:
-    """Selects the backend of every op, for the whole process, until the next call.
+    """Selects the backend of every op in all threads of the process, outside of `use_backend` blocks.
 
-    name: one of `BACKENDS`; anything else raises ValueError. A backend that cannot run here raises
-    RuntimeError, which says how to get it.
+    Args:
+        name: one of `BACKENDS`; "auto" takes the fastest one that works for each tensor.
+
+    Raises:
+        ValueError: another name.
+        RuntimeError: the backend cannot run here; the message says how to get it.
     """
-    global _selected
+    global _default
+    _check_backend(name)
+    _default = name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Selects the backend of every op that this thread runs inside the block; other threads keep theirs.
+
+    Args:
+        name: as in `set_backend`, which also says what is raised.
+
+    Example:
+        >>> import torch
+        >>> from cdm_fast.ops import level_logits, use_backend
+        >>> with use_backend("reference"):  # plain PyTorch, differentiable to any order
+        ...     level_logits(torch.zeros(2, 5)).shape
+        torch.Size([2, 5])
+    """
+    _check_backend(name)
+    before, _of_thread.backend = _of_thread.backend, name
+    try:
+        yield
+    finally:
+        _of_thread.backend = before
+
+
+def selected_backend() -> str:
+    """The name given to the innermost `use_backend`, else to `set_backend`; "auto" to begin with."""
+    return _of_thread.backend or _default
+
+
+def _check_backend(name: str) -> None:
     if name not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
     reason = missing(name)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
-    _selected = name
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """`with use_backend("reference"): ...` selects a backend for the block; see `set_backend`."""
-    before = _selected
-    set_backend(name)
-    try:
-        yield
-    finally:
-        set_backend(before)
+def under_this_selection(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, run by any thread under the backend and attention method that are selected now.
 
+    For what a backward pass computes again: on a GPU, autograd runs it in a thread of its own.
+    """
+    selected = _of_thread.backend, _of_thread.attention_method
 
-def selected_backend() -> str:
-    """The name given to `set_backend` or `use_backend`; "auto" to begin with."""
-    return _selected
+    def run(*arguments: Any) -> Any:
+        before = _of_thread.backend, _of_thread.attention_method
+        _of_thread.backend, _of_thread.attention_method = selected
+        try:
+            return function(*arguments)
+        finally:
+            _of_thread.backend, _of_thread.attention_method = before
+
+    return run
 
 
 def kernel_layout(image: Tensor) -> torch.memory_format:
-    """The layout in which a convolution of `image` (B, C, H, W) reads its kernels without a copy of them.
+    """The memory format in which a convolution of `image` (B, C, H, W) reads its kernels without a copy.
 
-    cuDNN copies the kernels of a channels-last image at each use where they lie otherwise.
+    For a channels-last image, cuDNN copies kernels of another format at each use.
     """
     last = image.is_cuda and image.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.preserve_format
+
+
+def copies_in_one_launch(tensor: Tensor) -> bool:
+    """Whether one strided copy beats several with longer inner loops: on a GPU, where launches count."""
+    return tensor.device.type != "cpu"
 
 
 def resolve(op: str, tensor: Tensor) -> str:
@@ -114,7 +169,7 @@ def resolve(op: str, tensor: Tensor) -> str:
     Under a backend chosen by name, an op that has no kernel of that kind at all takes the one "auto" would
     take. Raises RuntimeError if the kernel exists but not for the tensor's device or dtype.
     """
-    return _resolve(op, _selected, tensor.device.type, tensor.dtype)
+    return _resolve(op, selected_backend(), tensor.device.type, tensor.dtype)
 
 
 def _resolve(op: str, selected: str, device: str, dtype: torch.dtype) -> str:
@@ -140,8 +195,8 @@ _warned = False
 def _warn_of_slow_path(op: str, taken: str, device: str, dtype: torch.dtype) -> None:
     """Warns, once in a process, that a GPU runs something slower than it could, and why.
 
-    That is the reference where kernels of the op take this dtype, or Triton after a failed build of the CUDA
-    kernels. Without a GPU the tensors are fake ones, whose speed is of no interest.
+    Slower means the reference although a kernel takes this dtype, or Triton after a failed build of the CUDA
+    kernels. Without a GPU, CUDA tensors are fake ones, whose speed does not matter.
     """
     global _warned
     if _warned or device != "cuda" or not torch.cuda.is_available():
@@ -210,7 +265,7 @@ def _no_extension(error: ImportError) -> str:
 
 
 def _other_torch() -> str:
-    """A remark that the extension was built beside another torch, if it was."""
+    """A remark if the extension was built for another version of torch, else an empty string."""
     beside = (build_record.read() or {}).get("torch")
     if beside in (None, torch.__version__):
         return ""
@@ -270,15 +325,14 @@ def use_attention_method(name: str) -> Iterator[None]:
 
     name: one of `ATTENTION_METHODS`; anything else raises ValueError. Other backends have one method only.
     """
-    global _attention_method
     if name not in ATTENTION_METHODS:
         expected = ", ".join(ATTENTION_METHODS)
         raise ValueError(f"attention method: expected one of {expected}, got {name!r}")
-    before, _attention_method = _attention_method, name
+    before, _of_thread.attention_method = _of_thread.attention_method, name
     try:
         yield
     finally:
-        _attention_method = before
+        _of_thread.attention_method = before
 
 
 def attention_method(tokens: int, width: int, dtype: torch.dtype) -> str:
@@ -288,13 +342,14 @@ def attention_method(tokens: int, width: int, dtype: torch.dtype) -> str:
     "composed" is forced and cannot run.
     """
     composable = dtype in _COMPOSED_DTYPES and tokens <= _COMPOSED_TOKENS
-    if _attention_method == "composed" and not composable:
+    forced = _of_thread.attention_method or "auto"
+    if forced == "composed" and not composable:
         raise RuntimeError(
             f"attention method 'composed' takes bfloat16 and float32 and up to {_COMPOSED_TOKENS} tokens, "
             f"got {dtype} and {tokens}; use 'fused'"
         )
-    if _attention_method != "auto":
-        return _attention_method
+    if forced != "auto":
+        return forced
     return _nearest_method(tokens, width, dtype) if composable else "fused"
 
 

@@ -1,4 +1,4 @@
-"""What the build of the extension left behind: which kernels were built, and why others were not.
+"""The record of the extension's build: which kernels were built, and why others were not.
 
 The build writes `cdm_fast/_build.json`, and `cdm_fast/_build.log` after a failure. Neither is there when the
 package was installed as pure Python.
@@ -40,5 +40,5 @@ def why_left_out(
 
 
 def failed(kind: str) -> bool:
-    """Whether these kernels were tried and did not build, rather than being left out from the start."""
+    """Whether the build of these kernels failed; False if it was not attempted."""
     return "building failed" in (why_left_out(kind) or "")

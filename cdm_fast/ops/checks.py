@@ -1,7 +1,7 @@
 """Argument checks at the boundary of the ops: the same error from every backend.
 
-A value is only looked at where that costs no wait for a device: on CPU, or when the environment variable
-CDM_FAST_CHECKED is 1. Kernels answer a level out of range with NaN.
+Values are read only where no device must be waited for: on the CPU, or anywhere if the environment variable
+CDM_FAST_CHECKED is 1. Where they are not read, kernels return NaN for a level out of range.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def check_batch(name: str, value: Tensor) -> None:
 
 
 def may_read(value: Tensor) -> bool:
-    """Whether a check may look at values: they exist, no graph is traced, no device must be waited for."""
+    """Whether a check may read values: they exist, no graph is traced, and no device must be waited for."""
     if torch.compiler.is_compiling() or value.is_meta or value.numel() == 0:
         return False
     return value.device.type == "cpu" or os.environ.get("CDM_FAST_CHECKED") == "1"
 
 
 def check_index_range(name: str, index: Tensor, low: int, high: int) -> None:
-    """Raises ValueError unless low <= index < high everywhere; looks only where `may_read` allows it."""
+    """Raises ValueError unless low <= index < high everywhere; reads only where `may_read` allows it."""
     if not may_read(index):
         return
     smallest, largest = (int(value) for value in index.aminmax())

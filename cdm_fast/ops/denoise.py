@@ -1,4 +1,4 @@
-"""The two ends of the way back through the network: the head's cotangent, and eps_hat with its squared error.
+"""Before and after the network's adjoint: the head's cotangent, and eps_hat with its squared error.
 
 B batch, L = T+2 noise levels, K classes, D features of the head. CDM Thm 3.1: with F(x, t) = f[T+1] - f[t],
 E[eps | x_t = x] = s_t (grad_x F + x), and x_0 = (x - s_t eps) / a_t.
@@ -14,6 +14,7 @@ from torch import Tensor
 from cdm_fast.ops import backend as _backend
 from cdm_fast.ops import checks
 from cdm_fast.ops.backend import Coverage
+from cdm_fast.ops.precision import compute_dtype
 from cdm_fast.ops.registry import define, overload
 
 _backend.declare(
@@ -61,7 +62,7 @@ def denoise_loss_reference(grad_x: Tensor, x: Tensor, s_t: Tensor, eps: Tensor) 
 
 def _widen(grad_x: Tensor, x: Tensor, *per_image: Tensor) -> tuple[Tensor, ...]:
     """The arguments in the dtype of the computation, the (B,) ones shaped to broadcast over an image."""
-    compute = torch.promote_types(_output_dtype(grad_x, x), torch.float32)
+    compute = compute_dtype(_output_dtype(grad_x, x))
     shape = (-1,) + (1,) * (x.dim() - 1)
     return grad_x.to(compute), x.to(compute), *(value.to(compute).reshape(shape) for value in per_image)
 
@@ -95,7 +96,7 @@ def head_cotangent(
     if backend == "reference":
         return head_cotangent_reference(weight_c, level, class_weight)
     if class_weight is not None:
-        class_weight = class_weight.to(_compute_dtype(weight_c)).contiguous()
+        class_weight = class_weight.to(compute_dtype(weight_c.dtype)).contiguous()
     return overload("head_cotangent", backend)(weight_c.contiguous(), level.contiguous(), class_weight)
 
 
@@ -156,20 +157,16 @@ def denoise_loss(
 
 
 def _widest(grad_x: Tensor, x: Tensor) -> Tensor:
-    """The one that decides the dtype in which the kernels get grad_x, see `_ready`."""
+    """The tensor whose dtype decides that in which the kernels get grad_x, see `_ready`."""
     return x if x.dtype == torch.float64 else grad_x
 
 
 def _ready(grad_x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """The arguments as the kernels take them: contiguous, all but grad_x in the dtype of the arithmetic."""
-    compute = torch.float64 if torch.float64 in (grad_x.dtype, others[0].dtype) else torch.float32
+    compute = compute_dtype(_output_dtype(grad_x, others[0]))
     if compute == torch.float64:
         grad_x = grad_x.to(compute)
     return grad_x.contiguous(), *(other.to(compute).contiguous() for other in others)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _launch(name: str, *arguments: Any) -> Any:
@@ -216,7 +213,7 @@ def _fake_cotangent_backward(
     weight_c: Tensor, level: Tensor, class_weight: Tensor | None, grad: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of weight_c and class_weight (empty without it), in the dtype of the arithmetic."""
-    compute = _compute_dtype(weight_c)
+    compute = compute_dtype(weight_c.dtype)
     num_classes = 0 if class_weight is None else class_weight.shape[1]
     grad_class_weight = weight_c.new_empty((level.shape[0], num_classes), dtype=compute)
     return weight_c.new_empty(weight_c.shape, dtype=compute), grad_class_weight
@@ -237,13 +234,13 @@ def _save_per_image(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Non
 
 
 def _epilogue_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The op is linear, and training differentiates `denoise_loss` instead: plain PyTorch will do."""
+    """Plain PyTorch is enough: the op is linear, and training differentiates `denoise_loss` instead."""
     s = _per_image(ctx.saved_tensors[0], grad)
     return (s * grad).to(ctx.dtype), s * grad, None
 
 
 def _x0_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Linear again."""
+    """The op is linear in grad_x and x, as `denoise_epilogue` is."""
     a, s = (_per_image(value, grad) for value in ctx.saved_tensors)
     return (-s * s / a * grad).to(ctx.dtype), (1 - s * s) / a * grad, None, None
 

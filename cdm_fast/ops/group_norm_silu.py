@@ -11,7 +11,6 @@ GroupNorm: Wu and He 2018, eq. 1-3; SiLU: u sigmoid(u). With p = g mask silu'(u)
 
 from __future__ import annotations
 
-from typing import Any
 from typing import overload as typed
 
 import torch
@@ -19,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cdm_fast.ops.backend import Coverage, declare, resolve
-from cdm_fast.ops.philox import Stream, check_seed, philox_words
-from cdm_fast.ops.registry import define, overload
+from cdm_fast.ops.group_norm_silu_op import dense, laid_out_as, parameters, whole_shape
+from cdm_fast.ops.philox import Stream, check_seed, drop_threshold, philox_words
+from cdm_fast.ops.precision import compute_dtype
+from cdm_fast.ops.registry import overload
 
 declare(
     "group_norm_silu",
@@ -42,20 +43,38 @@ def group_norm_silu(
     seed: Tensor | None = None,  # (2,) or (3,) int64: (seed, offset), number of the first image
     skip: Tensor | None = None,  # (B, C2, *spatial)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`mask silu(weight (x - mean) rstd + bias)`, statistics per image and group: returns (y, mean, rstd).
+    """`mask silu(weight (x - mean) rstd + bias)`, with statistics per image and group.
 
-    x: float tensor of two or more dimensions. weight, bias: per channel, or per image and channel (the scale
-    and shift of an embedding). silu=False: plain GroupNorm. dropout: probability in [0, 1) of zeroing an
-    element of the result, kept ones grow by 1/(1 - dropout); the mask is a function of `seed` and of the
-    element's index in channels-last order. A third number in `seed` says how many images come before the
-    first, so that a part of a batch has the mask that it has within the whole. y: like x. mean, rstd: (B, G)
-    in fp32 (fp64 for fp64), constants to autograd.
+    Args:
+        x: float tensor of two or more dimensions.
+        weight, bias: per channel, or per image and channel (the scale and shift of an embedding).
+        num_groups: G, a divisor of the channels.
+        eps: added to the variance.
+        silu: False for plain GroupNorm.
+        dropout: probability in [0, 1) of zeroing an element of the result; the others are multiplied by
+            1/(1 - dropout).
+        seed: of dropout. The mask is a function of (seed, offset) and of the element's index in channels-last
+            order. The third number is that of images before the first, so that a part of a batch has the
+            same mask as within the whole.
+        skip: normalises cat((x, skip), 1), of C + C2 channels, as are weight, bias and y; a group may have
+            channels of both. Kernels read both in place; the reference concatenates, with the same result.
 
-    skip: the input is then cat((x, skip), 1), of C + C2 channels, and so are weight, bias and y; a group may
-    have channels of both. The kernels read the two where they lie; the reference concatenates them, with the
-    same result.
+    Returns:
+        (y, mean, rstd): y like x; mean and rstd (B, G) in fp32 (fp64 for fp64), constants to autograd.
 
-    Raises TypeError or ValueError for arguments of the wrong dtype, shape, device or range.
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: an argument of the wrong shape, device or range.
+
+    Source: GroupNorm, Wu and He 2018, eq. 1-3 (arXiv 1803.08494).
+
+    Example:
+        >>> import torch
+        >>> from cdm_fast.ops import group_norm_silu
+        >>> x = torch.randn(2, 8, 4, 4)
+        >>> y, mean, rstd = group_norm_silu(x, torch.ones(8), torch.zeros(8), num_groups=2)
+        >>> y.shape, mean.shape
+        (torch.Size([2, 8, 4, 4]), torch.Size([2, 2]))
     """
     _check(x, skip, weight, bias, num_groups, dropout, seed)
     backend = resolve("group_norm_silu", x)
@@ -64,8 +83,8 @@ def group_norm_silu(
         return group_norm_silu_reference(
             whole, weight, bias, num_groups, eps, silu=silu, dropout=dropout, seed=seed
         )
-    x, skip = _dense(x, skip)
-    weight, bias = _parameters(weight, bias, x, backend)
+    x, skip = dense(x, skip)
+    weight, bias = parameters(weight, bias, x, backend)
     op = overload("group_norm_silu", backend)
     return op(x, skip, weight, bias, _with_first_image(seed), num_groups, silu, dropout, eps)
 
@@ -131,11 +150,11 @@ def group_norm_silu_vjp(
             g, whole, weight, bias, mean, rstd, num_groups, silu=silu, dropout=dropout, seed=seed
         )
         return grad if skip is None else (grad[:, : x.shape[1]], grad[:, x.shape[1] :])
-    x, skip = _dense(x, skip)
-    weight, bias = _parameters(weight, bias, x, backend)
+    x, skip = dense(x, skip)
+    weight, bias = parameters(weight, bias, x, backend)
     saved = mean.contiguous(), rstd.contiguous(), _with_first_image(seed)
     op = overload("group_norm_silu_vjp", backend)
-    grad_x, grad_skip = op(_laid_out_as(x, g), x, skip, weight, bias, *saved, num_groups, silu, dropout)
+    grad_x, grad_skip = op(laid_out_as(x, g), x, skip, weight, bias, *saved, num_groups, silu, dropout)
     return grad_x if skip is None else (grad_x, grad_skip)
 
 
@@ -196,41 +215,32 @@ def group_norm_silu_vjp_reference(
 
 
 def dropout_mask(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
-    """What dropout multiplies with: 0 or 1/(1 - dropout), of x's shape, in the precision of the statistics.
+    """The factors of dropout, 0 or 1/(1 - dropout), of x's shape, in the precision of the statistics.
 
-    Element i, counted in channels-last order from the image that `seed` calls the first, survives if word i
-    of the DROPOUT stream is at least `drop_threshold(dropout)`.
+    Element i is kept if word i of the DROPOUT stream is at least `drop_threshold(dropout)`. Elements are
+    counted in channels-last order; the images before the first, which `seed` may name, count too.
     """
     if seed is None:
         raise ValueError("seed: dropout > 0 needs a (2,) int64 tensor (seed, offset), got None")
     before = None if len(seed) == 2 else seed[2] * (x.numel() // len(x))
     words = philox_words(seed[:2], x.numel(), Stream.DROPOUT, before)
-    kept = (words >= drop_threshold(dropout)).to(_statistics_dtype(x)) / (1 - dropout)
+    kept = (words >= drop_threshold(dropout)).to(compute_dtype(x.dtype)) / (1 - dropout)
     return kept.reshape(x.movedim(1, -1).shape).movedim(-1, 1)
-
-
-def drop_threshold(dropout: float) -> int:
-    """The 32-bit word below which an element is dropped."""
-    return int(dropout * 2**32)
-
-
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _groups(x: Tensor, num_groups: int) -> Tensor:
     """(B, C, *spatial) -> (B, G, C/G, *spatial), in the precision of the statistics."""
-    return x.to(_statistics_dtype(x)).unflatten(1, (num_groups, -1))
+    return x.to(compute_dtype(x.dtype)).unflatten(1, (num_groups, -1))
 
 
 def _per_channel(parameter: Tensor, x: Tensor) -> Tensor:
     """(C,) or (B, C) -> broadcastable to x, in the precision of the statistics."""
     shape = (-1, x.shape[1]) + (1,) * (x.dim() - 2)
-    return parameter.to(_statistics_dtype(x)).reshape(shape)
+    return parameter.to(compute_dtype(x.dtype)).reshape(shape)
 
 
 def _with_value(function_of_x: Tensor, value: Tensor) -> Tensor:
-    """`value`, with the derivatives of `function_of_x`."""
+    """`value` in the forward pass, with the derivatives of `function_of_x`."""
     return value.detach().reshape(function_of_x.shape) + (function_of_x - function_of_x.detach())
 
 
@@ -249,7 +259,7 @@ def _check(
         raise ValueError(f"x: expected a non-empty (B, C, *spatial) tensor, got shape {tuple(x.shape)}")
     if skip is not None:
         _check_skip(skip, x)
-    batch, channels = _whole_shape(x, skip)[:2]
+    batch, channels = whole_shape(x, skip)[:2]
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups: expected a divisor of the {channels} channels, got {num_groups}")
     for name, parameter in (("weight", weight), ("bias", bias)):
@@ -284,239 +294,14 @@ def _check_skip(skip: Tensor, x: Tensor) -> None:
 def _check_cotangent(
     g: Tensor, x: Tensor, skip: Tensor | None, mean: Tensor, rstd: Tensor, num_groups: int
 ) -> None:
-    whole = _whole_shape(x, skip)
+    whole = whole_shape(x, skip)
     if g.shape != whole or g.dtype != x.dtype or g.device != x.device:
         expected = f"{tuple(whole)} {x.dtype} on {x.device}"
         raise ValueError(
             f"g: expected a tensor like y, {expected}, got {tuple(g.shape)} {g.dtype} on {g.device}"
         )
-    shape, dtype = (x.shape[0], num_groups), _statistics_dtype(x)
+    shape, dtype = (x.shape[0], num_groups), compute_dtype(x.dtype)
     for name, statistic in (("mean", mean), ("rstd", rstd)):
         if statistic.shape != shape or statistic.dtype != dtype or statistic.device != x.device:
             got = f"{tuple(statistic.shape)} {statistic.dtype} on {statistic.device}"
             raise ValueError(f"{name}: expected {shape} {dtype} on {x.device}, got {got}")
-
-
-def _dense(x: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """x and skip without gaps and in one order, that of x: contiguous or channels-last."""
-    if not x.is_contiguous() and not _is_channels_last(x):
-        x = x.contiguous()
-    return x, None if skip is None else _laid_out_as(x, skip)
-
-
-def _laid_out_as(x: Tensor, tensor: Tensor) -> Tensor:
-    """The tensor without gaps, in the order of the dense x."""
-    if x.is_contiguous():
-        return tensor.contiguous()
-    if _is_channels_last(tensor):
-        return tensor
-    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    if x.dim() == 4:
-        return x.is_contiguous(memory_format=torch.channels_last)
-    return x.movedim(1, -1).is_contiguous()
-
-
-def _parameters(weight: Tensor, bias: Tensor, x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """weight and bias in the precision of the statistics, both (C,) or both (B, C).
-
-    Without gaps, but that Triton reads the same ones for all images where they are such (B, C).
-    """
-    if weight.dim() != bias.dim():
-        shape = x.shape[0], weight.shape[-1]
-        weight, bias = weight.expand(shape), bias.expand(shape)
-    dtype = _statistics_dtype(x)
-    if weight.dtype != dtype or bias.dtype != dtype:
-        weight, bias = weight.to(dtype), bias.to(dtype)
-    if backend == "triton" and weight.stride() == bias.stride() == (0, 1):
-        return weight, bias
-    return weight.contiguous(), bias.contiguous()
-
-
-# Registration. The op and its VJP know their first derivative; the two ops that compute these know none, so
-# that a second differentiation raises. All take what `_dense`, `_laid_out_as` and `_parameters` return. What
-# belongs to skip is None where there is none.
-
-
-def _triton_forward(
-    x: Tensor,
-    skip: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    seed: Tensor | None,
-    num_groups: int,
-    silu: bool,
-    dropout: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from cdm_fast.kernels import group_norm_silu as kernels
-
-    outputs = _empty_whole(x, skip), *_empty_pair(x, num_groups)
-    kernels.forward(x, skip, weight, bias, seed, *outputs, num_groups, eps, silu, dropout)
-    return outputs
-
-
-def _triton_vjp(
-    g: Tensor, x: Tensor, skip: Tensor | None, weight: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor | None]:
-    from cdm_fast.kernels import group_norm_silu as kernels
-
-    gradients = _empty_pieces(x, skip)
-    kernels.vjp(g, x, skip, weight, *rest[:4], *gradients, *_empty_pair(x, weight.shape[-1]), *rest[4:])
-    return gradients
-
-
-def _triton_backward(
-    g: Tensor,
-    x: Tensor,
-    skip: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    seed: Tensor | None,
-    *options: Any,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Gradients of <g, y> with respect to x, skip, weight and bias."""
-    from cdm_fast.kernels import group_norm_silu as kernels
-
-    grad_x, grad_skip = _empty_pieces(x, skip)
-    of_parameters = _empty_pair(x, weight.shape[-1])
-    gradients = grad_x, grad_skip, *of_parameters
-    kernels.vjp(g, x, skip, weight, bias, mean, rstd, seed, *gradients, *options)
-    return grad_x, grad_skip, *_like_parameters(of_parameters, weight)
-
-
-def _triton_vjp_backward(
-    v: Tensor,
-    v_skip: Tensor | None,
-    g: Tensor,
-    x: Tensor,
-    skip: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    seed: Tensor | None,
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """Gradients of <v, VJP> with respect to g, x, skip, weight and bias."""
-    from cdm_fast.kernels import group_norm_silu as kernels
-
-    grad_g, (grad_x, grad_skip) = _empty_whole(x, skip), _empty_pieces(x, skip)
-    of_parameters = _empty_pair(x, weight.shape[-1])
-    gradients = grad_g, grad_x, grad_skip, *of_parameters
-    kernels.vjp_backward(v, v_skip, g, x, skip, weight, bias, mean, rstd, seed, *gradients, *options)
-    return grad_g, grad_x, grad_skip, *_like_parameters(of_parameters, weight)
-
-
-def _like_parameters(of_images: tuple[Tensor, Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
-    from cdm_fast.kernels import group_norm_silu as kernels
-
-    if weight.dim() == 2:
-        return of_images
-    sums = torch.empty_like(weight), torch.empty_like(weight)
-    kernels.sum_images(*of_images, *sums)
-    return sums
-
-
-def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, skip, weight, bias, seed, *options, _ = inputs
-    _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, skip, weight, bias, mean, rstd, seed)
-    ctx.options = options
-
-
-def _differentiate_forward(ctx: Any, grad_y: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_y is None:
-        return (None,) * 9
-    x, *saved = ctx.saved_tensors
-    backward = overload("group_norm_silu_backward", ctx.backend)
-    return *backward(_laid_out_as(x, grad_y), x, *saved, *ctx.options), *(None,) * 5
-
-
-def _save_vjp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-    ctx.save_for_backward(*inputs[:8])
-    ctx.options = inputs[8:]
-
-
-def _differentiate_vjp(ctx: Any, v: Tensor, v_skip: Tensor | None) -> tuple[Tensor | None, ...]:
-    g, x, *saved = ctx.saved_tensors
-    v, v_skip = _laid_out_as(x, v), None if v_skip is None else _laid_out_as(x, v_skip)
-    backward = overload("group_norm_silu_vjp_backward", ctx.backend)
-    return *backward(v, v_skip, g, x, *saved, *ctx.options), *(None,) * 6
-
-
-_PARAMETERS = "Tensor x, Tensor? skip, Tensor weight, Tensor bias, "
-_OPTIONS = "Tensor? seed, int num_groups, bool silu, float dropout"
-_SAVED = "Tensor mean, Tensor rstd, " + _OPTIONS
-define(
-    "group_norm_silu",
-    f"({_PARAMETERS}{_OPTIONS}, float eps) -> (Tensor, Tensor, Tensor)",
-    fake=lambda x, skip, weight, bias, seed, groups, *_: (_empty_whole(x, skip), *_empty_pair(x, groups)),
-    triton=_triton_forward,
-    save=_save_forward,
-    backward=_differentiate_forward,
-)
-define(
-    "group_norm_silu_backward",
-    f"(Tensor g, {_PARAMETERS}{_SAVED}) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=lambda g, x, skip, weight, bias, *_: (
-        *_empty_pieces(x, skip),
-        torch.empty_like(weight),
-        torch.empty_like(bias),
-    ),
-    triton=_triton_backward,
-)
-define(
-    "group_norm_silu_vjp",
-    f"(Tensor g, {_PARAMETERS}{_SAVED}) -> (Tensor, Tensor)",
-    fake=lambda g, x, skip, *_: _empty_pieces(x, skip),
-    triton=_triton_vjp,
-    save=_save_vjp,
-    backward=_differentiate_vjp,
-)
-define(
-    "group_norm_silu_vjp_backward",
-    f"(Tensor v, Tensor? v_skip, Tensor g, {_PARAMETERS}{_SAVED})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=lambda v, v_skip, g, x, skip, weight, bias, *_: (
-        _empty_whole(x, skip),
-        *_empty_pieces(x, skip),
-        torch.empty_like(weight),
-        torch.empty_like(bias),
-    ),
-    triton=_triton_vjp_backward,
-)
-
-
-def _whole_shape(x: Tensor, skip: Tensor | None) -> torch.Size:
-    """The shape of cat((x, skip), 1)."""
-    if skip is None:
-        return x.shape
-    return torch.Size((x.shape[0], x.shape[1] + skip.shape[1], *x.shape[2:]))
-
-
-def _empty_pair(x: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """Two uninitialised (B, columns) tensors in the precision of the statistics."""
-    shape, dtype = (x.shape[0], columns), _statistics_dtype(x)
-    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
-
-
-def _empty_whole(x: Tensor, skip: Tensor | None) -> Tensor:
-    """An uninitialised y, laid out like x."""
-    if skip is None:
-        return torch.empty_like(x)
-    batch, channels, *spatial = _whole_shape(x, skip)
-    if x.is_contiguous():
-        return x.new_empty(batch, channels, *spatial)
-    return x.new_empty(batch, *spatial, channels).movedim(-1, 1)
-
-
-def _empty_pieces(x: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Uninitialised gradients of x and skip."""
-    return torch.empty_like(x), None if skip is None else torch.empty_like(skip)

@@ -1,13 +1,13 @@
-"""`noise_level_ce` of a linear head, from its features, without ever holding all of its logits.
+"""`noise_level_ce` of a linear head, computed from its features without holding all logits at once.
 
 B batch, D features, L = T+2 noise levels, K classes, N = (L-1) K + 1 rows of the head: row `t K + c` is for
-class c at level t <= T, the last for pure noise. All logits z are taken relative to pure noise's, so that
-what is common to all cancels.
+class c at level t <= T, the last for pure noise. All logits z are relative to that of pure noise, so that
+common constants cancel.
 
 The rows are visited in blocks of whole levels. Forward keeps one running log-sum-exp per image; backward
 computes each block's logits again. The products are the library's on every device.
 
-It saves memory, not time: the logits are multiplied out twice. With gradients, B = 128, D = 256, L = 1002,
+It saves memory, not time: the logits are computed twice. With gradients, B = 128, D = 256, L = 1002,
 fp32, against the head followed by `noise_level_ce` (2 threads of an AMD EPYC, Zen 5, torch 2.13; pytest
 benchmarks/bench_head_noise_level_ce.py --benchmark-only --threads 2), peak memory beyond the gradients:
 
@@ -16,9 +16,8 @@ benchmarks/bench_head_noise_level_ce.py --benchmark-only --threads 2), peak memo
     one by one     0.5    4.9    49     489
     speed          0.61   0.67   0.77   not timed    (1 is as fast)
 
-The speed is that of otherwise idle cores; busy ones lower it further, since it waits for its threads more
-often. So it pays where memory is short, from some 30 classes on; a head of one class never needs it. No GPU
-has been measured.
+These speeds are of otherwise idle cores; on busy ones it is slower still, because it synchronises its threads
+more often. So it pays where memory is short, from some 30 classes on. No GPU has been measured.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from cdm_fast.ops import backend, checks
 from cdm_fast.ops.noise_level_ce import NoiseLevelCE, noise_level_ce_reference
+from cdm_fast.ops.precision import compute_dtype
 from cdm_fast.ops.registry import define, overload
 
 # Logits that exist at a time, unless one level of a batch has more. On CPU, 2^18 to 2^21 are equally fast; on
@@ -85,7 +85,7 @@ def head_noise_level_ce(
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(compute_dtype(x.dtype))
 
 
 def _forward(
@@ -188,7 +188,7 @@ def _class_shares(true: Tensor, label: Tensor) -> Tensor:
 
 
 def _fake(h: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    compute = torch.promote_types(h.dtype, torch.float32)
+    compute = compute_dtype(h.dtype)
     loss, log_ratio, log_total = (h.new_empty(len(h), dtype=compute) for _ in range(3))
     return loss, log_ratio, log_total
 

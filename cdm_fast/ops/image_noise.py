@@ -1,4 +1,4 @@
-"""Noise of single images: a function of (seed, number of the image, draw), whatever the batch and the device.
+"""Noise per image: a function of (seed, number of the image, draw), independent of batch and device.
 
 B images. The counter of a Philox block is (block within the image, SAMPLING, image, draw), its key the seed.
 """

@@ -15,6 +15,7 @@ from cdm_fast.ops import backend as _backend
 from cdm_fast.ops import checks
 from cdm_fast.ops.backend import Coverage
 from cdm_fast.ops.philox import Stream, check_seed, philox_flip, philox_normal, philox_uniform
+from cdm_fast.ops.precision import compute_dtype
 from cdm_fast.ops.registry import define, overload
 
 _backend.declare(
@@ -46,11 +47,11 @@ def noising_reference(
     dtype: torch.dtype | None = None,
 ) -> NoisingResult:
     """The specification of `noising` in plain PyTorch; see there."""
-    compute = torch.float64 if x0.dtype == torch.float64 else torch.float32
+    compute = compute_dtype(x0.dtype)
     per_image = (-1,) + (1,) * (x0.dim() - 1)
     layout = _layout(x0)
     clean = x0.to(compute).contiguous(memory_format=layout)
-    seed = cast(Tensor, seed)  # given wherever something is drawn: `noising` has made sure
+    seed = cast(Tensor, seed)  # `noising` checks that it is given where something is drawn
     if flip:
         coin = philox_flip(seed, x0.shape[0]).reshape(per_image)
         clean = torch.where(coin, clean.flip(-1), clean)
@@ -77,7 +78,7 @@ def noising(
     flip: bool = False,
     dtype: torch.dtype | None = None,
 ) -> NoisingResult:
-    """x_t = a[level] x_0 + s[level] eps, with everything that leads to it, in one pass over the images.
+    """x_t = a[level] x_0 + s[level] eps in one pass, with dequantisation, flips and the draw of the noise.
 
     x0: float images in [-1, 1], or uint8 ones with values below `num_grey_levels` = N, which become
         2 (u + U) / N - 1 with U uniform in [0, 1).
@@ -101,7 +102,7 @@ def noising(
         return noising_reference(
             x0, level, a, s, seed, eps=eps, num_grey_levels=num_grey_levels, flip=flip, dtype=dtype
         )
-    compute = torch.promote_types(torch.float32 if x0.dtype == torch.uint8 else x0.dtype, torch.float32)
+    compute = compute_dtype(x0.dtype)
     wanted = dtype or (compute if x0.dtype == torch.uint8 else x0.dtype)
     stored = wanted if _stores(backend, compute, wanted) else compute
     layout = _layout(x0)

@@ -1,7 +1,7 @@
 """Philox4x32-10: random numbers as a pure function of (seed, offset), stream and element index.
 
 Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). The numbers are the same
-on every backend: the 32-bit words bit for bit, normals to 1e-6. So noise is recomputed instead of stored.
+on every backend: the 32-bit words bit for bit, normals to 1e-6. So noise can be recomputed, not stored.
 
 Element `i` of a draw (its index in contiguous order) takes word `i % 4` of the block whose counter is
 `(i // 4, stream, offset mod 2^32, offset // 2^32)` under the key `(seed mod 2^32, seed // 2^32)`. Two draws
@@ -46,7 +46,7 @@ SQRT_HALF_BITS = 0x3F3504F3
 
 
 class Stream(IntEnum):
-    """What a draw is for: one (seed, offset) serves all of these, without overlap."""
+    """The purpose of a draw: one (seed, offset) serves all of these without overlap."""
 
     NOISE = 0
     DEQUANTISATION = 1
@@ -81,8 +81,8 @@ def philox4x32_10(
 def philox_words(seed: Tensor, num: int, stream: Stream, before: Tensor | None = None) -> Tensor:
     """Words 0..num-1 of a stream: (num,) int64 with values in [0, 2^32).
 
-    seed: (2,) int64, (seed, offset), on the device where the words are wanted. before: an int64 scalar there;
-    so many words are left out first. Raises TypeError or ValueError for any other seed, ValueError for
+    seed: (2,) int64, (seed, offset), on the device where the words are wanted. before: an int64 scalar there,
+    the number of words to skip. Raises TypeError or ValueError for any other seed, ValueError for
     num > 2^34.
     """
     check_seed(seed, seed.device)
@@ -124,6 +124,11 @@ def philox_flip(seed: Tensor, batch: int) -> Tensor:
     seed: as in `philox_words`, which says what is raised.
     """
     return (philox_words(seed, batch, Stream.FLIP) >> 31).bool()
+
+
+def drop_threshold(dropout: float) -> int:
+    """Elements whose word in the DROPOUT stream is below this are dropped; `dropout` is their probability."""
+    return int(dropout * 2**32)
 
 
 def box_muller(word_u: Tensor, word_v: Tensor) -> tuple[Tensor, Tensor]:

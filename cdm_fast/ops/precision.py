@@ -1,4 +1,4 @@
-"""Honest fp32 on accelerators."""
+"""In which precision the ops accumulate, and IEEE fp32 on GPUs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +7,11 @@ import torch
 
 # (library, kind of operation). PyTorch's older switch `allow_tf32` cannot be read where conv and rnn differ.
 _OPERATIONS = (("cuda", "conv"), ("cuda", "rnn"), ("cuda", "matmul"))
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the ops compute with and accumulate values of `dtype`: fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What every picture shares: a figure of panels, labelled axes, a PNG that is written in one step.
+"""The base of every picture: a figure of panels, labelled axes, and a PNG that is written atomically.
 
 Figures are matplotlib objects drawn by Agg, never pyplot: no display, no global state, no leak in a long run.
 """
@@ -30,23 +30,25 @@ def draw_by_level(
 
 
 def empty_figure(width: float, height: float) -> "Figure":  # in inches
-    """A figure that Agg draws; UserError without matplotlib."""
+    """A figure that Agg draws; raises UserError where matplotlib is not installed."""
     figure = need("matplotlib.figure", "drawing plots").Figure(figsize=(width, height), layout="constrained")
     need("matplotlib.backends.backend_agg", "drawing plots").FigureCanvasAgg(figure)
     return figure
 
 
 def square_root_colours(vmax: float | None = None) -> "PowerNorm":
-    """Colours that follow the square root of a value from 0 on."""
+    """A norm that maps values from 0 to `vmax` to colours by their square root, so that small ones show."""
     return need("matplotlib.colors", "drawing plots").PowerNorm(0.5, vmin=0, vmax=vmax)
 
 
 def new_figure(num_panels: int, height: float = 3.2) -> "tuple[Figure, list[Axes]]":
+    """A figure `height` inches high, and its panels from left to right."""
     figure = empty_figure(4.8 * num_panels, height)
     return figure, list(figure.subplots(1, num_panels, squeeze=False)[0])
 
 
 def label_axes(axes: "Axes", title: str, x: str, y: str | None = None) -> None:
+    """Title and labels; without a label of the y axis, the title names its quantity and a grid is drawn."""
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(x)
     if y is None:
@@ -56,9 +58,10 @@ def label_axes(axes: "Axes", title: str, x: str, y: str | None = None) -> None:
 
 
 def write_figure(figure: "Figure", path: str | Path) -> Path:
+    """Writes a figure as a PNG and returns its path."""
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110)
-    # A figure is a cycle of megabytes in few objects: left to itself the collector comes late. This takes the
-    # figures before this one.
+    # A figure is a reference cycle of few objects and megabytes, which the collector is slow to free. This
+    # frees earlier figures.
     gc.collect()
     return write_atomically(path, png.getvalue())

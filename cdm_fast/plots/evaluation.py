@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -11,6 +11,9 @@ from torch import Tensor
 from cdm_fast.plots.canvas import draw_by_level, label_axes, new_figure, square_root_colours, write_figure
 from cdm_fast.plots.sheet import make_sheet, show_sheet
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 
 def write_classes(
     report: Mapping[str, Any],  # `ClassReport.to_json()`
@@ -18,8 +21,8 @@ def write_classes(
 ) -> Path:
     """Confusion matrix and reliability diagram of a classifier, as a PNG under `path`.
 
-    Rows of the matrix sum to 1; colours follow the square root, or rare mistakes would be invisible. On the
-    dashed diagonal of the diagram confidence is accuracy; a dot's area is its bin's share of the images.
+    Rows of the matrix sum to 1; colours follow the square root, so that rare mistakes show. On the dashed
+    diagonal of the diagram confidence equals accuracy; a dot's area is its bin's share of the images.
     """
     figure, (matrix, diagram) = new_figure(2, height=4.6)
     confusion = np.asarray(report["confusion"], dtype=np.float64)
@@ -75,8 +78,8 @@ def write_attack(
     report: Mapping[str, Any],  # `AttackReport.to_json()`
     path: str | Path,
 ) -> Path:
-    """Accuracy against budget, and how well log p(x) tells attacked images, as a PNG under `path`."""
-    areas = report["detection_auroc"]  # None for a classifier
+    """Accuracy against budget, and the AUROC of detection by log p(x), as a PNG under `path`."""
+    areas = report["detection_auroc"]  # None for a `Classifier`
     figure, (accuracy, *others) = new_figure(1 if areas is None else 2)
     budgets = [0.0, *report["budgets"]]
     errors = [0.0, *report["accuracy_stderr"]]
@@ -99,7 +102,8 @@ def write_audit(
 ) -> Path:
     """Four panels of a likelihood audit, as a PNG under `path`.
 
-    Every figure with its standard error; single pass minus ODE, log Z and the ratio check by level.
+    They show every figure with its standard error, and by level single pass minus ODE, log Z, and the ratio
+    check.
     """
     figure, (figures, difference, integral, ratios) = new_figure(4)
     named = [("single pass", "bits_per_dim"), ("audited", "audited_bits_per_dim")]
@@ -130,7 +134,7 @@ def write_outliers(
     curves: Mapping[str, tuple[ArrayLike, ArrayLike]],  # score -> false alarms, detected; none without others
     path: str | Path,
 ) -> Path:
-    """The most and least likely images, bits/dim of each set, and how well scores tell them, as a PNG.
+    """The most and least likely images, bits/dim of each set, and the separation by scores, as a PNG.
 
     The third panel shows ROC curves against other data, or the mean AUROC by severity of corruption.
     """
@@ -147,21 +151,35 @@ def write_outliers(
     label_axes(histogram, "share of the images", "bits/dim")
     for panel in others:
         if curves:
-            panel.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=0.8)
-            for score, (false_alarms, detected) in curves.items():
-                name = f"{score.replace('_', ' ')}, AUROC {report['against']['auroc'][score]:.3f}"
-                panel.plot(false_alarms, detected, linewidth=1.2, label=name)
-            label_axes(panel, "other images detected", "false alarms")
+            _draw_curves(panel, curves, report["against"]["auroc"])
         else:
-            panel.axhline(0.5, color="grey", linestyle="--", linewidth=0.8)
-            for score, areas in severities.items():
-                name = score.replace("_", " ")
-                panel.plot(range(1, len(areas) + 1), areas, marker=".", linewidth=1.2, label=name)
-            panel.set_xticks(range(1, 1 + max(map(len, severities.values()))))
-            label_axes(panel, "corrupted or not: AUROC, mean over kinds", "severity")
+            _draw_severities(panel, severities)
         panel.set_ylim(-0.02, 1.02)
         panel.legend(fontsize=8)
     return write_figure(figure, path)
+
+
+def _draw_curves(
+    panel: "Axes",
+    curves: Mapping[str, tuple[ArrayLike, ArrayLike]],  # score -> false alarms, detected
+    areas: Mapping[str, float],  # score -> AUROC
+) -> None:
+    panel.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=0.8)
+    for score, (false_alarms, detected) in curves.items():
+        name = f"{score.replace('_', ' ')}, AUROC {areas[score]:.3f}"
+        panel.plot(false_alarms, detected, linewidth=1.2, label=name)
+    label_axes(panel, "other images detected", "false alarms")
+
+
+def _draw_severities(
+    panel: "Axes",
+    areas: Mapping[str, Sequence[float]],  # score -> mean AUROC at severity 1, 2, ...
+) -> None:
+    panel.axhline(0.5, color="grey", linestyle="--", linewidth=0.8)
+    for score, each in areas.items():
+        panel.plot(range(1, len(each) + 1), each, marker=".", linewidth=1.2, label=score.replace("_", " "))
+    panel.set_xticks(range(1, 1 + max(map(len, areas.values()))))
+    label_axes(panel, "corrupted or not: AUROC, mean over kinds", "severity")
 
 
 def write_sigma(
@@ -170,7 +188,7 @@ def write_sigma(
 ) -> Path:
     """Known noise against estimated, median and 10th to 90th percentile, as a PNG under `path`.
 
-    Estimates on the dashed line are right. An estimate of 0 (no noise found) has no place on the axis.
+    Estimates on the dashed line are right. The axes are logarithmic and leave estimates of 0 out.
     """
     figure, (axes,) = new_figure(1, height=4.2)
     sigma = np.asarray(report["sigma"])

@@ -22,7 +22,7 @@ def write_rows(
     title: str,
     columns: Sequence[str] = (),  # names
 ) -> Path:
-    """Rows of images with their names, enlarged smoothly so that a person can read tiny ones, as a PNG."""
+    """Writes rows of images with their names, tiny ones enlarged smoothly, as a PNG; returns its path."""
     sheet = make_sheet(rows)
     figure = empty_figure(1 + sheet.shape[1] / 100, 0.5 + sheet.shape[0] / 100)
     axes = figure.subplots()
@@ -32,7 +32,7 @@ def write_rows(
 
 
 def make_sheet(rows: Mapping[str, Tensor]) -> NDArray[np.uint8]:
-    """(H',W',3): rows of images, (B,C,H,W) uint8 each, enlarged, with white between them."""
+    """One image (H',W',3) of rows of images, (B,C,H,W) uint8 each, enlarged, with white lines between."""
     tiles = [[_enlarged(image) for image in images] for images in rows.values()]
     height, width = tiles[0][0].shape[:2]
     longest = max(map(len, tiles))
@@ -45,7 +45,7 @@ def make_sheet(rows: Mapping[str, Tensor]) -> NDArray[np.uint8]:
 
 
 def show_sheet(axes: "Axes", sheet: NDArray[np.uint8], rows: Sequence[str], columns: Sequence[str]) -> None:
-    """A sheet with the names of its rows, and of its columns if they have any."""
+    """Draws a sheet with the names of its rows, and of its columns where given."""
     height = sheet.shape[0] / len(rows)
     width = sheet.shape[1] / max(1, len(columns))
     axes.imshow(sheet, interpolation="nearest")
@@ -56,7 +56,7 @@ def show_sheet(axes: "Axes", sheet: NDArray[np.uint8], rows: Sequence[str], colu
 
 
 def _enlarged(image: Tensor) -> NDArray[np.uint8]:
-    """(C,H,W) uint8, C 1 or 3 -> (H',W',3), the longer side 64 pixels or its own if that is more."""
+    """(C,H,W) uint8, C 1 or 3 -> (H',W',3), the longer side at least 64 pixels."""
     _, height, width = image.shape
     scale = max(1.0, 64 / max(height, width))
     size = (round(height * scale), round(width * scale))

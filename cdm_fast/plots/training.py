@@ -1,4 +1,4 @@
-"""Pictures of a training run: loss curves, level confusion, denoising error per level, accepted moves.
+"""Pictures of a training run: loss curves, level confusion and calibration, denoising error, accepted moves.
 
 # L = T+2 noise levels, N bins of neighbouring levels
 """
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cdm_fast.errors import UserError
-from cdm_fast.plots.canvas import label_axes, new_figure, square_root_colours, write_figure
+from cdm_fast.plots.canvas import draw_by_level, label_axes, new_figure, square_root_colours, write_figure
 
 # Panels of the loss picture: key in log.jsonl -> (title, logarithmic axis).
 LOSS_PANELS = {
@@ -20,6 +20,8 @@ LOSS_PANELS = {
     "ce": ("cross-entropy [nats]", False),
     "mse": ("denoising error, mean (eps_hat - eps)^2", True),
     "bits_per_dim": ("validation, bits/dim (unaudited)", False),
+    "ratio_bits_per_dim": ("validation, ratio check [bits/dim]", False),
+    "class_ce": ("validation, class cross-entropy [nats]", False),
 }
 
 
@@ -59,9 +61,9 @@ def write_confusion(
 ) -> Path:
     """The mean level posterior by true level (rows sum to 1), as a PNG under `path`.
 
-    A good classifier of the noise level shows a narrow band on the diagonal: neighbouring levels can hardly
-    be told apart, distant ones can. Colours follow the square root, or the off-diagonal would be invisible.
-    Raises ValueError for anything but a square matrix.
+    A good classifier of the noise level shows a narrow band on the diagonal: it confuses neighbouring levels
+    but not distant ones. Colours follow the square root, so that small values show. Raises ValueError for
+    anything but a square matrix.
     """
     matrix = np.asarray(confusion, dtype=np.float64)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
@@ -81,6 +83,23 @@ def write_confusion(
     return write_figure(figure, path)
 
 
+def write_calibration(
+    report: Mapping[str, Any],  # the fields of `training.validation.LevelChecks`
+    path: str | Path,
+) -> Path:
+    """Calibration of the level posteriors and mean adjacent ratios by level, as a PNG under `path`.
+
+    Both panels are in nats, with standard errors, and 0 for true densities.
+    """
+    figure, (posterior, ratio) = new_figure(2)
+    values = report["log_mean_posterior"]
+    draw_by_level(posterior, range(len(values)), values, report["log_mean_posterior_stderr"])
+    label_axes(posterior, "log(mean posterior / prior) [nats]", "level (0 = data)")
+    draw_by_level(ratio, report["bin_level"], report["log_mean_ratio"], report["log_mean_ratio_stderr"])
+    label_axes(ratio, "log E[p_t / p_t+1] [nats]", "level (0 = data)")
+    return write_figure(figure, path)
+
+
 def write_level_mse(
     level: ArrayLike,  # (N,) levels
     mse: ArrayLike,  # (N,) mean squared error of eps_hat at each, in units of the noise variance
@@ -88,8 +107,7 @@ def write_level_mse(
 ) -> Path:
     """The denoising error per noise level, as a PNG under `path`.
 
-    The dashed line at 1 is what eps_hat = 0 would score: all noise left in. Raises ValueError for unequal
-    lengths.
+    The dashed line at 1 is the error of eps_hat = 0. Raises ValueError for unequal lengths.
     """
     levels, errors = np.asarray(level, dtype=np.float64), np.asarray(mse, dtype=np.float64)
     if levels.shape != errors.shape or levels.ndim != 1:
@@ -104,18 +122,18 @@ def write_level_mse(
 
 
 def write_acceptance(
-    report: Mapping[str, Any],  # `MoveLog.to_json()`
+    report: Mapping[str, Any],  # `sampling.MoveLog.to_json()`
     path: str | Path,
 ) -> Path:
     """Acceptance and step size of a corrected sampler's moves by level, as a PNG under `path`.
 
-    The dashed line is the acceptance that the pilot aimed at.
+    The dashed line is the acceptance at which the pilot run aims.
     """
     figure, (acceptance, step_size) = new_figure(2)
     acceptance.axhline(report["target_acceptance"], color="grey", linestyle="--", linewidth=0.8)
     acceptance.plot(report["levels"], report["acceptance"], marker=".", linewidth=1.2)
     acceptance.set_ylim(-0.02, 1.02)
-    label_axes(acceptance, "accepted moves, share (dashed: aimed at)", "level (0 = data)")
+    label_axes(acceptance, "share of accepted moves (dashed: target)", "level (0 = data)")
     step_size.plot(report["levels"], report["step_size"], marker=".", linewidth=1.2)
     step_size.set_yscale("log")
     label_axes(step_size, "step size h", "level (0 = data)")

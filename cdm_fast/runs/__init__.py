@@ -1,1 +1,1 @@
-"""Run directories: what a training run leaves, and reading it back."""
+"""Run directories: building models from a config, writing and reading checkpoints, calibration."""

@@ -14,7 +14,7 @@ from cdm_fast.model.classifier import Classifier
 from cdm_fast.model.schedule import NoiseSchedule
 from cdm_fast.nn import Encoder, UNet, UNetClassifier, UNetDenoiser
 
-# A full joint head has L K D weights, and training holds eight copies of them: 1 GiB at 2^25.
+# A full joint head has L K D weights; training holds eight tensors of that size: 1 GiB at 2^25.
 FULL_HEAD_WEIGHTS, DEFAULT_RANK = 2**25, 32
 
 
@@ -30,8 +30,8 @@ def build_schedule(config: ScheduleConfig) -> NoiseSchedule:
 def level_distribution(config: ScheduleConfig, schedule: NoiseSchedule) -> Tensor:
     """p(t), (L,) float64, up to a factor: how often training draws each level.
 
-    `uniform`: all alike. `log-snr`: in proportion to the step in log-SNR around the level; the two ends,
-    whose log-SNR is infinite, and their neighbours take the nearest finite step.
+    `uniform`: equal. `log-snr`: proportional to the step in log-SNR around the level; the two ends, whose
+    log-SNR is infinite, and their neighbours take the nearest finite step.
     """
     if config.level_distribution == "uniform":
         return torch.ones(schedule.num_levels, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Run directories: what a training run leaves behind, and reading it back without trusting it.
+"""Run directories: their config and checkpoints, written atomically, and verified when they are read.
 
     RUN/config.json                            the resolved RunConfig
     RUN/checkpoints/step-00001000/
@@ -7,9 +7,9 @@
         state.json                             step, counters, the settings trained with
         manifest.json                          size and SHA-256 of each file above
 
-There is no pickle anywhere. A directory appears under its name only when it is complete and on the disk: it
-is written beside it, flushed, and renamed; it leaves its name in one step, too. Reading takes the newest
-checkpoint whose checksums hold.
+Nothing is pickled. A checkpoint is written to a temporary directory, flushed to the disk and renamed, so a
+directory under its final name is complete; removal renames first, too. Reading takes the newest checkpoint
+whose checksums match.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from torch import Tensor
 from cdm_fast.config import RunConfig, check
 from cdm_fast.config.json import from_json, parse_json, to_json
 from cdm_fast.errors import UserError
-from cdm_fast.host.files import directory_in_one_step, remove, remove_unfinished, saving, write_atomically
+from cdm_fast.host.files import atomic_directory, remove, remove_unfinished, saving, write_atomically
 from cdm_fast.host.reading import read_bytes, shown
 from cdm_fast.runs.tensor_file import HashedFile, write_tensors
 
@@ -57,7 +57,7 @@ class Checkpoint:
 
 
 def read_config(run: str | Path) -> RunConfig:
-    """The config of a run directory; UserError when there is none, or it is not one that `save` writes."""
+    """The config of a run directory; UserError when there is none, or it is invalid."""
     run = Path(run)
     if not run.is_dir():
         raise UserError(f"no run directory {run}; give the --out of a training run")
@@ -74,12 +74,12 @@ def read_config(run: str | Path) -> RunConfig:
 
 
 def write_config(run: Path, config: RunConfig) -> None:
-    """Replaces RUN/config.json in one step."""
+    """Replaces RUN/config.json atomically."""
     write_json(run / "config.json", to_json(config))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file, complete or not at all; UserError if the disk refuses."""
+    """Writes a JSON file atomically; DiskError if the disk refuses."""
     write_atomically(path, json.dumps(value, indent=2).encode())
 
 
@@ -91,16 +91,17 @@ def require_new(run: str | Path) -> None:
 
 
 def create_run(run: str | Path, config: RunConfig, checkpoint: Checkpoint) -> None:
-    """Makes a new run directory with its config and first checkpoint, complete or not at all.
+    """Creates a run directory with its config and first checkpoint, atomically.
 
-    Raises UserError when `run` holds something already, when weights are not finite, or the disk refuses.
+    Raises UserError when `run` is a file or a directory that is not empty, or weights are not finite;
+    DiskError when the disk refuses.
     """
     run = Path(run)
     require_new(run)
     with saving(run):
         run.parent.mkdir(parents=True, exist_ok=True)
         remove_unfinished(run.parent, run.name)
-        with directory_in_one_step(run) as unfinished:
+        with atomic_directory(run) as unfinished:
             write_config(unfinished, config)
             save_checkpoint(unfinished, checkpoint, keep=1)
 
@@ -110,7 +111,7 @@ def save_checkpoint(
 ) -> Path:
     """Writes RUN/checkpoints/step-N and removes all but the newest `keep`; returns its path.
 
-    proceed: called every few megabytes; may raise to give the save up.
+    proceed: called every few megabytes; may raise to abandon the save.
     Raises UserError, with everything saved earlier intact, when a value is not finite; DiskError when the
     disk refuses.
     """
@@ -119,7 +120,7 @@ def save_checkpoint(
     with saving(run):
         folder.mkdir(exist_ok=True)
         remove_unfinished(folder)
-        with directory_in_one_step(target) as unfinished:
+        with atomic_directory(target) as unfinished:
             _write_parts(unfinished, checkpoint, run, proceed)
     for old in checkpoint_folders(run)[keep:]:
         if old != target:
@@ -130,7 +131,11 @@ def save_checkpoint(
 def load_checkpoint(run: str | Path, parts: Sequence[str] = PARTS, at_most: int | None = None) -> Checkpoint:
     """The newest intact checkpoint of a run; a damaged one is named in a warning and the one before it tried.
 
-    at_most: pass over checkpoints of later steps. Raises UserError when none is left.
+    Args:
+        parts: of `PARTS`, those to read.
+        at_most: ignore checkpoints of later steps.
+
+    Raises UserError when no intact checkpoint is left.
     """
     tried: set[Path] = set()
     while left := [
@@ -143,7 +148,7 @@ def load_checkpoint(run: str | Path, parts: Sequence[str] = PARTS, at_most: int 
         try:
             return _read_parts(folder, parts)
         except (OSError, ValueError, SafetensorError) as error:
-            if folder.exists():  # else a training run has replaced it meanwhile by a newer one
+            if folder.exists():  # otherwise a running training has just replaced it
                 warnings.warn(
                     f"checkpoint {folder} is damaged ({shown(str(error), 300)}); trying the one before",
                     stacklevel=2,
@@ -164,11 +169,11 @@ def checkpoint_folders(run: Path) -> list[Path]:
     return sorted(steps, key=lambda path: steps[path], reverse=True)
 
 
-def make_ready(run: Path, step: int) -> None:
-    """Tidies a run that is about to continue from its checkpoint of `step`.
+def prepare_to_resume(run: Path, step: int) -> None:
+    """Tidies the directory of a run that continues from its checkpoint of `step`.
 
-    Removes what killed processes left half-written, and renames damaged newer checkpoints to damaged-N, where
-    they are neither taken for the newest nor counted among those kept. Raises DiskError.
+    Removes the temporary files of killed processes, and renames damaged newer checkpoints to damaged-N, so
+    that they neither pass for the newest nor count among those to keep. Raises DiskError.
     """
     with saving(run):
         remove_unfinished(run)
@@ -223,7 +228,7 @@ def _read_parts(folder: Path, parts: Sequence[str]) -> Checkpoint:
 
 
 def _read_verified(path: Path, manifest: Any) -> bytes:
-    """The bytes of a file, if they are those that the manifest promises."""
+    """The bytes of a file; ValueError unless size and checksum match the manifest."""
     entry = manifest.get(path.name) if isinstance(manifest, dict) else None
     if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
         raise ValueError(f"manifest.json does not list {path.name}")

@@ -7,6 +7,7 @@ from cdm_fast.errors import UserError
 from cdm_fast.runs.build import build_model
 from cdm_fast.runs.calibration import apply_calibration
 from cdm_fast.runs.checkpoint import load_checkpoint, read_config
+from cdm_fast.runs.constants import apply_constants
 from cdm_fast.runs.weights import require_network, restore_weights
 
 if TYPE_CHECKING:
@@ -15,13 +16,37 @@ if TYPE_CHECKING:
 
 
 def load(
-    run: str | Path, weights: Literal["ema", "raw"] = "ema", calibrated: bool = True
+    run: str | Path,
+    weights: Literal["ema", "raw"] = "ema",
+    calibrated: bool = True,
+    constants: bool = True,
 ) -> "CDM | DDM | Classifier":
     """The trained model of a run directory, in evaluation mode, on the CPU.
 
-    weights: "ema", the moving average that sampling and scoring should use, or "raw", the optimizer's own.
-    calibrated: fold in the calibration of the average, if the run has one (`cdm-fast calibrate`).
-    Raises UserError when `run` is no run directory, or holds no intact checkpoint of its architecture.
+    Args:
+        run: a directory that `train` or `interop.convert` wrote.
+        weights: "ema", the moving average, for sampling and scoring; or "raw", the weights of the optimizer.
+        constants: use the refitted constants of the average, if the run has them
+            (`cdm-fast calibrate --method constants`).
+        calibrated: apply the calibration of the average, if the run has one (`cdm-fast calibrate`).
+
+    Raises:
+        UserError: `run` is no run directory, or has no intact checkpoint of its architecture.
+
+    Example, with a run that was just initialised:
+        >>> import tempfile
+        >>> from cdm_fast.config import NetworkConfig, RunConfig, ScheduleConfig
+        >>> from cdm_fast.runs.checkpoint import Checkpoint, create_run
+        >>> from cdm_fast.runs.weights import snapshot
+        >>> config = RunConfig(schedule=ScheduleConfig(T=8), network=NetworkConfig(multipliers=(1,)))
+        >>> weights = snapshot(build_model(config))
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> run = f"{folder.name}/run"
+        >>> parts = {"model": weights, "ema": weights, "optimizer": {}}
+        >>> create_run(run, config, Checkpoint(parts, {"step": 0}))
+        >>> load(run).schedule.num_levels
+        10
+        >>> folder.cleanup()
     """
     if weights not in ("ema", "raw"):
         raise UserError(f"weights is {weights!r}; give 'ema' or 'raw'")
@@ -31,6 +56,8 @@ def load(
     require_network(config, checkpoint.tensors[part], str(run))
     model = build_model(config)
     restore_weights(model, checkpoint.tensors[part], str(run))
+    if constants and weights == "ema":
+        apply_constants(model, run)
     if calibrated and weights == "ema":
         apply_calibration(model, run)
     return model.eval()

@@ -1,8 +1,8 @@
-"""Writing tensors as safetensors, one at a time, off the training thread.
+"""Writes safetensors files one tensor at a time, for a background thread.
 
-The library's writer holds a whole file in memory, twice, and the interpreter's lock while it copies. This one
-holds one tensor, and does its copying, hashing and writing where other threads go on. Reading is the
-library's: what it does not accept is no checkpoint.
+The writer of the safetensors library holds two copies of the file in memory, and the interpreter lock while
+it copies. This one holds one tensor, and copies, hashes and writes without the lock. Files are read by the
+library.
 """
 
 import hashlib
@@ -31,11 +31,11 @@ _PIECE = 8 << 20  # bytes written and hashed at a time
 
 
 class HashedFile:
-    """A new file whose size and SHA-256 are known once it is on the disk.
+    """A new file that computes its size and SHA-256 while it is written; closing flushes it to the disk.
 
     Args:
         path: its name.
-        proceed: called before each piece; may raise to leave the file unfinished.
+        proceed: called before each piece; may raise to abandon the file.
     """
 
     def __init__(self, path: Path, proceed: Callable[[], None]) -> None:
@@ -56,7 +56,7 @@ class HashedFile:
 
     @property
     def sha256(self) -> str:
-        """Of all that was written, in hexadecimal."""
+        """SHA-256 of all bytes written, in hexadecimal."""
         return self._hash.hexdigest()
 
     def write(self, data: bytes | memoryview) -> None:
@@ -64,7 +64,7 @@ class HashedFile:
         view = memoryview(data)
         while len(view):
             self._proceed()
-            written = self._file.write(view[:_PIECE])  # may take less than it was given
+            written = self._file.write(view[:_PIECE])  # may write fewer bytes
             self._hash.update(view[:written])
             self.bytes += written
             view = view[written:]
@@ -75,7 +75,7 @@ def write_tensors(file: HashedFile, tensors: Mapping[str, Tensor]) -> None:
 
     Raises ValueError naming the first tensor that holds a value that is not finite.
     """
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps all aligned
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps them aligned
     header, end = {}, 0
     for name in names:
         tensor = tensors[name]
@@ -96,7 +96,7 @@ def write_tensors(file: HashedFile, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _all_finite(values: NDArray[np.generic]) -> bool:
-    """Whether no value is NaN or infinite: by the sum, which costs no memory, unless that overflows."""
+    """Whether all values are finite: their sum is, or, where it overflows, each of them."""
     if values.dtype.kind != "f":
         return True
     with np.errstate(over="ignore", invalid="ignore"):

@@ -1,4 +1,4 @@
-"""Weights and optimizer state: copied into host memory, checked, and put back."""
+"""Weights and optimizer state: copying them to host memory, checking and restoring them."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from cdm_fast.config import RunConfig
 from cdm_fast.errors import UserError
-from cdm_fast.host.distributed import whole
+from cdm_fast.host.distributed import gather_full
 from cdm_fast.host.reading import shown
 from cdm_fast.runs.build import build_network
 
@@ -27,7 +27,7 @@ def snapshot_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module) -> d
 
 
 def require_network(config: RunConfig, tensors: Mapping[str, Tensor], where: str) -> None:
-    """UserError unless `tensors` hold the network of `config`: to be asked before memory is taken for it."""
+    """Raises UserError unless `tensors` hold the network of `config`; allocates no memory for it."""
     try:
         with torch.device("meta"):
             network = build_network(config)
@@ -49,7 +49,7 @@ def _require_shapes(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor
 
 
 def restore_weights(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Loads `tensors` into the module; UserError naming the first that does not fit its architecture."""
+    """Loads `tensors` into the module; UserError that names the first one that does not fit."""
     expected = module.state_dict()
     _require_shapes(expected, tensors, where)
     for name, value in tensors.items():
@@ -73,8 +73,8 @@ def restore_optimizer(
     parameters = dict(module.named_parameters())
     for name, moments in by_parameter.items():
         shapes = {key: value.shape for key, value in moments.items()}
-        whole = parameters[name].shape if name in parameters else None
-        if shapes != {"step": torch.Size(), "exp_avg": whole, "exp_avg_sq": whole}:
+        shape = parameters[name].shape if name in parameters else None
+        if shapes != {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}:
             raise UserError(
                 f"{where}: optimizer state of another network ({shown(name, 100)});"
                 " restore the folder or train anew"
@@ -90,7 +90,7 @@ def restore_optimizer(
 
 
 def _require_numbers(name: str, value: Tensor, where: str) -> None:
-    """UserError unless a tensor holds finite floating-point numbers."""
+    """Raises UserError unless a tensor holds finite floating-point numbers."""
     if value.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise UserError(f"{where}: {name} holds {value.dtype}, not floating-point numbers; restore the file")
     if not torch.isfinite(value).all():
@@ -98,13 +98,13 @@ def _require_numbers(name: str, value: Tensor, where: str) -> None:
 
 
 def _like_parameter(value: Tensor, parameter: Tensor) -> Tensor:
-    """A moment in its parameter's memory layout: fused optimizers walk both in memory order."""
+    """A moment in its parameter's memory layout, which fused optimizers assume."""
     return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
 
 
 def _host_copy(tensor: Tensor) -> Tensor:
-    """A copy in the memory layout of the original: the quickest, and training waits for it."""
-    return whole(tensor.detach()).to("cpu", copy=True)
+    """A copy in host memory with the original's memory layout, the fastest to make."""
+    return gather_full(tensor.detach()).to("cpu", copy=True)
 
 
 def _shape(tensor: Tensor | None) -> str:

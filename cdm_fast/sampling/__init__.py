@@ -1,21 +1,32 @@
 """From noise to images: samplers, and restoration by sampling."""
 
 from cdm_fast.model.conditioned import Between, Guided, GuidedEnergy
+from cdm_fast.sampling.corrected import MALA, SMC, MoveLog
 from cdm_fast.sampling.noise import ImageNoise
-from cdm_fast.sampling.plain import Noise, ddim, ddpm, dpm_solver_pp_2m, euler_ot, heun
+from cdm_fast.sampling.plain import DDIM, ddim, ddpm, dpm_solver_pp_2m, euler_ot, heun
+from cdm_fast.sampling.restoration import restore
 from cdm_fast.sampling.sample import SAMPLERS, sample
+from cdm_fast.sampling.sampler import Callback, Noise, Sampler, Step
 
 __all__ = [
     "Between",
+    "Callback",
+    "DDIM",
     "Guided",
     "GuidedEnergy",
     "ImageNoise",
+    "MALA",
+    "MoveLog",
     "Noise",
     "SAMPLERS",
+    "SMC",
+    "Sampler",
+    "Step",
     "ddim",
     "ddpm",
     "dpm_solver_pp_2m",
     "euler_ot",
     "heun",
+    "restore",
     "sample",
 ]

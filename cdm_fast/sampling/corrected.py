@@ -1,23 +1,24 @@
-"""Corrected samplers: Metropolis-adjusted moves on the way from noise to data.
+"""Corrected samplers: Metropolis-adjusted moves at each level on the way from noise to data.
 
-A predictor's step is never exact, and for a composition or a guided model no number of steps is: its density
-at a level is not the noised density of the next. Moves that leave `p_t` unchanged pull the images back to it.
+A predictor's step is never exact. For a composition or a guided model even infinitely many steps are not: its
+density at one level is not the noised density of the level below. Moves that leave `p_t` unchanged bring the
+images back to it.
 
 Legend: B batch, t a level, t_prev the next one towards data, a = a[t], s = s[t].
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cdm_fast.errors import UserError
 from cdm_fast.host.device import upload
-from cdm_fast.model import Denoiser, Energy, measures, prototype
-from cdm_fast.model.schedule import Spacing
+from cdm_fast.model import Denoiser, Energy, any_parameter, evaluation_mode
 from cdm_fast.sampling.langevin import (
     DrawFrom,
     Particles,
@@ -27,24 +28,15 @@ from cdm_fast.sampling.langevin import (
     target_acceptance,
     tune_step_sizes,
 )
+from cdm_fast.sampling.sampler import BatchNoise, Callback, Moves, Run, Sampler, Step, check_range
 
-PILOTS = 64  # particles that find the step sizes
-PILOT_MOVES = 4  # of each of them at every level
-
-
-class BatchNoise(Protocol):
-    """Noise of a batch of images (`sampling.ImageNoise`): normals by a call, uniforms, and a generator."""
-
-    def __call__(self) -> Tensor: ...
-
-    def uniform(self) -> Tensor: ...
-
-    def generator(self) -> torch.Generator: ...
+PILOTS = 64  # particles of the pilot run that finds the step sizes
+PILOT_MOVES = 4  # of each particle at each level
 
 
 @dataclass(frozen=True)
 class _DrawOfImages:
-    """The noise of a batch as moves ask for it."""
+    """The noise of a batch of images as a `langevin.Draw`."""
 
     noise: BatchNoise
 
@@ -57,12 +49,18 @@ class _DrawOfImages:
 
 @dataclass
 class MoveLog:
-    """What the moves of a corrected sampler did, level by level, over all batches.
+    """A callback that counts the moves of a corrected sampler at each level, over all batches.
 
     Fields:
         leapfrog: steps of each move.
         step_size: level -> h of its moves.
-        accepted, moved: level -> number of accepted (a scalar where the images are), and of all moves.
+        accepted, moved: level -> number of accepted moves (a scalar where the images are), and of all.
+
+    >>> from cdm_fast.sampling.sampler import Moves, Step
+    >>> log = MoveLog()
+    >>> log(Step(7, torch.zeros(2, 3), Moves(torch.tensor([0.5, 1.0]), count=2, leapfrog=1, step_size=0.1)))
+    >>> log.to_json()["levels"], log.to_json()["acceptance"]
+    ([7], [0.75])
     """
 
     leapfrog: int = 1
@@ -70,14 +68,18 @@ class MoveLog:
     accepted: dict[int, Tensor] = field(default_factory=dict)
     moved: dict[int, int] = field(default_factory=dict)
 
-    def add(self, level: int, share: Tensor, moves: int) -> None:
-        """`share` (B,) of accepted moves, of `moves` each, at `level`."""
-        accepted = share.sum() * moves
+    def __call__(self, step: Step) -> None:
+        """Adds the moves of a step; a step without moves adds nothing."""
+        moves, level = step.moves, step.level
+        if moves is None:
+            return
+        self.leapfrog, self.step_size[level] = moves.leapfrog, moves.step_size
+        accepted = moves.accepted.sum() * moves.count
         self.accepted[level] = self.accepted[level] + accepted if level in self.accepted else accepted
-        self.moved[level] = self.moved.get(level, 0) + len(share) * moves
+        self.moved[level] = self.moved.get(level, 0) + len(moves.accepted) * moves.count
 
     def to_json(self) -> dict[str, Any]:
-        """Levels from noise to data, with the acceptance and the step size of each."""
+        """The levels from noise to data, with the acceptance rate and the step size of each."""
         levels = sorted(self.moved, reverse=True)
         return {
             "leapfrog": self.leapfrog,
@@ -90,29 +92,34 @@ class MoveLog:
 
 def mala(
     model: Energy,
-    x: Tensor,  # (B, ...) at level T
+    x: Tensor,  # (B, ...) at level grid[0]
     noise: BatchNoise,
-    steps: int,
+    grid: Sequence[int],
     label: Tensor | None = None,  # (B,) int64
-    spacing: Spacing = "log_snr",
     *,
-    moves: int,
-    log: MoveLog,
+    step_size: Mapping[int, float],
+    moves: int = 2,
+    leapfrog: int = 1,
+    callback: Callback | None = None,
 ) -> Tensor:
-    """Annealed MALA, or HMC: at each level moves, then a `ddim` step to the next; x0_hat of level 1 last.
+    """Annealed MALA, or HMC: moves at each level, then a DDIM step to the next; returns x0_hat.
 
-    The step takes its score from the last move, so a level costs 1 + moves x leapfrog evaluations.
+    The step uses the score of the last move, so a level costs 1 + moves x leapfrog evaluations. `step_size`
+    maps each level but 0 to h, as `find_step_sizes` returns it.
     """
     draw = _DrawOfImages(noise)
-    for t, t_prev in model.schedule.pairs(steps, spacing):
-        particles, share = move(model, x, t, log.step_size[t], draw, moves, label, log.leapfrog)
-        log.add(t, share, moves)
+    for t, t_prev in pairwise(grid):
+        particles, accepted = move(model, x, t, step_size[t], draw, moves, label, leapfrog)
+        if callback is not None:
+            callback(Step(t, particles.x, Moves(accepted, moves, leapfrog, step_size[t])))
         x = ddim_step(model, particles, t_prev)
+    if callback is not None:
+        callback(Step(0, x))
     return x
 
 
 def ddim_step(model: Denoiser, particles: Particles, t_prev: int) -> Tensor:
-    """DDIM eq. 12 with eta = 0 (arXiv 2010.02502) from the particles' level, by the score that they hold."""
+    """DDIM eq. 12 with eta = 0 (arXiv 2010.02502) from the particles' level to t_prev, by their scores."""
     a, s, t = model.schedule.a.tolist(), model.schedule.s.tolist(), particles.level
     x0_hat = (particles.x + s[t] ** 2 * particles.score) / a[t]
     return a[t_prev] * x0_hat - s[t_prev] * s[t] * particles.score
@@ -122,69 +129,158 @@ def smc(
     model: Energy,
     x: Tensor,  # (B, ...) ~ N(0, I)
     noise: BatchNoise,
-    steps: int,
+    grid: Sequence[int],
     label: Tensor | None = None,  # (B,) int64
-    spacing: Spacing = "log_snr",
     *,
-    moves: int,
-    log: MoveLog,
+    step_size: Mapping[int, float],
+    moves: int = 2,
+    leapfrog: int = 1,
+    callback: Callback | None = None,
 ) -> Tensor:
-    """Annealed particles, reweighted and resampled (`langevin.anneal`); x0_hat of level 1 at the end.
+    """Sequential Monte Carlo: particles that are reweighted, resampled and moved (`langevin.anneal`).
 
-    Moves are local: they cannot shift mass between modes that have parted, weights can. The images of a batch
-    and a class are one population and depend on each other: some are copies that have moved apart. Where that
-    matters, draw more than are wanted and keep some.
+    Returns x0_hat of the last level above 0. Moves are local and cannot carry mass between separated modes;
+    weights can. The images of a batch and class are one population and depend on each other: some start as
+    copies of the same particle. Where that matters, draw more images than needed and keep some. `step_size`
+    maps each level but 0 to h, as `find_step_sizes` returns it.
     """
-    levels = [t for t, _ in model.schedule.pairs(steps, spacing)]
     generator, result = noise.generator(), torch.empty_like(x)
+
+    def report(particles: Particles, accepted: Tensor) -> None:
+        if callback is not None:
+            done = Moves(accepted, moves, leapfrog, step_size[particles.level])
+            callback(Step(particles.level, particles.x, done))
+
     classes = torch.zeros(len(x)) if label is None else label.cpu()  # how many of each, the host must know
     for class_ in classes.unique():
         rows = upload((classes == class_).nonzero()[:, 0], x.device)
-        of_rows = None if label is None else label[rows]
+        label_rows = None if label is None else label[rows]
         walk = anneal(
             model,
             x[rows],
-            [model.schedule.T + 1, *levels],
-            log.step_size,
+            [model.schedule.T + 1, *grid[:-1]],
+            step_size,
             generator,
             moves,
-            label=of_rows,
-            leapfrog=log.leapfrog,
+            label=label_rows,
+            leapfrog=leapfrog,
+            on_level=report,
         )
-        for t, rate in zip(levels, walk.acceptance[1:], strict=True):
-            log.add(t, rate.expand(len(rows)), moves)
-        drawn, last = walk.x[resample(walk.log_weight, generator)], levels[-1]
+        drawn, last = walk.x[resample(walk.log_weight, generator)], grid[-2]
         draw = DrawFrom(generator)
-        copies, _ = move(model, drawn, last, log.step_size[last], draw, moves, of_rows, log.leapfrog)
+        copies, _ = move(model, drawn, last, step_size[last], draw, moves, label_rows, leapfrog)
         result[rows] = ddim_step(model, copies, 0)
+    if callback is not None:
+        callback(Step(0, result))
     return result
 
 
-CORRECTED: dict[str, Callable[..., Tensor]] = {"mala": mala, "smc": smc}
+@dataclass(frozen=True)
+class Corrected(Sampler):
+    """The base of `MALA` and `SMC`, which correct the images at each level by Metropolis-adjusted moves.
+
+    Args:
+        moves: of each image at each level, 1 or more.
+        leapfrog: steps of each move, 1 or more: one is a Langevin move, several a Hamiltonian one (HMC).
+
+    Raises:
+        UserError: a number below 1.
+    """
+
+    moves: int = 2
+    leapfrog: int = 1
+    spacing = "log_snr"
+    compares_densities = True
+
+    def __post_init__(self) -> None:
+        check_range("moves", self.moves, 1, bits=32)
+        check_range("leapfrog", self.leapfrog, 1, bits=32)
+
+    def prepare(
+        self, model: Denoiser, grid: Sequence[int], shape: tuple[int, ...], label: Tensor | None
+    ) -> Run:
+        """The loop with step sizes from a pilot run of a fixed seed.
+
+        Raises UserError for a model that knows no log p_t(x).
+        """
+        if not isinstance(model, Energy):
+            raise UserError(
+                f"sampler {self.name!r} accepts or refuses moves by log p(x), which a plain denoiser (DDM)"
+                " does not know: choose another sampler, such as 'ddim', or train with --objective cdm"
+            )
+        sizes = find_step_sizes(model, grid, shape, label, self.leapfrog)
+        return partial(self._run(), step_size=sizes, moves=self.moves, leapfrog=self.leapfrog)
+
+    def _run(self) -> Callable[..., Tensor]:
+        raise NotImplementedError
 
 
-@measures
-def prepare(
-    model: Denoiser,
-    sampler: str,
-    steps: int,
-    shape: tuple[int, ...],
+@dataclass(frozen=True)
+class MALA(Corrected):
+    """Annealed MALA: Metropolis-adjusted Langevin moves at each level, or HMC if `leapfrog` > 1 (`mala`).
+
+    See also `SMC`, which carries mass between separated modes too, and `MoveLog`, for the acceptance rates.
+
+    Args:
+        moves: of each image at each level, 1 or more.
+        leapfrog: steps of each move, 1 or more: one is a Langevin move, several a Hamiltonian one (HMC).
+
+    Raises:
+        UserError: a number below 1.
+
+    >>> from cdm_fast import CDM, MLP, NoiseSchedule, sample
+    >>> schedule = NoiseSchedule.uniform(T=20)
+    >>> model = CDM(MLP(2, schedule.num_levels, hidden=8), schedule)
+    >>> log = MoveLog()
+    >>> sample(model, 3, sampler=MALA(moves=4), steps=2, callback=log).shape
+    torch.Size([3, 2])
+    >>> log.moved
+    {20: 12, 1: 12}
+    """
+
+    name = "mala"
+
+    def _run(self) -> Callable[..., Tensor]:
+        return mala
+
+
+@dataclass(frozen=True)
+class SMC(Corrected):
+    """Sequential Monte Carlo: the images of a batch and class are one population of particles (`smc`).
+
+    At each level they are reweighted, resampled where the weights are too uneven, and moved.
+    Arguments and errors are those of `MALA`.
+
+    >>> from cdm_fast import CDM, MLP, NoiseSchedule, sample
+    >>> schedule = NoiseSchedule.uniform(T=20)
+    >>> model = CDM(MLP(2, schedule.num_levels, hidden=8), schedule)
+    >>> sample(model, 5, sampler=SMC(moves=1), steps=3).shape
+    torch.Size([5, 2])
+    """
+
+    name = "smc"
+
+    def _run(self) -> Callable[..., Tensor]:
+        return smc
+
+
+CORRECTED: dict[str, type[Corrected]] = {"mala": MALA, "smc": SMC}
+
+
+@evaluation_mode
+def find_step_sizes(
+    model: Energy,
+    grid: Sequence[int],
+    shape: tuple[int, ...],  # of one image
     label: Tensor | None = None,  # of the images to come, (N,) int64
-    spacing: Spacing | None = None,
     leapfrog: int = 1,
 ) -> dict[int, float]:
-    """The step size of a sampler's moves at each level: tuned by a pilot walk of a fixed seed, then fixed.
+    """Step sizes of the moves at each level of the grid but 0, level -> h, from a pilot run of a fixed seed.
 
-    Raises UserError for a model that knows no log p_t(x).
+    See `langevin.tune_step_sizes`.
     """
-    if not isinstance(model, Energy):
-        raise UserError(
-            f"sampler {sampler!r} accepts or refuses moves by log p(x), which a plain denoiser (DDM) does not"
-            " know: choose another sampler, such as 'ddim', or train with --objective cdm"
-        )
-    like, generator = prototype(model), torch.Generator().manual_seed(0)
+    like, generator = any_parameter(model), torch.Generator().manual_seed(0)
     x = upload(torch.randn((PILOTS, *shape), generator=generator, dtype=like.dtype), like.device)
     pilots = None if label is None else label[torch.arange(PILOTS, device=label.device) % len(label)]
-    levels = [t for t, _ in model.schedule.pairs(steps, spacing or "log_snr")]
-    carry = partial(ddim_step, model)
-    return tune_step_sizes(model, x, levels, generator, PILOT_MOVES, pilots, carry, leapfrog)
+    step = partial(ddim_step, model)
+    return tune_step_sizes(model, x, grid[:-1], generator, PILOT_MOVES, pilots, step, leapfrog)

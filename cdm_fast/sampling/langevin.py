@@ -1,14 +1,14 @@
-"""Metropolis-adjusted Langevin and Hamiltonian moves at one noise level, and particles carried along by them.
+"""Metropolis-adjusted Langevin and Hamiltonian moves at one noise level, and annealing along many levels.
 
-An energy (a CDM, or what is composed of CDMs) knows both `log p_t` and its gradient, so a proposal along the
-gradient can be accepted or refused exactly: the moves leave the model's own density at the level unchanged,
+An energy (a CDM, or a composition of CDMs) knows both `log p_t` and its gradient, so a proposal along the
+gradient can be accepted or rejected exactly: the moves leave the model's density at the level unchanged,
 whatever the step size (Roberts & Tweedie 1996; Duane et al. 1987).
 
 # N particles, d values of one, L = T+2 noise levels, K rungs of a ladder of levels
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,14 +17,15 @@ from torch import Tensor
 
 from cdm_fast.errors import UserError
 from cdm_fast.host.device import upload
-from cdm_fast.model import Energy, measures
+from cdm_fast.model import Energy, evaluation_mode
 from cdm_fast.model.schedule import NoiseSchedule
 
-JITTER = 0.2  # of the step size of paths of several steps: those of one length may come back to their start
+# Relative spread of the step length of paths of several steps: paths of one fixed length may be periodic.
+JITTER = 0.2
 
 
 class Draw(Protocol):
-    """Fresh random numbers for particles x at every call."""
+    """A source of random numbers for particles x (N, ...); each call draws anew."""
 
     def normal(self, x: Tensor) -> Tensor:
         """N(0, I) like x."""
@@ -35,32 +36,38 @@ class Draw(Protocol):
 
 @dataclass(frozen=True)
 class DrawFrom:
-    """The numbers from one generator on the CPU, whatever the particles' device."""
+    """Draws from one generator on the CPU, the same numbers for particles on any device.
+
+    >>> DrawFrom(torch.Generator().manual_seed(0)).uniform(torch.zeros(3, 2)).shape
+    torch.Size([3])
+    """
 
     generator: torch.Generator
 
     def normal(self, x: Tensor) -> Tensor:
+        """N(0, I) like x."""
         return upload(torch.randn(x.shape, generator=self.generator, dtype=x.dtype), x.device)
 
     def uniform(self, x: Tensor) -> Tensor:
+        """(N,) float64 in [0, 1)."""
         return upload(torch.rand(len(x), generator=self.generator, dtype=torch.float64), x.device)
 
 
 def target_acceptance(leapfrog: int) -> float:
-    """Acceptance at which moves explore fastest in many dimensions.
+    """The acceptance rate at which moves explore fastest in high dimension.
 
-    Of Langevin moves, 0.574 (Roberts & Rosenthal 1998); of longer paths, 0.651 (arXiv 1001.4460).
+    0.574 for Langevin moves (Roberts & Rosenthal 1998), 0.651 for longer paths (arXiv 1001.4460).
     """
     return 0.574 if leapfrog == 1 else 0.651
 
 
 @dataclass(frozen=True)
 class Particles:
-    """N particles at a level with all that moves and weights need.
+    """N particles at a level, with the log-densities and scores that moves and weights need.
 
     Fields:
         x: (N, ...).
-        level: the level at which they move.
+        level: the level of the density that the moves leave unchanged.
         log_prob: (N, L) `log p_t(x)` at every level, nats.
         score: like x, `grad_x log p_level(x)`.
         label: (N,) int64 classes, or None.
@@ -74,33 +81,45 @@ class Particles:
 
     @classmethod
     def at(cls, model: Energy, x: Tensor, level: int, label: Tensor | None = None) -> "Particles":
-        """One evaluation of the model at `x`."""
+        """Particles at `x` (N, ...), by one evaluation of the model."""
         log_prob, score = model.log_prob_levels_and_score(x, level, label)
         return cls(x, level, log_prob.double(), score, label)
 
     def pick(self, index: Tensor) -> "Particles":
-        """Those of `index` (N,) int64, with repetitions."""
+        """The particles at `index` (M,) int64, which may repeat."""
         label = None if self.label is None else self.label[index]
         return Particles(self.x[index], self.level, self.log_prob[index], self.score[index], label)
 
 
-@measures
+@evaluation_mode
 def hmc(
     model: Energy, particles: Particles, step_size: float, draw: Draw, leapfrog: int = 1
 ) -> tuple[Particles, Tensor]:
-    """One Hamiltonian move of each particle: (particles, accepted (N,) bool). `leapfrog` evaluations.
+    """One Hamiltonian move of each particle: (particles, accepted (N,) bool).
 
-    From a momentum p ~ N(0, I) the path takes leapfrog steps of length e = sqrt(2h),
+    A path starts with a momentum p ~ N(0, I), takes leapfrog steps of length e = sqrt(2h),
 
         p <- p + e/2 score(x),   x <- x + e p,   p <- p + e/2 score(x),
 
-    and its end is accepted with probability `min(1, exp(log p(x') - log p(x) + |p|^2/2 - |p'|^2/2))`. One
-    step is the Langevin move of MALA, `x' = x + h score(x) + sqrt(2h) p`. Several go further in one direction
-    than as many moves would; then each particle's e is drawn from within 20 % of sqrt(2h).
+    and its end is accepted with probability `min(1, exp(log p(x') - log p(x) + |p|^2/2 - |p'|^2/2))` (Duane
+    et al. 1987). One step is the Langevin move of MALA, `x' = x + h score(x) + sqrt(2h) p`. Several steps go
+    further in one direction than as many moves would; e is then drawn for each particle within 20 % of
+    sqrt(2h). A move costs `leapfrog` evaluations of the model.
 
     Args:
+        model: the energy.
+        particles: N particles, at the level of the density.
         step_size: h, in units of x squared.
-        leapfrog: steps, 1 or more.
+        draw: the random numbers.
+        leapfrog: steps of the path, 1 or more.
+
+    >>> from cdm_fast import CDM, MLP, NoiseSchedule
+    >>> schedule = NoiseSchedule.uniform(T=10)
+    >>> model = CDM(MLP(2, schedule.num_levels, hidden=8), schedule)
+    >>> particles = Particles.at(model, torch.randn(5, 2), level=11)
+    >>> moved, accepted = hmc(model, particles, 0.1, DrawFrom(torch.Generator().manual_seed(0)))
+    >>> moved.x.shape, accepted.shape
+    (torch.Size([5, 2]), torch.Size([5]))
     """
     x, level = particles.x, particles.level
     wide = (-1, *[1] * (x.dim() - 1))
@@ -116,7 +135,7 @@ def hmc(
         proposal = Particles.at(model, proposal.x + length * momentum, level, particles.label)
         momentum = momentum + (length if step + 1 < leapfrog else length / 2) * proposal.score
     log_ratio = proposal.log_prob[:, level] - _kinetic(momentum) - log_joint
-    accepted = draw.uniform(x).log() < log_ratio  # a NaN is refused
+    accepted = draw.uniform(x).log() < log_ratio  # a NaN is rejected
     return _choose(accepted, proposal, particles), accepted
 
 
@@ -137,7 +156,7 @@ def _choose(accepted: Tensor, proposal: Particles, particles: Particles) -> Part
 
 
 def ladder(schedule: NoiseSchedule, rungs: int | None = None, lowest: int = 1) -> list[int]:
-    """Levels from T+1 down to `lowest`: all of them, or `rungs` spread evenly over the level index.
+    """Levels from T+1 down to `lowest`: all of them, or `rungs` evenly spaced ones.
 
     Raises UserError for fewer than 2 rungs, or a lowest level outside 1..T.
     """
@@ -152,11 +171,11 @@ def ladder(schedule: NoiseSchedule, rungs: int | None = None, lowest: int = 1) -
 
 
 def stay(particles: Particles, level: int) -> Tensor:
-    """The particles where they are: the plainest way from their level to the next."""
+    """x of the particles, unchanged: the default of `tune_step_sizes` for going to the next level."""
     return particles.x
 
 
-@measures
+@evaluation_mode
 def tune_step_sizes(
     model: Energy,
     x: Tensor,
@@ -167,11 +186,24 @@ def tune_step_sizes(
     carry: Callable[[Particles, int], Tensor] = stay,
     leapfrog: int = 1,
 ) -> dict[int, float]:
-    """A step size for every level, by a walk of `x` (N, ...) ~ N(0, I) down `levels`, from T+1 or T.
+    """A step size for each level, found by moving particles down the levels.
 
-    At each level the logarithm of the step size follows the acceptance, from the one before, towards
-    `target_acceptance` (Robbins-Monro). Fixed afterwards, so that moves with it are exact and the same in
-    every run. `carry` takes the particles to the level that it is given.
+    At each level the logarithm of the step size starts from the level before and follows the acceptance
+    towards `target_acceptance` (Robbins & Monro 1951). The sizes are fixed afterwards, so that later moves
+    leave the density unchanged exactly.
+
+    Args:
+        model: the energy.
+        x: (N, ...) ~ N(0, I), the particles at the first level.
+        levels: falling, from T+1 or T.
+        generator: of the moves.
+        moves: at each level; 20 more at the first.
+        label: (N,) int64, of a class-conditional model.
+        carry: particles and the next level -> x (N, ...) there; by default x as it is.
+        leapfrog: steps of each move.
+
+    Returns:
+        level -> h, in units of x squared.
     """
     size, draw, target = x[0].numel() ** (-1 / 3), DrawFrom(generator), target_acceptance(leapfrog)
     sizes: dict[int, float] = {}
@@ -189,14 +221,15 @@ def tune_step_sizes(
 
 @dataclass(frozen=True)
 class Annealed:
-    """Particles after a walk along a ladder of levels, and what their weights say on the way.
+    """Weighted particles after annealing along a ladder of levels, with estimates from their weights.
 
     Fields:
-        x: (N, ...) and log_weight: (N,), normalised: they stand for the model's density at the last level.
-        log_ratio: (K,) estimate of `log Z[levels[k]] / Z[levels[0]]`; its exponential is unbiased if the
-            particles began as draws of the first level's density.
-        ess: (K,) effective sample size over N after each reweighting, before any resampling.
-        acceptance: (K,) of the moves at each level; NaN at the first.
+        x: (N, ...) particles; with their weights they represent the model's density at the last level.
+        log_weight: (N,) float64, normalised.
+        log_ratio: (K,) estimates of `log Z[levels[k]] / Z[levels[0]]`; the exponential is unbiased if the
+            particles start as draws from the density of the first level.
+        ess: (K,) effective sample size over N after each reweighting, before resampling.
+        acceptance: (K,) acceptance rate of the moves at each level; NaN at the first, where there are none.
     """
 
     x: Tensor
@@ -206,28 +239,35 @@ class Annealed:
     acceptance: Tensor
 
 
-@measures
+@evaluation_mode
 def anneal(
     model: Energy,
     x: Tensor,
     levels: Sequence[int],
-    step_sizes: dict[int, float],
+    step_sizes: Mapping[int, float],
     generator: torch.Generator,
     moves: int = 1,
     resample_below: float = 0.5,
     label: Tensor | None = None,
     leapfrog: int = 1,
+    on_level: Callable[[Particles, Tensor], None] | None = None,
 ) -> Annealed:
-    """Carry `x` (N, ...), draws of `p[levels[0]]`, along `levels`: at each, reweight, resample and move.
+    """Annealed importance sampling (arXiv physics/9803008) with resampling (Del Moral et al. 2006).
 
-    Annealed importance sampling (arXiv physics/9803008) with resampling (Del Moral et al. 2006).
+    At each level after the first the particles are reweighted, resampled where the weights are too uneven,
+    and moved.
 
     Args:
-        step_sizes: of the moves at every level but the first, from `tune_step_sizes`.
+        model: the energy.
+        x: (N, ...) draws from the density of `levels[0]`.
+        levels: K levels in order, falling or rising.
+        step_sizes: of the moves at each level but the first, from `tune_step_sizes`.
+        generator: of the moves and of resampling.
         moves: at each level.
-        resample_below: effective sample size over N under which particles are resampled; 0 never does.
-        label: (N,) int64, one class for all: particles of two classes cannot stand for each other.
+        resample_below: effective sample size over N below which particles are resampled; 0 never resamples.
+        label: (N,) int64, the same class for all: resampling must not mix classes.
         leapfrog: steps of each move.
+        on_level: called after the moves of a level with the particles and (N,) the accepted fraction of each.
     """
     particles, draw = Particles.at(model, x, levels[0], label), DrawFrom(generator)
     log_weight = torch.full((len(x),), -math.log(len(x)), dtype=torch.float64, device=x.device)
@@ -247,6 +287,8 @@ def anneal(
             log_weight = torch.full_like(log_weight, -math.log(len(x)))
         particles, accepted = move(model, particles.x, level, step_sizes[level], draw, moves, label, leapfrog)
         acceptance.append(accepted.mean())
+        if on_level is not None:
+            on_level(particles, accepted)
     ratios, sizes = (torch.tensor(values, dtype=torch.float64) for values in (log_ratio, ess))
     return Annealed(particles.x, log_weight, ratios, sizes, torch.stack(acceptance).cpu())
 
@@ -261,17 +303,26 @@ def move(
     label: Tensor | None = None,
     leapfrog: int = 1,
 ) -> tuple[Particles, Tensor]:
-    """`moves` moves (`hmc`) of `x` (N, ...) at `level`: (particles, accepted share (N,) float64)."""
+    """`moves` moves (`hmc`) of `x` (N, ...) at `level`: (particles, accepted fraction (N,) float64).
+
+    Arguments as of `hmc`; without moves the fraction is NaN.
+    """
     particles = Particles.at(model, x, level, label)
     count = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     for _ in range(moves):
         particles, accepted = hmc(model, particles, step_size, draw, leapfrog)
         count += accepted
-    return particles, count / moves  # NaN for no moves
+    return particles, count / moves
 
 
 def resample(log_weight: Tensor, generator: torch.Generator) -> Tensor:
-    """(N,) int64 indices by systematic resampling: copies of i differ from N w_i by less than one."""
+    """(N,) int64 indices by systematic resampling; the copies of i differ from N w_i by less than one.
+
+    `log_weight` (N,) are the log-weights, up to a constant.
+
+    >>> resample(torch.tensor([0.5, 0.25, 0.25, 0.0]).log(), torch.Generator().manual_seed(0))
+    tensor([0, 0, 1, 2])
+    """
     num = len(log_weight)
     points = (torch.rand(1, generator=generator, dtype=torch.float64) + torch.arange(num)) / num
     edges = log_weight.exp().cumsum(0)

@@ -1,4 +1,4 @@
-"""Normal noise of each image, a function of (seed, image, draw).
+"""Normal noise of each image as a function of (seed, image, draw).
 
 # B batch
 """
@@ -12,10 +12,21 @@ from cdm_fast.ops.image_noise import image_normals, image_words
 
 
 class ImageNoise:
-    """Standard normal noise keyed by (seed, image, draw): each call is the next draw for images `batch`.
+    """Standard normal noise of the images `batch`, keyed by (seed, image, draw).
 
-    A call returns (B, *shape) in `like`'s dtype, on its device. The counter of a Philox block is
-    (block within the image, stream, image, draw), so neither batch nor device changes an image's noise.
+    Each call is the next draw, (B, *shape) in the dtype and on the device of `like`. The counter of a Philox
+    block is (block within the image, stream, image, draw), so that the noise of an image depends neither on
+    its batch nor on the device.
+
+    Args:
+        seed: 0..2^64 - 1.
+        batch: the numbers of the images, a slice with start and stop.
+        shape: of one image.
+        like: any tensor of the wanted dtype and device.
+
+    >>> noise = ImageNoise(0, slice(0, 4), (2,), torch.zeros(1))
+    >>> torch.equal(noise()[2:], ImageNoise(0, slice(2, 4), (2,), torch.zeros(1))())
+    True
     """
 
     def __init__(self, seed: int, batch: slice, shape: tuple[int, ...], like: Tensor) -> None:
@@ -28,11 +39,11 @@ class ImageNoise:
         return normals.view(-1, *self.shape).to(self.dtype)
 
     def uniform(self) -> Tensor:
-        """The next draw as one number in (0, 1) for each image, (B,) float64."""
+        """The next draw, one number in (0, 1) for each image: (B,) float64."""
         return (image_words(self.image, 1, self.seed, self._next())[:, 0].double() + 0.5) * 2.0**-32
 
     def generator(self) -> torch.Generator:
-        """For what concerns a batch as a whole, such as resampling; seeded by the first image's next draw."""
+        """A generator for draws of the batch as a whole, such as resampling; seeded by the first image."""
         first = torch.tensor([self.first])  # on the host: nothing there waits for a device
         low, high = image_words(first, 2, self.seed, self._next())[0].tolist()
         return torch.Generator().manual_seed(low | high << 32)

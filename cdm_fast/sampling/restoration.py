@@ -1,12 +1,13 @@
-"""Restoration: draws of p(x_0 | y) for a linear measurement y = A x_0 + sigma n, ranked by the model.
+"""Restoration: draws from p(x_0 | y) for a linear measurement y = A x_0 + sigma n, ranked by the model.
 
-`Posterior` is an `Energy` like the model that it conditions, so the corrected samplers take it; its path and
-why it is exact at both ends stand in docs/explanation/energy.md.
+`Posterior` is an `Energy` like its prior, so `MALA` and `SMC` draw from it. docs/explanation/energy.md
+derives its path from noise to data and shows that it is exact at both ends.
 
 # B batch, k measured values, L = T+2 noise levels, N candidates
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,24 +15,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdm_fast.errors import UserError
-from cdm_fast.model import Energy, measures, prototype
-from cdm_fast.sampling.corrected import MoveLog
+from cdm_fast.model import Energy, any_parameter, evaluation_mode
+from cdm_fast.model.denoiser import Wrapper
+from cdm_fast.sampling.corrected import MALA
 from cdm_fast.sampling.sample import sample
+from cdm_fast.sampling.sampler import Callback, Sampler
 
-LEVEL_DRAWS = 8  # of the noise under which candidates are compared at a level above 0
+RESTORER = MALA(moves=4)
+LEVEL_DRAWS = 8  # of the noise with which candidates are compared at a level above 0
 
 
 class Measurement(nn.Module):
-    """`y = A x_0 + sigma n`, n ~ N(0, I), with `A A^T = gain I`; subclasses know A.
+    """A linear measurement of an image: `y = A x_0 + sigma n`, n ~ N(0, I), with `A A^T = gain I`.
+
+    Subclasses provide A as `forward` and its transpose as `transpose`: `Known` and `MeanPool`.
 
     Args:
-        y: what was measured, any shape of k values.
+        y: the measured values, k of them in any shape.
         sigma: standard deviation of its noise, in the images' units, positive.
         shape: of one image.
         gain: squared length of a row of A.
 
     Raises:
-        UserError: nothing measured, a value that is not finite, or a sigma that is not positive and finite.
+        UserError: no measured value, one that is not finite, or a sigma that is not positive and finite.
     """
 
     y: Tensor
@@ -57,12 +63,19 @@ class Measurement(nn.Module):
 
 
 class Known(Measurement):
-    """Some values of an image, each with noise: inpainting; all of them: denoising.
+    """Some values of an image, each with noise (inpainting), or all of them (denoising).
 
     Args:
-        image: (C, H, W), or any shape; read where `known`.
-        known: bool, like `image`; everywhere by default.
-        sigma: of the known values.
+        image: (C, H, W), or any other shape; only the known values are read.
+        sigma: standard deviation of the noise in the known values, in the images' units.
+        known: bool, like `image`; True everywhere by default.
+
+    Raises:
+        UserError: as `Measurement`, or a `known` of another dtype or shape.
+
+    >>> measurement = Known(torch.tensor([0.5, -0.5, 0.0]), 0.1, torch.tensor([True, False, True]))
+    >>> measurement.y
+    tensor([0.5000, 0.0000])
     """
 
     index: Tensor
@@ -77,9 +90,11 @@ class Known(Measurement):
         self.register_buffer("index", known.flatten().nonzero()[:, 0])
 
     def forward(self, x: Tensor) -> Tensor:
+        """The known values of x (B, *shape), (B, k)."""
         return x.flatten(1)[:, self.index]
 
     def transpose(self, values: Tensor) -> Tensor:
+        """Values (B, k) where they are known and 0 elsewhere, (B, *shape)."""
         empty = values.new_zeros(len(values), math.prod(self.shape))
         return empty.index_copy(1, self.index, values).view(-1, *self.shape)
 
@@ -88,9 +103,12 @@ class MeanPool(Measurement):
     """Means of `factor` x `factor` pixels, each with noise: super-resolution. `A A^T = I / factor^2`.
 
     Args:
-        small: (C, H/factor, W/factor).
+        small: (C, H/factor, W/factor), the means.
         factor: 2 or more.
-        sigma: of the means.
+        sigma: standard deviation of the noise in the means, in the images' units.
+
+    Raises:
+        UserError: as `Measurement`, a factor below 2, or a `small` that is not (C, h, w).
     """
 
     def __init__(self, small: Tensor, factor: int, sigma: float) -> None:
@@ -103,25 +121,31 @@ class MeanPool(Measurement):
         self.factor, self.small_shape = factor, tuple(small.shape)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The means of x (B, C, H, W), (B, k)."""
         return F.avg_pool2d(x, self.factor).flatten(1)
 
     def transpose(self, values: Tensor) -> Tensor:
+        """Each value, over factor^2, at the pixels of its mean: (B, C, H, W) for values (B, k)."""
         small = values.view(-1, *self.small_shape)
         return small.repeat_interleave(self.factor, 2).repeat_interleave(self.factor, 3) / self.factor**2
 
 
-class Posterior(Energy):
-    """`log q_t(x) = log p_t(x) + log N(y; m_t A x, sigma^2 I + r_t^2 A A^T)`, up to a constant a level.
+class Posterior(Wrapper[Energy], Energy):
+    """The posterior p(x_0 | y) of a measurement, as an energy on a path of its own.
 
-    `m_t = a / (a^2 + s^2)` and `r_t^2 = s^2 / (a^2 + s^2)` are the mean (times x) and the variance of
-    x_0 | x_t = x under x_0 ~ N(0, I). At level 0 it is log p(x) + log p(y | x), at level T+1 N(0, I): exact,
-    whatever the data. Between them it is p(x_t | y) if the data are N(0, I), else a path to it. The variance
-    is that of pseudoinverse guidance (Song et al., ICLR 2023), whose mean is the denoiser's instead: its
-    gradient needs the denoiser's Jacobian, that of a mean linear in x costs nothing.
+    `log q_t(x) = log p_t(x) + log N(y; m_t A x, sigma^2 I + r_t^2 A A^T)`, up to a constant per level.
+
+    `m_t x` with `m_t = a / (a^2 + s^2)`, and `r_t^2 = s^2 / (a^2 + s^2)`, are the mean and the variance of
+    x_0 | x_t = x under x_0 ~ N(0, I). Both ends are exact for any data: level 0 is log p(x) + log p(y | x),
+    level T+1 is N(0, I). The levels between them are p(x_t | y) for N(0, I) data, and a path otherwise. The
+    variance is that of pseudoinverse guidance (Song et al., ICLR 2023). The mean there is the denoiser's,
+    whose gradient needs a Jacobian of the network; a mean linear in x needs none.
+
+    See also `restore`, which draws from it and ranks what it has drawn.
 
     Args:
         model: the prior.
-        measurement: of one image; all candidates share it.
+        measurement: of one image.
 
     Raises:
         UserError: a model that knows no log p(x), or an image of another shape.
@@ -133,16 +157,17 @@ class Posterior(Energy):
     def __init__(self, model: Energy, measurement: Measurement) -> None:
         if not isinstance(model, Energy):
             raise UserError(f"a {type(model).__name__} knows no log p(x) and has no posterior: give a CDM")
-        super().__init__(model, model.schedule, model.input_shape or measurement.shape)
+        super().__init__(model)
+        self.input_shape = model.input_shape or measurement.shape
         if self.input_shape != measurement.shape:
             raise UserError(
                 f"a measurement of an image of shape {measurement.shape}: the model's are {self.input_shape}"
             )
-        self.model, self.measurement = model, measurement
+        self.measurement = measurement
         power = self.a**2 + self.s**2
         self.register_buffer("mean", self.a / power, persistent=False)  # (L,) m_t
-        spread = measurement.gain * self.s**2 / power
-        self.register_buffer("variance", measurement.sigma**2 + spread, persistent=False)  # (L,) of y | x_t
+        of_x0 = measurement.gain * self.s**2 / power  # r_t^2 A A^T
+        self.register_buffer("variance", measurement.sigma**2 + of_x0, persistent=False)  # (L,) of y | x_t
 
     def log_likelihood_levels(self, x: Tensor) -> Tensor:
         """`log N(y; m_t A x, variance_t I)` in nats at every level, (B, L) float64."""
@@ -153,18 +178,20 @@ class Posterior(Energy):
         return -0.5 * (distance / variance + len(y) * (2 * math.pi * variance).log())
 
     def log_likelihood_score(self, x: Tensor, level: int | Tensor) -> Tensor:
-        """`m_t A^T (y - m_t A x) / variance_t`, like `x`: the gradient of the above at `level`."""
+        """Gradient of `log_likelihood_levels` at `level`: `m_t A^T (y - m_t A x) / variance_t`, like x."""
         index = self.schedule.levels(level, x)
         mean, variance = (table[index].to(x.dtype)[:, None] for table in (self.mean, self.variance))
         residual = self.measurement.y.to(x.dtype) - mean * self.measurement(x)
         return self.measurement.transpose(mean / variance * residual)
 
-    def log_prob_levels(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        return self.model.log_prob_levels(x, label).double() + self.log_likelihood_levels(x)
+    def log_prob_levels(self, x: Tensor, *, label: Tensor | None = None) -> Tensor:
+        """`log q_t(x)` in nats at every level, up to a constant per level, (B, L) float64."""
+        return self.model.log_prob_levels(x, label=label).double() + self.log_likelihood_levels(x)
 
     def log_prob_levels_and_score(
         self, x: Tensor, level: int | Tensor, label: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        """As of `Energy`."""
         log_prob, score = self.model.log_prob_levels_and_score(x, level, label)
         return log_prob.double() + self.log_likelihood_levels(x), score + self.log_likelihood_score(x, level)
 
@@ -175,8 +202,8 @@ class Restored:
 
     Fields:
         images: (N, ...).
-        log_prob: (N,) float64, the model's own, nats; what they are ranked by.
-        log_likelihood: (N,) float64, `log p(y | x)` of the measurement, nats.
+        log_prob: (N,) float64 nats, the model's log-density, by which they are ranked (`log_prob_at`).
+        log_likelihood: (N,) float64 nats, `log p(y | x)` of the measurement.
     """
 
     images: Tensor
@@ -185,51 +212,67 @@ class Restored:
 
     @property
     def mean(self) -> Tensor:
-        """The mean of the candidates, (...): of all estimates the one of least squared error."""
+        """The mean of the candidates, (...): the estimate of least mean squared error."""
         return self.images.mean(0)
 
 
-@measures
+@evaluation_mode
 def restore(
     model: Energy,
     measurement: Measurement,
     candidates: int = 16,
-    steps: int = 50,
+    steps: int | Sequence[int] = 50,
     seed: int = 0,
     *,
     level: int = 0,
-    moves: int = 4,
+    sampler: str | Sampler = RESTORER,
     label: int | None = None,
-    log: MoveLog | None = None,
+    callback: Callback | None = None,
 ) -> Restored:
-    """Draws of p(x_0 | y) by annealed MALA (`corrected.mala`), ranked by `log_prob_at`.
+    """Draws `candidates` images of p(x_0 | y) and ranks them by `log_prob_at`.
 
-    Arguments: `steps`, `seed`, `moves`, `label` and `log` as for `sample`; `level` of the ranking.
-    Raises UserError for a model without log p(x), and for an argument out of range.
+    Args:
+        model: the prior: a `CDM`, one class of it, or a composition.
+        measurement: `Known` values or `MeanPool` means of one image.
+        candidates: how many images to draw.
+        steps, seed, label, callback: as for `sample`.
+        level: of the ranking, 0..T.
+        sampler: as for `sample`; only corrected ones, `MALA` and `SMC`, draw from the posterior.
+
+    Raises:
+        UserError: a model without log p(x), or an argument out of range.
+
+    >>> from cdm_fast import CDM, MLP, NoiseSchedule
+    >>> schedule = NoiseSchedule.uniform(T=20)
+    >>> model = CDM(MLP(4, schedule.num_levels, hidden=8), schedule)
+    >>> image, known = torch.tensor([0.5, -0.5, 0.0, 0.0]), torch.tensor([True, True, False, False])
+    >>> found = restore(model, Known(image, 0.1, known), candidates=3, steps=4)
+    >>> found.images.shape, found.mean.shape, bool((found.log_prob.diff() <= 0).all())
+    (torch.Size([3, 4]), torch.Size([4]), True)
     """
-    posterior = Posterior(model, measurement).to(prototype(model).device)
+    posterior = Posterior(model, measurement).to(any_parameter(model).device)
     if candidates < 1:
         raise UserError(f"{candidates} candidates: draw 1 or more")
     if not 0 <= level <= model.schedule.T:
         raise UserError(f"level {level}: candidates differ at the levels 0 to T = {model.schedule.T}")
-    x = sample(posterior, candidates, "mala", steps, seed, label=label, moves=moves, log=log)
+    x = sample(posterior, candidates, sampler, steps, seed, label=label, callback=callback)
     log_prob = log_prob_at(model, x, level, label)
     order = log_prob.argsort(descending=True, stable=True)
     return Restored(x[order], log_prob[order], posterior.log_likelihood_levels(x)[order, 0])
 
 
-@measures
+@evaluation_mode
 def log_prob_at(model: Energy, x: Tensor, level: int, label: int | None = None, seed: int = 0) -> Tensor:
-    """How probable clean images (B, ...) are at a noise level, (B,) float64 nats: what candidates rank by.
+    """The log-density by which candidates are ranked, of clean images x (B, ...): (B,) float64 nats.
 
-    At level 0 `log p(x)`; above it the mean of `log p_t(a x + s eps)` over `LEVEL_DRAWS` draws of eps, the
-    same for every image. Noise hides the details that are smaller than itself, and so does the comparison.
+    At level 0 it is `log p(x)`; above it the mean of `log p_t(a x + s eps)` over `LEVEL_DRAWS` draws of eps,
+    the same for every image: a comparison that ignores details smaller than the noise.
     """
     labels = None if label is None else torch.full((len(x),), label, device=x.device)
     if level == 0:
-        return model.log_prob(x, 0, labels).double()
-    a, s = model.schedule.gather(level, x)
+        return model.log_prob(x, 0, label=labels).double()
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(LEVEL_DRAWS, *x.shape[1:], generator=generator, dtype=torch.float64).to(x)
-    each = [model.log_prob(a * x + s * eps, level, labels).double() for eps in noise]
+    noisy = (model.schedule.noise(x, level, eps) for eps in noise)
+    each = [model.log_prob(x_t, level, label=labels).double() for x_t in noisy]
     return torch.stack(each).mean(0)

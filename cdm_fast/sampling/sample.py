@@ -3,8 +3,8 @@
 # B batch
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Sequence
+from itertools import pairwise
 from math import isfinite
 from typing import Literal
 
@@ -13,104 +13,118 @@ from torch import Tensor
 
 from cdm_fast.errors import UserError
 from cdm_fast.host.device import upload
-from cdm_fast.host.distributed import gather_rows, share
-from cdm_fast.model import Denoiser, Energy, measures, prototype
+from cdm_fast.host.distributed import gather_rows, rank_range
+from cdm_fast.model import Denoiser, Energy, any_parameter, evaluation_mode
 from cdm_fast.model.conditioned import Guided, GuidedEnergy
-from cdm_fast.model.schedule import Spacing
+from cdm_fast.model.schedule import NoiseSchedule, Spacing
 from cdm_fast.nn.working import cast_weights
-from cdm_fast.sampling.corrected import CORRECTED, MoveLog, prepare
+from cdm_fast.sampling.corrected import MALA, SMC
 from cdm_fast.sampling.noise import ImageNoise
-from cdm_fast.sampling.plain import ddim, ddpm, dpm_solver_pp_2m, euler_ot, heun
+from cdm_fast.sampling.plain import DDIM, Plain, ddpm, dpm_solver_pp_2m, euler_ot, heun
+from cdm_fast.sampling.sampler import Callback, Sampler, check_range
 
-SAMPLERS: dict[str, Callable[..., Tensor]] = {
-    "ddpm": ddpm,
-    "ddim": ddim,
-    "dpm_solver_pp_2m": dpm_solver_pp_2m,
-    "heun": heun,
-    "euler_ot": euler_ot,
-    **CORRECTED,
+SAMPLERS: dict[str, Sampler] = {
+    "ddpm": Plain("ddpm", ddpm),
+    "ddim": DDIM(),
+    "dpm_solver_pp_2m": Plain("dpm_solver_pp_2m", dpm_solver_pp_2m, "log_snr"),
+    "heun": Plain("heun", heun, "log_snr"),
+    "euler_ot": Plain("euler_ot", euler_ot),
+    "mala": MALA(),
+    "smc": SMC(),
 }
 
 
-@measures
+@evaluation_mode
 def sample(
     model: Denoiser,
     num: int,
-    sampler: str = "ddim",
-    steps: int = 50,
+    sampler: str | Sampler = "ddim",
+    steps: int | Sequence[int] = 50,
     seed: int = 0,
     *,
     label: int | Tensor | None = None,
     guidance: float = 0.0,
-    eta: float = 0.0,
     batch_size: int = 256,
     shape: tuple[int, ...] | None = None,
-    spacing: Spacing | None = None,
     precision: Literal["fp32", "bf16"] = "fp32",
-    moves: int = 2,
-    leapfrog: int = 1,
-    log: MoveLog | None = None,
+    callback: Callback | None = None,
 ) -> Tensor:
-    """`num` images drawn from the model, `(num, *shape)`, in the dtype and on the device of its parameters.
+    """Draws `num` images from the model: `(num, *shape)`, in the dtype and on the device of its parameters.
 
-    Arguments: `sampler`, one of `SAMPLERS`; `steps`, 1..T, the number of levels it visits; `label`, one class
-    for all or (num,) int64; `guidance`, w in `(1 + w) eps_hat(x, label) - w eps_hat(x)`; `eta`, 0..1, the
-    noise of `ddim`; `shape` of one image, by default `model.input_shape`; `spacing` of the levels visited,
-    the sampler's own by default; `precision` of the network ("bf16": under autocast, images stay fp32);
-    `moves` of `mala` and `smc` at each level, each of `leapfrog` steps (Langevin moves with one, HMC with
-    more), and `log`, to which they add the acceptance of each level.
-    Image i depends on the seed, i and its label alone: any `batch_size` gives the same result up to rounding,
-    and so does any number of processes (see `distributed.joined`), which share the images. Not so for `smc`,
-    where a batch is one population. The step sizes of moves come from a pilot of a fixed seed.
-    Global random generators are neither read nor changed; dropout is off while sampling.
-    Raises UserError for an argument out of range.
+    Image i depends on the seed, i and its label alone, so the result does not depend on `batch_size` or on
+    the number of processes among which the images are divided, up to rounding. `SMC` is an exception: its
+    batches are populations. Global random generators are neither read nor changed, and dropout is off.
+
+    Args:
+        model: a `CDM`, a `DDM`, or anything made of them: compositions, `Guided`, `Posterior`, ...
+        num: number of images, 0 or more.
+        sampler: a name of `SAMPLERS`, or a sampler with options, such as `DDIM(eta=1.0)` or `MALA(moves=4)`.
+        steps: the number of steps, 1..T, spaced as suits the sampler; or the levels to visit, falling from T
+            to 0, such as `model.schedule.grid(20, "log_snr")`.
+        seed: 0..2^64 - 1.
+        label: one class for all, or (num,) int64.
+        guidance: w in `(1 + w) eps_hat(x, label) - w eps_hat(x)` (arXiv 2207.12598).
+        batch_size: number of images to draw at once.
+        shape: of one image; `model.input_shape` by default.
+        precision: of the network; "bf16" runs it under autocast, and images stay fp32.
+        callback: called with a `Step` after each step of each batch of this process; see also `MoveLog`.
+
+    Raises:
+        UserError: an argument out of range, or a sampler that does not suit the model.
+
+    >>> from cdm_fast import CDM, MLP, NoiseSchedule
+    >>> schedule = NoiseSchedule.uniform(T=20)
+    >>> model = CDM(MLP(2, schedule.num_levels, hidden=8), schedule)
+    >>> sample(model, 5, sampler="dpm_solver_pp_2m", steps=4).shape
+    torch.Size([5, 2])
+    >>> x = sample(model, 5, DDIM(eta=0.5), steps=[20, 9, 0], callback=lambda step: print(step.level))
+    9
+    0
     """
-    run = _sampler(sampler, eta, spacing)
+    sampler = _sampler(sampler, precision)
     shape = _image_shape(model, shape)
-    _check_range("num", num, 0, bits=32)
-    _check_range("batch_size", batch_size, 1, bits=32)
-    _check_range("seed", seed, 0, bits=64)
-    like = prototype(model)
+    check_range("num", num, 0, bits=32)
+    check_range("batch_size", batch_size, 1, bits=32)
+    check_range("seed", seed, 0, bits=64)
+    like = any_parameter(model)
     labels = _labels(label, num, like.device)
     if guidance:
         model = _guided(model, guidance, labels)
-    if sampler in CORRECTED:
-        _check_range("moves", moves, 1, bits=32)
-        if precision == "bf16":
-            raise UserError(
-                f"sampler {sampler!r} compares log-densities, for which bf16 is too coarse: use fp32"
-            )
-        _check_range("leapfrog", leapfrog, 1, bits=32)
-        log = MoveLog() if log is None else log
-        log.leapfrog = leapfrog
-        log.step_size = prepare(model, sampler, steps, shape, labels, spacing, leapfrog)
-        run = partial(run, moves=moves, log=log)
-    elif leapfrog != 1:
-        raise UserError(
-            f"leapfrog is {leapfrog}, but sampler {sampler!r} makes no moves: choose 'mala' or 'smc'"
-        )
+    grid = _grid(model.schedule, steps, sampler.spacing)
+    run = sampler.prepare(model, grid, shape, labels)
     images = [like.new_empty((0, *shape))]
-    mine = share(num)
+    mine = rank_range(num)
     with cast_weights(model, like.device, precision):
         for start in range(mine.start, mine.stop, batch_size):
             batch = slice(start, min(start + batch_size, mine.stop))
             noise = ImageNoise(seed, batch, shape, like)
             label_b = None if labels is None else labels[batch]
-            images.append(run(model, noise(), noise, steps, label_b))
+            images.append(run(model, noise(), noise, grid, label_b, callback=callback))
     return gather_rows(torch.cat(images), num)
 
 
-def _sampler(name: str, eta: float, spacing: Spacing | None) -> Callable[..., Tensor]:
-    if name not in SAMPLERS:
-        raise UserError(f"unknown sampler {name!r}: choose one of {', '.join(SAMPLERS)}")
-    if not 0 <= eta <= 1:
-        raise UserError(f"eta is {eta}: it must lie between 0 (deterministic) and 1 (as noisy as DDPM)")
-    if eta and name != "ddim":
-        raise UserError(f"eta is {eta}, but sampler {name!r} takes none: leave it out, or choose 'ddim'")
-    options: dict[str, float | Spacing] = {"eta": eta} if name == "ddim" else {}
-    if spacing is not None:
-        options["spacing"] = spacing
-    return partial(SAMPLERS[name], **options)
+def _sampler(sampler: str | Sampler, precision: str) -> Sampler:
+    if isinstance(sampler, str):
+        if sampler not in SAMPLERS:
+            raise UserError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+        sampler = SAMPLERS[sampler]
+    if sampler.compares_densities and precision == "bf16":
+        raise UserError(
+            f"sampler {sampler.name!r} compares log-densities, for which bf16 is too coarse: use fp32"
+        )
+    return sampler
+
+
+def _grid(schedule: NoiseSchedule, steps: int | Sequence[int], spacing: Spacing) -> list[int]:
+    if not isinstance(steps, Sequence):
+        return schedule.grid(steps, spacing)
+    grid = list(steps)
+    falls = all(isinstance(t, int) for t in grid) and all(t > t_prev for t, t_prev in pairwise(grid))
+    if not falls or not grid or (grid[0], grid[-1]) != (schedule.T, 0):
+        raise UserError(
+            f"steps is {steps!r}: give levels that fall from T = {schedule.T} to 0, or how many to visit"
+        )
+    return grid
 
 
 def _guided(model: Denoiser, guidance: float, labels: Tensor | None) -> Denoiser:
@@ -118,12 +132,7 @@ def _guided(model: Denoiser, guidance: float, labels: Tensor | None) -> Denoiser
         raise UserError(f"guidance is {guidance}: it must be a finite number")
     if labels is None:
         raise UserError(f"guidance is {guidance}, but towards no class: pass label= too")
-    return (GuidedEnergy if isinstance(model, Energy) else Guided)(model, guidance)
-
-
-def _check_range(name: str, value: int, lowest: int, bits: int) -> None:
-    if not lowest <= value < 2**bits:
-        raise UserError(f"{name} is {value}: it must be an integer from {lowest} to 2^{bits} - 1")
+    return GuidedEnergy(model, guidance) if isinstance(model, Energy) else Guided(model, guidance)
 
 
 def _image_shape(model: Denoiser, shape: tuple[int, ...] | None) -> tuple[int, ...]:

@@ -63,7 +63,8 @@ class CDMDensity(OutlierMixin, DensityMixin, TableEstimator):
 
     Args:
         smallest_noise: noise of level 1, in units of the standardised data; by rows and columns by default.
-        ce_weight: weight of the cross-entropy over levels beside the denoising error summed over dimensions.
+        level_weight: weight of the cross-entropy over levels beside the denoising error summed over
+            dimensions: d times the `ce_weight` of `cdm_loss`, where the error is a mean.
         contamination: share of the training rows that `predict` calls outliers (-1).
 
     The other parameters are those of `TableEstimator`. From 5,000 different rows on there is one network, and
@@ -88,7 +89,7 @@ class CDMDensity(OutlierMixin, DensityMixin, TableEstimator):
         self,
         *,
         smallest_noise: float | None = None,
-        ce_weight: float = 1.0,
+        level_weight: float = 1.0,
         contamination: float = 0.1,
         max_iter: int = 3000,
         early_stopping: bool = True,
@@ -124,7 +125,7 @@ class CDMDensity(OutlierMixin, DensityMixin, TableEstimator):
             verbose=verbose,
         )
         self.smallest_noise = smallest_noise
-        self.ce_weight = ce_weight
+        self.level_weight = level_weight
         self.contamination = contamination
 
     def fit(self, X: ArrayLike, y: None = None) -> "CDMDensity":
@@ -157,7 +158,7 @@ class CDMDensity(OutlierMixin, DensityMixin, TableEstimator):
             held = hold_out(groups[near], self.validation_fraction, np.random.default_rng(seed))
             fold[near] = np.where(held, 0, 1)
         noise = self.smallest_noise or density_noise(different, d)
-        options = (budget, self.ce_weight, noise, self.early_stopping)
+        options = (budget, self.level_weight, noise, self.early_stopping)
         jobs = []
         for k in range(K):
             kept = np.flatnonzero(fold == k)
@@ -270,7 +271,7 @@ def _fit_fold(
     train_rows: Index,
     kept: Index,
     budget: Budget,
-    ce_weight: float,
+    level_weight: float,
     smallest_noise: float,
     early_stopping: bool,
     seed: int,
@@ -288,7 +289,7 @@ def _fit_fold(
         repeats = max(1, 4096 // len(judged))
         index = torch.arange(len(judged)).repeat(repeats)
         validate = level_validation(columns.draw(judged, index, generator), generator)
-    loss = density_loss(draw, budget.batch_size, ce_weight, d)
+    loss = density_loss(draw, budget.batch_size, level_weight, d)
     history = train(model, loss, validate, budget, generator, len(train_rows))
     refit_constants(model, draw, history, budget, len(train_rows), generator)
     log_integral = level_log_integral(model, noisy, generator)
@@ -317,10 +318,7 @@ def level_log_integral(model: CDM, draw: Draw, generator: torch.Generator) -> fl
     total, levels = 0.0, model.schedule.num_levels
     for t in reversed(range(levels - 1)):
         x, _ = draw(ROWS_PER_LEVEL, generator)
-        level = torch.full((len(x),), t + 1)
-        a, s = model.amplitudes(level, x.double())
-        x_t = a * x + s * torch.randn(x.shape, generator=generator, dtype=torch.float64)
-        log_prob = model.log_prob_levels(x_t)
+        log_prob = model.log_prob_levels(model.schedule.noise(x.double(), t + 1, generator=generator))
         ratio = log_prob[:, t] - log_prob[:, t + 1]
         total += float(ratio.logsumexp(0)) - math.log(len(ratio))
     return total if math.isfinite(total) else math.inf

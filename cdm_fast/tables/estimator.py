@@ -40,7 +40,7 @@ _REAL: dict[str, tuple[float, float, bool]] = {
     "learning_rate": (0.0, 1e3, True),
     "alpha": (0.0, 1e3, False),
     "tol": (0.0, math.inf, False),
-    "ce_weight": (0.0, 1e6, False),
+    "level_weight": (0.0, 1e6, False),
     "validation_fraction": (0.0, 1.0, True),
     "test_size": (0.0, 1.0, True),
     "confidence": (0.0, 1.0, True),

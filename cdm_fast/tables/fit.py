@@ -74,12 +74,12 @@ class History:
         return max(0.0, max(self.validation_scores) - self.validation_scores[half])
 
 
-def density_loss(draw: Draw, batch_size: int, ce_weight: float, dim: int) -> Loss:
-    """Cross-entropy over levels, `ce_weight / d`, beside the denoising error (CDM Alg. 1)."""
+def density_loss(draw: Draw, batch_size: int, level_weight: float, dim: int) -> Loss:
+    """Cross-entropy over levels, with weight `level_weight / d`, beside the denoising error (CDM Alg. 1)."""
 
     def loss(model: CDM, generator: torch.Generator) -> Tensor:
         x, label = draw(batch_size, generator)
-        return cdm_loss(model, x, label=label, ce_weight=ce_weight / dim, generator=generator).loss
+        return cdm_loss(model, x, label=label, ce_weight=level_weight / dim, generator=generator).loss
 
     return loss
 
@@ -107,8 +107,7 @@ def ratio_loss(draw: Draw, batch_size: int) -> Loss:
 
 
 def _noised(model: CDM, x: Tensor, level: Tensor, generator: torch.Generator) -> Tensor:
-    a, s = model.amplitudes(level, x)
-    return a * x + s * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    return model.schedule.noise(x, level, generator=generator)
 
 
 def level_validation(rows: Tensor, generator: torch.Generator, num: int = 4096) -> Validate:

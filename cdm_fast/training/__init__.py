@@ -1,1 +1,1 @@
-"""Training runs, from their preparation to their last picture."""
+"""Training runs: `train.train` and `train.resume`, and what they consist of."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class Display:
     """Progress on stderr: a bar with loss, CE, MSE, images/s and ETA on a terminal, plain lines elsewhere.
 
-    A context manager; `due` says when fresh numbers would be seen, so that nobody computes them in vain.
+    A context manager. The numbers cost a wait for the device: compute them when `due` is true.
     """
 
     _SECONDS_BETWEEN = 1.0
@@ -39,7 +39,7 @@ class Display:
             self._bar.stop()
 
     def due(self) -> bool:
-        """True once a second where there is a bar, never elsewhere."""
+        """Whether the bar should be refreshed: once a second; never without a bar."""
         return self._bar is not None and time.monotonic() - self._shown >= self._SECONDS_BETWEEN
 
     def advance(self, step: int) -> None:

@@ -12,13 +12,14 @@ Model = TypeVar("Model", bound=nn.Module)
 class Ema(Generic[Model]):
     """A moving average of a model's weights, kept as a second model in evaluation mode.
 
-    The decay starts low, at (1 + n)/(10 + n) after n updates, so that the initial weights are soon forgotten.
+    The decay rises as (1 + n)/(10 + n) after n updates until it reaches `decay`, so that the initial weights
+    are soon forgotten.
 
     Args:
-        model: whose weights to follow.
+        model: the model whose weights are averaged.
         decay: the final decay, in [0, 1).
-        start: instead of rising, the decay is constant after so many steps, and the average a copy of the
-            weights until then.
+        start: the average is a copy of the weights for this many steps, and its decay is constant afterwards;
+            None for the rising decay.
     """
 
     def __init__(self, model: Model, decay: float, start: int | None = None) -> None:

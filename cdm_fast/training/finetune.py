@@ -1,4 +1,4 @@
-"""New runs from the weights of old ones: the average of any run, on other data, perhaps with other classes.
+"""Fine-tuning: a new run that starts from the averaged weights of another one, perhaps with other classes.
 
 # K classes, L = T+2 noise levels, D features
 """
@@ -20,10 +20,10 @@ _NETWORK = "network."
 
 
 def begin_from_run(config: RunConfig, state: TrainingState) -> None:
-    """Puts the averaged weights of the run `config.train.finetune`, if any, into the model and its average.
+    """Loads the averaged weights of the run `config.train.finetune`, if any, into the model and its average.
 
-    With another number of classes the new ones begin alike, as the mean of the old; the null class stays.
-    Raises UserError unless that run has the same levels, and a network that differs in its classes at most.
+    Where the number of classes differs, every new class starts as the mean of the old ones; the null class is
+    kept. Raises UserError if the run has other noise levels, or a network that differs in more than classes.
     """
     if config.train.finetune is None:
         return
@@ -31,8 +31,8 @@ def begin_from_run(config: RunConfig, state: TrainingState) -> None:
     source = read_config(run)
     if _levels(source.schedule) != _levels(config.schedule):
         raise UserError(
-            f"--finetune {run} knows the levels of {_levels(source.schedule)}, not"
-            f" {_levels(config.schedule)}; leave the schedule as it is"
+            f"--finetune {run} has the levels of {_levels(source.schedule)}, not"
+            f" {_levels(config.schedule)}; do not change the schedule"
         )
     averaged = load_checkpoint(run, parts=("ema",)).tensors["ema"]
     own = state.model.state_dict()
@@ -43,7 +43,7 @@ def begin_from_run(config: RunConfig, state: TrainingState) -> None:
 
 
 def _levels(schedule: ScheduleConfig) -> str:
-    """What decides x_t at every level, in words."""
+    """The settings that determine x_t at every level, as flags."""
     same = replace(schedule, level_distribution="uniform")
     betas = "" if same.beta_start is None else f", beta {same.beta_start:g} to {same.beta_end:g}"
     least = f", sigma_min {same.sigma_min:g}" if same.sigma_min else ""
@@ -57,32 +57,36 @@ def _fitted(
     config: RunConfig,
     run: str,
 ) -> dict[str, Tensor]:
-    """The network's tensors in the shapes of the new one."""
+    """The source network's tensors in the shapes of the new network, (name -> tensor)."""
     before, now = source.image.num_classes, config.image.num_classes
     weights = {}
-    for name, ours in wanted.items():
+    for name, own in wanted.items():
         theirs = averaged.get(name)
-        if theirs is not None and theirs.shape != ours.shape and before and now and before != now:
+        if theirs is not None and theirs.shape != own.shape and before and now and before != now:
             theirs = _other_classes(name, theirs, source, before, now)
-        if theirs is None or theirs.shape != ours.shape:
+        if theirs is None or theirs.shape != own.shape:
             shape = "absent" if theirs is None else tuple(theirs.shape)
             raise UserError(
-                f"--finetune {run}: {name} is {shape} there and {tuple(ours.shape)} here: give images of"
+                f"--finetune {run}: {name} is {shape} there and {tuple(own.shape)} here: give images of"
                 f" {source.image.channels} channels at a size its network takes, and leave the network's"
                 f" settings, --conditioning {source.network.conditioning} included, as they are"
             )
-        weights[name] = theirs.to(ours.dtype)
+        weights[name] = theirs.to(own.dtype)
     if before and now and source.network.conditioning == "joint" and source.network.head_rank:
-        bias = weights["network.linear_layer.bias"].clone()  # as for a full head, in the row of all classes
+        bias = weights[
+            "network.linear_layer.bias"
+        ].clone()  # as for a full head, in the row that all classes share
         bias[-2 - source.network.head_rank] += math.log(now / before)
         weights["network.linear_layer.bias"] = bias
     if extra := sorted(name for name in averaged if name.startswith(_NETWORK) and name not in wanted):
-        raise UserError(f"--finetune {run} has {extra[0]}, which this network has not; leave its settings")
+        raise UserError(
+            f"--finetune {run} has {extra[0]}, which this network does not have; do not change its settings"
+        )
     return weights
 
 
 def _other_classes(name: str, theirs: Tensor, source: RunConfig, before: int, now: int) -> Tensor:
-    """One tensor that depends on K, for `now` classes in place of `before`: all begin as their mean."""
+    """A tensor that depends on K, for `now` classes instead of `before`: each is the mean of the old ones."""
     if name.endswith("label_emb.weight"):  # (K+1, C), the null class last
         return torch.cat([theirs[:-1].mean(0).expand(now, -1), theirs[-1:]])
     if name.endswith("linear_layer.classes"):  # (K, R)
@@ -91,7 +95,7 @@ def _other_classes(name: str, theirs: Tensor, source: RunConfig, before: int, no
     if full_head and name.startswith("network.linear_layer."):  # ((L-1) K + 1, ...)
         each = theirs[:-1].unflatten(0, (-1, before)).mean(1, keepdim=True)
         fitted = torch.cat([each.expand(-1, now, *each.shape[2:]).flatten(0, 1), theirs[-1:]])
-        if name.endswith("bias"):  # sum_c p(t, c | x) stays, though there are more or fewer terms
+        if name.endswith("bias"):  # keeps sum_c p(t, c | x) for another number of terms
             fitted[-1 - now : -1] += math.log(now / before)
         return fitted
     return theirs

@@ -1,4 +1,4 @@
-"""What a running training writes: log.jsonl, TensorBoard, Weights & Biases."""
+"""Logs of a training run: log.jsonl, TensorBoard, Weights & Biases."""
 
 import contextlib
 import json
@@ -20,23 +20,24 @@ Numbers = Mapping[str, float | int | str | None]
 
 
 class Sink(Protocol):
-    """Somewhere to send the numbers of a step."""
+    """A log that takes the numbers of a step."""
 
     def write(self, step: int, numbers: Numbers) -> None:
-        """Takes the numbers of one step."""
+        """Logs the numbers of one step."""
 
     def sync(self) -> None:
-        """Puts what was written on the disk; another thread may be writing."""
+        """Flushes to the disk; called from another thread than `write`."""
 
     def close(self) -> None:
-        """Flushes what is left."""
+        """Flushes, and releases the log."""
 
 
 class JsonLines:
     """RUN/log.jsonl: one JSON object a line; a number that is not finite is written as null.
 
-    Opening keeps the lines up to `last_step`, so that a resumed run repeats none; DiskError if it cannot.
-    A line that a full disk refuses is kept, with a warning, and goes out before the next one.
+    Lines of later steps than `last_step` are removed at the start, so that a resumed run repeats none.
+    A line that a full disk refuses is kept in memory, with a warning, and written before the next one.
+    Raises DiskError when the file cannot be opened.
     """
 
     def __init__(self, path: Path, last_step: int) -> None:
@@ -49,20 +50,20 @@ class JsonLines:
     def write(self, step: int, numbers: Numbers) -> None:
         """Appends one line."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
-        told = bool(self._unwritten)
+        warned = bool(self._unwritten)
         self._unwritten += json.dumps({"step": step, **finite}).encode() + b"\n"
         try:
             self._append()
         except OSError as error:
-            if not told:
-                warnings.warn(f"{self._refusal(error)}; the lines are kept meanwhile", stacklevel=2)
+            if not warned:
+                warnings.warn(f"{self._refusal(error)}; the lines are kept in memory meanwhile", stacklevel=2)
 
     def sync(self) -> None:
-        """Puts the lines on the disk."""
+        """Flushes the lines to the disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Puts the lines on the disk; raises DiskError when it takes not all of them."""
+        """Flushes the lines to the disk; raises DiskError when that fails."""
         with self._file:
             try:
                 self._append()
@@ -71,7 +72,7 @@ class JsonLines:
                 raise DiskError(self._refusal(error)) from error
 
     def _append(self) -> None:
-        """Writes what is not written; a refusal may leave a part of it, which the next attempt continues."""
+        """Writes all pending bytes; after a failure the next call continues where this one ended."""
         while self._unwritten:
             written = self._file.write(self._unwritten)
             self._unwritten = self._unwritten[written:]
@@ -85,7 +86,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _step_of(line: str) -> float:
-    """The step of a log line; infinity for a torn one, which sorts it out."""
+    """The step of a log line; infinity for an incomplete one, which is thereby removed."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
@@ -93,7 +94,7 @@ def _step_of(line: str) -> float:
 
 
 class TensorBoard:
-    """TensorBoard event files in the run directory; those beyond `last_step` are no longer shown."""
+    """TensorBoard event files in the run directory; events of later steps than `last_step` are hidden."""
 
     def __init__(self, run: Path, last_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -132,15 +133,15 @@ class WeightsAndBiases:
         self._run.log({k: v for k, v in numbers.items() if isinstance(v, int | float)}, step=step)
 
     def sync(self) -> None:
-        """Nothing: the service sends its rows by itself."""
+        """Does nothing: the client uploads in the background."""
 
     def close(self) -> None:
-        """Uploads what is left."""
+        """Uploads the remaining rows."""
         self._run.finish()
 
 
 def require_extras(config: RunConfig) -> None:
-    """Raises UserError, before anything is written, when a log that the config asks for cannot be had."""
+    """Raises UserError when the config asks for a log whose package is not installed."""
     for wanted, name in ((config.output.tensorboard, "tensorboard"), (config.output.wandb, "wandb")):
         if wanted and find_spec(name) is None:
             raise UserError(f"--{name} needs the {name} package; pip install 'cdm_fast[{name}]'")
@@ -148,9 +149,9 @@ def require_extras(config: RunConfig) -> None:
 
 @contextlib.contextmanager
 def open_sinks(run: Path, config: RunConfig, last_step: int) -> Iterator[list[Sink]]:
-    """The log file and what else the config asks for, closed when the block ends; of many processes one logs.
+    """The log file and the other logs of the config, closed when the block ends; only rank 0 has any.
 
-    Raises DiskError when the log cannot be completed, unless something else went wrong before.
+    Raises DiskError when the log cannot be completed, unless the block raises another error.
     """
     if not is_main():
         yield []
@@ -173,7 +174,7 @@ def open_sinks(run: Path, config: RunConfig, last_step: int) -> Iterator[list[Si
 def read_log(
     path: str | Path,  # log.jsonl of a run
 ) -> list[dict[str, Any]]:
-    """The records of a JSON-lines log, oldest first; a torn last line (a killed run) is left out.
+    """The records of a JSON-lines log, oldest first; an incomplete last line (of a killed run) is left out.
 
     Raises UserError when the file is missing, or names the first line that is not a JSON object.
     """

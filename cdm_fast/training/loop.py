@@ -1,4 +1,4 @@
-"""The training loop: steps, and at their intervals log lines, scores, pictures and checkpoints."""
+"""The training loop: steps, with log lines, validation, pictures and checkpoints at their intervals."""
 
 import contextlib
 import time
@@ -12,14 +12,13 @@ from cdm_fast.config import RunConfig
 from cdm_fast.data import ImageData
 from cdm_fast.errors import DiskError, UserError
 from cdm_fast.host.device import wait_for
-from cdm_fast.host.distributed import agreed
-from cdm_fast.likelihood import evaluate
-from cdm_fast.model import CDM
+from cdm_fast.host.distributed import agree_on_stop
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.runs.checkpoint import Checkpoint
+from cdm_fast.training.best import BestCheckpoint
 from cdm_fast.training.display import Display
 from cdm_fast.training.log import Sink
-from cdm_fast.training.report import update_loss_curves, write_samples
+from cdm_fast.training.report import update_loss_curves, write_level_checks, write_samples
 from cdm_fast.training.saver import Saver
 from cdm_fast.training.state import TrainingState, to_checkpoint
 from cdm_fast.training.step import (
@@ -33,6 +32,7 @@ from cdm_fast.training.step import (
 )
 from cdm_fast.training.stop import Stopper
 from cdm_fast.training.tuning import compiled
+from cdm_fast.training.validation import validate
 
 if TYPE_CHECKING:
     from cdm_fast.training.parallel import JointSaver, Wrapped
@@ -43,7 +43,7 @@ SavesCheckpoints: TypeAlias = "Saver | JointSaver"
 
 @dataclass(frozen=True)
 class Session:
-    """A run while it trains: what its steps, pictures and checkpoints are made from."""
+    """A run during training: its config, state, data, and where results go."""
 
     config: RunConfig
     run: Path
@@ -53,36 +53,37 @@ class Session:
     sinks: list[Sink]
     saver: "SavesCheckpoints"
     wrapped: "Wrapped | None"  # among several processes
+    best: BestCheckpoint | None = None
 
     def write(self, numbers: Mapping[str, float | int | str | None]) -> None:
-        """Sends the numbers of the present step to every log."""
+        """Writes numbers of the current step to every log."""
         for sink in self.sinks:
             sink.write(self.state.step, numbers)
 
     def copy(self) -> Checkpoint:
-        """A checkpoint of the present step in host memory."""
+        """A checkpoint of the current step in host memory."""
         return to_checkpoint(self.state, self.config)
 
 
 def train_steps(session: Session, display: Display, stopper: Stopper) -> str | None:
-    """The training loop: steps, and at their intervals log lines, scores, pictures and checkpoints.
+    """Trains to the last step, or until `stopper` has a reason to stop; returns that reason, or None.
 
-    Returns why it stopped before the last step, or None.
+    Log lines, validation, pictures and checkpoints are made at the intervals of `config.output`.
     """
     config, state, output = session.config, session.state, session.config.output
     plain_loss = make_loss(config.train)
     sharded = session.wrapped is not None and session.wrapped.sharded
-    mode = "off" if sharded else config.train.compile  # what FSDP2 does between blocks fits in no graph
+    mode = "off" if sharded else config.train.compile  # the communication of FSDP2 breaks graphs
     loss_function = compiled(plain_loss, mode, state.sums.device)
     first, reason = state.step, None
-    while state.step < config.train.steps and not (reason := agreed(stopper.reason)):
+    while state.step < config.train.steps and not (reason := agree_on_stop(stopper.reason)):
         began = time.perf_counter()
         take_step(state, session.data, config, loss_function, session.wrapped)
         last = state.step == config.train.steps
         at_log_line = last or state.step % output.log_every == 0
         shows = at_log_line or display.due()
         if shows or _results_due(session):
-            wait_for(state.sums.device)  # or the time of steps that are only enqueued would be lost
+            wait_for(state.sums.device)  # so that enqueued steps count as training time
         if at_log_line or state.sums.device.type == "cpu":  # elsewhere reading the counters stalls the device
             _stop_when_diverged(session)
         seconds = time.perf_counter() - began
@@ -101,6 +102,8 @@ def train_steps(session: Session, display: Display, stopper: Stopper) -> str | N
         if not last:
             _intermediate_results(session, display)
             session.saver.after_step(state.step, session.copy)
+        elif session.best is not None:
+            _validate(session, display)
     if reason == "signal":
         display.say(f"stopping: saving step {state.step} (Ctrl-C now leaves at once)")
     return reason
@@ -113,9 +116,13 @@ def take_step(
     loss_function: LossFunction,
     wrapped: "Wrapped | None" = None,
 ) -> None:
-    """The step that follows the state's, a function of the state and the config alone.
+    """Takes one training step; it depends on the state, the data and the config alone.
 
-    wrapped: the model as several processes train it, each with its own part of the batch.
+    Args:
+        state: changed in place.
+        data: training images on the state's device.
+        loss_function: of `make_loss`.
+        wrapped: the model as DDP or FSDP2 trains it, in a run of several processes.
     """
     train = config.train
     seed_step(train.seed, state.step)
@@ -151,7 +158,7 @@ def _stop_when_diverged(session: Session) -> None:
 
 
 def _tell_incidents(numbers: Mapping[str, float | int], session: Session, display: Display) -> None:
-    """Says which step since the last log line was skipped, and where the loss jumped most."""
+    """Prints the last skipped step and the largest jump of the loss since the last log line."""
     if "skipped_step" in numbers:
         display.say(f"step {numbers['skipped_step']} skipped: its loss or gradient is not finite")
     if "spike_step" in numbers:
@@ -162,27 +169,51 @@ def _tell_incidents(numbers: Mapping[str, float | int], session: Session, displa
 
 
 def _results_due(session: Session) -> bool:
-    """Whether something other than a step reads the device now: scores, pictures, or most saves."""
+    """Whether validation, pictures or a save may read the device after this step."""
     output, step = session.config.output, session.state.step
     intervals = output.evaluate_every, output.sample_every, max(1, output.save_every // 2)
     return any(every and step % every == 0 for every in intervals)
 
 
 def _intermediate_results(session: Session, display: Display) -> None:
-    """Validation score and pictures, where their intervals end."""
+    """Validation and pictures, where their intervals end."""
     output, step = session.config.output, session.state.step
-    scores, draws = (every and step % every == 0 for every in (output.evaluate_every, output.sample_every))
-    if not (scores or draws):
+    if output.evaluate_every and step % output.evaluate_every == 0:
+        _validate(session, display)
+    if output.sample_every and step % output.sample_every == 0:
+        _draw(session)
+
+
+def _validate(session: Session, display: Display) -> None:
+    """Logs the validation figures of the averaged model, and keeps its checkpoint if it is the best."""
+    numbers = validate(session.state.ema.model, session.validation)
+    if not numbers:
         return
+    session.write({"split": "validation", **numbers})
+    display.say(f"step {session.state.step}, validation: {describe_validation(numbers)}")
+    if session.best is not None and session.best.offer(numbers, session.copy):
+        display.say(f"step {session.state.step} is the best so far; kept in {session.best.folder}")
+
+
+def describe_validation(numbers: Mapping[str, float]) -> str:
+    """The figures of `validate` as one line."""
+    parts = []
+    if "bits_per_dim" in numbers:
+        parts.append(f"{numbers['bits_per_dim']:.3f} bits/dim on validation images, unaudited")
+        ratio, error = numbers["ratio_bits_per_dim"], numbers["ratio_bits_per_dim_stderr"]
+        parts.append(f"ratio check {ratio:+.3f} +- {error:.3f}")
+    if "class_ce" in numbers:
+        parts.append(f"class CE {numbers['class_ce']:.3f}, accuracy {numbers['accuracy']:.1%}")
+    return "; ".join(parts)
+
+
+def _draw(session: Session) -> None:
+    """Pictures of the averaged model; a full disk causes a warning."""
     model = session.state.ema.model
-    if scores and isinstance(model, CDM):
-        bits_per_dim = evaluate(model, session.validation, draws=1, check_levels=0).bits_per_dim
-        session.write({"split": "validation", "bits_per_dim": bits_per_dim})
-        display.say(f"step {step}: {bits_per_dim:.3f} bits/dim on validation images, unaudited")
-    if draws:
-        try:
-            if not isinstance(model, Classifier):
-                write_samples(model, session.config, session.run)
-            update_loss_curves(session.run)
-        except DiskError as error:
-            warnings.warn(f"{error}; training goes on without this picture", stacklevel=2)
+    try:
+        if not isinstance(model, Classifier):
+            write_samples(model, session.config, session.run)
+        write_level_checks(model, session.validation, session.run)
+        update_loss_curves(session.run)
+    except DiskError as error:
+        warnings.warn(f"{error}; training goes on without this picture", stacklevel=2)

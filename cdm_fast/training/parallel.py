@@ -1,10 +1,10 @@
-"""Training on many processes: each takes a part of every batch, and all take the same step.
+"""Data-parallel training with DDP or FSDP2: every process computes the gradient of its rows of the batch.
 
-The loss is computed inside the `forward` of one module that DDP or FSDP2 wraps, as both need: they act where
-the wrapped module is entered and left. An explicit adjoint reads every weight twice in it, which is nothing
-special for DDP; FSDP2 is told that `adjoint` is entered like `forward`.
+DDP and FSDP2 hook into the `forward` of the module that they wrap, so the loss is computed inside one. The
+explicit adjoint uses every weight a second time there. DDP needs nothing for that; for FSDP2, `adjoint` is
+registered as a second forward method.
 
-# B global batch, W processes, P parts whose gradients add up (--accumulate)
+# B global batch, W processes, P parts whose gradients are accumulated (--accumulate)
 """
 
 import copy
@@ -23,12 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cdm_fast.config import RunConfig
 from cdm_fast.config.choices import Parallel
-from cdm_fast.host.distributed import largest
+from cdm_fast.host.distributed import all_reduce_max
 from cdm_fast.host.processes import is_main, this_process
 from cdm_fast.model import CDM, DDM
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.model.losses import LossTerms, Noised
-from cdm_fast.nn.layers import AttentionBlock, ResnetBlock
+from cdm_fast.nn.blocks import AttentionBlock, ResnetBlock
 from cdm_fast.nn.trunk import DownTrunk
 from cdm_fast.runs.checkpoint import Checkpoint
 from cdm_fast.training.ema import Ema, Model
@@ -38,7 +38,7 @@ from cdm_fast.training.step import LossFunction, make_optimizer
 
 
 class _Loss(nn.Module):
-    """The module that is wrapped: a model whose `forward` is its training loss."""
+    """The module to wrap: its `forward` is the training loss of a model."""
 
     def __init__(self, model: CDM | DDM | Classifier) -> None:
         super().__init__()
@@ -49,14 +49,17 @@ class _Loss(nn.Module):
 
 
 class Wrapped:
-    """A model wrapped by DDP or FSDP2, and the loss functions that it turns into distributed ones."""
+    """A model wrapped by DDP or FSDP2.
+
+    sharded: whether its weights are split over the processes (FSDP2).
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self.sharded = not isinstance(module, DistributedDataParallel)
 
     def loss(self, function: LossFunction) -> LossFunction:
-        """`function(model, batch)` of this process's part, whose gradient is that of the whole batch."""
+        """`function` on this rank's rows, whose backward pass averages gradients over the processes."""
 
         def of_part(model: CDM | DDM | Classifier, batch: Noised) -> LossTerms:
             return self._module(function, batch)
@@ -64,9 +67,9 @@ class Wrapped:
         return of_part
 
     def keep_local(self) -> AbstractContextManager[None]:
-        """Gradients of what runs inside stay in this process, until one from outside takes them along.
+        """Context in which DDP does not communicate gradients (`no_sync`): they accumulate locally.
 
-        With FSDP2 they do not: a gradient of all weights is what it is there to avoid.
+        No effect with FSDP2, which never holds an unsharded gradient of all weights.
         """
         if isinstance(self._module, DistributedDataParallel):
             return self._module.no_sync()
@@ -74,9 +77,9 @@ class Wrapped:
 
 
 def wrap(state: TrainingState, config: RunConfig, parallel: Parallel) -> Wrapped:
-    """Makes the training of `state` a joint one of all processes; they must hold equal states.
+    """Wraps the model of `state` for training by all processes; they must hold equal states.
 
-    With "fsdp" the weights, their moments and their average are split over the processes in `state`.
+    With "fsdp" the weights, optimizer moments and moving average in `state` are replaced by sharded ones.
     """
     network, count = state.model.network, this_process().count
     if isinstance(network, DownTrunk):
@@ -84,10 +87,10 @@ def wrap(state: TrainingState, config: RunConfig, parallel: Parallel) -> Wrapped
         network.first_image = this_process().rank * part
     if parallel == "fsdp":
         return Wrapped(_shard(state, config))
-    # Of a 1x1 kernel the strides along its only pixel, which mean nothing.
+    # For 1x1 kernels, whose strides along an axis of one pixel are arbitrary.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     with warnings.catch_warnings():
-        # Buffers are constants. What torch 2.13 says instead of `broadcast_buffers`, 2.10 does not know.
+        # Buffers are constant. torch 2.13 deprecates `broadcast_buffers`, for which 2.10 has no substitute.
         warnings.simplefilter("ignore", FutureWarning)
         return Wrapped(
             DistributedDataParallel(_Loss(state.model), broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -95,20 +98,20 @@ def wrap(state: TrainingState, config: RunConfig, parallel: Parallel) -> Wrapped
 
 
 def _shard(state: TrainingState, config: RunConfig) -> nn.Module:
-    """Splits everything in `state` that is as large as the weights; block by block, as they are needed."""
+    """Shards weights, moments and average of `state`, one unit for each residual or attention block."""
     device = state.sums.device.type
     model = state.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     before = {name: (weight, state.optimizer.state[weight]) for name, weight in model.named_parameters()}
     mesh = init_device_mesh(device, (this_process().count,))
     module = _Loss(model)
-    # Outputs that are views must not be written to in place; here nothing is.
+    # The warning concerns in-place writes to outputs that are views; there are none.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     blocks = [block for block in model.modules() if isinstance(block, ResnetBlock | AttentionBlock)]
     for block in blocks:
         fully_shard(block, mesh=mesh)
         register_fsdp_forward_method(block, "adjoint")
     fully_shard(module, mesh=mesh)
-    if device == "cpu":  # Gloo cannot average
+    if device == "cpu":  # Gloo has no averaging reduction
         for part in (module, *blocks):
             cast(FSDPModule, part).set_force_sum_reduction_for_comms(True)
     optimizer = make_optimizer(config.train, model)
@@ -123,16 +126,16 @@ def _shard(state: TrainingState, config: RunConfig) -> nn.Module:
     return module
 
 
-def _split_like(weight: Tensor, whole: Tensor) -> DTensor:
-    """This process's part of a tensor that every process holds, split as `weight` is."""
+def _split_like(weight: Tensor, full: Tensor) -> DTensor:
+    """A tensor that every process holds in full, sharded as `weight` is."""
     assert isinstance(weight, DTensor)
-    return distribute_tensor(whole.contiguous(), weight.device_mesh, weight.placements, src_data_rank=None)
+    return distribute_tensor(full.contiguous(), weight.device_mesh, weight.placements, src_data_rank=None)
 
 
 class ShardedEma(Ema[Model]):
-    """A moving average of weights that FSDP2 has split, split like them.
+    """A moving average of weights that FSDP2 shards, sharded likewise.
 
-    Every process must ask for `model` at the same time: it is put together then, and not kept.
+    `model` is a collective operation: it gathers the average anew each time.
     """
 
     def __init__(self, ema: Ema[Model], model: nn.Module) -> None:
@@ -149,7 +152,7 @@ class ShardedEma(Ema[Model]):
 
     @property
     def model(self) -> Model:
-        """The averaged model in one piece."""
+        """The averaged model with full weights; every process must ask for it."""
         model = copy.deepcopy(self._frame).to(self._device)
         for parameter, part in zip(model.parameters(), self._parts, strict=True):
             parameter.copy_(part.full_tensor())
@@ -157,11 +160,11 @@ class ShardedEma(Ema[Model]):
 
 
 class JointSaver:
-    """The saver of rank 0, for copies that may take all processes to make.
+    """The saver of rank 0; with a sharded state, all processes take part in copying it.
 
     Args:
-        saver: writes in the process of rank 0, and does nothing in the others.
-        together: the state is split over the processes, and its copy must be asked for by all of them.
+        saver: used in the process of rank 0 only.
+        together: the state is sharded, so that copying it is a collective operation.
     """
 
     def __init__(self, saver: Saver, together: bool) -> None:
@@ -178,13 +181,13 @@ class JointSaver:
     def _jointly(
         self, save: Callable[[Callable[[], Checkpoint]], None], copy: Callable[[], Checkpoint]
     ) -> None:
-        """Rank 0 alone knows whether a copy is wanted now, and tells the others."""
+        """Rank 0 decides whether to copy now, and broadcasts that."""
         if not self._together:
             if is_main():
                 save(copy)
             return
         if not is_main():
-            if largest(0):
+            if all_reduce_max(0):
                 copy()
             return
         asked = False
@@ -192,9 +195,9 @@ class JointSaver:
         def joint_copy() -> Checkpoint:
             nonlocal asked
             asked = True
-            largest(1)
+            all_reduce_max(1)
             return copy()
 
         save(joint_copy)
         if not asked:
-            largest(0)
+            all_reduce_max(0)

@@ -1,11 +1,11 @@
-"""What happens before step 0: settings resolved and checked, data counted and placed, randomness set apart.
+"""What happens before the first step: settings are resolved and checked, data loaded, the state built.
 
 # K classes
 """
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,25 +14,99 @@ from cdm_fast.config import ImageShape, RunConfig, check
 from cdm_fast.config.choices import Parallel
 from cdm_fast.config.json import differences
 from cdm_fast.data import ImageData
+from cdm_fast.data.load import data_digest
 from cdm_fast.errors import UserError
-from cdm_fast.host.processes import launched, this_process
+from cdm_fast.host.distributed import broadcast_from_main
+from cdm_fast.host.processes import is_main, launched, this_process
+from cdm_fast.host.progress import to_stderr
 from cdm_fast.runs.build import head_rank
-from cdm_fast.runs.checkpoint import read_config
-from cdm_fast.runs.data import in_place
+from cdm_fast.runs.checkpoint import load_checkpoint, prepare_to_resume, read_config, write_config
+from cdm_fast.runs.data import in_place, run_data
+from cdm_fast.training.finetune import begin_from_run
+from cdm_fast.training.state import TrainingState, from_checkpoint, new_state, require_trained_here
 from cdm_fast.training.tuning import pick_precision
 
 
-def begun(config: RunConfig, out: str | Path) -> RunConfig | None:
-    """The config with which to resume `out`, if it holds the beginning of this very run; else None.
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready for its next step.
 
-    torchrun starts its command again when a process has died, and so does a queue when a machine has.
+    Fields:
+        config: with everything resolved.
+        state: on its device.
+        data: the training images, on the CPU.
+        validation: the first `evaluate_images` of the validation split, on the CPU.
+    """
+
+    config: RunConfig
+    state: TrainingState
+    data: ImageData
+    validation: ImageData
+
+
+def prepare_new(config: RunConfig, device: torch.device) -> Prepared:
+    """A new run on its data, its weights drawn from the config's seed or taken from `--finetune`.
+
+    Raises UserError for data or settings that do not work. Writes nothing.
+    """
+    data = run_data(config, "train")
+    config = broadcast_from_main(resolve(config, data, device))
+    validation = run_data(config, "validation").take(slice(config.output.evaluate_images))
+    state = new_state(config, device)
+    begin_from_run(config, state)
+    state.data = data_digest(data)
+    to_stderr(data.describe())
+    return Prepared(config, state, data, validation)
+
+
+def resumed_config(run: str | Path, config: RunConfig | None) -> tuple[RunConfig, RunConfig]:
+    """The config to resume a run with, by default its own, and the stored one.
+
+    Raises UserError when `config` changes a setting that a resumed run must keep, and for a run that was not
+    trained here.
+    """
+    stored = read_config(run)
+    config = in_place(config or stored)
+    check(config)
+    changed = differences(stored, config)
+    if changed:
+        raise UserError(f"--resume {run} cannot change {'; '.join(changed)}; train into another --out")
+    require_trained_here(load_checkpoint(run, parts=()), str(run))  # before its data are looked for
+    return config, stored
+
+
+def prepare_resumed(run: Path, config: RunConfig, stored: RunConfig, device: torch.device) -> Prepared:
+    """A run at its newest intact checkpoint; its folder is tidied, and its config replaced by `config`.
+
+    Raises UserError when its data have changed, or when machines see different checkpoints.
+    """
+    data = run_data(config, "train")
+    if broadcast_from_main(resolve(config, data, device)).image != config.image:
+        raise UserError(f"--data {config.data.source} is not what {run} was trained on; give that data")
+    validation = run_data(config, "validation").take(slice(config.output.evaluate_images))
+    state = from_checkpoint(load_checkpoint(run), config, device, str(run))
+    if state.data != data_digest(data):
+        raise UserError(f"{config.data.source} has changed since {run} began; restore those images")
+    if broadcast_from_main(state.step) != state.step:
+        raise UserError(f"{run} differs between machines; put it on a file system that all of them share")
+    if is_main():
+        prepare_to_resume(run, state.step)
+    if config != stored:
+        write_config(run, config)
+    return Prepared(config, state, data, validation)
+
+
+def config_to_resume(config: RunConfig, out: str | Path) -> RunConfig | None:
+    """The config with which to resume `out`, if it holds the beginning of the run of `config`; else None.
+
+    torchrun starts its command again when a process has died, and a queue does when a machine has failed.
     """
     if not (Path(out) / "config.json").is_file():
         return None
     stored = read_config(out)
     config = in_place(config)
     network, train = config.network, config.train
-    told_by_machine = replace(
+    resolved = replace(
         config,
         image=stored.image,
         network=replace(
@@ -42,11 +116,14 @@ def begun(config: RunConfig, out: str | Path) -> RunConfig | None:
             train, precision=stored.train.precision if train.precision == "auto" else train.precision
         ),
     )
-    return None if differences(stored, told_by_machine) else told_by_machine
+    return None if differences(stored, resolved) else resolved
 
 
 def resolve(config: RunConfig, data: ImageData, device: torch.device) -> RunConfig:
-    """The config with what only data and device tell: image shape, classes, rank of the head, precision."""
+    """The config with the settings that depend on data and device: image, rank of the head, precision.
+
+    Raises UserError for images that are not square, and as `config.check` does.
+    """
     _, channels, height, width = data.images.shape
     if height != width:
         raise UserError(f"{data.name} holds {height}x{width} images; give --image-size to crop them square")
@@ -62,7 +139,7 @@ def resolve(config: RunConfig, data: ImageData, device: torch.device) -> RunConf
 
 
 def check_parallel(config: RunConfig, parallel: Parallel) -> None:
-    """UserError for a batch that the processes cannot share evenly, or settings that FSDP2 cannot serve."""
+    """Raises UserError for a batch that cannot be divided over the processes, and settings without FSDP2."""
     train, count = config.train, this_process().count
     if count > 1 and train.batch_size % (train.accumulate * count):
         parts = f" and {train.accumulate} parts each (--accumulate)" if train.accumulate > 1 else ""
@@ -81,14 +158,14 @@ def check_parallel(config: RunConfig, parallel: Parallel) -> None:
 
 
 def class_counts(data: ImageData) -> tuple[int, ...] | None:
-    """Images of each class, (K,); None without labels."""
+    """Number of images of each class, (K,); None for data without labels."""
     if data.labels is None:
         return None
     return tuple(torch.bincount(data.labels, minlength=data.num_classes or 0).tolist())
 
 
 @contextlib.contextmanager
-def own_randomness(device: torch.device) -> Iterator[None]:
-    """Keeps the caller's global generator, which dropout draws from and training seeds at each step."""
+def preserved_rng(device: torch.device) -> Iterator[None]:
+    """Restores the caller's global generators afterwards: training seeds them at each step, for dropout."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield

@@ -1,6 +1,6 @@
-"""One step of a run again: its batch, loss and gradient, to see why it was skipped or where the loss jumped.
+"""Repeats one step of a run to show its batch, loss and gradient: why it was skipped, or the loss jumped.
 
-Every draw of step n is a function of (seed, n), so a checkpoint of that step or before is enough.
+Every draw of step n is a function of (seed, n), so any checkpoint of that step or an earlier one will do.
 
 # B batch
 """
@@ -25,7 +25,7 @@ from cdm_fast.runs.checkpoint import load_checkpoint, read_config
 from cdm_fast.runs.data import evaluation_data
 from cdm_fast.training.feed import on_device
 from cdm_fast.training.loop import take_step
-from cdm_fast.training.prepare import own_randomness
+from cdm_fast.training.prepare import preserved_rng
 from cdm_fast.training.state import TrainingState, from_checkpoint
 from cdm_fast.training.step import (
     LossFunction,
@@ -36,32 +36,39 @@ from cdm_fast.training.step import (
     seed_step,
 )
 
-_WORST = 5  # parameters and images to name
+_WORST = 5  # number of parameters and images that are listed
 
 
 def replay(run: str | Path, step: int, *, device: str = "auto", out: Path | None = None) -> dict[str, Any]:
-    """What happened in step `step` (from 0) of a run; nothing in the run directory changes.
+    """The batch, loss and gradient of step `step` (from 0) of a run; the run directory is not changed.
 
-    Walks from the newest checkpoint at or before the step, on a CPU bitwise as training did (with as many
-    threads), and computes the step's gradient without taking the step. Returns JSON values:
+    Training is repeated from the newest checkpoint at or before the step (on a CPU bitwise, given the same
+    number of threads), and the gradient of the step is computed without taking it.
 
-    run, seed, step, from_step: where it walked from; loss, ce (nats; 0 for a DDM), mse, grad_norm: of the
-    whole batch, as in training; finite: whether training would take the step; parameters: those with the
-    largest norm of the gradient, first those that are not finite; images: the worst of the batch, each with
-    its index in the training split, level, label and loss, taken alone and without dropout.
+    Args:
+        run: the run directory.
+        step: from 0.
+        device: as for `train`.
+        out: an .npz to write the batch to: x_t and eps (B, ...) float32, level, label and index (B,) int64,
+            loss (B,) float32.
 
-    out: an .npz for the batch: x_t and eps (B,...) float32, level, label, index (B,) int64, loss (B,).
-    Raises UserError when no intact checkpoint at or before the step is left.
+    Returns JSON values: run, seed, step; from_step, of the checkpoint; loss, ce (nats; 0 for a DDM), mse and
+    grad_norm of the whole batch, as in training; finite, whether training takes the step; parameters, those
+    with the largest norms of the gradient, not finite ones first; images, those with the largest losses, each
+    with its index in the training split, level, label and loss, evaluated alone and without dropout.
+
+    Raises:
+        UserError: no intact checkpoint at or before the step is left; `step` is negative; `out` is no .npz.
     """
     if step < 0:
         raise UserError(f"--step is {step}; give 0 or more")
     if out is not None and out.suffix != ".npz":
         raise UserError(f"--out {out}: give a name that ends in .npz")
     config = read_config(run)
-    place = pick_device(device)
-    with own_randomness(place):
-        data = on_device(evaluation_data(Path(run), config, "train"), place)
-        state = from_checkpoint(load_checkpoint(run, at_most=step), config, place, str(run))
+    chosen = pick_device(device)
+    with preserved_rng(chosen):
+        data = on_device(evaluation_data(Path(run), config, "train"), chosen)
+        state = from_checkpoint(load_checkpoint(run, at_most=step), config, chosen, str(run))
         from_step, loss_function = state.step, make_loss(config.train)
         while state.step < step:
             take_step(state, data, config, loss_function)
@@ -77,7 +84,7 @@ def replay(run: str | Path, step: int, *, device: str = "auto", out: Path | None
 def _gradient(
     state: TrainingState, data: ImageData, config: RunConfig, loss_function: LossFunction
 ) -> tuple[dict[str, Any], Noised]:
-    """Loss and gradient of the state's next step, which is not taken, and its batch."""
+    """Loss and gradient of the state's next step, without taking it, and its batch."""
     train = config.train
     seed_step(train.seed, state.step)
     batch = draw_batch(data, state.model, config, state.step)

@@ -1,8 +1,9 @@
-"""What a run shows: samples, loss curves, level confusion, and its likelihood with the check beside it.
+"""Pictures and scores of a run: samples, loss curves, level confusion, denoising error, likelihood, accuracy.
 
 Legend: B images, C channels, H W pixels, N grey levels, K classes.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,19 @@ from cdm_fast.model import CDM, DDM
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.plots.evaluation import write_classes
 from cdm_fast.plots.sheet import write_rows
-from cdm_fast.plots.training import write_confusion, write_level_mse, write_losses
+from cdm_fast.plots.training import write_calibration, write_confusion, write_level_mse, write_losses
 from cdm_fast.runs.build import class_labels
 from cdm_fast.runs.checkpoint import write_json
 from cdm_fast.runs.data import run_data
 from cdm_fast.sampling import sample
 from cdm_fast.training.log import read_log
+from cdm_fast.training.validation import check_levels, num_rows
 
-MAX_ROWS = 20  # of a sheet with one class in each: more would be too small to read
+MAX_ROWS = 20  # of a sheet with a class in each row; more would be too small to read
 
 
 def write_samples(model: CDM | DDM, config: RunConfig, run: Path) -> None:
-    """RUN/samples.png: a sheet of samples, always from the same noise, so that sheets compare over time."""
+    """RUN/samples.png: a sheet of samples, always from the same noise, so that they compare over steps."""
     output = config.output
     labels = class_labels(config, output.num_samples)
     guidance = 0.0 if labels is None else output.guidance
@@ -70,21 +72,29 @@ def write_loss_curves(run: Path) -> list[Path]:
 
 
 def write_level_pictures(model: CDM | DDM, data: ImageData, run: Path) -> list[Path]:
-    """RUN/mse.png, and for a CDM RUN/confusion.png; returns their paths."""
+    """RUN/mse.png, and for a CDM RUN/confusion.png and RUN/calibration.png; returns their paths."""
     levels, mse = mse_per_level(model, data)
     paths = [write_level_mse(levels, mse, run / "mse.png")]
     if isinstance(model, CDM):
         _, confusion = level_confusion(model, data)
         paths.append(write_confusion(confusion, run / "confusion.png", model.schedule.num_levels))
-    return paths
+    return [*paths, *write_level_checks(model, data, run)]
+
+
+def write_level_checks(model: CDM | DDM | Classifier, data: ImageData, run: Path) -> list[Path]:
+    """RUN/calibration.png of a CDM: level posteriors against the prior, and ratios; its path in a list."""
+    if not isinstance(model, CDM):
+        return []
+    checks = check_levels(model, data, num_rows(data))
+    return [write_calibration(asdict(checks), run / "calibration.png")]
 
 
 def write_final(
     model: CDM | DDM | Classifier, config: RunConfig, validation: ImageData, run: Path
 ) -> dict[str, Any]:
-    """Every picture of a finished run, and for all but a DDM its scores of the test split; returns these.
+    """Writes every picture of a finished run, scores its test split (not of a DDM), and returns the scores.
 
-    They are RUN/nll.json of a CDM, and with classes RUN/classes.json, of which accuracy and ECE are returned.
+    A CDM writes RUN/nll.json, a model with classes RUN/classes.json, of which accuracy and ECE are returned.
     """
     to_stderr("drawing samples and scoring the test images")
     if isinstance(model, Classifier):
@@ -110,5 +120,6 @@ def _write_accuracy(model: CDM | Classifier, test: ImageData, draws: int, run: P
 
 
 def update_loss_curves(run: Path) -> None:
-    if is_main():  # the log that they are drawn from is its own
+    """`write_loss_curves` in the process of rank 0, which has the log."""
+    if is_main():
         write_loss_curves(run)

@@ -1,4 +1,4 @@
-"""Checkpoints written behind the training's back."""
+"""Writing checkpoints in a background thread."""
 
 import threading
 import time
@@ -15,26 +15,26 @@ from cdm_fast.training.log import Sink
 
 
 class Saver:
-    """Writes checkpoints in a thread, one at a time: training waits for the copy to host memory only.
+    """Writes checkpoints in a background thread, one at a time; training waits for the copy to host memory.
 
-    Whatever ends the process, at most `every` steps are lost. So a save begins at every half of that interval
-    and has the other half to reach the disk. Where a half is too short for the disk, training waits for it.
+    At most `every` steps are lost, however the process ends. A save starts every `every / 2` steps and has
+    the next `every / 2` steps to reach the disk; on a slower disk training waits for it.
 
-    A context manager. Leaving it by KeyboardInterrupt gives up the save in flight; otherwise it is completed.
-    A disk that refuses is told in a warning, and a minute later another save is tried; anything else that a
-    save raises comes out of the next `after_step` or `finish`.
+    A context manager. Leaving it by KeyboardInterrupt abandons the save in progress; otherwise it is
+    completed. A disk error is reported as a warning, and another save is tried a minute later. Any other
+    error of the thread is raised by the next `after_step` or `finish`.
 
     Args:
         run: the run directory.
-        every: steps that may be lost.
-        keep: newest checkpoints to keep.
+        every: the largest number of steps that may be lost.
+        keep: number of checkpoints to keep.
         saved: step of the newest checkpoint on the disk.
-        sinks: logs that must be on the disk before a checkpoint that follows their lines.
+        sinks: logs that are flushed to the disk before each checkpoint.
     """
 
-    _PATIENCE = 1.0  # seconds that leaving at once may take, to tidy up
-    _PAUSE = 60.0  # seconds until the next attempt on a disk that refused
-    _SLOW = 10.0  # seconds of waiting for the disk, in all, after which it is told
+    _PATIENCE = 1.0  # seconds for tidying up after an interrupt
+    _PAUSE = 60.0  # seconds between a disk error and the next attempt
+    _SLOW = 10.0  # seconds of waiting for the disk, in total, that cause a warning
 
     def __init__(self, run: Path, every: int, keep: int, saved: int, sinks: Sequence[Sink] = ()) -> None:
         self.saved, self.waited = saved, 0.0
@@ -57,9 +57,10 @@ class Saver:
             self._join()
 
     def after_step(self, step: int, copy: Callable[[], Checkpoint]) -> None:
-        """Starts a save of `copy()` if one is due, now or since an earlier step, and none is in flight.
+        """Starts a save of `copy()` if one is due and none is in progress.
 
-        step: those taken. Waits for the save in flight where one more step could be one too many to lose.
+        step: number of steps taken. Waits for the save in progress if another step could exceed `every` lost
+        steps.
         """
         self._due |= step % max(1, self._every // 2) == 0
         self._make_sure(step)
@@ -68,13 +69,13 @@ class Saver:
             self._make_sure(step)
 
     def _make_sure(self, step: int) -> None:
-        """Waits for the save in flight if no later step may be taken before it ends; sees to one that has."""
+        """Waits for the save in progress if the next step must not come before; collects a finished one."""
         if self._thread is None or (self._thread.is_alive() and step - self.saved < self._every):
             return
-        began, told = time.monotonic(), self.waited >= self._SLOW
+        began, warned = time.monotonic(), self.waited >= self._SLOW
         self._collect()
         self.waited += time.monotonic() - began
-        if self.waited >= self._SLOW and not told:
+        if self.waited >= self._SLOW and not warned:
             warnings.warn(
                 f"training has waited {self.waited:.0f} s for checkpoints to reach the disk of {self._run},"
                 f" which takes longer than half of --save-every {self._every}; give a larger one",
@@ -82,7 +83,7 @@ class Saver:
             )
 
     def finish(self, step: int, copy: Callable[[], Checkpoint]) -> None:
-        """Returns once a checkpoint of the present `step` is on the disk; raises DiskError if that fails."""
+        """Returns once a checkpoint of the current `step` is on the disk; raises DiskError if that fails."""
         self._collect()
         if self.saved != step:
             self._start(copy())
@@ -93,7 +94,7 @@ class Saver:
 
     def _start(self, checkpoint: Checkpoint) -> None:
         self._due, self._error = False, None
-        # A daemon, for the interpreter would wait for any other when the user leaves at once.
+        # A daemon: the interpreter does not wait for it after a second Ctrl-C.
         self._thread = threading.Thread(target=self._save, args=[checkpoint], name="saver", daemon=True)
         self._thread.start()
 
@@ -116,7 +117,7 @@ class Saver:
             self._thread.join(timeout)
 
     def _collect(self) -> None:
-        """Waits for the save in flight, if any, and tells what became of it."""
+        """Waits for the save in progress, if any, and reports its error."""
         self._join()
         self._thread = None
         error, self._error = self._error, None

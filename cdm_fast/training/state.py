@@ -1,4 +1,4 @@
-"""Everything that changes while a run trains, and its way into a checkpoint and back."""
+"""The state of a training run, and its conversion to and from checkpoints."""
 
 import math
 import warnings
@@ -26,29 +26,29 @@ from cdm_fast.runs.weights import (
 from cdm_fast.training.ema import Ema
 from cdm_fast.training.step import StepResult, derived_seed, learning_rate, make_optimizer
 
-RECENT = 64  # good steps over whose losses the running median is taken
-SPIKE = 3.0  # a loss above so many running medians is one
+RECENT = 64  # number of good steps in the running median of the loss
+SPIKE = 3.0  # a loss above this many running medians is a spike
 
 
 @dataclass
 class TrainingState:
-    """Everything that changes while a run trains, and that a checkpoint holds."""
+    """Everything that changes while a run trains; a checkpoint holds all of it."""
 
     model: CDM | DDM | Classifier
     ema: Ema
     optimizer: torch.optim.Optimizer
-    sums: Tensor  # (5,) float64 since the last log line: loss, ce, mse, grad_norm of good steps; how many
-    bad: Tensor  # (3,) int64: bad steps in all, bad steps in a row, the last bad step
+    sums: Tensor  # (5,) float64 since the last log line: sums of loss, ce, mse, grad_norm; good steps
+    bad: Tensor  # (3,) int64: number of bad steps; of those in a row at the end; the last one
     recent: Tensor  # (RECENT,) float32: the last losses; infinite where there is none yet
-    spikes: Tensor  # (4,) float64: in all; the worst since the last log line: in medians, its loss, its step
+    spikes: Tensor  # (4,) float64: number; of the worst since the last log line: medians, loss, step
     step: int = 0
-    seconds: float = 0.0  # of training, pictures and scores excluded
+    seconds: float = 0.0  # of training, without pictures and scores
     logged_step: int = 0
     logged_seconds: float = 0.0
     data: str = ""  # digest of the training images
 
     def record(self, result: StepResult) -> None:
-        """Counts the step that `result` came from; stays on the device."""
+        """Adds the result of a step to the counters, on the device."""
         values = torch.stack([*result[:4], torch.ones_like(result.loss)]).double()
         self.sums += torch.where(result.bad > 0, 0.0, values)
         is_bad = result.bad.long()
@@ -58,18 +58,18 @@ class TrainingState:
         self.step += 1
 
     def _watch(self, loss: Tensor, bad: Tensor) -> None:
-        """Compares the loss of a good step with the median of those before; none until half are there."""
+        """Compares a good step's loss with the running median, once that has `RECENT / 2` losses."""
         height = loss / self.recent.median()  # 0 while the median is infinite
         spike = (height > SPIKE) & ~bad
         total, worst, *_ = self.spikes.unbind()
         seen = torch.stack([height, loss, torch.full_like(loss, self.step, dtype=torch.float64)])
         kept = torch.where(spike & (height > worst), seen, self.spikes[1:])
         self.spikes = torch.cat([(total + spike).unsqueeze(0), kept])
-        place = self.step % RECENT
-        self.recent[place] = torch.where(bad, self.recent[place], loss)
+        slot = self.step % RECENT
+        self.recent[slot] = torch.where(bad, self.recent[slot], loss)
 
     def numbers(self, config: RunConfig) -> dict[str, float | int]:
-        """Means since the last log line, and counters; waits for the device."""
+        """Means since the last log line and counters, for the log; waits for the device."""
         *sums, count = self.sums.tolist()
         loss, ce, mse, grad_norm = (value / count if count else math.nan for value in sums)
         images = (self.step - self.logged_step) * config.train.batch_size
@@ -87,28 +87,28 @@ class TrainingState:
         return terms[config.train.objective] | numbers | self._incidents()
 
     def _incidents(self) -> dict[str, float | int]:
-        """Since the last log line: the last step that was skipped, and the worst spike of the loss."""
+        """The last skipped step and the worst spike of the loss since the last log line."""
         last_bad, (_, height, loss, step) = int(self.bad[2]), self.spikes.tolist()
         skipped = {"skipped_step": last_bad} if last_bad >= self.logged_step else {}
         spike = {"spike_step": int(step), "spike_loss": loss, "spike_medians": height} if height else {}
         return {**skipped, **spike}
 
     def start_interval(self) -> None:
-        """After a log line: means begin anew."""
+        """Resets the means, after a log line."""
         self.sums.zero_()
         self.spikes[1:] = 0
         self.logged_step, self.logged_seconds = self.step, self.seconds
 
 
 def _counter(value: Any, limit: float) -> Any:
-    """The value, if it is a number from 0 to `limit`; ValueError if not."""
+    """The value, if it is a number in [0, limit]; ValueError otherwise."""
     if type(value) not in (int, float) or not 0 <= value <= limit:
         raise ValueError(f"{value!r:.40} for a number from 0")
     return value
 
 
 def _fill(target: Tensor, values: object, kind: type[int] | type[float]) -> None:
-    """Copies a list of as many numbers of a kind into `target`; ValueError if it is none."""
+    """Copies a list of numbers of a kind into `target`; ValueError for another length or kind."""
     if not isinstance(values, list) or len(values) != len(target):
         raise ValueError(f"no list of {len(target)} numbers")
     if any(type(value) not in (kind, int) for value in values):
@@ -117,13 +117,13 @@ def _fill(target: Tensor, values: object, kind: type[int] | type[float]) -> None
 
 
 def ema_start(config: RunConfig) -> int | None:
-    """The `start` of the run's `Ema`: a fine-tuned run's average keeps what it began with."""
+    """The `start` of the run's `Ema`; with a rising decay a fine-tuned run would forget its first weights."""
     train = config.train
     return train.ema_start if train.ema_start or train.finetune is not None else None
 
 
 def new_state(config: RunConfig, device: torch.device) -> TrainingState:
-    """An untrained state; the weights are drawn from the config's seed."""
+    """The state before the first step; the weights are drawn from the config's seed."""
     torch.manual_seed(derived_seed(config.train.seed, 0, "weights"))
     model = build_model(config).to(device)
     if config.train.channels_last:
@@ -134,13 +134,13 @@ def new_state(config: RunConfig, device: torch.device) -> TrainingState:
     recent = torch.full((RECENT,), math.inf, device=device)
     spikes = torch.zeros(4, dtype=torch.float64, device=device)
     ema = Ema(model, config.train.ema_decay, ema_start(config))
-    # After the average's copy was taken, which nothing differentiates.
+    # After the average was copied: it is never differentiated.
     cast(DownTrunk, model.network).recompute = config.train.checkpoint_blocks
     return TrainingState(model, ema, make_optimizer(config.train, model), sums, bad, recent, spikes)
 
 
 def to_checkpoint(state: TrainingState, config: RunConfig) -> Checkpoint:
-    """A copy of the state in host memory."""
+    """A copy of the state in host memory; a collective operation where the state is sharded."""
     tensors = {
         "model": snapshot(state.model),
         "ema": snapshot(state.ema.model),
@@ -165,7 +165,7 @@ def to_checkpoint(state: TrainingState, config: RunConfig) -> Checkpoint:
 
 
 def require_trained_here(checkpoint: Checkpoint, where: str) -> None:
-    """UserError for the checkpoint of a converted run, which has no optimizer to continue with."""
+    """Raises UserError for the checkpoint of a converted run, which has no optimizer state."""
     if "config" not in checkpoint.state:
         raise UserError(
             f"{where} was not trained here, so there is nothing to continue;"
@@ -176,11 +176,11 @@ def require_trained_here(checkpoint: Checkpoint, where: str) -> None:
 def from_checkpoint(
     checkpoint: Checkpoint, config: RunConfig, device: torch.device, where: str
 ) -> TrainingState:
-    """The state that `to_checkpoint` copied; UserError when it does not belong to `config`."""
+    """The state that `to_checkpoint` copied; UserError when it does not fit `config`."""
     facts = checkpoint.state
     require_trained_here(checkpoint, where)
     trained_with = from_json(RunConfig, facts["config"], f"{where}: state.json: config")
-    if others := [told.partition(":")[0] for told in differences(trained_with, config)]:
+    if others := [difference.partition(":")[0] for difference in differences(trained_with, config)]:
         raise UserError(
             f"{where}: its checkpoint was trained with another {', '.join(others)}; restore its config.json"
         )
@@ -202,12 +202,12 @@ def from_checkpoint(
         )
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise UserError(
-            f"{where}: state.json lacks or garbles a counter ({ascii(error)[:80]}); restore it"
+            f"{where}: state.json has a missing or invalid counter ({ascii(error)[:80]}); restore it"
         ) from error
     if facts.get("threads") != torch.get_num_threads():
         warnings.warn(
             f"resuming with {torch.get_num_threads()} threads a run of {ascii(facts.get('threads'))[:20]}:"
-            " the numbers may differ in their last bits (OMP_NUM_THREADS sets the count)",
+            " results may differ in their last bits (OMP_NUM_THREADS sets the number)",
             stacklevel=2,
         )
     return state

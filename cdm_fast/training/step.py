@@ -1,4 +1,4 @@
-"""One training step, and what goes into it: the batch, the loss, the optimizer.
+"""One training step: its batch, loss, gradient and optimizer.
 
 Every random draw of step n is a function of (seed, n).
 
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from cdm_fast.config import RunConfig, TrainConfig
 from cdm_fast.data import ImageData, batch_indices
+from cdm_fast.data.pixels import to_points
 from cdm_fast.host.device import upload
-from cdm_fast.host.distributed import mean_over_processes, own_rows, whole
+from cdm_fast.host.distributed import all_reduce_mean, gather_full, rank_rows
 from cdm_fast.host.processes import this_process
 from cdm_fast.model import CDM, DDM
 from cdm_fast.model.classifier import Classifier
@@ -36,12 +37,13 @@ from cdm_fast.ops import noising
 from cdm_fast.ops.precision import ieee_fp32
 from cdm_fast.training.ema import Ema
 from cdm_fast.training.feed import images_of
+from cdm_fast.training.levels import draw_levels
 
 LossFunction = Callable[..., LossTerms]  # (model, batch)
 
 
 def parts_of(batch: Noised, count: int) -> Iterator[Noised]:
-    """The batch in `count` equal parts; `count` must divide B."""
+    """The batch in `count` equal parts, (B/count, ...) each; `count` must divide B."""
     pieces = [[None] * count if tensor is None else tensor.chunk(count) for tensor in batch]
     return (Noised(*part) for part in zip(*pieces, strict=True))
 
@@ -53,7 +55,7 @@ class StepResult(NamedTuple):
     ce: Tensor  # nats; 0 for a DDM
     mse: Tensor
     grad_norm: Tensor  # of the whole gradient, before clipping
-    bad: Tensor  # 1.0 where loss or gradient was not finite, and the weights were left alone
+    bad: Tensor  # 1.0 where loss or gradient was not finite, and no weight changed; else 0.0
 
 
 def training_step(
@@ -69,16 +71,15 @@ def training_step(
     precision: str = "fp32",
     keep_local: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> StepResult:
-    """One optimizer step: loss, gradient, clipping, update, average. Nothing here waits for the device.
+    """One optimizer step: loss, gradient, clipping, update, moving average. Does not wait for the device.
 
     Args:
-        batch: split into `parts` equal ones whose gradients add up to that of the whole; among several
-            processes, this one's rows of it.
+        batch: this rank's rows; it is split into `parts` equal parts whose gradients are accumulated.
         loss_function: see `make_loss`.
-        step: from 0; for the average's warm-up.
-        clip_norm: largest norm of the whole gradient; 0 for any.
+        step: from 0; for the warm-up of the average.
+        clip_norm: largest norm of the whole gradient; 0 for no limit.
         precision: "bf16" runs the network under autocast.
-        keep_local: of a distributed loss function, around all parts but the last: see `parallel.Wrapped`.
+        keep_local: entered around all parts but the last; see `parallel.Wrapped.keep_local`.
 
     A step whose loss or gradient is not finite changes no weight and no moment; its result says `bad`.
     """
@@ -86,9 +87,9 @@ def training_step(
     totals = accumulate_gradient(
         model, batch, loss_function, parts=parts, precision=precision, keep_local=keep_local
     )
-    totals = mean_over_processes(totals)
+    totals = all_reduce_mean(totals)
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    grad_norm = whole(nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf))
+    grad_norm = gather_full(nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf))
     bad = (~(torch.isfinite(grad_norm) & torch.isfinite(totals[0]))).float()
     optimizer.found_inf = bad  # type: ignore[attr-defined]
     optimizer.step()
@@ -106,13 +107,14 @@ def accumulate_gradient(
     precision: str = "fp32",
     keep_local: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Tensor:
-    """Adds the gradient of the batch to that of the weights, part by part; (3,) loss, CE (or 0) and MSE.
+    """Accumulates the gradient of the batch in the weights, part by part; returns (3,) loss, CE (or 0), MSE.
 
-    Arguments as in `training_step`. Among several processes the gradient is that of all, the numbers are not.
+    Arguments as in `training_step`. In a run of several processes the gradient is averaged over them, and the
+    returned numbers are those of this rank's rows.
     """
     device = batch.x_t.device.type
     totals = torch.zeros(3, device=batch.x_t.device)
-    # Several processes send gradients while others are computed; a compiled graph casts as it goes.
+    # DDP needs the parameters themselves, and a compiled graph casts by itself.
     lends = precision == "bf16" and this_process().count == 1 and not is_compiled(loss_function)
     for number, part in enumerate(parts_of(batch, parts), 1):
         with keep_local() if number < parts else nullcontext():
@@ -136,24 +138,24 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def set_dropout(model: CDM | DDM | Classifier, config: RunConfig, step: int) -> None:
-    """Dropout as step `step` (from 0) wants it: the network's, or none in the last part of the run.
+    """Sets dropout for step `step` (from 0): the config's rate, or 0 from `dropout_until` on.
 
-    A likelihood learned under dropout is that of the noisy network: without the noise its levels no longer
-    fit together, by some 0.2 bits/dim on 8x8 digits (see docs/explanation/likelihood.md).
+    Dropout to the end trains the likelihood of the noisy network; without the noise the normalisation of its
+    levels is off, by some 0.2 bits/dim on 8x8 digits (docs/explanation/likelihood.md).
     """
     on = step < config.train.dropout_until * config.train.steps
     cast(UNetTrunk, model.network).dropout = config.network.dropout if on else 0.0
 
 
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Fused Adam or AdamW over all weights."""
+    """Fused Adam or AdamW over all parameters of the model."""
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
     decay = config.weight_decay if config.optimizer == "adamw" else 0.0
     return kind(model.parameters(), lr=config.lr, weight_decay=decay, fused=True)
 
 
 def make_loss(config: TrainConfig) -> LossFunction:
-    """The loss function of the objective, with its weights bound: f(model, batch)."""
+    """The loss function `f(model, batch)` of the config's objective, with its weights bound."""
     if config.objective == "ddm":
         return noised_ddm_loss
     if config.objective == "classifier":
@@ -167,20 +169,20 @@ def make_loss(config: TrainConfig) -> LossFunction:
 
 
 def derived_seed(seed: int, step: int, purpose: str) -> int:
-    """A 63-bit seed that depends on nothing but its arguments."""
+    """A 63-bit seed, a hash of the arguments."""
     words = hashlib.blake2b(f"{seed} {step} {purpose}".encode(), digest_size=8).digest()
     return int.from_bytes(words) >> 1
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Seeds what dropout draws from, for one step."""
+    """Seeds the global generator, which dropout draws from, for one step."""
     torch.manual_seed(derived_seed(seed, step, "dropout"))
 
 
 def draw_batch(data: ImageData, model: CDM | DDM | Classifier, config: RunConfig, step: int) -> Noised:
     """The batch of a step (from 0), a function of (seed, step): images, dequantisation, flips, levels, noise.
 
-    Several processes draw all of it, which takes far less than a step does, and each returns its own rows.
+    Each of several processes draws the whole batch, which is cheap beside a step, and returns its own rows.
     The labels must be on the model's device; the images may be in host memory.
     """
     train, device = config.train, model.a.device
@@ -190,12 +192,12 @@ def draw_batch(data: ImageData, model: CDM | DDM | Classifier, config: RunConfig
         return batch_indices(len(data.images), train.batch_size, train.seed, step)
 
     on_host = indices(step)
-    level = model.draw_levels(train.batch_size, generator)
+    level = draw_levels(model, train.batch_size, train, generator)
     images = images_of(data, on_host, lambda: indices(step + 1), device)
     index, grey = upload(on_host, device), data.num_grey_levels
     points = config.data.pixels == "points"
     x_t, eps, _ = noising(
-        images.float() * (2 / (grey - 1)) - 1 if points else images,
+        to_points(images, grey) if points else images,
         level,
         model.a,
         model.s,
@@ -204,10 +206,10 @@ def draw_batch(data: ImageData, model: CDM | DDM | Classifier, config: RunConfig
         flip=config.data.flip,
     )
     label = _draw_labels(data, config, index, generator)
-    x_t, eps, level = (own_rows(drawn, train.accumulate) for drawn in (x_t, eps, level))
+    x_t, eps, level = (rank_rows(drawn, train.accumulate) for drawn in (x_t, eps, level))
     if train.channels_last:
         x_t, eps = (x.contiguous(memory_format=torch.channels_last) for x in (x_t, eps))
-    return Noised(x_t, eps, level, label if label is None else own_rows(label, train.accumulate))
+    return Noised(x_t, eps, level, label if label is None else rank_rows(label, train.accumulate))
 
 
 def _draw_labels(

@@ -1,4 +1,4 @@
-"""When to stop: on a signal, or when the time is up."""
+"""Stopping a training run on a signal or at a time limit."""
 
 import math
 import signal
@@ -9,14 +9,13 @@ from typing import Any, Self
 
 
 class Stopper:
-    """Says when to stop: on SIGINT or SIGTERM, or when the time is up. A second Ctrl-C interrupts at once.
+    """Reports that training should stop: after SIGINT or SIGTERM, or at the time limit.
 
-    A second SIGTERM does not: launchers and queues send several, and mean that the run be saved.
-    A context manager; `reason` is None, "signal" or "max_time". Once `all_saved` is set the first signal
-    interrupts too.
+    A context manager. A second SIGINT (Ctrl-C) raises KeyboardInterrupt at once; a second SIGTERM does not,
+    because launchers and queues send several. Once `all_saved` is set, the first signal raises too.
 
     Args:
-        max_time: seconds from now, or None.
+        max_time: seconds from now; None for no limit.
     """
 
     _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -45,7 +44,7 @@ class Stopper:
 
     @property
     def reason(self) -> str | None:
-        """Why to stop now, or None."""
+        """Why to stop now: "signal", "max_time" or None."""
         if self._signalled:
             return "signal"
         return "max_time" if time.monotonic() >= self._deadline else None

@@ -1,48 +1,36 @@
-"""Training runs: begin one, continue one, and never lose one.
+"""`train` begins a run, `resume` continues one; both leave everything in its run directory.
 
-Every random draw of step n is a function of (seed, n), so a resumed run takes the very steps that an
-uninterrupted one would have taken.
+`prepare` has what comes before the first step, `loop` the steps, `finish` what comes after the last. Every
+random draw of step n is a function of (seed, n), so a resumed run takes the steps of an uninterrupted one.
 """
 
 import contextlib
 from pathlib import Path
 from typing import Any
 
-from cdm_fast.config import RunConfig, check
+from cdm_fast.config import RunConfig
 from cdm_fast.config.choices import Parallel
-from cdm_fast.config.json import differences
-from cdm_fast.data import ImageData
-from cdm_fast.data.load import data_digest
-from cdm_fast.errors import UserError
 from cdm_fast.host.device import pick_device
-from cdm_fast.host.distributed import from_main, lost_another
-from cdm_fast.host.files import alone_in
+from cdm_fast.host.files import exclusive_lock
 from cdm_fast.host.processes import is_main, this_process
-from cdm_fast.host.progress import to_stderr
-from cdm_fast.runs.checkpoint import (
-    create_run,
-    load_checkpoint,
-    make_ready,
-    read_config,
-    require_new,
-    write_config,
-)
-from cdm_fast.runs.data import in_place, run_data
+from cdm_fast.runs.checkpoint import create_run, require_new
+from cdm_fast.runs.data import in_place
+from cdm_fast.training.best import BestCheckpoint
 from cdm_fast.training.display import Display
 from cdm_fast.training.feed import on_device
-from cdm_fast.training.finetune import begin_from_run
+from cdm_fast.training.finish import finish
 from cdm_fast.training.log import open_sinks, require_extras
 from cdm_fast.training.loop import SavesCheckpoints, Session, train_steps
-from cdm_fast.training.prepare import check_parallel, own_randomness, resolve
-from cdm_fast.training.report import update_loss_curves, write_final
-from cdm_fast.training.saver import Saver
-from cdm_fast.training.state import (
-    TrainingState,
-    from_checkpoint,
-    new_state,
-    require_trained_here,
-    to_checkpoint,
+from cdm_fast.training.prepare import (
+    Prepared,
+    check_parallel,
+    prepare_new,
+    prepare_resumed,
+    preserved_rng,
+    resumed_config,
 )
+from cdm_fast.training.saver import Saver
+from cdm_fast.training.state import to_checkpoint
 from cdm_fast.training.stop import Stopper
 
 
@@ -54,31 +42,53 @@ def train(
     device: str = "auto",
     parallel: Parallel = "ddp",
 ) -> dict[str, Any]:
-    """Trains a new run into the directory `out` and returns its summary (see `_summary`).
+    """Trains a new run into the directory `out` and returns its summary (`finish.summary`).
 
-    max_time: stop after so many seconds, with everything saved; device: "auto", "cpu", "cuda", ...;
-    parallel: how processes that have joined (`distributed.joined`) share the work.
-    Raises UserError for bad data or settings, before anything is written; when `out` exists; when the disk
-    refuses; and when `max_bad_steps` steps in a row are not finite.
+    Where the finished run is scored, the keys of its nll.json, and accuracy and ECE, are in the summary too.
+
+    Args:
+        config: of the run; what depends on the data and the device is filled in (`prepare.resolve`).
+        out: a directory that does not exist, or is empty.
+        max_time: seconds after which to stop, with everything saved; by default there is no limit.
+        device: "auto", "cpu", "cuda", ...
+        parallel: how the processes of a `distributed.process_group` train together.
+
+    Raises:
+        UserError: bad data or settings, or `out` exists, before anything is written; the disk refuses;
+            `max_bad_steps` steps in a row are not finite.
+
+    Example:
+        >>> import tempfile
+        >>> from dataclasses import replace
+        >>> import cdm_fast
+        >>> from cdm_fast.config import NetworkConfig, OutputConfig, RunConfig, ScheduleConfig, TrainConfig
+        >>> config = RunConfig(
+        ...     schedule=ScheduleConfig(T=4),
+        ...     network=NetworkConfig(multipliers=(1,), blocks_per_level=1, attention_resolutions=()),
+        ...     train=TrainConfig(steps=2, batch_size=4, precision="fp32"),
+        ...     output=OutputConfig(num_samples=1, sampling_steps=2, draws=1),
+        ... )
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> train(config, f"{folder.name}/run", max_time=0.0)["step"]  # stopped before the first step
+        0
+        >>> resume(f"{folder.name}/run", device="cpu")["step"]
+        2
+        >>> cdm_fast.load(f"{folder.name}/run").schedule.T
+        4
+        >>> folder.cleanup()
     """
     if is_main():
         require_new(out)
     config = in_place(config)
     require_extras(config)
     check_parallel(config, parallel)
-    place = pick_device(device)
-    with own_randomness(place):
-        data = run_data(config, "train")
-        config = from_main(resolve(config, data, place))
-        validation = run_data(config, "validation").take(slice(config.output.evaluate_images))
-        state = new_state(config, place)
-        begin_from_run(config, state)
-        state.data = data_digest(data)
-        to_stderr(data.describe())
+    chosen = pick_device(device)
+    with preserved_rng(chosen):
+        prepared = prepare_new(config, chosen)
         if is_main():
-            create_run(out, config, to_checkpoint(state, config))
-        with alone_in(Path(out)):
-            return _train(config, Path(out), state, data, validation, max_time, parallel)
+            create_run(out, prepared.config, to_checkpoint(prepared.state, prepared.config))
+        with exclusive_lock(Path(out)):
+            return _train(prepared, Path(out), max_time, parallel)
 
 
 def resume(
@@ -89,49 +99,28 @@ def resume(
     device: str = "auto",
     parallel: Parallel = "ddp",
 ) -> dict[str, Any]:
-    """Continues a run from its newest intact checkpoint, exactly as if it had never stopped.
+    """Continues a run from its newest intact checkpoint: bitwise the run that was never interrupted.
 
-    config: the run's own, with another number of steps or other `output` settings if wanted.
-    Raises UserError as `train` does, and when `config` changes anything that decides the numbers.
+    Args:
+        run: the run directory.
+        config: the run's own by default; another number of steps and other `output` settings are allowed.
+        max_time, device, parallel: as for `train`.
+
+    Raises:
+        UserError: as for `train`; `config` changes anything else; the data are not those of the run.
     """
-    stored = read_config(run)
-    config = in_place(config or stored)
-    check(config)
-    changed = differences(stored, config)
-    if changed:
-        raise UserError(f"--resume {run} cannot change {'; '.join(changed)}; train into another --out")
+    config, stored = resumed_config(run, config)
     require_extras(config)
     check_parallel(config, parallel)
-    require_trained_here(load_checkpoint(run, parts=()), str(run))  # before its data are looked for
-    place = pick_device(device)
-    with alone_in(Path(run)), own_randomness(place):
-        data = run_data(config, "train")
-        if from_main(resolve(config, data, place)).image != config.image:
-            raise UserError(f"--data {config.data.source} is not what {run} was trained on; give that data")
-        validation = run_data(config, "validation").take(slice(config.output.evaluate_images))
-        state = from_checkpoint(load_checkpoint(run), config, place, str(run))
-        if state.data != data_digest(data):
-            raise UserError(f"{config.data.source} has changed since {run} began; restore those images")
-        if from_main(state.step) != state.step:
-            raise UserError(f"{run} is another one on another machine; put it where all of them see it")
-        if is_main():
-            make_ready(Path(run), state.step)
-        if config != stored:
-            write_config(Path(run), config)
-        return _train(config, Path(run), state, data, validation, max_time, parallel)
+    chosen = pick_device(device)
+    with exclusive_lock(Path(run)), preserved_rng(chosen):
+        prepared = prepare_resumed(Path(run), config, stored, chosen)
+        return _train(prepared, Path(run), max_time, parallel)
 
 
-def _train(
-    config: RunConfig,
-    run: Path,
-    state: TrainingState,
-    data: ImageData,
-    validation: ImageData,
-    max_time: float | None,
-    parallel: Parallel,
-) -> dict[str, Any]:
+def _train(prepared: Prepared, run: Path, max_time: float | None, parallel: Parallel) -> dict[str, Any]:
     """Trains to the last step or until stopped, leaves everything on the disk, and returns the summary."""
-    output = config.output
+    config, state, output = prepared.config, prepared.state, prepared.config.output
     with contextlib.ExitStack() as stack:
         sinks = stack.enter_context(open_sinks(run, config, state.step))
         writer = stack.enter_context(Saver(run, output.save_every, output.keep, state.step, sinks))
@@ -142,43 +131,12 @@ def _train(
 
             wrapped = wrap(state, config, parallel)
             saver = JointSaver(writer, together=parallel == "fsdp")
-        training = on_device(data, state.sums.device)
-        session = Session(config, run, state, training, validation, sinks, saver, wrapped)
+        training = on_device(prepared.data, state.sums.device)
+        best = None if output.keep_best == "none" else BestCheckpoint(run, config)
+        session = Session(config, run, state, training, prepared.validation, sinks, saver, wrapped, best)
         stopper = stack.enter_context(Stopper(max_time))
         with Display(state.step, config.train.steps) as display:
             reason = train_steps(session, display, stopper)
             saver.finish(state.step, session.copy)
         stopper.all_saved = True
-        return _finish(session, "finished" if state.step == config.train.steps else reason)
-
-
-def _finish(session: Session, stopped: str | None) -> dict[str, Any]:
-    """Final pictures and test score, cut short by a signal, whose sender waits; returns the summary."""
-    model, run = session.state.ema.model, session.run
-    try:
-        update_loss_curves(run)
-        score = {} if stopped == "signal" else write_final(model, session.config, session.validation, run)
-    except (KeyboardInterrupt, RuntimeError) as error:
-        # A signal may reach another process first, which is then gone; everything is saved.
-        if isinstance(error, RuntimeError) and not lost_another(error):
-            raise
-        score, stopped = {}, "signal"
-    return {**score, **_summary(session, stopped)}
-
-
-def _summary(session: Session, stopped: str | None) -> dict[str, Any]:
-    """run, step, steps, stopped, skipped_steps, seconds (of training) and images_per_second.
-
-    `stopped` is "finished", "max_time" or "signal". Where the run was scored, the other keys of nll.json are
-    returned beside these.
-    """
-    state, train = session.state, session.config.train
-    return {
-        "run": str(session.run),
-        "step": state.step,
-        "steps": train.steps,
-        "stopped": stopped,
-        "skipped_steps": int(state.bad[0]),
-        "seconds": state.seconds,
-        "images_per_second": state.step * train.batch_size / state.seconds if state.seconds else None,
-    }
+        return finish(session, "finished" if state.step == config.train.steps else reason)

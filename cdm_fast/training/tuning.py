@@ -1,4 +1,4 @@
-"""What makes a run fast on the machine it finds, and changes its numbers by rounding alone.
+"""Settings that depend on the machine and change numbers by rounding alone: precision and compilation.
 
 Legend: B batch, C channels, S image size.
 """
@@ -16,15 +16,15 @@ from cdm_fast.nn import AdjointNetwork
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_CHECK_IMAGES = 32  # the self-check takes at most this many: a few milliseconds of work
+_CHECK_IMAGES = 32  # in the measurement: a few milliseconds of work
 _CHECK_ROUNDS = 5
 
 
 def pick_precision(config: RunConfig, device: torch.device) -> Precision:
     """The run's precision, with "auto" resolved.
 
-    On a GPU: bf16 where it multiplies bf16 matrices in hardware. On a CPU that has instructions for it (AMX,
-    AVX-512 BF16): bf16 where it wins a short race over one convolution of the network with its gradients.
+    On a GPU: bf16 where the hardware multiplies bf16 matrices. On a CPU with bf16 instructions (AMX, AVX-512
+    BF16): bf16 where one convolution of the network, with its gradients, is measured to be faster.
     """
     if config.train.precision != "auto":
         return config.train.precision
@@ -32,12 +32,12 @@ def pick_precision(config: RunConfig, device: torch.device) -> Precision:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
         return "fp32"
-    race = {dtype: convolution_seconds(config, dtype, device) for dtype in (torch.bfloat16, torch.float32)}
-    return "bf16" if race[torch.bfloat16] < race[torch.float32] else "fp32"
+    seconds = {dtype: convolution_seconds(config, dtype, device) for dtype in (torch.bfloat16, torch.float32)}
+    return "bf16" if seconds[torch.bfloat16] < seconds[torch.float32] else "fp32"
 
 
 def convolution_seconds(config: RunConfig, dtype: torch.dtype, device: torch.device) -> float:
-    """Least time of a 3x3 convolution of C = base_channels at full resolution, forward and backward."""
+    """Least seconds of a 3x3 convolution of base_channels at full resolution, forward and backward."""
     batch, size = min(config.train.batch_size, _CHECK_IMAGES), config.image.size
     channels = config.network.base_channels
     x = torch.zeros(batch, channels, size, size, dtype=dtype, device=device)
@@ -53,7 +53,7 @@ def convolution_seconds(config: RunConfig, dtype: torch.dtype, device: torch.dev
 
 
 def compiled(function: Function, mode: Compile, device: torch.device) -> Function:
-    """`function` as torch.compile makes it, as one graph; `function` itself for "off".
+    """`function` compiled by torch.compile as one graph; `function` itself for "off".
 
     mode: "auto" is "default" on a GPU and "off" on a CPU, where compiling takes minutes and gains little.
             "reduce-overhead" also records CUDA graphs: for small batches, where launches take the time.
@@ -66,7 +66,7 @@ def compiled(function: Function, mode: Compile, device: torch.device) -> Functio
 
 
 def compile_network(model: Denoiser, mode: Compile) -> None:
-    """Compiles what samplers and likelihoods call of a model: its network, forwards and backwards."""
+    """Compiles the network of a model and its input gradient, which samplers and likelihoods call."""
     network, device = model.network, model.a.device
     network.forward = compiled(network.forward, mode, device)
     if isinstance(network, AdjointNetwork):

@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from building.kernels import STABLE_ABI
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 THREAD_ORDERS = ("natural", "reversed", "random")
@@ -33,7 +35,7 @@ FLAGS = [
     "-ffp-contract=off",  # philox.h asks for one rounding per operation
     "-Wall",
     "-Wno-unknown-pragmas",
-    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
 ]
 # vptr checks would need the C++ runtime of UBSan in every library that the classes come from.
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined", "-g1"]

@@ -75,7 +75,9 @@ _PROGRAMS = (
 @cache
 def tiny_state() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    network = UNet(4, 1, 4, 32, (1,), 1, (), 0.0)
+    network = UNet(
+        4, 1, 4, base_channels=32, multipliers=(1,), blocks_per_level=1, attention_resolutions=(), dropout=0.0
+    )
     return {name: value + 0.1 for name, value in network.state_dict().items()}
 
 

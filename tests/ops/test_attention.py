@@ -22,6 +22,7 @@ from cdm_fast.ops import (
 )
 from cdm_fast.ops import backend as _backend
 from cdm_fast.ops.attention import attention_reference
+from tests.accuracy import TOLERANCE, assert_kernel_accurate
 
 # batch, tokens, channels, heads
 CASES = {
@@ -75,9 +76,7 @@ def method(request):
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-def test_kernels_are_as_accurate_as_plain_pytorch(
-    kernels, method, poison_empty, assert_kernel_accurate, case, dtype
-):
+def test_kernels_are_as_accurate_as_plain_pytorch(kernels, method, poison_empty, case, dtype):
     if dtype == torch.float16 and "fused" not in (kernels, method):
         pytest.skip("the composed method takes no fp16")
     if (kernels, dtype) == ("cpp", torch.float16):
@@ -93,7 +92,7 @@ def test_kernels_are_as_accurate_as_plain_pytorch(
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
-def test_forward_then_vjp_is_double_backward(backend, relative_error, case):
+def test_forward_then_vjp_is_double_backward(backend, case):
     tensors, scale, heads = _case(*case)
     expected = _by_double_backward(tensors, scale, heads)
     with use_backend(backend):
@@ -101,7 +100,7 @@ def test_forward_then_vjp_is_double_backward(backend, relative_error, case):
             assert (value - true_value).norm() <= 1e-12 * (1 + true_value.norm()), name
 
 
-def test_autograd_differentiates_attention_twice(backend, method, assert_kernel_accurate):
+def test_autograd_differentiates_attention_twice(backend, method):
     tensors, scale, heads = _case(2, 21, 24, 2, torch.float32)
     *u, g, q, k, v = (x.requires_grad_() for x in tensors)
     gradients = torch.autograd.grad(attention(q, k, v, scale, heads)[0], (q, k, v), g, create_graph=True)
@@ -157,13 +156,13 @@ def test_equal_scores_average_the_values(backend, method):
     torch.testing.assert_close(lse, torch.full((2, 2, 7), 7.0).log())
 
 
-def test_one_token_returns_its_value(kernels, method, tolerance):
+def test_one_token_returns_its_value(kernels, method):
     tensors, scale, _ = _case(2, 1, 8, 1, torch.float32)
     with use_backend(kernels):
         out, _, grad_q, grad_k, grad_v, grad_g, *others = _by_op(tensors, scale, 1)
     torch.testing.assert_close((out, grad_v, grad_g), (tensors[6], tensors[3], tensors[2]))
     for zero in (grad_q, grad_k, *others):
-        torch.testing.assert_close(zero, torch.zeros_like(zero), rtol=0, atol=20 * tolerance[torch.float32])
+        torch.testing.assert_close(zero, torch.zeros_like(zero), rtol=0, atol=20 * TOLERANCE[torch.float32])
 
 
 def test_far_apart_scores_pick_one_value(backend, method):
@@ -241,7 +240,7 @@ def test_reference_works_under_torch_func():
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
     tile=st.integers(1, 2000),
 )
-def test_random_shapes(tolerance, batch, tokens, width, heads, dtype, tile):
+def test_random_shapes(batch, tokens, width, heads, dtype, tile):
     torch.manual_seed(batch * tokens * width)
     tensors, scale, heads = _case(batch, tokens, width * heads, heads, dtype)
     truth = _by_double_backward([x.double() for x in tensors], scale, heads)
@@ -250,7 +249,7 @@ def test_random_shapes(tolerance, batch, tokens, width, heads, dtype, tile):
         got = _by_op(tensors, scale, heads)
     largest = max(float(x.detach().abs().max()) for x in truth)
     for name, value, true_value in zip(NAMES, got, truth, strict=True):
-        assert float((value - true_value).detach().abs().max()) <= tolerance[dtype] * largest, name
+        assert float((value - true_value).detach().abs().max()) <= TOLERANCE[dtype] * largest, name
 
 
 X = torch.zeros(2, 5, 6)

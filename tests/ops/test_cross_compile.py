@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from building.kernels import STABLE_ABI
+
 pytestmark = pytest.mark.cpu
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("compile_launches.py")
@@ -75,7 +77,7 @@ def test_cuda_sources_compile_without_spills_or_warnings(source, tmp_path):
 
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS]
     includes = [f"-I{path}" for path in (ROOT / "csrc", *include_paths())]
-    flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
     outputs = ["-Xptxas=-v", "--threads=2", "-c", source, "-o", tmp_path / "out.o"]
     command = [_nvcc(), *flags, *targets, *includes, *outputs]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from cdm_fast.ops import use_backend
 from cdm_fast.ops.denoise import denoise_epilogue, denoise_loss, denoise_x0, head_cotangent
+from tests.accuracy import assert_kernel_accurate
 
 SHAPES = {
     "one-pixel": (1, 1, 1, 1),
@@ -64,9 +65,7 @@ NAMES = ("eps_hat", "x0_hat", "loss", "d grad_x", "d x", "d eps", "eps_g", "eps_
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys())
-def test_kernels_are_as_accurate_as_the_reference(
-    kernels, poison_empty, assert_kernel_accurate, shape, dtypes
-):
+def test_kernels_are_as_accurate_as_the_reference(kernels, poison_empty, shape, dtypes):
     arguments = _images(shape, dtypes)
     with use_backend("reference"):
         plain = _outputs_and_gradients(*arguments)
@@ -165,9 +164,7 @@ def _cotangent_and_gradients(weight, level, class_weight):
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"]
 )
-def test_cotangent_kernels_are_as_accurate_as_the_reference(
-    kernels, poison_empty, assert_kernel_accurate, head, dtype
-):
+def test_cotangent_kernels_are_as_accurate_as_the_reference(kernels, poison_empty, head, dtype):
     weight, level, class_weight = _head(*head, dtype=dtype)
     with use_backend("reference"):
         plain = _cotangent_and_gradients(weight, level, class_weight)
@@ -179,7 +176,7 @@ def test_cotangent_kernels_are_as_accurate_as_the_reference(
         assert_kernel_accurate(*values, name)
 
 
-def test_more_classes_than_the_second_axis_of_a_grid_has_blocks(native, assert_kernel_accurate):
+def test_more_classes_than_the_second_axis_of_a_grid_has_blocks(native):
     weight, level = torch.randn(65_536 + 1, 1, dtype=torch.float64), torch.tensor([0])
     class_weight = torch.randn(1, 65_536, dtype=torch.float64)
     arguments = (weight.float(), level, class_weight.float())

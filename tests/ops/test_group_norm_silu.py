@@ -11,6 +11,7 @@ from cdm_fast.ops import backend as _backend
 from cdm_fast.ops import group_norm_silu, group_norm_silu_vjp, use_backend
 from cdm_fast.ops.group_norm_silu import dropout_mask
 from cdm_fast.ops.philox import Stream, philox_words
+from tests.accuracy import TOLERANCE, assert_kernel_accurate, relative_error
 
 EPS = 1e-5
 SEED = torch.tensor([2024, 7])
@@ -82,7 +83,7 @@ def _all_quantities_in_two(inputs, groups, split, **options):
     return [tensor.detach() for tensor in results]
 
 
-def _assert_accurate(got, plain, truth, assert_kernel_accurate):
+def _assert_accurate(got, plain, truth):
     for name, ours, theirs, exact in zip(NAMES, got, plain, truth, strict=True):
         if ours.dtype == torch.float64:
             torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
@@ -90,13 +91,13 @@ def _assert_accurate(got, plain, truth, assert_kernel_accurate):
             assert_kernel_accurate(ours, theirs, exact, name)
 
 
-def _check(backend, inputs, groups, assert_kernel_accurate, **options):
+def _check(backend, inputs, groups, **options):
     with use_backend(backend):
         got = _all_quantities(inputs, groups, **options)
     with use_backend("reference"):
         plain = _all_quantities(inputs, groups, **options)
         truth = _all_quantities([tensor.double() for tensor in inputs], groups, **options)
-    _assert_accurate(got, plain, truth, assert_kernel_accurate)
+    _assert_accurate(got, plain, truth)
     return got
 
 
@@ -125,27 +126,21 @@ def test_reference_is_group_norm_then_silu(shape, groups, silu):
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize(("shape", "groups"), CASES.values(), ids=CASES.keys())
-def test_cpp_and_cuda(
-    native, poison_empty, assert_kernel_accurate, shape, groups, dtype, channels_last, silu, dropout
-):
+def test_cpp_and_cuda(native, poison_empty, shape, groups, dtype, channels_last, silu, dropout):
     inputs = _inputs(shape, dtype, channels_last, per_image=silu and len(shape) == 4)
-    _check(native, inputs, groups, assert_kernel_accurate, silu=silu, dropout=dropout, seed=SEED)
+    _check(native, inputs, groups, silu=silu, dropout=dropout, seed=SEED)
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize(("shape", "groups"), LARGE_CASES.values(), ids=LARGE_CASES.keys())
-def test_cpp_and_cuda_where_work_is_divided(
-    native, poison_empty, assert_kernel_accurate, shape, groups, dtype, channels_last
-):
-    _check(
-        native, _inputs(shape, dtype, channels_last), groups, assert_kernel_accurate, dropout=0.1, seed=SEED
-    )
+def test_cpp_and_cuda_where_work_is_divided(native, poison_empty, shape, groups, dtype, channels_last):
+    _check(native, _inputs(shape, dtype, channels_last), groups, dropout=0.1, seed=SEED)
 
 
 @pytest.mark.parametrize("capability", ["baseline", "avx2"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-def test_cpp_on_lesser_processors(needs_cpp, assert_kernel_accurate, capability, dtype):
+def test_cpp_on_lesser_processors(needs_cpp, capability, dtype):
     from cdm_fast import _C
 
     best = _C.cpu_capability()
@@ -153,7 +148,7 @@ def test_cpp_on_lesser_processors(needs_cpp, assert_kernel_accurate, capability,
     try:
         for channels_last in (False, True):
             inputs = _inputs((2, 24, 5, 7), dtype, channels_last)
-            _check("cpp", inputs, 4, assert_kernel_accurate, dropout=0.3, seed=SEED)
+            _check("cpp", inputs, 4, dropout=0.3, seed=SEED)
     finally:
         _C.limit_cpu_capability(best)
 
@@ -161,9 +156,7 @@ def test_cpp_on_lesser_processors(needs_cpp, assert_kernel_accurate, capability,
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("options", [{}, {"silu": False}, {"dropout": 0.3, "seed": SEED}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=DTYPES.keys())
-def test_triton_interpreted(
-    needs_triton, poison_empty, dtype, options, channels_last, relative_error, tolerance
-):
+def test_triton_interpreted(needs_triton, poison_empty, dtype, options, channels_last):
     # The interpreter rounds towards zero when it stores bf16: the accuracy rule of kernels is not for it.
     inputs = _inputs((1, 12, 5, 7), dtype, channels_last, per_image=True)
     with use_backend("triton"):
@@ -171,7 +164,7 @@ def test_triton_interpreted(
     with use_backend("reference"):
         truth = _all_quantities([tensor.double() for tensor in inputs], 4, **options)
     for name, ours, exact in zip(NAMES, got, truth, strict=True):
-        assert relative_error(ours, exact) < tolerance[dtype], name
+        assert relative_error(ours, exact) < TOLERANCE[dtype], name
 
 
 # (B, C, *spatial), groups, channels of the first of two pieces or None; elements and channels of a tile
@@ -199,9 +192,7 @@ def split_kernels(request, needs_triton, monkeypatch):
 
 @pytest.mark.parametrize("options", [{}, {"silu": False}, {"dropout": 0.3, "seed": SEED}], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-def test_triton_splits_groups_over_programs(
-    split_kernels, poison_empty, dtype, options, assert_kernel_accurate, relative_error, tolerance
-):
+def test_triton_splits_groups_over_programs(split_kernels, poison_empty, dtype, options):
     shape, groups, split = split_kernels
     inputs = _inputs(shape, dtype, channels_last=True, per_image=shape[0] == 2)
     with use_backend("triton"):
@@ -213,23 +204,23 @@ def test_triton_splits_groups_over_programs(
         plain = _all_quantities(inputs, groups, **options)
         truth = _all_quantities([tensor.double() for tensor in inputs], groups, **options)
     if dtype != torch.bfloat16:
-        _assert_accurate(got, plain, truth, assert_kernel_accurate)
+        _assert_accurate(got, plain, truth)
     for name, ours, exact in zip(NAMES, got, truth, strict=True):  # the interpreter truncates to bf16
-        assert relative_error(ours, exact) < tolerance[dtype], name
+        assert relative_error(ours, exact) < TOLERANCE[dtype], name
 
 
-def test_a_group_too_large_for_shared_memory_is_refused_and_leaves_no_error(native, assert_kernel_accurate):
+def test_a_group_too_large_for_shared_memory_is_refused_and_leaves_no_error(native):
     inputs, small = _inputs((1, 4000, 2, 2), torch.float32), _inputs((2, 6, 3, 5), torch.float32)
     if native == "cuda":
         with use_backend(native), pytest.raises(RuntimeError, match="4000 channels in a group are more than"):
             group_norm_silu(inputs[0], *inputs[4:], 1)
     else:
-        _check(native, inputs, 1, assert_kernel_accurate)
-    _check(native, small, 2, assert_kernel_accurate)
+        _check(native, inputs, 1)
+    _check(native, small, 2)
 
 
-def test_a_group_that_needs_more_shared_memory_than_a_launch_has_unasked(native, assert_kernel_accurate):
-    _check(native, _inputs((1, 1000, 2, 2), torch.float32), 1, assert_kernel_accurate)
+def test_a_group_that_needs_more_shared_memory_than_a_launch_has_unasked(native):
+    _check(native, _inputs((1, 1000, 2, 2), torch.float32), 1)
 
 
 TWO_PIECES = {
@@ -390,9 +381,7 @@ def test_gradcheck_in_two_pieces(needs_cpp):
     width=st.integers(2, 20),
     channels_last=st.booleans(),
 )
-def test_any_shape(
-    needs_cpp, relative_error, tolerance, batch, groups, group_channels, height, width, channels_last
-):
+def test_any_shape(needs_cpp, batch, groups, group_channels, height, width, channels_last):
     # In a group of two, xhat is 1 and -1 whatever x is: every gradient is rounding error and has no accuracy.
     assume(group_channels * height * width >= 16)
     inputs = _inputs((batch, groups * group_channels, height, width), torch.float32, channels_last)
@@ -401,7 +390,7 @@ def test_any_shape(
     with use_backend("reference"):
         truth = _all_quantities([tensor.double() for tensor in inputs], groups)
     for name, ours, exact in zip(NAMES, got, truth, strict=True):
-        assert relative_error(ours, exact) < tolerance[torch.float32], name
+        assert relative_error(ours, exact) < TOLERANCE[torch.float32], name
 
 
 def test_the_result_does_not_depend_on_the_number_of_threads(needs_cpp):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from cdm_fast.ops import use_backend
 from cdm_fast.ops.head_noise_level_ce import head_noise_level_ce
 from cdm_fast.ops.noise_level_ce import noise_level_ce
+from tests.accuracy import assert_kernel_accurate
 
 module = import_module("cdm_fast.ops.head_noise_level_ce")  # the package has a function of that name
 
@@ -79,7 +80,7 @@ def test_it_is_the_head_followed_by_the_loss(case):
 
 @every_case
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-def test_it_is_as_accurate_as_the_reference(poison_empty, assert_kernel_accurate, case, dtype):
+def test_it_is_as_accurate_as_the_reference(poison_empty, case, dtype):
     with use_backend("reference"):
         truth = _values_and_gradients(head_noise_level_ce, case)
         plain = _values_and_gradients(head_noise_level_ce, _converted(case, dtype))

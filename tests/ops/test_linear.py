@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cdm_fast.ops import linear, use_backend
+from tests.accuracy import assert_kernel_accurate
 
 LARGE = (300, 128, 160)  # rows, features in, features out: enough for oneDNN
 NAMES = ("y", "grad_x", "grad_weight", "grad_bias", "grad_grad_x", "grad_grad_weight")
@@ -45,7 +46,7 @@ def _with_derivatives(function, x, weight, bias, u, u_x, u_weight):
     return y, *gradients, *second
 
 
-def test_two_orders_of_derivatives_against_fp64(assert_kernel_accurate):
+def test_two_orders_of_derivatives_against_fp64():
     x, weight = _rows(torch.float64)
     bias, y = torch.randn(160, dtype=torch.float64), F.linear(x, weight)
     tensors = [x, weight, bias, torch.randn_like(y), torch.randn_like(x), torch.randn_like(weight)]
@@ -57,7 +58,7 @@ def test_two_orders_of_derivatives_against_fp64(assert_kernel_accurate):
         assert_kernel_accurate(got, expected, exact, name)
 
 
-def test_expanded_gradients_and_strided_operands(assert_kernel_accurate):
+def test_expanded_gradients_and_strided_operands():
     x, weight = torch.randn(300, 256)[:, ::2], torch.randn(128, 160).t()  # neither is contiguous
     x.requires_grad_(), weight.requires_grad_()
     linear(x, weight).sum().backward()  # its gradient is one number, expanded

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from cdm_fast.ops import low_rank_noise_level_ce as op
+from tests.accuracy import TOLERANCE, relative_error
 
 LEVELS, CLASSES, RANK = 9, 5, 3
 LABELS = {"labelled": [0, 4, 2, 1], "mixed": [0, -1, 2, -1], "none": None}
@@ -20,7 +21,7 @@ def inputs(dtype, label):
 
 @pytest.mark.parametrize("block", [1, 45, 1 << 20], ids=["one-level", "two-levels", "all"])
 @pytest.mark.parametrize("label", LABELS)
-def test_blocks_agree_with_all_logits_at_once(label, block, monkeypatch, relative_error, tolerance):
+def test_blocks_agree_with_all_logits_at_once(label, block, monkeypatch):
     monkeypatch.setattr(op, "BLOCK_ELEMENTS", block)
     truth = inputs(torch.float64, label)
     expected = op.low_rank_noise_level_ce_reference(*truth)
@@ -28,9 +29,9 @@ def test_blocks_agree_with_all_logits_at_once(label, block, monkeypatch, relativ
     for dtype in (torch.float64, torch.float32):
         given = inputs(dtype, label)
         loss = op.low_rank_noise_level_ce(*given)
-        assert relative_error(loss, expected) < tolerance[dtype]
+        assert relative_error(loss, expected) < TOLERANCE[dtype]
         for got, each in zip(torch.autograd.grad(loss.square().sum(), given[:2]), wanted, strict=True):
-            assert relative_error(got, each) < tolerance[dtype]
+            assert relative_error(got, each) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("block", [1, 1 << 20], ids=["one-level", "all"])

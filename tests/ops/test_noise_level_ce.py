@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cdm_fast.ops import use_backend
-from cdm_fast.ops.noise_level_ce import level_logits, log_posterior, noise_level_ce
+from cdm_fast.ops.noise_level_ce import level_logits, noise_level_ce
+from tests.accuracy import TOLERANCE, assert_kernel_accurate
 
 # batch, levels, classes, whether every level has K logits (else pure noise has one)
 CASES = {
@@ -44,7 +45,7 @@ def _values_and_gradient(logits, level, label, num_classes):
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-def test_kernels_are_as_accurate_as_the_reference(kernels, poison_empty, assert_kernel_accurate, case, dtype):
+def test_kernels_are_as_accurate_as_the_reference(kernels, poison_empty, case, dtype):
     arguments = _case(*case, dtype=dtype)
     with use_backend("reference"):
         plain = _values_and_gradient(*arguments)
@@ -57,7 +58,7 @@ def test_kernels_are_as_accurate_as_the_reference(kernels, poison_empty, assert_
 
 @pytest.mark.parametrize("most", ["baseline", "avx2"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-def test_lesser_instruction_sets_are_as_accurate(limit_isa, assert_kernel_accurate, most, dtype):
+def test_lesser_instruction_sets_are_as_accurate(limit_isa, most, dtype):
     arguments = _case(*CASES["longer-than-a-block"], dtype=dtype)
     with use_backend("reference"):
         plain = _values_and_gradient(*arguments)
@@ -101,9 +102,9 @@ def test_the_labels_of_pure_noise_do_not_matter(backend):
     assert float(labelled.log_ratio.abs().max()) == 0.0
 
 
-def test_log_posterior_is_normalised_and_agrees_with_the_loss(backend):
+def test_posterior_is_normalised_and_agrees_with_the_loss(backend):
     logits, level, _, _ = _case(6, 9, 4, False)
-    posterior = log_posterior(logits, 4)
+    posterior = level_logits(logits, 4).log_softmax(1)
     assert posterior.shape == (6, 9)
     torch.testing.assert_close(posterior.exp().sum(1), torch.ones(6, dtype=torch.float64))
     loss = noise_level_ce(logits, level, None, 4).loss
@@ -119,7 +120,7 @@ def test_level_logits_of_the_three_layouts_agree():
 
 def _level_logits_and_gradient(logits, num_classes):
     logits = logits.detach().requires_grad_()
-    posterior = log_posterior(logits, num_classes)
+    posterior = level_logits(logits, num_classes).log_softmax(1)
     weight = torch.linspace(-1, 2, posterior.numel()).to(posterior.dtype).reshape(posterior.shape)
     (gradient,) = torch.autograd.grad((weight * posterior).sum(), logits)
     return level_logits(logits, num_classes).detach(), posterior.detach(), gradient
@@ -128,21 +129,19 @@ def _level_logits_and_gradient(logits, num_classes):
 @pytest.mark.parametrize("most", ["baseline", "avx2", "avx512"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-def test_level_logits_and_posterior_in_cpp(
-    limit_isa, poison_empty, assert_kernel_accurate, most, case, dtype
-):
+def test_level_logits_and_posterior_in_cpp(limit_isa, poison_empty, most, case, dtype):
     limit_isa(most)
-    _assert_level_logits("cpp", assert_kernel_accurate, case, dtype)
+    _assert_level_logits("cpp", case, dtype)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-def test_level_logits_and_posterior_in_triton(poison_empty, assert_kernel_accurate, case, dtype):
+def test_level_logits_and_posterior_in_triton(poison_empty, case, dtype):
     pytest.importorskip("triton", reason="triton is not installed")
-    _assert_level_logits("triton", assert_kernel_accurate, case, dtype)
+    _assert_level_logits("triton", case, dtype)
 
 
-def _assert_level_logits(kernels, assert_kernel_accurate, case, dtype):
+def _assert_level_logits(kernels, case, dtype):
     logits, _, _, num_classes = _case(*case, dtype=dtype)
     with use_backend("reference"):
         plain = _level_logits_and_gradient(logits, num_classes)
@@ -159,7 +158,9 @@ def test_the_posterior_has_two_derivatives(case):
     logits, _, _, num_classes = _case(*case)
     with use_backend("cpp"):
         for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
-            assert check(lambda z: log_posterior(z, num_classes), logits.requires_grad_(), fast_mode=True)
+            assert check(
+                lambda z: level_logits(z, num_classes).log_softmax(1), logits.requires_grad_(), fast_mode=True
+            )
 
 
 @pytest.mark.cpu
@@ -173,7 +174,7 @@ def test_a_nan_makes_its_level_nan_and_the_whole_posterior(backend):
     logits = torch.zeros(1, 20 * 3 + 1)
     logits[0, 17] = float("nan")
     assert level_logits(logits, 3)[0].isnan().nonzero().flatten().tolist() == [5]
-    assert bool(log_posterior(logits, 3).isnan().all())
+    assert bool(level_logits(logits, 3).log_softmax(1).isnan().all())
 
 
 @pytest.mark.parametrize("shift", [-1e4, 1e4], ids=["low", "high"])
@@ -327,7 +328,7 @@ MINUS_INFINITY = {
 @pytest.mark.parametrize("num_classes, entries", MINUS_INFINITY.values(), ids=MINUS_INFINITY.keys())
 @pytest.mark.parametrize("label", [None, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_of_minus_infinity(backend, tolerance, num_classes, entries, label, dtype):
+def test_logits_of_minus_infinity(backend, num_classes, entries, label, dtype):
     """Impossible levels and classes: finite wherever the reference is, infinite where it is."""
     logits = torch.randn(2, 12 if num_classes == 1 else 21).to(dtype)
     logits[:, entries] = -torch.inf
@@ -340,7 +341,7 @@ def test_logits_of_minus_infinity(backend, tolerance, num_classes, entries, labe
         (gradient,) = torch.autograd.grad(getattr(result, output).sum(), leaf)
         return result.loss.detach(), result.log_ratio.detach(), gradient
 
-    bounds = {"rtol": tolerance[dtype], "atol": tolerance[dtype]}
+    bounds = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
     for output in ("loss", "log_ratio"):
         got = values(output)
         with use_backend("reference"):

@@ -1,0 +1,237 @@
+"""The constants of a CDM's logits, refitted last to fresh noised training images, with all weights held.
+
+The last batches of training leave their noise in the constant of every logit, and so in every likelihood and
+class. Given the weights, the mean log posterior is concave in the constants; at its maximum the posteriors of
+each logit, summed over the rows, are the number of rows that belong to it. These are the equations of MBAR
+(doi 10.1063/1.2978177), whose solution is the best estimate of normalisation from samples of all levels.
+
+# n rows, L = T+2 noise levels, K classes, N = (L-1) K + 1 logits, P constants a level
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cdm_fast.data import ImageData
+from cdm_fast.data.pixels import dequantize
+from cdm_fast.errors import UserError
+from cdm_fast.host.progress import Progress, silent
+from cdm_fast.model import CDM, evaluation_mode
+from cdm_fast.model.denoiser import like_network
+from cdm_fast.nn.heads import CumulativeHead, JointHead, LowRankHead
+from cdm_fast.runs.calibration import fingerprint, require_head
+from cdm_fast.runs.constants import Constants
+from cdm_fast.training.levels import stratified_levels
+
+CHUNK = 512  # rows per forward pass
+STORED = 2**27  # logits that are kept in memory, 0.5 GiB; further rows are used for one last step
+MOST_CONSTANTS = 3000  # with more, all classes of a level share one: Newton's matrix is dense
+FEWEST_ROWS = 10  # for each constant
+NEWTON_STEPS, CONVERGED, LONGEST = 50, 1e-5, 1.0  # the last two in nats
+
+
+class Rows(NamedTuple):
+    """Noised images, and what the network is asked about them."""
+
+    logits: Tensor  # (n, N)
+    own: Tensor  # (n,) int64, the logit that each row belongs to
+
+
+Scored = Callable[[int], Iterator[Rows]]  # number of rows -> the rows, chunk by chunk
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Noised images of a data set: levels from p(t), stratified in each chunk, fresh noise for every row."""
+
+    model: CDM
+    data: ImageData
+    flip: bool
+
+    def __call__(self, num: int, generator: torch.Generator, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(x_t (num, C, H, W), level (num,), index (num,)) of images drawn from the indices `images`."""
+        index = images[torch.randint(len(images), (num,), generator=generator)]
+        x = dequantize(self.data.images[index], self.data.num_grey_levels, generator, self.data.pixels)
+        if self.flip:
+            mirrored = torch.rand(num, generator=generator) < 0.5
+            x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+        level = stratified_levels(self.model.log_level_prior.double().cpu().exp(), num, generator)
+        return (
+            like_network(self.model, self.model.schedule.noise(x, level, generator=generator)),
+            level,
+            index,
+        )
+
+
+@evaluation_mode
+def refit_constants(
+    model: CDM,
+    data: ImageData,
+    num_rows: int,
+    *,
+    flip: bool = False,
+    null_class: bool = True,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Constants:
+    """The constants of the logits that fit `num_rows` noised images of `data` best; the model is not changed.
+
+    A head over levels gets one constant a level. A joint head gets one for every pair of level and class (a
+    low-rank one as far as its class vectors allow), or one a level where the pairs are more than
+    `MOST_CONSTANTS`. A class embedding gets one a level for each class, fitted to rows of that class.
+
+    Args:
+        model: uncalibrated, without refitted constants.
+        data: training images; on the CPU.
+        num_rows: images drawn with replacement.
+        flip: mirror half of them, as training did.
+        null_class: also fit the null class of an embedding, which label dropout trains.
+        progress: called with a message now and then.
+
+    Raises:
+        UserError: a network without a head of this library; fewer than `FEWEST_ROWS` rows for each constant.
+    """
+    head = copy.deepcopy(require_head(model))
+    weights, draw = fingerprint(model.state_dict()), Draw(model, data, flip)
+    generator = torch.Generator().manual_seed(seed)
+    by_class: tuple[float, ...] = ()
+    if model.conditioning == "embedding" and model.num_classes is not None:
+        table = _fit_classes(draw, num_rows, null_class, generator, progress)
+        by_class = tuple(table.flatten().tolist())
+    else:
+        basis = class_basis(head, model)
+        _require_rows(num_rows, basis.shape[1] * (model.schedule.num_levels - 1))
+        progress(f"fitting {basis.shape[1]} constants for each level to {num_rows} noised images")
+        images = torch.arange(len(data.images))
+        shift = fit_shift(lambda num: _scored(draw, num, generator, images), num_rows, basis)
+        shift_rows(head, shift)
+    bias = tuple(head.bias.double().tolist())
+    return Constants(bias, by_class, weights, data.name, data.split, num_rows, seed)
+
+
+def class_basis(head: CumulativeHead, model: CDM) -> Tensor:
+    """(K, P) float64: how much each constant of a level adds to the logits of its classes."""
+    levels = model.schedule.num_levels - 1
+    common = torch.ones(model.joint_classes, 1, dtype=torch.float64)
+    if not isinstance(head, JointHead) or levels * head.rows_per_level > MOST_CONSTANTS:
+        return common
+    if isinstance(head, LowRankHead):  # z[t, c] = basis[t, 0] + sum_r v[c, r] basis[t, r]
+        return torch.cat([common, head.classes.detach().double().cpu()], dim=1)
+    return torch.eye(model.joint_classes, dtype=torch.float64)
+
+
+@torch.no_grad()
+def shift_rows(
+    head: CumulativeHead,
+    shift: Tensor,  # (L-1, P) nats
+) -> None:
+    """Adds the constants of `class_basis` to the logits of `head`, by its bias; pure noise keeps its own."""
+    padded = torch.cat([shift, shift.new_zeros(1, shift.shape[1])])
+    if shift.shape[1] == 1:
+        head.shift(padded[:, 0])
+    else:
+        assert isinstance(head, JointHead)
+        head.bias[:-1].unflatten(0, (-1, head.rows_per_level)).add_(padded.diff(dim=0).to(head.bias))
+
+
+def fit_shift(
+    score: Scored,
+    num: int,
+    basis: Tensor,  # (K, P)
+) -> Tensor:
+    """(L-1, P) constants at the maximum of the mean log posterior of `num` rows, by Newton's method.
+
+    As many rows as `STORED` allows are stored and iterated over; the others take part in one last step.
+    """
+    first = next(iter(score(1)))
+    num_logits = first.logits.shape[1]
+    stored = list(score(min(num, max(1, STORED // num_logits))))
+    shift = torch.zeros((num_logits - 1) // len(basis), basis.shape[1], dtype=torch.float64)
+    for _ in range(NEWTON_STEPS):
+        step = newton_step(stored, shift, basis)
+        shift += step
+        if bool((step @ basis.T).abs().max() < CONVERGED):
+            break
+    left = num - STORED // num_logits
+    if left > 0:
+        shift += newton_step(chain(stored, score(left)), shift, basis)
+    return shift
+
+
+def newton_step(rows: Iterable[Rows], shift: Tensor, basis: Tensor) -> Tensor:
+    """The Newton step (L-1, P) at `shift`; the ratios of neighbouring levels change by at most `LONGEST`.
+
+    The gradient is `B^T (own - p)` and the curvature `B^T (diag p - p p^T) B`, summed over rows, with the
+    posteriors p of the logits but that of pure noise, whose constant is fixed, and B the basis of each level.
+    """
+    levels, size = shift.shape
+    added = torch.cat([(shift @ basis.T).flatten(), shift.new_zeros(1)])
+    count, expected = torch.zeros(2, len(added), dtype=torch.float64).unbind()
+    square = torch.zeros(levels * size, levels * size, dtype=torch.float64)
+    for logits, own in rows:
+        posterior = (logits + added.to(logits)).softmax(1)
+        count += torch.bincount(own, minlength=len(added))
+        expected += posterior.sum(0, dtype=torch.float64)
+        mean = (posterior[:, :-1].unflatten(1, (levels, len(basis))) @ basis.to(posterior)).flatten(1)
+        square += (mean.T @ mean).double()
+    gradient = (count - expected)[:-1].view(levels, len(basis)) @ basis
+    blocks = torch.einsum("tc,ci,cj->tij", expected[:-1].view(levels, len(basis)), basis, basis)
+    curvature = torch.block_diag(*blocks) - square
+    solution = torch.linalg.lstsq(curvature, gradient.flatten(), driver="gelsd").solution.view(levels, size)
+    longest = float((solution @ basis.T).diff(dim=0, append=shift.new_zeros(1, len(basis))).abs().max())
+    return solution * min(1.0, LONGEST / longest) if longest > 0 else solution
+
+
+def _fit_classes(
+    draw: Draw, num: int, null_class: bool, generator: torch.Generator, progress: Progress
+) -> Tensor:
+    """(K+1, L) constants of a class embedding, each class fitted to its own images, the null class to all."""
+    model, labels = draw.model, draw.data.labels
+    classes, levels = model.num_classes or 0, model.schedule.num_levels
+    if labels is None:
+        raise UserError(f"{draw.data.name} has no labels, to which the constants of a class could be fitted")
+    table, each = torch.zeros(classes + 1, levels, dtype=torch.float64), num // classes
+    _require_rows(each, levels - 1)
+    common = torch.ones(1, 1, dtype=torch.float64)
+    for label in range(classes + null_class):
+        images = torch.arange(len(labels)) if label == classes else (labels == label).nonzero()[:, 0]
+        if not len(images):
+            continue
+        progress(f"fitting the constants of class {label} of {classes} to {each} noised images")
+        asked = -1 if label == classes else label
+
+        def score(num: int, images: Tensor = images, asked: int = asked) -> Iterator[Rows]:
+            return _scored(draw, num, generator, images, asked)
+
+        table[label, :-1] = fit_shift(score, each, common)[:, 0]
+    return table
+
+
+def _require_rows(num: int, constants: int) -> None:
+    if num < FEWEST_ROWS * constants:
+        raise UserError(f"{num} rows for {constants} constants: give {FEWEST_ROWS} or more for each")
+
+
+def _scored(
+    draw: Draw, num: int, generator: torch.Generator, images: Tensor, label: int | None = None
+) -> Iterator[Rows]:
+    """Logits of `num` fresh rows of the images with these indices, `CHUNK` at a time, in fp32 on the CPU.
+
+    label: what a class embedding is asked about; joint logits know each row's own class.
+    """
+    model, labels = draw.model, draw.data.labels
+    for first in range(0, num, CHUNK):
+        x, level, index = draw(min(CHUNK, num - first), generator, images)
+        if label is None:
+            logits, own = model.logits(x), level
+        else:
+            logits, own = model.logits(x, torch.full((len(x),), label, device=x.device)), level
+        if model.joint_classes > 1:
+            assert labels is not None, "joint logits are trained on labels"
+            own = level * model.joint_classes + labels[index]
+        yield Rows(logits.float().cpu(), own.clamp(max=logits.shape[1] - 1))
