@@ -41,7 +41,17 @@ def write_tutorials(folder: Path) -> None:
 
 def write_commands(page: Path) -> None:
     """One page with the options of every command, as `--help` prints them."""
-    text = ["# Command line", "", "With `--json`, standard output is exactly one JSON object.", ""]
+    text = [
+        "# Command line",
+        "",
+        "With `--json`, standard output is exactly one JSON object.",
+        "`~` at the beginning of a path is the home folder.",
+        "",
+        "Exit status: 0; 2 for an error that the user can correct, with one line on standard error;",
+        "130 after Ctrl-C (`train` and `sample` save what they have, and exit with 0);",
+        "141 if the reader of standard output has gone.",
+        "",
+    ]
     for command in COMMANDS:
         printed = subprocess.run(
             [sys.executable, "-m", "cdm_fast.cli", command, "--help"],

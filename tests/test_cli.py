@@ -258,7 +258,7 @@ def test_memory_that_is_not_enough_is_one_line(trained, monkeypatch, error):
 
     monkeypatch.setattr("cdm_fast.cli.commands.run", fail)
     status, out, err = call("sample", trained[0], "--json")
-    assert status == 2 and err.startswith("cdm-fast: error: memory is not enough (") and err.count("\n") == 1
+    assert status == 2 and err.startswith("cdm-fast: error: out of memory (") and err.count("\n") == 1
     assert str(error) in json.loads(out)["error"]
 
 

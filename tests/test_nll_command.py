@@ -1,6 +1,7 @@
 """`cdm-fast nll` by every method, on a run that trains in a second."""
 
 import csv
+import json
 import sys
 
 import numpy as np
@@ -49,6 +50,40 @@ def test_audit_prints_every_figure_and_draws_it(run, tmp_path):
     for part in ("probability-flow ODE", "single pass minus ODE", "log Z", "ratio check", "+-"):
         assert part in told
     assert "log Z, run 2 of 2" in progress
+
+
+def lists_of_numbers(value, name=""):
+    """The names of the lists of numbers in a JSON value."""
+    if isinstance(value, dict):
+        return [found for key, item in value.items() for found in lists_of_numbers(item, f"{name}/{key}")]
+    return [name] if isinstance(value, list) and value and not isinstance(value[0], str) else []
+
+
+@pytest.mark.parametrize("method", ["single", "ode", "elbo", "audit"])
+def test_standard_output_has_the_summary_and_out_the_arrays(run, tmp_path, method):
+    flags = ["--method", method, *AUDIT, "--out", tmp_path / "values.csv"]
+    found = call_json("nll", run, *flags)
+    assert lists_of_numbers(found) == [] and found["report"] == str(tmp_path / "values.json")
+    report = json.loads((tmp_path / "values.json").read_text())
+    arrays = lists_of_numbers(report)
+    wanted = {
+        "single": ["/ratio_check/log_mean_ratio"],
+        "ode": ["/ode/levels"],
+        "elbo": ["/elbo/steps"],
+        "audit": ["/ratio_check/log_mean_ratio", "/log_z/log_z", "/elbo/steps"],
+    }[method]
+    assert set(wanted) <= set(arrays)
+    for key, value in found.items():
+        if not isinstance(value, dict) and key != "images_per_second":
+            assert report[key] == value
+
+
+def test_train_and_calibrate_print_no_arrays(run, tmp_path):
+    summary = call_json("train", "--resume", run, "--steps", "7", "--device", "cpu")
+    assert lists_of_numbers(summary) == [] and summary["ratio_check"]["worst"] >= 0
+    few = ["--particles", "4", "--runs", "2", "--device", "cpu"]
+    assert lists_of_numbers(call_json("calibrate", run, *few)) == []
+    call_json("calibrate", run, "--undo")
 
 
 @pytest.mark.parametrize("method", ["ode", "elbo"])
@@ -181,6 +216,8 @@ def test_an_interrupt_leaves_at_once(run, monkeypatch):
 
 
 def test_the_picture_needs_no_bound(run, tmp_path):
-    found = call_json("nll", run, "--method", "audit", *AUDIT, "--level", "2", "--rungs", "4")
+    flags = ["--level", "2", "--rungs", "4", "--out", tmp_path / "values.npz"]
+    found = call_json("nll", run, "--method", "audit", *AUDIT, *flags)
     assert found["elbo_bits_per_dim"] is None
+    found = json.loads((tmp_path / "values.json").read_text())
     assert write_audit(found, tmp_path / "again.png").stat().st_size > 10_000

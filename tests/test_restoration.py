@@ -8,7 +8,7 @@ from PIL import Image
 from benchmarks.support.analytic import ExactNetwork, GaussianMixture, given, random_mixture, smooth_pixels
 from cdm_fast import CDM, DDM, MLPDenoiser, NoiseSchedule, UserError, sample
 from cdm_fast.cli.arguments import Restore
-from cdm_fast.cli.restore import measure, read_input
+from cdm_fast.cli.restore import read_input, read_measurement
 from cdm_fast.evaluation.quality import two_sample_test
 from cdm_fast.runs.checkpoint import create_run, read_config
 from cdm_fast.sampling import MALA
@@ -238,7 +238,7 @@ def test_mask_and_box_leave_the_same_pixels_known(folder):
     config = read_config(folder / "cdm")
     for where in ({"mask": folder / "mask.png"}, {"box": (3, 1, 5, 3)}):
         command = Restore(folder / "cdm", folder / "image.png", "inpaint", **where)
-        measurement, shown = measure(command, config)
+        measurement, shown = read_measurement(command, config)
         known = torch.ones(8, 8, dtype=torch.bool)
         known[1:4, 3:] = False
         image = read_input(folder / "image.png", config)

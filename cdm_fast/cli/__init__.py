@@ -4,7 +4,17 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit status; see `entry.main`, which is imported here."""
-    from cdm_fast.cli.entry import main
+    """Runs the command line and returns its exit status; see `entry.main`, which is imported here.
 
-    return main(argv)
+    argv: the arguments, by default those of the process. Only then Ctrl-C ends the process during imports.
+    """
+    if argv is not None:
+        from cdm_fast.cli.entry import main
+
+        return main(argv)
+    from cdm_fast.cli.interrupt import dies_of_interrupt
+
+    with dies_of_interrupt():
+        from cdm_fast.cli.entry import main
+
+        return main()

@@ -1,4 +1,7 @@
-"""The arguments of each command, as frozen dataclasses: their docstrings are its help."""
+"""The arguments of each command, as frozen dataclasses: their docstrings are its help.
+
+Options that several commands take are written once, in a base class.
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,139 +22,180 @@ from cdm_fast.config.choices import (
 )
 from cdm_fast.config.flags import FlagCreatePairsOff, Positional
 
-Json = Annotated[bool, FlagCreatePairsOff]
+Switch = Annotated[bool, FlagCreatePairsOff]  # an option that is on when it is given
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithJson:
+    """The option of every command."""
+
+    json: Switch = False
+    """Print the result as one JSON object on standard output; everything else goes to standard error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithDevice(WithJson):
+    """The options of commands that run a network."""
+
+    device: str = "auto"
+    """Device to compute on: auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithCompile(WithDevice):
+    """The options of commands that may compile the network."""
+
+    compile: Compile = "auto"
+    """Mode of torch.compile; auto is `default` on a GPU and off on a CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithSolver:
+    """The options of the probability-flow ODE."""
+
+    tolerance: float = 1e-5
+    """Relative and absolute tolerance of the ODE solver."""
+    probes: int | None = None
+    """Random probes that estimate the divergence in the ODE; 0 computes it exactly, with one probe per
+    dimension. By default 4, or exact up to 16 dimensions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithParticles:
+    """The options of the measurement of log Z."""
+
+    particles: int = PARTICLES
+    """Particles in each run that measures log Z."""
+    runs: int = 3
+    """Independent runs that measure log Z; their spread gives the standard error."""
+    moves: int = 1
+    """Langevin moves of each particle at each level."""
+    rungs: int | None = None
+    """Number of levels that the particles visit, by default all of up to 256. log Z is interpolated at the
+    levels between them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithBatches:
+    """The options of commands that process many images."""
+
+    batch_size: int = 500
+    """Network inputs per forward pass; a smaller number needs less memory."""
+    seed: int = 0
+    """Seed of all random numbers."""
 
 
 @dataclass(frozen=True)
-class Train:
+class Train(WithDevice):
     """Train a model, or continue a run.
 
-    Ctrl-C saves and stops; a second one leaves at once.
+    Ctrl-C saves a checkpoint and stops; a second Ctrl-C stops at once.
     """
 
     preset: Preset = "digits-encoder"
-    """Where the defaults of everything below come from."""
+    """Preset that sets the defaults of all options below."""
     out: Path | None = None
-    """Run directory to make; by default runs/PRESET."""
+    """Run directory to create; by default runs/PRESET."""
     resume: Path | None = None
-    """Continue this run directory instead, exactly where it stopped."""
+    """Continue the run in this directory from its newest checkpoint."""
     max_time: float | None = None
-    """Stop after this many seconds, with everything saved."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
+    """Save and stop after this many seconds."""
     cache: str | None = None
     """Folder of prepared copies of data, or `off`; by default CDM_FAST_CACHE, or the user's cache folder."""
     parallel: Parallel = "ddp"
-    """Under torchrun: `ddp`, every process holds the whole model; `fsdp`, each holds a part of it."""
-    json: Json = False
-    """Print the summary as one JSON object on stdout."""
+    """Under torchrun: `ddp` keeps the whole model in every process, `fsdp` a part of it in each."""
     config: RunConfig = field(default_factory=RunConfig)
 
 
 @dataclass(frozen=True)
-class Sample:
-    """Draw images from a trained model."""
+class Sample(WithCompile):
+    """Draw images from a trained model.
+
+    Ctrl-C stops and keeps the images drawn so far.
+    """
 
     run: Positional[Path]
     """Run directory; or diffusers:PATH or hf:OWNER/NAME, another program's model."""
     num: int = 64
-    """Images to draw."""
+    """Number of images to draw."""
     sampler: Sampler | CorrectedSampler = "ddim"
-    """Sampling algorithm; `mala` and `smc` correct each level by moves that are accepted by log p(x)."""
+    """Sampling algorithm. `mala` and `smc` correct the images at each level by moves that are accepted or
+    rejected by log p(x)."""
     steps: int = 50
-    """Steps of the sampler, at most T."""
+    """Number of noise levels to visit, at most T."""
     seed: int = 0
-    """The same seed gives the same images."""
+    """Seed of the noise; the same seed gives the same images."""
     eta: float = 0.0
-    """Noise added back by ddim: 0 none, 1 as much as ddpm."""
+    """Noise that ddim adds at each step: 0 for none, 1 for as much as ddpm."""
     moves: int = 2
-    """Moves at each level, of mala and smc."""
+    """Moves at each level (mala and smc only)."""
     leapfrog: int = 1
-    """Steps of each move: one is a Langevin move, several a Hamiltonian one (HMC), accepted as a whole."""
+    """Leapfrog steps in each move: 1 is a Langevin move, more are Hamiltonian Monte Carlo (mala and smc
+    only)."""
     label: int | None = None
-    """Class to draw; by default all in turn. Only for class-conditional runs."""
+    """Class to draw (class-conditional runs only); by default all classes in turn."""
     guidance: float = 0.0
-    """How much to overstate the class: w in (1+w) eps(x, class) - w eps(x). Class-conditional runs only."""
+    """Strength w of classifier-free guidance, (1+w) eps(x, class) - w eps(x) (class-conditional runs
+    only)."""
     between: int | None = None
-    """Draw the way from --label to this class: a row of 9 images from the same noise for each of --num."""
+    """Interpolate from --label to this class: for each of --num, a row of 9 images from the same noise."""
     out: Path | None = None
-    """A .png sheet, or an .npz of uint8 images (N,H,W,C); by default RUN/samples-SAMPLER-STEPS-SEED.png."""
+    """Where to write: a .png sheet, an .npz of uint8 images (N,H,W,C), or a folder for one PNG per image. The
+    last two are written batch by batch, so any --num fits into memory. By default
+    RUN/samples-SAMPLER-STEPS-SEED.png."""
+    batch_size: int = 256
+    """Images to draw at a time; a smaller number needs less memory."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the network: fp32 is IEEE single precision, not TF32; bf16 is faster where there is
-    hardware for it."""
-    compile: Compile = "auto"
-    """torch.compile of the network: auto is `default` on a GPU and off on a CPU."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
-    json: Json = False
-    """Print the result as one JSON object on stdout."""
+    """Arithmetic of the network: fp32 is IEEE single precision, not TF32; bf16 is faster where the hardware
+    supports it."""
 
 
 @dataclass(frozen=True)
-class Nll:
-    """Bits per dimension of images under a trained model, and the audit of such a figure."""
+class Nll(WithBatches, WithParticles, WithSolver, WithCompile):
+    """Measure the likelihood of images under a trained model, in bits per dimension."""
 
     run: Positional[Path]
-    """Run directory; or diffusers:PATH, a folder of diffusers' `save_pretrained`, or hf:OWNER/NAME."""
+    """Run directory; or diffusers:PATH, a folder written by `save_pretrained`, or hf:OWNER/NAME."""
     data: str | None = None
-    """Data source; by default the run's own."""
+    """Data source; by default the data of the run."""
     split: Split = "test"
-    """Which part of the data."""
+    """Part of the data to score."""
     method: Literal["single", "ode", "elbo", "audit"] = "single"
-    """`single`: one forward pass, unaudited; `ode`: probability-flow ODE; `elbo`: variational bound; `audit`:
-    all three, log Z of the single pass, and RUN/audit.png; of a model that only denoises, ODE and bound."""
+    """`single` is one forward pass, unaudited; `ode` the probability-flow ODE; `elbo` the variational bound.
+    `audit` runs all three, measures log Z of the single pass, and draws RUN/audit.png; for a model that only
+    denoises it runs the ODE and the bound."""
     given: Given | None = None
-    """Of a class-conditional model: `label`, each image given its label; `all`, of all classes together;
-    `none`, without a label. By default none, or label where none was never trained or --protocol is paper."""
+    """Likelihood of a class-conditional model: `label` conditions each image on its label, `all` averages
+    over the classes, `none` uses no label. By default none; label where the model has no unconditional part
+    or with --protocol paper."""
     pixels: PixelMap | None = None
-    """Where grey levels stand: `intervals`, [2u/N, 2(u+1)/N] - 1, or around `points`, 2u/(N-1) - 1. By
-    default the run's own; points for other programs' models."""
+    """Position of grey level u of N in [-1, 1]: `intervals` is [2u/N, 2(u+1)/N] - 1, `points` the interval of
+    width 2/(N-1) around 2u/(N-1) - 1. By default that of the run; points for other programs' models."""
     level: int = 0
-    """Noise level at which to score; 0 is the data itself."""
+    """Noise level at which to score; 0 is clean data."""
     draws: int = 3
     """Dequantisation draws of the single pass; their spread is printed."""
     protocol: Literal["dequantized", "paper"] = "dequantized"
-    """`paper` scores the points 2u/(N-1) - 1 without dequantisation, given their labels where the model has
-    classes, as the paper's code does: lower, and not comparable."""
+    """`paper` scores the points 2u/(N-1) - 1 without dequantisation, with labels if the model has classes, as
+    the paper's code does. Its figures are lower and not comparable with dequantised ones."""
     out: Path | None = None
-    """Also write the values of every image into this .npz or .csv."""
+    """Write one row per image to this .npz or .csv, and the full report, with its values at each noise level,
+    to a .json of the same name."""
     ode_images: int = 32
-    """Images to score by the ODE, drawn from the split."""
-    tolerance: float = 1e-5
-    """Relative and absolute tolerance of the ODE solver."""
-    probes: int | None = None
-    """Random probes of the ODE's divergence; 0 is exact, at the cost of one probe per value of an image; by
-    default 4, or exact up to 16 dimensions."""
+    """Images to score by the ODE, drawn at random from the split."""
     elbo_images: int = 256
-    """Images to score by the variational bound, drawn from the split."""
-    particles: int = PARTICLES
-    """Particles of each run that measures log Z."""
-    runs: int = 3
-    """Independent runs that measure log Z; their spread is the error bar."""
-    moves: int = 1
-    """Langevin moves of every particle at each level."""
-    rungs: int | None = None
-    """Levels that the particles visit, by default all of up to 256."""
+    """Images to score by the variational bound, drawn at random from the split."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the single pass: fp32 is IEEE single precision, not TF32; bf16 is printed with what it
-    costs in bits/dim."""
-    compile: Compile = "auto"
-    """torch.compile of the network: auto is `default` on a GPU and off on a CPU."""
-    batch_size: int = 500
-    """Images per forward pass."""
-    seed: int = 0
-    """Seed of everything random."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
-    json: Json = False
-    """Print the result as one JSON object on stdout."""
+    """Arithmetic of the single pass: fp32 is IEEE single precision, not TF32; for bf16 the difference from
+    fp32 in bits/dim is printed too."""
 
 
 @dataclass(frozen=True)
-class Calibrate:
-    """Measure log Z of the single pass at every level, or refit the logits' constants; likelihoods use them.
+class Calibrate(WithBatches, WithParticles, WithDevice):
+    """Measure log Z of the single pass at every level, or refit the constants of the logits.
 
-    The checkpoints stay as they are; RUN/calibration.json or RUN/constants.json holds the constants.
+    Likelihoods use them.
+    The checkpoints do not change: RUN/calibration.json or RUN/constants.json holds the constants.
     """
 
     run: Positional[Path]
@@ -159,242 +203,210 @@ class Calibrate:
     method: Literal["particles", "constants"] = "particles"
     """`particles` measures log Z by annealing; `constants` refits the constants of the logits, also those of
     classes, to noised training images."""
-    undo: Annotated[bool, FlagCreatePairsOff] = False
+    undo: Switch = False
     """Remove the calibration instead."""
     rows: int = 100_000
     """Noised training images of `--method constants`."""
     data: str | None = None
-    """Data source; by default the run's own."""
+    """Data source; by default the data of the run."""
     split: Split = "validation"
-    """Images to score before and after, and from which walks back to noise begin."""
-    particles: int = PARTICLES
-    """Particles of each run that measures log Z."""
-    runs: int = 3
-    """Independent runs that measure log Z; their spread is the error bar."""
-    moves: int = 1
-    """Langevin moves of every particle at each level."""
-    rungs: int | None = None
-    """Levels that the particles visit, by default all of up to 256; the others are interpolated."""
-    batch_size: int = 500
-    """Images per forward pass."""
-    seed: int = 0
-    """Seed of everything random."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
-    json: Json = False
-    """Print the result as one JSON object on stdout."""
+    """Images to score before and after, and from which the runs from data to noise start."""
 
 
 @dataclass(frozen=True)
-class Classify:
-    """Classify images by every class's likelihood: accuracy, calibration, bits/dim."""
+class Classify(WithBatches, WithSolver, WithDevice):
+    """Classify images by the likelihood of each class: accuracy, calibration, bits/dim."""
 
     run: Positional[Path]
-    """Run directory of a class-conditional run; or diffusers:PATH or hf:OWNER/NAME."""
+    """Directory of a class-conditional run; or diffusers:PATH or hf:OWNER/NAME."""
     data: str | None = None
-    """Data source with labels; by default the run's own."""
+    """Data source with labels; by default the data of the run."""
     split: Split = "test"
-    """Which part of the data."""
+    """Part of the data to classify."""
     method: ClassifyMethod | None = None
-    """By default the run's own: `joint`, all classes in one pass, `embedding`, a pass per class, or the
-    `discriminative` one of a classifier. Any other run with classes takes `denoising`, mean denoising error
-    of each, and `ode`, probability-flow ODE of each."""
+    """`joint`: all classes in one pass; `embedding`: one pass per class; `discriminative`: a classifier's
+    logits; `denoising`: mean denoising error of each class; `ode`: probability-flow ODE of each class. By
+    default the one that the run was trained for, of the first three."""
     draws: int | None = None
-    """Dequantisation draws, averaged in log-probability; by default 3, or 1 for denoising and ode."""
+    """Dequantisation draws, whose log-probabilities are averaged; by default 3, or 1 for denoising and
+    ode."""
     level: int = 0
-    """Noise level at which to classify, joint and embedding: noise is added, anew in every draw."""
+    """Noise level at which to classify (joint and embedding only); each draw adds new noise."""
     images: int | None = None
-    """Images to classify, drawn from the split; by default all, or 32 by ode."""
+    """Number of images, drawn at random from the split; by default all of them, or 32 for ode."""
     trials: int = 50
-    """Pairs of noise level and noise of `denoising`."""
-    tolerance: float = 1e-5
-    """Relative and absolute tolerance of the ODE solver."""
-    probes: int | None = None
-    """Random probes of the ODE's divergence; 0 is exact; by default 4, or exact up to 16 dimensions."""
-    corruptions: Annotated[bool, FlagCreatePairsOff] = False
-    """Also classify under the 15 standard corruptions at 5 severities each; draws RUN/corruptions.png."""
+    """Pairs of noise level and noise for each image (denoising only)."""
+    corruptions: Switch = False
+    """Also classify under 15 standard corruptions at 5 severities; draws RUN/corruptions.png."""
     attack: AttackName | None = None
-    """Also attack the classifier with foolbox (extra: attacks), or by `square`, a random search that sees no
-    gradient; draws RUN/attack.png. Joint, embedding and discriminative."""
+    """Also attack the classifier, with foolbox (extra: attacks), or with `square`, a random search without
+    gradients; draws RUN/attack.png. For joint, embedding and discriminative."""
     attack_norm: AttackNorm = "linf"
-    """Norm of the perturbation; cw takes l2 alone, square linf."""
+    """Norm of the perturbation; cw needs l2, square needs linf."""
     attack_from: Path | None = None
-    """Run directory to attack instead; its images are then shown to this run: a check of masked gradients."""
+    """Run directory whose gradients the attack uses, to check this run for masked gradients."""
     budgets: tuple[float, ...] = ()
-    """Largest norms of the perturbation, white being 1; by default the usual ones."""
+    """Maximum norms of the perturbation, for pixels in [0, 1]; by default the usual ones."""
     attack_steps: int | None = None
     """Steps of the attack; by default 40 for pgd, 50 for deepfool, 200 for cw, 1000 for square."""
     attack_images: int = 100
-    """Images to attack, drawn from the split."""
+    """Images to attack, drawn at random from the split."""
+    selective: Switch = False
+    """Report what abstaining gains: accuracy on the most certain images, conformal prediction sets, rejection
+    by log p(x). Draws RUN/selective.png."""
+    set_coverage: float = 0.9
+    """Fraction of images whose conformal prediction set holds their class (--selective)."""
+    false_alarms: float = 0.05
+    """Fraction of usual images that a threshold on log p(x) may reject (--selective)."""
+    certify: Switch = False
+    """Certify the classes against every perturbation up to an L2 radius, by randomized smoothing. Draws
+    RUN/certified.png. For joint, embedding and discriminative."""
+    sigma: tuple[float, ...] = (0.25, 0.5, 1.0)
+    """Standard deviations of the noise of --certify, for pixels from 0 (black) to 1 (white)."""
+    certify_images: int = 100
+    """Images to certify, drawn at random from the split."""
+    certify_draws: int = 1000
+    """Noise draws per image; more draws certify larger radii."""
+    failure_probability: float = 0.001
+    """Probability that the certified radius of an image is too large."""
+    denoiser: Path | None = None
+    """Run directory whose denoiser is put before the classifier in --certify."""
     out: Path | None = None
-    """Also write the prediction and every class's log-likelihood of each image into this .npz or .csv."""
-    batch_size: int = 500
-    """Network inputs per evaluation."""
-    seed: int = 0
-    """Seed of everything random."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
-    json: Json = False
-    """Print the result as one JSON object on stdout."""
+    """Write the prediction and the log-likelihood of every class for each image to this .npz or .csv."""
 
 
 @dataclass(frozen=True)
-class Score:
-    """Rank images by how unusual they are: likelihood, typicality, level posterior, from one pass.
+class Score(WithBatches, WithDevice):
+    """Rank images by how unusual they are: by likelihood, typicality and noise level, from one pass.
 
-    Draws RUN/score.png, and a map of what is unusual in the least likely images into RUN/anomaly.png.
+    Draws RUN/score.png, and anomaly maps of the least likely images in RUN/anomaly.png.
     """
 
     run: Positional[Path]
     """Run directory."""
     data: str | None = None
-    """Data source; by default the run's own."""
+    """Data source; by default the data of the run."""
     split: Split = "test"
-    """Which part of the data, and of that of --against."""
+    """Part of the data, and of the data of --against, to score."""
     against: str | None = None
-    """Other data to tell from the data, brought to its size and grey levels, or `corrupted`: the data itself
-    under 15 corruptions at 5 severities."""
+    """Out-of-distribution data, converted to the size and grey levels of the run, or `corrupted`: the data
+    itself under 15 corruptions at 5 severities."""
     level: int = 0
-    """Noise level at which to score; 0 is the data itself."""
+    """Noise level at which to score; 0 is clean data."""
     draws: int = 1
-    """Dequantisation draws, over which an image's scores are averaged."""
+    """Dequantisation draws, over which the scores of an image are averaged."""
     images: int | None = None
-    """Images to score, drawn from the split; by default all."""
+    """Number of images, drawn at random from the split; by default all of them."""
     false_alarms: float = 0.05
-    """Share of images like the run's validation split that may be flagged."""
+    """Fraction of images like the validation split that may be flagged, 0..1."""
     map_level: int | None = None
     """Noise level of the anomaly map; by default the one whose sigma is nearest to 0.5 of [-1, 1]."""
-    noise: Annotated[bool, FlagCreatePairsOff] = False
+    noise: Switch = False
     """Also add noise of known sigma and estimate it; draws RUN/sigma.png."""
     out: Path | None = None
-    """Also write the scores of every image into this .npz or .csv, and those of other data beside it."""
-    batch_size: int = 500
-    """Images per forward pass."""
-    seed: int = 0
-    """Seed of everything random."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
-    json: Json = False
-    """Print the result as one JSON object on stdout."""
+    """Write the scores of each image to this .npz or .csv, and those of --against to a second file beside
+    it."""
 
 
 @dataclass(frozen=True)
-class Denoise:
-    """Denoise image files of unknown noise: estimates its sigma, and removes it."""
+class Denoise(WithDevice):
+    """Estimate the noise in image files and remove it."""
 
     run: Positional[Path]
     """Run directory; or diffusers:PATH or hf:OWNER/NAME, another program's model."""
     images: Positional[tuple[Path, ...]]
-    """Image files of the run's size."""
+    """Image files of the size that the model takes."""
     out: Path | None = None
     """Folder for the results; by default RUN/denoised."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
-    json: Json = False
-    """Print the result as one JSON object on stdout."""
 
 
 @dataclass(frozen=True)
-class Restore:
-    """Draw what an image may have been, given what was measured of it: the most probable candidate first."""
+class Restore(WithDevice):
+    """Draw images that are consistent with a measurement: inpainting, denoising, super-resolution.
+
+    The candidates are sorted by log p, the most probable first.
+    """
 
     run: Positional[Path]
     """Run directory."""
     image: Positional[Path]
-    """Image file: of the run's size, or for super-resolution smaller by --factor."""
+    """Image file of the size that the model takes, or for super-resolution smaller by --factor."""
     task: RestoreTask
     """`inpaint`: fill in --mask or --box; `denoise`: remove noise of --sigma; `super-resolution`: enlarge."""
     mask: Path | None = None
-    """Image file of the same size, bright (128 or more) where the image is to be filled in."""
+    """Image file of the same size, bright (128 or more) where pixels are to be filled in."""
     box: tuple[int, int, int, int] | None = None
-    """Fill in this box instead: left, top, width and height in pixels."""
+    """Box to fill in instead: left, top, width and height in pixels."""
     factor: int | None = None
-    """How much larger than IMAGE the result is to be along each side."""
+    """Enlargement along each side (super-resolution only)."""
     sigma: float | None = None
-    """Noise of what was measured, in units of [-1, 1]; by default what rounding to grey levels leaves open.
-    `denoise` needs it."""
+    """Standard deviation of the noise in the measurement, in units of [-1, 1]; by default that of rounding to
+    grey levels. denoise needs it."""
     candidates: int = 8
-    """How many to draw."""
+    """Number of candidates to draw."""
     level: int = 0
-    """Noise level at which candidates are ranked by log p; a higher one looks at the coarse alone."""
+    """Noise level at which candidates are ranked by log p; higher levels compare coarse structure only."""
     steps: int = 50
-    """Noise levels to visit, at most T."""
+    """Number of noise levels to visit, at most T."""
     moves: int = 4
-    """Langevin moves at each of them."""
+    """Langevin moves at each level."""
     seed: int = 0
-    """The same seed gives the same candidates."""
+    """Seed of the noise; the same seed gives the same candidates."""
     out: Path | None = None
     """A .png of the input, the mean and all candidates; by default RUN/restored-TASK.png."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
-    json: Json = False
-    """Print the result as one JSON object on stdout."""
 
 
 @dataclass(frozen=True)
-class Plot:
-    """Draw loss curves, level confusion and denoising error per level into the run directory."""
+class Plot(WithDevice):
+    """Draw loss curves, confusion of noise levels and denoising error per level into the run directory."""
 
     run: Positional[Path]
     """Run directory."""
     split: Split = "validation"
-    """Images on which to measure confusion and error."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
-    json: Json = False
-    """Print the paths as one JSON object on stdout."""
+    """Part of the data on which to measure confusion and error."""
 
 
 @dataclass(frozen=True)
-class Convert:
-    """Turn a checkpoint of the paper's public code into a run directory."""
+class Convert(WithJson):
+    """Convert a checkpoint of the paper's public code to a run directory."""
 
     file: Positional[Path]
-    """The .pt file; a pickle that wants to run code is refused."""
+    """The .pt file. A pickle that would run code is refused."""
     out: Path | None = None
-    """Run directory to make; by default runs/FILE without its suffix."""
+    """Run directory to create; by default runs/FILE without its suffix."""
     schedule: Schedule | None = None
-    """Noise schedule it was trained with: `linear` for the public code's training, `ot` for its FM_training.
-    By default what 1002 or 1000 outputs, or the name that their code gave the file, tell."""
+    """Noise schedule of the training: `linear`, or `ot` for FM_training. By default inferred from the number
+    of outputs (1002 or 1000) or from the file name."""
     beta_start: float | None = None
-    """First beta of `linear`; by default 1e-4, at any number of levels, as in their code."""
+    """First beta of `linear`; by default 1e-4 for any number of levels, as in the public code."""
     beta_end: float | None = None
     """Last beta of `linear`; by default 0.02."""
     image_size: int | None = None
-    """Image size in pixels; by default the one at which the network attends at 16x16."""
-    json: Json = False
-    """Print the result as one JSON object on stdout."""
+    """Image size in pixels; by default the one for which the attention is at 16x16."""
 
 
 @dataclass(frozen=True)
-class Doctor:
-    """Tell versions, devices, the backend of every op and why, and what is missing."""
-
-    json: Json = False
-    """Print the findings as one JSON object on stdout."""
+class Doctor(WithJson):
+    """Show versions, devices, the backend of each op with the reason for it, and what is missing."""
 
 
 @dataclass(frozen=True)
-class Replay:
-    """Compute one training step again: its loss, gradient and worst images.
+class Replay(WithDevice):
+    """Repeat one training step: its loss, its gradient, and the images with the largest loss.
 
-    Nothing in the run directory changes.
+    The run directory does not change.
     """
 
     run: Positional[Path]
-    """Run directory; it must hold a checkpoint of that step or before."""
+    """Run directory with a checkpoint of that step or an earlier one."""
     step: int
-    """The step, counted from 0, as the log and the message of a diverged run name it."""
+    """Step to repeat, counted from 0 as in the log and in the message of a run that diverged."""
     out: Path | None = None
-    """Also write the batch into this .npz: x_t, eps, level, label, index, loss."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
-    json: Json = False
-    """Print the result as one JSON object on stdout."""
+    """Write the batch to this .npz: x_t, eps, level, label, index, loss."""
 
 
 @dataclass(frozen=True)
-class Data:
+class Data(WithJson):
     """Tell what a data source holds: kind, splits, shape, classes, size, and whether a copy is prepared."""
 
     source: Positional[str] = ""
@@ -413,16 +425,14 @@ class Data:
     """Image column of hf:NAME, parquet or arrow files, where there are several."""
     hf_split: str | None = None
     """Split of hf:NAME to train on, where it is not called train."""
-    prepare: Annotated[bool, FlagCreatePairsOff] = False
+    prepare: Switch = False
     """Make the prepared copy that training with these settings maps; one that is there is verified."""
-    clear: Annotated[bool, FlagCreatePairsOff] = False
+    clear: Switch = False
     """Remove the source's prepared copy; without a source, all."""
     sheet: Path | None = None
     """Also draw examples into this .png."""
     cache: str | None = None
     """Folder of prepared copies; by default CDM_FAST_CACHE, or the user's cache folder."""
-    json: Json = False
-    """Print the findings as one JSON object on stdout."""
 
 
 Command = (
@@ -440,4 +450,4 @@ Command = (
     | Doctor
     | Data
 )
-Shared = Train | Sample | Nll | Classify  # many processes may share their work
+Shared = Train | Sample | Nll | Classify  # several processes may share their work

@@ -1,4 +1,4 @@
-"""`cdm-fast classify`: from parsed arguments to what is told."""
+"""`cdm-fast classify`: accuracy, calibration, corruptions and attacks."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,9 +6,11 @@ from typing import Any
 
 from cdm_fast.cli import arguments
 from cdm_fast.cli.arguments import Classify
+from cdm_fast.cli.certify import certify_images, check_certify, select_images
 from cdm_fast.cli.describe import describe_attack, describe_classes, describe_corruptions
 from cdm_fast.cli.outcome import Outcome, Scored, scored_by
 from cdm_fast.config import RunConfig
+from cdm_fast.config.choices import AttackName
 from cdm_fast.data import ImageData
 from cdm_fast.errors import UserError
 from cdm_fast.evaluation.attacks import check_attack, evaluate_attack, load_foolbox
@@ -25,23 +27,15 @@ from cdm_fast.runs.load import load
 
 
 def score_classes(command: Classify, config: RunConfig, model: Denoiser, data: ImageData) -> Scored:
-    """The JSON values, the lines for a person, and the columns of the per-image file.
+    """The JSON values, the lines of text, and the columns of the per-image file.
 
-    Draws RUN/classes.png and, if asked for, RUN/corruptions.png and RUN/attack.png. Raises UserError as
-    `evaluate_classes` and `evaluate_attack` do.
+    Draws RUN/classes.png and, if asked for, pictures of corruptions, an attack, abstention and certificates.
+    Raises UserError as `evaluate_classes`, `evaluate_attack` and `evaluate_certificates` do.
     """
     require_classes(model)
-    if command.attack is not None:  # what it lacks is told before any work
-        if command.level:
-            raise UserError(f"--attack is of clean images: leave --level {command.level} out")
-        if fitting_method(model, command.method) in ("denoising", "ode"):
-            raise UserError(
-                "--attack needs the gradient of logits: a run and --method joint, embedding or discriminative"
-            )
-        check_attack(command.attack, command.attack_norm, command.budgets, command.attack_steps)
-        if command.attack_from is not None:
-            _require_same_kind(command.attack_from, config)
-        load_foolbox()
+    if command.attack is not None:
+        _check_attack(command, command.attack, config, model)
+    check_certify(command, model, data)
     report = _evaluate(command, config, model, data)
     result = report.to_json()
     picture = write_classes(result, command.run / "classes.png")
@@ -55,23 +49,47 @@ def score_classes(command: Classify, config: RunConfig, model: Denoiser, data: I
         result |= {**corrupted.to_json(), "corruptions_picture": str(picture)}
         lines += [*describe_corruptions(corrupted), str(picture)]
     if command.attack is not None:
-        attacked, told = _attack(command, model, data)
+        attacked, attack_lines = _attack(command, command.attack, model, data)
         result |= {"attack": attacked}
-        lines += told
-    return result, lines, report.columns()
+        lines += attack_lines
+    columns = report.columns()
+    for scored in (
+        *([select_images(command, model, data, report)] if command.selective else ()),
+        *([certify_images(command, model, data)] if command.certify else ()),
+    ):
+        result |= scored[0]
+        lines += scored[1]
+        columns |= scored[2]
+    return result, lines, columns
 
 
-def _attack(command: Classify, model: Denoiser, data: ImageData) -> tuple[dict[str, Any], list[str]]:
+def _check_attack(command: Classify, attack: AttackName, config: RunConfig, model: Denoiser) -> None:
+    """UserError for an attack that cannot run, before any image is classified."""
+    if command.level:
+        raise UserError(f"--attack perturbs clean images: leave --level {command.level} out")
+    if fitting_method(model, command.method) in ("denoising", "ode"):
+        raise UserError(
+            "--attack needs the gradient of logits: a run and --method joint, embedding or discriminative"
+        )
+    check_attack(attack, command.attack_norm, command.budgets, command.attack_steps)
+    if command.attack_from is not None:
+        _require_same_kind(command.attack_from, config)
+    load_foolbox()
+
+
+def _attack(
+    command: Classify, attack: AttackName, model: Denoiser, data: ImageData
+) -> tuple[dict[str, Any], list[str]]:
     """JSON values and lines of `--attack`; draws RUN/attack.png."""
-    assert command.attack is not None and isinstance(model, CDM | Classifier)
+    logits = _require_logits(model, command.run)
     report = evaluate_attack(
-        model,
+        logits,
         data,
-        command.attack,
+        attack,
         command.attack_norm,
         command.budgets,
         steps=command.attack_steps,
-        surrogate=None if command.attack_from is None else _surrogate(command.attack_from, model),
+        surrogate=None if command.attack_from is None else _surrogate(command.attack_from, logits),
         num_images=command.attack_images,
         batch_size=command.batch_size,
         seed=command.seed,
@@ -82,17 +100,22 @@ def _attack(command: Classify, model: Denoiser, data: ImageData) -> tuple[dict[s
 
 
 def _require_same_kind(run: Path, config: RunConfig) -> None:
-    """UserError unless images of `run` can be shown to the run of `config`, and told apart by its classes."""
+    """UserError unless `run` was trained on images and classes like those of `config`."""
     other, own = (replace(each.image, class_counts=None) for each in (read_config(run), config))
     if other != own:
         raise UserError(f"--attack-from {run} was trained on other images or classes; give a run on the same")
 
 
 def _surrogate(run: Path, model: Denoiser) -> CDM | Classifier:
-    surrogate = load(run).to(model.a.device)
-    if not isinstance(surrogate, CDM | Classifier):
-        raise UserError(f"--attack-from {run} has no logits to attack; give a CDM or a classifier")
-    return surrogate
+    """The model of --attack-from, on the device of the other."""
+    return _require_logits(load(run).to(model.a.device), run)
+
+
+def _require_logits(model: Denoiser | Classifier, run: Path) -> CDM | Classifier:
+    """The model itself; UserError for one without logits."""
+    if not isinstance(model, CDM | Classifier):
+        raise UserError(f"{run} has no logits to attack; give a CDM or a classifier")
+    return model
 
 
 def _evaluate(command: Classify, config: RunConfig, model: Denoiser, data: ImageData) -> ClassReport:

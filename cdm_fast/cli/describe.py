@@ -1,4 +1,4 @@
-"""What each report says, in lines for a person."""
+"""Reports as lines of text."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from cdm_fast.statistics import BINS
 
 
 def describe_score(score: Mapping[str, Any]) -> list[str]:
-    """The keys of a single-pass report as lines for a person."""
+    """A single-pass report, given as its JSON values, as lines of text."""
     check = score["ratio_check"]
     lines = [
         f"{_figure(score, 'bits_per_dim')}, unaudited"
@@ -26,20 +26,20 @@ def describe_score(score: Mapping[str, Any]) -> list[str]:
         lines.append(f"{score['precision']} costs {score['precision_cost']:+.4f} bits/dim against fp32")
     if check is not None:
         worst = check["levels"].index(check["worst_level"])
-        told = (
+        found = (
             f"worst {check['worst']:.3f} +- {check['log_mean_ratio_stderr'][worst]:.3f}"
             f" at level {check['worst_level']}"
         )
         total = check["sum_bits_per_dim"]
         if total is not None:
             error = check["sum_bits_per_dim_stderr"]
-            told += f"; all levels together {total:+.3f} +- {error:.3f} bits/dim"
-        lines.append(f"adjacent-level ratio check, |log mean| in nats (0 is right): {told}")
+            found += f"; all levels together {total:+.3f} +- {error:.3f} bits/dim"
+        lines.append(f"adjacent-level ratio check, |log mean| in nats (0 is ideal): {found}")
     return lines
 
 
 def describe_ode(ode: Mapping[str, Any]) -> list[str]:
-    """An ODE report's keys as lines for a person."""
+    """An ODE report, given as its JSON values, as lines of text."""
     divergence = f"probes {ode['probe_stderr']:.4f} of it" if ode["probe_stderr"] else "exact divergence"
     lines = [
         f"{_figure(ode, 'bits_per_dim')} by the probability-flow ODE ({ode['num_images']} images"
@@ -63,7 +63,7 @@ def describe_ode(ode: Mapping[str, Any]) -> list[str]:
 
 
 def describe_elbo(elbo: Mapping[str, Any]) -> list[str]:
-    """A bound report's keys as lines for a person."""
+    """A report of the variational bound, given as its JSON values, as lines of text."""
     return [
         f"{_figure(elbo, 'bits_per_dim')} by the variational bound ({elbo['num_images']} images"
         f"{_given(elbo)}, level 0:"
@@ -73,7 +73,7 @@ def describe_elbo(elbo: Mapping[str, Any]) -> list[str]:
 
 
 def describe_audit(report: Mapping[str, Any]) -> list[str]:
-    """An audit's keys as lines for a person: every figure, then log Z and what it does to the first."""
+    """An audit, given as its JSON values, as lines of text: each figure, log Z, and the normalised figure."""
     z = report["log_z"]
     at = z["levels"].index(report["level"])
     bounds = ", ".join(
@@ -88,7 +88,7 @@ def describe_audit(report: Mapping[str, Any]) -> list[str]:
         *describe_score(report),
         *describe_ode(report["ode"]),
         *([] if report["elbo"] is None else describe_elbo(report["elbo"])),
-        f"log Z of the single-pass density, nats (0 is right): {bounds} ({z['runs']} runs of each,"
+        f"log Z of the single-pass density, nats (0 is ideal): {bounds} ({z['runs']} runs of each,"
         f" {len(z['levels'])} levels, {z['moves']} moves a level, acceptance {z['acceptance']:.2f}, smallest"
         f" effective sample {z['smallest_ess']:.2f})",
         f"log2 Z / d = {_figure(report, 'log_z_bits_per_dim', sign='+')}",
@@ -97,7 +97,7 @@ def describe_audit(report: Mapping[str, Any]) -> list[str]:
 
 
 def describe_denoiser_audit(report: Mapping[str, Any]) -> list[str]:
-    """A `DenoiserAudit`'s keys as lines for a person."""
+    """A `DenoiserAudit`, given as its JSON values, as lines of text."""
     lines = describe_ode(report["ode"])
     if report["elbo"] is not None:
         lines += describe_elbo(report["elbo"])
@@ -114,7 +114,7 @@ def _figure(values: Mapping[str, Any], key: str, sign: str = "") -> str:
 
 
 def describe_attack(report: AttackReport) -> list[str]:
-    """The report as lines for a person."""
+    """The report as lines of text."""
     lines = [
         f"{report.attack} in {report.norm}{' on another model' if report.transferred else ''},"
         f" {report.steps} steps, {report.num_images} images: accuracy"
@@ -123,13 +123,13 @@ def describe_attack(report: AttackReport) -> list[str]:
     areas: Sequence[float | None] = report.detection_auroc or [None] * len(report.budgets)
     for row in zip(report.budgets, report.accuracy, report.accuracy_stderr, areas, strict=True):
         budget, accuracy, error, area = row
-        detected = "" if area is None else f", told by log p(x) with AUROC {area:.3f}"
+        detected = "" if area is None else f", detected by log p(x) with AUROC {area:.3f}"
         lines.append(f"  budget {budget:.4f}: {100 * accuracy:5.1f} +- {100 * error:.1f} %{detected}")
     return lines
 
 
 def describe_accuracy(score: Mapping[str, Any]) -> str:
-    """`accuracy`, its error bar and `ece` of a `ClassReport`'s JSON as a line for a person."""
+    """Accuracy with standard error, and calibration error, from the JSON values of a `ClassReport`."""
     return (
         f"accuracy {100 * score['accuracy']:.2f} +- {100 * score['accuracy_stderr']:.2f} %,"
         f" calibration error {100 * score['ece']:.2f} %"
@@ -137,7 +137,7 @@ def describe_accuracy(score: Mapping[str, Any]) -> str:
 
 
 def describe_classes(report: ClassReport) -> list[str]:
-    """The report as lines for a person."""
+    """The report as lines of text."""
     averaged = "scores" if report.method == "denoising" else "log-probabilities"
     draws = f"{report.draws} draws, their {averaged} averaged" if report.draws > 1 else "1 draw"
     if report.trials is not None:
@@ -159,7 +159,7 @@ def describe_classes(report: ClassReport) -> list[str]:
 
 
 def describe_outliers(report: OutlierReport) -> list[str]:
-    """The report as lines for a person."""
+    """The report as lines of text."""
     lines = [
         f"{report.bits_per_dim:.4f} +- {report.bits_per_dim_stderr:.4f} bits/dim at level {report.level}"
         f" ({report.num_images} images of {report.data}, {report.split}; unaudited)",
@@ -186,7 +186,7 @@ def _words(name: str) -> str:
 
 
 def describe_corruptions(report: CorruptionReport) -> list[str]:
-    """The report as lines for a person."""
+    """The report as lines of text."""
     lines = [
         f"corrupted: accuracy {100 * report.mean:.2f} +- {100 * report.mean_stderr:.2f} %"
         f" over {len(report.accuracy)} kinds at {len(SEVERITIES)} severities"

@@ -1,4 +1,4 @@
-"""What this installation can do: versions, devices, the backend of every op and why, and what is missing."""
+"""What this installation can do: versions, devices, the backend of each op, and what is missing."""
 
 import os
 import platform
@@ -23,7 +23,7 @@ TESTED_TRITON = {(2, 11): (3, 6), (2, 13): (3, 8), (2, 14): (3, 8)}
 # Up to this triton, the interpreter fails from this numpy on.
 OLD_INTERPRETER = ((3, 6), (2, 4))
 
-# Optional features: extra of the package -> (module it brings, what it is for).
+# Optional features: extra of the package -> (module that it installs, purpose).
 EXTRAS = {
     "huggingface": ("datasets", "--data hf:NAME"),
     "tensorboard": ("tensorboard", "--tensorboard"),
@@ -32,7 +32,7 @@ EXTRAS = {
 
 
 def report() -> dict[str, Any]:
-    """Everything that `cdm-fast doctor` tells, as JSON values.
+    """Everything that `cdm-fast doctor` prints, as JSON values.
 
     Keys: `version`, `python`, `platform`, `packages` (name -> version or None), `devices` (list of `device`,
     `name`, `detail`), `extension` (how `cdm_fast._C` was built, or None), `build` (what the build recorded:

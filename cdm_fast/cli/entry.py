@@ -1,17 +1,17 @@
 """The command line: parses, runs a command, and prints its result. Nothing here imports torch.
 
-Exit status: 0, 2 for anything the user can put right (one line on stderr), 130 for a second Ctrl-C.
+Exit status: 0; 2 for anything that the user can put right (one line on standard error); 130 for a Ctrl-C that
+no command made use of; 141 where the reader of standard output has gone.
 """
 
 import contextlib
 import io
 import json
-import math
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, TextIO, Union
 
@@ -34,7 +34,11 @@ from cdm_fast.cli.arguments import (
     Score,
     Train,
 )
+from cdm_fast.cli.help import registry
+from cdm_fast.cli.interrupt import INTERRUPTED, interruptible
+from cdm_fast.cli.streams import Lossy, OutputGone, open_standard_streams, writing_result
 from cdm_fast.config import preset
+from cdm_fast.config.json import finite
 from cdm_fast.errors import UserError
 from cdm_fast.host.processes import launched, starts_again
 
@@ -43,7 +47,7 @@ def parse(arguments: Sequence[str]) -> Command:
     """The command that the arguments describe; UserError, of one line, when they describe none.
 
     `--help` prints and exits. The defaults of `train` come from `--preset`, or from the run of `--resume` or
-    `--finetune`.
+    `--finetune`. `~` at the beginning of a path is the user's home.
     """
     train = _train_defaults(arguments) if arguments[:1] == ["train"] else Train()
     commands: Any = Union[  # noqa: UP007  (built at run time)
@@ -61,15 +65,43 @@ def parse(arguments: Sequence[str]) -> Command:
         Annotated[Doctor, subcommand("doctor")],
         Annotated[Data, subcommand("data")],
     ]
-    flat = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+    markers = (
+        tyro.conf.OmitArgPrefixes,
+        tyro.conf.OmitSubcommandPrefixes,
+        tyro.conf.PositionalMetavarFromFieldName,
+    )
     complaint = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(commands, prog="cdm-fast", args=list(arguments), config=flat)
+        with writing_result(), contextlib.redirect_stderr(complaint), registry:
+            command = tyro.cli(commands, prog="cdm-fast", args=list(arguments), config=markers)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         raise UserError(_one_line(complaint.getvalue())) from None
+    return _at_home(command)
+
+
+def _at_home(command: Command) -> Command:
+    """The command with `~` expanded in every path."""
+    paths = {each.name: _expanded(getattr(command, each.name)) for each in fields(command)}
+    if isinstance(command, Train) and (source := command.config.train.finetune) is not None:
+        settings = replace(command.config.train, finetune=str(_home(source)))
+        paths["config"] = replace(command.config, train=settings)
+    return replace(command, **paths)
+
+
+def _expanded(value: Any) -> Any:
+    """A path, or a tuple of paths, with `~` expanded; any other value as it is."""
+    if isinstance(value, tuple):
+        return tuple(map(_expanded, value))
+    return _home(value) if isinstance(value, Path) else value
+
+
+def _home(path: str | Path) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # ~NAME of a user who does not exist
+        raise UserError(f"{path}: {error}; give the path in full") from None
 
 
 def _train_defaults(arguments: Sequence[str]) -> Train:
@@ -85,7 +117,7 @@ def _train_defaults(arguments: Sequence[str]) -> Train:
             raise UserError(f"{flag} makes a new run and --resume {run} continues one; give only one of them")
     from cdm_fast.runs.checkpoint import read_config  # imports torch
 
-    return Train(resume=Path(run), config=read_config(run))
+    return Train(resume=Path(run), config=read_config(_home(run)))
 
 
 def _finetune_defaults(name: str | None, source: str) -> Train:
@@ -94,7 +126,7 @@ def _finetune_defaults(name: str | None, source: str) -> Train:
         raise UserError(f"--preset {name}: network and settings come from --finetune {source}; leave it out")
     from cdm_fast.runs.checkpoint import read_config  # imports torch
 
-    config = read_config(source)
+    config = read_config(_home(source))
     return Train(config=replace(config, train=replace(config.train, finetune=source)))
 
 
@@ -109,28 +141,31 @@ def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
 
 
 _FRAME = "╭╮╰╯│"  # of the boxes in which tyro draws its errors
+_RULES = ({"─"}, {"-"})  # what the lines between their sections consist of, the second in an ASCII locale
 _FOOTERS = ("For full helptext", "Argument helptext", "Perhaps you meant")
 
 
 def _one_line(boxed: str) -> str:
     """tyro's error box as one line."""
-    inside = [line.strip(_FRAME + " ") for line in boxed.splitlines()[1:-1]]
-    sections = " ".join("\n" if set(line) == {"─"} else line for line in inside if line).split("\n")
-    told = [section.strip() for section in sections if not section.strip().startswith(_FOOTERS)]
-    return f"{'; '.join(told).rstrip('.')}; see cdm-fast --help"
+    inside = [line.strip(_FRAME + " ") for line in boxed.splitlines()[1:]]
+    sections = " ".join("\n" if set(line) in _RULES else line for line in inside if line).split("\n")
+    kept = [text for section in sections if (text := section.strip()) and not text.startswith(_FOOTERS)]
+    return f"{'; '.join(kept).rstrip('.')}; see cdm-fast --help"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status.
 
-    With `--json` stdout is exactly one JSON object, {"error": ...} if the command failed; everything else,
-    the output of libraries included, goes to stderr. Of several processes the one of rank 0 prints, and of
-    several starts by torchrun the last.
+    With `--json` standard output is exactly one JSON object, {"error": ...} if the command failed; everything
+    else, the output of libraries included, goes to standard error. Of several processes the one of rank 0
+    prints, and of several starts by torchrun the last.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    open_standard_streams()
     process = launched()
     if process is None or process.rank == 0:
-        return _run(arguments)
+        with contextlib.redirect_stderr(Lossy(sys.stderr)):
+            return _run(arguments)
     with (
         open(os.devnull, "w") as nowhere,
         contextlib.redirect_stdout(nowhere),
@@ -146,25 +181,30 @@ def _run(arguments: list[str]) -> int:
         with contextlib.redirect_stdout(sys.stderr), _warnings_of_one_line():
             from cdm_fast.cli.commands import run  # imports torch
 
+            interruptible()
             outcome = run(command)
+        with writing_result():
+            print(json.dumps(finite(outcome.result)) if as_json else "\n".join(outcome.lines))
+        return 0
     except UserError as error:
         return _refuse(str(error), as_json)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        return _refuse(f"memory is not enough ({str(error)[:200]}); give a smaller --batch-size", as_json)
+        return _refuse(f"out of memory ({str(error)[:200]}); give a smaller --batch-size", as_json)
+    except OutputGone as gone:
+        return gone.status
     except KeyboardInterrupt:
-        return 130
-    print(json.dumps(_finite(outcome.result)) if as_json else "\n".join(outcome.lines))
-    return 0
+        return INTERRUPTED
 
 
 def _refuse(message: str, as_json: bool) -> int:
-    """Tells what the user can put right, on one line; returns the exit status."""
+    """Prints what the user can put right, on one line; returns the exit status."""
     line = " ".join(message.split())
     print(f"cdm-fast: error: {line}", file=sys.stderr)
     if as_json and not starts_again():
-        print(json.dumps({"error": line}))
+        with contextlib.suppress(OutputGone, UserError), writing_result():
+            print(json.dumps({"error": line}))
     return 2
 
 
@@ -179,7 +219,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def _warnings_of_one_line() -> Iterator[None]:
-    """Warnings on stderr as `cdm-fast: warning: MESSAGE`."""
+    """Warnings on standard error as `cdm-fast: warning: MESSAGE`, one line each."""
 
     def show(
         message: Warning | str,
@@ -189,17 +229,8 @@ def _warnings_of_one_line() -> Iterator[None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        print(f"cdm-fast: warning: {message}", file=sys.stderr)
+        print(f"cdm-fast: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.showwarning = show
         yield
-
-
-def _finite(value: Any) -> Any:
-    """A JSON value in which NaN and infinity, which JSON lacks, are null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,12 +20,14 @@ from cdm_fast.cli.outcome import (
     UNTRAINED_NULL,
     Outcome,
     Scored,
+    data_for,
     null_is_untrained,
     open_model,
-    require_fit,
+    without_arrays,
 )
 from cdm_fast.cli.per_image import check_name, write_per_image
 from cdm_fast.config import RunConfig
+from cdm_fast.config.json import finite
 from cdm_fast.data import ImageData
 from cdm_fast.errors import UserError, require_at_least
 from cdm_fast.host.device import pick_device
@@ -48,9 +50,9 @@ from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.plots.evaluation import write_audit
 from cdm_fast.runs.calibrate import calibrate
 from cdm_fast.runs.calibration import apply_calibration, remove_calibration, write_calibration
-from cdm_fast.runs.checkpoint import read_config
+from cdm_fast.runs.checkpoint import read_config, write_json
 from cdm_fast.runs.constants import put_constants, remove_constants, write_constants
-from cdm_fast.runs.data import evaluation_data
+from cdm_fast.runs.data import run_data
 from cdm_fast.runs.load import load
 from cdm_fast.training.constants import refit_constants
 from cdm_fast.training.loop import describe_validation
@@ -59,9 +61,9 @@ from cdm_fast.training.validation import validate
 
 
 def score(command: Nll, model: Denoiser, data: ImageData) -> Scored:
-    """The JSON values, the lines for a person, and the columns of the per-image file.
+    """The JSON values, the lines of text, and the columns of the per-image file.
 
-    Raises UserError for a model without likelihood, for a way of scoring that it does not have, and for every
+    Raises UserError for a model without likelihood, for a method that the model does not support, and for an
     argument out of range.
     """
     require_denoiser(model)
@@ -164,7 +166,7 @@ def _score_audit(command: Nll, model: Denoiser, data: ImageData) -> Scored:
 
 
 def _score_denoiser(command: Nll, model: Denoiser, data: ImageData) -> Scored:
-    """`--method audit` of a model without single pass: ODE and bound beside each other."""
+    """`--method audit` of a model without a single pass: ODE and bound."""
     report = audit_denoiser(
         model,
         data,
@@ -199,22 +201,13 @@ _METHODS: dict[str, Callable[[Nll, Any, ImageData], Scored]] = {
 
 def nll_command(command: arguments.Nll) -> Outcome:
     """`cdm-fast nll`."""
+    _check_flags(command)
     require_data(command.run, command.data)
     foreign = open_model(command.run, command.device) if is_foreign(command.run) else None
     config = read_config(command.run) if foreign is None else foreign.config
     if command.pixels is not None:
         config = replace(config, data=replace(config.data, pixels=command.pixels))
-    require_at_least("--batch-size", command.batch_size, 1)
-    if command.protocol == "paper" and command.method != "single":
-        raise UserError(f"--protocol paper goes with --method single, not {command.method}; leave one out")
-    if command.method == "elbo" and command.level != 0:
-        raise UserError(f"--level {command.level}: the variational bound is one of level 0; leave it out")
-    if command.out is not None:
-        check_name(command.out)
-    data = evaluation_data(command.run, config, command.split, command.data)
-    require_fit(data, config, command.run)
-    if command.precision != "fp32" and command.method != "single":
-        raise UserError(f"--precision {command.precision} goes with --method single; leave one out")
+    data = data_for(command.run, config, command.split, command.data)
     calibration = None
     if foreign is None:
         loaded = load(command.run, calibrated=False)
@@ -223,26 +216,39 @@ def nll_command(command: arguments.Nll) -> Outcome:
     else:
         model = foreign.model
     compile_network(model, command.compile)
-    command, told = _given(command, model, config, data)
+    command, notes = _given(command, model, config, data)
     result, lines, columns = score(command, model, data)
-    lines = [*lines, *told]
-    found = {"run": str(command.run), "pixels": data.pixels, "notes": told, **result}
-    if command.out is not None:
-        found["out"] = str(write_per_image(command.out, data, columns))
+    report = {"run": str(command.run), "pixels": data.pixels, "notes": notes, **result}
+    lines = [*lines, *notes]
     if calibration is not None and "bits_per_dim" in result:
         before = result["bits_per_dim"] - calibration.log_z[command.level] / nats_per_bit_per_dim(data)
-        found["uncalibrated_bits_per_dim"] = before
-        lines = [
-            *lines,
-            f"calibrated; {before:.4f} bits/dim before (cdm-fast calibrate {command.run} --undo)",
-        ]
-    return Outcome(found, lines)
+        report["uncalibrated_bits_per_dim"] = before
+        undo = f"cdm-fast calibrate {command.run} --undo"
+        lines.append(f"calibrated; without calibration {before:.4f} bits/dim ({undo} removes it)")
+    if command.out is not None:
+        report["out"] = str(write_per_image(command.out, data, columns))
+        report["report"] = str(command.out.with_suffix(".json"))
+        write_json(command.out.with_suffix(".json"), finite(report))
+    return Outcome(without_arrays(report), lines)
+
+
+def _check_flags(command: arguments.Nll) -> None:
+    """UserError for flags that do not go together, or out of range, before anything is read."""
+    require_at_least("--batch-size", command.batch_size, 1)
+    if command.protocol == "paper" and command.method != "single":
+        raise UserError(f"--protocol paper goes with --method single, not {command.method}; leave one out")
+    if command.method == "elbo" and command.level != 0:
+        raise UserError(f"--level {command.level}: the variational bound is one of level 0; leave it out")
+    if command.precision != "fp32" and command.method != "single":
+        raise UserError(f"--precision {command.precision} goes with --method single; leave one out")
+    if command.out is not None:
+        check_name(command.out)
 
 
 def _given(
     command: arguments.Nll, model: Denoiser, config: RunConfig, data: ImageData
 ) -> tuple[arguments.Nll, list[str]]:
-    """The command with `given` resolved, and what has to be told of the choice."""
+    """The command with `given` resolved, and notes on the choice."""
     conditional = config.network.conditioning == "embedding"
     untrained = null_is_untrained(config)
     if isinstance(model, Foreign):
@@ -253,12 +259,12 @@ def _given(
         if command.method == "audit" and isinstance(model, CDM):
             wanted = False  # its log Z is that of the density without a label
         given = "label" if wanted and data.labels is not None else "none"
-    told = []
+    notes = []
     if untrained and given == "none" and not is_foreign(command.run):
-        told.append(f"{UNTRAINED_NULL}: give --given label or all")
+        notes.append(f"{UNTRAINED_NULL}: give --given label or all")
     if command.protocol == "paper":
-        told.append(PUBLIC_SCORING)
-    return replace(command, given=given), told
+        notes.append(PUBLIC_SCORING)
+    return replace(command, given=given), notes
 
 
 def calibrate_command(command: arguments.Calibrate) -> Outcome:
@@ -270,11 +276,8 @@ def calibrate_command(command: arguments.Calibrate) -> Outcome:
         remove_calibration(command.run)
         return Outcome({"run": str(command.run), "undone": True}, [f"{command.run} is as it was trained"])
     require_at_least("--batch-size", command.batch_size, 1)
-    data = evaluation_data(command.run, config, command.split, command.data)
-    require_fit(data, config, command.run)
-    loaded = load(command.run, calibrated=False)
-    require_likelihood(loaded)
-    model = cast(CDM, loaded.to(pick_device(command.device)))
+    data = data_for(command.run, config, command.split, command.data)
+    model = require_likelihood(load(command.run, calibrated=False)).to(pick_device(command.device))
 
     def figure() -> LikelihoodReport:
         return evaluate(model, data, batch_size=command.batch_size, seed=command.seed)
@@ -301,8 +304,8 @@ def calibrate_command(command: arguments.Calibrate) -> Outcome:
     described = (describe_score(report.to_json()) for report in (before, after))
     names = (f"{name}: {line}" for name, (line, *_) in zip(("before", "after"), described, strict=True))
     z, error, up = calibration.log_z[0], calibration.log_z_stderr[0], calibration.log_z_up
-    told = f"log Z of level 0: {z:+.2f} +- {error:.2f} nats by walks from noise, {up:+.2f} from data"
-    return Outcome(result, [*names, told, str(path)])
+    log_z = f"log Z of level 0: {z:+.2f} +- {error:.2f} nats from noise to data, {up:+.2f} from data to noise"
+    return Outcome(without_arrays(result), [*names, log_z, str(path)])
 
 
 def _refit(command: arguments.Calibrate, config: RunConfig) -> Outcome:
@@ -310,15 +313,13 @@ def _refit(command: arguments.Calibrate, config: RunConfig) -> Outcome:
     if command.undo:
         remove_constants(command.run)
         return Outcome({"run": str(command.run), "undone": True}, [f"{command.run} is as it was trained"])
-    data = evaluation_data(command.run, config, command.split, command.data)
-    require_fit(data, config, command.run)
+    data = data_for(command.run, config, command.split, command.data)
     loaded = load(command.run, calibrated=False, constants=False)
-    require_likelihood(loaded)
-    model = cast(CDM, loaded.to(pick_device(command.device)))
+    model = require_likelihood(loaded).to(pick_device(command.device))
     before = validate(model, data)
     constants = refit_constants(
         model,
-        evaluation_data(command.run, config, "train", command.data),
+        run_data(config, "train", command.data),
         command.rows,
         flip=config.data.flip,
         null_class=config.train.label_dropout > 0,

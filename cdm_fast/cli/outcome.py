@@ -1,4 +1,4 @@
-"""What the commands share: their outcome, the loaded model, data that must fit the run."""
+"""What the commands share: their outcome, the loaded model, and data that fit the run."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,15 +17,24 @@ from cdm_fast.interop.source import is_foreign, open_foreign, output_folder, req
 from cdm_fast.model import CDM, DDM, Denoiser
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.runs.checkpoint import read_config
-from cdm_fast.runs.data import evaluation_data
+from cdm_fast.runs.data import require_own_data, run_data
 from cdm_fast.runs.load import load
 
 
 class Outcome(NamedTuple):
-    """What a command tells: JSON values for `--json`, lines for a person."""
+    """What a command prints: JSON values for `--json`, or lines of text."""
 
     result: dict[str, Any]
     lines: list[str]
+
+
+def without_arrays(report: dict[str, Any]) -> dict[str, Any]:
+    """A report without its lists of numbers, such as one value for every level, at any depth."""
+    return {
+        key: without_arrays(value) if isinstance(value, dict) else value
+        for key, value in report.items()
+        if not (isinstance(value, list | tuple) and any(isinstance(each, int | float) for each in value))
+    }
 
 
 class Opened(NamedTuple):
@@ -46,17 +55,18 @@ def open_model(run: Path, device: str) -> Opened:
 
 
 UNTRAINED_NULL = (
-    "this run was trained without label dropout, as the paper's public code trains, so its figures without a"
-    " label, and guidance, are those of a class that it never saw"
+    "this run was trained without label dropout, as in the paper's public code, so its figures without a"
+    " label, and guidance, use an embedding that it never saw in training"
 )
 
 
 def null_is_untrained(config: RunConfig) -> bool:
-    """Whether the run's class embedding has a row for no class that training never used."""
+    """Whether the run has an embedding for "no class" that was never trained."""
     return config.network.conditioning == "embedding" and config.train.label_dropout == 0
 
 
 def load_on(run: Path, device: str) -> CDM | DDM | Classifier:
+    """A run's model on the device."""
     return load(run).to(pick_device(device))
 
 
@@ -67,19 +77,21 @@ Scored = tuple[dict[str, Any], list[str], dict[str, tuple[Tensor, Tensor]]]  # J
 def scored_by(
     scoring: Callable[[ImageScoring, RunConfig, Denoiser, ImageData], Scored], command: ImageScoring
 ) -> Outcome:
-    """Reads what a command names, has it scored, and writes the values of every image if asked to."""
+    """Opens the model and the data, scores the images, and writes the per-image file of `--out`."""
     foreign = None
     if is_foreign(command.run):
         if not isinstance(command, arguments.Classify):
-            raise UserError(f"{command.run} only denoises, and score reads one-pass likelihoods; give a run")
+            raise UserError(
+                f"{command.run} only denoises, and score needs single-pass likelihoods; give a run"
+            )
         require_data(command.run, command.data)
         foreign = open_model(command.run, command.device)
     config = read_config(command.run) if foreign is None else foreign.config
     require_at_least("--batch-size", command.batch_size, 1)
     if command.out is not None:
         check_name(command.out)
-    data = evaluation_data(command.run, config, command.split, command.data)
-    require_fit(data, config, command.run)
+    own_too = isinstance(command, arguments.Score)  # whose reference is the validation split
+    data = data_for(command.run, config, command.split, command.data, own_too)
     model = load_on(command.run, command.device) if foreign is None else foreign.model
     into = command if foreign is None else replace(command, run=foreign.folder)
     result, lines, columns = scoring(into, config, model, data)
@@ -87,6 +99,21 @@ def scored_by(
     if command.out is not None:
         found["out"] = str(write_per_image(command.out, data, columns))
     return Outcome(found, lines)
+
+
+def data_for(
+    run: Path, config: RunConfig, split: str, source: str | None = None, own_too: bool = False
+) -> ImageData:
+    """A split of the run's own data, or of `source`, checked against the run.
+
+    own_too: the run's own data are read besides those of `source`. Raises UserError for images of another
+    size or kind, and for own data that have changed since the training.
+    """
+    if source is None or own_too:
+        require_own_data(run, config)
+    data = run_data(config, split, source)
+    require_fit(data, config, run)
+    return data
 
 
 def require_fit(data: ImageData, config: RunConfig, run: Path) -> None:

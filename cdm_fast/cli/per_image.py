@@ -1,4 +1,4 @@
-"""Per-image values as a file that other tools read."""
+"""Per-image values as an .npz or .csv file."""
 
 import csv
 import io
@@ -17,7 +17,7 @@ SUFFIXES = (".npz", ".csv")
 
 
 def check_name(path: Path) -> None:
-    """UserError for a name that ends in neither .npz nor .csv; to be called before the work."""
+    """UserError for a name that ends in neither .npz nor .csv; called before the images are scored."""
     if path.suffix not in SUFFIXES:
         raise UserError(f"--out {path}: give a name that ends in {' or '.join(SUFFIXES)}")
 
@@ -29,7 +29,7 @@ def write_per_image(
 ) -> Path:
     """One row per image of the split: `index`, `label` if there are any, and every column.
 
-    NaN stands where a column holds no value of an image. Raises UserError as `check_name` does, and where the
+    NaN marks images without a value in a column. Raises UserError as `check_name` does, and where the
     file cannot be written.
     """
     check_name(path)

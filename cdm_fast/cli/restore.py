@@ -1,11 +1,10 @@
-"""`cdm-fast restore` and `denoise`: image files as measurements, candidates as a picture.
+"""`cdm-fast restore` and `denoise`: image files in, image files out.
 
 # C channels, H W pixels
 """
 
 import math
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -19,7 +18,6 @@ from cdm_fast.data.pixels import displayable, from_display
 from cdm_fast.errors import UserError
 from cdm_fast.host.device import pick_device
 from cdm_fast.likelihood import denoise_blind
-from cdm_fast.model import CDM
 from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.plots.sheet import write_rows
 from cdm_fast.runs.checkpoint import read_config
@@ -28,13 +26,14 @@ from cdm_fast.sampling.corrected import MALA, MoveLog
 from cdm_fast.sampling.restoration import Known, MeanPool, Measurement, Restored, restore
 
 FLAGS = {"inpaint": ("mask", "box"), "denoise": (), "super-resolution": ("factor",)}
-BRIGHT = 128  # of 0..255: from here on a mask's pixel is to be filled in
+BRIGHT = 128  # of 0..255: pixels of a mask from this value on are filled in
+NOTHING_TO_FILL_IN = "--task inpaint needs to know what to fill in: give either --mask FILE or --box X Y W H"
 
 
-def measure(command: Restore, config: RunConfig) -> tuple[Measurement, Tensor]:
-    """The measurement that the files and flags describe, and (C,H,W) what the picture shows of it.
+def read_measurement(command: Restore, config: RunConfig) -> tuple[Measurement, Tensor]:
+    """The measurement that the files and flags describe, and the input of the sheet, (C,H,W) in [-1, 1].
 
-    Raises UserError for flags of another task, a missing one, and images or boxes that do not fit the run.
+    Raises UserError for flags of another task, a missing flag, and images or boxes that do not fit the run.
     """
     _check_flags(command)
     rounding = 1 / (config.image.num_grey_levels * math.sqrt(3))  # of a value uniform on 2/N
@@ -59,7 +58,7 @@ def _check_flags(command: Restore) -> None:
             if task != command.task and getattr(command, flag) is not None:
                 raise UserError(f"--{flag} goes with --task {task}, not {command.task}; leave it out")
     if command.task == "inpaint" and (command.mask is None) == (command.box is None):
-        raise UserError("--task inpaint needs to know what to fill in: give --mask FILE or --box X Y W H")
+        raise UserError(NOTHING_TO_FILL_IN)
 
 
 def _sigma(command: Restore, default: float | None) -> float:
@@ -87,13 +86,15 @@ def _to_fill_in(command: Restore, config: RunConfig) -> Tensor:
             )
         missing[:, y : y + height, x : x + width] = True
         name = f"--box {x} {y} {width} {height}"
-    else:
-        mask = read_image(command.mask, channels=1)  # type: ignore[arg-type]  # one of the two is given
+    elif command.mask is not None:
+        mask = read_image(command.mask, channels=1)
         if mask.shape != missing.shape:
             raise UserError(
                 f"{command.mask} is {mask.shape[1]}x{mask.shape[2]} pixels and the run takes {size}x{size}"
             )
         missing, name = mask >= BRIGHT, f"the mask {command.mask}"
+    else:
+        raise UserError(NOTHING_TO_FILL_IN)
     if not bool(missing.any()):
         raise UserError(f"{name} is empty: nothing to fill in; paint what is missing white")
     if bool(missing.all()):
@@ -117,11 +118,13 @@ def denoise_command(command: arguments.Denoise) -> Outcome:
     """`cdm-fast denoise`."""
     if not command.images:
         raise UserError("no image to denoise; name one or more image files after the run directory")
-    model, config, place = open_model(command.run, command.device)
-    folder = command.out or place / "denoised"
+    model, config, default_folder = open_model(command.run, command.device)
+    folder = command.out or default_folder / "denoised"
     targets = [folder / f"{path.stem}.png" for path in command.images]
     if len(set(targets)) < len(targets):
-        raise UserError("two of the images have the same name; denoise them apart, each into its own --out")
+        raise UserError(
+            "two of the images have the same name; denoise them separately, each into its own --out"
+        )
     noisy = torch.stack([read_input(path, config) for path in command.images])
     clean, sigma, level = denoise_blind(model, noisy.to(model.a.device))
     shown = displayable(clean, config.image.num_grey_levels, config.data.pixels)
@@ -145,12 +148,11 @@ def restore_command(command: arguments.Restore) -> Outcome:
     out = command.out or command.run / f"restored-{command.task}.png"
     if out.suffix != ".png":
         raise UserError(f"--out {out}: give a name that ends in .png")
-    measurement, shown = measure(command, config)
-    model = load(command.run)
-    require_likelihood(model)
+    measurement, shown = read_measurement(command, config)
+    model = require_likelihood(load(command.run))
     log = MoveLog()
     found = restore(
-        cast(CDM, model.to(pick_device(command.device))),
+        model.to(pick_device(command.device)),
         measurement,
         command.candidates,
         command.steps,

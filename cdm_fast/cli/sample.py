@@ -1,21 +1,24 @@
-"""`cdm-fast sample`."""
+"""`cdm-fast sample`: images from a model into a sheet, an .npz or a folder, batch by batch.
 
-import io
+# C channels, H W pixels
+"""
+
 import time
 from math import isfinite
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cdm_fast.cli import arguments
+from cdm_fast.cli.bar import Bar
+from cdm_fast.cli.interrupt import deferred_interrupt
 from cdm_fast.cli.outcome import UNTRAINED_NULL, Outcome, load_on, null_is_untrained, open_model
+from cdm_fast.cli.sample_files import MOST_ON_A_SHEET, ImageSink, open_sink
 from cdm_fast.config import RunConfig
-from cdm_fast.data import quantize
 from cdm_fast.data.pixels import displayable
-from cdm_fast.errors import UserError
-from cdm_fast.host.files import write_atomically
+from cdm_fast.errors import UserError, require_at_least
+from cdm_fast.host.processes import this_process
 from cdm_fast.interop.source import is_foreign
 from cdm_fast.model import Denoiser
 from cdm_fast.model.conditioned import Between, Guided
@@ -25,49 +28,119 @@ from cdm_fast.runs.build import class_labels
 from cdm_fast.runs.checkpoint import read_config
 from cdm_fast.sampling import DDIM, SAMPLERS, MoveLog, Sampler, sample
 from cdm_fast.sampling.corrected import CORRECTED
-from cdm_fast.training.report import write_sheet
 from cdm_fast.training.tuning import compile_network
 
-WAY = 9  # images on the way from one class to another
+COLUMNS = 9  # images on the way from one class to another
 
 
 def sample_command(command: arguments.Sample) -> Outcome:
     """`cdm-fast sample`."""
-    if command.num < 1:
-        raise UserError(f"--num is {command.num}; give 1 or more")
-    name = f"samples-{command.sampler}-{command.steps}-{command.seed}.png"
+    require_at_least("--num", command.num, 1)
+    require_at_least("--batch-size", command.batch_size, 1)
     foreign = open_model(command.run, command.device) if is_foreign(command.run) else None
     config = read_config(command.run) if foreign is None else foreign.config
+    name = f"samples-{command.sampler}-{command.steps}-{command.seed}.png"
     out = command.out or (command.run if foreign is None else foreign.folder) / name
-    if out.suffix not in (".png", ".npz"):
-        raise UserError(f"--out {out}: give a name that ends in .png or .npz")
-    labels = _sample_labels(command, config)
+    _check_classes(command, config)
     _check_between(command, config, out)
+    sink = open_sink(out, command.num, config, _title(command))
     model = load_on(command.run, command.device) if foreign is None else foreign.model
     compile_network(model, command.compile)
-    shares = [0.0] if command.between is None else [column / (WAY - 1) for column in range(WAY)]
-    log = MoveLog()
-    began = time.perf_counter()
-    columns = [_draw(command, model, labels, share, log) for share in shares]
-    seconds = time.perf_counter() - began
-    images, grey, pixels = columns[0], config.image.num_grey_levels, config.data.pixels
-    if command.between is not None:
-        rows = displayable(torch.stack(columns, 1).flatten(0, 1), grey, pixels).unflatten(
-            0, (command.num, WAY)
-        )
-        title = f"from class {command.label} to {command.between}, guidance {command.guidance:g}"
-        write_rows({f"{i}": row for i, row in enumerate(rows)}, out, title, [f"{s:.3g}" for s in shares])
-    elif out.suffix == ".png":
-        title = f"{command.sampler}, {command.steps} steps, guidance {command.guidance:g}"
-        if command.sampler in CORRECTED:
-            title += f", {command.moves} moves of {command.leapfrog}"
-        write_sheet(displayable(images, grey, pixels), labels, out, title)
+    log, start = MoveLog(), time.perf_counter()
+    if command.between is None:
+        drawn = draw_into(sink, command, model, config, log)
     else:
-        _write_npz(out, quantize(images, grey, pixels), labels, grey)
+        drawn = _draw_between(command, command.between, model, config, out)
+    notes = [UNTRAINED_NULL] if command.guidance and foreign is None and null_is_untrained(config) else []
+    return _outcome(command, out, drawn, time.perf_counter() - start, log, notes)
+
+
+def draw_into(
+    sink: ImageSink, command: arguments.Sample, model: Denoiser, config: RunConfig, log: MoveLog
+) -> int:
+    """Draws `--num` images batch by batch into the sink and returns how many there are.
+
+    After Ctrl-C they are those of the batches that were complete; KeyboardInterrupt where there is none, or
+    where several processes draw.
+    """
+    drawn, together = 0, command.batch_size * this_process().count
+    with Bar("images", command.num) as bar:
+        try:
+            while drawn < command.num:
+                count = min(together, command.num - drawn)
+                labels = _labels(command, config, count, drawn)
+                images = _draw(command, model, labels, count, drawn, log)
+                with deferred_interrupt():
+                    sink.add(images, labels)
+                    drawn += count
+                bar.advance(count)
+        except KeyboardInterrupt:
+            if drawn == 0 or this_process().count > 1:
+                raise
+    sink.close()
+    return drawn
+
+
+def _draw(
+    command: arguments.Sample, model: Denoiser, labels: Tensor | None, count: int, first: int, log: MoveLog
+) -> Tensor:
+    """`count` images from number `first` on, (count,C,H,W)."""
+    return sample(
+        model,
+        count,
+        _sampler(command, log),
+        command.steps,
+        command.seed,
+        label=labels,
+        guidance=0.0 if isinstance(model, Between) else command.guidance,
+        batch_size=command.batch_size,
+        precision=command.precision,
+        callback=log,
+        first=first,
+    )
+
+
+def _draw_between(
+    command: arguments.Sample, target: int, model: Denoiser, config: RunConfig, out: Path
+) -> int:
+    """Draws rows from --label to the class `target`, and returns the number of images.
+
+    The images of a row share their noise.
+    """
+    labels = _labels(command, config, command.num)
+    fractions = [column / (COLUMNS - 1) for column in range(COLUMNS)]
+    columns = []
+    with Bar("images", command.num * COLUMNS) as bar:
+        for fraction in fractions:
+            way = Between(Guided(model, command.guidance), target, fraction)
+            columns.append(_draw(command, way, labels, command.num, 0, MoveLog()))
+            bar.advance(command.num)
+    rows = torch.stack(columns, 1)  # (num, COLUMNS, C, H, W)
+    shown = displayable(rows.flatten(0, 1), config.image.num_grey_levels, config.data.pixels)
+    named = {f"{i}": row for i, row in enumerate(shown.unflatten(0, rows.shape[:2]))}
+    write_rows(named, out, _title(command), [f"{fraction:.3g}" for fraction in fractions])
+    return command.num * COLUMNS
+
+
+def _title(command: arguments.Sample) -> str:
+    if command.between is not None:
+        return f"from class {command.label} to {command.between}, guidance {command.guidance:g}"
+    title = f"{command.sampler}, {command.steps} steps, guidance {command.guidance:g}"
+    if command.sampler in CORRECTED:
+        title += f", {command.moves} moves of {command.leapfrog}"
+    return title
+
+
+def _outcome(
+    command: arguments.Sample, out: Path, drawn: int, seconds: float, log: MoveLog, notes: list[str]
+) -> Outcome:
+    """What the command reports; draws the acceptance of moves beside the images, where there were any."""
+    wanted = command.num * (1 if command.between is None else COLUMNS)
     result = {
         "run": str(command.run),
         "out": str(out),
-        "num_images": command.num,
+        "num_images": drawn if command.between is None else command.num,
+        "stopped": "finished" if drawn == wanted else "signal",
         "sampler": command.sampler,
         "steps": command.steps,
         "seed": command.seed,
@@ -75,42 +148,24 @@ def sample_command(command: arguments.Sample) -> Outcome:
         "between": command.between,
         "precision": command.precision,
         "seconds": seconds,
-        "images_per_second": len(shares) * command.num / seconds,
+        "images_per_second": drawn / seconds,
     }
-    lines = [f"{len(shares) * command.num} images in {out}, drawn in {seconds:.1f} s"]
-    if command.guidance and foreign is None and null_is_untrained(config):
-        lines.append(UNTRAINED_NULL)
+    number = f"{drawn}" if drawn == wanted else f"stopped by a signal after {drawn} of {wanted}"
+    lines = [f"{number} images in {out}, drawn in {seconds:.1f} s", *notes]
     if log.moved:
-        found = {"moves": command.moves, **log.to_json()}
-        picture = write_acceptance(found, out.with_name(f"{out.stem}-acceptance.png"))
-        result |= {**found, "acceptance_picture": str(picture)}
-        rates = found["acceptance"]
+        moves = {"moves": command.moves, **log.to_json()}
+        picture = write_acceptance(moves, out.with_name(f"{out.stem}-acceptance.png"))
+        result |= {**moves, "acceptance_picture": str(picture)}
+        rates = moves["acceptance"]
         lines.append(f"acceptance {min(rates):.2f} to {max(rates):.2f} over {len(rates)} levels: {picture}")
     return Outcome(result, lines)
 
 
-def _draw(
-    command: arguments.Sample, model: Denoiser, labels: Tensor | None, share: float, log: MoveLog
-) -> Tensor:
-    """`--num` images, a share of the way to the class of `--between`, always from the same noise."""
-    guidance = command.guidance
-    if command.between is not None:
-        model, guidance = Between(Guided(model, guidance), command.between, share), 0.0
-    return sample(
-        model,
-        command.num,
-        _sampler(command),
-        command.steps,
-        command.seed,
-        label=labels,
-        guidance=guidance,
-        precision=command.precision,
-        callback=log,
-    )
+def _sampler(command: arguments.Sample, log: MoveLog) -> Sampler:
+    """The sampler with its options; step sizes that an earlier batch has found serve the next ones.
 
-
-def _sampler(command: arguments.Sample) -> Sampler:
-    """The sampler with its options; UserError for an option of another one."""
+    Raises UserError for an option of another sampler.
+    """
     name, eta, leapfrog = command.sampler, command.eta, command.leapfrog
     if eta and name != "ddim":
         raise UserError(f"eta is {eta}, but sampler {name!r} takes none: leave it out, or choose 'ddim'")
@@ -119,12 +174,12 @@ def _sampler(command: arguments.Sample) -> Sampler:
             f"leapfrog is {leapfrog}, but sampler {name!r} makes no moves: choose 'mala' or 'smc'"
         )
     if name in CORRECTED:
-        return CORRECTED[name](command.moves, leapfrog)
+        return CORRECTED[name](command.moves, leapfrog, step_size=log.step_size or None)
     return DDIM(eta) if name == "ddim" else SAMPLERS[name]
 
 
 def _check_between(command: arguments.Sample, config: RunConfig, out: Path) -> None:
-    """UserError for a way between classes that does not exist, or that is no picture."""
+    """UserError for an interpolation between classes that do not exist, or into a file that is no sheet."""
     if command.between is None:
         return
     classes = config.image.num_classes
@@ -135,36 +190,30 @@ def _check_between(command: arguments.Sample, config: RunConfig, out: Path) -> N
         )
     if out.suffix != ".png":
         raise UserError(f"--out {out}: --between draws a sheet, give a name that ends in .png")
+    if command.num * COLUMNS > MOST_ON_A_SHEET:
+        raise UserError(f"--num {command.num} rows are more than a sheet holds; give a smaller number")
     if command.sampler in CORRECTED:
         raise UserError(f"--between goes with a plain sampler such as ddim, not {command.sampler}")
     if not isfinite(command.guidance):
         raise UserError(f"guidance is {command.guidance}: it must be a finite number")
 
 
-def _sample_labels(command: arguments.Sample, config: RunConfig) -> Tensor | None:
-    labels = class_labels(config, command.num)
+def _check_classes(command: arguments.Sample, config: RunConfig) -> None:
+    """UserError for a class that the run does not know, or guidance where it knows none."""
+    labels, classes = class_labels(config, 1), config.image.num_classes
     if command.guidance and labels is None:
         raise UserError(
             f"--guidance {command.guidance}: {command.run} was trained without classes; leave it out"
         )
     if command.label is None:
-        return labels
-    classes = config.image.num_classes
+        return
     if labels is None or classes is None:
         raise UserError(f"--label {command.label}: {command.run} was trained without classes; leave it out")
     if not 0 <= command.label < classes:
         raise UserError(f"--label {command.label}: {command.run} knows the classes 0 to {classes - 1}")
-    return torch.full_like(labels, command.label)
 
 
-def _write_npz(path: Path, images: Tensor, labels: Tensor | None, num_grey_levels: int) -> None:
-    """`images` (N,C,H,W) uint8 as an .npz that `--data` reads: images (N,H,W,C), labels, num_grey_levels."""
-    arrays = {
-        "images": images.permute(0, 2, 3, 1).cpu().numpy(),
-        "num_grey_levels": np.array(num_grey_levels),
-    }
-    if labels is not None:
-        arrays["labels"] = labels.numpy()
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-    write_atomically(path, buffer.getvalue())
+def _labels(command: arguments.Sample, config: RunConfig, count: int, first: int = 0) -> Tensor | None:
+    """(count,) int64: the classes of the images from number `first` on; None where there are none."""
+    labels = class_labels(config, count, first)
+    return labels if labels is None or command.label is None else torch.full_like(labels, command.label)

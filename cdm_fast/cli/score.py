@@ -1,7 +1,11 @@
-"""`cdm-fast score`: from parsed arguments to what is told and drawn."""
+"""`cdm-fast score`: ranks images by how unusual they are, reports it and draws it.
+
+# n images
+"""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +19,7 @@ from cdm_fast.config import RunConfig
 from cdm_fast.data import ImageData, dequantize, load_data
 from cdm_fast.data.draws import choose, draw_generator
 from cdm_fast.data.pixels import levels_to_display
-from cdm_fast.errors import UserError
+from cdm_fast.errors import require_at_least
 from cdm_fast.evaluation.outliers import (
     SCORES,
     OutlierReport,
@@ -31,7 +35,7 @@ from cdm_fast.model import CDM, Denoiser
 from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.plots.evaluation import write_outliers, write_sigma
 from cdm_fast.plots.sheet import write_rows
-from cdm_fast.runs.data import evaluation_data
+from cdm_fast.runs.data import run_data
 
 CORRUPTED = "corrupted"  # what --against takes besides data sources
 REFERENCE_IMAGES = 2000  # whose mean is the typical likelihood
@@ -39,30 +43,37 @@ SHOWN = 8  # images in a row of a picture
 MAP_SIGMA = 0.5  # noise of the anomaly map, of [-1, 1], unless a level is given
 
 
+class Compared(NamedTuple):
+    """The images of one `cdm-fast score`.
+
+    Fields:
+        data, rows: those to score, and their rows in the split, (n,) int64.
+        other: those of --against, or None.
+        reference: those of the validation split, whose likelihood is the typical one.
+    """
+
+    data: ImageData
+    rows: Tensor
+    other: ImageData | None
+    reference: ImageData
+
+
 def score_images(command: Score, config: RunConfig, model: Denoiser, data: ImageData) -> Scored:
-    """The JSON values, the lines for a person, and the columns of the per-image file.
+    """The JSON values, the lines of text, and the columns of the per-image file.
 
     Draws RUN/score.png, RUN/anomaly.png and, if asked for, RUN/sigma.png; writes the per-image file of the
     other data. Raises UserError as `evaluate_outliers` and `anomaly_map` do.
     """
-    if command.images is not None and command.images < 1:
-        raise UserError(f"--images is {command.images}; give 1 or more")
-    require_likelihood(model)
-    assert isinstance(model, CDM)
-    generator = torch.Generator().manual_seed(command.seed)
-    index = choose(len(data), command.images, generator)
-    chosen = data.take(index)
-    other = None
-    if command.against not in (None, CORRUPTED):
-        other = other_data(command.against, command.split, config)
-        other = other.take(choose(len(other), command.images, generator))
-    reference = evaluation_data(command.run, config, "validation")
-    map_level = level_of(model, MAP_SIGMA) if command.map_level is None else command.map_level
+    if command.images is not None:
+        require_at_least("--images", command.images, 1)
+    cdm = require_likelihood(model)
+    images = _choose_images(command, config, data)
+    map_level = level_of(cdm, MAP_SIGMA) if command.map_level is None else command.map_level
     report = evaluate_outliers(
-        model,
-        chosen,
-        reference.take(choose(len(reference), REFERENCE_IMAGES, generator)),
-        other,
+        cdm,
+        images.data,
+        images.reference,
+        images.other,
         corruptions=command.against == CORRUPTED,
         level=command.level,
         draws=command.draws,
@@ -71,14 +82,44 @@ def score_images(command: Score, config: RunConfig, model: Denoiser, data: Image
         seed=command.seed,
         progress=to_stderr,
     )
+    result, lines = _draw_report(command, cdm, images, report, map_level)
+    if command.noise:
+        sigma, sigma_lines = _estimate_noise(command, cdm, images.data)
+        result |= sigma
+        lines += sigma_lines
+    if command.out is not None and images.other is not None and report.against is not None:
+        path = command.out.with_name(f"{command.out.stem}-against{command.out.suffix}")
+        columns = _columns(report.against.scores, torch.arange(len(images.other)))
+        result["against_out"] = str(write_per_image(path, images.other, columns))
+    columns = {**_columns(report.scores, images.rows), "p_value": (images.rows, report.p_value)}
+    return result, lines, columns
+
+
+def _choose_images(command: Score, config: RunConfig, data: ImageData) -> Compared:
+    """At most `--images` of each source, drawn by one generator in a fixed order."""
+    generator = torch.Generator().manual_seed(command.seed)
+    index = choose(len(data), command.images, generator)
+    other = None
+    if command.against is not None and command.against != CORRUPTED:
+        other = other_data(command.against, command.split, config)
+        other = other.take(choose(len(other), command.images, generator))
+    reference = run_data(config, "validation")
+    reference = reference.take(choose(len(reference), REFERENCE_IMAGES, generator))
+    return Compared(data.take(index), index, other, reference)
+
+
+def _draw_report(
+    command: Score, model: CDM, images: Compared, report: OutlierReport, map_level: int
+) -> tuple[dict[str, Any], list[str]]:
+    """The report as JSON values and lines; draws RUN/score.png and RUN/anomaly.png."""
     order = report.order()
     least = order.flip(0)[:SHOWN]
-    anomaly = _draw_anomaly(command, model, chosen, least, map_level)
+    anomaly = _draw_anomaly(command, model, images.data, least, map_level)
     result = {
         **report.to_json(),
-        "most_likely": index[order[:SHOWN]].tolist(),
-        "least_likely": index[least].tolist(),
-        "picture": str(_draw_ranking(command.run, report, chosen, other)),
+        "most_likely": images.rows[order[:SHOWN]].tolist(),
+        "least_likely": images.rows[least].tolist(),
+        "picture": str(_draw_ranking(command.run, report, images.data, images.other)),
         "anomaly_level": map_level,
         "anomaly_picture": str(anomaly),
     }
@@ -88,19 +129,18 @@ def score_images(command: Score, config: RunConfig, model: Denoiser, data: Image
         result["picture"],
         result["anomaly_picture"],
     ]
-    if command.noise:
-        to_stderr("estimating known noise")
-        found = calibrate_sigma(model, chosen, seed=command.seed).to_json()
-        picture = write_sigma(found, command.run / "sigma.png")
-        result |= {"sigma": found, "sigma_picture": str(picture)}
-        lines += ["sigma added and estimated (median, 10th to 90th percentile):"]
-        rows = zip(*(found[key] for key in ("sigma", "median", "low", "high")), strict=True)
-        lines += ["  {:.4f}  {:.4f}  {:.4f} to {:.4f}".format(*row) for row in rows] + [str(picture)]
-    if command.out is not None and other is not None and report.against is not None:
-        path = command.out.with_name(f"{command.out.stem}-against{command.out.suffix}")
-        columns = _columns(report.against.scores, torch.arange(len(other)))
-        result["against_out"] = str(write_per_image(path, other, columns))
-    return result, lines, {**_columns(report.scores, index), "p_value": (index, report.p_value)}
+    return result, lines
+
+
+def _estimate_noise(command: Score, model: CDM, data: ImageData) -> tuple[dict[str, Any], list[str]]:
+    """`--noise` as JSON values and lines; draws RUN/sigma.png."""
+    to_stderr("estimating known noise")
+    found = calibrate_sigma(model, data, seed=command.seed).to_json()
+    picture = str(write_sigma(found, command.run / "sigma.png"))
+    rows = zip(*(found[key] for key in ("sigma", "median", "low", "high")), strict=True)
+    lines = ["sigma added, and its estimate (median, 10th to 90th percentile):"]
+    lines += ["  {:.4f}  {:.4f}  {:.4f} to {:.4f}".format(*row) for row in rows]
+    return {"sigma": found, "sigma_picture": picture}, [*lines, picture]
 
 
 def other_data(source: str, split: str, config: RunConfig) -> ImageData:

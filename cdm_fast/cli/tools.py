@@ -3,11 +3,10 @@
 from pathlib import Path
 
 from cdm_fast.cli import arguments, doctor
-from cdm_fast.cli.outcome import Outcome, load_on, require_fit
+from cdm_fast.cli.outcome import Outcome, data_for, load_on
 from cdm_fast.interop.convert import PUBLIC_BETAS, convert
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.runs.checkpoint import read_config
-from cdm_fast.runs.data import evaluation_data
 from cdm_fast.training.replay import replay
 from cdm_fast.training.report import write_level_pictures, write_loss_curves
 
@@ -15,8 +14,7 @@ from cdm_fast.training.report import write_level_pictures, write_loss_curves
 def plot_command(command: arguments.Plot) -> Outcome:
     """`cdm-fast plot`."""
     config = read_config(command.run)
-    data = evaluation_data(command.run, config, command.split)
-    require_fit(data, config, command.run)
+    data = data_for(command.run, config, command.split)
     model = load_on(command.run, command.device)
     paths = [] if isinstance(model, Classifier) else write_level_pictures(model, data, command.run)
     if (command.run / "log.jsonl").exists():  # a converted run has none

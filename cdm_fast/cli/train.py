@@ -5,7 +5,7 @@ from typing import Any
 
 from cdm_fast.cli import arguments
 from cdm_fast.cli.describe import describe_accuracy, describe_score
-from cdm_fast.cli.outcome import Outcome
+from cdm_fast.cli.outcome import Outcome, without_arrays
 from cdm_fast.data.copies import cached_in
 from cdm_fast.errors import UserError
 from cdm_fast.host.distributed import broadcast_from_main
@@ -38,7 +38,7 @@ def train_command(command: arguments.Train) -> Outcome:
     lines = [f"{summary['run']}: {_stopped(summary)} after {summary['seconds']:.0f} s of training"]
     lines += describe_score(summary) if "bits_per_dim" in summary else []
     lines += [describe_accuracy(summary)] if "accuracy" in summary else []
-    return Outcome(summary, lines)
+    return Outcome(without_arrays(summary), lines)
 
 
 def _stopped(summary: dict[str, Any]) -> str:

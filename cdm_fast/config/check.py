@@ -1,17 +1,27 @@
 """The bounds of the settings: which runs cannot work, and what to change."""
 
 from cdm_fast.config.settings import RunConfig, ScheduleConfig
-from cdm_fast.errors import UserError
+from cdm_fast.errors import UserError, require_at_least
 
 
 def check(config: RunConfig) -> None:
-    """Raise UserError, naming the flag and its value, for the first setting that cannot work."""
-    for flag, whole, low in _lower_bounds(config):
-        if whole < low:
-            raise UserError(f"--{flag} is {whole}; give {low} or more")
-    for flag, whole, high in _upper_bounds(config):
-        if whole > high:
-            raise UserError(f"--{flag} is {whole}; give {high} or less")
+    """Raises UserError, naming the flag and its value, for the first setting that cannot work."""
+    _check_ranges(config)
+    _check_objective(config)
+    _check_labels(config)
+    _check_schedule(config.schedule)
+    _check_sampler(config)
+    _check_keep_best(config)
+    _check_resolutions(config)
+
+
+def _check_ranges(config: RunConfig) -> None:
+    """Each number alone."""
+    for flag, count, low in _lower_bounds(config):
+        require_at_least(f"--{flag}", count, low)
+    for flag, count, high in _upper_bounds(config):
+        if count > high:
+            raise UserError(f"--{flag} is {count}; give {high} or less")
     if (config.network.head_rank or 0) < 0:
         raise UserError(f"--head-rank is {config.network.head_rank}; give 0 (a full head) or more")
     for flag, value, below in _unit_interval(config):
@@ -20,7 +30,11 @@ def check(config: RunConfig) -> None:
     for flag, number in _nonnegative(config):
         if not 0.0 <= number < float("inf"):  # NaN fails too
             raise UserError(f"--{flag} is {number}; give a finite number, 0 or more")
-    train, output, source = config.train, config.output, config.data.source
+
+
+def _check_objective(config: RunConfig) -> None:
+    """Batch, loss and network must go together."""
+    train, network = config.train, config.network
     if train.batch_size % train.accumulate:
         raise UserError(
             f"--accumulate {train.accumulate} does not divide --batch-size {train.batch_size};"
@@ -30,50 +44,63 @@ def check(config: RunConfig) -> None:
         raise UserError(
             "--ce-weight and --mse-weight are both 0, so neither levels nor denoiser are trained; raise one"
         )
-    if config.network.conditioning != "none" and config.image.num_classes is None:
-        raise UserError(
-            f"--conditioning {config.network.conditioning} needs labels, and {source} has none;"
-            " give labelled data or --conditioning none"
-        )
-    if config.network.architecture == "encoder" and train.objective != "cdm":
+    if network.architecture == "encoder" and train.objective != "cdm":
         raise UserError(
             f"--architecture encoder classifies noise levels, which --objective {train.objective} does not;"
             " give --architecture unet"
         )
-    if train.objective == "classifier" and config.network.conditioning != "none":
+
+
+def _check_labels(config: RunConfig) -> None:
+    """Conditioning and classifiers need labels, each in its own way."""
+    objective, conditioning = config.train.objective, config.network.conditioning
+    image, source = config.image, config.data.source
+    if conditioning != "none" and image.num_classes is None:
         raise UserError(
-            f"--objective classifier predicts the label and is not told it: give --conditioning none, not"
-            f" {config.network.conditioning}"
+            f"--conditioning {conditioning} needs labels, and {source} has none;"
+            " give labelled data or --conditioning none"
         )
-    if train.objective == "classifier" and config.image.num_classes is None:
+    if objective == "classifier" and conditioning != "none":
+        raise UserError(
+            f"--objective classifier predicts the label, so the network must not see it: give --conditioning"
+            f" none, not {conditioning}"
+        )
+    if objective == "classifier" and image.num_classes is None:
         raise UserError(f"--objective classifier needs labels, and {source} has none; give labelled data")
-    if config.network.conditioning == "joint" and train.objective == "ddm":
+    if config.train.classifier_noise and objective != "classifier":
+        raise UserError(
+            f"--classifier-noise {config.train.classifier_noise:g} is for --objective classifier only:"
+            " leave it out, or give that objective"
+        )
+    if conditioning == "joint" and objective == "ddm":
         raise UserError(
             "--conditioning joint needs logits, and --objective ddm has none; give --conditioning embedding"
         )
-    if config.network.conditioning == "joint" and 0 in (config.image.class_counts or ()):
-        empty = (config.image.class_counts or ()).index(0)
+    if conditioning == "joint" and 0 in (image.class_counts or ()):
+        empty = (image.class_counts or ()).index(0)
         raise UserError(
-            f"{source} holds no training image of class {empty}, and --conditioning joint reads every class's"
-            " likelihood off its images; number the classes without gaps"
+            f"{source} holds no training image of class {empty}, and --conditioning joint learns the"
+            " likelihood of each class from its images; number the classes without gaps"
         )
-    _check_schedule(config.schedule)
-    if output.sampling_steps > config.schedule.T:
+
+
+def _check_sampler(config: RunConfig) -> None:
+    """The sampler of the sample grid must suit the schedule."""
+    output, schedule = config.output, config.schedule
+    if output.sampling_steps > schedule.T:
         raise UserError(
-            f"--sampling-steps is {output.sampling_steps}, more than the levels of --T {config.schedule.T};"
+            f"--sampling-steps is {output.sampling_steps}, more than the levels of --T {schedule.T};"
             " give fewer"
         )
-    if output.sampler == "euler_ot" and (config.schedule.schedule != "ot" or config.schedule.sigma_min):
+    if output.sampler == "euler_ot" and (schedule.schedule != "ot" or schedule.sigma_min):
         raise UserError(
-            f"--sampler euler_ot needs --schedule ot without --sigma-min, not {config.schedule.schedule} with"
-            f" {config.schedule.sigma_min:g}; give ddim"
+            f"--sampler euler_ot needs --schedule ot without --sigma-min, not {schedule.schedule} with"
+            f" {schedule.sigma_min:g}; give ddim"
         )
-    _check_keep_best(config)
-    _check_resolutions(config)
 
 
 def _check_schedule(schedule: ScheduleConfig) -> None:
-    """The numbers of one schedule alone, and such as leave signal at every level."""
+    """Betas and sigma_min must belong to the schedule and leave signal at every level."""
     start, end = schedule.beta_start, schedule.beta_end
     if (start is None) != (end is None):
         raise UserError("--beta-start and --beta-end go together; give both or neither")
@@ -105,6 +132,7 @@ def _check_keep_best(config: RunConfig) -> None:
 
 
 def _lower_bounds(config: RunConfig) -> list[tuple[str, int, int]]:
+    """(flag, value, least value) of every integer."""
     train, output, network = config.train, config.output, config.network
     return [
         ("T", config.schedule.T, 2),
@@ -140,7 +168,7 @@ def _lower_bounds(config: RunConfig) -> list[tuple[str, int, int]]:
 
 
 def _upper_bounds(config: RunConfig) -> list[tuple[str, int, int]]:
-    """Far above any use; below what overflows a size or takes minutes to build."""
+    """(flag, value, greatest value): far above any use, below what overflows or builds for minutes."""
     image, network = config.image, config.network
     return [
         ("T", config.schedule.T, 10**6),
@@ -156,6 +184,7 @@ def _upper_bounds(config: RunConfig) -> list[tuple[str, int, int]]:
 
 
 def _unit_interval(config: RunConfig) -> list[tuple[str, float, bool]]:
+    """(flag, value, whether 1 is excluded) of every number in [0, 1]."""
     return [
         ("dropout", config.network.dropout, True),
         ("dropout-until", config.train.dropout_until, False),
@@ -166,13 +195,16 @@ def _unit_interval(config: RunConfig) -> list[tuple[str, float, bool]]:
 
 
 def _nonnegative(config: RunConfig) -> list[tuple[str, float]]:
-    names = ("lr", "weight_decay", "clip_norm", "ce_weight", "mse_weight", "class_weight")
-    of_training = [(name.replace("_", "-"), getattr(config.train, name)) for name in names]
-    return [*of_training, ("guidance", config.output.guidance)]
+    """(flag, value) of every finite number from 0 on."""
+    names = (
+        "lr", "weight_decay", "clip_norm", "ce_weight", "mse_weight", "class_weight", "classifier_noise",
+    )  # fmt: skip
+    weights = [(name.replace("_", "-"), getattr(config.train, name)) for name in names]
+    return [*weights, ("guidance", config.output.guidance)]
 
 
 def _check_resolutions(config: RunConfig) -> None:
-    """Each halving must be exact, and attention can only stand where the network passes."""
+    """Each halving must be exact, and attention needs a resolution that the network has."""
     size, halvings = config.image.size, len(config.network.multipliers) - 1
     if size % 2**halvings:
         raise UserError(

@@ -11,7 +11,7 @@ from cdm_fast.errors import UserError
 
 Config = TypeVar("Config")
 
-# What may change when a run is resumed: its length and what it writes. Everything else decides the numbers.
+# What may change when a run is resumed: its length and what it writes. Everything else affects the numbers.
 # The place of the data is free, since their content is compared.
 _FREE_ON_RESUME = {"output": None, "train": {"steps"}, "data": {"source", "given"}}
 
@@ -64,6 +64,15 @@ def _without_default(kind: Any) -> set[str]:
     """The fields of a dataclass that have no default."""
     missing = dataclasses.MISSING
     return {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is missing}
+
+
+def finite(value: Any) -> Any:
+    """A JSON value in which NaN and infinity, which JSON lacks, are null."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def parse_json(text: bytes) -> Any:

@@ -27,6 +27,8 @@ Preset = Literal[
 ]
 
 
+# Runs by name. Without a suffix the network is the paper's U-Net, with `-encoder` its downward half; `-paper`
+# has all settings of the paper's public code.
 PRESETS: dict[str, RunConfig] = {
     "digits": RunConfig(
         network=NetworkConfig(num_groups=8, dropout=0.2, conditioning="joint"),
@@ -98,7 +100,7 @@ for _name in ("digits", "fashion-mnist", "cifar10"):
     PRESETS[f"{_name}-encoder"] = replace(PRESETS[_name], network=_network)
 
 
-# As long as the U-Net's 1000 steps.
+# Takes as long as the 1000 steps of the U-Net.
 _train = replace(PRESETS["digits-encoder"].train, steps=2500)
 
 
@@ -109,7 +111,7 @@ PRESETS["digits-encoder"] = replace(PRESETS["digits-encoder"], train=_train)
 # config/config.yaml has T, betas, steps, lr, batch size, loss weights and the average's decay; cdm.py the
 # warm-up over 5000 steps, a tenth of the rate after every 200,000, no clipping, and an average that is a copy
 # of the weights for 5000 steps; main.py the networks, dropout, mirroring, and 2u/255 - 1 without noise.
-_theirs = TrainConfig(
+_paper_training = TrainConfig(
     steps=500_000,
     lr=2e-4,
     warmup=5000,
@@ -126,17 +128,23 @@ _theirs = TrainConfig(
 
 
 for _name in ("cifar10", "celeba64"):
-    _ours = PRESETS[_name]
+    _preset = PRESETS[_name]
     PRESETS[f"{_name}-paper"] = replace(
-        _ours,
-        data=replace(_ours.data, pixels="points"),
+        _preset,
+        data=replace(_preset.data, pixels="points"),
         schedule=ScheduleConfig(schedule="linear", T=1000, beta_start=1e-4, beta_end=0.02),
-        train=_theirs,
+        train=_paper_training,
     )
 
 
 def preset(name: str) -> RunConfig:
-    """The preset called `name`; raises UserError naming the known ones."""
+    """The preset called `name`, such as "digits-encoder".
+
+    Raises UserError, which lists the presets, for any other name.
+
+    >>> preset("digits").schedule.T
+    200
+    """
     if name not in PRESETS:
         raise UserError(f"unknown --preset {name!r}; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -1,7 +1,8 @@
 """The settings of a run: a tree of frozen dataclasses.
 
-The field docstrings are the command line's help, the field names its flags (`batch_size` is `--batch-size`),
-and the tree as JSON is the `config.json` of a run directory. Nothing here imports torch.
+The docstring of a field is its help on the command line, its name its flag (`batch_size` is `--batch-size`),
+and the tree as JSON is the `config.json` of a run directory. `check` has the bounds. Nothing here imports
+torch.
 """
 
 from dataclasses import dataclass, field
@@ -11,8 +12,8 @@ from cdm_fast.config.choices import Compile, Objective, Precision, Resample, Sam
 from cdm_fast.config.flags import Suppress, arg
 
 Schedule = Literal["linear", "uniform", "ot", "cosine"]
-# Where grey level u of N stands in [-1, 1]: over [2u/N - 1, 2(u+1)/N - 1), or around the point 2u/(N-1) - 1,
-# as for models trained on u/(N-1) without noise; its interval is then 2/(N-1) wide.
+# Position of grey level u of N in [-1, 1]: the interval [2u/N - 1, 2(u+1)/N - 1), or the point 2u/(N-1) - 1
+# for models trained on u/(N-1) without noise, whose interval is the one of width 2/(N-1) around it.
 PixelMap = Literal["intervals", "points"]
 
 CE_WEIGHT = 1e-3  # default weight of the cross-entropy over levels, beside the mean squared error of eps_hat
@@ -20,7 +21,7 @@ CE_WEIGHT = 1e-3  # default weight of the cross-entropy over levels, beside the 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the images come from."""
+    """The training data."""
 
     source: Annotated[str, arg(name="data")] = "digits"
     """`digits`, a folder or zip of pictures, a .csv or .jsonl that names some, an .npz, a folder of the files
@@ -40,47 +41,49 @@ class DataConfig:
     given: Suppress[str | None] = None
     """The source as it was given, where it was a relative path."""
     split_seed: int = 0
-    """Seed of the train/validation/test split of sources that come without one."""
+    """Seed, 0 or more, of the split into train, validation and test of sources that come without one."""
     flip: bool = False
-    """Mirror half of the training images left to right."""
+    """Mirror a random half of the training images left to right."""
     pixels: PixelMap = "intervals"
-    """Where grey level u of N stands: `intervals`, anywhere in [2u/N, 2(u+1)/N] - 1, drawn anew at each step;
-    `points`, at 2u/(N-1) - 1 without noise, as in the paper's code. Scores spread it over the interval around
-    either."""
+    """Position of grey level u of N in [-1, 1]: `intervals` draws it from [2u/N, 2(u+1)/N] - 1 at each step,
+    `points` is 2u/(N-1) - 1 without noise, as in the paper's code. Likelihoods are those of uniform noise
+    over the interval of either."""
 
 
 @dataclass(frozen=True)
 class ImageShape:
-    """What the images are; filled in from the data when a run starts."""
+    """The kind of images, read from the data when a run starts."""
 
     size: int = 8
-    """Height and width in pixels."""
+    """Height and width in pixels, 1..1024."""
     channels: int = 1
     """1 for grey, 3 for colour."""
     num_grey_levels: int = 17
-    """Pixels are integers 0..num_grey_levels-1."""
+    """N, 2..256: pixels are integers 0..N-1."""
     num_classes: int | None = 10
-    """Number of classes, or null when the images carry no labels."""
+    """Number of classes, 1..65536; None for images without labels."""
     class_counts: tuple[int, ...] | None = None
-    """Training images of each class: the class prior that likelihoods given a class are read with."""
+    """Number of training images of each class, which gives the class prior; None without labels."""
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The noise levels: x_t = a[t] x_0 + s[t] eps, t = 0..T+1."""
+    """The noise schedule: x_t = a[t] x_0 + s[t] eps for t = 0..T+1."""
 
     schedule: Schedule = "uniform"
     """Shape of a[t] and s[t]."""
     T: int = 200
-    """Noise levels between clean data and pure noise; the network tells T+2 levels apart."""
+    """Number of noise levels between clean data and pure noise, 2..10^6; the network tells T+2 levels
+    apart."""
     level_distribution: Literal["uniform", "log-snr"] = "uniform"
-    """How training draws levels: all alike, or evenly in log signal-to-noise ratio."""
+    """Distribution of the levels in training: uniform over levels, or over the log signal-to-noise ratio."""
     beta_start: float | None = None
-    """First beta of `--schedule linear`; by default 1e-4 times 1000/T."""
+    """First beta of `--schedule linear`, above 0; by default 1e-4 times 1000/T."""
     beta_end: float | None = None
-    """Last beta of `--schedule linear`; by default 0.02 times 1000/T."""
+    """Last beta of `--schedule linear`, at most 0.999; by default 0.02 times 1000/T."""
     sigma_min: float = 0.0
-    """Noise that `--schedule ot` leaves at its data's end: s[t] = 1 - (1 - sigma_min) a[t] for t > 0."""
+    """Noise that `--schedule ot` keeps near the data, from 0 to below 1: s[t] = 1 - (1 - sigma_min) a[t] for
+    t > 0."""
 
 
 @dataclass(frozen=True)
@@ -88,25 +91,27 @@ class NetworkConfig:
     """The network."""
 
     architecture: Literal["unet", "encoder"] = "unet"
-    """`unet`: the paper's; `encoder`: its way down alone, whose adjoint takes the part of the way up."""
+    """`unet` is the network of the paper; `encoder` is its downward half, whose gradient serves as the
+    decoder."""
     base_channels: int = 32
-    """Channels at full resolution; a multiple of the number of groups."""
+    """Channels at full resolution, 1..16384; a multiple of --num-groups."""
     multipliers: tuple[int, ...] = (1, 2)
-    """Channels at each resolution, in units of the base; every further entry halves the image."""
+    """Channels at each resolution as multiples (1..64) of --base-channels; each resolution halves the one
+    before."""
     blocks_per_level: int = 2
-    """Residual blocks per resolution on the way down; one more on the way up."""
+    """Residual blocks at each resolution on the way down, 1..64; the way up has one more."""
     attention_resolutions: tuple[int, ...] = (4,)
-    """Image sizes at which every block is followed by self-attention; the middle always has it."""
+    """Image sizes, in pixels, at which self-attention follows each block; the middle always has it."""
     num_groups: int = 32
-    """Groups of every GroupNorm."""
+    """Groups of each GroupNorm, 1 or more."""
     dropout: float = 0.1
-    """Probability of dropping an activation inside a residual block."""
+    """Dropout probability in residual blocks, from 0 to below 1."""
     conditioning: Literal["none", "embedding", "joint"] = "none"
-    """`embedding` feeds the label to every block, and label dropout also trains the unconditional model;
-    `joint` has a logit for every pair of level and class: all classes in one pass."""
+    """`embedding` feeds the label to each block, and drops some labels to train the unconditional model too;
+    `joint` has a logit for each pair of level and class, so one pass gives the likelihood of every class."""
     head_rank: int | None = None
-    """Rank of the head over classes: 0 for a full head, which is the default up to 2^25 weights; beyond them
-    32 (--conditioning joint only)."""
+    """Rank of the joint head over classes, up to 16384; 0 for full rank. By default full rank up to 2^25
+    weights, 32 above (--conditioning joint only)."""
 
 
 @dataclass(frozen=True)
@@ -114,68 +119,73 @@ class TrainConfig:
     """The objective and the optimizer."""
 
     objective: Objective = "cdm"
-    """`cdm`: classify the noise level and denoise by its gradient; `ddm`: the plain denoising baseline;
-    `classifier`: the discriminative one, cross-entropy over the classes of clean images."""
+    """`cdm`: classify the noise level, and denoise by the gradient; `ddm`: the plain denoising baseline;
+    `classifier`: the discriminative baseline, cross-entropy over the classes of images."""
     steps: int = 1000
-    """Optimizer steps in all."""
+    """Total number of optimizer steps, 1 or more."""
     batch_size: int = 128
-    """Images per optimizer step."""
+    """Images per optimizer step, over all processes."""
     level_draws: Literal["independent", "stratified"] = "independent"
-    """How a batch draws its noise levels: each by itself, or all by one randomly shifted grid through their
+    """How a batch draws its noise levels: independently, or all by one randomly shifted grid through their
     distribution, so that every batch covers it evenly."""
     accumulate: int = 1
-    """Split each batch into this many parts, one after the other, to save memory."""
+    """Number of parts into which each batch is split to save memory; a divisor of --batch-size."""
     optimizer: Literal["adam", "adamw"] = "adam"
-    """Both in their fused form."""
+    """Optimizer, in its fused form."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of adamw."""
+    """Decoupled weight decay (adamw only)."""
     warmup: int = 100
-    """Steps over which the learning rate rises linearly from zero."""
+    """Steps over which the learning rate rises linearly from 0."""
     decay: Literal["none", "step", "cosine"] = "cosine"
-    """Learning rate after the warm-up: constant, times --decay-factor every --decay-every steps, or a half
-    cosine down to zero at the last step."""
+    """Learning rate after the warm-up: constant, multiplied by --decay-factor every --decay-every steps, or a
+    half cosine down to 0 at the last step."""
     decay_every: int = 50000
     """Steps between two drops of `--decay step`."""
     decay_factor: float = 0.5
-    """Factor of each drop of `--decay step`."""
+    """Factor of each drop of `--decay step`, 0..1."""
     clip_norm: float = 1.0
-    """Largest norm of the whole gradient; longer ones are shortened to it. 0 turns clipping off."""
+    """Maximum norm of the gradient; larger ones are scaled down to it. 0 turns clipping off."""
     ema_decay: float = 0.999
-    """Decay of the moving average of the weights, which sampling and scoring use."""
+    """Decay of the exponential moving average of the weights, from 0 to below 1. Sampling and scoring use the
+    average."""
     ema_start: int = 0
-    """Steps during which the average is a copy of the weights, its decay constant after them; 0: the decay
-    rises from the first step on."""
+    """Steps during which the average is a copy of the weights, after which its decay is constant; with 0 the
+    decay rises from the first step on."""
     finetune: str | None = None
-    """Begin from the averaged weights of this run directory, trained or converted, in a new run."""
+    """Run directory, trained or converted, from whose averaged weights the new run starts."""
     ce_weight: float = CE_WEIGHT
     """Weight of the cross-entropy over noise levels (cdm only)."""
     mse_weight: float = 1.0
     """Weight of the denoising error (cdm only)."""
     class_weight: float = 0.0
-    """Weight of the cross-entropy over classes at the input's level, on top of its part in the one over noise
-    levels (--conditioning joint only)."""
+    """Weight of an additional cross-entropy over classes at the level of the input (--conditioning joint
+    only)."""
+    classifier_noise: float = 0.0
+    """Standard deviation of the Gaussian noise under which a classifier is trained, for pixels from 0 (black)
+    to 1 (white); the nearest level of the schedule (--objective classifier only)."""
     dropout_until: float = 1.0
-    """Share of the steps, from the first, that drop activations; the rest trains the network as it is used
-    afterwards, whose likelihoods are off otherwise."""
+    """Fraction of the steps, 0..1, that use dropout; the rest is trained without. Single-pass likelihoods are
+    too good if dropout is on until the end."""
     label_dropout: float = 0.1
-    """Share of the labels left out (class-conditional networks only)."""
+    """Fraction of the labels that are left out, 0..1 (class-conditional networks only)."""
     precision: Precision = "auto"
     """Arithmetic of the network in training: fp32 is IEEE single precision, not TF32; auto is bf16 where the
-    hardware gains by it, or fp32."""
+    hardware gains by it, otherwise fp32."""
     compile: Compile = "auto"
-    """torch.compile of the loss: auto is `default` on a GPU and off on a CPU; `reduce-overhead` records CUDA
-    graphs too."""
+    """Mode of torch.compile for the loss: auto is `default` on a GPU and off on a CPU; `reduce-overhead` also
+    records CUDA graphs."""
     checkpoint_blocks: bool = False
-    """Keep only the inputs of the network's stages and compute the rest again: saves memory where batches are
-    large, at 1.8 times the time."""
+    """Recompute activations in the backward pass (gradient checkpointing): less memory at 1.8 times the
+    time."""
     channels_last: bool = True
-    """Keep images and weights channels-last in memory."""
+    """Keep images and weights in channels-last memory format."""
     seed: int = 0
-    """Seed of everything random: each draw is a function of (seed, step)."""
+    """Seed of all random numbers, 0 or more; each draw is a function of the seed and the step."""
     max_bad_steps: int = 20
-    """Stop after this many steps in a row whose loss or gradient is not finite; each such step is skipped."""
+    """Number of consecutive steps with a non-finite loss or gradient after which training stops; each such
+    step is skipped."""
 
 
 @dataclass(frozen=True)
@@ -183,43 +193,53 @@ class OutputConfig:
     """What a run writes, and how often."""
 
     log_every: int = 50
-    """Steps between two lines of log.jsonl; each holds means over the steps since the one before."""
+    """Steps between two lines of log.jsonl; each line has means over these steps."""
     save_every: int = 500
-    """Steps that may be lost, whatever ends the run: a checkpoint is begun after every half of so many."""
+    """Maximum number of steps that are lost if the process dies; checkpoints are twice as frequent."""
     keep: int = 2
-    """Newest checkpoints to keep."""
+    """Number of checkpoints to keep, the newest ones."""
     sample_every: int = 500
-    """Steps between two sample grids and loss curves; 0: only at the end."""
+    """Steps between two sample grids and loss curves; 0 draws them at the end only."""
     evaluate_every: int = 500
-    """Steps between two validations (likelihood, classes, calibration of the levels); 0: only at the end, on
-    the test split."""
+    """Steps between two validations (likelihood, classes, calibration of the levels); 0 scores the test split
+    at the end only."""
     evaluate_images: int = 500
-    """Validation images to score at those intervals; the test split is always scored whole."""
+    """Validation images to score each time; the test split is always scored whole."""
     keep_best: Literal["none", "bits_per_dim", "level_ce", "class_ce"] = "none"
-    """Also keep the checkpoint with the lowest value of this validation figure, as a run directory of its
-    own, RUN/best."""
+    """Also keep the checkpoint with the lowest value of this validation figure, in RUN/best, a run directory
+    of its own."""
     constants_rows: int = 0
     """Noised training images to which the constants of the logits are refitted after the last step, with all
-    weights held (see `calibrate --method constants`); 0: they stay as trained."""
+    weights fixed (see `calibrate --method constants`); 0 leaves them as trained."""
     draws: int = 3
     """Dequantisation draws of the final likelihood."""
     num_samples: int = 64
-    """Images in the sample grid."""
+    """Number of images in the sample grid."""
     sampler: Sampler = "ddim"
     """Sampler of the sample grid."""
     sampling_steps: int = 50
-    """Steps of that sampler."""
+    """Number of noise levels that this sampler visits, at most T."""
     guidance: float = 1.0
-    """How much the sample grid overstates the class; a class-conditional run's has a row for each class."""
+    """Strength of classifier-free guidance in the sample grid of a class-conditional run, which has a row for
+    each class."""
     tensorboard: bool = False
-    """Also write TensorBoard events into the run directory (extra: tensorboard)."""
+    """Also write TensorBoard events to the run directory (extra: tensorboard)."""
     wandb: bool = False
     """Also send the log to Weights & Biases (extra: wandb)."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides what a run computes and writes."""
+    """Everything that determines what a run computes and writes; the content of `config.json`.
+
+    Fields:
+        data: the training data.
+        image: the kind of images, read from the data.
+        schedule: the noise schedule.
+        network: the network.
+        train: the objective and the optimizer.
+        output: what is written, and how often.
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
     image: Suppress[ImageShape] = field(default_factory=ImageShape)

@@ -307,14 +307,19 @@ def write_image(image: Tensor, path: str | Path) -> None:
     _write_png(image.cpu(), path)
 
 
-def _write_png(pixels: Tensor, path: str | Path) -> None:
-    """(C,H,W) uint8 on the CPU as a PNG file."""
+def encode_png(pixels: Tensor) -> bytes:
+    """The PNG file of one image (C,H,W) uint8 on the CPU, C 1 or 3; UserError without pillow."""
     picture = _pillow().fromarray(
         pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).contiguous().numpy()
     )
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
-    write_atomically(Path(path), buffer.getvalue())
+    return buffer.getvalue()
+
+
+def _write_png(pixels: Tensor, path: str | Path) -> None:
+    """(C,H,W) uint8 on the CPU as a PNG file."""
+    write_atomically(Path(path), encode_png(pixels))
 
 
 def _sheet(images: Tensor, columns: int | None) -> Tensor:

@@ -108,3 +108,15 @@ def from_brightness(
     if pixel_map == "points":
         return brightness * (2 / white) - 1
     return (brightness * ((num_grey_levels - 1) / white) + 0.5) * (2 / num_grey_levels) - 1
+
+
+def to_brightness(x: Tensor, num_grey_levels: int, pixel_map: PixelMap = "intervals") -> Tensor:
+    """Model images as brightness, white being 1, without clipping: the inverse of `from_brightness`."""
+    if pixel_map == "points":
+        return (x + 1) / 2
+    return ((x + 1) * (num_grey_levels / 2) - 0.5) / (num_grey_levels - 1)
+
+
+def noise_of_inputs(sigma: float, num_grey_levels: int, pixels: PixelMap = "intervals") -> float:
+    """Standard deviation in the model's units, [-1, 1], of noise that is `sigma` in units of white."""
+    return 2 * sigma * (1 if pixels == "points" else (num_grey_levels - 1) / num_grey_levels)

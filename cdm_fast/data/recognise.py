@@ -31,11 +31,11 @@ def open_source(source: str | Path, hf_column: str | None = None, hf_split: str 
         if repo.strip() and Path(repo).expanduser().is_dir():
             return _open_folder(Path(repo).expanduser(), hf_column)
         return read_hub(repo, hf_column, hf_split)
-    path = Path(source).expanduser()
     remedy = "give digits, hf:OWNER/NAME, a folder, a .zip, a .csv, a .jsonl or an .npz"
     try:
+        path = Path(source).expanduser()
         is_folder = stat.S_ISDIR(path.stat().st_mode)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last for ~NAME of an unknown user
         raise bad(source, f"cannot be found ({error_text(error)}); {remedy}") from None
     suffix = path.suffix.lower()
     if is_folder:

@@ -68,6 +68,7 @@ class ClassReport:
         index: (n,) which images of the split.
         class_scores: (n, K) `log p(x|c)` in nats; for "denoising" minus the mean error, for "discriminative"
             `log p(c|x)`.
+        log_joint: (n, K) `class_scores` plus `log p(c)`: for a likelihood `log p(x, c)` in nats.
         posterior: (n, K) `p(c|x)`.
     """
 
@@ -92,12 +93,14 @@ class ClassReport:
     reliability: Reliability
     index: Tensor
     class_scores: Tensor
+    log_joint: Tensor
     posterior: Tensor
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the values of single images, ready for `json.dumps`."""
         fields = asdict(self)
-        del fields["index"], fields["class_scores"], fields["posterior"]
+        for of_images in ("index", "class_scores", "log_joint", "posterior"):
+            del fields[of_images]
         return fields
 
     def columns(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -205,6 +208,7 @@ def evaluate_classes(
         split=data.split,
         index=index,
         class_scores=class_scores,
+        log_joint=class_scores + log_prior,
     )
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from cdm_fast.errors import UserError
 from cdm_fast.host.processes import this_process
+from cdm_fast.host.reading import shown
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
@@ -40,11 +41,20 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(
-            f"--device {name} cannot be used here ({str(error).splitlines()[0]}); give cpu"
+            f"--device {name or repr(name)} cannot be used here ({_reason(error)}); give cpu"
         ) from error
+    if device.type == "meta":
+        raise UserError("--device meta computes nothing; give cpu")
     return device
+
+
+def _reason(error: Exception) -> str:
+    """Why PyTorch refuses a device, in a few words: it may say so in a page about its own internals."""
+    if str(error).startswith("Could not run"):
+        return "this PyTorch has no backend for it"
+    return shown(str(error).splitlines()[0], 120)
 
 
 def _own_gpu(name: str, available: int) -> torch.device:

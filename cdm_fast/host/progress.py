@@ -4,9 +4,12 @@ import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Self
 
 from cdm_fast.host.processes import is_main
+
+if TYPE_CHECKING:
+    import rich.progress
 
 Progress = Callable[[str], None]
 
@@ -33,7 +36,7 @@ class Countdown:
     def __init__(self, title: str, total: int) -> None:
         self._title, self._total, self._done = title, total, 0
         self._began = self._told = time.monotonic()
-        self._bar: Any = None
+        self._bar: rich.progress.Progress | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -52,9 +55,12 @@ class Countdown:
             self._bar.update(self._bar.task_ids[0], completed=self._done)
         elif now - self._began >= self._SILENT and self._told == self._began:
             self._told = now
-            self._bar = _bar(self._title, self._total, self._done)
+            self._bar = terminal_bar("reading")
             if self._bar is None:
                 self._line(now)
+            else:
+                self._bar.add_task(self._title, total=self._total, completed=self._done)
+                self._bar.start()
         elif now - self._told >= self._BETWEEN and self._told > self._began:
             self._told = now
             self._line(now)
@@ -65,18 +71,25 @@ class Countdown:
         print(line, file=sys.stderr, flush=True)
 
 
-def _bar(title: str, total: int, done: int) -> Any:
-    """rich's progress bar, started; None where stderr is no terminal, or without rich."""
+def terminal_bar(what: str, *texts: str) -> "rich.progress.Progress | None":
+    """A progress bar of rich; None without a terminal or without rich, and in all processes but one.
+
+    what: what it counts; texts: further columns, in rich's format.
+    """
     try:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     except ImportError:
         return None
     console = Console(stderr=True, highlight=False)
-    if not console.is_terminal:
+    if not (console.is_terminal and is_main()):
         return None
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn(compact=True))
-    bar = Progress(TextColumn("{task.description}", markup=False), *columns, console=console)
-    bar.add_task(title, total=total, completed=done)
-    bar.start()
-    return bar
+    return Progress(
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        *map(TextColumn, texts),
+        TextColumn("ETA"),
+        TimeRemainingColumn(elapsed_when_finished=True, compact=True),
+        console=console,
+    )

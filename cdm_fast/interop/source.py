@@ -28,6 +28,8 @@ def open_foreign(run: Path) -> tuple[Foreign, RunConfig]:
     Raises UserError as `load_diffusers` and `fetch` do, and for images that are not square.
     """
     kind, _, place = str(run).partition(":")
+    if not place:
+        raise UserError(f"{run} names no model; give hf:OWNER/NAME or diffusers:PATH")
     model = load_diffusers(fetch(place) if kind == "hf" else Path(place).expanduser())
     if model.input_shape is None:
         raise UserError(f"{run}: its config.json tells no sample_size, so the size of its images is unknown")

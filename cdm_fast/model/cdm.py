@@ -327,8 +327,9 @@ def _log_prior(prior: Tensor, of: str, count: int) -> Tensor:
     return (prior / prior.sum()).log()
 
 
-def require_likelihood(model: Denoiser) -> None:
-    """UserError unless the model is a `CDM`, the only kind with a likelihood in one pass."""
+def require_likelihood(model: Denoiser) -> CDM:
+    """The model itself; UserError unless it is a `CDM`, the only kind with a likelihood in one pass."""
     if not isinstance(model, CDM):
         kind = "plain denoising model (DDM)" if isinstance(model, DDM) else "classifier"
         raise UserError(f"this is a {kind}, which has no likelihood: train with --objective cdm")
+    return model

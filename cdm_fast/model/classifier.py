@@ -14,21 +14,24 @@ from cdm_fast.model.schedule import NoiseSchedule
 class Classifier(Denoiser):
     """A classifier: `network(x)` is `log p(c | x)` up to one constant per x, trained by cross-entropy alone.
 
-    It has a schedule so that the training loop of the other models can train it, always at level 0. It cannot
-    denoise: sampling, likelihoods and plots of levels raise UserError.
+    It has a schedule so that the training loop of the other models can train it. It is trained at one level:
+    0, clean images, or that of the noise under which it is to classify. It cannot denoise: sampling,
+    likelihoods and plots of levels raise UserError.
 
     Args:
         network: a module from (B, ...) to logits (B, K), with an attribute `num_classes`.
         schedule: that of the models with which it is compared.
+        level: at which it is trained, 0..T.
     """
 
-    def __init__(self, network: nn.Module, schedule: NoiseSchedule) -> None:
+    def __init__(self, network: nn.Module, schedule: NoiseSchedule, level: int = 0) -> None:
         super().__init__(network, schedule)
+        self.level = level
         self.num_classes: int = network.num_classes  # type: ignore[assignment]
 
     def draw_levels(self, num: int, generator: torch.Generator | None = None) -> Tensor:
-        """(num,) zeros: clean images."""
-        return torch.zeros(num, dtype=torch.int64, device=self.a.device)
+        """(num,) int64: its own level."""
+        return torch.full((num,), self.level, device=self.a.device)
 
     def features(self, x: Tensor) -> Tensor:
         """The input of the last layer, (B, D), for `evaluation.quality` without Inception weights.
@@ -43,7 +46,8 @@ class Classifier(Denoiser):
         return self.network(x)
 
     def log_class_posterior(self, x: Tensor) -> Tensor:
-        """`log p(c | x)` in nats, (B, K)."""
+        """`log p(c | x)` in nats, (B, K), of images with or without noise; scaled by `a[level]` first."""
+        x = self.a[self.level].to(x.dtype) * x if self.level else x
         return self.logits(x).log_softmax(1)
 
     def denoise(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:

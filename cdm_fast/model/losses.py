@@ -134,7 +134,7 @@ def noised_ddm_loss(model: DDM, batch: Noised) -> LossTerms:
 
 
 def noised_classifier_loss(model: Classifier, batch: Noised) -> LossTerms:
-    """Mean `-log p(label | x)` in nats of a batch at level 0, where there is no noise."""
+    """Mean `-log p(label | x)` in nats of a batch at the classifier's level."""
     assert batch.label is not None
     ce = F.cross_entropy(model.logits(batch.x_t), batch.label)
     return LossTerms(ce, torch.zeros_like(ce), ce)

@@ -206,6 +206,15 @@ class NoiseSchedule:
             raise UserError(f"unknown spacing {spacing!r}: choose one of {', '.join(GRIDS)}")
         return [*GRIDS[spacing](self, steps), 0]
 
+    def nearest_to_noise(self, sigma: float) -> int:
+        """The level 1..T whose `s / a` is nearest to `sigma` in logarithm.
+
+        Raises UserError unless `sigma` is positive and finite.
+        """
+        if not 0 < sigma < math.inf:
+            raise UserError(f"noise of standard deviation {sigma}: give a positive finite number")
+        return 1 + int((self.sigma[1:-1].log() - math.log(sigma)).abs().argmin())
+
     def _check_range(self, lowest: int, highest: int) -> None:
         if lowest < 0 or highest >= self.num_levels:
             wrong = lowest if lowest < 0 else highest

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cdm_fast.config import RunConfig, ScheduleConfig, check
+from cdm_fast.data.pixels import noise_of_inputs
 from cdm_fast.model import CDM, DDM
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.model.schedule import NoiseSchedule
@@ -72,7 +73,7 @@ def build_model(config: RunConfig) -> CDM | DDM | Classifier:
     """The untrained model of a run, on the CPU; see `build_network`."""
     network, schedule = build_network(config), build_schedule(config.schedule)
     if isinstance(network, UNetClassifier):
-        return Classifier(network, schedule)
+        return Classifier(network, schedule, _classifier_level(config, schedule))
     if isinstance(network, UNetDenoiser):
         return DDM(network, schedule)
     return CDM(
@@ -81,6 +82,15 @@ def build_model(config: RunConfig) -> CDM | DDM | Classifier:
         level_prior=level_distribution(config.schedule, schedule),
         class_prior=class_prior(config),
     )
+
+
+def _classifier_level(config: RunConfig, schedule: NoiseSchedule) -> int:
+    """The level whose noise `--classifier-noise` names; 0 without."""
+    sigma = config.train.classifier_noise
+    if not sigma:
+        return 0
+    noise = noise_of_inputs(sigma, config.image.num_grey_levels, config.data.pixels)
+    return schedule.nearest_to_noise(noise)
 
 
 def head_rank(config: RunConfig) -> int:
@@ -103,8 +113,8 @@ def class_prior(config: RunConfig) -> Tensor | None:
     return torch.tensor(counts).clamp(min=1)
 
 
-def class_labels(config: RunConfig, num: int) -> Tensor | None:
-    """(num,) int64: the classes in turn for a class-conditional run, else None."""
+def class_labels(config: RunConfig, num: int, first: int = 0) -> Tensor | None:
+    """(num,) int64: the classes in turn, from image `first` on, for a class-conditional run, else None."""
     if config.network.conditioning == "none" or config.image.num_classes is None:
         return None
-    return torch.arange(num) % config.image.num_classes
+    return torch.arange(first, first + num) % config.image.num_classes

@@ -50,6 +50,7 @@ def load(
     """
     if weights not in ("ema", "raw"):
         raise UserError(f"weights is {weights!r}; give 'ema' or 'raw'")
+    run = Path(run).expanduser()
     config = read_config(run)
     part = "ema" if weights == "ema" else "model"
     checkpoint = load_checkpoint(run, parts=(part,))

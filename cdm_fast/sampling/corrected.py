@@ -182,13 +182,16 @@ class Corrected(Sampler):
     Args:
         moves: of each image at each level, 1 or more.
         leapfrog: steps of each move, 1 or more: one is a Langevin move, several a Hamiltonian one (HMC).
+        step_size: level -> h of the moves, such as `MoveLog.step_size` of an earlier run; by default a pilot
+            run finds them.
 
     Raises:
-        UserError: a number below 1.
+        UserError: a number below 1, or a level of the grid without a step size.
     """
 
     moves: int = 2
     leapfrog: int = 1
+    step_size: Mapping[int, float] | None = None
     spacing = "log_snr"
     compares_densities = True
 
@@ -199,16 +202,21 @@ class Corrected(Sampler):
     def prepare(
         self, model: Denoiser, grid: Sequence[int], shape: tuple[int, ...], label: Tensor | None
     ) -> Run:
-        """The loop with step sizes from a pilot run of a fixed seed.
+        """The loop with its step sizes, by default from a pilot run of a fixed seed.
 
-        Raises UserError for a model that knows no log p_t(x).
+        Raises UserError for a model that knows no log p_t(x), and for a level without a step size.
         """
         if not isinstance(model, Energy):
             raise UserError(
                 f"sampler {self.name!r} accepts or refuses moves by log p(x), which a plain denoiser (DDM)"
                 " does not know: choose another sampler, such as 'ddim', or train with --objective cdm"
             )
-        sizes = find_step_sizes(model, grid, shape, label, self.leapfrog)
+        sizes = self.step_size
+        if sizes is None:
+            sizes = find_step_sizes(model, grid, shape, label, self.leapfrog)
+        missing = [t for t in grid[:-1] if t not in sizes]
+        if missing:
+            raise UserError(f"step_size has no value for level {missing[0]}: give one for each level but 0")
         return partial(self._run(), step_size=sizes, moves=self.moves, leapfrog=self.leapfrog)
 
     def _run(self) -> Callable[..., Tensor]:
@@ -224,9 +232,11 @@ class MALA(Corrected):
     Args:
         moves: of each image at each level, 1 or more.
         leapfrog: steps of each move, 1 or more: one is a Langevin move, several a Hamiltonian one (HMC).
+        step_size: level -> h of the moves, such as `MoveLog.step_size` of an earlier run; by default a pilot
+            run finds them.
 
     Raises:
-        UserError: a number below 1.
+        UserError: a number below 1, or a level of the grid without a step size.
 
     >>> from cdm_fast import CDM, MLP, NoiseSchedule, sample
     >>> schedule = NoiseSchedule.uniform(T=20)

@@ -48,6 +48,7 @@ def sample(
     shape: tuple[int, ...] | None = None,
     precision: Literal["fp32", "bf16"] = "fp32",
     callback: Callback | None = None,
+    first: int = 0,
 ) -> Tensor:
     """Draws `num` images from the model: `(num, *shape)`, in the dtype and on the device of its parameters.
 
@@ -68,6 +69,7 @@ def sample(
         shape: of one image; `model.input_shape` by default.
         precision: of the network; "bf16" runs it under autocast, and images stay fp32.
         callback: called with a `Step` after each step of each batch of this process; see also `MoveLog`.
+        first: number of the first image: images `first` to `first + num - 1` of the seed are drawn.
 
     Raises:
         UserError: an argument out of range, or a sampler that does not suit the model.
@@ -84,6 +86,8 @@ def sample(
     sampler = _sampler(sampler, precision)
     shape = _image_shape(model, shape)
     check_range("num", num, 0, bits=32)
+    check_range("first", first, 0, bits=32)
+    check_range("first + num", first + num, 0, bits=32)
     check_range("batch_size", batch_size, 1, bits=32)
     check_range("seed", seed, 0, bits=64)
     like = any_parameter(model)
@@ -97,7 +101,7 @@ def sample(
     with cast_weights(model, like.device, precision):
         for start in range(mine.start, mine.stop, batch_size):
             batch = slice(start, min(start + batch_size, mine.stop))
-            noise = ImageNoise(seed, batch, shape, like)
+            noise = ImageNoise(seed, slice(first + batch.start, first + batch.stop), shape, like)
             label_b = None if labels is None else labels[batch]
             images.append(run(model, noise(), noise, grid, label_b, callback=callback))
     return gather_rows(torch.cat(images), num)

@@ -3,13 +3,11 @@
 import sys
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from cdm_fast.host.processes import is_main
+from cdm_fast.host.progress import terminal_bar
 from cdm_fast.training.log import Numbers
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 
 class Display:
@@ -23,7 +21,7 @@ class Display:
     def __init__(self, start: int, total: int) -> None:
         self._total = total
         self._shown = 0.0
-        self._bar = _progress_bar()
+        self._bar = terminal_bar("training", "{task.fields[numbers]}")
         if self._bar is not None:
             self._task = self._bar.add_task("training", total=total, completed=start, numbers="")
 
@@ -64,27 +62,6 @@ class Display:
             self._bar.console.print(message, soft_wrap=True, markup=False)
         elif is_main():
             print(message, file=sys.stderr, flush=True)
-
-
-def _progress_bar() -> "Progress | None":
-    """rich's progress bar; None where stderr is no terminal, in all processes but one, or without rich."""
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    except ImportError:
-        return None
-    console = Console(stderr=True, highlight=False)
-    if not (console.is_terminal and is_main()):
-        return None
-    return Progress(
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[numbers]}"),
-        TextColumn("ETA"),
-        TimeRemainingColumn(elapsed_when_finished=True, compact=True),
-        console=console,
-    )
 
 
 _FORMATS = {

@@ -62,8 +62,8 @@ def prepare_new(config: RunConfig, device: torch.device) -> Prepared:
 def resumed_config(run: str | Path, config: RunConfig | None) -> tuple[RunConfig, RunConfig]:
     """The config to resume a run with, by default its own, and the stored one.
 
-    Raises UserError when `config` changes a setting that a resumed run must keep, and for a run that was not
-    trained here.
+    Raises UserError when `config` changes a setting that a resumed run must keep or asks for fewer steps than
+    it has taken, and for a run that was not trained here.
     """
     stored = read_config(run)
     config = in_place(config or stored)
@@ -71,7 +71,13 @@ def resumed_config(run: str | Path, config: RunConfig | None) -> tuple[RunConfig
     changed = differences(stored, config)
     if changed:
         raise UserError(f"--resume {run} cannot change {'; '.join(changed)}; train into another --out")
-    require_trained_here(load_checkpoint(run, parts=()), str(run))  # before its data are looked for
+    newest = load_checkpoint(run, parts=())
+    require_trained_here(newest, str(run))  # before its data are looked for
+    if config.train.steps < newest.step:
+        raise UserError(
+            f"--steps is {config.train.steps}, and {run} has taken {newest.step} steps; give {newest.step} or"
+            " more"
+        )
     return config, stored
 
 

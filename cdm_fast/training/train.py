@@ -77,6 +77,7 @@ def train(
         4
         >>> folder.cleanup()
     """
+    out = Path(out).expanduser()
     if is_main():
         require_new(out)
     config = in_place(config)
@@ -87,8 +88,8 @@ def train(
         prepared = prepare_new(config, chosen)
         if is_main():
             create_run(out, prepared.config, to_checkpoint(prepared.state, prepared.config))
-        with exclusive_lock(Path(out)):
-            return _train(prepared, Path(out), max_time, parallel)
+        with exclusive_lock(out):
+            return _train(prepared, out, max_time, parallel)
 
 
 def resume(
@@ -107,15 +108,17 @@ def resume(
         max_time, device, parallel: as for `train`.
 
     Raises:
-        UserError: as for `train`; `config` changes anything else; the data are not those of the run.
+        UserError: as for `train`; `config` changes anything else, or asks for fewer steps than the run has
+            taken; the data are not those of the run.
     """
+    run = Path(run).expanduser()
     config, stored = resumed_config(run, config)
     require_extras(config)
     check_parallel(config, parallel)
     chosen = pick_device(device)
-    with exclusive_lock(Path(run)), preserved_rng(chosen):
-        prepared = prepare_resumed(Path(run), config, stored, chosen)
-        return _train(prepared, Path(run), max_time, parallel)
+    with exclusive_lock(run), preserved_rng(chosen):
+        prepared = prepare_resumed(run, config, stored, chosen)
+        return _train(prepared, run, max_time, parallel)
 
 
 def _train(prepared: Prepared, run: Path, max_time: float | None, parallel: Parallel) -> dict[str, Any]:

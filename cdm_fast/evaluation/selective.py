@@ -1,0 +1,182 @@
+"""Classification that may abstain: risk against coverage, and conformal prediction sets.
+
+# n images, K classes
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cdm_fast.errors import UserError
+from cdm_fast.statistics import standard_error
+
+COVERAGES = (1.0, 0.95, 0.9, 0.8, 0.5)
+SPLITS = 10
+
+
+def risk_coverage(
+    wrong: Tensor,  # (n,) bool
+    confidence: Tensor,  # (n,)
+) -> Tensor:
+    """Share of wrong answers among the k most confident ones, for k = 1..n: (n,) float64.
+
+    Images of equal confidence count together: each takes the mean of its group.
+    """
+    order = confidence.argsort(descending=True, stable=True)
+    _, group, size = confidence[order].unique_consecutive(return_inverse=True, return_counts=True)
+    total = torch.zeros(len(size), dtype=torch.float64).index_add_(0, group, wrong[order].double())
+    return (total / size)[group].cumsum(0) / torch.arange(1, len(wrong) + 1)
+
+
+def conformal_threshold(
+    nonconformity: Tensor,  # (m,) of the true classes of calibration images
+    coverage: float,
+) -> float:
+    """The `ceil((m + 1) coverage)`-th smallest score; infinite where m is too small for the coverage.
+
+    A set of all classes whose score is at most this contains the true one with a probability of at least
+    `coverage`, over calibration and new images drawn alike (Vovk et al. 2005; arXiv 2107.07511, section 1).
+    """
+    rank = math.ceil((len(nonconformity) + 1) * coverage - 1e-9)
+    return math.inf if rank > len(nonconformity) else float(nonconformity.sort().values[rank - 1])
+
+
+def class_nonconformity(log_joint: Tensor) -> Tensor:
+    """Log odds in nats against each class, (n, K) float64, from `log p(x, c)` up to a constant per image.
+
+    They order classes as one minus the posterior does, and stay apart where that rounds to 0 or 1.
+    """
+    log_joint = log_joint.double()
+    num_classes = log_joint.shape[1]
+    others = log_joint[:, None, :].expand(-1, num_classes, -1)
+    own = torch.eye(num_classes, dtype=torch.bool)
+    return others.masked_fill(own, -math.inf).logsumexp(2) - log_joint
+
+
+@dataclass(frozen=True)
+class SelectiveReport:
+    """What a classifier gains by not answering for every image.
+
+    Fields:
+        coverages: shares of images that are answered, the most certain first.
+        accuracy_by_posterior, accuracy_by_likelihood: among these, ranked by the posterior of the predicted
+            class, or by log p(x); the second is None without a likelihood.
+        aurc_by_posterior, aurc_by_likelihood: area under risk against coverage, 0..1, smaller is better
+            (arXiv 1705.08500); aurc_oracle: of the best order there is.
+        risk_by_posterior, risk_by_likelihood: the curves, at 1/n, 2/n, ..., 1.
+        set_coverage: nominal, of conformal prediction sets.
+        set_coverage_found, set_coverage_stderr: over `splits` random halves, one to calibrate on and one to
+            measure on; the error bar is that of one split divided by the square root of their number, times
+            the square root of two, for splits share images.
+        set_size: mean number of classes in a set; empty_sets: share of images with none.
+        false_alarms: nominal share of usual images that a threshold on log p(x) rejects;
+            false_alarms_found: on the other halves.
+    """
+
+    coverages: list[float]
+    accuracy_by_posterior: list[float]
+    accuracy_by_likelihood: list[float] | None
+    aurc_by_posterior: float
+    aurc_by_likelihood: float | None
+    aurc_oracle: float
+    risk_by_posterior: list[float]
+    risk_by_likelihood: list[float] | None
+    set_coverage: float
+    set_coverage_found: float
+    set_coverage_stderr: float
+    set_size: float
+    empty_sets: float
+    false_alarms: float
+    false_alarms_found: float | None
+    splits: int
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields but the curves, ready for `json.dumps`."""
+        fields = asdict(self)
+        del fields["risk_by_posterior"], fields["risk_by_likelihood"]
+        return fields
+
+
+def evaluate_selection(
+    log_joint: Tensor,  # (n, K) log p(x, c) in nats, or log p(c|x)
+    label: Tensor,  # (n,) int64
+    *,
+    has_likelihood: bool = True,
+    set_coverage: float = 0.9,
+    false_alarms: float = 0.05,
+    splits: int = SPLITS,
+    seed: int = 0,
+) -> SelectiveReport:
+    """Risk against coverage, conformal sets and rejection by likelihood; see `SelectiveReport`.
+
+    Args:
+        has_likelihood: whether `log_joint` holds densities: their logsumexp is then log p(x).
+        set_coverage: wanted share of images whose prediction set holds their class, 0..1.
+        false_alarms: wanted share of usual images that are rejected for a small log p(x), 0..1.
+        splits, seed: of the random halves.
+
+    Raises:
+        UserError: fewer than 4 images, or a share that is not between 0 and 1.
+    """
+    if len(label) < 4:
+        raise UserError(f"{len(label)} images: at least 4 are needed to calibrate on a half of them")
+    for what, share in (("coverage of sets", set_coverage), ("false alarms", false_alarms)):
+        if not 0 < share < 1:
+            raise UserError(f"{what} is {share}: give a share between 0 and 1")
+    log_joint = log_joint.double()
+    wrong = log_joint.argmax(1) != label
+    log_odds = class_nonconformity(log_joint)
+    by_posterior = risk_coverage(wrong, -log_odds.min(1).values)
+    log_prob = log_joint.logsumexp(1) if has_likelihood else None
+    by_likelihood = None if log_prob is None else risk_coverage(wrong, log_prob)
+    answered = [max(1, round(share * len(label))) - 1 for share in COVERAGES]
+    halves = _halves(len(label), splits, seed)
+    sets = [_conformal_split(log_odds, label, set_coverage, *half) for half in halves]
+    found, size, empty = torch.tensor(sets, dtype=torch.float64).T
+    rejected = [] if log_prob is None else [_rejected(log_prob, false_alarms, *half) for half in halves]
+    return SelectiveReport(
+        coverages=list(COVERAGES),
+        accuracy_by_posterior=[1 - float(by_posterior[i]) for i in answered],
+        accuracy_by_likelihood=None
+        if by_likelihood is None
+        else [1 - float(by_likelihood[i]) for i in answered],
+        aurc_by_posterior=float(by_posterior.mean()),
+        aurc_by_likelihood=None if by_likelihood is None else float(by_likelihood.mean()),
+        aurc_oracle=float(risk_coverage(wrong, -wrong.double()).mean()),
+        risk_by_posterior=by_posterior.tolist(),
+        risk_by_likelihood=None if by_likelihood is None else by_likelihood.tolist(),
+        set_coverage=set_coverage,
+        set_coverage_found=float(found.mean()),
+        set_coverage_stderr=math.sqrt(2) * standard_error(found) if splits > 1 else math.nan,
+        set_size=float(size.mean()),
+        empty_sets=float(empty.mean()),
+        false_alarms=false_alarms,
+        false_alarms_found=sum(rejected) / len(rejected) if rejected else None,
+        splits=splits,
+    )
+
+
+def _halves(count: int, splits: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """`splits` pairs of (calibration, test) indices: a random half and the rest."""
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(count, generator=generator) for _ in range(splits)]
+    return [(order[: count // 2], order[count // 2 :]) for order in orders]
+
+
+def _conformal_split(
+    log_odds: Tensor, label: Tensor, coverage: float, calibration: Tensor, test: Tensor
+) -> tuple[float, float, float]:
+    """Coverage, mean size and share of empty sets on `test`."""
+    own = log_odds.gather(1, label[:, None])[:, 0]
+    in_set = log_odds[test] <= conformal_threshold(own[calibration], coverage)
+    covered = in_set.gather(1, label[test, None]).double().mean()
+    return float(covered), float(in_set.sum(1).double().mean()), float((~in_set.any(1)).double().mean())
+
+
+def _rejected(log_prob: Tensor, false_alarms: float, calibration: Tensor, test: Tensor) -> float:
+    """Share of `test` whose log p(x) lies below the conformal threshold of `calibration`."""
+    threshold = conformal_threshold(-log_prob[calibration], 1 - false_alarms)
+    return float((-log_prob[test] > threshold).double().mean())
