@@ -147,7 +147,7 @@ def _walk(root: Path, place: str, prefix: str) -> Iterator[str]:
         is_folder = entry.is_dir(follow_symlinks=False)
         if entry.is_symlink():
             require_inside(Path(entry.path), root)
-            if entry.is_dir() and not is_hidden(entry.name):
+            if os.path.isdir(entry.path) and not is_hidden(entry.name):  # False for a link to itself
                 raise bad(entry.path, "is a link to a folder; put the files themselves there")
         if is_hidden(entry.name):
             continue
