@@ -21,7 +21,7 @@ from cdm_fast.data import ImageData
 from cdm_fast.likelihood import audit, evaluate, evaluate_elbo, evaluate_ode, measure_log_z
 from cdm_fast.likelihood.ode_outliers import find_outliers
 from cdm_fast.model import Denoiser
-from cdm_fast.runs.calibration import calibrate
+from cdm_fast.runs.calibrate import calibrate
 
 SHAPE = (1, 2, 2)
 T = 40
