@@ -111,10 +111,10 @@ class Copy:
         """Images (n,C,H,W) uint8 and labels (n,) int64 of a split. Writing to the images changes no file."""
         first = sum(getattr(self.about, earlier) for earlier in SPLITS[: SPLITS.index(split)])
         rows = slice(first, first + getattr(self.about, split))
-        images = _map(self.folder / "rows").view(self.about.count, *self.about.shape)[rows]
+        images = map_file(self.folder / "rows").view(self.about.count, *self.about.shape)[rows]
         if not self.about.labelled:
             return images, None
-        return images, _map(self.folder / "labels").view(torch.int64)[rows].clone()
+        return images, map_file(self.folder / "labels").view(torch.int64)[rows].clone()
 
     def verify(self) -> bool:
         """Whether both files still are what was written; reads them whole."""
@@ -126,7 +126,7 @@ class Copy:
         return digest.hexdigest() == self.about.digest
 
 
-def _map(path: Path) -> Tensor:
+def map_file(path: Path) -> Tensor:
     """A file as a (bytes,) uint8 tensor. Private: a write reaches nobody else. No memory is reserved."""
     with open(path, "rb") as file:
         flags = mmap.MAP_PRIVATE | _NO_RESERVE
