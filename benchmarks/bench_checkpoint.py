@@ -15,8 +15,9 @@ from benchmarks.support.cases import both_finite
 from cdm_fast.config import PRESETS, RunConfig
 from cdm_fast.data import ImageData, load_data
 from cdm_fast.runs.checkpoint import create_run
+from cdm_fast.training.feed import on_device
 from cdm_fast.training.loop import take_step
-from cdm_fast.training.prepare import on_device, resolve
+from cdm_fast.training.prepare import resolve
 from cdm_fast.training.saver import Saver
 from cdm_fast.training.state import new_state, to_checkpoint
 from cdm_fast.training.step import make_loss

@@ -14,6 +14,9 @@ from tests import accuracy, pretend_cuda
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Tests that read data leave nothing in the user's cache folder.
+os.environ.setdefault("CDM_FAST_CACHE", "off")
+
 # Programs that tests start as processes of their own; collecting doctests would import them.
 collect_ignore_glob = ["ops/compile_*.py"]
 

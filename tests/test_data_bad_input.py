@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import pickle
 import struct
 import sys
 import types
@@ -86,8 +87,8 @@ def test_missing_source(source):
 
 
 def test_file_of_no_known_kind(tmp_path):
-    (tmp_path / "a.csv").write_text("1,2,3")
-    refused(lambda: load_data(tmp_path / "a.csv"), "no known kind", name="a.csv")
+    (tmp_path / "a.txt").write_text("1,2,3")
+    refused(lambda: load_data(tmp_path / "a.txt"), "no known kind", name="a.txt")
 
 
 @pytest.mark.parametrize(
@@ -230,9 +231,14 @@ def test_cifar_label_is_out_of_range(cifar_folder):
     refused(lambda: load_data(cifar_folder), "label 10", "0 to 9", name=path.name)
 
 
-def test_pickled_cifar_is_not_opened(tmp_path):
+def test_pickled_cifar_that_is_damaged_or_wants_to_run_code(tmp_path):
     (tmp_path / "data_batch_1").write_bytes(b"\x80\x04.")
-    refused(lambda: load_data(tmp_path), "binary version")
+    refused(lambda: load_data(tmp_path), "damaged", name="data_batch_1")
+    for protocol in range(6):
+        content = pickle.dumps({"data": Exploit(tmp_path / "executed"), "labels": [0]}, protocol)
+        (tmp_path / "data_batch_1").write_bytes(content)
+        refused(lambda: load_data(tmp_path), "execute code", name="data_batch_1")
+    assert not (tmp_path / "executed").exists()
 
 
 # ---------------------------------------------------------------- npz

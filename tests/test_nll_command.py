@@ -12,8 +12,8 @@ from cdm_fast import load
 from cdm_fast.data.draws import batches, draw_generator
 from cdm_fast.likelihood.units import bits_per_dim
 from cdm_fast.plots.evaluation import write_audit
-from cdm_fast.runs.build import run_data
 from cdm_fast.runs.checkpoint import read_config
+from cdm_fast.runs.data import run_data
 from tests.test_cli import call, call_json
 from tests.tiny_run import FLAGS, write_images
 

@@ -23,7 +23,7 @@ FEATURES = {
     "log_density_ratio": ("cdm_fast.log_density_ratio", "scikit-learn"),
     "digits": ("cdm_fast.data.load_data('digits', 'train')", "scikit-learn"),
     "auroc": ("cdm_fast.statistics.auroc(torch.ones(2), torch.ones(2))", "scikit-learn"),
-    "decode": ("cdm_fast.data.pictures.decode(b'', 'x', None, None)", "pillow"),
+    "decode": ("cdm_fast.data.pictures.decode(b'', 'x')", "pillow"),
     "write_grid": ("cdm_fast.data.pictures.write_grid(torch.zeros(1, 1, 2, 2), 'unwritten.png')", "pillow"),
     "jpeg": (
         "cdm_fast.data.corruptions.corrupt(torch.zeros(1, 1, 8, 8).byte(), 'jpeg_compression', 1)",

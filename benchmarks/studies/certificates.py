@@ -37,8 +37,8 @@ from cdm_fast.evaluation.certification import (
     evaluate_certificates,
 )
 from cdm_fast.host.progress import to_stderr
-from cdm_fast.runs.build import run_data
 from cdm_fast.runs.checkpoint import read_config
+from cdm_fast.runs.data import run_data
 
 RESULTS = Path(__file__).parents[1] / "results" / "certificates.jsonl"
 KINDS = ("joint", "clean", "noised", "denoised", "embedding")

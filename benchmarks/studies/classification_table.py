@@ -33,8 +33,9 @@ from cdm_fast.host.progress import to_stderr
 from cdm_fast.likelihood import evaluate_elbo
 from cdm_fast.model import CDM
 from cdm_fast.model.classifier import Classifier
-from cdm_fast.runs.build import class_prior, run_data
+from cdm_fast.runs.build import class_prior
 from cdm_fast.runs.checkpoint import load_checkpoint, read_config
+from cdm_fast.runs.data import run_data
 
 Figures = Callable[[], dict[str, Any]]
 RESULTS = Path(__file__).parents[1] / "results" / "classification.jsonl"

@@ -25,8 +25,8 @@ from cdm_fast.evaluation.classification import evaluate_classes
 from cdm_fast.evaluation.quality import frechet_distance
 from cdm_fast.likelihood import evaluate, evaluate_elbo, mse_per_level
 from cdm_fast.model.classifier import Classifier
-from cdm_fast.runs.build import run_data
 from cdm_fast.runs.checkpoint import read_config
+from cdm_fast.runs.data import run_data
 
 RESULTS = Path(__file__).parents[1] / "results" / "encoder_study.jsonl"
 NETWORKS: dict[str, dict[str, Any]] = {

@@ -33,8 +33,8 @@ from cdm_fast.evaluation.quality import two_sample_test
 from cdm_fast.model.composition import Mixture, Product, negation
 from cdm_fast.model.conditioned import OfClass
 from cdm_fast.plots.sheet import write_rows
-from cdm_fast.runs.build import run_data
 from cdm_fast.runs.checkpoint import read_config
+from cdm_fast.runs.data import run_data
 from cdm_fast.sampling import MALA
 from cdm_fast.sampling.langevin import DrawFrom, anneal, ladder, tune_step_sizes
 from cdm_fast.sampling.restoration import Known, MeanPool, Posterior, restore

@@ -32,8 +32,8 @@ from cdm_fast.model.losses import LossTerms, Noised
 from cdm_fast.nn import UNet
 from cdm_fast.nn.heads import CumulativeHead
 from cdm_fast.nn.layers import Conv2d, full_precision
-from cdm_fast.runs.build import run_data
 from cdm_fast.runs.checkpoint import create_run, load_checkpoint, read_config
+from cdm_fast.runs.data import run_data
 from cdm_fast.runs.load import load
 from cdm_fast.training.ema import Ema
 from cdm_fast.training.loop import take_step

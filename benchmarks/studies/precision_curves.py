@@ -19,7 +19,7 @@ from benchmarks.support.environment import facts
 from cdm_fast.config import RunConfig, preset
 from cdm_fast.host.device import pick_device
 from cdm_fast.host.optional import need
-from cdm_fast.runs.build import run_data
+from cdm_fast.runs.data import run_data
 from cdm_fast.training.prepare import resolve
 from cdm_fast.training.state import new_state
 from cdm_fast.training.step import derived_seed, draw_batch, learning_rate, make_loss, training_step

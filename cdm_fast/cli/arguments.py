@@ -16,6 +16,7 @@ from cdm_fast.config.choices import (
     CorrectedSampler,
     Given,
     Parallel,
+    Resample,
     RestoreTask,
     Split,
 )
@@ -99,6 +100,8 @@ class Train(WithDevice):
     """Continue the run in this directory from its newest checkpoint."""
     max_time: float | None = None
     """Save and stop after this many seconds."""
+    cache: str | None = None
+    """Folder of prepared copies of data, or `off`; by default CDM_FAST_CACHE, or the user's cache folder."""
     parallel: Parallel = "ddp"
     """Under torchrun: `ddp` keeps the whole model in every process, `fsdp` a part of it in each."""
     config: RunConfig = field(default_factory=RunConfig)
@@ -402,7 +405,49 @@ class Replay(WithDevice):
     """Write the batch to this .npz: x_t, eps, level, label, index, loss."""
 
 
+@dataclass(frozen=True)
+class Data(WithJson):
+    """Tell what a data source holds: kind, splits, shape, classes, size, and whether a copy is prepared."""
+
+    source: Positional[str] = ""
+    """As for `train --data`; not needed with --clear."""
+    image_size: int | None = None
+    """Resample to this many pixels a side, as in training."""
+    crop: str = "centre"
+    """`centre`, `none`, or LEFT,TOP,WIDTH,HEIGHT in pixels."""
+    resample: Resample = "bicubic"
+    """Filter of --image-size."""
+    channels: int | None = None
+    """1 makes all images grey, 3 colour."""
+    split_seed: int = 0
+    """Seed of the train/validation/test split of sources that come without one."""
+    hf_column: str | None = None
+    """Image column of hf:NAME, parquet or arrow files, where there are several."""
+    hf_split: str | None = None
+    """Split of hf:NAME to train on, where it is not called train."""
+    prepare: Switch = False
+    """Make the prepared copy that training with these settings maps; one that is there is verified."""
+    clear: Switch = False
+    """Remove the source's prepared copy; without a source, all."""
+    sheet: Path | None = None
+    """Also draw examples into this .png."""
+    cache: str | None = None
+    """Folder of prepared copies; by default CDM_FAST_CACHE, or the user's cache folder."""
+
+
 Command = (
-    Train | Replay | Sample | Nll | Calibrate | Classify | Score | Denoise | Restore | Plot | Convert | Doctor
+    Train
+    | Replay
+    | Sample
+    | Nll
+    | Calibrate
+    | Classify
+    | Score
+    | Denoise
+    | Restore
+    | Plot
+    | Convert
+    | Doctor
+    | Data
 )
 Shared = Train | Sample | Nll | Classify  # several processes may share their work

@@ -5,6 +5,7 @@ from typing import Any
 
 from cdm_fast.cli import arguments
 from cdm_fast.cli.classify import classify_command
+from cdm_fast.cli.data import data_command
 from cdm_fast.cli.nll import calibrate_command, nll_command
 from cdm_fast.cli.outcome import Outcome
 from cdm_fast.cli.restore import denoise_command, restore_command
@@ -43,4 +44,5 @@ _COMMANDS: dict[type, Callable[[Any], Outcome]] = {
     arguments.Replay: replay_command,
     arguments.Convert: convert_command,
     arguments.Doctor: doctor_command,
+    arguments.Data: data_command,
 }

@@ -23,6 +23,7 @@ from cdm_fast.cli.arguments import (
     Classify,
     Command,
     Convert,
+    Data,
     Denoise,
     Doctor,
     Nll,
@@ -62,6 +63,7 @@ def parse(arguments: Sequence[str]) -> Command:
         Annotated[Replay, subcommand("replay")],
         Annotated[Convert, subcommand("convert")],
         Annotated[Doctor, subcommand("doctor")],
+        Annotated[Data, subcommand("data")],
     ]
     markers = (
         tyro.conf.OmitArgPrefixes,

@@ -48,11 +48,11 @@ from cdm_fast.likelihood.units import nats_per_bit_per_dim, require_denoiser
 from cdm_fast.model import CDM, Denoiser
 from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.plots.evaluation import write_audit
-from cdm_fast.runs.build import run_data
 from cdm_fast.runs.calibrate import calibrate
 from cdm_fast.runs.calibration import apply_calibration, remove_calibration, write_calibration
 from cdm_fast.runs.checkpoint import read_config, write_json
 from cdm_fast.runs.constants import put_constants, remove_constants, write_constants
+from cdm_fast.runs.data import run_data
 from cdm_fast.runs.load import load
 from cdm_fast.training.constants import refit_constants
 from cdm_fast.training.loop import describe_validation

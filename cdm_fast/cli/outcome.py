@@ -1,6 +1,5 @@
 """What the commands share: their outcome, the loaded model, and data that fit the run."""
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +16,9 @@ from cdm_fast.host.device import pick_device
 from cdm_fast.interop.source import is_foreign, open_foreign, output_folder, require_data
 from cdm_fast.model import CDM, DDM, Denoiser
 from cdm_fast.model.classifier import Classifier
-from cdm_fast.runs.build import run_data
-from cdm_fast.runs.checkpoint import load_checkpoint, read_config
+from cdm_fast.runs.checkpoint import read_config
+from cdm_fast.runs.data import require_own_data, run_data
 from cdm_fast.runs.load import load
-from cdm_fast.training.prepare import data_digest
 
 
 class Outcome(NamedTuple):
@@ -112,26 +110,10 @@ def data_for(
     size or kind, and for own data that have changed since the training.
     """
     if source is None or own_too:
-        _require_unchanged(run, config)
+        require_own_data(run, config)
     data = run_data(config, split, source)
     require_fit(data, config, run)
     return data
-
-
-def _require_unchanged(run: Path, config: RunConfig) -> None:
-    """UserError where the run's own data are not those it was trained on.
-
-    Its test split may then hold images of the old training split. A converted run knows no data of its own.
-    """
-    if config.data.source == "digits":  # they come with scikit-learn
-        return
-    with warnings.catch_warnings(action="ignore"):  # loading the model warns of a damaged checkpoint
-        trained_on = load_checkpoint(run, parts=()).state.get("data_digest")
-    if trained_on and trained_on != data_digest(run_data(config, "train")):
-        raise UserError(
-            f"{config.data.source} has changed since {run} was trained on it; restore those images, or name"
-            " other data by --data"
-        )
 
 
 def require_fit(data: ImageData, config: RunConfig, run: Path) -> None:

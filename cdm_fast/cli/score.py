@@ -35,7 +35,7 @@ from cdm_fast.model import CDM, Denoiser
 from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.plots.evaluation import write_outliers, write_sigma
 from cdm_fast.plots.sheet import write_rows
-from cdm_fast.runs.build import run_data
+from cdm_fast.runs.data import run_data
 
 CORRUPTED = "corrupted"  # what --against takes besides data sources
 REFERENCE_IMAGES = 2000  # whose mean is the typical likelihood
@@ -149,7 +149,15 @@ def other_data(source: str, split: str, config: RunConfig) -> ImageData:
     Its grey levels are spread evenly over the run's, black to black and white to white.
     """
     image = config.image
-    data = load_data(source, split, image.size, config.data.split_seed, image.channels)
+    data = load_data(
+        source,
+        split,
+        image.size,
+        config.data.split_seed,
+        image.channels,
+        crop=config.data.crop,
+        resample=config.data.resample,
+    )
     scaled = data.images.float() * ((image.num_grey_levels - 1) / (data.num_grey_levels - 1))
     return replace(
         data,

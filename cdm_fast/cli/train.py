@@ -6,6 +6,7 @@ from typing import Any
 from cdm_fast.cli import arguments
 from cdm_fast.cli.describe import describe_accuracy, describe_score
 from cdm_fast.cli.outcome import Outcome, without_arrays
+from cdm_fast.data.copies import cached_in
 from cdm_fast.errors import UserError
 from cdm_fast.host.distributed import broadcast_from_main
 from cdm_fast.host.processes import is_main, launched
@@ -32,7 +33,8 @@ def train_command(command: arguments.Train) -> Outcome:
         if again is not None:
             to_stderr(f"{run} holds the beginning of this run: continuing it")
             config, begins = again, False
-    summary = train(config, run, **options) if begins else resume(run, config, **options)
+    with cached_in(command.cache):
+        summary = train(config, run, **options) if begins else resume(run, config, **options)
     lines = [f"{summary['run']}: {_stopped(summary)} after {summary['seconds']:.0f} s of training"]
     lines += describe_score(summary) if "bits_per_dim" in summary else []
     lines += [describe_accuracy(summary)] if "accuracy" in summary else []

@@ -14,5 +14,6 @@ Objective = Literal["cdm", "ddm", "classifier"]
 Precision = Literal["auto", "fp32", "bf16"]
 Given = Literal["label", "none", "all"]  # an image's own label, no label, all classes together
 Compile = Literal["auto", "off", "default", "reduce-overhead"]
+Resample = Literal["bicubic", "bilinear", "lanczos", "box"]
 
 PARTICLES = 128  # of each walk that measures log Z

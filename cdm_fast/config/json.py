@@ -12,7 +12,8 @@ from cdm_fast.errors import UserError
 Config = TypeVar("Config")
 
 # What may change when a run is resumed: its length and what it writes. Everything else affects the numbers.
-_FREE_ON_RESUME = {"output": None, "train": {"steps"}}
+# The place of the data is free, since their content is compared.
+_FREE_ON_RESUME = {"output": None, "train": {"steps"}, "data": {"source", "given"}}
 
 
 def fixed_part(config: RunConfig) -> dict[str, Any]:

@@ -82,7 +82,10 @@ PRESETS: dict[str, RunConfig] = {
         output=OutputConfig(log_every=100, save_every=5000, sample_every=5000, evaluate_every=25_000),
     ),
     "celeba64": RunConfig(
-        data=DataConfig(source="data/celeba", image_size=64, flip=True),
+        # The public code's crop, around the face, and its filter: CustomImageDataset.py.
+        data=DataConfig(
+            source="data/celeba", image_size=64, crop="25,57,128,128", resample="bilinear", flip=True
+        ),
         image=ImageShape(size=64, channels=3, num_grey_levels=256, num_classes=None),
         schedule=ScheduleConfig(T=1000),
         network=NetworkConfig(base_channels=128, multipliers=(1, 2, 2, 2, 4), attention_resolutions=(16,)),
@@ -108,8 +111,6 @@ PRESETS["digits-encoder"] = replace(PRESETS["digits-encoder"], train=_train)
 # config/config.yaml has T, betas, steps, lr, batch size, loss weights and the average's decay; cdm.py the
 # warm-up over 5000 steps, a tenth of the rate after every 200,000, no clipping, and an average that is a copy
 # of the weights for 5000 steps; main.py the networks, dropout, mirroring, and 2u/255 - 1 without noise.
-# Its CelebA is cropped to rows 57..184 and columns 25..152 before it is resized (CustomImageDataset.py); the
-# images of --data must be cropped in the same way.
 _paper_training = TrainConfig(
     steps=500_000,
     lr=2e-4,

@@ -8,7 +8,7 @@ torch.
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from cdm_fast.config.choices import Compile, Objective, Precision, Sampler
+from cdm_fast.config.choices import Compile, Objective, Precision, Resample, Sampler
 from cdm_fast.config.flags import Suppress, arg
 
 Schedule = Literal["linear", "uniform", "ot", "cosine"]
@@ -24,11 +24,22 @@ class DataConfig:
     """The training data."""
 
     source: Annotated[str, arg(name="data")] = "digits"
-    """`digits`, a folder of IDX files (MNIST family), a folder of CIFAR's binary files, a folder or zip of
-    images, an .npz, or hf:OWNER/NAME."""
+    """`digits`, a folder or zip of pictures, a .csv or .jsonl that names some, an .npz, a folder of the files
+    of MNIST or CIFAR or of parquet or arrow, or hf:NAME."""
     image_size: int | None = None
-    """Resize the shorter side to this many pixels, 1..1024, and crop the centre; by default images keep their
-    size."""
+    """Resample what --crop leaves to this many pixels a side; by default the images stay as they are."""
+    crop: str = "centre"
+    """`centre`, the central square; `none`, the whole picture; or LEFT,TOP,WIDTH,HEIGHT in pixels."""
+    resample: Resample = "bicubic"
+    """Filter of --image-size, antialiased."""
+    channels: int | None = None
+    """1 makes all images grey, 3 colour; by default they stay as the first one is."""
+    hf_column: str | None = None
+    """Image column of hf:NAME, parquet or arrow files, where there are several."""
+    hf_split: str | None = None
+    """Split of hf:NAME to train on, where it is not called train."""
+    given: Suppress[str | None] = None
+    """The source as it was given, where it was a relative path."""
     split_seed: int = 0
     """Seed, 0 or more, of the split into train, validation and test of sources that come without one."""
     flip: bool = False

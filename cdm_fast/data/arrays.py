@@ -1,4 +1,4 @@
-"""Readers of data sets that are one plain array: scikit-learn digits, IDX folders, CIFAR binaries."""
+"""Readers of data sets that are one plain array: scikit-learn digits, IDX folders."""
 
 # N images, C channels, H W pixels
 
@@ -7,10 +7,13 @@ import math
 import os
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from cdm_fast.data.layout import is_hidden, is_note
+from cdm_fast.data.names import listed
 from cdm_fast.data.pictures import Pixels
 from cdm_fast.data.source import Part, Source, array_part, check_labels, make_source
 from cdm_fast.errors import UserError
@@ -20,25 +23,23 @@ from cdm_fast.host.reading import bad, check_size, error_text, open_regular
 _IDX_STEMS = {"train": "train", "test": "t10k"}
 _IDX_BYTES = 0x08
 
-# (folder that its archive unpacks to, train files, test file, label bytes a record, classes)
-_CIFAR_KINDS = (
-    ("cifar-10-batches-bin", tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin", 1, 10),
-    ("cifar-100-binary", ("train.bin",), "test.bin", 2, 100),
-)
-_CIFAR_PIXELS = 3 * 32 * 32
-
 
 def read_digits() -> Source:
     """scikit-learn's 1,797 handwritten digits: 8x8, 17 grey levels (0..16), 10 classes, no shipped splits."""
     found = need("sklearn.datasets", "the data source digits").load_digits()
     images = found.images.astype(np.uint8)[:, None]
     parts = {"train": array_part("digits", images, found.target.astype(np.int64), num_grey_levels=17)}
-    return make_source("digits", parts, num_grey_levels=17, num_classes=10)
+    return make_source("digits", parts, "scikit-learn's digits", num_grey_levels=17, num_classes=10)
 
 
 def is_idx_folder(folder: Path) -> bool:
     """Whether a folder holds any of the MNIST family's files."""
     return any(_idx_path(folder, stem, kind) for stem in _IDX_STEMS.values() for kind in ("images", "labels"))
+
+
+def is_idx_name(name: str) -> bool:
+    """Whether a file of this name is one of the MNIST family's."""
+    return name in _IDX_NAMES
 
 
 def read_idx_folder(folder: Path) -> Source:
@@ -56,13 +57,29 @@ def read_idx_folder(folder: Path) -> Source:
         images = read_idx(images_path, 3, folder)
         labels = check_labels(labels_path, read_idx(labels_path, 1, folder), len(images))
         parts[split] = array_part(images_path, images[:, None], labels)
-    return make_source(folder, parts)
+    return make_source(folder, parts, "IDX files (MNIST family)", unread=unread_beside(folder, is_idx_name))
 
 
 def _idx_path(folder: Path, stem: str, kind: str) -> Path | None:
-    rank = 3 if kind == "images" else 1
-    names = [f"{stem}-{kind}{mark}idx{rank}-ubyte{packing}" for packing in ("", ".gz") for mark in "-."]
+    names = _idx_names(stem, kind)
     return next((folder / name for name in names if (folder / name).exists()), None)
+
+
+def _idx_names(stem: str, kind: str) -> list[str]:
+    rank = 3 if kind == "images" else 1
+    return [f"{stem}-{kind}{mark}idx{rank}-ubyte{packing}" for packing in ("", ".gz") for mark in "-."]
+
+
+_IDX_NAMES = frozenset(
+    name for stem in _IDX_STEMS.values() for kind in ("images", "labels") for name in _idx_names(stem, kind)
+)
+
+
+def unread_beside(folder: Path, is_read: Callable[[str], bool]) -> tuple[str, ...]:
+    """What else lies directly in a folder whose files are known by name, but the usual notes."""
+    names = sorted(entry.name for entry in os.scandir(folder) if not is_hidden(entry.name))
+    rest = [name for name in names if not is_read(name) and not is_note(name)]
+    return (f"{listed(rest)} in {folder}",) if rest else ()
 
 
 def read_idx(path: Path, rank: int, folder: Path | None = None) -> Pixels:
@@ -101,51 +118,3 @@ def _idx_shape(path: Path, header: bytes, rank: int) -> tuple[int, ...]:
 
 def _wrong_length(path: Path, shape: tuple[int, ...], found: str) -> UserError:
     return bad(path, f"is truncated or too long: its header says {shape}, it holds {found}; fetch it again")
-
-
-def is_cifar_folder(folder: Path) -> bool:
-    """Whether a folder, or its `cifar-10-batches-bin` or `cifar-100-binary`, holds a version of CIFAR."""
-    names = ("data_batch_1", "data_batch_1.bin", "test_batch.bin", "train.bin", "test.bin")
-    return any((place / name).is_file() for place in _cifar_places(folder) for name in names)
-
-
-def _cifar_places(folder: Path) -> tuple[Path, ...]:
-    return (folder, *(folder / kind[0] for kind in _CIFAR_KINDS))
-
-
-def read_cifar_folder(folder: Path) -> Source:
-    """CIFAR-10 or CIFAR-100 (fine labels), binary version: (N,3,32,32), a shipped test split.
-
-    A record is the label byte(s), the fine one last, then 3072 bytes in channel, row, column order. Raises
-    UserError for a missing or truncated file, a label out of range, or the pickled Python version.
-    """
-    for _, train_names, test_name, label_bytes, num_classes in _CIFAR_KINDS:
-        place = next((place for place in _cifar_places(folder) if (place / train_names[0]).is_file()), None)
-        if place is None:
-            continue
-        parts = {}
-        for split, names in (("train", train_names), ("test", (test_name,))):
-            records = np.concatenate(
-                [_cifar_records(place / name, folder, label_bytes, num_classes) for name in names]
-            )
-            images = records[:, label_bytes:].reshape(-1, 3, 32, 32)
-            parts[split] = array_part(place, images, records[:, label_bytes - 1].astype(np.int64))
-        return make_source(folder, parts, num_classes=num_classes)
-    raise bad(folder, "has no data_batch_1.bin or train.bin; unpack CIFAR's binary version there")
-
-
-def _cifar_records(path: Path, folder: Path, label_bytes: int, num_classes: int) -> Pixels:
-    """The records of one file, (N, label_bytes + 3072)."""
-    length = label_bytes + _CIFAR_PIXELS
-    with open_regular(path, folder) as stream:
-        size = os.fstat(stream.fileno()).st_size
-        check_size(path, size)
-        if size == 0 or size % length:
-            raise bad(
-                path, f"is truncated: {size} bytes are no multiple of a record's {length}; fetch it again"
-            )
-        records = np.frombuffer(stream.read(size), np.uint8).reshape(-1, length)
-    label = records[:, label_bytes - 1].max()
-    if label >= num_classes:
-        raise bad(path, f"holds label {label}, out of range 0 to {num_classes - 1}; fetch it again")
-    return records

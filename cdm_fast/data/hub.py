@@ -1,86 +1,124 @@
 """Reader of image data sets of the Hugging Face hub, through the optional package `datasets`."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from cdm_fast.data.columns import as_labels, classes_of, image_column, label_column
 from cdm_fast.data.folder import picture_part
-from cdm_fast.data.source import SPLITS, Part, Source, check_labels, make_source
+from cdm_fast.data.names import SPLITS, listed, split_of
+from cdm_fast.data.source import Part, Source, make_source
 from cdm_fast.errors import UserError
 from cdm_fast.host.reading import MAX_PICTURE_BYTES, bad, error_text, read_bytes
 
+_NUMBERS_AND_TEXT = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "string", "large_string")
 
-def read_hub(repo: str) -> Source:
-    """The data set `repo` ("owner/name"): its only image column, and its class label column if it has one.
 
-    Data sets that need a script of their own to load are refused by `datasets` itself. Raises UserError if
-    that package is missing, the data set cannot be had, has no training split, or its columns are ambiguous.
+def read_hub(repo: str, column: str | None = None, train_split: str | None = None) -> Source:
+    """The data set `repo` ("owner/name"): an image column, and a label column if it has one.
+
+    column: the image column, where there are several; train_split: the split to train on, by default "train".
+    Labels are class labels, or a column of whole numbers or text with a usual name. Data sets that need a
+    script of their own to load are refused by `datasets` itself. Raises UserError if that package is missing,
+    the data set cannot be had, has no training split, or its columns are ambiguous.
     """
+    if not repo.strip():
+        raise UserError("hf: names no data set; give hf:OWNER/NAME")
     try:
         import datasets
     except ImportError:
         raise UserError(
             "hf: sources need the package datasets; pip install 'cdm_fast[huggingface]'"
         ) from None
+    name = f"hf:{repo}"
     try:
         tables = datasets.load_dataset(repo)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise bad(
-            f"hf:{repo}", f"cannot be loaded ({error_text(error)}); check the name and the network"
-        ) from None
-    shipped = [split for split in SPLITS if split in tables]
-    if "train" not in shipped:
-        raise bad(f"hf:{repo}", f"has no train split (it has {', '.join(tables)}); choose another data set")
-    features = tables["train"].features
-    image_column = _only(
-        repo, "image", [key for key, kind in features.items() if isinstance(kind, datasets.Image)]
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        datasets.exceptions.DatasetsError,
+    ) as error:
+        raise bad(name, f"cannot be loaded ({error_text(error)}); check the name and the network") from None
+    chosen = _splits(name, list(tables), train_split)
+    features = tables[chosen["train"]].features
+    column = image_column(
+        name, [key for key, kind in features.items() if isinstance(kind, datasets.Image)], column
     )
-    label_column, num_classes = _label_column(repo, features, datasets.ClassLabel)
+    named = [key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    plain = [key for key, kind in features.items() if getattr(kind, "dtype", None) in _NUMBERS_AND_TEXT]
+    label = label_column(name, named, [key for key in plain if key not in named])
+    num_classes = features[label].num_classes if label in named else None
+    classes = None if label is None else classes_of(name, list(tables[chosen["train"]][label]))
     parts: dict[str, Part] = {}
-    for split in shipped:
-        table = tables[split].cast_column(image_column, datasets.Image(decode=False))
-        labels = None if label_column is None else np.asarray(table[label_column])
+    for split, key in chosen.items():
+        table = tables[key].cast_column(column, datasets.Image(decode=False))
+        title = f"{name}/{key}"
+        labels = None if label is None else as_labels(title, label, list(table[label]), classes)
         keys = [str(row) for row in range(len(table))]
-        name = f"hf:{repo}/{split}"
-        checked = check_labels(name, labels, len(table))
-        parts[split] = picture_part(
-            name, keys, checked, _opener(table, image_column, name), parts.get("train")
-        )
-    return make_source(f"hf:{repo}", parts, num_classes=num_classes)
+        parts[split] = picture_part(title, keys, labels, _opener(table, column, title), parts.get("train"))
+    marks = [getattr(tables[key], "_fingerprint", None) for key in chosen.values()]
+    rest = [key for key in tables if key not in chosen.values()]
+    columns = [key for key in features if key not in (column, label)]
+    return make_source(
+        name,
+        parts,
+        f"a data set of the hub, column {column}"
+        + (f" with labels of column {label}" if label is not None else " without labels"),
+        num_classes=len(classes) if classes else num_classes,
+        unread=(
+            *((f"splits {listed(rest)}",) if rest else ()),
+            *((f"columns {listed(columns)}",) if columns else ()),
+        ),
+        encoded=True,
+        class_names=classes
+        or (tuple(features[label].names) if hasattr(features.get(label), "names") else None),
+        mark=None if None in marks else f"{chosen} {marks} {column} {label}",
+    )
 
 
-def _only(repo: str, kind: str, columns: list[str]) -> str:
-    if len(columns) != 1:
-        raise bad(
-            f"hf:{repo}",
-            f"has {len(columns)} {kind} columns ({', '.join(columns)}); choose a data set with one",
-        )
-    return columns[0]
-
-
-def _label_column(repo: str, features: dict[str, Any], class_label: type) -> tuple[str | None, int | None]:
-    """The column `label`, or the only one of class labels: its name and number of classes."""
-    columns = [key for key, kind in features.items() if isinstance(kind, class_label)]
-    if not columns:
-        return None, None
-    column = "label" if "label" in columns else _only(repo, "label", columns)
-    return column, features[column].num_classes
+def _splits(name: str, held: list[str], train_split: str | None) -> dict[str, str]:
+    """The data set's own name of each split; "train" first."""
+    if train_split is not None:
+        if train_split not in held:
+            raise bad(name, f"has no split {train_split} (it has {listed(held)}); give one by --hf-split")
+        rest = [key for key in held if key != train_split]
+    else:
+        rest = held
+    found = {} if train_split is None else {"train": train_split}
+    for split in SPLITS:
+        keys = [key for key in rest if split_of(key) == split]
+        plain = [key for key in keys if key == split] or keys
+        if split not in found and plain:
+            if len(plain) > 1:
+                raise bad(name, f"has {listed(plain)}, which all mean {split}; choose another data set")
+            found[split] = plain[0]
+    if "train" not in found:
+        raise bad(name, f"has no train split (it has {listed(held)}); choose one by --hf-split")
+    return found
 
 
 def _opener(table: Any, column: str, name: str) -> Callable[[], Any]:
     @contextmanager
-    def opener() -> Iterator[Callable[[str], bytes]]:
-        def fetch(key: str) -> bytes:
-            cell = table[int(key)][column]
-            if cell is None:
-                raise bad(f"{name}/{key}", "holds no image; choose another data set")
-            # A table keeps either the file's content or the path of its local copy.
-            content = cell["bytes"]
-            return read_bytes(Path(cell["path"]), MAX_PICTURE_BYTES) if content is None else content
+    def opener() -> Iterator[Callable[[str, int], bytes]]:
+        lock = threading.Lock()  # `datasets` promises nothing to threads
+
+        def fetch(key: str, limit: int) -> bytes:
+            with lock:
+                cell = table[int(key)][column]
+            return cell_bytes(cell, f"{name}/{key}", limit)
 
         yield fetch
 
     return opener
+
+
+def cell_bytes(cell: Any, name: str, limit: int = MAX_PICTURE_BYTES) -> bytes:
+    """The picture file in a cell: its content, or that of the file of which it has the path."""
+    if cell is None:
+        raise bad(name, "holds no image; choose another data set")
+    content = cell["bytes"]
+    return read_bytes(Path(cell["path"]), limit) if content is None else content

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from cdm_fast.data.names import IMAGE_NAMES, LABEL_NAMES, SPLITS, listed, split_of
 from cdm_fast.data.pictures import Pixels
 from cdm_fast.data.source import Part, Source, array_part, check_labels, make_source
 from cdm_fast.host.reading import MAX_DATA_BYTES, bad, error_text, open_zip, read_member
@@ -25,31 +26,88 @@ _FLOAT_SLACK = 0.1  # in grey levels; k/255 in half precision is off by up to 0.
 def read_npz(path: Path) -> Source:
     """Arrays saved by `numpy.savez` or `savez_compressed`.
 
-    Keys: `images` (and `labels`), or `x_train`, `x_test` (and `y_train`, `y_test`); optionally
-    `num_grey_levels` (a whole number 2..256, default 256). Images are (N,H,W), (N,H,W,C) or (N,C,H,W) with
-    C 1 or 3: whole numbers 0..num_grey_levels-1, or floats k/255 in [0,1]. Raises UserError for others.
+    Keys: `images` and `labels`, or `x_train`, `y_train`, `x_test`, `y_test`, or `train_images` and so on,
+    with the usual other names for these (`label`, `targets`, `val`; see `names`), in any case; or numpy's own
+    `arr_0` and `arr_1`. Optionally `num_grey_levels` (a whole number 2..256, default 256). Images are
+    (N,H,W), (N,H,W,C) or (N,C,H,W) with C 1 or 3: whole numbers 0..num_grey_levels-1, or floats k/255 in
+    [0,1]. Raises UserError for others, and for two arrays that mean the same.
     """
     with open_zip(path) as archive:
         members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-
-        def get(key: str) -> NDArray | None:
-            return _read_array(path, archive, members[key]) if key in members else None
-
-        keys = {"train": ("images", "labels")}
-        if "images" not in members:
-            keys = {"train": ("x_train", "y_train"), "test": ("x_test", "y_test")}
-        num_grey_levels = _grey_levels(path, get("num_grey_levels"))
+        roles = _roles(path, list(members))
+        levels = members.get("num_grey_levels")
+        num_grey_levels = _grey_levels(path, None if levels is None else _read_array(path, archive, levels))
         parts: dict[str, Part] = {}
-        for split, (images_key, labels_key) in keys.items():
-            name = f"{path}:{images_key}"
-            images = get(images_key)
-            if images is None:
-                found = ", ".join(sorted(members)[:8]) or "none"
-                raise bad(name, f"no such array (there is {found}); save images, or x_train and x_test")
-            pixels = _as_uint8(name, _channels_first(name, images))
-            labels = check_labels(f"{path}:{labels_key}", get(labels_key), len(pixels))
-            parts[split] = array_part(name, pixels, labels, num_grey_levels)
-    return make_source(path, parts, num_grey_levels=num_grey_levels)
+        for split in (split for split in SPLITS if (split, "images") in roles):
+            key = roles[split, "images"]
+            name = f"{path}:{key}"
+            pixels = _as_uint8(name, _channels_first(name, _read_array(path, archive, members[key])))
+            label_key = roles.get((split, "labels"))
+            labels = None if label_key is None else _read_array(path, archive, members[label_key])
+            checked = check_labels(f"{path}:{label_key}", labels, len(pixels))
+            parts[split] = array_part(name, pixels, checked, num_grey_levels)
+    unread = sorted(members.keys() - set(roles.values()) - {"num_grey_levels"})
+    return make_source(
+        path,
+        parts,
+        f"an .npz of arrays {listed(sorted(roles.values()))}",
+        num_grey_levels=num_grey_levels,
+        unread=(f"arrays {listed(unread)}",) if unread else (),
+    )
+
+
+Roles = dict[tuple[str, str], str]  # (split, "images" or "labels") -> key
+
+
+def _roles(path: Path, keys: list[str]) -> Roles:
+    """What each array is; UserError without training images, for labels alone, and for two of one role."""
+    roles: Roles = {}
+    for key in keys:
+        role = _role(key)
+        if role is None:
+            continue
+        if role in roles:
+            split, kind = role
+            raise bad(
+                f"{path}:{key}", f"and {roles[role]} both are the {split} {kind}; keep one of the two arrays"
+            )
+        roles[role] = key
+    if ("train", "images") not in roles:
+        found = listed(sorted(keys), 8) or "none"
+        name = "images" if ("test", "images") not in roles else "x_train"
+        raise bad(
+            f"{path}:{name}",
+            f"no such array (there is {found}); save images, or x_train and x_test",
+        )
+    lonely = [key for (split, kind), key in roles.items() if (split, "images") not in roles]
+    if lonely:
+        raise bad(f"{path}:{lonely[0]}", "has no images of its split; save them too, or leave it out")
+    if _split_in(roles["train", "images"]) and len({split for split, _ in roles}) == 1:
+        raise bad(f"{path}:x_test", "no such array; save the test images too, or call the only ones images")
+    return roles
+
+
+_NUMPYS_OWN = {"arr_0": ("train", "images"), "arr_1": ("train", "labels")}
+
+
+def _role(key: str) -> tuple[str, str] | None:
+    """(split, "images" or "labels") by an array's name, such as x_train, test_labels, val_images, targets."""
+    plain = key.strip().lower()
+    if plain in _NUMPYS_OWN:
+        return _NUMPYS_OWN[plain]
+    word = _split_in(plain)
+    split = split_of(word or "train")
+    name = plain.removeprefix(word).removesuffix(word).strip("_- ")
+    if split is None or not (name in IMAGE_NAMES or name in LABEL_NAMES):
+        return None
+    return split, "images" if name in IMAGE_NAMES else "labels"
+
+
+def _split_in(key: str) -> str:
+    """The word at either end of an array's name that names a split; "" for none."""
+    words = [word for word in re.split(r"[_\- ]", key.strip().lower()) if word]
+    ends = [word for word in (words[:1] + words[-1:]) if len(words) > 1 and split_of(word)]
+    return ends[0] if ends else ""
 
 
 def _read_array(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray:
@@ -122,8 +180,24 @@ def _from_floats(name: str, images: NDArray) -> Pixels:
     levels = _levels_of(images)
     if levels is None:
         span = f"{images.min():g} to {images.max():g}"
-        raise bad(name, f"holds floats from {span} that are not k/255 in [0, 1]; save grey levels as uint8")
+        raise bad(
+            name,
+            f"holds floats from {span} that are not k/255 in [0, 1]; save grey levels as uint8, such as"
+            f" {_conversion(images)}",
+        )
     return levels
+
+
+def _conversion(images: NDArray) -> str:
+    """The line of numpy that turns floats of a usual range into grey levels."""
+    low, high = float(images.min()), float(images.max())
+    if -1.001 <= low < 0 and high <= 1.001:
+        return "((x + 1) * 127.5).round().clip(0, 255).astype('uint8')"
+    if low >= 0 and high <= 1.001:
+        return "(x * 255).round().clip(0, 255).astype('uint8')"
+    if low >= 0 and high <= 255:
+        return "x.round().astype('uint8')"
+    return "((x - x.min()) / (x.max() - x.min()) * 255).round().astype('uint8')"
 
 
 def _levels_of(images: NDArray) -> Pixels | None:

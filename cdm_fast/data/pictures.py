@@ -4,9 +4,13 @@
 
 import io
 import math
+import re
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cdm_fast.config.choices import Resample
 from cdm_fast.data.pixels import quantize
 from cdm_fast.errors import UserError
 from cdm_fast.host.files import write_atomically
@@ -25,12 +30,19 @@ from cdm_fast.host.reading import MAX_PICTURE_BYTES, bad, error_text, read_bytes
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".pgm", ".ppm", ".pnm"})
+SUFFIXES = frozenset(".png .jpg .jpeg .jpe .jfif .bmp .dib .webp .pgm .ppm .pnm .pbm .gif .tif .tiff".split())
+# Pictures too, which no reader here opens.
+UNREAD_SUFFIXES = frozenset(
+    ".avif .heic .heif .hif .jp2 .j2k .jxl .svg .psd .eps .exr .hdr .dds .ico .tga .pcx .raw .dng .cr2 .nef"
+    " .arw .dcm .nii .xcf".split()
+)
 MAX_PIXELS = 2**25  # of one picture before resizing; 4 bytes each in every copy while it is decoded
 MAX_SIDE = 1024  # of the images a model sees
 
 # Pillow's plug-ins for other formats are not even tried: fewer parsers, fewer holes.
-_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM")
+_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "GIF", "TIFF")
+_KNOWN = "PNG, JPEG, BMP, WebP, PNM, GIF or TIFF"
+_MAY_BE_ANIMATED = ("PNG", "WEBP", "GIF", "TIFF")
 _DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -46,6 +58,53 @@ _DECODE_ERRORS = (
 )
 
 Pixels = NDArray[np.uint8]
+Box = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How pictures are brought to the shape that a model sees; by default they stay as they are.
+
+    Fields:
+        image_size: side of the square that they are resampled to; None keeps the size.
+        channels: 1 or 3 makes them grey or colour; None keeps what they have.
+        crop: "centre", the central square; "none", the whole picture, whose proportions may change; or
+            (left, top, width, height) in pixels, cut out before the filter sees it.
+        resample: the filter, antialiased.
+    """
+
+    image_size: int | None = None
+    channels: int | None = None
+    crop: str | Box = "centre"
+    resample: Resample = "bicubic"
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None and not 1 <= self.image_size <= MAX_SIDE:
+            raise UserError(f"image size {self.image_size} is out of range; give 1 to {MAX_SIDE}")
+        if self.channels not in (None, 1, 3):
+            raise UserError(f"{self.channels} channels; give 1 (grey) or 3 (colour)")
+
+
+_CROP = re.compile(r"(\d{1,5}),(\d{1,5}),(\d{1,5}),(\d{1,5})")
+
+
+def parse_crop(text: str) -> str | Box:
+    """`centre`, `none`, or LEFT,TOP,WIDTH,HEIGHT as four numbers; UserError for anything else."""
+    if text in ("centre", "center", "none"):
+        return "centre" if text == "center" else text
+    found = _CROP.fullmatch(text.replace(" ", ""))
+    if found is None or int(found[3]) == 0 or int(found[4]) == 0:
+        raise UserError(f"--crop {text!r}; give centre, none, or LEFT,TOP,WIDTH,HEIGHT in pixels")
+    left, top, width, height = (int(number) for number in found.groups())
+    return left, top, width, height
+
+
+def pillow_version() -> str:
+    """The version of Pillow, on which decoded pixels may depend; "" without it."""
+    try:
+        return str(import_module("PIL").__version__)
+    except ImportError:
+        return ""
 
 
 def _pillow() -> Any:
@@ -53,44 +112,75 @@ def _pillow() -> Any:
     return need("PIL.Image", "reading and writing pictures")
 
 
-def check_shape(image_size: int | None, channels: int | None) -> None:
-    """Raise UserError unless image_size is None or 1..1024, and channels None, 1 or 3."""
-    if image_size is not None and not 1 <= image_size <= MAX_SIDE:
-        raise UserError(f"image size {image_size} is out of range; give 1 to {MAX_SIDE}")
-    if channels not in (None, 1, 3):
-        raise UserError(f"{channels} channels; give 1 (grey) or 3 (colour)")
+def decode(content: bytes, name: object, fit: Fit = Fit()) -> Pixels:  # noqa: B008  (frozen)
+    """Decode one 8-bit picture, upright by its EXIF tag, then fit it.
 
-
-def decode(content: bytes, name: object, image_size: int | None, channels: int | None) -> Pixels:
-    """Decode one 8-bit picture, upright by its EXIF tag, then `reshape` it.
-
-    Returns (C,H,W) uint8. Raises UserError, naming `name`, for anything but a whole PNG, JPEG, BMP, WebP or
-    PNM picture of at most 2**25 pixels with 8 bits a channel and no transparency.
+    Returns (C,H,W) uint8. Raises UserError, naming `name`, for anything but a whole PNG, JPEG, BMP, WebP,
+    PNM, GIF or TIFF picture of at most 2**25 pixels with 8 bits a channel, one frame, and no transparency.
     """
+    with quiet():
+        return decode_quietly(content, name, fit)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences Pillow's warnings, of damaged EXIF tags and of sizes that we judge here, in all threads."""
+    with warnings.catch_warnings(action="ignore"):
+        yield
+
+
+def decode_quietly(content: bytes, name: object, fit: Fit) -> Pixels:
+    """`decode` for threads, which may not change the filters of warnings: call it within `quiet`."""
     pillow = _pillow()
     try:
-        # The warnings that are silenced are of damaged EXIF tags and of sizes that we judge ourselves.
-        with (
-            warnings.catch_warnings(action="ignore"),
-            pillow.open(io.BytesIO(content), formats=_FORMATS) as image,
-        ):
+        with pillow.open(io.BytesIO(content), formats=_FORMATS) as image:
             if math.prod(image.size) > MAX_PIXELS:
                 raise bad(name, f"has {image.width}x{image.height} pixels, over {MAX_PIXELS}; scale it down")
+            _refuse_loss(image, name)
             import_module("PIL.ImageOps").exif_transpose(image, in_place=True)
             plain = _grey_or_colour(image, name)
     except UserError:
         raise
     except pillow.UnidentifiedImageError:
-        raise bad(name, "is not a PNG, JPEG, BMP, WebP or PNM picture; convert it to PNG") from None
+        raise bad(name, f"is not a {_KNOWN} picture; convert it to PNG") from None
     except (*_DECODE_ERRORS, pillow.DecompressionBombError) as error:
         raise bad(name, f"is damaged or truncated ({error_text(error)}); replace or remove it") from None
-    return _to_array(_fit(plain, image_size, channels))
+    return _to_array(_fit(plain, fit, name))
+
+
+def _refuse_loss(image: "Image", name: object) -> None:
+    """UserError if Pillow would cut samples of more than 8 bits down, or leave frames out, without a word."""
+    bits = _bit_depth(image)
+    if bits > 8:
+        raise bad(
+            name,
+            f"has {bits} bits a channel (Pillow's {image.mode}), not 8 bits a channel; convert it to 8-bit"
+            " grey or RGB",
+        )
+    if image.format in _MAY_BE_ANIMATED and getattr(image, "is_animated", False):
+        raise bad(name, "holds several frames or pages; save each as a picture of its own")
+
+
+def _bit_depth(image: "Image") -> int:
+    """Bits of a channel as the file has them, whatever mode Pillow makes of it; else 8."""
+    if image.format == "TIFF":
+        bits = image.tag_v2.get(258, (1,))  # type: ignore[attr-defined]  # BitsPerSample
+        return max(int(number) for number in (bits if isinstance(bits, tuple) else (bits,)))
+    if image.format == "PNG":
+        return 16 if ";16" in str(image.tile) else 8  # type: ignore[attr-defined]
+    if image.format == "PPM":
+        tiles = image.tile  # type: ignore[attr-defined]
+        arguments = tiles[0].args if tiles else ""
+        highest = arguments[1] if isinstance(arguments, tuple) and len(arguments) == 2 else 255
+        return 16 if ";16" in str(arguments) else max(8, int(highest).bit_length())
+    return 8
 
 
 def _grey_or_colour(image: "Image", name: object) -> "Image":
     """The picture in mode L or RGB; UserError if that would lose depth or transparency."""
+    image.load()  # so that closing its file leaves the pixels
     if image.mode in ("L", "RGB") and "transparency" not in image.info:
-        return image.copy()
+        return image
     if image.mode in ("1", "CMYK", "YCbCr") and "transparency" not in image.info:
         return image.convert("L" if image.mode == "1" else "RGB")
     if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
@@ -105,45 +195,74 @@ def _grey_or_colour(image: "Image", name: object) -> "Image":
     return with_alpha.convert(with_alpha.mode[:-1])
 
 
-def _fit(image: "Image", image_size: int | None, channels: int | None) -> "Image":
-    if channels is not None:
-        image = image.convert("L" if channels == 1 else "RGB")
-    if image_size is None or image.size == (image_size, image_size):
+def _fit(image: "Image", fit: Fit, name: object) -> "Image":
+    if fit.channels is not None:
+        image = image.convert("L" if fit.channels == 1 else "RGB")
+    size = None if fit.image_size is None else (fit.image_size, fit.image_size)
+    if isinstance(fit.crop, tuple):
+        image = _cut(image, fit.crop, size, name)
+    if size is None or image.size == size:
         return image
-    # Only the central square is computed, but the filter sees the pixels beside it, as if all were.
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    box = (left, top, left + side, top + side)
-    return image.resize((image_size, image_size), _pillow().Resampling.BICUBIC, box=box)
+    kind = getattr(_pillow().Resampling, fit.resample.upper())
+    if fit.crop == "centre":
+        # Only the central square is computed, but the filter sees the pixels beside it, as if all were.
+        side = min(image.size)
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        return image.resize(size, kind, box=(left, top, left + side, top + side))
+    return image.resize(size, kind)
+
+
+def _cut(image: "Image", box: Box, size: tuple[int, int] | None, name: object) -> "Image":
+    """The box of a picture; a picture that has the size already and does not hold the box stays as it is."""
+    left, top, width, height = box
+    if left + width > image.width or top + height > image.height:
+        if image.size == size:
+            return image
+        cut = f"{left},{top},{width},{height}"
+        raise bad(
+            name, f"has {image.width}x{image.height} pixels, beyond which --crop {cut} goes; give another"
+        )
+    if size is not None and width * size[1] != height * size[0]:
+        raise bad(
+            name,
+            f"--crop cuts out {width}x{height} pixels, and --image-size is {size[0]}x{size[1]}; give the crop"
+            " those proportions",
+        )
+    return image.crop((left, top, left + width, top + height))
 
 
 def _to_array(image: "Image") -> Pixels:
-    pixels = np.asarray(image)
+    shape = (image.height, image.width, 3) if image.mode == "RGB" else (image.height, image.width)
+    pixels = np.frombuffer(image.tobytes(), np.uint8).reshape(shape)
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def reshape(images: Pixels, num_grey_levels: int, image_size: int | None, channels: int | None) -> Pixels:
-    """Give images another size and number of channels; None keeps the one they have.
+def reshape(images: Pixels, num_grey_levels: int, fit: Fit, name: object = "images") -> Pixels:
+    """Fit images in memory, (B,C,H,W) uint8, as pictures are; overshoot is cut off at the highest grey level.
 
-    Size: the shorter side is resampled to S (bicubic, antialiased), the centre cropped to S x S, and
-    overshoot cut off at the highest grey level. Channels: grey is repeated, colour becomes its luma (ITU-R
-    601).
-
-    Args: images: (B,C,H,W) uint8. Returns (B,C',S,S) uint8 in 0..num_grey_levels-1.
+    Channels: grey is repeated, colour becomes its luma (ITU-R 601). Returns (B,C',H',W') uint8 in
+    0..num_grey_levels-1.
     """
     _, own_channels, height, width = images.shape
-    if channels == 3 and own_channels == 1 and image_size is None:
-        return np.repeat(images, 3, axis=1)
-    if channels in (None, own_channels) and (image_size is None or height == width == image_size):
+    size, channels = fit.image_size, fit.channels
+    keeps_size = (size is None or height == width == size) and not isinstance(fit.crop, tuple)
+    if keeps_size and channels in (None, own_channels):
         return images
-    side = (height, width) if image_size is None else (image_size, image_size)
-    out = np.empty((len(images), channels or own_channels, *side), np.uint8)
-    for target, pixels in zip(out, images, strict=True):
-        picture = _pillow().fromarray(
-            pixels[0] if own_channels == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0))
+    if keeps_size and channels == 3:
+        return np.repeat(images, 3, axis=1)
+    fitted = [
+        _to_array(
+            _fit(
+                _pillow().fromarray(
+                    pixels[0] if own_channels == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0))
+                ),
+                fit,
+                name,
+            )
         )
-        target[:] = _to_array(_fit(picture, image_size, channels))
-    return np.minimum(out, num_grey_levels - 1, out=out)
+        for pixels in images
+    ]
+    return np.minimum(np.stack(fitted), num_grey_levels - 1)
 
 
 def read_image(path: str | Path, image_size: int | None = None, channels: int | None = None) -> Tensor:
@@ -153,9 +272,9 @@ def read_image(path: str | Path, image_size: int | None = None, channels: int | 
     averages noise away: do not resize what is to be denoised) and made grey (1) or colour (3).
     Raises UserError for a missing, damaged, transparent, 16-bit or oversized picture.
     """
-    check_shape(image_size, channels)
+    fit = Fit(image_size, channels)
     content = read_bytes(Path(path), MAX_PICTURE_BYTES)
-    return torch.from_numpy(decode(content, path, image_size, channels).copy())
+    return torch.from_numpy(decode(content, path, fit).copy())
 
 
 def write_grid(images: Tensor, path: str | Path, columns: int | None = None) -> None:

@@ -2,41 +2,62 @@
 
 # n chosen images, C channels, H W pixels, K classes
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cdm_fast.data.order import Indices
-from cdm_fast.data.pictures import MAX_SIDE, Pixels, reshape
+from cdm_fast.data.pictures import MAX_SIDE, Fit, Pixels, reshape
 from cdm_fast.host.reading import bad
 
-SPLITS = ("train", "validation", "test")
 MAX_CLASSES = 2**16
 
 
 @dataclass(frozen=True)
-class Part:
-    """One split that a source ships.
+class Rows:
+    """A part that is open for reading with a given fit.
 
-    `read(indices, image_size, channels)` gives the chosen images, (n,C,H,W) uint8; None keeps what they have.
+    `read(indices)` gives the chosen images, (n, *shape) uint8; several threads may call it at once.
     """
+
+    shape: tuple[int, int, int]  # (C,H,W)
+    read: Callable[[Indices], Pixels]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One split that a source ships."""
 
     count: int
     labels: Indices | None  # (count,)
-    read: Callable[[Indices, int | None, int | None], Pixels]
-    shape: tuple[int, ...] | None = None  # (C,H,W), if known before reading
+    open: Callable[[Fit], AbstractContextManager[Rows]]
+    shape: tuple[int, ...] | None = None  # (C,H,W) as stored, if known before reading
 
 
 @dataclass(frozen=True)
 class Source:
-    """A readable data set: the parts it ships ("train" always, "validation" and "test" perhaps)."""
+    """A readable data set: the parts it ships ("train" always, "validation" and "test" perhaps).
+
+    Fields:
+        kind: what it was recognised as, in a few words.
+        unread: what lies in it and is not read, a sentence each.
+        encoded: whether its images are decoded anew whenever they are read.
+        class_names: of each label, where the source names its classes.
+        mark: of a source that is no file: what tells its content from another's.
+    """
 
     name: str
     parts: dict[str, Part]
     num_grey_levels: int
     num_classes: int | None
+    kind: str = "a data set"
+    unread: tuple[str, ...] = ()
+    encoded: bool = False
+    class_names: tuple[str, ...] | None = None
+    mark: str | None = None
 
 
 def array_part(name: object, images: Pixels, labels: Indices | None, num_grey_levels: int = 256) -> Part:
@@ -51,10 +72,18 @@ def array_part(name: object, images: Pixels, labels: Indices | None, num_grey_le
             name, f"holds grey level {images.max()}; {num_grey_levels} levels end at {num_grey_levels - 1}"
         )
 
-    def read(indices: Indices, image_size: int | None, channels: int | None) -> Pixels:
-        return reshape(np.ascontiguousarray(images[indices]), num_grey_levels, image_size, channels)
+    @contextmanager
+    def opened(fit: Fit) -> Iterator[Rows]:
+        def read(indices: Indices) -> Pixels:
+            return reshape(np.ascontiguousarray(images[indices]), num_grey_levels, fit, name)
 
-    return Part(len(images), labels, read, images.shape[1:])
+        _, channels, height, width = read(FIRST).shape
+        yield Rows((channels, height, width), read)
+
+    return Part(len(images), labels, opened, images.shape[1:])
+
+
+FIRST: Indices = np.zeros(1, np.int64)
 
 
 def check_labels(name: object, labels: NDArray | None, count: int) -> Indices | None:
@@ -74,11 +103,20 @@ def check_labels(name: object, labels: NDArray | None, count: int) -> Indices | 
 
 
 def make_source(
-    name: object, parts: dict[str, Part], num_grey_levels: int = 256, num_classes: int | None = None
+    name: object,
+    parts: dict[str, Part],
+    kind: str,
+    num_grey_levels: int = 256,
+    num_classes: int | None = None,
+    unread: tuple[str, ...] = (),
+    encoded: bool = False,
+    class_names: tuple[str, ...] | None = None,
+    mark: str | None = None,
 ) -> Source:
     """A source whose parts agree: images of one shape, all labelled or none, and labels below K.
 
-    `num_classes`: K if the format fixes it; otherwise it is one more than the highest training label.
+    `num_classes`: K if the format fixes it; otherwise it is one more than the highest training label. The
+    other arguments: see `Source`.
     Raises UserError for differing shapes, a label of K or more, or labels in some parts only.
     """
     train = parts["train"]
@@ -98,4 +136,6 @@ def make_source(
                 f"label {part.labels[index]} of {split} image {index} is out of range; "
                 f"the {num_classes} training classes are 0 to {num_classes - 1}",
             )
-    return Source(str(name), parts, num_grey_levels, num_classes)
+    if num_classes is None:
+        class_names = None
+    return Source(str(name), parts, num_grey_levels, num_classes, kind, unread, encoded, class_names, mark)

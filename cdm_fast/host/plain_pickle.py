@@ -1,4 +1,4 @@
-"""Untrusted files of `torch.save`: the archive and its pickle are checked before PyTorch loads them.
+"""Untrusted pickles, of `torch.save` and of numpy arrays: they are checked first, and nothing in them is run.
 
 PyTorch's `weights_only` loading runs no code, but a hostile file can still make it allocate gigabytes, expand
 a decompression bomb, or hash a tuple of 2**60 leaves. Here the archive must be uncompressed, and its pickle
@@ -6,6 +6,7 @@ may name nothing but tensors and dicts.
 """
 
 import io
+import math
 import pickle
 import pickletools
 import struct
@@ -15,10 +16,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cdm_fast.errors import UserError
-from cdm_fast.host.reading import MAX_DATA_BYTES, bad, error_text, open_zip, read_member, shown
+from cdm_fast.host.reading import MAX_DATA_BYTES, bad, error_text, open_zip, read_bytes, read_member, shown
 
 MAX_PICKLE_BYTES = 2**26  # of the pickle alone; the tensors are members of their own
 MAX_TUPLE_LEAVES = 1000  # a tensor's size, stride and storage have a dozen
@@ -138,3 +141,113 @@ def _step(opcode: pickletools.OpcodeInfo, stack: list[int]) -> None:
     leaves = 1 + sum(value for value in taken if value > 0) if opcode.name.startswith("TUPLE") else 1
     for kind in opcode.stack_after:
         stack.append(-1 if kind is pickletools.markobject else leaves)
+
+
+_ARRAY_DTYPES = ("u1", "i1", "<i2", "<i4", "<i8", "<f4", "<f8")
+
+
+def load_arrays(path: Path, folder: Path | None = None, limit: int = 2**30) -> dict[str, Any]:
+    """The dictionary in a pickle, as CIFAR's Python version is: numbers, texts, lists and numpy arrays.
+
+    Names are texts whether Python 2 or 3 wrote them. Nothing is imported or called: an array is put together
+    here from the bytes in the file. folder: what a link may not lead out of.
+    Raises UserError that names the file when it is missing, damaged, or asks for anything else.
+    """
+    content = read_bytes(path, limit, folder)
+    try:
+        check_tuples(path, content)
+        found = _ArrayReader(io.BytesIO(content), encoding="bytes").load()
+    except UserError:
+        raise
+    except (*DAMAGE, RecursionError) as error:
+        raise bad(path, f"is damaged ({shown(error_text(error), 100)}); fetch it again") from None
+    if not isinstance(found, dict):
+        raise bad(path, "is a pickle of another kind; fetch it again")
+    try:
+        return {_text(key): _plain(path, value) for key, value in found.items()}
+    except (*DAMAGE, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise bad(path, f"is damaged ({shown(error_text(error), 100)}); fetch it again") from None
+
+
+class _Pending:
+    """A numpy array or dtype while it is read: it keeps its arguments and its state."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+        self.state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _PendingArray(_Pending):
+    pass
+
+
+class _PendingDtype(_Pending):
+    pass
+
+
+# The Python version: its memo is a dict, where a hostile index takes no memory.
+class _ArrayReader(pickle._Unpickler):
+    """An unpickler that knows the names by which numpy rebuilds an array, and refuses all others."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (name, module) in (("_reconstruct", f"numpy.{core}.multiarray") for core in ("core", "_core")):
+            return _PendingArray
+        if (name, module) in (("_frombuffer", f"numpy.{core}.numeric") for core in ("core", "_core")):
+            return _from_buffer  # of protocol 5
+        if (module, name) == ("numpy", "ndarray"):
+            return None
+        if (module, name) == ("numpy", "dtype"):
+            return _PendingDtype
+        if (module, name) == ("_codecs", "encode"):  # how old protocols write bytes
+            return _encoded
+        raise pickle.UnpicklingError(f"it wants to execute code ({module}.{name}) and was refused")
+
+    def get_extension(self, code: int) -> None:
+        """No code of the registry is known here."""
+        raise pickle.UnpicklingError(f"extension code {code}")
+
+
+def _from_buffer(content: Any, dtype: Any, shape: Any, order: Any) -> _PendingArray:
+    array = _PendingArray()
+    content = bytes(content) if isinstance(content, bytearray) else content
+    array.state = (1, shape, dtype, _text(order) != "C", content)
+    return array
+
+
+def _encoded(text: Any, encoding: Any) -> bytes:
+    if not isinstance(text, str) or encoding not in ("latin1", b"latin1"):
+        raise pickle.UnpicklingError("bytes of another encoding")
+    return text.encode("latin1")
+
+
+def _text(value: Any) -> str:
+    return value.decode("latin1") if isinstance(value, bytes) else str(value)
+
+
+def _plain(path: Path, value: Any) -> Any:
+    """An array put together; anything else as it is."""
+    if not isinstance(value, _PendingArray):
+        return value
+    return _array(path, value)
+
+
+def _array(path: Path, pending: _PendingArray) -> NDArray:
+    if not isinstance(pending.state, tuple) or len(pending.state) != 5:
+        raise bad(path, "holds an array of another form; fetch it again")
+    _, shape, dtype, by_columns, content = pending.state
+    known = isinstance(dtype, _PendingDtype) and dtype.arguments
+    code = _text(dtype.arguments[0]) if known else ""
+    kind = next((kind for kind in _ARRAY_DTYPES if kind.lstrip("<") == code), None)
+    big_endian = known and isinstance(dtype.state, tuple) and b">" in dtype.state
+    if kind is None or big_endian or by_columns or not isinstance(content, bytes):
+        raise bad(path, f"holds an array of type {shown(code, 20)!r} or another order; save it again")
+    if not isinstance(shape, tuple) or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
+        raise bad(path, "holds an array of another form; fetch it again")
+    if math.prod(shape) * np.dtype(kind).itemsize != len(content):
+        raise bad(path, "holds an array whose shape contradicts its size; fetch it again")
+    return np.frombuffer(content, kind).reshape(shape)

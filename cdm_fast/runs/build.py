@@ -3,14 +3,12 @@
 Legend: L = T+2 noise levels, K classes.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cdm_fast.config import RunConfig, ScheduleConfig, check
-from cdm_fast.data import ImageData, load_data
 from cdm_fast.data.pixels import noise_of_inputs
 from cdm_fast.model import CDM, DDM
 from cdm_fast.model.classifier import Classifier
@@ -113,16 +111,6 @@ def class_prior(config: RunConfig) -> Tensor | None:
     if config.network.conditioning == "none" or counts is None:
         return None
     return torch.tensor(counts).clamp(min=1)
-
-
-def run_data(config: RunConfig, split: str, source: str | None = None) -> ImageData:
-    """A split ("train", "validation" or "test") of the run's data, or of `source` with the same settings.
-
-    Raises UserError for data that cannot be read.
-    """
-    source = config.data.source if source is None else source
-    data = load_data(source, split, config.data.image_size, config.data.split_seed)
-    return replace(data, pixels=config.data.pixels)
 
 
 def class_labels(config: RunConfig, num: int, first: int = 0) -> Tensor | None:

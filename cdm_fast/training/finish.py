@@ -6,8 +6,8 @@ from typing import Any
 from cdm_fast.host.distributed import lost_peer
 from cdm_fast.host.progress import to_stderr
 from cdm_fast.model import CDM
-from cdm_fast.runs.build import run_data
 from cdm_fast.runs.constants import put_constants, write_constants
+from cdm_fast.runs.data import run_data
 from cdm_fast.training.constants import refit_constants
 from cdm_fast.training.loop import Session
 from cdm_fast.training.report import update_loss_curves, write_final

@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,11 +14,14 @@ from cdm_fast.config import ImageShape, RunConfig, check
 from cdm_fast.config.choices import Parallel
 from cdm_fast.config.json import differences
 from cdm_fast.data import ImageData
+from cdm_fast.data.load import data_digest
 from cdm_fast.errors import UserError
 from cdm_fast.host.distributed import broadcast_from_main
 from cdm_fast.host.processes import is_main, launched, this_process
-from cdm_fast.runs.build import head_rank, run_data
+from cdm_fast.host.progress import to_stderr
+from cdm_fast.runs.build import head_rank
 from cdm_fast.runs.checkpoint import load_checkpoint, prepare_to_resume, read_config, write_config
+from cdm_fast.runs.data import in_place, run_data
 from cdm_fast.training.finetune import begin_from_run
 from cdm_fast.training.state import TrainingState, from_checkpoint, new_state, require_trained_here
 from cdm_fast.training.tuning import pick_precision
@@ -53,6 +55,7 @@ def prepare_new(config: RunConfig, device: torch.device) -> Prepared:
     state = new_state(config, device)
     begin_from_run(config, state)
     state.data = data_digest(data)
+    to_stderr(data.describe())
     return Prepared(config, state, data, validation)
 
 
@@ -63,7 +66,7 @@ def resumed_config(run: str | Path, config: RunConfig | None) -> tuple[RunConfig
     it has taken, and for a run that was not trained here.
     """
     stored = read_config(run)
-    config = config or stored
+    config = in_place(config or stored)
     check(config)
     changed = differences(stored, config)
     if changed:
@@ -107,6 +110,7 @@ def config_to_resume(config: RunConfig, out: str | Path) -> RunConfig | None:
     if not (Path(out) / "config.json").is_file():
         return None
     stored = read_config(out)
+    config = in_place(config)
     network, train = config.network, config.train
     resolved = replace(
         config,
@@ -140,14 +144,6 @@ def resolve(config: RunConfig, data: ImageData, device: torch.device) -> RunConf
     )
 
 
-def data_digest(data: ImageData) -> str:
-    """BLAKE2b (hex) of the images' shape, all labels, and up to 4096 images spread evenly over the data."""
-    spread = torch.linspace(0, len(data.images) - 1, min(len(data.images), 4096)).long()
-    parts = [torch.tensor(data.images.shape), data.images[spread]]
-    parts += [] if data.labels is None else [data.labels]
-    return hashlib.blake2b(b"".join(part.numpy().tobytes() for part in parts), digest_size=16).hexdigest()
-
-
 def check_parallel(config: RunConfig, parallel: Parallel) -> None:
     """Raises UserError for a batch that cannot be divided over the processes, and settings without FSDP2."""
     train, count = config.train, this_process().count
@@ -179,9 +175,3 @@ def preserved_rng(device: torch.device) -> Iterator[None]:
     """Restores the caller's global generators afterwards: training seeds them at each step, for dropout."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
-
-
-def on_device(data: ImageData, device: torch.device) -> ImageData:
-    """`data` with its images and labels on the device."""
-    labels = None if data.labels is None else data.labels.to(device)
-    return replace(data, images=data.images.to(device), labels=labels)

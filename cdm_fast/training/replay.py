@@ -21,10 +21,11 @@ from cdm_fast.errors import UserError
 from cdm_fast.host.device import pick_device
 from cdm_fast.host.files import write_atomically
 from cdm_fast.model.losses import Noised
-from cdm_fast.runs.build import run_data
 from cdm_fast.runs.checkpoint import load_checkpoint, read_config
+from cdm_fast.runs.data import evaluation_data
+from cdm_fast.training.feed import on_device
 from cdm_fast.training.loop import take_step
-from cdm_fast.training.prepare import on_device, preserved_rng
+from cdm_fast.training.prepare import preserved_rng
 from cdm_fast.training.state import TrainingState, from_checkpoint
 from cdm_fast.training.step import (
     LossFunction,
@@ -66,7 +67,7 @@ def replay(run: str | Path, step: int, *, device: str = "auto", out: Path | None
     config = read_config(run)
     chosen = pick_device(device)
     with preserved_rng(chosen):
-        data = on_device(run_data(config, "train"), chosen)
+        data = on_device(evaluation_data(Path(run), config, "train"), chosen)
         state = from_checkpoint(load_checkpoint(run, at_most=step), config, chosen, str(run))
         from_step, loss_function = state.step, make_loss(config.train)
         while state.step < step:

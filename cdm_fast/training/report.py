@@ -21,8 +21,9 @@ from cdm_fast.model.classifier import Classifier
 from cdm_fast.plots.evaluation import write_classes
 from cdm_fast.plots.sheet import write_rows
 from cdm_fast.plots.training import write_calibration, write_confusion, write_level_mse, write_losses
-from cdm_fast.runs.build import class_labels, run_data
+from cdm_fast.runs.build import class_labels
 from cdm_fast.runs.checkpoint import write_json
+from cdm_fast.runs.data import run_data
 from cdm_fast.sampling import sample
 from cdm_fast.training.log import read_log
 from cdm_fast.training.validation import check_levels, num_rows

@@ -36,6 +36,7 @@ from cdm_fast.nn.working import is_compiled, working_weights
 from cdm_fast.ops import noising
 from cdm_fast.ops.precision import ieee_fp32
 from cdm_fast.training.ema import Ema
+from cdm_fast.training.feed import images_of
 from cdm_fast.training.levels import draw_levels
 
 LossFunction = Callable[..., LossTerms]  # (model, batch)
@@ -182,13 +183,18 @@ def draw_batch(data: ImageData, model: CDM | DDM | Classifier, config: RunConfig
     """The batch of a step (from 0), a function of (seed, step): images, dequantisation, flips, levels, noise.
 
     Each of several processes draws the whole batch, which is cheap beside a step, and returns its own rows.
-    `data` and `model` must be on the same device.
+    The labels must be on the model's device; the images may be in host memory.
     """
-    train, device = config.train, data.images.device
+    train, device = config.train, model.a.device
     generator = torch.Generator(device).manual_seed(derived_seed(train.seed, step, "batch"))
-    index = upload(batch_indices(len(data.images), train.batch_size, train.seed, step), device)
+
+    def indices(step: int) -> Tensor:
+        return batch_indices(len(data.images), train.batch_size, train.seed, step)
+
+    on_host = indices(step)
     level = draw_levels(model, train.batch_size, train, generator)
-    images, grey = data.images[index], data.num_grey_levels
+    images = images_of(data, on_host, lambda: indices(step + 1), device)
+    index, grey = upload(on_host, device), data.num_grey_levels
     points = config.data.pixels == "points"
     x_t, eps, _ = noising(
         to_points(images, grey) if points else images,

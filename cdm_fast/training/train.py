@@ -14,15 +14,16 @@ from cdm_fast.host.device import pick_device
 from cdm_fast.host.files import exclusive_lock
 from cdm_fast.host.processes import is_main, this_process
 from cdm_fast.runs.checkpoint import create_run, require_new
+from cdm_fast.runs.data import in_place
 from cdm_fast.training.best import BestCheckpoint
 from cdm_fast.training.display import Display
+from cdm_fast.training.feed import on_device
 from cdm_fast.training.finish import finish
 from cdm_fast.training.log import open_sinks, require_extras
 from cdm_fast.training.loop import SavesCheckpoints, Session, train_steps
 from cdm_fast.training.prepare import (
     Prepared,
     check_parallel,
-    on_device,
     prepare_new,
     prepare_resumed,
     preserved_rng,
@@ -79,6 +80,7 @@ def train(
     out = Path(out).expanduser()
     if is_main():
         require_new(out)
+    config = in_place(config)
     require_extras(config)
     check_parallel(config, parallel)
     chosen = pick_device(device)

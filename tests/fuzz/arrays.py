@@ -107,6 +107,34 @@ def cifar(rng: Random) -> Case:
     return case
 
 
+def pickled_cifar(rng: Random) -> Case:
+    """CIFAR-10's Python version, of which one file is hostile."""
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    place = pick(rng, "", ("cifar-10-batches-py/", "data/cifar-10-batches-py/"))
+    files = {f"{place}{name}": _pickled(rng, 0.0) for name in names}
+    files[rng.choice(sorted(files))] = _pickled(rng, 0.3)
+    case = Case(dict(files), options=options(rng))
+    if chance(rng, 0.05):
+        unusual_files(rng, case)
+    return case
+
+
+def _pickled(rng: Random, lies: float) -> bytes:
+    count = number(rng, 2, lies) % 5
+    images = np.zeros(
+        (count, pick(rng, 3072, (3071, 0, 1), lies)), pick(rng, "u1", ("i8", "f4", "O", ">i4"), lies)
+    )
+    images = np.asfortranarray(images) if chance(rng, lies) else images
+    labels: Any = [number(rng, 3, lies) for _ in range(count)]
+    if chance(rng, lies):
+        labels = rng.choice((None, np.zeros(count), ["a"] * count, (1, 2), [True], {}, [[1]]))
+    found: Any = {pick(rng, "data", ("x", 3, b"data"), lies): images, "labels": labels}
+    if chance(rng, lies / 2):
+        found = rng.choice((Payload(), [found], {"data": Payload()}, {(1,) * 9: 1}, 3))
+    content = pickle.dumps(found, rng.randrange(2, 6))
+    return damage(rng, content, edits=rng.randrange(1, 6)) if chance(rng, lies) else content
+
+
 def npz(rng: Random) -> Case:
     """An .npz whose members, headers or container may lie."""
     count = rng.choice((2, 6, 20))

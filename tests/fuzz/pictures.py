@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.fuzz.mutate import chance, damage, number, pick
 
-SUFFIXES = ("png", "jpg", "jpeg", "bmp", "webp", "ppm", "pgm", "pnm")
+SUFFIXES = ("png", "jpg", "jpeg", "bmp", "webp", "ppm", "pgm", "pnm", "gif", "tif", "tiff", "jfif")
 _CHUNKS = (b"PLTE", b"tRNS", b"gAMA", b"iCCP", b"zTXt", b"iTXt", b"eXIf", b"acTL", b"fcTL", b"fdAT", b"IDAT")
 
 
@@ -23,7 +23,7 @@ def samples() -> dict[str, bytes]:
     found = {}
     for mode in ("L", "RGB", "P", "1", "LA", "RGBA", "CMYK", "I;16"):
         picture = colour.convert("L").convert(mode) if mode == "I;16" else colour.convert(mode)
-        for kind in ("PNG", "JPEG", "BMP", "WEBP", "PPM"):
+        for kind in ("PNG", "JPEG", "BMP", "WEBP", "PPM", "GIF", "TIFF"):
             buffer = io.BytesIO()
             try:
                 picture.save(buffer, kind)

@@ -13,7 +13,7 @@ from cdm_fast.interop.convert import convert
 from cdm_fast.runs.checkpoint import load_checkpoint, read_config
 from cdm_fast.runs.load import load
 from cdm_fast.training.state import from_checkpoint
-from tests.fuzz.arrays import cifar, idx, npz
+from tests.fuzz.arrays import cifar, idx, npz, pickled_cifar
 from tests.fuzz.case import Case
 from tests.fuzz.folders import image_folder, image_zip
 from tests.fuzz.public import public_checkpoint
@@ -60,6 +60,7 @@ READERS = {
     "idx": Reader(partial(idx, packed=False), partial(_read_images, "")),
     "idx.gz": Reader(partial(idx, packed=True), partial(_read_images, "")),
     "cifar": Reader(cifar, partial(_read_images, "")),
+    "cifar-py": Reader(pickled_cifar, partial(_read_images, "")),
     "npz": Reader(npz, partial(_read_images, "data.npz")),
     "zip": Reader(image_zip, partial(_read_images, "data.zip")),
     "folder": Reader(image_folder, partial(_read_images, "")),

@@ -114,7 +114,8 @@ class Watch:
         if seconds > MAX_SECONDS:
             return Finding("time", "slow", f"{seconds:.1f} s")
         for text in told:
-            if not (text.startswith(("checkpoint ", "resuming with ")) and text.isprintable()):
+            usual = text.startswith(("checkpoint ", "resuming with ")) or ": not read: " in text
+            if not (usual and text.isprintable() and len(text) <= 1000):
                 return Finding("output", text.split(":")[0][:60], f"printed: {text[:300]!r}")
         for path in opened:
             if not path.startswith((str(self.root), *_HARMLESS)):

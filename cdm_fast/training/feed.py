@@ -1,0 +1,71 @@
+"""Where training images lie, and how those of a step reach the device.
+
+The images of step n are a function of (seed, n) wherever they lie.
+
+# N images, B batch, C channels, H W pixels
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from cdm_fast.data import ImageData
+from cdm_fast.host.device import upload
+
+SHARE_OF_DEVICE = 4  # a data set may take one part in so many of a device's free memory
+
+
+class HostFeed:
+    """Images in host memory, or mapped from a file, gathered by a thread one step ahead of the device.
+
+    images: (N,C,H,W) uint8; pin: leave each batch in pinned memory, from which a GPU copies without a wait.
+    """
+
+    def __init__(self, images: Tensor, pin: bool) -> None:
+        self._images, self._pin = images, pin
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="feed")
+        self._ahead: tuple[list[int], Future[Tensor]] | None = None
+
+    def take(self, index: Tensor, following: Callable[[], Tensor]) -> Tensor:
+        """The images of `index` (B,) in host memory; those of `following()` are gathered meanwhile."""
+        wanted = index.tolist()
+        ahead, self._ahead = self._ahead, None
+        images = ahead[1].result() if ahead is not None and ahead[0] == wanted else self._gather(index)
+        coming = following()
+        self._ahead = coming.tolist(), self._thread.submit(self._gather, coming)
+        return images
+
+    def _gather(self, index: Tensor) -> Tensor:
+        batch = self._images[index]
+        return batch.pin_memory() if self._pin else batch
+
+
+def on_device(data: ImageData, device: torch.device) -> ImageData:
+    """The data where training reads them: on the device as long as they take a quarter of its free memory.
+
+    Larger ones stay in host memory or in their file, and a thread gathers each step's images.
+    """
+    labels = None if data.labels is None else data.labels.to(device)
+    if device.type == "cpu":
+        return replace(data, labels=labels)
+    free, _ = torch.cuda.mem_get_info(device)
+    if data.images.numel() * SHARE_OF_DEVICE > free:
+        return replace(data, labels=labels, feed=HostFeed(data.images, pin=device.type == "cuda"))
+    return replace(data, images=data.images.to(device), labels=labels)
+
+
+def images_of(
+    data: ImageData, index: Tensor, following: Callable[[], Tensor], device: torch.device
+) -> Tensor:
+    """The images of a step, (B,C,H,W) uint8 on the device.
+
+    index: (B,) on the host, which they are in `data`; following: gives that of the step after.
+    """
+    if data.feed is not None:
+        return upload(data.feed.take(index, following), device)
+    if data.images.device == device:
+        return data.images[upload(index, device)]
+    return upload(data.images[index], device)
