@@ -231,9 +231,16 @@ class MutualInformation(TableEstimator):
 
 
 def _parts(scored: list[FoldScores], groups: Index, seed: int) -> list[FoldScores]:
-    """The folds; a single one in two halves, so that each is calibrated on the other."""
+    """The folds; a single one in two halves, so that each is calibrated on the other.
+
+    With few rows one fold may have an expert that another lacks: what all have counts.
+    """
     if len(scored) > 1:
-        return scored
+        E = min(len(part.joint) for part in scored)
+        return [
+            replace(part, joint=part.joint[:E], shuffled=part.shuffled[:E], trained=part.trained[:E])
+            for part in scored
+        ]
     (only,) = scored
     half = folds(groups[only.rows], 2, np.random.default_rng(seed))
     if len(np.unique(half)) == 1:
