@@ -35,7 +35,17 @@ QUICK = {
 }
 
 
-@parametrize_with_checks([CDMDensity(**SMALL), DensityRatio(**SMALL), MutualInformation(**SMALL)])
+def known_differences(estimator):
+    """Weights and copies are alike on average only: a step draws its rows at random."""
+    if isinstance(estimator, MutualInformation):
+        return {}
+    return {"check_sample_weight_equivalence_on_dense_data": "rows are drawn at random"}
+
+
+@parametrize_with_checks(
+    [CDMDensity(**SMALL), DensityRatio(**SMALL), MutualInformation(**SMALL)],
+    expected_failed_checks=known_differences,
+)
 def test_scikit_learn_conventions(estimator, check):
     check(estimator)
 
@@ -236,7 +246,7 @@ X = RNG.normal(size=(60, 3))
         (lambda: CDMDensity(smallest_noise=1.0).fit(X), "smallest_noise is 1.0"),
         (lambda: CDMDensity(**SMALL).fit(X).sample(0), "n_samples is 0"),
         (lambda: DensityRatio().fit(X, np.arange(60) % 3), "y holds 3 classes"),
-        (lambda: DensityRatio().fit(X, np.zeros(60)), "y holds 1 class;"),
+        (lambda: DensityRatio().fit(X, np.zeros(60)), "y holds 1 class."),
         (lambda: log_density_ratio(X, X[:, :2]), "X_numerator has 3 columns and X_denominator 2"),
         (lambda: MutualInformation().fit(X, np.ones(60)), "column 0 of y is constant"),
         (lambda: MutualInformation().fit(X, X[:50]), "inconsistent numbers of samples"),

@@ -1,6 +1,7 @@
 """`MutualInformation` with its defaults on the tasks of the package benchmark-mi, whose values are known.
 
-    python -m benchmarks.studies.information_tasks --samples DIR --rows 1000
+    python -m benchmarks.studies.information_tasks run --samples DIR --rows 1000
+    python -m benchmarks.studies.information_tasks show
 
 benchmark-mi 0.1.3 needs an old jax (0.4.20), so its samples are made in an environment of their own:
 
@@ -9,55 +10,136 @@ benchmark-mi 0.1.3 needs an old jax (0.4.20), so its samples are made in an envi
         x, y = task.sample(1000, seed=0)
         numpy.savez(f"DIR/{name}--1000--0.npz", x=x, y=y, mi=task.mutual_information)
 
-Prints a row for each task as Markdown: the truth, the estimate, its interval, warnings, processor seconds.
+Each task appends one JSON line to `--out`; those that are there already are not repeated, nor are tasks whose
+samples have the very ranks of another's: increasing maps change nothing (`ranks`). Beside it stands
+the estimate of Kraskov, Stögbauer and Grassberger (2004, eq. 8) with 5 neighbours on the same normal scores.
+`show` prints a row for each task as Markdown, and a summary.
 """
 
 import argparse
+import hashlib
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.studies.rows import add_row, read_rows
 from cdm_fast import MutualInformation
+from cdm_fast.tables.columns import normal_scores
+from cdm_fast.tables.experts import Neighbours
+
+# Of more columns and rows than these, neighbours take minutes to count.
+MOST_COLUMNS, MANY_ROWS = 20, 5000
 
 
-def row(file: Path) -> tuple[str, float, bool]:
-    """(a line of the table, |error| in nats, whether the interval holds the truth) of one sample."""
+def read(file: Path) -> tuple[np.ndarray, np.ndarray, float]:
+    """(x, y, their mutual information in nats) of a sample."""
     with np.load(file) as sample:
-        x, y, truth = sample["x"].astype(float), sample["y"].astype(float), float(sample["mi"])
+        return sample["x"].astype(float), sample["y"].astype(float), float(sample["mi"])
+
+
+def ranks(x: np.ndarray, y: np.ndarray) -> str:
+    """A digest of the ranks of every column."""
+    order = np.argsort(np.concatenate([x, y], axis=1), axis=0, kind="stable")
+    return hashlib.sha256(order.astype(np.int32).tobytes()).hexdigest()[:16]
+
+
+def measured(x: np.ndarray, y: np.ndarray) -> dict[str, Any]:
+    """The estimate, its interval, warnings, processor seconds and KSG's estimate of one sample."""
     began = time.process_time()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         found = MutualInformation(random_state=0).fit(x, y)
+    seconds = time.process_time() - began
     low, high = found.confidence_interval_
-    held = low <= truth <= high
-    line = (
-        f"| {file.stem.split('--')[0]} | {truth:.2f} | {found.estimate_:.2f} | {low:.2f} .. {high:.2f}"
-        f"{'' if held else ' (misses)'} | {'yes' if told else ''} | {time.process_time() - began:.0f} |"
+    return {
+        "estimate": found.estimate_,
+        "low": low,
+        "high": high,
+        "held_out": found.held_out_,
+        "trained": found.trained_,
+        "missed": found.missed_,
+        "warnings": [str(one.message) for one in told],
+        "ksg": neighbours_alone(x, y),
+        "cpu_seconds": seconds,
+    }
+
+
+def neighbours_alone(x: np.ndarray, y: np.ndarray) -> float | None:
+    """KSG's estimate in nats; None where it takes minutes."""
+    table = np.concatenate([x, y], axis=1)
+    if table.shape[1] > MOST_COLUMNS and len(table) > MANY_ROWS:
+        return None
+    scores = normal_scores(table, np.random.default_rng(0)).numpy()
+    return float(Neighbours(scores, x.shape[1])(scores, own=True).mean())
+
+
+def show(results: list[dict[str, Any]]) -> str:
+    """A table for each number of rows, in Markdown."""
+    lines = []
+    for rows in sorted({row["rows"] for row in results}):
+        some = sorted((row for row in results if row["rows"] == rows), key=lambda row: row["task"])
+        lines += [
+            f"{rows} rows, {len(some)} tasks:",
+            "",
+            "| task | nats | estimate | interval | warned | KSG | CPU s |",
+        ]
+        lines += ["|" + "---|" * 7, *(_line(row) for row in some), "", _summary(some), ""]
+    return "\n".join(lines)
+
+
+def holds(row: dict[str, Any]) -> bool:
+    """Whether the interval holds the truth."""
+    return row["low"] <= row["truth"] <= row["high"]
+
+
+def _line(row: dict[str, Any]) -> str:
+    interval = f"{row['low']:.2f} .. {row['high']:.2f}{'' if holds(row) else ' (misses)'}"
+    warned, ksg = "yes" if row["warnings"] else "", "" if row["ksg"] is None else f"{row['ksg']:.2f}"
+    figures = f"{row['truth']:.2f} | {row['estimate']:.2f} | {interval} | {warned} | {ksg}"
+    return f"| {row['task']} | {figures} | {row['cpu_seconds']:.0f} |"
+
+
+def _summary(some: list[dict[str, Any]]) -> str:
+    error = [abs(max(row["estimate"], 0) - row["truth"]) for row in some]
+    told = sum(holds(row) or bool(row["warnings"]) for row in some)
+    known = [(e, abs(row["ksg"] - row["truth"])) for e, row in zip(error, some, strict=True) if row["ksg"]]
+    seconds = [row["cpu_seconds"] for row in some]
+    return (
+        f"Mean absolute error {np.mean(error):.3f} nats, worst {max(error):.2f}; the interval holds the truth"
+        f" on {sum(map(holds, some))} of {len(some)}, and {told} hold it or carry a warning. KSG errs"
+        f" by {np.mean([k for _, k in known]):.3f} on {len(known)} of them, and is farther from the truth"
+        f" on {sum(e < k for e, k in known)}. CPU seconds of a fit: {np.median(seconds):.0f} (median),"
+        f" {max(seconds):.0f} (longest)."
     )
-    return line, abs(found.mutual_information_ - truth), held
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--samples", type=Path, required=True)
+    parser.add_argument("what", choices=("run", "show"))
+    parser.add_argument("--samples", type=Path)
+    parser.add_argument("--tasks", nargs="+", help="names of some of the tasks; all by default")
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/information.jsonl"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print("| task | nats | estimate | interval | warned | CPU s |\n|---|---|---|---|---|---|")
-    errors, holds = [], []
-    for file in sorted(args.samples.glob(f"*--{args.rows}--{args.seed}.npz")):
-        line, error, held = row(file)
-        print(line, flush=True)
-        errors.append(error)
-        holds.append(held)
-    print(
-        f"\nMean absolute error {np.mean(errors):.3f} nats, worst {max(errors):.2f};"
-        f" the interval holds the truth on {sum(holds)} of {len(holds)}."
-    )
+    if args.what == "run":
+        files = sorted(args.samples.glob(f"*--{args.rows}--{args.seed}.npz"))
+        names = args.tasks or [file.stem.split("--")[0] for file in files]
+        for name in names:
+            task = {"task": name, "rows": args.rows, "seed": args.seed}
+            done = read_rows(args.out)
+            if any(task.items() <= row.items() for row in done):
+                continue
+            x, y, truth = read(args.samples / f"{name}--{args.rows}--{args.seed}.npz")
+            same = {"rows": args.rows, "seed": args.seed, "ranks": ranks(x, y)}
+            found = next((row for row in done if same.items() <= row.items()), None) or measured(x, y)
+            add_row(args.out, {**found, **task, **same, "truth": truth})
+    print(show(read_rows(args.out)))
 
 
 if __name__ == "__main__":

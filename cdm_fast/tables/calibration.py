@@ -1,7 +1,10 @@
-"""A log ratio made honest: `alpha log_ratio + c`, by logistic regression on rows that training never saw.
+"""Calibrated log ratios: `sum_e alpha_e log_ratio_e + c`, by logistic regression on rows unseen in training.
 
-An overconfident network has alpha < 1, one that learned nothing alpha = 0. The logistic loss is smallest
-where `exp(alpha log_ratio + c)` is the ratio of the two densities as well as two numbers can make it.
+An overconfident network has alpha < 1, one that learned nothing alpha = 0. Several experts are weighed
+against each other (stacking: Wolpert, 1992). The logistic loss is smallest where the sum is the log ratio of
+the two densities as well as these numbers can make it.
+
+# n, m rows of the numerator and of the denominator, E experts
 """
 
 from dataclasses import dataclass
@@ -12,71 +15,104 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 NEWTON_STEPS = 50
-# No constant is larger, in nats; where one would be, the sets are told apart perfectly and any will do.
+# No constant is larger, in nats.
 LARGEST_OFFSET = 50.0
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """`alpha`, at least 0, and `c` in nats."""
+    """`alpha`, one for each expert, at least 0, and `c` in nats."""
 
-    alpha: float = 1.0
+    alpha: tuple[float, ...] = (1.0,)
     c: float = 0.0
 
-    def __call__(self, log_ratio: Array) -> Array:
-        """The calibrated log ratio, of any shape."""
-        return self.alpha * log_ratio + self.c
+    def __call__(self, *log_ratios: Array) -> Array:
+        """The calibrated log ratio, of the shape that all experts share."""
+        return np.tensordot(self.alpha, np.stack(log_ratios), axes=1) + self.c
 
 
 def calibrate(
-    numerator: Array,  # (n,) log ratios of rows of the numerator
-    denominator: Array,  # (m,) of the denominator
+    numerator: Array,  # (n,) or (E, n) log ratios of rows of the numerator
+    denominator: Array,  # (m,) or (E, m) of the denominator
+    numerator_weights: Array | None = None,  # (n,)
+    denominator_weights: Array | None = None,  # (m,)
 ) -> Calibration:
-    """Minimises the logistic loss, both sets weighing the same, with a pull towards (1, 0) worth one row.
+    """Minimises the logistic loss, both sets weighing the same, with a pull worth one row towards the first
+    expert as it is and the others left out.
 
-    The pull decides where the sets are told apart perfectly, and the loss has no minimum.
+    The pull decides where the sets are told apart perfectly, and the loss has no minimum. An expert whose
+    alpha would be negative is left out: it knows nothing, or has the sign wrong.
     """
-    x = np.concatenate([numerator, denominator])
-    label = np.repeat([1.0, 0.0], [len(numerator), len(denominator)])
-    weight = np.repeat([0.5 / len(numerator), 0.5 / len(denominator)], [len(numerator), len(denominator)])
-    ridge = np.diag([max(float(weight @ x**2), 1e-12), 1.0]) / (4 * min(len(numerator), len(denominator)))
-    theta, start = np.array([1.0, 0.0]), np.array([1.0, 0.0])
-    design = np.stack([x, np.ones_like(x)], axis=1)
-    loss = _loss(design, label, weight, theta, ridge, start)
-    for _ in range(NEWTON_STEPS):
-        probability = 0.5 * (1 + np.tanh(design @ theta / 2))
-        gradient = design.T @ (weight * (label - probability)) - ridge @ (theta - start)
-        curvature = (design * (weight * probability * (1 - probability))[:, None]).T @ design + ridge
-        step = np.linalg.solve(curvature, gradient)
-        while (
-            _loss(design, label, weight, theta + step, ridge, start) > loss + 1e-12
-            and np.abs(step).max() > 1e-9
-        ):
-            step = step / 2
-        theta = theta + step
-        loss = _loss(design, label, weight, theta, ridge, start)
-        if np.abs(step).max() < 1e-9:
+    sets = [np.atleast_2d(numerator), np.atleast_2d(denominator)]
+    x = np.concatenate(sets, axis=1)
+    design = np.concatenate([x, np.ones((1, x.shape[1]))]).T
+    label = np.repeat([1.0, 0.0], [part.shape[1] for part in sets])
+    weight = np.concatenate(
+        [
+            _halved(part.shape[1], w)
+            for part, w in zip(sets, (numerator_weights, denominator_weights), strict=True)
+        ]
+    )
+    pull = np.maximum(weight @ design**2, 1e-12) / (4 * min(part.shape[1] for part in sets))
+    start = np.zeros(len(x) + 1)
+    start[0] = 1.0
+    active = np.ones(len(start), dtype=bool)
+    while True:
+        theta = _minimise(design, label, weight, start, pull, active)
+        negative = active & (theta < 0)
+        negative[-1] = False
+        if not negative.any():
             break
-    if theta[0] < 0:  # the wrong way round: nothing was learned
-        return Calibration(0.0, 0.0)
-    return Calibration(float(theta[0]), float(theta[1]))
+        active &= ~negative
+    if not theta[:-1].any():  # nothing was learned
+        return Calibration((0.0,) * len(x), 0.0)
+    return Calibration(tuple(float(a) for a in theta[:-1]), float(theta[-1]))
 
 
 def offset(numerator: Array, denominator: Array) -> float:
     """The constant c alone, in nats, that minimises the logistic loss of `log_ratio + c`.
 
-    Networks leave the constant of their log ratio to chance, each to its own.
+    Networks leave the constant of their log ratio to chance, each to its own. A pull worth one row towards 0
+    decides where the sets are told apart perfectly: then the loss is all but flat, and its minimum is set by
+    the two most extreme rows.
     """
     low, high = -LARGEST_OFFSET, LARGEST_OFFSET
+    fewest = min(len(numerator), len(denominator))
     for _ in range(60):  # the slope of the loss rises with c
         middle = (low + high) / 2
         missed = np.mean(1 - np.tanh((numerator + middle) / 2))
         mistaken = np.mean(1 + np.tanh((denominator + middle) / 2))
-        low, high = (middle, high) if missed > mistaken else (low, middle)
-    return (low + high) / 2 if abs(low) < LARGEST_OFFSET - 1 else 0.0
+        low, high = (middle, high) if missed - mistaken > middle / fewest else (low, middle)
+    return (low + high) / 2
 
 
-def _loss(design: Array, label: Array, weight: Array, theta: Array, ridge: Array, start: Array) -> float:
-    logit = design @ theta
-    pull = (theta - start) @ ridge @ (theta - start) / 2
-    return float(weight @ (np.logaddexp(0, logit) - label * logit) + pull)
+def _halved(rows: int, weights: Array | None) -> Array:
+    """(rows,) weights that sum to a half."""
+    return np.full(rows, 0.5 / rows) if weights is None else 0.5 * weights / weights.sum()
+
+
+def _minimise(
+    design: Array, label: Array, weight: Array, start: Array, pull: Array, active: NDArray[np.bool_]
+) -> Array:
+    """Newton's method with step halving over the `active` parameters; the others are 0."""
+    start = np.where(active, start, 0.0)
+    design = design * active
+
+    def loss(theta: Array) -> float:
+        logit = design @ theta
+        return float(weight @ (np.logaddexp(0, logit) - label * logit) + pull @ (theta - start) ** 2 / 2)
+
+    theta = start
+    lowest = loss(theta)
+    for _ in range(NEWTON_STEPS):
+        probability = 0.5 * (1 + np.tanh(design @ theta / 2))
+        gradient = design.T @ (weight * (label - probability)) - pull * (theta - start)
+        curvature = (design * (weight * probability * (1 - probability))[:, None]).T @ design + np.diag(pull)
+        step = np.linalg.solve(curvature, gradient)
+        while loss(theta + step) > lowest + 1e-12 and np.abs(step).max() > 1e-9:
+            step = step / 2
+        theta = theta + step
+        lowest = loss(theta)
+        if np.abs(step).max() < 1e-9:
+            break
+    return theta

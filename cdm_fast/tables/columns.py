@@ -71,22 +71,24 @@ class Columns:
         return (rows + (noise * widths) @ torch.from_numpy(self.whiten)).float()
 
 
-def measure(x: Array, name: str = "X", labels: NDArray[np.int64] | None = None) -> Columns:
+def measure(
+    x: Array, name: str = "X", labels: NDArray[np.int64] | None = None, weights: Array | None = None
+) -> Columns:
     """The `Columns` of a table x (n, d) of finite numbers.
 
     Whitens by the whole covariance, or with a warning by each column's variance where there are not more
     rows than columns. labels (n,): sets that are told apart by them may share values, so atoms are looked for
-    in each set. Raises UserError for a constant column, one that repeats values off any even grid, and
-    columns
-    that depend linearly on others: none of them has a density.
+    in each set. weights (n,) are those of mean and covariance. Raises UserError for a constant column, one
+    that repeats values off any even grid, and columns that depend linearly on others: none has a density.
     """
     labels = np.zeros(len(x), dtype=np.int64) if labels is None else labels
     grids = [_grid(x, j, name, labels) for j in range(x.shape[1])]
     origin, step = (np.array(values) for values in zip(*grids, strict=True))
     centre, unit = np.median(x, axis=0), _units(x)
     scaled = x / unit - centre / unit
-    mean = scaled.mean(0)
-    covariance = np.atleast_2d(np.cov(scaled, rowvar=False, bias=True)) + np.diag((step / unit) ** 2 / 12)
+    mean = np.average(scaled, axis=0, weights=weights)
+    covariance = np.atleast_2d(np.cov(scaled, rowvar=False, bias=True, aweights=weights))
+    covariance = covariance + np.diag((step / unit) ** 2 / 12)
     centre = centre + unit * mean
     scale = np.sqrt(np.diag(covariance))
     if len(x) <= x.shape[1]:

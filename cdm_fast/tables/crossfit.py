@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.linalg
 import torch
 from sklearn.covariance import ledoit_wolf
 from torch import Tensor
@@ -84,12 +85,13 @@ def train_ratio(
     return model, history
 
 
-def shrunk_moments(z: Tensor) -> tuple[Tensor, Tensor]:
+def shrunk_moments(z: Tensor, weights: Array | None = None) -> tuple[Tensor, Tensor]:
     """Mean (d,) and covariance (d, d) of rows z, the latter shrunk (Ledoit and Wolf, 2004)."""
-    mean = z.mean(0)
+    share = np.ones((len(z), 1)) if weights is None else (weights / weights.mean())[:, None]
+    mean = (torch.from_numpy(share) * z).mean(0)
     if len(z) < 2:
         return mean, torch.eye(z.shape[1], dtype=z.dtype)
-    covariance, _ = ledoit_wolf((z - mean).numpy(), assume_centered=True)
+    covariance, _ = ledoit_wolf((z - mean).numpy() * np.sqrt(share), assume_centered=True)
     floor = 1e-6 * torch.eye(z.shape[1], dtype=z.dtype)
     return mean, torch.from_numpy(np.atleast_2d(covariance)) + floor
 
@@ -137,8 +139,21 @@ def canonical(z: Tensor, width: int, rotate_only: bool = False) -> Canonical:
     rho = torch.tensor([_true_correlation(float(r), p / n, q / n) for r in sample], dtype=torch.float64)
     if not enough:
         rho = torch.zeros_like(rho)
-    mix = torch.block_diag(whiten[0] @ left, whiten[1] @ right.T)
+    rho = rho[rho > 0]  # the largest come first
+    turn = [_with_axes(side[:, : len(rho)]) for side in (left, right.T)]
+    mix = torch.block_diag(whiten[0] @ turn[0], whiten[1] @ turn[1])
     return Canonical(mix, rho, width)
+
+
+def _with_axes(directions: Tensor) -> Tensor:
+    """(d, d) orthonormal: `directions` (d, m) first, then axes of the columns as far as those leave them.
+
+    What depends on single columns, such as heavy tails after the ranks, is lost on any other basis.
+    """
+    dim, m = directions.shape
+    rest = torch.eye(dim, dtype=directions.dtype) - directions @ directions.T
+    axes, _, _ = scipy.linalg.qr(rest.numpy(), pivoting=True)
+    return torch.cat([directions, torch.from_numpy(axes[:, : dim - m])], dim=1)
 
 
 def _whitening(block: Tensor, rotate_only: bool, enough: bool) -> Tensor:

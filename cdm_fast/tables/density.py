@@ -22,7 +22,7 @@ from cdm_fast.model.constants import Draw
 from cdm_fast.model.schedule import even_in_log_noise
 from cdm_fast.sampling import sample
 from cdm_fast.tables.columns import Array, Columns, measure, without_far_rows
-from cdm_fast.tables.estimator import TableEstimator, fold_count, in_chunks
+from cdm_fast.tables.estimator import TableEstimator, fold_count, in_chunks, row_weights
 from cdm_fast.tables.fit import (
     Budget,
     History,
@@ -31,7 +31,7 @@ from cdm_fast.tables.fit import (
     refit_constants,
     train,
 )
-from cdm_fast.tables.folds import Index, folds, groups_of_copies, hold_out
+from cdm_fast.tables.folds import Index, chooser, folds, groups_of_copies, hold_out
 from cdm_fast.tables.network import new_model, start_at_gaussians
 
 # Beyond so many times the longest training row a density falls as a normal one does.
@@ -42,6 +42,8 @@ LARGEST_LOG_INTEGRAL = 1.0
 ROWS_PER_LEVEL = 512
 # Fewer different rows than these are not split.
 FEWEST_TO_SPLIT = 10
+# Noised copies of the rows kept out that judge the weights, about.
+VALIDATION_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -128,26 +130,35 @@ class CDMDensity(OutlierMixin, DensityMixin, TableEstimator):
         self.level_weight = level_weight
         self.contamination = contamination
 
-    def fit(self, X: ArrayLike, y: None = None) -> "CDMDensity":
-        """X (n, d): finite numbers, two rows or more. y is ignored.
+    def fit(self, X: ArrayLike, y: None = None, sample_weight: ArrayLike | None = None) -> "CDMDensity":
+        """X (n, d): finite numbers, two rows or more. y is ignored. sample_weight (n,): at least 0; a row of
+        weight 2 counts as two rows, one of weight 0 is left out.
 
         Warns of copies, of rows far from all others, and of a density that does not integrate to about one.
         """
         rows = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
         self._check_arguments()
+        weights = row_weights(sample_weight, rows)
         seed, near = self._seed(), without_far_rows(rows)
-        self.columns_: Columns = measure(rows[near])
+        if weights is not None:
+            near &= weights > 0
+        self.columns_: Columns = measure(rows[near], weights=None if weights is None else weights[near])
         z = self.columns_.standardise(rows)
         groups = np.full(len(rows), -1)
         groups[near] = groups_of_copies(rows[near])
-        found = self._fit_folds(z, groups, seed)
+        found = self._fit_folds(z, groups, weights, seed)
         self._reach = REACH * float(z[torch.from_numpy(near)].norm(dim=1).max())
-        self._keep(found, z)
-        share = 100 * self.contamination
-        self.offset_ = float(np.percentile(self._log_prob(z) + self.columns_.log_det, share))
+        self._keep(found, z, weights)
+        log_prob = self._log_prob(z) + self.columns_.log_det
+        if weights is None:
+            self.offset_ = float(np.percentile(log_prob, 100 * self.contamination))
+        else:
+            order = np.argsort(log_prob)
+            below = np.cumsum(weights[order]) / weights.sum()
+            self.offset_ = float(log_prob[order][np.searchsorted(below, self.contamination)])
         return self
 
-    def _fit_folds(self, z: Tensor, groups: Index, seed: int) -> list[_Fold]:
+    def _fit_folds(self, z: Tensor, groups: Index, weights: Array | None, seed: int) -> list[_Fold]:
         near = np.flatnonzero(groups >= 0)
         different, d = len(np.unique(groups[near])), z.shape[1]
         K = density_folds(different, self.cv)
@@ -163,10 +174,10 @@ class CDMDensity(OutlierMixin, DensityMixin, TableEstimator):
         for k in range(K):
             kept = np.flatnonzero(fold == k)
             train_rows = near if different < FEWEST_TO_SPLIT else near[fold[near] != k]
-            jobs.append(delayed(_fit_fold)(z, self.columns_, train_rows, kept, *options, seed + k))
+            jobs.append(delayed(_fit_fold)(z, self.columns_, weights, train_rows, kept, *options, seed + k))
         return Parallel(n_jobs=self.n_jobs)(jobs)
 
-    def _keep(self, found: list[_Fold], z: Tensor) -> None:
+    def _keep(self, found: list[_Fold], z: Tensor, weights: Array | None) -> None:
         """The folds' figures, and the networks whose densities integrate to about one."""
         self.log_integrals_ = [fold.log_integral for fold in found]
         sound = [fold for fold in found if abs(fold.log_integral) <= LARGEST_LOG_INTEGRAL]
@@ -183,7 +194,11 @@ class CDMDensity(OutlierMixin, DensityMixin, TableEstimator):
         self.log_prob_ = self._log_prob(z) + self.columns_.log_det
         for fold in found:
             self.log_prob_[fold.rows] = fold.log_prob + self.columns_.log_det
-        self._calibration = np.sort(self.log_prob_[np.concatenate([fold.rows for fold in found])])
+        kept = np.concatenate([fold.rows for fold in found])
+        kept = kept[np.argsort(self.log_prob_[kept])]
+        self._kept_scores = self.log_prob_[kept]
+        weight = np.ones(len(kept)) if weights is None else weights[kept] / weights[kept].mean()
+        self._kept_below = np.r_[0.0, np.cumsum(weight)]
         histories = [fold.history for fold in found]
         self.n_iter_ = [history.n_iter for history in histories]
         self.loss_curve_ = [history.loss_curve for history in histories]
@@ -227,8 +242,8 @@ class CDMDensity(OutlierMixin, DensityMixin, TableEstimator):
         less; few rows of `fit` mean coarse p-values, 1/(n+1) the least.
         """
         score = self.score_samples(X)
-        as_low = np.searchsorted(self._calibration, score, side="right")
-        return (1 + as_low) / (1 + len(self._calibration))
+        as_low = self._kept_below[np.searchsorted(self._kept_scores, score, side="right")]
+        return (1 + as_low) / (1 + self._kept_below[-1])
 
     def sample(self, n_samples: int = 1, random_state: int | np.random.RandomState | None = None) -> Array:
         """New rows, (n_samples, d); `random_state` is the estimator's own by default."""
@@ -268,6 +283,7 @@ def density_noise(rows: int, columns: int) -> float:
 def _fit_fold(
     z: Tensor,
     columns: Columns,
+    weights: Array | None,
     train_rows: Index,
     kept: Index,
     budget: Budget,
@@ -281,14 +297,19 @@ def _fit_fold(
     schedule = even_in_log_noise(budget.num_levels, smallest_noise)
     model = new_model([d], schedule, budget.hidden, budget.depth, d, None, None, generator)
     start_at_gaussians(model, torch.zeros(1, d, dtype=torch.float64), torch.eye(d, dtype=torch.float64)[None])
-    draw = _rows(z[train_rows], columns)
-    judged = z[kept] if len(kept) else z[train_rows]
-    noisy = _rows(judged, columns)
+    judged = kept if len(kept) else train_rows
+    draw, noisy = (
+        _rows(z[rows], columns, None if weights is None else weights[rows]) for rows in (train_rows, judged)
+    )
     validate = None
     if early_stopping and len(train_rows) + len(kept) >= FEWEST_TO_SPLIT:
-        repeats = max(1, 4096 // len(judged))
-        index = torch.arange(len(judged)).repeat(repeats)
-        validate = level_validation(columns.draw(judged, index, generator), generator)
+        repeats = max(1, VALIDATION_ROWS // len(judged))
+        if weights is None:
+            index = torch.arange(len(judged)).repeat(repeats)
+            copies = columns.draw(z[judged], index, generator)
+        else:
+            copies, _ = noisy(repeats * len(judged), generator)
+        validate = level_validation(copies, generator)
     loss = density_loss(draw, budget.batch_size, level_weight, d)
     history = train(model, loss, validate, budget, generator, len(train_rows))
     refit_constants(model, draw, history, budget, len(train_rows), generator)
@@ -298,11 +319,12 @@ def _fit_fold(
     )
 
 
-def _rows(z: Tensor, columns: Columns) -> Draw:
+def _rows(z: Tensor, columns: Columns, weights: Array | None) -> Draw:
     """Draws rows of z, dequantised."""
+    choose = chooser(len(z), weights)
 
     def draw(num: int, generator: torch.Generator) -> tuple[Tensor, None]:
-        return columns.draw(z, torch.randint(len(z), (num,), generator=generator), generator), None
+        return columns.draw(z, choose(num, generator), generator), None
 
     return draw
 

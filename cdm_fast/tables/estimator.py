@@ -14,7 +14,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor
 
 from cdm_fast.errors import UserError
@@ -154,6 +154,16 @@ def _is_real(value: Any) -> bool:
 
 def _inside(value: Any, lowest: float, highest: float, open_below: bool) -> bool:
     return _is_real(value) and (lowest < value if open_below else lowest <= value) and value < highest
+
+
+def row_weights(sample_weight: ArrayLike | None, rows: Array) -> Array | None:
+    """(n,) weights of the rows, checked; None where all are alike."""
+    if sample_weight is None:
+        return None
+    weights = _check_sample_weight(sample_weight, rows, dtype=np.float64)
+    if weights.min() < 0:
+        raise UserError(f"the smallest sample_weight is {weights.min():g}: give none below 0")
+    return None if (weights == weights[0]).all() else weights
 
 
 def capacity(rows: int) -> tuple[int, int]:

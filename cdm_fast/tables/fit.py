@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from cdm_fast.model import CDM
 from cdm_fast.model.constants import Draw, fit_constants
 from cdm_fast.model.losses import cdm_loss
+from cdm_fast.tables.columns import Array
 
 Loss = Callable[[CDM, torch.Generator], Tensor]
 Validate = Callable[[CDM], float]
@@ -54,24 +56,13 @@ class History:
         best_iter: steps after which the kept weights stood, 0 for those it started from.
         loss_curve: mean training loss between one judgement and the next.
         validation_scores: minus the validation loss at every judgement, the first before any step; empty
-            without validation. validation_steps: the steps taken before each.
+            without validation.
     """
 
     n_iter: int = 0
     best_iter: int = 0
     loss_curve: list[float] = field(default_factory=list)
     validation_scores: list[float] = field(default_factory=list)
-    validation_steps: list[int] = field(default_factory=list)
-
-    def late_gain(self) -> float:
-        """How much the second half of the steps to the best weights gained, in nats of the validation loss.
-
-        About as much is left to gain where training ended for want of steps or of rows.
-        """
-        if not self.best_iter:
-            return 0.0
-        half = next(i for i, step in enumerate(self.validation_steps) if 2 * step >= self.best_iter)
-        return max(0.0, max(self.validation_scores) - self.validation_scores[half])
 
 
 def density_loss(draw: Draw, batch_size: int, level_weight: float, dim: int) -> Loss:
@@ -131,13 +122,20 @@ def level_validation(rows: Tensor, generator: torch.Generator, num: int = 4096) 
     return validate
 
 
-def class_validation(numerator: Tensor, denominator: Tensor) -> Validate:
+def class_validation(
+    numerator: Tensor,
+    denominator: Tensor,
+    numerator_weights: Array | None = None,
+    denominator_weights: Array | None = None,
+) -> Validate:
     """Logistic loss of the class at level 0, both sets (m, d) weighing the same, in nats."""
 
     @torch.no_grad()
     def validate(model: CDM) -> float:
         first, second = (_level_0_log_ratio(model, z.float()) for z in (numerator, denominator))
-        return float(F.softplus(-first).mean() + F.softplus(second).mean()) / 2
+        missed = np.average(F.softplus(-first).numpy(), weights=numerator_weights)
+        mistaken = np.average(F.softplus(second).numpy(), weights=denominator_weights)
+        return float(missed + mistaken) / 2
 
     return validate
 
@@ -171,12 +169,9 @@ def _train(
     optimizer = torch.optim.AdamW(
         parameters, lr=budget.learning_rate, betas=(0.9, 0.99), weight_decay=budget.alpha, fused=True
     )
-    average = _Average(parameters)
-    history, best = History(), _Best(parameters)
-    if validate is not None:
-        best.judge(validate(model), 0, parameters, budget.tol)
-        history.validation_scores.append(-best.loss)
-        history.validation_steps.append(0)
+    average, judge = _Average(parameters), _Judge(model, validate, budget)
+    history = judge.history
+    judge(0)
     every = min(max(rows // budget.batch_size, FEWEST_STEPS), MOST_STEPS, budget.max_iter)
     total = 0.0
     for step in range(1, budget.max_iter + 1):
@@ -192,22 +187,18 @@ def _train(
             continue
         history.loss_curve.append(total / (step % every or every))
         total = 0.0
-        if validate is not None:
-            with average.in_place():
-                judged = validate(model)
-                best.judge(judged, step, parameters, budget.tol)
-            history.validation_scores.append(-judged)
-            history.validation_steps.append(step)
+        with average.in_place():
+            judge(step)
         if budget.verbose:
             _tell(step, budget.max_iter, history)
-        if not math.isfinite(history.loss_curve[-1]) or best.waited >= budget.n_iter_no_change:
+        if not math.isfinite(history.loss_curve[-1]) or judge.finished:
             break
+    history.n_iter = step
     if validate is None:
+        history.best_iter = step
         average.copy_to(parameters)
     else:
-        best.copy_to(parameters)
-    history.n_iter = step
-    history.best_iter = step if validate is None else best.step
+        judge.keep_best()
     return history
 
 
@@ -254,24 +245,37 @@ class _Average:
             parameter.copy_(value)
 
 
-class _Best:
+class _Judge:
     """The weights of the lowest validation loss, and how many judgements in a row were no better by `tol`."""
 
-    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
-        self.loss, self.step, self.waited = math.inf, 0, 0
-        self.milestone = math.inf
-        self.weights = [p.detach().clone() for p in parameters]
+    def __init__(self, model: CDM, validate: Validate | None, budget: Budget) -> None:
+        self.model, self.validate, self.budget = model, validate, budget
+        self.parameters = list(model.network.parameters())
+        self.history, self.waited = History(), 0
+        self.lowest = self.milestone = math.inf
+        self.weights: list[Tensor] = []
 
-    def judge(self, loss: float, step: int, parameters: list[torch.nn.Parameter], tol: float) -> None:
-        self.waited = 0 if loss < self.milestone - tol else self.waited + 1
+    def __call__(self, step: int) -> None:
+        """Judges the weights that stand after `step` steps."""
+        if self.validate is None:
+            return
+        loss = self.validate(self.model)
+        self.history.validation_scores.append(-loss)
+        self.waited = 0 if loss < self.milestone - self.budget.tol else self.waited + 1
         self.milestone = loss if self.waited == 0 else self.milestone
-        if loss < self.loss:
-            self.loss, self.step = loss, step
-            self.weights = [p.detach().clone() for p in parameters]
+        if loss < self.lowest or not self.weights:
+            self.lowest = min(self.lowest, loss)  # the first may be NaN, which leaves it as it is
+            self.history.best_iter = step
+            self.weights = [p.detach().clone() for p in self.parameters]
+
+    @property
+    def finished(self) -> bool:
+        """Whether `n_iter_no_change` judgements in a row were no better."""
+        return self.waited >= self.budget.n_iter_no_change
 
     @torch.no_grad()
-    def copy_to(self, parameters: list[torch.nn.Parameter]) -> None:
-        for parameter, value in zip(parameters, self.weights, strict=True):
+    def keep_best(self) -> None:
+        for parameter, value in zip(self.parameters, self.weights, strict=True):
             parameter.copy_(value)
 
 

@@ -1,16 +1,20 @@
-"""Rows that belong together, and splits that keep them together.
+"""Rows that belong together, splits that keep them together, and random rows by their weights.
 
 # n rows, K folds
 """
 
 import warnings
+from collections.abc import Callable
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cdm_fast.tables.columns import Array, all_discrete
 
 Index = NDArray[np.int64]
+Choose = Callable[[int, torch.Generator], Tensor]
 
 
 def groups_of_copies(x: Array, name: str = "X") -> Index:
@@ -58,3 +62,16 @@ def hold_out(
         members = rng.permutation(np.flatnonzero(stratum == s))
         held[members[: max(1, round(share * len(members)))]] = True
     return held[groups]
+
+
+def chooser(rows: int, weights: Array | None = None) -> Choose:
+    """`choose(num, generator)`: (num,) random indices below `rows`, as likely as their weights say."""
+    if weights is None:
+        return lambda num, generator: torch.randint(rows, (num,), generator=generator)
+    below = torch.from_numpy(np.cumsum(weights) / np.sum(weights))
+
+    def choose(num: int, generator: torch.Generator) -> Tensor:
+        uniform = torch.rand(num, generator=generator, dtype=torch.float64)
+        return torch.searchsorted(below, uniform, right=True).clamp(max=rows - 1)
+
+    return choose

@@ -3,6 +3,7 @@
 # n rows, d columns, K folds
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,7 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from sklearn.utils import ClassifierTags, Tags
+from sklearn.base import ClassifierMixin
+from sklearn.utils import Tags
+from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.parallel import Parallel, delayed
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 from torch import Tensor
@@ -20,9 +23,9 @@ from cdm_fast.model.constants import Draw
 from cdm_fast.tables.calibration import Calibration, calibrate
 from cdm_fast.tables.columns import Array, Columns, measure, without_far_rows
 from cdm_fast.tables.crossfit import RatioNetwork, ratio_levels, shrunk_moments, train_ratio
-from cdm_fast.tables.estimator import TableEstimator, fold_count
+from cdm_fast.tables.estimator import TableEstimator, fold_count, row_weights
 from cdm_fast.tables.fit import Budget, class_validation
-from cdm_fast.tables.folds import Index, folds, groups_of_copies, hold_out
+from cdm_fast.tables.folds import Index, chooser, folds, groups_of_copies, hold_out
 
 # A class with fewer different rows than these is not split any further.
 FEWEST_TO_SPLIT = 4
@@ -42,11 +45,11 @@ class _Fold:
     log_ratio: Array
 
 
-class DensityRatio(TableEstimator):
+class DensityRatio(ClassifierMixin, TableEstimator):
     """`log p_1(x) / p_0(x)` of two sets of rows, told apart by networks with joint (level, class) logits.
 
     A network for each fold starts as the two sets' Gaussians and learns what they miss; logistic regression
-    on the rows that it never saw puts its log ratios right (`cdm_fast.tables.calibration`). New rows are
+    on the rows that it never saw calibrates its log ratios (`cdm_fast.tables.calibration`). New rows are
     scored by the mean of the networks.
 
     The parameters are those of `TableEstimator`.
@@ -67,35 +70,46 @@ class DensityRatio(TableEstimator):
     True
     """
 
-    def fit(self, X: ArrayLike, y: ArrayLike) -> "DensityRatio":
+    def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> "DensityRatio":
         """X (n, d), y (n,) of two values: the rows of the smaller (0) are from the denominator, of the larger
-        (1) from the numerator. The ratio does not depend on how many rows each has."""
+        (1) from the numerator. The ratio does not depend on how many rows each has. sample_weight (n,): at
+        least 0; weights count within their set alone, and rows of weight 0 are left out."""
         rows, labels = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=2)
+        check_classification_targets(labels)
+        weights = row_weights(sample_weight, rows)
         self.classes_, index = np.unique(labels, return_inverse=True)
         if len(self.classes_) != 2:
             raise UserError(
-                f"y holds {len(self.classes_)} class{'es' * (len(self.classes_) != 1)}; a ratio needs two:"
-                " 0 for the denominator's rows, 1 for the numerator's"
+                f"y holds {len(self.classes_)} class{'es' * (len(self.classes_) != 1)}. Only binary"
+                " classification is supported. Give 0 for the denominator's rows, 1 for the numerator's"
             )
         self._check_arguments()
         seed, near = self._seed(), without_far_rows(rows)
+        if weights is not None:
+            near &= weights > 0
         if len(np.unique(index[near])) < 2:
-            raise UserError("one of the two sets lies out of proportion to the other: rescale the columns")
-        self.columns_: Columns = measure(rows[near], labels=index[near])
-        self._index = index
+            raise UserError(
+                "one class of y lies out of proportion to the other, or has no weight: rescale the columns,"
+                " or give it some"
+            )
+        near_weights = None if weights is None else weights[near]
+        self.columns_: Columns = measure(rows[near], labels=index[near], weights=near_weights)
+        self._index, self._weighted = index, weights is not None
         z = self.columns_.standardise(rows)
         groups = np.full(len(rows), -1)
         groups[near] = groups_of_copies(np.column_stack([rows[near], index[near]]))
-        found = self._fit_folds(z, index, groups, seed)
+        found = self._fit_folds(z, index, groups, weights, seed)
         self.networks_ = [fold.network for fold in found]
-        self._calibrate(found, z, index)
+        self._calibrate(found, z, index, weights)
         histories = [network.history for network in self.networks_]
         self.n_iter_ = [history.n_iter for history in histories]
         self.loss_curve_ = [history.loss_curve for history in histories]
         self.validation_scores_ = [history.validation_scores for history in histories]
         return self
 
-    def _fit_folds(self, z: Tensor, index: Index, groups: Index, seed: int) -> list[_Fold]:
+    def _fit_folds(
+        self, z: Tensor, index: Index, groups: Index, weights: Array | None, seed: int
+    ) -> list[_Fold]:
         near = np.flatnonzero(groups >= 0)
         fewest = min(len(np.unique(groups[(groups >= 0) & (index == c)])) for c in (0, 1))
         different = len(np.unique(groups[near]))
@@ -109,21 +123,23 @@ class DensityRatio(TableEstimator):
         jobs = []
         for k in range(K):
             train = near[fold[near] != k] if K > 1 else near
+            kept = np.flatnonzero(fold == k)
             jobs.append(
                 delayed(_fit_fold)(
-                    z, index, groups, self.columns_, train, np.flatnonzero(fold == k), budget, share, seed + k
+                    z, index, groups, weights, self.columns_, train, kept, budget, share, seed + k
                 )
             )
         return Parallel(n_jobs=self.n_jobs)(jobs)
 
-    def _calibrate(self, found: list[_Fold], z: Tensor, index: Index) -> None:
+    def _calibrate(self, found: list[_Fold], z: Tensor, index: Index, weights: Array | None) -> None:
         raw = np.mean([fold.network.log_ratio(z) for fold in found], axis=0)  # far rows: by all networks
         for fold in found:
             raw[fold.rows] = fold.log_ratio
         crossed = len(found) > 1
         scored = np.concatenate([fold.rows for fold in found])
-        numerator, denominator = (raw[scored[index[scored] == c]] for c in (1, 0))
-        self.calibration_ = calibrate(numerator, denominator) if crossed else Calibration()
+        sets = [scored[index[scored] == c] for c in (1, 0)]
+        of_set = (None, None) if weights is None else tuple(weights[rows] for rows in sets)
+        self.calibration_ = calibrate(*(raw[rows] for rows in sets), *of_set) if crossed else Calibration()
         self.log_ratio_ = self.calibration_(raw)
 
     def log_ratio(self, X: ArrayLike) -> Array:
@@ -131,6 +147,38 @@ class DensityRatio(TableEstimator):
         rows = self._new_rows(X)
         z = self.columns_.standardise(rows)
         return self.calibration_(np.mean([network.log_ratio(z) for network in self.networks_], axis=0))
+
+    def decision_function(self, X: ArrayLike) -> Array:
+        """`log_ratio`, by the name that scikit-learn gives it."""
+        return self.log_ratio(X)
+
+    def predict_proba(self, X: ArrayLike) -> Array:
+        """(n, 2): how likely each row is of the denominator and of the numerator, if half of all rows are."""
+        half = np.tanh(self.log_ratio(X) / 2) / 2
+        return np.stack([0.5 - half, 0.5 + half], axis=1)
+
+    def predict(self, X: ArrayLike) -> NDArray[Any]:
+        """(n,) of `classes_`: the set in which each row is denser."""
+        denser = (self.log_ratio(X) > 0).astype(int)
+        return self.classes_[denser]
+
+    def score(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
+        """`log 2` less the logistic loss of `log_ratio`, both sets weighing the same, in nats.
+
+        0 for a ratio of 1 everywhere; on rows that `fit` did not see at most the Jensen-Shannon divergence of
+        the two sets on average, which the true ratio reaches. Comparable between settings.
+        """
+        log_ratio, labels = self.log_ratio(X), np.asarray(y)
+        unknown = np.setdiff1d(labels, self.classes_)
+        if len(unknown) or len(np.unique(labels)) < 2:
+            raise UserError(f"y holds {np.unique(labels)}: score needs rows of both {self.classes_}")
+        weights = None if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
+        loss = np.logaddexp(0, np.where(labels == self.classes_[1], -log_ratio, log_ratio))
+        of_set = [
+            np.average(loss[labels == c], weights=None if weights is None else weights[labels == c])
+            for c in self.classes_
+        ]
+        return math.log(2) - float(np.mean(of_set))
 
     def weights(self, X: ArrayLike, clip: float | None = None) -> Array:
         """Weights (n,) that make rows of the denominator stand for the numerator: the ratio, of mean 1.
@@ -156,6 +204,8 @@ class DensityRatio(TableEstimator):
         check_is_fitted(self)
         if len(self.networks_) < 2:
             raise UserError("a two-sample test needs rows for two folds: give more rows, or a larger cv")
+        if self._weighted:
+            raise UserError("a two-sample test takes no sample_weight: fit without")
         if n_permutations < 1:
             raise UserError(f"n_permutations is {n_permutations}: give 1 or more")
         state = np.random.default_rng(self._seed() if random_state is None else random_state)
@@ -169,10 +219,8 @@ class DensityRatio(TableEstimator):
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
-        tags.target_tags.required = True
-        tags.classifier_tags = ClassifierTags(
-            multi_class=False
-        )  # tells scikit-learn's checks: two values of y
+        assert tags.classifier_tags is not None
+        tags.classifier_tags.multi_class = False
         return tags
 
 
@@ -181,6 +229,7 @@ def _fit_fold(
     z: Tensor,
     index: Index,
     groups: Index,
+    weights: Array | None,
     columns: Columns,
     train_rows: Index,
     kept: Index,
@@ -196,28 +245,35 @@ def _fit_fold(
         if len(np.unique(index[train_rows[~validation]])) < 2:
             validation[:] = False
     fit, judged = train_rows[~validation], train_rows[validation]
-    of_class = [z[fit[index[fit] == c]] for c in (0, 1)]
-    moments = [shrunk_moments(rows) for rows in of_class]
+
+    def of_class(rows: Index) -> tuple[list[Tensor], list[Array | None]]:
+        members = [rows[index[rows] == c] for c in (0, 1)]
+        return [z[m] for m in members], [None if weights is None else weights[m] for m in members]
+
+    tables, table_weights = of_class(fit)
+    moments = [shrunk_moments(*part) for part in zip(tables, table_weights, strict=True)]
     means, covariances = (torch.stack(part) for part in zip(*moments, strict=True))
     validate = None
     if validation.any():
-        validate = class_validation(z[judged[index[judged] == 1]], z[judged[index[judged] == 0]])
-    draw = _balanced(of_class, columns)
+        (denominator, numerator), judges = of_class(judged)
+        validate = class_validation(numerator, denominator, judges[1], judges[0])
+    draw = _balanced(tables, table_weights, columns)
     model, history = train_ratio(draw, validate, means, covariances, [z.shape[1]], budget, len(fit), seed)
     network = RatioNetwork(model, torch.eye(z.shape[1], dtype=torch.float64), history)
     return _Fold(network, kept, network.log_ratio(z[kept]))
 
 
-def _balanced(of_class: list[Tensor], columns: Columns) -> Draw:
+def _balanced(of_class: list[Tensor], weights: list[Array | None], columns: Columns) -> Draw:
     """Draws rows of the two sets (n_c, d) in turn, dequantised."""
     z = torch.cat(of_class)
     first = [0, len(of_class[0])]
+    choose = [chooser(len(rows), w) for rows, w in zip(of_class, weights, strict=True)]
 
     def draw(num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         label = torch.arange(num) % 2
         row = torch.empty(num, dtype=torch.int64)
-        for c, rows in enumerate(of_class):
-            row[c::2] = first[c] + torch.randint(len(rows), (len(row[c::2]),), generator=generator)
+        for c in (0, 1):
+            row[c::2] = first[c] + choose[c](len(row[c::2]), generator)
         return columns.draw(z, row, generator), label
 
     return draw
