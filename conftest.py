@@ -4,6 +4,7 @@ from importlib.util import find_spec
 
 NEEDS = {
     "cdm_fast/cli/entry.py": "tyro",
+    "cdm_fast/cli/help.py": "tyro",
     "cdm_fast/tables": "sklearn",
     "benchmarks/studies/density_tables.py": "sklearn",
     "benchmarks/studies/information_tasks.py": "sklearn",

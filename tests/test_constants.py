@@ -91,7 +91,7 @@ def test_constants_given_each_class_of_an_embedding():
     found = refit_constants(model, data, 60_000, null_class=False)
     put_constants(model, found)
     for c in range(CLASSES):
-        given = model.log_prob_levels(X, torch.full((6,), c))
+        given = model.log_prob_levels(X, label=torch.full((6,), c))
         assert torch.allclose(given, log_normal_of_class(X, c), atol=0.2)
     bayes = torch.stack([log_normal_of_class(x, c)[:, 0] for c in range(CLASSES)], 1).argmax(1)
     best = (bayes == test.labels).double().mean()

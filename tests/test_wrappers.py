@@ -31,7 +31,7 @@ ABSTRACT = {Denoiser, Wrapper, Energy, Composition, Foreign, ContinuousDenoiser}
 
 
 def cdm():
-    return CDM(MLP(3, SCHEDULE.num_levels, 16, num_classes=4, conditioning="joint"), SCHEDULE)
+    return CDM(MLP(3, SCHEDULE.num_levels, hidden=16, num_classes=4, conditioning="joint"), SCHEDULE)
 
 
 def linear():
@@ -40,9 +40,9 @@ def linear():
 
 # What each kind of model is made of.
 PARTS = {
-    CDM: lambda: [MLP(3, SCHEDULE.num_levels, 16), SCHEDULE],
-    DDM: lambda: [MLPDenoiser(3, 16), SCHEDULE],
-    Classifier: lambda: [MLP(3, 4, 16, num_classes=4), SCHEDULE],
+    CDM: lambda: [MLP(3, SCHEDULE.num_levels, hidden=16), SCHEDULE],
+    DDM: lambda: [MLPDenoiser(3, hidden=16), SCHEDULE],
+    Classifier: lambda: [MLP(3, 4, hidden=16, num_classes=4), SCHEDULE],
     Guided: lambda: [cdm(), 1.5],
     GuidedEnergy: lambda: [cdm(), 1.5],
     Between: lambda: [Guided(cdm(), 0.5), 1, 0.3],

@@ -139,6 +139,10 @@ def load_data(
     A source of many pictures is decoded once, by all cores, into a prepared copy that later calls and other
     processes map (see `copies`). What lies in a source and is not read is named in a warning. Raises
     UserError, naming file and remedy, for a source that is missing, damaged, hostile or ambiguous.
+
+    >>> digits = load_data("digits", "test")
+    >>> digits.images.shape, digits.num_grey_levels, digits.num_classes
+    (torch.Size([359, 1, 8, 8]), 17, 10)
     """
     if split not in SPLITS:
         raise UserError(f"no split {split!r}; choose one of {', '.join(SPLITS)}")

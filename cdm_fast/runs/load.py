@@ -35,10 +35,14 @@ def load(
 
     Example, with a run that was just initialised:
         >>> import tempfile
-        >>> from cdm_fast.config import NetworkConfig, RunConfig, ScheduleConfig
+        >>> from cdm_fast.config import NetworkConfig, OutputConfig, RunConfig, ScheduleConfig
         >>> from cdm_fast.runs.checkpoint import Checkpoint, create_run
         >>> from cdm_fast.runs.weights import snapshot
-        >>> config = RunConfig(schedule=ScheduleConfig(T=8), network=NetworkConfig(multipliers=(1,)))
+        >>> config = RunConfig(
+        ...     schedule=ScheduleConfig(T=8),
+        ...     network=NetworkConfig(multipliers=(1,), attention_resolutions=()),
+        ...     output=OutputConfig(sampling_steps=4),
+        ... )
         >>> weights = snapshot(build_model(config))
         >>> folder = tempfile.TemporaryDirectory()
         >>> run = f"{folder.name}/run"

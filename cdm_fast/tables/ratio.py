@@ -320,6 +320,13 @@ def log_density_ratio(
     Columns of tables that name them are matched by name.
 
     parameters: of `DensityRatio`.
+
+    >>> rng = np.random.default_rng(0)
+    >>> shifted, standard = rng.normal(1, 1, (300, 1)), rng.normal(0, 1, (300, 1))
+    >>> log_ratio = log_density_ratio(shifted, standard, cv=2, max_iter=200, random_state=0)
+    >>> low, high = log_ratio([[-1.0], [2.0]])  # the truth is x - 1/2
+    >>> bool(low < 0 < high)
+    True
     """
     names = [_column_names(X) for X in (X_denominator, X_numerator)]
     if names[0] is not None and names[1] is not None and names[0] != names[1]:

@@ -80,7 +80,8 @@ def _fitted(
         weights["network.linear_layer.bias"] = bias
     if extra := sorted(name for name in averaged if name.startswith(_NETWORK) and name not in wanted):
         raise UserError(
-            f"--finetune {run} has {extra[0]}, which this network does not have; do not change its settings"
+            f"--finetune {run} has {extra[0]}, which this network does not have; leave its settings as they"
+            " are"
         )
     return weights
 
