@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import get_args
 
 import jupytext
+from sphinx.application import Sphinx
 
 from cdm_fast.cli.arguments import Command
 
@@ -64,8 +65,16 @@ def write_commands(page: Path) -> None:
     page.write_text("\n".join(text))
 
 
-def setup(app: object) -> None:
+def skip_metadata_requests(
+    app: Sphinx, what: str, name: str, member: object, skip: bool, options: object
+) -> bool | None:
+    """Leaves out scikit-learn's generated `set_fit_request` and the like, which link into its own site."""
+    return True if re.fullmatch(r"set_\w+_request", name) else None
+
+
+def setup(app: Sphinx) -> None:
     """Writes the generated pages before Sphinx looks for sources."""
+    app.connect("autodoc-skip-member", skip_metadata_requests)
     folder = DOCS / "_generated"
     folder.mkdir(exist_ok=True)
     write_tutorials(folder)

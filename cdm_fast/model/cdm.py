@@ -115,7 +115,7 @@ class CDM(Energy):
         return self.network(x) if label is None else self.network(x, label)
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """As `logits`."""
+        """The same as `logits`."""
         return self.logits(x, label)
 
     def level_logits(self, x: Tensor, label: Tensor | None = None) -> Tensor:
@@ -138,7 +138,7 @@ class CDM(Energy):
         return torch.where(label[:, None] >= 0, of_class, marginal)
 
     def log_posterior(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """`log p(t | x)` in nats under the training's p(t), (B, L); with a label, `log p(t | x, c)`."""
+        """`log p(t | x)` in nats under the p(t) of training, (B, L); with a label, `log p(t | x, c)`."""
         return level_logits(self.level_logits(x, label)).log_softmax(1)
 
     def draw_levels(self, num: int, generator: torch.Generator | None = None) -> Tensor:

@@ -50,8 +50,8 @@ def cdm_loss(
     The cross-entropy alone gives a poor denoiser; the squared error alone leaves one constant per level free,
     so no likelihood. With joint logits the cross-entropy is over (level, class) pairs, or over levels alone
     for an input without a label, and the squared error is that of the denoiser of the label, or of the
-    marginal. The cross-entropy is then `-log p(t | x_t) - log p(c | x_t, t)`, and `class_weight` adds the
-    second term once more. Each term alone is minimal for the true densities.
+    marginal. The cross-entropy is then `-log p(t | x_t) - log p(c | x_t, t)`, and `class_weight` adds
+    `class_weight` times the second term. The true densities minimise each term.
 
     Args:
         model: the CDM.
@@ -59,9 +59,9 @@ def cdm_loss(
         level: 0..T+1; drawn from the model's p(t) by default.
         eps: N(0, I); drawn by default.
         label: -1 stands for no class.
-        ce_weight, mse_weight: of the two terms; 0 leaves one out.
-        generator: of the levels and the noise that are drawn; PyTorch's global one by default.
-        class_weight: of the cross-entropy over classes, with joint logits.
+        ce_weight, mse_weight: weights of the two terms; 0 omits one.
+        generator: draws the levels and the noise; PyTorch's global one by default.
+        class_weight: additional weight of the cross-entropy over classes; joint logits only.
 
     Returns:
         The loss, the mean squared error per value and the cross-entropy in nats, scalars.

@@ -33,7 +33,7 @@ class NoiseSchedule:
     Build one with `linear`, `uniform`, `ot`, `cosine` or `by_name`; the constructor takes any amplitudes.
 
     Args:
-        name: for messages.
+        name: used in error messages.
         a, s: (L,) amplitudes of signal and noise, L >= 3; kept as float64 on the CPU.
 
     Raises:
@@ -113,7 +113,7 @@ class NoiseSchedule:
 
     @classmethod
     def uniform(cls, T: int) -> "NoiseSchedule":
-        """Noise amplitude even in level: `s = t/(T+1)`, `a = sqrt(1 - s^2)` (CDM, arXiv 2402.10095).
+        """Noise amplitude linear in the level: `s = t/(T+1)`, `a = sqrt(1 - s^2)` (CDM, arXiv 2402.10095).
 
         Raises UserError unless T is an integer of at least 1.
         """

@@ -16,14 +16,13 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @contextmanager
 def ieee_fp32() -> Iterator[None]:
-    """fp32 convolutions and matrix products in IEEE fp32 on a GPU, inside the block.
+    """Runs fp32 convolutions and matrix products in IEEE fp32, not TF32, on a GPU inside the block.
 
-    PyTorch computes fp32 convolutions there in TF32 by default, with 10 bits of mantissa: of a digits network
-    that moves the one-pass log-likelihood by 0.02 to 0.03 nats. Everything in this package that measures a
-    model (samplers, likelihoods, classification), training in any precision, and layers that are exact do
-    this themselves; a call of `model.log_prob` or `model.denoise` on its own follows PyTorch's settings.
-    Nothing else is changed, and the settings are put back. No effect on a CPU; a compiled graph runs by the
-    settings that hold where it is called.
+    PyTorch computes fp32 convolutions there in TF32 by default, with 10 bits of mantissa, which changes the
+    single-pass log-likelihood of a digits network by 0.02 to 0.03 nats. Samplers, likelihoods, classification,
+    training in any precision and exact layers already do this; a direct call of `model.log_prob` or
+    `model.denoise` follows PyTorch's settings. Nothing else changes, and the settings are restored afterwards.
+    On a CPU there is no effect; a compiled graph uses the settings in force where it is called.
     """
     if torch.compiler.is_compiling():
         yield

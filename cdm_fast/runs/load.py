@@ -25,10 +25,11 @@ def load(
 
     Args:
         run: a directory that `train` or `interop.convert` wrote.
-        weights: "ema", the moving average, for sampling and scoring; or "raw", the weights of the optimizer.
-        constants: use the refitted constants of the average, if the run has them
-            (`cdm-fast calibrate --method constants`).
-        calibrated: apply the calibration of the average, if the run has one (`cdm-fast calibrate`).
+        weights: "ema", the moving average, for sampling and scoring; or "raw", the current weights.
+        calibrated: apply the calibration of the averaged weights, if the run has one (`cdm-fast calibrate`);
+            ignored for "raw".
+        constants: apply the constants refitted for the averaged weights, if the run has them
+            (`cdm-fast calibrate --method constants`); ignored for "raw".
 
     Raises:
         UserError: `run` is no run directory, or has no intact checkpoint of its architecture.

@@ -69,7 +69,7 @@ def sample(
         shape: of one image; `model.input_shape` by default.
         precision: of the network; "bf16" runs it under autocast, and images stay fp32.
         callback: called with a `Step` after each step of each batch of this process; see also `MoveLog`.
-        first: number of the first image: images `first` to `first + num - 1` of the seed are drawn.
+        first: index of the first image: images `first` to `first + num - 1` of the seed are drawn.
 
     Raises:
         UserError: an argument out of range, or a sampler that does not suit the model.

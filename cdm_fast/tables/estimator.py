@@ -53,18 +53,20 @@ class TableEstimator(BaseEstimator):
     """The arguments that all estimators share.
 
     Args:
-        max_iter: most training steps of each network; early stopping usually ends before.
-        early_stopping: keep the weights that are best on rows kept out, and stop when they get no better.
-        validation_fraction: share of a network's training rows that is kept out for that.
-        n_iter_no_change: judgements, about one an epoch, without improvement by `tol` before training ends.
-        tol: in nats of the validation loss.
+        max_iter: maximum number of training steps per network; early stopping usually ends training sooner.
+        early_stopping: keep the weights that score best on held-out rows, and stop when they no longer
+            improve.
+        validation_fraction: share of a network's training rows that is held out for that.
+        n_iter_no_change: validations, about one per epoch, without improvement by `tol` before training ends.
+        tol: smallest improvement of the validation loss that counts, in nats.
         alpha: weight decay.
-        cv: number of folds; every row is scored by a network that never saw it. By the number of rows by
-        default.
-        batch_size: rows of a step, no more than there are.
-        hidden, depth: width and number of residual blocks of the network; by the number of rows by default.
-        num_levels: noise levels, data and pure noise included; by the number of columns by default.
-        learning_rate: of Adam at its peak.
+        cv: number of folds; every row is scored by a network that never saw it. By default chosen from the
+            number of rows.
+        batch_size: rows per step, at most the number of rows.
+        hidden, depth: width and number of residual blocks of the network; by default chosen from the number
+            of rows.
+        num_levels: noise levels, data and pure noise included; by default chosen from the number of columns.
+        learning_rate: peak learning rate of Adam.
         n_jobs: folds trained at once, as in joblib.
         random_state: seed; a fixed one gives a fixed result.
         verbose: 1 prints progress to stderr.

@@ -41,41 +41,43 @@ class ConfidenceInterval(NamedTuple):
 
 
 class MutualInformation(TableEstimator):
-    """Mutual information of X and Y: the mean of `log p(x, y) / p(x) p(y)` over rows that no training saw.
+    """Mutual information of X and Y: the mean of `log(p(x, y) / (p(x) p(y)))`, estimated by cross-fitting.
 
-    Columns go through their ranks to normal scores first, which keeps mutual information: heavy tails do no
-    harm. Discrete columns are dequantised: ties in random order, or with few values a narrow bell for each.
+    Columns are first transformed to normal scores by their ranks, which preserves mutual information and makes
+    heavy tails harmless. Discrete columns are dequantised: ties are ordered at random, or, for few distinct
+    values, each gets a narrow bell.
     A network for each fold starts as the Gaussian that the fold's canonical correlations describe and learns
-    what that misses. Up to 20,000 rows it is joined by two experts that need no training, a Student's copula
-    and nearest neighbours (`cdm_fast.tables.experts`). Logistic regression on the other folds' rows weighs
-    them and calibrates the log ratios of the fold's own rows (`cdm_fast.tables.calibration`).
+    what that misses. Up to 20,000 rows, two experts without training join it: a Student t copula and nearest
+    neighbours (`cdm_fast.tables.experts`). Logistic regression on the other folds' rows combines them and
+    calibrates the log ratios of the fold's own rows (`cdm_fast.tables.calibration`).
 
-    Their mean over rows kept out is biased low, by what was not learned, and over training rows high, by
-    overfitting: alike for a regular model. `estimate_` lies halfway.
+    The mean over held-out rows is biased low, by what was not learned; the mean over training rows is biased
+    high, by overfitting. For a regular model the two biases are equal, and `estimate_` is the midpoint.
 
     Args:
-        reference: "shuffled": nothing is known about the marginals; the network learns the ratio of joint
-            rows to rows whose Y was shuffled. "normal": after the ranks the product of the marginals is
-            N(0, I), as where the columns of X are independent of each other and so are those of Y; then that
-            is the network's own pure noise, and only the joint density is learned.
-        test_size: share of the rows kept out once, with a single network; None (the default) for `cv` folds.
-        confidence: of the interval.
+        reference: "shuffled": nothing is assumed about the marginals; the network learns the ratio of joint
+            rows to rows with shuffled Y. "normal": assumes that the columns of X are mutually independent,
+            and those of Y too, so that after the rank transform the product of the marginals is N(0, I),
+            which is the network's own pure noise; only the joint density is learned.
+        test_size: share of rows held out once, for a single network; None (the default) for `cv` folds.
+        confidence: level of the interval.
 
     The other parameters are those of `TableEstimator`.
 
     Attributes:
-        mutual_information_: nats, `max(estimate_, 0)`: below 0 nothing was learned, and nothing is known but
-            that it is not negative.
+        mutual_information_: nats, `max(estimate_, 0)`: a negative estimate means that no dependence was
+            learned.
         estimate_: nats, unclipped.
-        confidence_interval_: (low, high) in nats, from the mean over rows kept out to that over training
-            rows, each widened by the chance of the sample, the upper one also by `missed_` (root of squares).
+        confidence_interval_: (low, high) in nats: from the mean over held-out rows to the mean over training
+            rows, both ends widened by the sampling error, the upper end also by `missed_` (added in
+            quadrature).
         held_out_, trained_: the two means, nats.
-        missed_: what the networks alone miss of `held_out_`, nats: the doubt that a choice of models leaves
+        missed_: nats by which the networks alone fall short of `held_out_`: the model-selection uncertainty
             (Buckland, Burnham, Augustin, 1997).
-        mean_ratio_: mean of the ratio over shuffled rows, none above the largest of a training row; 1 for the
-            true ratio.
+        mean_ratio_: mean of the ratio over shuffled rows, each clipped at the largest ratio of a training
+            row; 1 for the true ratio.
         networks_: the `RatioNetwork` of each fold; `calibrations_`: one for each fold of rows, whose alpha
-            are of the network, the Student's copula and the neighbours.
+            are the weights of the network, the Student t copula and the neighbours.
         n_iter_, loss_curve_, validation_scores_: of each network.
 
     >>> rng = np.random.default_rng(0)

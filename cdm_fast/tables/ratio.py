@@ -71,9 +71,10 @@ class DensityRatio(ClassifierMixin, TableEstimator):
     """
 
     def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> "DensityRatio":
-        """X (n, d), y (n,) of two values: the rows of the smaller (0) are from the denominator, of the larger
-        (1) from the numerator. The ratio does not depend on how many rows each has. sample_weight (n,): at
-        least 0; weights count within their set alone, and rows of weight 0 are left out."""
+        """X (n, d); y (n,) takes two values: rows of the smaller one (0) belong to the denominator, of the
+        larger one (1) to the numerator. The ratio does not depend on the number of rows of each.
+        sample_weight (n,): non-negative; weights are relative within each set, and rows of weight 0 are
+        ignored."""
         rows, labels = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=2)
         check_classification_targets(labels)
         weights = row_weights(sample_weight, rows)
@@ -315,9 +316,9 @@ def log_density_ratio(
     X_denominator: ArrayLike,
     **parameters: Any,
 ) -> Callable[[ArrayLike], Array]:
-    """The function x -> `log p_numerator(x) / p_denominator(x)`, learned from a sample of each.
+    """The function x -> `log(p_numerator(x) / p_denominator(x))`, learned from a sample of each.
 
-    Columns of tables that name them are matched by name.
+    If both tables have column names, columns are matched by name.
 
     parameters: of `DensityRatio`.
 

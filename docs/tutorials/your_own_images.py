@@ -3,7 +3,7 @@
 #
 # Training reads images from a folder, a zip, an `.npz`, or the files of MNIST and CIFAR-10. This tutorial
 # writes a small folder of pictures with one subfolder for each class, trains on it, and ranks pictures by how
-# likely the model finds them. Replace the folder by your own.
+# likely the model finds them. Replace the folder with your own.
 
 # %%
 import os
