@@ -19,10 +19,11 @@ def ieee_fp32() -> Iterator[None]:
     """Runs fp32 convolutions and matrix products in IEEE fp32, not TF32, on a GPU inside the block.
 
     PyTorch computes fp32 convolutions there in TF32 by default, with 10 bits of mantissa, which changes the
-    single-pass log-likelihood of a digits network by 0.02 to 0.03 nats. Samplers, likelihoods, classification,
-    training in any precision and exact layers already do this; a direct call of `model.log_prob` or
-    `model.denoise` follows PyTorch's settings. Nothing else changes, and the settings are restored afterwards.
-    On a CPU there is no effect; a compiled graph uses the settings in force where it is called.
+    single-pass log-likelihood of a digits network by 0.02 to 0.03 nats. Samplers, likelihoods,
+    classification, training in any precision and exact layers already do this; a direct call of
+    `model.log_prob` or `model.denoise` follows PyTorch's settings. Nothing else changes, and the settings are
+    restored afterwards. On a CPU there is no effect; a compiled graph uses the settings in force where it is
+    called.
     """
     if torch.compiler.is_compiling():
         yield

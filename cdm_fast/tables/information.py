@@ -43,9 +43,9 @@ class ConfidenceInterval(NamedTuple):
 class MutualInformation(TableEstimator):
     """Mutual information of X and Y: the mean of `log(p(x, y) / (p(x) p(y)))`, estimated by cross-fitting.
 
-    Columns are first transformed to normal scores by their ranks, which preserves mutual information and makes
-    heavy tails harmless. Discrete columns are dequantised: ties are ordered at random, or, for few distinct
-    values, each gets a narrow bell.
+    Columns are first transformed to normal scores by their ranks, which preserves mutual information and
+    makes heavy tails harmless. Discrete columns are dequantised: ties are ordered at random, or, for few
+    distinct values, each gets a narrow bell.
     A network for each fold starts as the Gaussian that the fold's canonical correlations describe and learns
     what that misses. Up to 20,000 rows, two experts without training join it: a Student t copula and nearest
     neighbours (`cdm_fast.tables.experts`). Logistic regression on the other folds' rows combines them and
