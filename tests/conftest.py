@@ -33,6 +33,17 @@ def poison_empty() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _same_precisions() -> Iterator[None]:
+    """fp32 precisions are process globals: a test leaves them as it found them."""
+    kinds = [("generic", "all"), *(("cuda", kind) for kind in ("all", "conv", "rnn", "matmul"))]
+    before = [torch._C._get_fp32_precision_getter(*kind) for kind in kinds]
+    yield
+    for kind, precision in zip(kinds, before, strict=True):
+        if torch._C._get_fp32_precision_getter(*kind) != precision:
+            torch._C._set_fp32_precision_setter(*kind, precision)
+
+
+@pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Tests draw from torch's global generator; each starts from the same state."""
     torch.manual_seed(0)

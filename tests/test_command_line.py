@@ -160,14 +160,18 @@ def test_the_home_of_nobody_is_refused(tmp_path):
 # Names that name nothing
 
 
-@pytest.mark.parametrize("source", ["", "hf:"])
+@pytest.mark.parametrize("source", ["", "hf:"], ids=["empty", "hub"])
 @pytest.mark.parametrize("command", ["train", "nll", "calibrate", "classify", "score", "against"])
 def test_data_without_a_name_are_refused(trained, tmp_path, source, command):
     lines = {
         "train": ["train", "--out", tmp_path / "new", "--data", source],
         "against": ["score", trained, "--against", source],
     }
-    refused(tmp_path, lines.get(command, [command, trained, "--data", source]), "names no data")
+    refused(
+        tmp_path,
+        lines.get(command, [command, trained, "--data", source]),
+        "give digits, a path or hf:OWNER/NAME",
+    )
 
 
 @pytest.mark.parametrize("run", ["hf:", "diffusers:"])
@@ -192,13 +196,21 @@ def pictures(tmp_path, monkeypatch):
     return tmp_path
 
 
-OWN_DATA = [["nll"], ["calibrate"], ["score"], ["score", "--data", "pics"], ["plot"]]
+OWN_DATA = [["nll"], ["calibrate"], ["score"], ["plot"]]
 
 
 @pytest.mark.parametrize("command", OWN_DATA, ids=" ".join)
-def test_a_run_is_not_scored_on_other_pictures_under_the_name_of_its_own(pictures, monkeypatch, command):
-    monkeypatch.chdir(pictures / "other")
-    refused(pictures, [command[0], "../run", *command[1:]], "pics has changed since ../run was trained")
+def test_a_run_is_not_scored_on_other_pictures_under_the_name_of_its_own(pictures, command):
+    (pictures / "pics").rename(pictures / "gone")
+    (pictures / "other" / "pics").rename(pictures / "pics")
+    refused(pictures, [*command, "run"], "pics has changed since run was trained")
+
+
+def test_a_run_finds_its_own_pictures_from_another_folder(pictures, monkeypatch):
+    here = call_json("nll", "run", "--draws", "1")
+    monkeypatch.chdir(pictures / "other")  # where another folder has the name that was given in training
+    there = call_json("nll", "../run", "--draws", "1")
+    assert there["bits_per_dim"] == here["bits_per_dim"]
 
 
 def test_a_run_is_not_scored_on_data_that_grew(pictures):

@@ -25,7 +25,7 @@ def read_hub(repo: str, column: str | None = None, train_split: str | None = Non
     the data set cannot be had, has no training split, or its columns are ambiguous.
     """
     if not repo.strip():
-        raise UserError("hf: names no data set; give hf:OWNER/NAME")
+        raise UserError("--data hf: names no data set; give digits, a path or hf:OWNER/NAME")
     try:
         import datasets
     except ImportError:

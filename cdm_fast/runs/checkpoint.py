@@ -86,6 +86,9 @@ def write_json(path: Path, value: Any) -> None:
 def require_new(run: str | Path) -> None:
     """Raises UserError unless `run` can become a run directory: it must not exist, or be empty."""
     run = Path(run)
+    for parent in run.absolute().parents:
+        if parent.is_file():
+            raise UserError(f"cannot write to {run}: {parent} is a file; give another --out")
     if run.is_file() or (run.is_dir() and any(run.iterdir())):
         raise UserError(f"{run} exists already; continue it with --resume {run}, or give another --out")
 

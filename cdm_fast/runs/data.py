@@ -15,8 +15,13 @@ def in_place(config: RunConfig) -> RunConfig:
     """The config with the path of its data made absolute, and the name as given kept beside it."""
     source = config.data.source
     prefix = "hf:" if source.startswith("hf:") else ""
-    path = Path(source.removeprefix(prefix)).expanduser()
-    if source == "digits" or not source.strip() or path.is_absolute() and not source.startswith("~"):
+    if not source.removeprefix(prefix).strip():
+        return config  # an empty path would be the working folder; reading refuses it
+    try:
+        path = Path(source.removeprefix(prefix)).expanduser()
+    except RuntimeError:
+        raise UserError(f"--data {source}: there is no such home folder; give a path") from None
+    if source == "digits" or path.is_absolute() and not source.startswith("~"):
         return config
     if prefix and not path.is_dir():
         return config
