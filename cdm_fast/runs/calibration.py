@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from cdm_fast.nn import AdjointNetwork
 from cdm_fast.nn.heads import CumulativeHead
 
 FILE = "calibration.json"
+Kept = TypeVar("Kept")  # a dataclass that a run keeps as JSON
 
 
 @dataclass(frozen=True)
@@ -92,23 +94,35 @@ def apply_calibration(model: Denoiser, run: str | Path) -> Calibration | None:
     A calibration of other weights is skipped with a warning. Raises UserError for a file that
     `write_calibration` did not write.
     """
-    path = Path(run) / FILE
+    path, remedy = Path(run) / FILE, "calibrate the run again"
+    calibration = read_kept(Calibration, path, remedy)
+    if calibration is None:
+        return None
+    if not all(math.isfinite(value) for value in calibration.log_z):
+        raise UserError(f"{path}: log_z is not finite; calibrate the run again")
+    if not is_of(model, calibration.weights, path, remedy) or not isinstance(model, CDM):
+        return None
+    fold(model, calibration.log_z)
+    return calibration
+
+
+def read_kept(kind: type[Kept], path: Path, remedy: str) -> Kept | None:
+    """The dataclass that `path` holds as JSON; None without the file; UserError for a damaged one."""
     if not path.exists():
         return None
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}); calibrate the run again") from error
-    calibration = from_json(Calibration, value, str(path))
-    if not all(math.isfinite(value) for value in calibration.log_z):
-        raise UserError(f"{path}: log_z is not finite; calibrate the run again")
-    if not isinstance(model, CDM) or calibration.weights != fingerprint(model.state_dict()):
-        warnings.warn(
-            f"{path} belongs to other weights and is ignored; calibrate the run again", stacklevel=2
-        )
-        return None
-    fold(model, calibration.log_z)
-    return calibration
+        raise UserError(f"{path} cannot be read ({error}); {remedy}") from error
+    return from_json(kind, value, str(path))
+
+
+def is_of(model: Denoiser, weights: str, path: Path, remedy: str) -> bool:
+    """Whether `path` was made for the model, whose weights then have the fingerprint; warns if not."""
+    if isinstance(model, CDM) and weights == fingerprint(model.state_dict()):
+        return True
+    warnings.warn(f"{path} belongs to other weights and is ignored; {remedy}", stacklevel=3)
+    return False
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:

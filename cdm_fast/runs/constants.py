@@ -8,17 +8,15 @@
 
 import json
 import math
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from cdm_fast.config.json import from_json
 from cdm_fast.errors import UserError
 from cdm_fast.host.files import write_atomically
 from cdm_fast.model import CDM, Denoiser
-from cdm_fast.runs.calibration import fingerprint, require_head
+from cdm_fast.runs.calibration import is_of, read_kept, require_head
 
 FILE = "constants.json"
 
@@ -77,20 +75,13 @@ def apply_constants(model: Denoiser, run: str | Path) -> Constants | None:
     Constants of other weights are ignored with a warning. Raises UserError for a file that `write_constants`
     did not write.
     """
-    path = Path(run) / FILE
-    if not path.exists():
+    path, remedy = Path(run) / FILE, "fit the constants again"
+    constants = read_kept(Constants, path, remedy)
+    if constants is None:
         return None
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}); fit the constants again") from error
-    constants = from_json(Constants, value, str(path))
     if not all(map(math.isfinite, (*constants.bias, *constants.by_class))):
         raise UserError(f"{path} holds numbers that are not finite; fit the constants again")
-    if not isinstance(model, CDM) or constants.weights != fingerprint(model.state_dict()):
-        warnings.warn(
-            f"{path} belongs to other weights and is ignored; fit the constants again", stacklevel=2
-        )
+    if not is_of(model, constants.weights, path, remedy) or not isinstance(model, CDM):
         return None
     put_constants(model, constants)
     return constants
