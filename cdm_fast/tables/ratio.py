@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import rankdata
 from sklearn.base import ClassifierMixin
 from sklearn.utils import Tags
 from sklearn.utils.multiclass import check_classification_targets
@@ -210,7 +211,7 @@ class DensityRatio(ClassifierMixin, TableEstimator):
         if n_permutations < 1:
             raise UserError(f"n_permutations is {n_permutations}: give 1 or more")
         state = np.random.default_rng(self._seed() if random_state is None else random_state)
-        rank = _mid_ranks(self.log_ratio_)
+        rank = rankdata(self.log_ratio_)
         numerator = self._index == 1
         found = _auroc(rank, numerator)
         as_high = sum(
@@ -298,12 +299,6 @@ def _clipped(weights: Array, clip: float) -> Array:
             return scaled
         weights = scaled
     return np.minimum(weights, clip)
-
-
-def _mid_ranks(values: Array) -> Array:
-    """Ranks from 1, ties sharing their mean."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
 def _auroc(rank: Array, positive: NDArray[np.bool_]) -> float:
