@@ -72,4 +72,4 @@ def test_on_a_cpu_nothing_is_copied(data):
     placed = on_device(data, CPU)
     assert placed.feed is None and placed.images.data_ptr() == data.images.data_ptr()
     index = torch.tensor([3, 1])
-    assert torch.equal(images_of(placed, index, lambda: index, CPU), data.images[index])
+    assert torch.equal(images_of(placed, index, index, lambda: index), data.images[index])

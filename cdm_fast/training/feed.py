@@ -57,15 +57,14 @@ def on_device(data: ImageData, device: torch.device) -> ImageData:
     return replace(data, images=data.images.to(device), labels=labels)
 
 
-def images_of(
-    data: ImageData, index: Tensor, following: Callable[[], Tensor], device: torch.device
-) -> Tensor:
-    """The images of a step, (B,C,H,W) uint8 on the device.
+def images_of(data: ImageData, on_host: Tensor, index: Tensor, following: Callable[[], Tensor]) -> Tensor:
+    """The images of a step, (B,C,H,W) uint8 on the device of `index`.
 
-    index: (B,) on the host, which they are in `data`; following: gives that of the step after.
+    on_host, index: (B,) which they are in `data`, on the host and on the device; following: gives
+    `on_host` of the step after.
     """
     if data.feed is not None:
-        return upload(data.feed.take(index, following), device)
-    if data.images.device == device:
-        return data.images[upload(index, device)]
-    return upload(data.images[index], device)
+        return upload(data.feed.take(on_host, following), index.device)
+    if data.images.device == index.device:
+        return data.images[index]
+    return upload(data.images[on_host], index.device)

@@ -193,8 +193,8 @@ def draw_batch(data: ImageData, model: CDM | DDM | Classifier, config: RunConfig
 
     on_host = indices(step)
     level = draw_levels(model, train.batch_size, train, generator)
-    images = images_of(data, on_host, lambda: indices(step + 1), device)
     index, grey = upload(on_host, device), data.num_grey_levels
+    images = images_of(data, on_host, index, lambda: indices(step + 1))
     points = config.data.pixels == "points"
     x_t, eps, _ = noising(
         to_points(images, grey) if points else images,
