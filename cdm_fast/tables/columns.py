@@ -4,7 +4,7 @@
 """
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -29,8 +29,35 @@ NARROWEST = 1e-12
 
 
 @dataclass(frozen=True)
+class Cells:
+    """The repeated values of a column that lie on no even grid, each with the interval it stands for.
+
+    Fields (m,): values, ascending; low and high, halfway to the neighbouring values of the column.
+    """
+
+    values: Array
+    low: Array
+    high: Array
+
+    @property
+    def shift(self) -> Array:
+        """(m,) from a value to the middle of its interval."""
+        return (self.low + self.high) / 2 - self.values
+
+    def variance(self, x: Array) -> float:
+        """What spreading adds to the variance of a column x (n,), about."""
+        index, inside = self.nearest(x)
+        return float(np.mean(inside * ((self.high - self.low) ** 2 / 12 + self.shift**2)[index]))
+
+    def nearest(self, x: Array) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """The index of the value next to each x (n,), and whether x lies in its interval."""
+        index = np.searchsorted((self.values[:-1] + self.values[1:]) / 2, x)
+        return index, (self.low[index] <= x) & (x <= self.high[index])
+
+
+@dataclass(frozen=True)
 class Columns:
-    """An affine map that whitens: `z = ((x - centre) / unit) whiten`, and the grids of discrete columns.
+    """An affine map that whitens: `z = ((x - centre) / unit) whiten`, and what is discrete in its columns.
 
     Fields:
         centre, unit (d,), whiten (d, d): mean and covariance of z are 0 and I, as far as n rows can tell. The
@@ -38,6 +65,8 @@ class Columns:
         origin (d,), step (d,): a discrete column's values lie at `origin + step k`; step 0 for a continuous
             one. Training adds uniform noise of one step, centred, so that a density exists: at a grid point
             it is about the probability of the value over the step.
+        cells {column: Cells}: values that a column repeats off any even grid. Training spreads each evenly
+            over its interval, so that its density is about its probability over the interval's width.
     """
 
     centre: Array
@@ -45,6 +74,7 @@ class Columns:
     whiten: Array
     origin: Array
     step: Array
+    cells: dict[int, Cells] = field(default_factory=dict)
 
     @property
     def log_det(self) -> float:
@@ -56,19 +86,41 @@ class Columns:
         return torch.from_numpy((x / self.unit - self.centre / self.unit) @ self.whiten)
 
     def restore(self, z: Tensor) -> Array:
-        """z (n, d) -> x (n, d), discrete columns at the nearest point of their grid."""
-        x = self.centre + self.unit * np.linalg.solve(self.whiten.T, z.double().numpy().T).T
+        """z (n, d) -> x (n, d); discrete columns take the nearest value of their grid or cell."""
+        x = self._as_given(z)
         step = np.where(self.step > 0, self.step, 1.0)
-        return np.where(self.step > 0, self.origin + step * np.round((x - self.origin) / step), x)
+        x = np.where(self.step > 0, self.origin + step * np.round((x - self.origin) / step), x)
+        for j, cells in self.cells.items():
+            index, inside = cells.nearest(x[:, j])
+            x[:, j] = np.where(inside, cells.values[index], x[:, j])
+        return x
 
     def draw(self, z: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
         """Rows `index` of z, fp32, dequantised."""
         rows = z[index]
-        if not self.step.any():
+        if not self.step.any() and not self.cells:
             return rows.float()
-        noise = torch.rand(rows.shape, generator=generator, dtype=rows.dtype) - 0.5
-        widths = torch.from_numpy(self.step / self.unit)
-        return (rows + (noise * widths) @ torch.from_numpy(self.whiten)).float()
+        x = self._as_given(rows) if self.cells else np.empty(rows.shape)  # even grids need no values
+        return (rows + self._noise(x, generator) @ torch.from_numpy(self.whiten)).float()
+
+    def dequantise(self, x: Array, generator: torch.Generator) -> Array:
+        """x (n, d) with the noise that training adds."""
+        return x + self.unit * self._noise(x, generator).numpy()
+
+    def _noise(self, x: Array, generator: torch.Generator) -> Tensor:
+        """(n, d) what dequantises x, in units of `unit`."""
+        uniform = torch.rand(x.shape, generator=generator, dtype=torch.float64) - 0.5
+        noise = uniform * torch.from_numpy(self.step / self.unit)
+        for j, cells in self.cells.items():
+            index, inside = cells.nearest(x[:, j])
+            shift = torch.from_numpy(cells.shift[index] / self.unit[j])
+            width = torch.from_numpy((cells.high - cells.low)[index] / self.unit[j])
+            noise[:, j] = torch.where(torch.from_numpy(inside), shift + uniform[:, j] * width, 0.0)
+        return noise
+
+    def _as_given(self, z: Tensor) -> Array:
+        """z (n, d) -> x (n, d), not rounded."""
+        return self.centre + self.unit * np.linalg.solve(self.whiten.T, z.double().numpy().T).T
 
 
 def measure(
@@ -77,18 +129,26 @@ def measure(
     """The `Columns` of a table x (n, d) of finite numbers.
 
     Whitens by the whole covariance, or with a warning by each column's variance where there are not more
-    rows than columns. labels (n,): sets that are told apart by them may share values, so atoms are looked for
-    in each set. weights (n,) are those of mean and covariance. Raises UserError for a constant column, one
-    that repeats values off any even grid, and columns that depend linearly on others: none has a density.
+    rows than columns; warns of columns that repeat values off any even grid. labels (n,): sets that are told
+    apart by them may share values, so repeated ones are looked for in each set. weights (n,) are those of
+    mean and covariance. Raises UserError for a constant column and for columns that depend linearly on
+    others: neither has a density.
     """
     labels = np.zeros(len(x), dtype=np.int64) if labels is None else labels
-    grids = [_grid(x, j, name, labels) for j in range(x.shape[1])]
+    grids = [_grid(x, j, name) for j in range(x.shape[1])]
     origin, step = (np.array(values) for values in zip(*grids, strict=True))
+    found = {int(j): _cells(x, int(j), labels) for j in np.flatnonzero(step == 0)}
+    cells = {j: of_column for j, of_column in found.items() if of_column is not None}
+    if cells:
+        _warn_of_cells(x, cells, name)
     centre, unit = np.median(x, axis=0), _units(x)
     scaled = x / unit - centre / unit
     mean = np.average(scaled, axis=0, weights=weights)
     covariance = np.atleast_2d(np.cov(scaled, rowvar=False, bias=True, aweights=weights))
-    covariance = covariance + np.diag((step / unit) ** 2 / 12)
+    added = (step / unit) ** 2 / 12
+    for j, of_column in cells.items():
+        added[j] = of_column.variance(x[:, j]) / unit[j] ** 2
+    covariance = covariance + np.diag(added)
     centre = centre + unit * mean
     scale = np.sqrt(np.diag(covariance))
     if len(x) <= x.shape[1]:
@@ -97,14 +157,14 @@ def measure(
             " other: expect a poor fit",
             stacklevel=2,
         )
-        return Columns(centre, unit, np.diag(1 / scale), origin, step)
+        return Columns(centre, unit, np.diag(1 / scale), origin, step, cells)
     variances, axes = np.linalg.eigh(covariance / np.outer(scale, scale))
     if variances[0] < 1e-10:
         column = int(np.abs(axes[:, 0]).argmax())
         raise UserError(
             f"column {column} of {name} depends linearly on the others, so there is no density; leave it out"
         )
-    return Columns(centre, unit, (axes / np.sqrt(variances)) / scale[:, None], origin, step)
+    return Columns(centre, unit, (axes / np.sqrt(variances)) / scale[:, None], origin, step, cells)
 
 
 def without_far_rows(x: Array, name: str = "X") -> NDArray[np.bool_]:
@@ -136,22 +196,16 @@ def _units(x: Array) -> Array:
     return np.exp2(np.floor(np.log2(np.where(half > 0, half, 1.0))))
 
 
-def _grid(x: Array, column: int, name: str, labels: NDArray[np.int64]) -> tuple[float, float]:
-    """(origin, step) of a column; step 0 where it is continuous. UserError where it has no density."""
-    values, counts = np.unique(x[:, column], return_counts=True)
+def _grid(x: Array, column: int, name: str) -> tuple[float, float]:
+    """(origin, step) of a column; step 0 where its values lie on no even grid. UserError for a constant."""
+    values = np.unique(x[:, column])
     span = values[-1] / 2 - values[0] / 2
     if span <= NARROWEST * np.abs(values).max():
         raise UserError(
             f"column {column} of {name} is constant ({values[0]:g}), so there is no density: drop it"
         )
-    if len(values) == len(x):
-        return 0.0, 0.0
-    step = _even_step(values)
-    if step:
-        return float(values[0]), step
-    for label in np.unique(labels):
-        _refuse_atoms(x[labels == label], column, name)
-    return 0.0, 0.0
+    step = 0.0 if len(values) == len(x) else _even_step(values)
+    return (float(values[0]), step) if step else (0.0, 0.0)
 
 
 def _even_step(values: Array) -> float:
@@ -182,14 +236,39 @@ def all_discrete(x: Array) -> bool:
     return True
 
 
-def _refuse_atoms(x: Array, column: int, name: str) -> None:
+def _cells(x: Array, column: int, labels: NDArray[np.int64]) -> Cells | None:
+    """The `Cells` of the values that a column repeats within a set of rows; None for a continuous column."""
+    sets = [x[labels == label] for label in np.unique(labels)]
+    if not any(_repeats(rows, column) for rows in sets):
+        return None
+    repeated = []
+    for rows in sets:
+        found, counts = np.unique(rows[:, column], return_counts=True)
+        repeated.append(found[counts > 1])
+    values = np.unique(x[:, column])
+    middles = (values[:-1] + values[1:]) / 2
+    edges = np.r_[2 * values[0] - middles[0], middles, 2 * values[-1] - middles[-1]]
+    index = np.flatnonzero(np.isin(values, np.concatenate(repeated)))
+    return Cells(values[index], edges[index], edges[index + 1])
+
+
+def _repeats(x: Array, column: int) -> bool:
+    """Whether a column repeats values, not because whole rows are copies."""
     values, counts = np.unique(x[:, column], return_counts=True)
     atom = counts.max() >= max(5, LARGEST_ATOM * len(x)) or len(values) <= FEWEST_DISTINCT * len(x)
-    if atom and len(values) < len(np.unique(x, axis=0)):
-        raise UserError(
-            f"column {column} of {name} repeats values ({len(values)} distinct ones in {len(x)} rows) that"
-            " lie on no even grid, so it has no density: add noise of its resolution, or drop it"
-        )
+    return bool(atom and len(values) < len(np.unique(x, axis=0)))
+
+
+def _warn_of_cells(x: Array, cells: dict[int, Cells], name: str) -> None:
+    column = min(cells)
+    more = f" and {len(cells) - 1} more" if len(cells) > 1 else ""
+    warnings.warn(
+        f"column {column}{more} of {name} repeats values ({len(np.unique(x[:, column]))} distinct ones in"
+        f" {len(x)} rows) that lie on no even grid: each repeated value counts as the interval halfway to its"
+        " neighbours, and its density as its probability over the interval's width; add noise of the"
+        " column's resolution if you know it",
+        stacklevel=4,
+    )
 
 
 def normal_scores(x: Array, generator: np.random.Generator) -> Tensor:

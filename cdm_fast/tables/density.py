@@ -60,7 +60,8 @@ class CDMDensity(OutlierMixin, DensityMixin, TableEstimator):
 
     A network for each fold starts as the table's Gaussian and learns what that misses; a fold's own rows
     choose when to stop. The density is the mean of the folds'. Discrete columns on an even grid (whole
-    numbers, decimals) are dequantised; what has no density is refused, see `cdm_fast.tables.columns.measure`.
+    numbers, decimals) are dequantised, values repeated off any grid with a warning; what has no density is
+    refused, see `cdm_fast.tables.columns.measure`.
     A single pass is as good as the normalisation that the network has learned: compare figures or audit them.
 
     Args:
