@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from cdm_fast.config.choices import Compile, Objective, Precision, Resample, Sampler
 from cdm_fast.config.flags import ImageSizeFlag, Suppress, arg
-from cdm_fast.config.size import Sides
+from cdm_fast.config.size import Sides, plain_size
 
 Schedule = Literal["linear", "uniform", "ot", "cosine"]
 # Position of grey level u of N in [-1, 1]: the interval [2u/N - 1, 2(u+1)/N - 1), or the point 2u/(N-1) - 1
@@ -51,6 +51,10 @@ class DataConfig:
     """Position of grey level u of N in [-1, 1]: `intervals` draws it from [2u/N, 2(u+1)/N] - 1 at each step,
     `points` is 2u/(N-1) - 1 without noise, as in the paper's code. Likelihoods are those of uniform noise
     over the interval of either."""
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None:
+            object.__setattr__(self, "image_size", plain_size(self.image_size))
 
 
 @dataclass(frozen=True)

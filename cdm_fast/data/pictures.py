@@ -39,6 +39,7 @@ UNREAD_SUFFIXES = frozenset(
 )
 MAX_PIXELS = 2**25  # of one picture before resizing; 4 bytes each in every copy while it is decoded
 MAX_SIDE = 1024  # of the images a model sees
+_THINNEST = 8  # pixels of an image on a sheet, so that signals can be seen
 
 # Pillow's plug-ins for other formats are not even tried: fewer parsers, fewer holes.
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "GIF", "TIFF")
@@ -338,13 +339,17 @@ def _write_png(pixels: Tensor, path: str | Path) -> None:
 
 
 def _sheet(images: Tensor, columns: int | None) -> Tensor:
-    """(B,C,H,W) uint8 -> (C,H',W') uint8, white lines of 2 pixels between the enlarged images."""
+    """(B,C,H,W) uint8 -> (C,H',W') uint8, white lines of 2 pixels between the enlarged images.
+
+    A side of fewer than `_THINNEST` pixels, such as a signal's of 1, is enlarged more than the other.
+    """
     count, channels, height, width = images.shape
     scale, line = max(1, 64 // max(height, width)), 2
+    down, across = (max(scale, -(-_THINNEST // side)) for side in (height, width))
     columns = min(count, columns or math.ceil(math.sqrt(count)))
     rows = math.ceil(count / columns)
-    big = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    height, width = height * scale + line, width * scale + line
+    big = images.repeat_interleave(down, 2).repeat_interleave(across, 3)
+    height, width = height * down + line, width * across + line
     sheet = torch.full((channels, rows * height + line, columns * width + line), 255, dtype=torch.uint8)
     for index, image in enumerate(big):
         top, left = line + index // columns * height, line + index % columns * width
