@@ -340,12 +340,12 @@ def test_run_draws(trained, tmp_path):
 
 def test_run_scores_and_audits(trained):
     run, _ = trained
-    few = ["--particles", 8, "--runs", 2, "--ode-images", 2, "--probes", 1, "--elbo-images", 4]
+    few = ["--particles", 8, "--runs", 2, "--ode-images", 2, "--probes", 2, "--elbo-images", 4]
     found = call_json("nll", run, "--method", "audit", *few, "--tolerance", 0.01)
     for value in (found["bits_per_dim"], found["ode"]["bits_per_dim"], found["elbo"]["bits_per_dim"]):
         assert np.isfinite(value)
     assert (run / "audit.png").stat().st_size
-    call_json("calibrate", run, "--method", "constants", "--rows", 64)
+    call_json("calibrate", run, "--method", "constants", "--rows", 300)
     call_json("calibrate", run, "--method", "constants", "--undo")
     call_json("plot", run)
     assert call_json("replay", run, 5)["finite"]
