@@ -348,7 +348,7 @@ def test_run_scores_and_audits(trained):
     call_json("calibrate", run, "--method", "constants", "--rows", 300)
     call_json("calibrate", run, "--method", "constants", "--undo")
     call_json("plot", run)
-    assert call_json("replay", run, 5)["finite"]
+    assert call_json("replay", run, "--step", 5)["finite"]
 
 
 def test_run_classifies(trained):
