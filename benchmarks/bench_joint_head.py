@@ -27,7 +27,7 @@ CLASSES, LEVELS, BATCH = 1000, 1002, 128
 def run_config(num_classes: int, small: bool) -> RunConfig:
     """A run of so many classes by a joint head of the rank that it has by itself, or of none for 0."""
     return RunConfig(
-        image=ImageShape(8, 3, 256, num_classes or None),
+        image=ImageShape(8, 8, 3, 256, num_classes or None),
         schedule=ScheduleConfig(T=(52 if small else LEVELS) - 2),
         network=NetworkConfig(
             base_channels=32 if small else 128,

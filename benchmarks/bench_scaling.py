@@ -32,7 +32,7 @@ def test_step(benchmark, compare, small, device, resolution, batch):
     digits = PRESETS["digits"]
     config = replace(
         digits,
-        image=ImageShape(resolution, 3, 256, None),
+        image=ImageShape(resolution, resolution, 3, 256, None),
         network=replace(digits.network, base_channels=sizes[3]),
         train=replace(digits.train, batch_size=batch),
     )

@@ -191,7 +191,7 @@ def step_costs(name: str, batch_size: int, bandwidth: float, rate: float) -> dic
     real = build_model(config).train()
     if config.train.channels_last:
         real = real.to(memory_format=torch.channels_last)
-    shape = (batch_size, config.image.size, config.image.size, config.image.channels)
+    shape = (batch_size, *config.image.sides, config.image.channels)
     costs = Costs(1e12 * bandwidth, 1e12 * rate)
     with as_on_a_gpu():
         model = _without_data(real)

@@ -42,7 +42,7 @@ class Scene:
         train = replace(config.train, precision="bf16", batch_size=batch_size, seed=0)
         self.config = config = replace(config, train=train, network=network, image=image)
         state = new_state(config, torch.device("cpu"))
-        shape = (50_000, config.image.channels, config.image.size, config.image.size)
+        shape = (50_000, *config.image.shape)
         with device:
             device.moved(state.model)
             device.moved(state.ema.model)

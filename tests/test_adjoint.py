@@ -33,15 +33,22 @@ LAYERS = {
     "downsample": (lambda: resample.Downsample(8), SHAPE),
     "upsample": (lambda: resample.Upsample(8), SHAPE),
     "upsample-folded": (lambda: resample.Upsample(3), (6, 3, 12, 16)),
+    "downsample-row": (lambda: resample.Downsample(8, (False, True)), (3, 8, 1, 10)),
+    "downsample-column": (lambda: resample.Downsample(8, (True, False)), (3, 8, 6, 1)),
+    "upsample-row": (lambda: resample.Upsample(8, (False, True)), (3, 8, 1, 10)),
+    "upsample-column": (lambda: resample.Upsample(8, (True, False)), (3, 8, 6, 1)),
+    "upsample-long-row": (lambda: resample.Upsample(3, (False, True)), (6, 3, 1, 256)),
     "group-norm": (lambda: layers.GroupNorm(8, 4, silu=False), SHAPE),
     "group-norm-silu": (lambda: layers.GroupNorm(8, 2), SHAPE),
     "group-norm-silu-dropout": (lambda: with_dropout(layers.GroupNorm(8, 2, dropout=0.3)), SHAPE),
     "attention": (lambda: blocks.AttentionBlock(8, 4), SHAPE),
+    "attention-row": (lambda: blocks.AttentionBlock(8, 4), (3, 8, 1, 10)),
     "resnet": (lambda: blocks.ResnetBlock(8, 8, num_groups=4), SHAPE),
     "resnet-shortcut": (lambda: blocks.ResnetBlock(8, 12, num_groups=4), SHAPE),
     "resnet-embedding": (embedded_block, SHAPE),
     "resnet-dropout": (lambda: with_dropout(blocks.ResnetBlock(8, 8, 4, dropout=0.3)), SHAPE),
     "conv-mean-pool": (lambda: ConvMeanPool(8, 5), SHAPE),
+    "conv-mean-pool-row": (lambda: ConvMeanPool(8, 5), (3, 8, 1, 10)),
     "energy-pool": (lambda: EnergyPool(8, num_groups=4, num_means=5, num_squares=3), SHAPE),
     "linear": (lambda: layers.Linear(7, 5), (4, 7)),
     "silu": (layers.SiLU, (4, 7)),
@@ -162,7 +169,21 @@ def test_recomputation_changes_memory_and_nothing_else(build, shrinks):
     assert kept[1] < kept[0] / shrinks
 
 
+def of_size(build, image_size, **trunk):
+    """A builder of networks for images of this size, with three resolutions."""
+    options = {"base_channels": 8, "multipliers": (1, 2, 2), "blocks_per_level": 1, "num_groups": 4, **trunk}
+    return lambda classes=None: build(image_size, 3, 22, num_classes=classes, **options)
+
+
 NETWORKS = {
+    "unet-oblong": of_size(UNet, (12, 16), attention_resolutions=(0.5,)),
+    "unet-upright": of_size(UNet, (40, 24), attention_resolutions=(10,)),
+    "unet-signal": of_size(UNet, (1, 16), attention_resolutions=(8,)),
+    "unet-column": of_size(UNet, (16, 1), attention_resolutions=(0.25,)),
+    "unet-thin": of_size(UNet, (2, 8), attention_resolutions=()),
+    "encoder-oblong": of_size(Encoder, (12, 16), attention_resolutions=(0.5,)),
+    "encoder-signal": of_size(Encoder, (1, 16), attention_resolutions=(8,)),
+    "encoder-thin": of_size(Encoder, (2, 8), attention_resolutions=()),
     "unet": lambda classes=None: UNet(
         16,
         3,

@@ -159,8 +159,8 @@ def indivisible_size(folder):
     return write_images(folder / "odd.npz", images=np.zeros((48, 9, 9), np.uint8)), "9x9", "cannot be halved"
 
 
-def oblong_images(folder):
-    return write_images(folder / "odd.npz", images=np.zeros((48, 8, 6), np.uint8)), "8x6", "--image-size"
+def indivisible_width(folder):
+    return write_images(folder / "odd.npz", images=np.zeros((48, 8, 7), np.uint8)), "8x7", "--image-size 8x6"
 
 
 BAD_DATA = [
@@ -181,7 +181,7 @@ BAD_DATA = [
     corrupt_picture,
     corrupt_zip,
     indivisible_size,
-    oblong_images,
+    indivisible_width,
 ]
 
 

@@ -21,8 +21,10 @@ from benchmarks.support.analytic import (
     random_mixture,
 )
 from cdm_fast.errors import UserError
+from cdm_fast.likelihood import flow_log_prob
 from cdm_fast.model import CDM
 from cdm_fast.model.schedule import SCHEDULES, NoiseSchedule
+from cdm_fast.sampling import sample
 
 T = 30
 EXACT = {"rtol": 1e-8, "atol": 1e-8}
@@ -153,6 +155,30 @@ def test_image_shapes(schedule):
     images = x.view(3, 1, 2, 2)
     torch.testing.assert_close(model.denoise(images, 5), model.denoise(x, 5).view_as(images), **EXACT)
     torch.testing.assert_close(model.log_prob_levels(images), model.log_prob_levels(x), **EXACT)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 4), (2, 3, 2), (1, 1, 12), (3, 4, 1)], ids=str)
+def test_gaussian_images_that_are_not_square(schedule, shape):
+    """Both theorems, the ODE and draws of a Gaussian over images of any height and width."""
+    density = random_mixture(dim=12, components=1, seed=4)
+    model = CDM(ExactNetwork(density, schedule), schedule, input_shape=shape)
+    for level in (0, 1, 6, T + 1):
+        x = noisy_sample(density, schedule, level, num=5)
+        images = x.view(5, *shape)
+        expected = eps_hat(density, schedule, x, level).view(5, *shape)
+        torch.testing.assert_close(model.denoise(images, level), expected, **EXACT)
+        exact = density.log_prob(x, schedule.a[level : level + 1], schedule.s[level : level + 1])[:, 0]
+        torch.testing.assert_close(model.log_prob(images, level), exact, **EXACT)
+    flow = flow_log_prob(model, images := density.sample(3, generator()).view(3, *shape), 1).log_prob
+    rows = CDM(ExactNetwork(density, schedule), schedule)
+    torch.testing.assert_close(flow, flow_log_prob(rows, images.flatten(1), 1).log_prob, **EXACT)
+    drawn = sample(model, 3, steps=5, seed=1)
+    assert drawn.shape == (3, *shape)
+    torch.testing.assert_close(drawn.flatten(1), sample(rows, 3, steps=5, seed=1, shape=(12,)), **EXACT)
+
+
+def generator():
+    return torch.Generator().manual_seed(0)
 
 
 @pytest.mark.parametrize("width", [0.25, 0.5, 1.0, 2.0, 3.0])

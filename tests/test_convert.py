@@ -155,7 +155,7 @@ def test_the_papers_networks_are_recognised():
                 attention_resolutions=(16,),
             ).state_dict()
         config, assumed = infer_config(state, "linear", None, "file")
-        assert (config.image.size, config.image.channels, config.schedule.T) == (image_size, 3, 1000)
+        assert (config.image.shape, config.schedule.T) == ((3, image_size, image_size), 1000)
         assert (config.network.base_channels, config.network.multipliers) == (128, multipliers)
         assert (config.network.blocks_per_level, config.network.attention_resolutions) == (2, (16,))
         assert f"image size {image_size}" in assumed

@@ -495,7 +495,7 @@ def test_folder_with_a_pipe(folder):
 def test_folder_with_sizes_that_differ(folder):
     for index in range(10):
         save_png(folder / f"a/{index}x.png", np.zeros((5, 4, 3), np.uint8))
-    refused(lambda: load_data(folder), "4x5", "4x4", "image size")
+    refused(lambda: load_data(folder), "5x4", "4x4", "image size")
     assert load_data(folder, image_size=4).images.shape[1:] == (3, 4, 4)
 
 
@@ -508,7 +508,7 @@ def test_folder_with_colour_among_grey(tmp_path):
 
 def test_folder_of_pictures_too_large_to_train_on(tmp_path):
     save_png(tmp_path / "a.png", np.zeros((4, 1025), np.uint8))
-    refused(lambda: load_data(tmp_path), "1025x4", "image size")
+    refused(lambda: load_data(tmp_path), "4x1025", "image size")
 
 
 def test_folder_with_a_picture_beside_the_classes(folder):

@@ -208,7 +208,7 @@ def test_a_crop_goes_for_arrays_and_keeps_grey_levels(tmp_path):
         ("1,2,3", {}, "LEFT,TOP"),
         ("0,0,0,4", {}, "LEFT,TOP"),
         ("-1,0,4,4", {}, "LEFT,TOP"),
-        ("0,0,9,4", {}, "8x8 pixels"),
+        ("0,0,9,4", {}, "8 pixels high and 8 wide"),
         ("0,0,4,2", {"image_size": 4}, "proportions"),
     ],
 )

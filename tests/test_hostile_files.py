@@ -172,7 +172,7 @@ STEP = "checkpoints/step-00000001"
         ('"base_channels": 4', '"base_channels": 16000', "conv_in.bias is 4 in the file"),
         ('"base_channels": 4', '"base_channels": 5', "num_groups 2; change one"),
         ('"num_classes": 3', '"num_classes": 0', "--num-classes is 0"),
-        ('"size": 8', '"size": 1048576', "--image-size"),
+        ('"height": 8', '"height": 1048576', "--image-size"),
         ('"source"', '"\\u001b[31m"', "missing"),
     ],
     ids=str.split("huge-float nan infinite twice digits T overflow too-wide groups no-class size escape"),

@@ -262,7 +262,7 @@ INPAINT, LARGER = ["--task", "inpaint"], ["--task", "super-resolution"]
         ("image", [*INPAINT, "--mask", "black", "--box", 0, 0, 1, 1], ["--mask FILE or --box"]),
         ("image", [*INPAINT, "--mask", "black"], ["black.png", "empty"]),
         ("image", [*INPAINT, "--mask", "odd"], ["odd.png", "7x7", "8x8"]),
-        ("image", [*INPAINT, "--box", 6, 0, 4, 8], ["inside 8x8"]),
+        ("image", [*INPAINT, "--box", 6, 0, 4, 8], ["8 pixels high and 8 wide"]),
         ("image", [*INPAINT, "--box", 0, 0, 8, 8], ["no pixel known"]),
         ("small", LARGER, ["--factor is None"]),
         ("small", [*LARGER, "--factor", 3], ["--factor is 3", "8 pixels"]),

@@ -484,7 +484,9 @@ def test_training_leaves_the_callers_random_numbers_alone(quick, tmp_path, confi
 def test_config_is_resolved_from_the_data(quick, tmp_path, config):
     config = replace(config, train=replace(config.train, precision="auto"))
     train(
-        replace(config, image=replace(config.image, size=4, num_classes=None)), tmp_path / "run", device="cpu"
+        replace(config, image=replace(config.image, height=4, width=4, num_classes=None)),
+        tmp_path / "run",
+        device="cpu",
     )
     stored = read_config(tmp_path / "run")
     assert stored.image == replace(config.image, class_counts=(12, 11, 12))

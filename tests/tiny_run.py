@@ -77,6 +77,6 @@ def tiny_config(data: Path, **train: Any) -> RunConfig:
     return replace(
         config,
         data=replace(config.data, source=str(data)),
-        image=ImageShape(8, 1, GREY_LEVELS, CLASSES),
+        image=ImageShape(8, 8, 1, GREY_LEVELS, CLASSES),
         train=replace(config.train, **train),
     )

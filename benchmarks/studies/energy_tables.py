@@ -129,9 +129,9 @@ def restored(run, count=12, candidates=8):
     data = run_data(config, "test").take(slice(count))
     grey = data.num_grey_levels
     x = from_display(levels_to_display(data.images, grey), grey)
-    rounding, size = 1 / (grey * 3**0.5), config.image.size
+    rounding, height = 1 / (grey * 3**0.5), config.image.height
     known = torch.ones_like(x[0], dtype=torch.bool)
-    known[:, size // 2 :] = False
+    known[:, height // 2 :] = False
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     tasks = {
         "lower half": lambda i: Known(x[i], rounding, known),

@@ -24,6 +24,7 @@ from torch import Tensor
 from benchmarks.studies.rows import add_row, read_rows
 from cdm_fast import CDM
 from cdm_fast.config import RunConfig, preset
+from cdm_fast.config.size import ImageSize
 from cdm_fast.data import ImageData
 from cdm_fast.data.draws import draw_images
 from cdm_fast.likelihood import evaluate, evaluate_elbo, measure_log_z, ratio_check
@@ -78,13 +79,13 @@ class EnergyUNet(UNet):
     head's rows for them start at zero.
     """
 
-    def __init__(self, image_size: int, channels: int, num_levels: int, **trunk: Any) -> None:
+    def __init__(self, image_size: ImageSize, channels: int, num_levels: int, **trunk: Any) -> None:
         super().__init__(image_size, channels, num_levels, **trunk)
         self.pair = Conv2d(self.out_channels, PAIRS * channels)
         pooled = self.linear_layer.in_features
         self.linear_layer = CumulativeHead(pooled + PAIRS, num_levels)
         torch.nn.init.zeros_(self.linear_layer.weight[:, pooled:])
-        self.scale = (channels * image_size**2) ** -0.5
+        self.scale = math.prod(self.input_shape) ** -0.5
 
     def features(
         self, x: Tensor, label: Tensor | None = None, keep_residuals: bool = True
@@ -115,7 +116,7 @@ def energy_state(config: RunConfig) -> TrainingState:
     torch.manual_seed(derived_seed(config.train.seed, 0, "weights"))
     image, network = config.image, config.network
     model.network = EnergyUNet(
-        image.size,
+        image.sides,
         image.channels,
         model.schedule.num_levels,
         base_channels=network.base_channels,

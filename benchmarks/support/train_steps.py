@@ -141,7 +141,7 @@ class WholeStep:
         precision = pick_precision(config, device)
         self.config = replace(config, train=replace(config.train, precision=precision))
         image = config.image
-        pixels = (4096, image.channels, image.size, image.size)
+        pixels = (4096, *image.shape)
         images = torch.randint(image.num_grey_levels, pixels, dtype=torch.uint8, device=device)
         labels = None if image.num_classes is None else torch.arange(4096, device=device) % image.num_classes
         self.data = ImageData(images, labels, image.num_grey_levels, image.num_classes, "random", "train")
@@ -176,7 +176,7 @@ def _tiny() -> RunConfig:
     digits = PRESETS["digits"]
     return replace(
         digits,
-        image=ImageShape(8, 1, 17, None),
+        image=ImageShape(8, 8, 1, 17, None),
         network=replace(digits.network, conditioning="none"),
         train=replace(digits.train, batch_size=8),
     )

@@ -20,7 +20,7 @@ from cdm_fast.config.choices import (
     RestoreTask,
     Split,
 )
-from cdm_fast.config.flags import FlagCreatePairsOff, Positional
+from cdm_fast.config.flags import FlagCreatePairsOff, ImageSizeFlag, Positional
 
 Switch = Annotated[bool, FlagCreatePairsOff]  # an option that is on when it is given
 
@@ -381,8 +381,9 @@ class Convert(WithJson):
     """First beta of `linear`; by default 1e-4 for any number of levels, as in the public code."""
     beta_end: float | None = None
     """Last beta of `linear`; by default 0.02."""
-    image_size: int | None = None
-    """Image size in pixels; by default the one for which the attention is at 16x16."""
+    image_size: ImageSizeFlag = None
+    """Size of its images, 64 for a square or 48x64 for height by width; by default the square for which the
+    attention is at 16x16."""
 
 
 @dataclass(frozen=True)
@@ -411,8 +412,8 @@ class Data(WithJson):
 
     source: Positional[str] = ""
     """As for `train --data`; not needed with --clear."""
-    image_size: int | None = None
-    """Resample to this many pixels a side, as in training."""
+    image_size: ImageSizeFlag = None
+    """Resample to this size, as in training: 64 for a square, 48x64 for height by width."""
     crop: str = "centre"
     """`centre`, `none`, or LEFT,TOP,WIDTH,HEIGHT in pixels."""
     resample: Resample = "bicubic"

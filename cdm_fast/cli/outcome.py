@@ -120,7 +120,7 @@ def require_fit(data: ImageData, config: RunConfig, run: Path) -> None:
     """UserError unless the images are of the run's kind."""
     image = config.image
     found = (*data.images.shape[1:], data.num_grey_levels)
-    wanted = (image.channels, image.size, image.size, image.num_grey_levels)
+    wanted = (*image.shape, image.num_grey_levels)
     if found != wanted:
         raise UserError(
             f"{data.name} holds {_kind(found)}, and {run} was trained on {_kind(wanted)};"

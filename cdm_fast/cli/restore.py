@@ -13,6 +13,7 @@ from cdm_fast.cli import arguments
 from cdm_fast.cli.arguments import Restore
 from cdm_fast.cli.outcome import Outcome, open_model
 from cdm_fast.config import RunConfig
+from cdm_fast.config.size import size_text
 from cdm_fast.data import read_image, write_image
 from cdm_fast.data.pixels import displayable, from_display
 from cdm_fast.errors import UserError
@@ -44,9 +45,11 @@ def read_measurement(command: Restore, config: RunConfig) -> tuple[Measurement, 
     if command.task == "denoise":
         image = read_input(command.image, config)
         return Known(image, _sigma(command, None)), image
-    factor, size = command.factor, config.image.size
-    if factor is None or factor < 2 or size % factor:
-        raise UserError(f"--factor is {factor}: give a number from 2 on that divides the run's {size} pixels")
+    factor, sides = command.factor, config.image.sides
+    if factor is None or factor < 2 or any(side % factor for side in sides):
+        raise UserError(
+            f"--factor is {factor}: give a number from 2 on that divides the run's {size_text(sides)} pixels"
+        )
     small = read_input(command.image, config, factor)
     shown = small.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
     return MeanPool(small, factor, _sigma(command, rounding / factor)), shown
@@ -75,14 +78,15 @@ def _sigma(command: Restore, default: float | None) -> float:
 
 def _to_fill_in(command: Restore, config: RunConfig) -> Tensor:
     """(1,H,W) bool, from `--mask` or `--box`; UserError if it is empty, everything, or of another size."""
-    size = config.image.size
-    missing = torch.zeros(1, size, size, dtype=torch.bool)
+    rows, columns = config.image.sides
+    missing = torch.zeros(1, rows, columns, dtype=torch.bool)
     if command.box is not None:
         x, y, width, height = command.box
-        inside = x >= 0 and y >= 0 and x + width <= size and y + height <= size
+        inside = x >= 0 and y >= 0 and x + width <= columns and y + height <= rows
         if not inside or width < 1 or height < 1:
             raise UserError(
-                f"--box {x} {y} {width} {height}: give left, top, width, height inside {size}x{size} pixels"
+                f"--box {x} {y} {width} {height}: give left, top, width, height inside an image {rows} pixels"
+                f" high and {columns} wide"
             )
         missing[:, y : y + height, x : x + width] = True
         name = f"--box {x} {y} {width} {height}"
@@ -90,7 +94,7 @@ def _to_fill_in(command: Restore, config: RunConfig) -> Tensor:
         mask = read_image(command.mask, channels=1)
         if mask.shape != missing.shape:
             raise UserError(
-                f"{command.mask} is {mask.shape[1]}x{mask.shape[2]} pixels and the run takes {size}x{size}"
+                f"{command.mask} is {mask.shape[1]}x{mask.shape[2]} pixels and the run takes {rows}x{columns}"
             )
         missing, name = mask >= BRIGHT, f"the mask {command.mask}"
     else:
@@ -185,10 +189,12 @@ def restore_command(command: arguments.Restore) -> Outcome:
 
 def read_input(path: Path, config: RunConfig, factor: int = 1) -> Tensor:
     """An image file as the model sees it, (C,H,W) in [-1, 1]; UserError unless `factor` times smaller."""
-    size = config.image.size // factor
+    rows, columns = (side // factor for side in config.image.sides)
     image = read_image(path, channels=config.image.channels)
-    if image.shape[1:] != (size, size):
+    if image.shape[1:] != (rows, columns):
         height, width = image.shape[1:]
-        takes = f"the run takes {size}x{size}" if factor == 1 else f"--factor {factor} takes {size}x{size}"
-        raise UserError(f"{path} is {height}x{width} pixels and {takes}; cut that out of it")
+        who = "the run" if factor == 1 else f"--factor {factor}"
+        raise UserError(
+            f"{path} is {height}x{width} pixels and {who} takes {rows}x{columns}; cut that out of it"
+        )
     return from_display(image, config.image.num_grey_levels, config.data.pixels)

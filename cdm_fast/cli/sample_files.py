@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import math
 import os
 import shutil
 import sys
@@ -46,7 +47,7 @@ def open_sink(path: Path, num: int, config: RunConfig, title: str) -> ImageSink:
     little room on the disk.
     """
     if path.suffix == ".npz":
-        pixels = num * config.image.channels * config.image.size**2
+        pixels = num * math.prod(config.image.shape)
         _require_room(path.parent, num, "bytes", pixels, lambda folder: shutil.disk_usage(folder).free)
         return _Npz(path, config)
     if path.is_dir() or not path.suffix:

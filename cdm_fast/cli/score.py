@@ -152,7 +152,7 @@ def other_data(source: str, split: str, config: RunConfig) -> ImageData:
     data = load_data(
         source,
         split,
-        image.size,
+        image.sides,
         config.data.split_seed,
         image.channels,
         crop=config.data.crop,

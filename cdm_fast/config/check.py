@@ -1,6 +1,14 @@
 """The bounds of the settings: which runs cannot work, and what to change."""
 
 from cdm_fast.config.settings import RunConfig, ScheduleConfig
+from cdm_fast.config.size import (
+    attended,
+    attention_lengths,
+    nearest_divisible,
+    plain_size,
+    resolutions,
+    size_text,
+)
 from cdm_fast.errors import UserError, require_at_least
 
 
@@ -136,7 +144,7 @@ def _lower_bounds(config: RunConfig) -> list[tuple[str, int, int]]:
     train, output, network = config.train, config.output, config.network
     return [
         ("T", config.schedule.T, 2),
-        ("image-size", config.image.size, 1),
+        *(("image-size", side, 1) for side in config.image.sides),
         ("channels", config.image.channels, 1),
         ("num-grey-levels", config.image.num_grey_levels, 2),
         *(("num-classes", classes, 1) for classes in (config.image.num_classes,) if classes is not None),
@@ -172,7 +180,7 @@ def _upper_bounds(config: RunConfig) -> list[tuple[str, int, int]]:
     image, network = config.image, config.network
     return [
         ("T", config.schedule.T, 10**6),
-        ("image-size", image.size, 1024),
+        *(("image-size", side, 1024) for side in image.sides),
         ("channels", image.channels, 1024),
         ("num-grey-levels", image.num_grey_levels, 256),
         ("num-classes", image.num_classes or 1, 2**16),
@@ -205,16 +213,19 @@ def _nonnegative(config: RunConfig) -> list[tuple[str, float]]:
 
 def _check_resolutions(config: RunConfig) -> None:
     """Each halving must be exact, and attention needs a resolution that the network has."""
-    size, halvings = config.image.size, len(config.network.multipliers) - 1
-    if size % 2**halvings:
+    sides, halvings = config.image.sides, len(config.network.multipliers) - 1
+    sizes = resolutions(sides, halvings)
+    if sizes is None:
         raise UserError(
-            f"images of {size}x{size} cannot be halved {halvings} times, as {halvings + 1} --multipliers ask;"
-            f" give fewer multipliers, or --image-size {max(size // 2**halvings, 1) * 2**halvings}"
+            f"images of {size_text(sides)} cannot be halved {halvings} times, as {halvings + 1} --multipliers"
+            " ask; give fewer multipliers, or --image-size"
+            f" {size_text(plain_size(nearest_divisible(sides, halvings)))}"
         )
-    resolutions = [size // 2**i for i in range(halvings + 1)]
     for wanted in config.network.attention_resolutions:
-        if wanted not in resolutions:
+        if not any(attended(sizes, [wanted])):
+            known = ", ".join(map(str, dict.fromkeys(attention_lengths(sizes))))
+            shares = ", ".join(str(2.0**-i) for i in range(halvings + 1))
             raise UserError(
-                f"--attention-resolutions {wanted}: this network works at {', '.join(map(str, resolutions))};"
-                " choose among these, or give none"
+                f"--attention-resolutions {wanted}: this network works at {known}, or by their share of the"
+                f" full size {shares}; choose among these, or give none"
             )

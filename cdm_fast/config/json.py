@@ -6,7 +6,7 @@ import math
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from cdm_fast.config.settings import RunConfig
+from cdm_fast.config.settings import ImageShape, RunConfig
 from cdm_fast.errors import UserError
 
 Config = TypeVar("Config")
@@ -50,6 +50,8 @@ def from_json(kind: type[Config], value: Any, where: str = "config") -> Config:
     Raises UserError that names `where` and the field: the file may come from anywhere.
     """
     hints = get_type_hints(kind)
+    if kind is ImageShape:
+        value = _with_both_sides(value)
     if isinstance(value, dict):
         odd = sorted(value.keys() - hints.keys() | _without_default(kind) - value.keys())
     else:
@@ -58,6 +60,14 @@ def from_json(kind: type[Config], value: Any, where: str = "config") -> Config:
         named = ", ".join(name[:40] if name.isprintable() else ascii(name)[:40] for name in odd[:8])
         raise UserError(f"{where}: unexpected or missing {named}; restore the file")
     return kind(**{name: _decode(hints[name], value[name], f"{where}: {name}") for name in value})
+
+
+def _with_both_sides(image: Any) -> Any:
+    """An image's JSON with height and width, of a run from when all images were square and had one size."""
+    if not isinstance(image, dict) or "size" not in image or not image.keys().isdisjoint(("height", "width")):
+        return image
+    rest = {name: value for name, value in image.items() if name != "size"}
+    return {"height": image["size"], "width": image["size"], **rest}
 
 
 def _without_default(kind: Any) -> set[str]:
@@ -108,9 +118,12 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_json(hint, value, where)  # type: ignore[arg-type]
     origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType) and NoneType in arguments:
-        return None if value is None else _decode(arguments[0], value, where)
-    if origin is tuple and isinstance(value, list):
+    if origin in (Union, UnionType):
+        return _decode_union(arguments, value, where)
+    if origin is tuple and isinstance(value, list) and arguments[-1] is not Ellipsis:
+        if len(value) == len(arguments):
+            return tuple(_decode(*each, where) for each in zip(arguments, value, strict=True))
+    elif origin is tuple and isinstance(value, list):
         return tuple(_decode(arguments[0], item, where) for item in value)
     if origin is Literal and value in arguments:
         return value
@@ -119,6 +132,15 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, type) and type(value) is hint and hint is not int:
         return value
     raise UserError(f"{where} is {_shown(value)}, which this version does not understand; restore the file")
+
+
+def _decode_union(hints: tuple[Any, ...], value: Any, where: str) -> Any:
+    """One JSON value as the first of several types that takes it as it is written."""
+    if value is None and NoneType in hints:
+        return None
+    hints = tuple(hint for hint in hints if hint is not NoneType)
+    written = [hint for hint in hints if type(value) is {tuple: list}.get(get_origin(hint), hint)]
+    return _decode((written or hints)[0], value, where)
 
 
 def _shown(value: Any) -> str:

@@ -44,7 +44,7 @@ PRESETS: dict[str, RunConfig] = {
     ),
     "fashion-mnist": RunConfig(
         data=DataConfig(source="data/fashion-mnist"),
-        image=ImageShape(size=28, channels=1, num_grey_levels=256, num_classes=10),
+        image=ImageShape(height=28, width=28, channels=1, num_grey_levels=256, num_classes=10),
         schedule=ScheduleConfig(T=500, level_distribution="log-snr"),
         network=NetworkConfig(
             base_channels=16,
@@ -75,7 +75,7 @@ PRESETS: dict[str, RunConfig] = {
     ),
     "cifar10": RunConfig(
         data=DataConfig(source="data/cifar-10-batches-bin", flip=True),
-        image=ImageShape(size=32, channels=3, num_grey_levels=256, num_classes=10),
+        image=ImageShape(height=32, width=32, channels=3, num_grey_levels=256, num_classes=10),
         schedule=ScheduleConfig(T=1000),
         network=NetworkConfig(base_channels=128, multipliers=(1, 2, 2, 2), attention_resolutions=(16,)),
         train=TrainConfig(steps=500_000, lr=2e-4, warmup=5000, decay="none", ema_decay=0.9999),
@@ -86,7 +86,7 @@ PRESETS: dict[str, RunConfig] = {
         data=DataConfig(
             source="data/celeba", image_size=64, crop="25,57,128,128", resample="bilinear", flip=True
         ),
-        image=ImageShape(size=64, channels=3, num_grey_levels=256, num_classes=None),
+        image=ImageShape(height=64, width=64, channels=3, num_grey_levels=256, num_classes=None),
         schedule=ScheduleConfig(T=1000),
         network=NetworkConfig(base_channels=128, multipliers=(1, 2, 2, 2, 4), attention_resolutions=(16,)),
         train=TrainConfig(steps=500_000, lr=1e-4, warmup=5000, decay="none", ema_decay=0.9999),

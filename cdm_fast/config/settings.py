@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from cdm_fast.config.choices import Compile, Objective, Precision, Resample, Sampler
-from cdm_fast.config.flags import Suppress, arg
+from cdm_fast.config.flags import ImageSizeFlag, Suppress, arg
+from cdm_fast.config.size import Sides, plain_size
 
 Schedule = Literal["linear", "uniform", "ot", "cosine"]
 # Position of grey level u of N in [-1, 1]: the interval [2u/N - 1, 2(u+1)/N - 1), or the point 2u/(N-1) - 1
@@ -26,10 +27,12 @@ class DataConfig:
     source: Annotated[str, arg(name="data")] = "digits"
     """`digits`, a folder or zip of pictures, a .csv or .jsonl that names some, an .npz, a folder of the files
     of MNIST or CIFAR or of parquet or arrow, or hf:NAME."""
-    image_size: int | None = None
-    """Resample what --crop leaves to this many pixels a side; by default the images stay as they are."""
+    image_size: ImageSizeFlag = None
+    """Resample what --crop leaves to this size, 64 for a square or 48x64 for height by width; by default the
+    images stay as they are."""
     crop: str = "centre"
-    """`centre`, the central square; `none`, the whole picture; or LEFT,TOP,WIDTH,HEIGHT in pixels."""
+    """`centre`, the largest central box of the proportions of --image-size; `none`, the whole picture; or
+    LEFT,TOP,WIDTH,HEIGHT in pixels."""
     resample: Resample = "bicubic"
     """Filter of --image-size, antialiased."""
     channels: int | None = None
@@ -49,13 +52,19 @@ class DataConfig:
     `points` is 2u/(N-1) - 1 without noise, as in the paper's code. Likelihoods are those of uniform noise
     over the interval of either."""
 
+    def __post_init__(self) -> None:
+        if self.image_size is not None:
+            object.__setattr__(self, "image_size", plain_size(self.image_size))
+
 
 @dataclass(frozen=True)
 class ImageShape:
     """The kind of images, read from the data when a run starts."""
 
-    size: int = 8
-    """Height and width in pixels, 1..1024."""
+    height: int = 8
+    """H in pixels, 1..1024; 1 for signals."""
+    width: int = 8
+    """W in pixels, 1..1024."""
     channels: int = 1
     """1 for grey, 3 for colour."""
     num_grey_levels: int = 17
@@ -64,6 +73,16 @@ class ImageShape:
     """Number of classes, 1..65536; None for images without labels."""
     class_counts: tuple[int, ...] | None = None
     """Number of training images of each class, which gives the class prior; None without labels."""
+
+    @property
+    def sides(self) -> Sides:
+        """(height, width)."""
+        return self.height, self.width
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        return self.channels, self.height, self.width
 
 
 @dataclass(frozen=True)
@@ -96,12 +115,14 @@ class NetworkConfig:
     base_channels: int = 32
     """Channels at full resolution, 1..16384; a multiple of --num-groups."""
     multipliers: tuple[int, ...] = (1, 2)
-    """Channels at each resolution as multiples (1..64) of --base-channels; each resolution halves the one
-    before."""
+    """Channels at each resolution as multiples (1..64) of --base-channels; each resolution halves height and
+    width of the one before, but never a side of 1."""
     blocks_per_level: int = 2
     """Residual blocks at each resolution on the way down, 1..64; the way up has one more."""
-    attention_resolutions: tuple[int, ...] = (4,)
-    """Image sizes, in pixels, at which self-attention follows each block; the middle always has it."""
+    attention_resolutions: tuple[int | float, ...] = (4,)
+    """Resolutions at which self-attention follows each block; the middle always has it. Whole numbers are
+    heights in pixels (widths, where images are one pixel high), numbers with a point shares of the full size:
+    1.0, 0.5, 0.25, ..."""
     num_groups: int = 32
     """Groups of each GroupNorm, 1 or more."""
     dropout: float = 0.1

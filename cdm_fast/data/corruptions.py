@@ -1,8 +1,9 @@
 """The fifteen standard corruptions at five severities (Hendrycks & Dietterich, arXiv 1903.12261), vectorised.
 
 Grey or colour, any size; made for 8x8 to 64x64. The strengths are those of the benchmark's version for 32x32
-images, and every length scales with the picture: a blur covers the same share of it at any size. Weather is
-drawn on a 32x32 canvas, then resized. Noise, brightness, contrast and JPEG quality do not depend on size.
+images, and every length scales with the picture's longer side: a blur covers the same share of it at any
+size. Weather is drawn on a 32x32 canvas, then resized; a picture that is not square sees the middle of it.
+Noise, brightness, contrast and JPEG quality do not depend on size.
 
 Where ours differ from the published code, so that figures on ours compare with each other only:
 
@@ -178,7 +179,8 @@ def elastic_transform(x: Tensor, severity: int, generator: torch.Generator) -> T
     field = torch.randn(2 * len(x), 1, BASE, BASE, generator=generator)
     field = _gaussian(field, 0.06 * BASE)
     field = field / field.square().mean((1, 2, 3), keepdim=True).sqrt()
-    field = nnf.interpolate(field, size=x.shape[2:], mode="bilinear", align_corners=False)
+    side = max(x.shape[2:])
+    field = _middle(nnf.interpolate(field, size=(side, side), mode="bilinear", align_corners=False), x)
     return _displace(x, size * field.unflatten(0, (-1, 2)).squeeze(2))
 
 
@@ -323,7 +325,15 @@ def _overlap(out: int, cells: int) -> Tensor:
 
 
 def _resize(canvas: Tensor, x: Tensor) -> Tensor:
-    """A canvas at the size of x: by area where it shrinks, else bilinear."""
-    if max(x.shape[2:]) < BASE:
-        return nnf.adaptive_avg_pool2d(canvas, (x.shape[2], x.shape[3]))
-    return nnf.interpolate(canvas, size=x.shape[2:], mode="bilinear", align_corners=False)
+    """A canvas at the longer side of x, by area where it shrinks, else bilinear; cut to the size of x."""
+    side = max(x.shape[2:])
+    if side < BASE:
+        return _middle(nnf.adaptive_avg_pool2d(canvas, (side, side)), x)
+    return _middle(nnf.interpolate(canvas, size=(side, side), mode="bilinear", align_corners=False), x)
+
+
+def _middle(canvas: Tensor, x: Tensor) -> Tensor:
+    """The middle of a square canvas, of the size of x."""
+    height, width = x.shape[2:]
+    top, left = (canvas.shape[2] - height) // 2, (canvas.shape[3] - width) // 2
+    return canvas[:, :, top : top + height, left : left + width]

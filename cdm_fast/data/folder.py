@@ -55,7 +55,11 @@ def picture_part(
                     first = rows.read(FIRST)[0]
             if max(first.shape) > MAX_SIDE:
                 height, width = first.shape[1:]
-                raise bad(name, f"holds {width}x{height} pictures; give an image size, at most {MAX_SIDE}")
+                raise bad(
+                    name,
+                    f"holds {height}x{width} pictures (height x width); give an image size, at most"
+                    f" {MAX_SIDE} a side",
+                )
             expansion = _Expansion(name, bounded=fit.image_size is None)  # else the user chose the size
 
             def read(indices: Indices) -> Pixels:
@@ -92,8 +96,12 @@ class _Expansion:
 def _check_like(name: str, pixels: Pixels, first: Pixels) -> None:
     if pixels.shape[1:] != first.shape[1:]:
         height, width = first.shape[1:]
-        own = f"{pixels.shape[2]}x{pixels.shape[1]}"
-        raise bad(name, f"is {own}, the first picture is {width}x{height}; give an image size (--image-size)")
+        own = "{}x{}".format(*pixels.shape[1:])
+        raise bad(
+            name,
+            f"is {own} (height x width), the first picture is {height}x{width}; give an image size"
+            " (--image-size)",
+        )
     if len(pixels) > len(first):
         raise bad(
             name,

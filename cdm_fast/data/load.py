@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cdm_fast.config import PixelMap
 from cdm_fast.config.choices import Resample
+from cdm_fast.config.size import ImageSize
 from cdm_fast.data.copies import (
     Chosen,
     Copy,
@@ -111,7 +112,7 @@ class Request:
 def load_data(
     source: str | Path,
     split: str = "train",
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     split_seed: int = 0,
     channels: int | None = None,
     *,
@@ -128,11 +129,11 @@ def load_data(
             names and labels, a folder of parquet or arrow files, or an .npz.
         split: "train", "validation" or "test". Splits that the source does not ship are cut out of its
             training images, stratified by class: 20 % for test, 10 % for validation.
-        image_size: resample to a square of this side; None keeps the size.
+        image_size: resample to a square of this side, or to (height, width); None keeps the size.
         split_seed: which images are cut out; the same seed gives the same ones on every machine.
         channels: 1 or 3 converts to grey or colour; None keeps what the source has.
-        crop: "centre", the central square; "none", the whole picture; or "LEFT,TOP,WIDTH,HEIGHT" in pixels,
-            cut out before resampling.
+        crop: "centre", the largest central box of the proportions of `image_size`; "none", the whole picture;
+            or "LEFT,TOP,WIDTH,HEIGHT" in pixels, cut out before resampling.
         resample: the filter: "bicubic", "bilinear", "lanczos" or "box", antialiased.
         hf_column, hf_split: of an hf: source, the image column and the split to train on.
 

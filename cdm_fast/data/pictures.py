@@ -1,6 +1,6 @@
 """Picture files: bounded decoding, resizing, sample sheets."""
 
-# B images, C channels (1 grey, 3 colour), H W pixels, S side after resizing
+# B images, C channels (1 grey, 3 colour), H W pixels
 
 import io
 import math
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cdm_fast.config.choices import Resample
+from cdm_fast.config.size import ImageSize, plain_size, sides_of, size_text
 from cdm_fast.data.pixels import quantize
 from cdm_fast.errors import UserError
 from cdm_fast.host.files import write_atomically
@@ -38,6 +39,7 @@ UNREAD_SUFFIXES = frozenset(
 )
 MAX_PIXELS = 2**25  # of one picture before resizing; 4 bytes each in every copy while it is decoded
 MAX_SIDE = 1024  # of the images a model sees
+_THINNEST = 8  # pixels of an image on a sheet, so that signals can be seen
 
 # Pillow's plug-ins for other formats are not even tried: fewer parsers, fewer holes.
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "GIF", "TIFF")
@@ -66,21 +68,25 @@ class Fit:
     """How pictures are brought to the shape that a model sees; by default they stay as they are.
 
     Fields:
-        image_size: side of the square that they are resampled to; None keeps the size.
+        image_size: what they are resampled to, the side of a square or (height, width); None keeps the size.
         channels: 1 or 3 makes them grey or colour; None keeps what they have.
-        crop: "centre", the central square; "none", the whole picture, whose proportions may change; or
-            (left, top, width, height) in pixels, cut out before the filter sees it.
+        crop: "centre", the largest central box of the proportions of `image_size`; "none", the whole picture,
+            whose proportions may change; or (left, top, width, height) in pixels, cut out before the filter
+            sees it.
         resample: the filter, antialiased.
     """
 
-    image_size: int | None = None
+    image_size: ImageSize | None = None
     channels: int | None = None
     crop: str | Box = "centre"
     resample: Resample = "bicubic"
 
     def __post_init__(self) -> None:
-        if self.image_size is not None and not 1 <= self.image_size <= MAX_SIDE:
-            raise UserError(f"image size {self.image_size} is out of range; give 1 to {MAX_SIDE}")
+        if self.image_size is not None:
+            if not all(1 <= side <= MAX_SIDE for side in sides_of(self.image_size)):
+                told = size_text(self.image_size)
+                raise UserError(f"image size {told} is out of range; give sides of 1 to {MAX_SIDE} pixels")
+            object.__setattr__(self, "image_size", plain_size(self.image_size))
         if self.channels not in (None, 1, 3):
             raise UserError(f"{self.channels} channels; give 1 (grey) or 3 (colour)")
 
@@ -135,7 +141,7 @@ def decode_quietly(content: bytes, name: object, fit: Fit) -> Pixels:
     try:
         with pillow.open(io.BytesIO(content), formats=_FORMATS) as image:
             if math.prod(image.size) > MAX_PIXELS:
-                raise bad(name, f"has {image.width}x{image.height} pixels, over {MAX_PIXELS}; scale it down")
+                raise bad(name, f"has {image.height}x{image.width} pixels, over {MAX_PIXELS}; scale it down")
             _refuse_loss(image, name)
             import_module("PIL.ImageOps").exif_transpose(image, in_place=True)
             plain = _grey_or_colour(image, name)
@@ -198,18 +204,25 @@ def _grey_or_colour(image: "Image", name: object) -> "Image":
 def _fit(image: "Image", fit: Fit, name: object) -> "Image":
     if fit.channels is not None:
         image = image.convert("L" if fit.channels == 1 else "RGB")
-    size = None if fit.image_size is None else (fit.image_size, fit.image_size)
+    size = None if fit.image_size is None else sides_of(fit.image_size)[::-1]  # width first, as Pillow has it
     if isinstance(fit.crop, tuple):
         image = _cut(image, fit.crop, size, name)
     if size is None or image.size == size:
         return image
     kind = getattr(_pillow().Resampling, fit.resample.upper())
     if fit.crop == "centre":
-        # Only the central square is computed, but the filter sees the pixels beside it, as if all were.
-        side = min(image.size)
-        left, top = (image.width - side) / 2, (image.height - side) / 2
-        return image.resize(size, kind, box=(left, top, left + side, top + side))
+        # Only the central box is computed, but the filter sees the pixels beside it, as if all were.
+        width, height = _largest_like(size, image.size)
+        left, top = (image.width - width) / 2, (image.height - height) / 2
+        return image.resize(size, kind, box=(left, top, left + width, top + height))
     return image.resize(size, kind)
+
+
+def _largest_like(size: tuple[int, int], outer: tuple[int, int]) -> tuple[float, float]:
+    """(width, height) of the largest box of the proportions of `size` that fits into `outer`."""
+    if outer[0] * size[1] >= outer[1] * size[0]:
+        return outer[1] * size[0] / size[1], outer[1]
+    return outer[0], outer[0] * size[1] / size[0]
 
 
 def _cut(image: "Image", box: Box, size: tuple[int, int] | None, name: object) -> "Image":
@@ -220,13 +233,15 @@ def _cut(image: "Image", box: Box, size: tuple[int, int] | None, name: object) -
             return image
         cut = f"{left},{top},{width},{height}"
         raise bad(
-            name, f"has {image.width}x{image.height} pixels, beyond which --crop {cut} goes; give another"
+            name,
+            f"is {image.height} pixels high and {image.width} wide, and --crop {cut} goes beyond; give"
+            " another",
         )
     if size is not None and width * size[1] != height * size[0]:
         raise bad(
             name,
-            f"--crop cuts out {width}x{height} pixels, and --image-size is {size[0]}x{size[1]}; give the crop"
-            " those proportions",
+            f"--crop cuts out a box {width} wide and {height} high, and --image-size is {size[0]} wide and"
+            f" {size[1]} high; give the crop those proportions",
         )
     return image.crop((left, top, left + width, top + height))
 
@@ -245,7 +260,7 @@ def reshape(images: Pixels, num_grey_levels: int, fit: Fit, name: object = "imag
     """
     _, own_channels, height, width = images.shape
     size, channels = fit.image_size, fit.channels
-    keeps_size = (size is None or height == width == size) and not isinstance(fit.crop, tuple)
+    keeps_size = (size is None or sides_of(size) == (height, width)) and not isinstance(fit.crop, tuple)
     if keeps_size and channels in (None, own_channels):
         return images
     if keeps_size and channels == 3:
@@ -265,11 +280,12 @@ def reshape(images: Pixels, num_grey_levels: int, fit: Fit, name: object = "imag
     return np.minimum(np.stack(fitted), num_grey_levels - 1)
 
 
-def read_image(path: str | Path, image_size: int | None = None, channels: int | None = None) -> Tensor:
+def read_image(path: str | Path, image_size: ImageSize | None = None, channels: int | None = None) -> Tensor:
     """Read one picture file; (C,H,W) uint8.
 
-    By default it keeps its size and channels; otherwise it is resampled and cropped to `image_size` (which
-    averages noise away: do not resize what is to be denoised) and made grey (1) or colour (3).
+    By default it keeps its size and channels; otherwise it is cropped and resampled to `image_size`, the side
+    of a square or (height, width) (which averages noise away: do not resize what is to be denoised), and made
+    grey (1) or colour (3).
     Raises UserError for a missing, damaged, transparent, 16-bit or oversized picture.
     """
     fit = Fit(image_size, channels)
@@ -323,13 +339,17 @@ def _write_png(pixels: Tensor, path: str | Path) -> None:
 
 
 def _sheet(images: Tensor, columns: int | None) -> Tensor:
-    """(B,C,H,W) uint8 -> (C,H',W') uint8, white lines of 2 pixels between the enlarged images."""
+    """(B,C,H,W) uint8 -> (C,H',W') uint8, white lines of 2 pixels between the enlarged images.
+
+    A side of fewer than `_THINNEST` pixels, such as a signal's of 1, is enlarged more than the other.
+    """
     count, channels, height, width = images.shape
     scale, line = max(1, 64 // max(height, width)), 2
+    down, across = (max(scale, -(-_THINNEST // side)) for side in (height, width))
     columns = min(count, columns or math.ceil(math.sqrt(count)))
     rows = math.ceil(count / columns)
-    big = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    height, width = height * scale + line, width * scale + line
+    big = images.repeat_interleave(down, 2).repeat_interleave(across, 3)
+    height, width = height * down + line, width * across + line
     sheet = torch.full((channels, rows * height + line, columns * width + line), 255, dtype=torch.uint8)
     for index, image in enumerate(big):
         top, left = line + index // columns * height, line + index % columns * width

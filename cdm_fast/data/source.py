@@ -66,7 +66,7 @@ def array_part(name: object, images: Pixels, labels: Indices | None, num_grey_le
         raise bad(name, f"holds no images (shape {images.shape}); give at least one")
     if max(images.shape[2:]) > MAX_SIDE:
         height, width = images.shape[2:]
-        raise bad(name, f"holds images of {width}x{height} pixels; scale them down to {MAX_SIDE} a side")
+        raise bad(name, f"holds images of {height}x{width} pixels; scale them down to {MAX_SIDE} a side")
     if num_grey_levels < 256 and images.max() >= num_grey_levels:
         raise bad(
             name, f"holds grey level {images.max()}; {num_grey_levels} levels end at {num_grey_levels - 1}"

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cdm_fast.config import PRESETS, ImageShape, NetworkConfig, RunConfig, Schedule, ScheduleConfig
+from cdm_fast.config.size import ImageSize, plain_size, sides_of, size_text
 from cdm_fast.errors import UserError
 from cdm_fast.host.reading import shown
 from cdm_fast.interop.tensors import read_any
@@ -55,7 +56,7 @@ class Converted:
         return {
             "run": str(self.run),
             "num_parameters": self.num_parameters,
-            "image_size": self.config.image.size,
+            "image_size": plain_size(self.config.image.sides),
             "channels": self.config.image.channels,
             "schedule": self.config.schedule.schedule,
             "T": self.config.schedule.T,
@@ -76,7 +77,7 @@ def convert(
     *,
     schedule: Schedule | None = None,
     betas: tuple[float, float] | None = None,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
 ) -> Converted:
     """Converts a checkpoint of the paper's public code to the run directory `out`.
 
@@ -86,7 +87,8 @@ def convert(
         schedule: that of its training; "ot" is the flow-matching variant, whose levels have the opposite
             order. By default it follows from the number of outputs or the name of the file.
         betas: first and last of "linear"; by default `PUBLIC_BETAS` at any number of levels.
-        image_size: in pixels; by default the one at which the network attends at 16x16, as the paper's do.
+        image_size: the side of a square, or (height, width); by default the square for which the network
+            attends at 16x16, as the paper's do.
 
     Raises:
         UserError: the file is missing, damaged, would execute code, or holds another network; the schedule or
@@ -114,7 +116,7 @@ def convert(
     return Converted(Path(out), config, num_parameters, assumed)
 
 
-def _require_network(weights: Mapping[str, State], image_size: int | None, file: str) -> None:
+def _require_network(weights: Mapping[str, State], image_size: ImageSize | None, file: str) -> None:
     """UserError unless the tensors are those of one network, whatever its schedule."""
     config, _ = infer_config(weights["ema"], "uniform", image_size, file)
     try:
@@ -182,7 +184,7 @@ def choose_schedule(state: State, asked: Schedule | None, file: str | Path) -> t
 def infer_config(
     state: State,
     schedule: Schedule,
-    image_size: int | None,
+    image_size: ImageSize | None,
     where: str,
     betas: tuple[float, float] | None = None,
 ) -> tuple[RunConfig, tuple[str, ...]]:
@@ -196,16 +198,19 @@ def infer_config(
     attention = _attention(state, where)
     if image_size is None:
         image_size = _usual_image_size(attention, where)
-        assumed.append(f"image size {image_size}")
-    paper = PRESETS["celeba64-paper" if image_size == 64 else "cifar10-paper"]
+        assumed.append(f"image size {size_text(image_size)}")
+    height, width = sides_of(image_size)
+    paper = PRESETS["celeba64-paper" if (height, width) == (64, 64) else "cifar10-paper"]
     network = replace(
         inferred,
-        attention_resolutions=tuple(image_size >> i for i in attention),
+        attention_resolutions=tuple((height if height > 1 else width) >> i for i in attention),
         dropout=paper.network.dropout,
         conditioning="none" if classes is None else "embedding",
     )
     channels = _shape(state, "conv_in.weight", 4, where)[1]
-    image = ImageShape(size=image_size, channels=channels, num_grey_levels=256, num_classes=classes)
+    image = ImageShape(
+        height=height, width=width, channels=channels, num_grey_levels=256, num_classes=classes
+    )
     levels, assumed_levels = _infer_schedule(state, schedule, where, betas)
     assumed += assumed_levels
     if classes is not None:

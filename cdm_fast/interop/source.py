@@ -25,7 +25,7 @@ def open_foreign(run: Path) -> tuple[Foreign, RunConfig]:
     """The model, and a config whose image and pixels describe it; it names no data.
 
     Its pixels are 256 grey levels around the points 2u/255 - 1, on which such models are trained.
-    Raises UserError as `load_diffusers` and `fetch` do, and for images that are not square.
+    Raises UserError as `load_diffusers` and `fetch` do, and for images of unknown size.
     """
     kind, _, place = str(run).partition(":")
     if not place:
@@ -34,12 +34,10 @@ def open_foreign(run: Path) -> tuple[Foreign, RunConfig]:
     if model.input_shape is None:
         raise UserError(f"{run}: its config.json tells no sample_size, so the size of its images is unknown")
     channels, height, width = model.input_shape
-    if height != width:
-        raise UserError(f"{run} takes images of {height}x{width}, and only square ones can be read here")
     conditioning = "none" if model.num_classes is None else "embedding"
     return model, RunConfig(
         data=DataConfig(source="", pixels="points"),
-        image=ImageShape(height, channels, 256, model.num_classes),
+        image=ImageShape(height, width, channels, 256, model.num_classes),
         network=NetworkConfig(conditioning=conditioning),  # type: ignore[arg-type]
     )
 

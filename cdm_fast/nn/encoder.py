@@ -13,6 +13,7 @@ from typing import Any, Unpack, cast
 import torch
 from torch import Tensor, nn
 
+from cdm_fast.config.size import ImageSize
 from cdm_fast.nn.heads import Conditioning, embedded_classes, noise_head
 from cdm_fast.nn.network import AdjointNetwork
 from cdm_fast.nn.pool import EnergyPool
@@ -45,7 +46,7 @@ class Encoder(DownTrunk, AdjointNetwork):
 
     def __init__(
         self,
-        image_size: int,
+        image_size: ImageSize,
         channels: int,
         num_levels: int,
         *,

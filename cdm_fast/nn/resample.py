@@ -14,19 +14,40 @@ from cdm_fast.ops.backend import copies_in_one_launch, kernel_layout
 
 
 class Downsample(Layer):
-    """Halve H and W: pad right and below by one pixel, then a 3x3 convolution of stride 2."""
+    """Halve H and W: pad right and below by one pixel, then a 3x3 convolution of stride 2.
 
-    def __init__(self, channels: int) -> None:
+    Args:
+        channels: C.
+        halves: whether H and W are halved. A side of 1 is not: along it the kernel's middle row or column is
+            the whole kernel, the only one that would meet a pixel.
+    """
+
+    def __init__(self, channels: int, halves: tuple[bool, bool] = (True, True)) -> None:
         super().__init__()
+        self.halves = halves
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return self.conv(F.pad(x, (0, 1, 0, 1))), None
+        if all(self.halves):
+            return self.conv(F.pad(x, (0, 1, 0, 1))), None
+        of_height, of_width = self.halves
+        padded = F.pad(x, (0, int(of_width), 0, int(of_height)))
+        return F.conv2d(padded, self._kernel(self.conv.weight), self.conv.bias, self._factors), None
 
     def adjoint(self, residuals: None, g: Tensor) -> Tensor:
-        height, width = 2 * g.shape[2], 2 * g.shape[3]
-        padded = F.conv_transpose2d(g, for_adjoint(self.conv, "weight"), stride=2)
+        height, width = (factor * side for factor, side in zip(self._factors, g.shape[2:], strict=True))
+        kernel = self._kernel(for_adjoint(self.conv, "weight"))
+        padded = F.conv_transpose2d(g, kernel, stride=self._factors)
         return padded[:, :, :height, :width]
+
+    @property
+    def _factors(self) -> tuple[int, int]:
+        return 1 + self.halves[0], 1 + self.halves[1]
+
+    def _kernel(self, weight: Tensor) -> Tensor:
+        """(D, C, 3, 3) without the rows or columns that meet no pixel."""
+        rows, columns = (slice(None) if halves else slice(1, 2) for halves in self.halves)
+        return weight[:, :, rows, columns]
 
 
 # With fewer pixels in a batch, folding the kernel costs more than the smaller convolution saves.
@@ -39,16 +60,22 @@ class Upsample(Layer):
     Every output pixel reads 2x2 pixels of the small image, so kernel taps that meet the same pixel can be
     summed first. Large inputs therefore take one convolution on the small grid with four 2x2 kernels, one per
     parity of the output's row and column: 4/9 of the multiplications, the same function up to rounding.
+
+    Args:
+        channels: C.
+        doubles: whether H and W are doubled; a side of 1 that `Downsample` left as it was is not.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, doubles: tuple[bool, bool] = (True, True)) -> None:
         super().__init__()
+        self.factors = 1 + doubles[0], 1 + doubles[1]
         self.conv = Conv2d(channels, channels)
         self.conv.casts = False  # the taps are summed first
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        if x.numel() // x.shape[1] < _MIN_PIXELS_TO_FOLD:
-            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        if self.factors != (2, 2) or x.numel() // x.shape[1] < _MIN_PIXELS_TO_FOLD:
+            height, width = self.factors
+            return self.conv(F.interpolate(x, scale_factor=(float(height), float(width)), mode="nearest"))
         kernels = to_trunk_dtype(parity_kernels(self.conv.weight), kernel_layout(x))
         bias = self.conv.bias
         y = F.conv2d(x, kernels, None if bias is None else bias.repeat(4), padding=1)
@@ -56,7 +83,7 @@ class Upsample(Layer):
 
     def adjoint(self, residuals: Tensor | None, g: Tensor) -> Tensor:
         if residuals is None:
-            return F.avg_pool2d(self.conv.adjoint(None, g), 2, divisor_override=1)
+            return F.avg_pool2d(self.conv.adjoint(None, g), self.factors, divisor_override=1)
         return F.conv_transpose2d(split_parities(g), residuals, padding=1)
 
 

@@ -15,6 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from cdm_fast.config.size import (
+    ImageSize,
+    Sides,
+    attended,
+    nearest_divisible,
+    plain_size,
+    resolutions,
+    sides_of,
+    size_text,
+)
 from cdm_fast.errors import UserError
 from cdm_fast.nn.blocks import AttentionBlock, ResnetBlock
 from cdm_fast.nn.embedding import Embedding, class_index, sinusoids
@@ -121,7 +131,7 @@ class TrunkOptions(TypedDict, total=False):
     base_channels: int
     multipliers: Sequence[int]
     blocks_per_level: int
-    attention_resolutions: Sequence[int]
+    attention_resolutions: Sequence[int | float]
     dropout: float
     num_groups: int
 
@@ -131,12 +141,13 @@ class TrunkShape:
     """The sizes of a trunk, those of the paper's CIFAR-10 network by default.
 
     Args:
-        image_size: H = W; divisible by 2 once per resolution after the first.
+        image_size: H = W, or (H, W); divisible by 2 once per resolution after the first. A side of 1 stays.
         channels: C of the image.
         base_channels: width at full resolution; divisible by `num_groups`.
         multipliers: width of each resolution in units of `base_channels`.
         blocks_per_level: residual blocks per resolution on the way down.
-        attention_resolutions: sizes H at which every block is followed by attention (the middle always is).
+        attention_resolutions: where every block is followed by attention (the middle always is): heights H,
+            as int (widths for images of one row), or shares of the full size, as float.
         dropout: probability of zeroing an activation in every residual block, in [0, 1).
         num_groups: G of every GroupNorm.
 
@@ -144,12 +155,12 @@ class TrunkShape:
         UserError: a size that the resolutions cannot divide, or widths that the groups cannot.
     """
 
-    image_size: int
+    image_size: ImageSize
     channels: int
     base_channels: int = 128
     multipliers: Sequence[int] = (1, 2, 2, 2)
     blocks_per_level: int = 2
-    attention_resolutions: Sequence[int] = (16,)
+    attention_resolutions: Sequence[int | float] = (16,)
     dropout: float = 0.0
     num_groups: int = 32
 
@@ -159,10 +170,12 @@ class TrunkShape:
             raise UserError(
                 "multipliers is empty: give one width multiplier per resolution, such as (1, 2, 2)"
             )
-        if self.image_size % 2**halvings:
+        if min(self.sides) < 1 or resolutions(self.sides, halvings) is None:
+            fits = size_text(plain_size(nearest_divisible(self.sides, halvings)))
             raise UserError(
-                f"image size {self.image_size} cannot be halved {halvings} times, as {halvings + 1} "
-                f"multipliers ask: use a multiple of {2**halvings} or fewer multipliers"
+                f"image size {size_text(self.image_size)} cannot be halved {halvings} times, as "
+                f"{halvings + 1} multipliers ask: use a multiple of {2**halvings}, such as {fits}, or fewer "
+                "multipliers"
             )
         if self.base_channels % self.num_groups:
             raise UserError(
@@ -173,7 +186,27 @@ class TrunkShape:
     @property
     def input_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
-        return self.channels, self.image_size, self.image_size
+        return self.channels, *self.sides
+
+    @property
+    def sides(self) -> Sides:
+        """(H, W) of one image."""
+        return sides_of(self.image_size)
+
+    @property
+    def sizes(self) -> list[Sides]:
+        """(H, W) of each resolution, from full resolution down."""
+        return resolutions(self.sides, len(self.multipliers) - 1) or []
+
+    @property
+    def attends(self) -> list[bool]:
+        """Whether the blocks of each resolution are followed by attention."""
+        return attended(self.sizes, self.attention_resolutions)
+
+    def halves(self, index: int) -> tuple[bool, bool]:
+        """Whether height and width halve after a resolution; a side of 1 does not."""
+        height, width = self.sizes[index]
+        return height > 1, width > 1
 
     @property
     def widths(self) -> list[int]:
@@ -219,9 +252,9 @@ class DownTrunk(nn.Module):
         self.down = nn.ModuleList()
         for i, after in enumerate(shape.widths):
             befores = ([width] + [after] * shape.blocks_per_level)[: shape.blocks_per_level]
-            down = self._resolution(shape.image_size >> i, [(before, after) for before in befores])
+            down = self._resolution(i, [(before, after) for before in befores])
             if i < len(shape.widths) - 1:
-                down.downsample = Downsample(after)
+                down.downsample = Downsample(after, shape.halves(i))
             self.down.append(down)
             width = after
         self.mid = Middle(width, shape.num_groups, shape.dropout, self.embedding_width)
@@ -239,9 +272,9 @@ class DownTrunk(nn.Module):
             if isinstance(block, ResnetBlock):
                 block.norm2.dropout = rate
 
-    def _resolution(self, size: int, widths: list[tuple[int, int]]) -> Resolution:
-        """Blocks from and to these widths, with attention if this size has it."""
-        shape, attends = self.shape, size in self.shape.attention_resolutions
+    def _resolution(self, index: int, widths: list[tuple[int, int]]) -> Resolution:
+        """Blocks from and to these widths, with attention if this resolution has it."""
+        shape, attends = self.shape, self.shape.attends[index]
         blocks = [
             ResnetBlock(*pair, shape.num_groups, shape.dropout, self.embedding_width) for pair in widths
         ]

@@ -10,6 +10,7 @@ from typing import Any, Unpack, cast
 
 from torch import Tensor, nn
 
+from cdm_fast.config.size import ImageSize
 from cdm_fast.nn.heads import Conditioning, embedded_classes, noise_head
 from cdm_fast.nn.layers import Conv2d, GroupNorm, full_precision
 from cdm_fast.nn.network import AdjointNetwork
@@ -43,11 +44,9 @@ class UNetTrunk(DownTrunk):
         ups: list[Resolution] = []
         for i, after in reversed(list(enumerate(shape.widths))):
             befores = [width] + [after] * shape.blocks_per_level
-            up = self._resolution(
-                shape.image_size >> i, [(before + skips.pop(), after) for before in befores]
-            )
+            up = self._resolution(i, [(before + skips.pop(), after) for before in befores])
             if i > 0:
-                up.upsample = Upsample(after)
+                up.upsample = Upsample(after, shape.halves(i - 1))
             ups.append(up)
             width = after
         self.up = nn.ModuleList(reversed(ups))
@@ -110,7 +109,8 @@ class UNet(UNetTrunk, AdjointNetwork):
     `UNet(32, 3, 1002, dropout=0.1)` is its CIFAR-10 network, of 33.4 M parameters.
 
     Args:
-        image_size: H = W of the images; divisible by 2 once per resolution after the first.
+        image_size: H = W of the images, or (H, W); divisible by 2 once per resolution after the first. A side
+            of 1 stays as it is, so signals (B, C, 1, W) are images too.
         channels: C of the images.
         num_levels: L = T+2, `schedule.num_levels`.
         num_classes: K for a class-conditional network, else None.
@@ -120,7 +120,8 @@ class UNet(UNetTrunk, AdjointNetwork):
         base_channels: width at full resolution, 128 by default; divisible by `num_groups`.
         multipliers: width of each resolution in units of `base_channels`, (1, 2, 2, 2) by default.
         blocks_per_level: residual blocks per resolution on the way down, 2 by default; on the way up 1 more.
-        attention_resolutions: sizes H at which every block is followed by attention, (16,) by default.
+        attention_resolutions: where every block is followed by attention, (16,) by default: heights H, as int
+            (widths for images of one row), or shares of the full size, as float, such as 0.5.
         dropout: probability of zeroing an activation in every residual block, 0 by default.
         num_groups: groups of every GroupNorm, 32 by default.
 
@@ -140,7 +141,7 @@ class UNet(UNetTrunk, AdjointNetwork):
 
     def __init__(
         self,
-        image_size: int,
+        image_size: ImageSize,
         channels: int,
         num_levels: int,
         *,
@@ -174,7 +175,7 @@ class UNetDenoiser(UNetTrunk):
     """The same trunk as a plain diffusion model's noise predictor: level in, eps_hat out (arXiv 2006.11239).
 
     Args:
-        image_size: H = W of the images; divisible by 2 once per resolution after the first.
+        image_size: H = W of the images, or (H, W), as in `UNet`.
         channels: C of the images.
         num_classes: K for a class-conditional network, else None.
         trunk: `base_channels` and the other options of `UNet`, which also says what is raised.
@@ -182,7 +183,7 @@ class UNetDenoiser(UNetTrunk):
 
     def __init__(
         self,
-        image_size: int,
+        image_size: ImageSize,
         channels: int,
         *,
         num_classes: int | None = None,
@@ -203,14 +204,14 @@ class UNetClassifier(UNetTrunk):
     """The same trunk as an ordinary classifier: mean over pixels, one logit per class.
 
     Args:
-        image_size: H = W of the images; divisible by 2 once per resolution after the first.
+        image_size: H = W of the images, or (H, W), as in `UNet`.
         channels: C of the images.
         num_classes: K.
         trunk: `base_channels` and the other options of `UNet`, which also says what is raised.
     """
 
     def __init__(
-        self, image_size: int, channels: int, num_classes: int, **trunk: Unpack[TrunkOptions]
+        self, image_size: ImageSize, channels: int, num_classes: int, **trunk: Unpack[TrunkOptions]
     ) -> None:
         shape = TrunkShape(image_size, channels, **trunk)
         super().__init__(shape, None)

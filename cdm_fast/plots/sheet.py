@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+_THINNEST = 8  # pixels of an image on a sheet, so that signals of one row can be seen
+
+
 def write_rows(
     rows: Mapping[str, Tensor],  # name -> (B,C,H,W) uint8, B may differ
     path: str | Path,
@@ -56,9 +59,9 @@ def show_sheet(axes: "Axes", sheet: NDArray[np.uint8], rows: Sequence[str], colu
 
 
 def _enlarged(image: Tensor) -> NDArray[np.uint8]:
-    """(C,H,W) uint8, C 1 or 3 -> (H',W',3), the longer side at least 64 pixels."""
+    """(C,H,W) uint8, C 1 or 3 -> (H',W',3), the longer side at least 64 pixels, the other at least 8."""
     _, height, width = image.shape
     scale = max(1.0, 64 / max(height, width))
-    size = (round(height * scale), round(width * scale))
+    size = (max(round(height * scale), _THINNEST), max(round(width * scale), _THINNEST))
     big = F.interpolate(image[None].float(), size, mode="bicubic").round().clamp(0, 255)[0]
     return big.to(torch.uint8).expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()

@@ -49,7 +49,7 @@ def build_network(config: RunConfig) -> UNet | Encoder | UNetDenoiser | UNetClas
     check(config)
     network = config.network
     shape: dict[str, Any] = {
-        "image_size": config.image.size,
+        "image_size": config.image.sides,
         "channels": config.image.channels,
         "base_channels": network.base_channels,
         "multipliers": network.multipliers,

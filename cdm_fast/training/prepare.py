@@ -128,12 +128,10 @@ def config_to_resume(config: RunConfig, out: str | Path) -> RunConfig | None:
 def resolve(config: RunConfig, data: ImageData, device: torch.device) -> RunConfig:
     """The config with the settings that depend on data and device: image, rank of the head, precision.
 
-    Raises UserError for images that are not square, and as `config.check` does.
+    Raises UserError as `config.check` does.
     """
     _, channels, height, width = data.images.shape
-    if height != width:
-        raise UserError(f"{data.name} holds {height}x{width} images; give --image-size to crop them square")
-    image = ImageShape(height, channels, data.num_grey_levels, data.num_classes, class_counts(data))
+    image = ImageShape(height, width, channels, data.num_grey_levels, data.num_classes, class_counts(data))
     config = replace(config, image=image)
     check(config)
     if config.network.conditioning == "joint":

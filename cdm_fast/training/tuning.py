@@ -1,6 +1,6 @@
 """Settings that depend on the machine and change numbers by rounding alone: precision and compilation.
 
-Legend: B batch, C channels, S image size.
+Legend: B batch, C channels.
 """
 
 import time
@@ -38,9 +38,9 @@ def pick_precision(config: RunConfig, device: torch.device) -> Precision:
 
 def convolution_seconds(config: RunConfig, dtype: torch.dtype, device: torch.device) -> float:
     """Least seconds of a 3x3 convolution of base_channels at full resolution, forward and backward."""
-    batch, size = min(config.train.batch_size, _CHECK_IMAGES), config.image.size
+    batch = min(config.train.batch_size, _CHECK_IMAGES)
     channels = config.network.base_channels
-    x = torch.zeros(batch, channels, size, size, dtype=dtype, device=device)
+    x = torch.zeros(batch, channels, *config.image.sides, dtype=dtype, device=device)
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
     weight = torch.zeros(channels, channels, 3, 3, dtype=dtype, device=device, requires_grad=True)
     g = torch.zeros_like(x)

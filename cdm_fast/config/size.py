@@ -1,0 +1,97 @@
+"""Sizes of images: how they are written, and which ones a network can halve. Nothing here imports torch.
+
+# H W pixels
+"""
+
+import re
+from collections.abc import Sequence
+
+from cdm_fast.errors import UserError
+
+ImageSize = int | tuple[int, int]  # the side of a square, or (height, width)
+Sides = tuple[int, int]  # (height, width)
+
+_SIZE = re.compile(r"(\d{1,9})(?:[xX](\d{1,9}))?")
+
+
+def parse_image_size(text: str) -> ImageSize:
+    """`64`, a square, or `48x64`, height by width; UserError for anything else.
+
+    >>> parse_image_size("64"), parse_image_size("48x64")
+    (64, (48, 64))
+    """
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        raise UserError(
+            f"image size {text[:40]!r}; give one side, such as 64, or HEIGHTxWIDTH, such as 48x64"
+        )
+    height, width = int(found[1]), int(found[2] or found[1])
+    return plain_size((height, width))
+
+
+def sides_of(size: ImageSize) -> Sides:
+    """(height, width) of a size; UserError for anything but a whole number or two."""
+    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, tuple | list) else ()
+    if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+        raise UserError(f"image size {str(size)[:40]!r}; give one side, such as 64, or two, such as (48, 64)")
+    return sides[0], sides[1]
+
+
+def plain_size(size: ImageSize) -> ImageSize:
+    """The same size, with one number for a square: settings that mean the same are then equal."""
+    height, width = sides_of(size)
+    return height if height == width else (height, width)
+
+
+def size_text(size: ImageSize) -> str:
+    """A size as `parse_image_size` reads it: `64` or `48x64`."""
+    return str(size) if isinstance(size, int) else "{}x{}".format(*size)
+
+
+def halved(sides: Sides) -> Sides | None:
+    """Both sides halved, but a side of 1 as it is; None where that is not exact, or there is nothing left."""
+    if sides == (1, 1) or any(side > 1 and side % 2 for side in sides):
+        return None
+    return max(sides[0] // 2, 1), max(sides[1] // 2, 1)
+
+
+def resolutions(sides: Sides, halvings: int) -> list[Sides] | None:
+    """(height, width) at every resolution, from full resolution down; None where a halving is not exact."""
+    found = [sides]
+    for _ in range(halvings):
+        smaller = halved(found[-1])
+        if smaller is None:
+            return None
+        found.append(smaller)
+    return found
+
+
+def nearest_divisible(sides: Sides, halvings: int) -> Sides:
+    """The largest size, no larger than this one where there is any, whose sides are halved exactly.
+
+    >>> nearest_divisible((50, 70), 3), nearest_divisible((1, 70), 3)
+    ((48, 64), (1, 64))
+    """
+    unit = 2**halvings
+    height, width = (side if side == 1 else max(side // unit, 1) * unit for side in sides)
+    return (unit, unit) if (height, width) == (1, 1) else (height, width)
+
+
+def attended(sizes: Sequence[Sides], wanted: Sequence[int | float]) -> list[bool]:
+    """Whether each resolution is one of those that `wanted` names: see `NetworkConfig.attention_resolutions`.
+
+    sizes: of all resolutions, from full resolution down. An int names a height, or a width where images are
+    one pixel high; a float names a share of the full size.
+
+    >>> attended([(12, 16), (6, 8), (3, 4)], [6, 0.25]), attended([(1, 64), (1, 32)], [32])
+    ([False, True, True], [False, True])
+    """
+    heights = {each for each in wanted if not isinstance(each, float)}
+    shares = {each for each in wanted if isinstance(each, float)}
+    return [length in heights or 2.0**-i in shares for i, length in enumerate(attention_lengths(sizes))]
+
+
+def attention_lengths(sizes: Sequence[Sides]) -> list[int]:
+    """What attention calls each resolution: its height, or its width where images have one row."""
+    flat = sizes[0][0] == 1
+    return [width if flat else height for height, width in sizes]
