@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cdm_fast.errors import UserError
 from cdm_fast.model.constants import Draw
+from cdm_fast.statistics import auroc
 from cdm_fast.tables.calibration import Calibration, calibrate
 from cdm_fast.tables.columns import Array, Columns, measure, without_far_rows
 from cdm_fast.tables.crossfit import RatioNetwork, ratio_levels, shrunk_moments, train_ratio
@@ -211,13 +212,13 @@ class DensityRatio(ClassifierMixin, TableEstimator):
         if n_permutations < 1:
             raise UserError(f"n_permutations is {n_permutations}: give 1 or more")
         state = np.random.default_rng(self._seed() if random_state is None else random_state)
-        rank = rankdata(self.log_ratio_)
+        rank = rankdata(self.log_ratio_)  # mid-ranks, whose sum over a set rises with its AUROC
         numerator = self._index == 1
-        found = _auroc(rank, numerator)
-        as_high = sum(
-            _auroc(rank, state.permutation(numerator)) >= found - 1e-12 for _ in range(n_permutations)
-        )
-        return TwoSampleTest(found, (1 + as_high) / (1 + n_permutations))
+        found = rank[numerator].sum()
+        as_high = sum(rank[state.permutation(numerator)].sum() >= found for _ in range(n_permutations))
+        scores = torch.from_numpy(self.log_ratio_)
+        statistic = auroc(scores[numerator], scores[~numerator])
+        return TwoSampleTest(statistic, (1 + as_high) / (1 + n_permutations))
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
@@ -299,11 +300,6 @@ def _clipped(weights: Array, clip: float) -> Array:
             return scaled
         weights = scaled
     return np.minimum(weights, clip)
-
-
-def _auroc(rank: Array, positive: NDArray[np.bool_]) -> float:
-    many = int(positive.sum())
-    return float((rank[positive].sum() - many * (many + 1) / 2) / (many * (len(rank) - many)))
 
 
 def log_density_ratio(
