@@ -33,7 +33,7 @@ from cdm_fast.evaluation.class_scores import (
 from cdm_fast.host.distributed import by_rows
 from cdm_fast.host.progress import Progress, silent
 from cdm_fast.likelihood.batches import noised_batches
-from cdm_fast.likelihood.given import require_known
+from cdm_fast.likelihood.given import log_class_prior, require_known
 from cdm_fast.likelihood.ode import load_solver
 from cdm_fast.likelihood.units import bits_per_dim
 from cdm_fast.model import CDM, Denoiser, evaluation_mode
@@ -166,19 +166,12 @@ def evaluate_classes(
     labels = labels_for(data, num_classes)
     _check_numbers(model, method, level, draws=draws, trials=trials, images=num_images, batch_size=batch_size)
     draws = draws or DRAWS[method]
-    log_prior = _log_class_prior(model, num_classes, class_prior)
+    log_prior = _log_prior(model, num_classes, class_prior)
     wanted = num_images or (ODE_IMAGES if method == "ode" else None)
     index = choose(len(data), wanted, torch.Generator().manual_seed(seed))
     labels = labels[index]
-    if method == "ode":
-        load_solver()  # a missing package is reported before any work
-        batch_size = min(batch_size, ODE_BATCH)
-        scores = _ode_scores(model, num_classes, tolerance, probes, seed)
-    elif method == "denoising":
-        batch_size = max(1, batch_size // num_classes)
-        scores = _denoising_scores(model, num_classes, trials)
-    else:
-        scores, progress = _one_pass_scores(model, level), silent  # too fast for a line a batch
+    scores = _scores(model, method, num_classes, level, trials, tolerance, probes, seed)
+    slow = method in ("ode", "denoising")  # the others are too fast for a line a batch
     start = time.perf_counter()
     class_scores, bits = _mean_over_draws(
         model,
@@ -187,16 +180,14 @@ def evaluate_classes(
         log_prior,
         draws=draws,
         level=level,
-        batch_size=batch_size,
+        batch_size=_images_per_batch(method, batch_size, num_classes),
         seed=seed,
-        progress=lambda message: progress(f"{method}, {message}"),
+        progress=(lambda message: progress(f"{method}, {message}")) if slow else silent,
     )
     seconds = time.perf_counter() - start
-    has_likelihood = method not in ("denoising", "discriminative")
     return ClassReport(
         **_statistics((class_scores + log_prior).log_softmax(1), labels),
-        bits_per_dim=float(bits.mean()) if has_likelihood else None,
-        bits_per_dim_stderr=standard_error(bits) if has_likelihood else None,
+        **_marginal_likelihood(method, bits),
         method=method,
         draws=draws,
         level=level,
@@ -223,6 +214,39 @@ def _check_numbers(model: Denoiser, method: ClassifyMethod, level: int, **counts
         )
 
 
+def _log_prior(model: Denoiser, num_classes: int, class_prior: Tensor | None) -> Tensor:
+    """`log p(c)` (K,) to add to class scores; 0 for a `Classifier`, whose scores are posteriors already."""
+    if isinstance(model, Classifier):
+        return torch.zeros(num_classes, dtype=torch.float64)
+    return log_class_prior(model, class_prior)
+
+
+def _images_per_batch(method: ClassifyMethod, batch_size: int, num_classes: int) -> int:
+    """Images at a time, for `batch_size` network inputs per evaluation."""
+    if method == "ode":
+        return min(batch_size, ODE_BATCH)
+    return max(1, batch_size // num_classes) if method == "denoising" else batch_size
+
+
+def _scores(
+    model: Denoiser,
+    method: ClassifyMethod,
+    num_classes: int,
+    level: int,
+    trials: int,
+    tolerance: float,
+    probes: int | None,
+    seed: int,
+) -> ScoreClasses:
+    """How the method scores a batch."""
+    if method == "ode":
+        load_solver()  # a missing package is reported before any work
+        return _ode_scores(model, num_classes, tolerance, probes, seed)
+    if method == "denoising":
+        return _denoising_scores(model, num_classes, trials)
+    return _single_pass_scores(model, level)
+
+
 def _ode_scores(
     model: Denoiser, num_classes: int, tolerance: float, probes: int | None, seed: int
 ) -> ScoreClasses:
@@ -239,16 +263,16 @@ def _denoising_scores(model: Denoiser, num_classes: int, trials: int) -> ScoreCl
     return scores
 
 
-def _one_pass_scores(model: Denoiser, level: int) -> ScoreClasses:
+def _single_pass_scores(model: Denoiser, level: int) -> ScoreClasses:
     assert isinstance(model, CDM | Classifier), "`fitting_method` refuses other models"
-    one_pass: Callable[[Tensor], Tensor] = (
+    single_pass: Callable[[Tensor], Tensor] = (
         model.log_class_posterior
         if isinstance(model, Classifier)
         else partial(model.log_prob_classes, level=level)
     )
 
     def scores(x: Tensor, first: int, generator: torch.Generator) -> Tensor:
-        return by_rows(one_pass, x)
+        return by_rows(single_pass, x)
 
     return scores
 
@@ -301,6 +325,13 @@ def _statistics(
     }
 
 
+def _marginal_likelihood(method: ClassifyMethod, bits: Tensor) -> dict[str, Any]:
+    """bits/dim of the marginal and its standard error; None for methods without a likelihood."""
+    if method in ("denoising", "discriminative"):
+        return {"bits_per_dim": None, "bits_per_dim_stderr": None}
+    return {"bits_per_dim": float(bits.mean()), "bits_per_dim_stderr": standard_error(bits)}
+
+
 def labels_for(data: ImageData, num_classes: int) -> Tensor:
     """The labels (n,) int64 of `data`; raises UserError where it has none, or other classes than K."""
     labels = require_labels(data)
@@ -318,15 +349,3 @@ def require_labels(data: ImageData) -> Tensor:
     if data.labels is None:
         raise UserError(f"{data.name} has no labels, and an accuracy needs them; give labelled data")
     return data.labels
-
-
-def _log_class_prior(model: Denoiser, num_classes: int, class_prior: Tensor | None) -> Tensor:
-    """`log p(c)` (K,) in nats, float64, on the CPU; 0 for a `Classifier`, whose scores are posteriors."""
-    if isinstance(model, Classifier):
-        return torch.zeros(num_classes, dtype=torch.float64)
-    if class_prior is None and isinstance(model, CDM) and model.log_class_prior is not None:
-        return model.log_class_prior.double().cpu()
-    prior = torch.ones(num_classes) if class_prior is None else class_prior
-    if prior.shape != (num_classes,) or not bool((torch.isfinite(prior) & (prior > 0)).all()):
-        raise UserError(f"class_prior must be {num_classes} positive finite numbers, one per class")
-    return (prior.double() / prior.sum()).log().cpu()

@@ -49,13 +49,22 @@ def require_known(labels: Tensor, num_classes: int, name: str) -> None:
         )
 
 
-def log_class_prior(model: Denoiser) -> Tensor:
-    """`log p(c)` (K,) in nats, float64, on the CPU: a CDM's own prior, or a uniform one."""
+def log_class_prior(
+    model: Denoiser,
+    class_prior: Tensor | None = None,  # (K,)
+) -> Tensor:
+    """`log p(c)` (K,) in nats, float64, on the CPU: `class_prior`, else a CDM's own, else a uniform one.
+
+    class_prior: K positive numbers, normalised here; UserError for anything else.
+    """
     num_classes = num_classes_of(model)
-    assert num_classes is not None, "`labels_given` has refused a model without classes"
-    if isinstance(model, CDM) and model.log_class_prior is not None:
+    assert num_classes is not None, "a model without classes is refused earlier"
+    if class_prior is None and isinstance(model, CDM) and model.log_class_prior is not None:
         return model.log_class_prior.double().cpu()
-    return torch.full((num_classes,), 1 / num_classes, dtype=torch.float64).log()
+    prior = torch.ones(num_classes) if class_prior is None else class_prior
+    if prior.shape != (num_classes,) or not bool((torch.isfinite(prior) & (prior > 0)).all()):
+        raise UserError(f"class_prior must be {num_classes} positive finite numbers, one per class")
+    return (prior.double() / prior.sum()).log().cpu()
 
 
 def of_all_classes(
