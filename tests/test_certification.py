@@ -16,9 +16,9 @@ from cdm_fast.evaluation.certification import (
     NoisyPixelClassifier,
     certify,
     clopper_pearson,
-    evaluate_certificates,
     hoeffding,
 )
+from cdm_fast.evaluation.certification_report import evaluate_certificates
 from cdm_fast.evaluation.selective import conformal_threshold, evaluate_selection, risk_coverage
 from tests.test_classify import classes, draw, joint_model
 from tests.test_cli import call, call_json

@@ -34,8 +34,8 @@ from cdm_fast.evaluation.certification import (
     DenoisedPixelClassifier,
     NoisyPixelClassifier,
     certify,
-    evaluate_certificates,
 )
+from cdm_fast.evaluation.certification_report import evaluate_certificates
 from cdm_fast.host.progress import to_stderr
 from cdm_fast.runs.checkpoint import read_config
 from cdm_fast.runs.data import run_data

@@ -8,11 +8,10 @@ from cdm_fast.data import ImageData
 from cdm_fast.errors import UserError
 from cdm_fast.evaluation.attacks import ClassLogLikelihoods
 from cdm_fast.evaluation.certification import (
-    CertificationReport,
     DenoisedPixelClassifier,
     NoisyPixelClassifier,
-    evaluate_certificates,
 )
+from cdm_fast.evaluation.certification_report import CertificationReport, evaluate_certificates
 from cdm_fast.evaluation.class_scores import fitting_method, require_classes
 from cdm_fast.evaluation.classification import ClassReport, labels_for
 from cdm_fast.evaluation.selective import SelectiveReport, evaluate_selection

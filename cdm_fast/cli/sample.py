@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from cdm_fast.cli import arguments
-from cdm_fast.cli.bar import Bar
 from cdm_fast.cli.interrupt import deferred_interrupt
 from cdm_fast.cli.outcome import UNTRAINED_NULL, Outcome, load_on, null_is_untrained, open_model
 from cdm_fast.cli.sample_files import MOST_ON_A_SHEET, ImageSink, open_sink
@@ -19,6 +18,7 @@ from cdm_fast.config import RunConfig
 from cdm_fast.data.pixels import displayable
 from cdm_fast.errors import UserError, require_at_least
 from cdm_fast.host.processes import this_process
+from cdm_fast.host.progress import ProgressBar
 from cdm_fast.interop.source import is_foreign
 from cdm_fast.model import Denoiser
 from cdm_fast.model.conditioned import Between, Guided
@@ -64,7 +64,7 @@ def draw_into(
     where several processes draw.
     """
     drawn, together = 0, command.batch_size * this_process().count
-    with Bar("images", command.num) as bar:
+    with ProgressBar("drawing images", command.num) as bar:
         try:
             while drawn < command.num:
                 count = min(together, command.num - drawn)
@@ -110,7 +110,7 @@ def _draw_between(
     labels = _labels(command, config, command.num)
     fractions = [column / (COLUMNS - 1) for column in range(COLUMNS)]
     columns = []
-    with Bar("images", command.num * COLUMNS) as bar:
+    with ProgressBar("drawing images", command.num * COLUMNS) as bar:
         for fraction in fractions:
             way = Between(Guided(model, command.guidance), target, fraction)
             columns.append(_draw(command, way, labels, command.num, 0, MoveLog()))

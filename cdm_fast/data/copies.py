@@ -36,7 +36,7 @@ from cdm_fast.data.pictures import Fit
 from cdm_fast.data.source import Part, Source
 from cdm_fast.errors import DiskError, UserError
 from cdm_fast.host.files import atomic_directory, remove, remove_unfinished
-from cdm_fast.host.progress import Countdown, to_stderr
+from cdm_fast.host.progress import ProgressBar, to_stderr
 from cdm_fast.host.reading import bad, shown
 
 VERSION = 1  # of the readers and of this layout: a higher one makes every copy anew
@@ -241,7 +241,8 @@ def _write(folder: Path, source: Source, chosen: Chosen, fit: Fit) -> About:
     digest = hashlib.blake2b(digest_size=16)
     shape: tuple[int, ...] = ()
     labels = []
-    with open(folder / "rows", "wb") as file, Countdown(f"reading {source.name}", total) as countdown:
+    progress = ProgressBar(f"reading {source.name}", total, delay=2.0, every_process=True)
+    with open(folder / "rows", "wb") as file, progress:
         for split in SPLITS:
             if split not in chosen:
                 continue
@@ -250,7 +251,7 @@ def _write(folder: Path, source: Source, chosen: Chosen, fit: Fit) -> About:
                 if not shape:
                     shape = rows.shape
                     os.posix_fallocate(file.fileno(), 0, total * math.prod(shape))
-                for chunk in read_chunks(rows, indices, countdown):
+                for chunk in read_chunks(rows, indices, progress):
                     file.write(chunk.data)
                     digest.update(chunk.data)
             if part.labels is not None:
