@@ -42,7 +42,7 @@ from cdm_fast.likelihood import (
     evaluate_elbo,
     evaluate_ode,
 )
-from cdm_fast.likelihood.audits import LARGEST_ODE_BATCH
+from cdm_fast.likelihood.audits import LARGEST_ODE_BATCH, DenoiserAudit
 from cdm_fast.likelihood.single_pass import PUBLIC_SCORING
 from cdm_fast.likelihood.units import nats_per_bit_per_dim, require_denoiser
 from cdm_fast.model import CDM, Denoiser
@@ -158,10 +158,7 @@ def _score_audit(command: Nll, model: Denoiser, data: ImageData) -> Scored:
     )
     result = report.to_json()
     picture = write_audit(result, command.run / "audit.png")
-    columns = _single_columns(report.single)
-    columns["ode_bits_per_dim"] = report.ode.index, report.ode.per_image
-    if report.elbo is not None:
-        columns["elbo_bits_per_dim"] = report.elbo.index, report.elbo.per_image
+    columns = {**_single_columns(report.single), **_denoiser_columns(report.denoiser)}
     return {**result, "picture": str(picture)}, [*describe_audit(result), str(picture)], columns
 
 
@@ -181,10 +178,14 @@ def _score_denoiser(command: Nll, model: Denoiser, data: ImageData) -> Scored:
         given=command.given or "none",
     )
     result = {"data": data.name, "split": data.split, "level": command.level, **report.to_json()}
+    return result, describe_denoiser_audit(result), _denoiser_columns(report)
+
+
+def _denoiser_columns(report: DenoiserAudit) -> dict[str, tuple[Tensor, Tensor]]:
     columns = {"ode_bits_per_dim": (report.ode.index, report.ode.per_image)}
     if report.elbo is not None:
         columns["elbo_bits_per_dim"] = report.elbo.index, report.elbo.per_image
-    return result, describe_denoiser_audit(result), columns
+    return columns
 
 
 def _single_columns(report: LikelihoodReport) -> dict[str, tuple[Tensor, Tensor]]:

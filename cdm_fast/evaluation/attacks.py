@@ -21,12 +21,11 @@ from cdm_fast.data import ImageData, PixelMap
 from cdm_fast.data.draws import choose
 from cdm_fast.data.pixels import from_brightness
 from cdm_fast.errors import UserError, require_at_least
-from cdm_fast.evaluation.class_scores import require_classes
+from cdm_fast.evaluation.class_scores import require_classes, require_posterior
 from cdm_fast.evaluation.classification import labels_for
 from cdm_fast.evaluation.square_attack import SquareAttack
 from cdm_fast.host.progress import Progress, silent
 from cdm_fast.model import CDM, evaluation_mode
-from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.model.denoiser import like_network
 from cdm_fast.statistics import auroc, require_error_bar, standard_error
@@ -58,9 +57,7 @@ class ClassLogLikelihoods(nn.Module):
 
     def __init__(self, model: CDM | Classifier, num_grey_levels: int, pixels: PixelMap = "intervals") -> None:
         super().__init__()
-        if not isinstance(model, Classifier):
-            require_likelihood(model)
-        require_classes(model)
+        require_posterior(model)
         self.model = model
         self.num_grey_levels, self.pixels = num_grey_levels, pixels
 

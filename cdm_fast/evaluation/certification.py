@@ -28,11 +28,10 @@ from torch import Tensor, nn
 from cdm_fast.data import PixelMap
 from cdm_fast.data.pixels import from_brightness, noise_of_inputs, to_brightness
 from cdm_fast.errors import UserError
-from cdm_fast.evaluation.class_scores import require_classes
+from cdm_fast.evaluation.class_scores import require_posterior
 from cdm_fast.host.optional import need
 from cdm_fast.host.progress import Progress, silent
 from cdm_fast.model import CDM, Denoiser
-from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.model.classifier import Classifier
 
 ABSTAIN = -1
@@ -65,9 +64,7 @@ class NoisyPixelClassifier(nn.Module):
         pixels: PixelMap = "intervals",
     ) -> None:
         super().__init__()
-        if not isinstance(model, Classifier):
-            require_likelihood(model)
-        require_classes(model)
+        require_posterior(model)
         self.model = model
         self.num_grey_levels, self.pixels = num_grey_levels, pixels
         self.level = model.schedule.nearest_to_noise(noise_of_inputs(sigma, num_grey_levels, pixels))

@@ -15,6 +15,7 @@ from cdm_fast.host.distributed import by_rows, in_turn
 from cdm_fast.likelihood.given import num_classes_of
 from cdm_fast.likelihood.ode import flow_log_prob
 from cdm_fast.model import CDM, Denoiser, evaluation_mode
+from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.model.schedule import evenly_spaced
 
@@ -80,6 +81,13 @@ def require_classes(model: Denoiser) -> int:
             "this model was trained without classes: train with --conditioning joint or embedding"
         )
     return num_classes
+
+
+def require_posterior(model: CDM | Classifier) -> None:
+    """Raises UserError unless the model gives `log p(c|x)`: a CDM with classes, or a `Classifier`."""
+    if not isinstance(model, Classifier):
+        require_likelihood(model)
+    require_classes(model)
 
 
 def fitting_method(model: Denoiser, method: ClassifyMethod | None = None) -> ClassifyMethod:

@@ -13,6 +13,7 @@ from cdm_fast.data import ImageData
 from cdm_fast.errors import UserError
 from cdm_fast.host.device import upload
 from cdm_fast.model import CDM, Denoiser
+from cdm_fast.model.cdm import normalised_log_prior
 
 
 def num_classes_of(model: Denoiser) -> int | None:
@@ -62,9 +63,7 @@ def log_class_prior(
     if class_prior is None and isinstance(model, CDM) and model.log_class_prior is not None:
         return model.log_class_prior.double().cpu()
     prior = torch.ones(num_classes) if class_prior is None else class_prior
-    if prior.shape != (num_classes,) or not bool((torch.isfinite(prior) & (prior > 0)).all()):
-        raise UserError(f"class_prior must be {num_classes} positive finite numbers, one per class")
-    return (prior.double() / prior.sum()).log().cpu()
+    return normalised_log_prior(prior, "class", num_classes).cpu()
 
 
 def of_all_classes(

@@ -77,7 +77,9 @@ class CDM(Energy):
         super().__init__(network, schedule, input_shape)
         if level_prior is None:
             level_prior = torch.ones(schedule.num_levels)
-        self.register_buffer("log_level_prior", _log_prior(level_prior, "level", schedule.num_levels))
+        self.register_buffer(
+            "log_level_prior", normalised_log_prior(level_prior, "level", schedule.num_levels)
+        )
         self.num_classes: int | None = getattr(network, "num_classes", None)
         own: Conditioning = getattr(network, "conditioning", "embedding")
         self.conditioning = conditioning or own
@@ -87,7 +89,9 @@ class CDM(Energy):
             class_prior = torch.ones(self.num_classes)
         self.register_buffer(
             "log_class_prior",
-            None if class_prior is None else _log_prior(class_prior, "class", self.num_classes or 0),
+            None
+            if class_prior is None
+            else normalised_log_prior(class_prior, "class", self.num_classes or 0),
         )
         # (K+1, L) nats, added to the level logits of a class embedding given each class, the null class last.
         self.register_buffer("class_constants", None, persistent=False)
@@ -283,7 +287,7 @@ class CDM(Energy):
         """
         log_prior = self.log_class_prior
         if class_prior is not None:
-            log_prior = _log_prior(class_prior, "class", self._require_classes()).to(x.device)
+            log_prior = normalised_log_prior(class_prior, "class", self._require_classes()).to(x.device)
         log_prob = self.log_prob_classes(x, level)
         return (log_prob + log_prior.to(log_prob.dtype)).log_softmax(1)  # type: ignore[union-attr]
 
@@ -316,7 +320,11 @@ class CDM(Energy):
         return logits - logits[:, -1:] + (prior[-1] - prior)[each] + normal[:, *each]
 
 
-def _log_prior(prior: Tensor, of: str, count: int) -> Tensor:
+def normalised_log_prior(prior: Tensor, of: str, count: int) -> Tensor:
+    """`log(prior / sum(prior))` (count,) float64, of levels or classes: `of` is "level" or "class".
+
+    Raises UserError for another length, and for a value that is not positive and finite.
+    """
     prior = torch.as_tensor(prior, dtype=torch.float64)
     if prior.shape != (count,):
         number = "the schedule has" if of == "level" else "there are"
