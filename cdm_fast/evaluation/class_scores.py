@@ -31,7 +31,7 @@ def ode_log_prob_classes(
 ) -> Tensor:  # (B, K)
     """`log p(x|c)` in nats, float64, by the probability-flow ODE of each class, all with the same probes.
 
-    Arguments and errors as of `flow_log_prob` (arXiv 2110.00473).
+    Arguments and errors as in `flow_log_prob` (arXiv 2110.00473).
     """
 
     def of_class(c: int) -> Tensor:

@@ -25,7 +25,7 @@ def vp_path(beta_min: float = 0.1, beta_max: float = 20.0, least: float = 1e-5) 
 
 
 def sub_vp_path(beta_min: float = 0.1, beta_max: float = 20.0, least: float = 1e-5) -> NoisePath:
-    """The sub-VP SDE: alpha as of `vp_path`, `beta = 1 - exp(-h)` (arXiv 2011.13456, eq. 29)."""
+    """The sub-VP SDE: alpha as in `vp_path`, `beta = 1 - exp(-h)` (arXiv 2011.13456, eq. 29)."""
     _require_betas(beta_min, beta_max)
 
     def amplitudes(time: Tensor) -> tuple[Tensor, Tensor]:

@@ -110,7 +110,7 @@ def calibrate_sigma(
 def denoise_blind(model: Denoiser, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Denoises `y = x_0 + sigma n` of unknown sigma: `(x0_hat like y, sigma (n,), level (n,) int64)`.
 
-    Arguments and errors as of `estimate_level`.
+    Arguments and errors as in `estimate_level`.
     """
     level, sigma = estimate_level(model, y)
     a, _ = model.amplitudes(level, y)
