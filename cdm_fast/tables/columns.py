@@ -1,4 +1,4 @@
-"""Tables of numbers for a CDM: checked, dequantised, standardised.
+"""Preparation of tables of numbers for a CDM: checks, dequantisation, standardisation.
 
 # n rows, d columns
 """
@@ -30,14 +30,14 @@ NARROWEST = 1e-12
 
 @dataclass(frozen=True)
 class Columns:
-    """An affine map that whitens: `z = ((x - centre) / unit) whiten`, and the grids of discrete columns.
+    """An affine whitening map, `z = ((x - centre) / unit) whiten`, and the grids of discrete columns.
 
     Fields:
-        centre, unit (d,), whiten (d, d): mean and covariance of z are 0 and I, as far as n rows can tell. The
-            units keep columns of any scale within what fp64 can square.
-        origin (d,), step (d,): a discrete column's values lie at `origin + step k`; step 0 for a continuous
-            one. Training adds uniform noise of one step, centred, so that a density exists: at a grid point
-            it is about the probability of the value over the step.
+        centre, unit (d,), whiten (d, d): z has the sample mean 0 and the sample covariance I. Dividing by
+            `unit` keeps the squares of columns of any scale within the range of fp64.
+        origin (d,), step (d,): the values of a discrete column lie at `origin + step k`; a continuous column
+            has step 0. Training adds centred uniform noise one step wide, so that a density exists: at a grid
+            point it is about the probability of the value divided by the step.
     """
 
     centre: Array
@@ -48,7 +48,7 @@ class Columns:
 
     @property
     def log_det(self) -> float:
-        """`log |det dz/dx|`: what turns densities of z into densities of x."""
+        """`log |det dz/dx|`, which converts log densities of z into log densities of x."""
         return float(np.linalg.slogdet(self.whiten)[1] - np.log(self.unit).sum())
 
     def standardise(self, x: Array) -> Tensor:
@@ -76,10 +76,11 @@ def measure(
 ) -> Columns:
     """The `Columns` of a table x (n, d) of finite numbers.
 
-    Whitens by the whole covariance, or with a warning by each column's variance where there are not more
-    rows than columns. labels (n,): sets that are told apart by them may share values, so atoms are looked for
-    in each set. weights (n,) are those of mean and covariance. Raises UserError for a constant column, one
-    that repeats values off any even grid, and columns that depend linearly on others: none has a density.
+    Whitens with the full covariance, or, with a warning, with the variance of each column if there are not
+    more rows than columns. labels (n,): two sets may share values, so repeated values are looked for within
+    each set. weights (n,): row weights for mean and covariance. Raises UserError for columns without a
+    density: a constant column, one that repeats values that lie on no even grid, or one that depends linearly
+    on others.
     """
     labels = np.zeros(len(x), dtype=np.int64) if labels is None else labels
     grids = [_grid(x, j, name, labels) for j in range(x.shape[1])]
@@ -108,9 +109,9 @@ def measure(
 
 
 def without_far_rows(x: Array, name: str = "X") -> NDArray[np.bool_]:
-    """(n,) False for rows that lie out of proportion, of which there is a warning.
+    """(n,) bool: False for rows extremely far from all others, about which it warns.
 
-    One entry that is wrong by orders of magnitude would set the scale of a whole column.
+    One entry that is wrong by orders of magnitude would determine the scale of a whole column.
     """
     unit = _units(x)
     median = np.median(x, axis=0)
@@ -131,13 +132,13 @@ def without_far_rows(x: Array, name: str = "X") -> NDArray[np.bool_]:
 
 
 def _units(x: Array) -> Array:
-    """(d,) half the span of each column, positive; a power of two, so that dividing is exact."""
+    """(d,) half the span of each column, rounded to a power of two so that dividing by it is exact."""
     half = np.max(x, axis=0) / 2 - np.min(x, axis=0) / 2
     return np.exp2(np.floor(np.log2(np.where(half > 0, half, 1.0))))
 
 
 def _grid(x: Array, column: int, name: str, labels: NDArray[np.int64]) -> tuple[float, float]:
-    """(origin, step) of a column; step 0 where it is continuous. UserError where it has no density."""
+    """(origin, step) of a column; step 0 for a continuous one. UserError for a column without a density."""
     values, counts = np.unique(x[:, column], return_counts=True)
     span = values[-1] / 2 - values[0] / 2
     if span <= NARROWEST * np.abs(values).max():
@@ -155,9 +156,10 @@ def _grid(x: Array, column: int, name: str, labels: NDArray[np.int64]) -> tuple[
 
 
 def _even_step(values: Array) -> float:
-    """The step of the coarsest even grid that holds all of `values` (ascending), 0 where there is none.
+    """The step of the coarsest even grid that contains all `values` (ascending); 0 if there is none.
 
-    Euclid's algorithm on the gaps: 0.1, 0.25 and 0.6 lie on a grid of 0.05, although no gap is so small.
+    Euclid's algorithm on the gaps: 0.1, 0.25 and 0.6 lie on a grid of step 0.05, although no gap is that
+    small.
     """
     gaps, span = np.unique(np.diff(values)), values[-1] - values[0]
     step = gaps[0]
@@ -174,7 +176,7 @@ def _even_step(values: Array) -> float:
 
 
 def all_discrete(x: Array) -> bool:
-    """Whether every column has few values or lies on an even grid, so that equal rows need not be copies."""
+    """True if every column has few values or lies on an even grid, so that equal rows need not be copies."""
     for column in x.T:
         values = np.unique(column)
         if len(values) > FEW_VALUES and (len(values) == len(x) or not _even_step(values)):
@@ -193,10 +195,10 @@ def _refuse_atoms(x: Array, column: int, name: str) -> None:
 
 
 def normal_scores(x: Array, generator: np.random.Generator) -> Tensor:
-    """Every column through its ranks to N(0, 1) quantiles, (n, d) fp64; ties in random order.
+    """Normal scores: the ranks of each column mapped to N(0, 1) quantiles, (n, d) fp64; ties in random order.
 
-    An increasing map of a column keeps mutual information, and so does the noise that breaks ties, being
-    independent of everything.
+    An increasing map of a column preserves mutual information, and so does breaking ties by independent
+    noise.
     """
     quantiles = torch.special.ndtri((torch.arange(len(x), dtype=torch.float64) + 0.5) / len(x)).numpy()
     scores = np.empty_like(x)
@@ -209,11 +211,12 @@ def normal_scores(x: Array, generator: np.random.Generator) -> Tensor:
 
 
 def separate_values(x: Array, scores: Tensor, generator: np.random.Generator) -> Tensor:
-    """`scores` (n, d) with each value of a column of few values in a narrow bell of its own.
+    """`scores` (n, d) in which each value of a column with few distinct values becomes a narrow Gaussian.
 
-    In random order the ranks of neighbouring values touch, and what changes from one to the other changes at
-    an edge, which is hard to learn. A bell stands at the mean score of its value, an eighth as wide as the
-    gap to the nearest other: they hardly overlap, so no information is lost.
+    With ties in random order, the scores of neighbouring values touch, so the density of the other columns
+    jumps at their border, which is hard to learn. The Gaussian is centred at the mean score of its value, and
+    its width is an eighth of the distance to the nearest other: they hardly overlap, so no information is
+    lost.
     """
     scores = scores.clone()
     for j in range(x.shape[1]):
