@@ -1,4 +1,4 @@
-"""What a class-conditional model's likelihood is conditioned on: a label, no label, or all classes at once.
+"""Conditioning of a class-conditional model's likelihood: a label, no label, or all classes at once.
 
 # n images, K classes
 """
@@ -54,9 +54,9 @@ def log_class_prior(
     model: Denoiser,
     class_prior: Tensor | None = None,  # (K,)
 ) -> Tensor:
-    """`log p(c)` (K,) in nats, float64, on the CPU: `class_prior`, else a CDM's own, else a uniform one.
+    """`log p(c)` (K,) in nats, float64, on the CPU: `class_prior`, or a CDM's own prior, or a uniform one.
 
-    class_prior: K positive numbers, normalised here; UserError for anything else.
+    class_prior: K positive numbers, normalised here; anything else raises UserError.
     """
     num_classes = num_classes_of(model)
     assert num_classes is not None, "a model without classes is refused earlier"
@@ -69,7 +69,7 @@ def log_class_prior(
 def of_all_classes(
     model: Denoiser, count: int, log_prob: Callable[[Tensor], Tensor]
 ) -> Tensor:  # (count,) float64, on the device of what `log_prob` returns
-    """`log sum_c p(c) p(x|c)` of `count` images in nats, from one `log_prob(label (count,))` a class."""
+    """`log sum_c p(c) p(x|c)` of `count` images in nats: one call `log_prob(label (count,))` per class."""
     prior = log_class_prior(model)
     each = torch.stack([log_prob(torch.full((count,), c)).double() for c in range(len(prior))])
     return (each + upload(prior, each.device)[:, None]).logsumexp(0)

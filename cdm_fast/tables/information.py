@@ -143,8 +143,7 @@ class MutualInformation(TableEstimator):
         for name, table in (("X", rows), ("y", other)):
             constant = np.flatnonzero(np.max(table, axis=0) == np.min(table, axis=0))
             if len(constant):
-                raise UserError(f"column {constant[0]} of {name} is constant, so its information is 0: drop
-                it")
+                raise UserError(f"column {constant[0]} of {name} is constant and has no information: drop it")
         if self.reference not in ("shuffled", "normal"):
             raise UserError(f"unknown reference {self.reference!r}: choose 'shuffled' or 'normal'")
         self._check_arguments()

@@ -150,9 +150,9 @@ def start_at_gaussians(
     """Sets the head so that the model is the exact CDM of Gaussian classes; needs S >= K d squares.
 
     With `x_t = a x_0 + s eps`, class c at level t is `N(a m, U (a^2 lam + s^2) U^T)`, so its log density
-    minus that of `N(0, I)` is, in the coordinates `r = U^T x` and with `v = a^2 lam + s^2`, `sum_i (1 -
-    1/v_i) r_i^2 / 2 + a m_i r_i / v_i - a^2 m_i^2 / (2 v_i) - log(v_i) / 2`. Training starts from there, so a
-    few rows need not teach the network what a covariance describes.
+    minus that of `N(0, I)` is, in the coordinates `r = U^T x` and with `v = a^2 lam + s^2`,
+    `sum_i (1 - 1/v_i) r_i^2 / 2 + a m_i r_i / v_i - a^2 m_i^2 / (2 v_i) - log(v_i) / 2`.
+    Training starts from there, so a few rows need not teach the network what a covariance describes.
     """
     network = model.network
     assert isinstance(network, TableMLP)
