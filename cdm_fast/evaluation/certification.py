@@ -1,19 +1,19 @@
 """Certified robustness by randomized smoothing (Cohen et al., arXiv 1902.02918).
 
-A smoothed classifier answers with the class that its base classifier gives most often under Gaussian noise of
-standard deviation sigma. It keeps that class under every perturbation of L2 norm below `sigma Phi^-1(p)`,
-where p bounds the probability of the class from below. A noise-level classifier needs no change to be that
-base classifier: its class logits at the level whose noise is sigma are a classifier trained under this noise.
+A smoothed classifier returns the class that its base classifier predicts most often under Gaussian noise of
+standard deviation sigma. Its class does not change under any perturbation with an L2 norm below `sigma
+Phi^-1(p)`, where p is a lower bound on the probability of the class. A noise-level classifier can be used as
+the base classifier directly: its class logits at the level whose noise is sigma are trained under this noise.
 
-Two certificates come out of the same noise draws:
+Two certificates are computed from the same noise draws:
 
 - votes: p bounds the probability that the base classifier votes for the class (Clopper & Pearson 1934);
 - mean posterior: p bounds the mean of the class's posterior under the noise. `Phi^-1` of that mean is
   1/sigma-Lipschitz (Salman et al., arXiv 1906.04584, lemma 2), so the radius has the same formula. The bound
   is Hoeffding's for means of values in [0, 1], in its relative-entropy form (1963, theorem 1).
 
-The noise, the perturbation and the radius are in units of white: pixels run from 0 to 1. Inputs of the model
-run from -1 to 1, so that sigma there is `2 (N-1)/N` times as large, or twice around points.
+Noise, perturbation and radius are in units of white: pixels range from 0 to 1. Inputs of the model range from
+-1 to 1, so sigma is `2 (N-1)/N` times as large there, or twice as large if pixels are "points".
 
 # n images, B batch, K classes, C channels, H W pixels, N grey levels
 """
@@ -48,9 +48,9 @@ class NoisyPixelClassifier(nn.Module):
     ordinary `Classifier` takes the noisy image as it is.
 
     Args:
-        model: a CDM with classes (joint logits in one pass, an embedding in K), or a `Classifier`.
-        sigma: of the noise, in units of white.
-        num_grey_levels, pixels: of the data, as `ImageData` has them.
+        model: a CDM with classes (one pass with joint logits, K with an embedding), or a `Classifier`.
+        sigma: standard deviation of the noise, in units of white.
+        num_grey_levels, pixels: fields of the model's `ImageData`.
 
     Raises:
         UserError: a model without likelihood or classes, or a sigma that is not positive and finite.
@@ -77,15 +77,15 @@ class NoisyPixelClassifier(nn.Module):
 
 
 class DenoisedPixelClassifier(nn.Module):
-    """Any classifier of clean images behind a denoiser (Carlini et al., arXiv 2206.10550).
+    """A denoiser followed by any classifier of clean images (Carlini et al., arXiv 2206.10550).
 
     One evaluation of the denoiser estimates the clean image, which is clipped to [0, 1] and classified.
 
     Args:
         denoiser: a CDM or DDM.
         classifier: pixels (B, C, H, W) in [0, 1] -> (B, K), whose softmax is the class posterior.
-        sigma: of the noise, in units of white.
-        num_grey_levels, pixels: of the denoiser's data.
+        sigma: standard deviation of the noise, in units of white.
+        num_grey_levels, pixels: fields of the denoiser's `ImageData`.
 
     Raises:
         UserError: a sigma that is not positive and finite.
@@ -113,14 +113,14 @@ class DenoisedPixelClassifier(nn.Module):
 
 @dataclass(frozen=True)
 class Certificates:
-    """What holds for each of n images.
+    """The certificates of n images.
 
     Fields:
-        predicted: (n,) int64, the smoothed classifier's class, or `ABSTAIN` where its bound is at most 1/2.
-        lower_bound: (n,) float64, of the probability, or of the mean posterior, of the class found by the
-            selection draws.
-        radius: (n,) float64, L2, white being 1; 0 where it abstains. Every perturbation of smaller norm
-            leaves the class as it is; each radius is too large with at most the failure probability.
+        predicted: (n,) int64, the smoothed classifier's class, or `ABSTAIN` if its bound is at most 1/2.
+        lower_bound: (n,) float64, lower bound on the probability, or on the mean posterior, of the class
+            found by the selection draws.
+        radius: (n,) float64, L2, white being 1; 0 for abstentions. No perturbation of smaller norm changes
+            the class; each radius is too large with at most the failure probability.
     """
 
     predicted: Tensor
@@ -129,18 +129,18 @@ class Certificates:
 
 
 def clopper_pearson(count: Tensor, draws: int, failure_probability: float) -> Tensor:
-    """One-sided lower confidence bound of a probability, like `count` (int64, 0..draws); float64.
+    """One-sided lower confidence bound on a probability, like `count` (int64, 0..draws); float64.
 
     The bound exceeds the true probability with a probability of at most `failure_probability`.
     Source: Clopper & Pearson, Biometrika 1934.
     """
     beta = need("scipy.stats", "a confidence bound").beta
     bound = beta.ppf(failure_probability, count.numpy(), draws - count.numpy() + 1)
-    return torch.as_tensor(bound, dtype=torch.float64).nan_to_num(0.0)  # without a single vote it is 0
+    return torch.as_tensor(bound, dtype=torch.float64).nan_to_num(0.0)  # 0 votes give NaN, the bound is 0
 
 
 def hoeffding(mean: Tensor, draws: int, failure_probability: float) -> Tensor:
-    """One-sided lower confidence bound of the expectation of values in [0, 1], like `mean`; float64.
+    """One-sided lower confidence bound on the expectation of values in [0, 1], like `mean`; float64.
 
     The smallest q with `draws KL(mean || q) <= log(1/failure_probability)`, KL between Bernoulli variables.
     Source: Hoeffding 1963, theorem 1, inequality 2.1.
@@ -168,15 +168,15 @@ def certify(
     seed: int = 0,
     progress: Progress = silent,
 ) -> tuple[Certificates, Certificates]:
-    """Certificates by votes and by mean posterior, of each image; see this module's head.
+    """Certificates by votes and by mean posterior for each image; see the module docstring.
 
-    The class comes from `selection_draws` of noise, and the bound on it from `draws` fresh ones, so that the
-    choice of the class costs no confidence (arXiv 1902.02918, algorithm CERTIFY).
+    The class is chosen from `selection_draws` draws of noise, and the bound comes from `draws` new ones, so
+    the choice of the class costs no confidence (arXiv 1902.02918, algorithm CERTIFY).
 
     Args:
         classifier: see `PixelClassifier`; called with at most `batch_size` noisy images.
-        sigma: of the noise, in units of white.
-        failure_probability: that the radius of one image is too large.
+        sigma: standard deviation of the noise, in units of white.
+        failure_probability: probability that the radius of an image is too large.
 
     Raises:
         UserError: numbers out of range.
@@ -208,7 +208,7 @@ def _under_noise(
     batch_size: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Votes (B, K) int64 and mean posteriors (B, K) float64 of the images under `draws` of noise each."""
+    """Votes (B, K) int64 and mean posteriors (B, K) float64 of the images over `draws` draws of noise."""
     votes: Tensor | float = 0
     total: Tensor | float = 0
     for first in range(0, draws, batch_size):

@@ -29,15 +29,16 @@ class CertificationReport:
     """Certified accuracy of a smoothed classifier on a data set.
 
     Fields:
-        sigma: of the noise, in units of white; level: at which a CDM reads its classes, or denoises.
-        draws, selection_draws, failure_probability: as `certify` takes them.
-        smoothed_accuracy: share of images whose smoothed class is theirs; an abstention counts as wrong.
+        sigma: standard deviation of the noise, in units of white.
+        level: noise level at which a CDM classifies or denoises.
+        draws, selection_draws, failure_probability: as in `certify`.
+        smoothed_accuracy: accuracy of the smoothed classifier; an abstention counts as wrong.
         abstained: share of images without a certificate.
         radii: L2 norms, white being 1, ascending.
         certified_accuracy, certified_accuracy_stderr: share of images whose class is right and whose radius
-            is at least each of `radii`, by votes.
+            is at least each of `radii`, by votes; and its standard error.
         certified_accuracy_of_mean: the same by mean posterior.
-        images_per_second: certified, all noise draws included.
+        images_per_second: certified images per second, with all their noise draws.
         index: (n,) which images of the data; votes, mean: their certificates.
     """
 
@@ -68,7 +69,7 @@ class CertificationReport:
         return fields
 
     def columns(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Smoothed class (-1: abstained) and radius of each image, as `write_per_image` takes them."""
+        """Smoothed class (-1: abstained) and radius of each image, for `write_per_image`."""
         name = f"sigma_{self.sigma:g}"
         return {
             f"certified_class_{name}": (self.index, self.votes.predicted),
@@ -99,13 +100,13 @@ def evaluate_certificates(
         classifier: `NoisyPixelClassifier`, `DenoisedPixelClassifier`, or any module that is a
             `PixelClassifier`.
         num_classes: K.
-        radii: at which to state the certified accuracy.
-        num_images: so many images, drawn from the data; by default all.
-        The others as `certify` takes them.
+        radii: radii at which to report the certified accuracy.
+        num_images: number of images, drawn from the data; all by default.
+        The others as in `certify`.
 
     Raises:
-        UserError: data without labels or of other classes, a radius that is not finite or negative, and as
-            `certify`.
+        UserError: data without labels or with other classes, a radius that is negative or not finite, and as
+            in `certify`.
     """
     label = labels_for(data, num_classes)
     _check_radii(radii)

@@ -1,4 +1,4 @@
-"""Scores of every class for every image, and the methods that a model can serve.
+"""Scores of every class for every image, and the methods that a model supports.
 
 # B batch, n images, K classes, d = C*H*W
 """
@@ -29,7 +29,7 @@ def ode_log_prob_classes(
     probes: int | None = None,
     seed: int = 0,
 ) -> Tensor:  # (B, K)
-    """`log p(x|c)` in nats, float64, by the probability-flow ODE of each class, all with the same probes.
+    """`log p(x|c)` in nats, float64, by the probability-flow ODE of each class, with the same probes for all.
 
     Arguments and errors as in `flow_log_prob` (arXiv 2110.00473).
     """
@@ -52,8 +52,8 @@ def denoising_scores(
 ) -> Tensor:  # (B, K)
     """`-mean_i |eps_hat(x_i, t_i, c) - eps_i|^2` of each class, over `trials` pairs of level and noise.
 
-    The levels are spread evenly over 1..T with equal weights, and every class meets the same pairs, so that
-    the part of the error that classes share cancels (arXiv 2303.16203, section 3).
+    The levels are evenly spaced over 1..T with equal weights, and every class uses the same pairs, so that
+    the error common to all classes cancels (arXiv 2303.16203, section 3).
     """
     levels = evenly_spaced(1, model.schedule.T, trials)
     total = torch.zeros(len(x), num_classes, dtype=torch.float64, device=x.device)
@@ -74,7 +74,7 @@ def _class_errors(model: Denoiser, num_classes: int, t: int, x_and_eps: Tensor) 
 
 
 def require_classes(model: Denoiser) -> int:
-    """K, the number of the model's classes; raises UserError for a model without."""
+    """K, the number of the model's classes; raises UserError for a model without classes."""
     num_classes = num_classes_of(model)
     if num_classes is None:
         raise UserError(
@@ -93,7 +93,7 @@ def require_posterior(model: CDM | Classifier) -> None:
 def fitting_method(model: Denoiser, method: ClassifyMethod | None = None) -> ClassifyMethod:
     """`method`, or by default the model's own.
 
-    Raises UserError for an unknown method, and for one that the model cannot serve.
+    Raises UserError for an unknown method, and for one that the model does not support.
     """
     own: ClassifyMethod = model.conditioning if isinstance(model, CDM) else "denoising"
     if isinstance(model, Classifier):

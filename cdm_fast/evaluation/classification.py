@@ -1,9 +1,9 @@
 """Generative classification: the likelihood of an image under every class, then Bayes' rule.
 
-Four methods score the classes by a network that denoises; the fifth is a baseline that does not:
+Four methods score the classes with a denoising network; the fifth is a baseline without one:
 
 - joint: `log p(x|c)` of all classes from one forward pass of joint (level, class) logits;
-- embedding: the same from one pass per class of a network that takes the label;
+- embedding: the same from one forward pass per class of a network that takes the label;
 - ode: `log p(x|c)` by the probability-flow ODE, one integration per class (arXiv 2110.00473);
 - denoising: minus the mean denoising error given each class (arXiv 2303.16203), which is no likelihood;
 - discriminative: `log p(c|x)` of an ordinary classifier on the same trunk.
@@ -52,23 +52,24 @@ class ClassReport:
     """Accuracy and calibration of a model on a labelled data set, and how they were measured.
 
     Fields:
-        method: how classes are scored; see this module's head.
+        method: how classes are scored; see the module docstring.
         accuracy, accuracy_stderr: share of images whose most probable class is right; its standard error.
         ece: expected calibration error of that class's posterior, 0..1.
         log_loss: mean of `-log p(label|x)`, nats.
-        bits_per_dim, bits_per_dim_stderr: of the marginal `sum_c p(c) p(x|c)` on dequantised images, with its
-            standard error; None for "denoising" and "discriminative", which have no likelihood.
-        confusion: (K, K) rows are true classes.
+        bits_per_dim, bits_per_dim_stderr: bits/dim of the marginal `sum_c p(c) p(x|c)` on dequantised images,
+            and its standard error; None for "denoising" and "discriminative", which have no likelihood.
+        confusion: (K, K) confusion matrix; rows are true classes.
         reliability: the bins of `ece`.
-        draws: dequantisation draws; an image's class scores (log-probabilities) are averaged over them.
+        draws: dequantisation draws, over which an image's class scores (log-probabilities) are averaged.
         level: noise level of the classified images and of `bits_per_dim`; every draw has its own noise.
-        trials: pairs of level and noise of "denoising"; tolerance: of "ode"; None for the others.
+        trials: number of (level, noise) pairs for "denoising", else None.
+        tolerance: tolerance of the solver for "ode", else None.
         num_images, num_classes, data, split: what was classified.
-        seconds, images_per_second: time of the scoring; every draw counts its images.
+        seconds, images_per_second: time of the scoring; images count once per draw.
         index: (n,) which images of the split.
         class_scores: (n, K) `log p(x|c)` in nats; for "denoising" minus the mean error, for "discriminative"
             `log p(c|x)`.
-        log_joint: (n, K) `class_scores` plus `log p(c)`: for a likelihood `log p(x, c)` in nats.
+        log_joint: (n, K) `class_scores` plus `log p(c)`; `log p(x, c)` in nats for methods with a likelihood.
         posterior: (n, K) `p(c|x)`.
     """
 
@@ -104,7 +105,7 @@ class ClassReport:
         return fields
 
     def columns(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Columns of a per-image file, name -> (images, values): `predicted` and the score of each class."""
+        """Columns of the per-image file, name -> (images, values): `predicted`, and a score per class."""
         name = {"denoising": "denoising_score", "discriminative": "log_posterior"}.get(
             self.method, "log_prob"
         )
@@ -129,24 +130,25 @@ def evaluate_classes(
     class_prior: Tensor | None = None,
     progress: Progress = silent,
 ) -> ClassReport:
-    """Classifies the labelled images of `data` by Bayes' rule; see `ClassReport` and this module's head.
+    """Classifies the labelled images of `data` by Bayes' rule; see `ClassReport` and the module docstring.
 
     Args:
         method: by default the model's own conditioning, or "denoising" for a plain denoiser.
-        num_images: so many images, drawn from the data; by default all, or `ODE_IMAGES` by the ODE.
-        draws: of dequantisation noise; by default 1 for "ode" and "denoising", 3 for the others.
-        level: classify `x_level` by `p_level(x_level|c)`, with fresh noise in every draw; "joint" and
+        num_images: number of images, drawn from the data; by default all, or `ODE_IMAGES` for "ode".
+        draws: draws of dequantisation noise; by default 1 for "ode" and "denoising", 3 for the others.
+        level: classify `x_level` by `p_level(x_level|c)`, with new noise in every draw; "joint" and
             "embedding" only. Noise hides details that differ between images of one class.
-        trials: of "denoising"; tolerance, probes: of "ode".
+        trials: number of (level, noise) pairs for "denoising".
+        tolerance, probes: passed to `flow_log_prob` for "ode".
         batch_size: network inputs per evaluation.
-        seed: of every draw.
-        class_prior: (K,) up to a factor; a CDM's own by default, else equal shares.
+        seed: seed of all draws.
+        class_prior: (K,) up to a factor; a CDM's own prior by default, else uniform.
 
     Raises:
-        UserError: a model without classes, a method that does not fit it, data without labels or of other
-            classes, numbers out of range, and as `flow_log_prob`.
+        UserError: a model without classes, a method that the model does not support, data without labels or
+            with other classes, numbers out of range, and as in `flow_log_prob`.
 
-    A network whose weights are zero finds every class equally likely:
+    A network with zero weights finds every class equally likely:
 
     >>> from cdm_fast import MLP, NoiseSchedule
     >>> network = MLP(dim=2, num_levels=12, hidden=4, depth=1, num_classes=2, conditioning="joint")
@@ -171,7 +173,7 @@ def evaluate_classes(
     index = choose(len(data), wanted, torch.Generator().manual_seed(seed))
     labels = labels[index]
     scores = _scores(model, method, num_classes, level, trials, tolerance, probes, seed)
-    slow = method in ("ode", "denoising")  # the others are too fast for a line a batch
+    slow = method in ("ode", "denoising")  # the others are too fast to report each batch
     start = time.perf_counter()
     class_scores, bits = _mean_over_draws(
         model,
@@ -204,7 +206,7 @@ def evaluate_classes(
 
 
 def _check_numbers(model: Denoiser, method: ClassifyMethod, level: int, **counts: int | None) -> None:
-    """Raises UserError for a count below 1, and for a level at which the method does not classify."""
+    """Raises UserError for a count below 1, and for a level that the method does not support."""
     for name, count in counts.items():
         if count is not None:
             require_at_least(name, count, 1)
@@ -215,14 +217,14 @@ def _check_numbers(model: Denoiser, method: ClassifyMethod, level: int, **counts
 
 
 def _log_prior(model: Denoiser, num_classes: int, class_prior: Tensor | None) -> Tensor:
-    """`log p(c)` (K,) to add to class scores; 0 for a `Classifier`, whose scores are posteriors already."""
+    """`log p(c)` (K,) to add to class scores; 0 for a `Classifier`, whose scores are posteriors."""
     if isinstance(model, Classifier):
         return torch.zeros(num_classes, dtype=torch.float64)
     return log_class_prior(model, class_prior)
 
 
 def _images_per_batch(method: ClassifyMethod, batch_size: int, num_classes: int) -> int:
-    """Images at a time, for `batch_size` network inputs per evaluation."""
+    """Images per batch, such that an evaluation takes at most `batch_size` network inputs."""
     if method == "ode":
         return min(batch_size, ODE_BATCH)
     return max(1, batch_size // num_classes) if method == "denoising" else batch_size
@@ -238,7 +240,7 @@ def _scores(
     probes: int | None,
     seed: int,
 ) -> ScoreClasses:
-    """How the method scores a batch."""
+    """The function with which the method scores a batch."""
     if method == "ode":
         load_solver()  # a missing package is reported before any work
         return _ode_scores(model, num_classes, tolerance, probes, seed)
@@ -333,7 +335,7 @@ def _marginal_likelihood(method: ClassifyMethod, bits: Tensor) -> dict[str, Any]
 
 
 def labels_for(data: ImageData, num_classes: int) -> Tensor:
-    """The labels (n,) int64 of `data`; raises UserError where it has none, or other classes than K."""
+    """The labels (n,) int64 of `data`; raises UserError if it has none, or not K classes."""
     labels = require_labels(data)
     if data.num_classes != num_classes:
         raise UserError(
@@ -345,7 +347,7 @@ def labels_for(data: ImageData, num_classes: int) -> Tensor:
 
 
 def require_labels(data: ImageData) -> Tensor:
-    """The labels (n,) int64 of `data`; raises UserError where it has none."""
+    """The labels (n,) int64 of `data`; raises UserError if it has none."""
     if data.labels is None:
         raise UserError(f"{data.name} has no labels, and an accuracy needs them; give labelled data")
     return data.labels

@@ -11,9 +11,8 @@ docs/explanation/likelihood.md:
 
 - levels t..T: `du/dl = (zeta/2) (zeta u - eps_hat)`, with eps_hat interpolated linearly in l between levels;
 - from T to pure noise: x0_hat changes linearly in alpha to the mean of the data, its value at u = 0;
-- from level 0 to level 1, where no score is trained (the bridge): the score of `x_1 / a_1` is held constant
-in
-  its noise variance.
+- from level 0 to level 1, where no score is trained: a bridge that uses the score function of `x_1 / a_1` at
+  all times.
 
 A model with a path in continuous time (`ContinuousDenoiser`) is evaluated at the solver's own times, without
 levels: from its least noisy time, where no noise is added to an image, to its noisiest, where the density is
