@@ -1,9 +1,10 @@
 """Certified robustness by randomized smoothing (Cohen et al., arXiv 1902.02918).
 
 A smoothed classifier returns the class that its base classifier predicts most often under Gaussian noise of
-standard deviation sigma. Its class does not change under any perturbation with an L2 norm below `sigma
-Phi^-1(p)`, where p is a lower bound on the probability of the class. A noise-level classifier can be used as
-the base classifier directly: its class logits at the level whose noise is sigma are trained under this noise.
+standard deviation sigma. Its class does not change under any perturbation whose L2 norm is below
+`sigma Phi^-1(p)`, where p is a lower bound on the probability of the class. A noise-level classifier can be
+used as the base classifier directly: its class logits at the level whose noise is sigma are trained under
+this noise.
 
 Two certificates are computed from the same noise draws:
 

@@ -1,9 +1,9 @@
 """The variational bound on log p_0: the code length of the denoiser's ancestral chain, level by level.
 
-The chain goes from pure noise down the levels with one Gaussian per step; each step costs `KL(q(x_prev | x_t,
-x_0) || p(x_prev | x_t))` (DDPM, arXiv 2006.11239, eq. 5). The mean of p is the mean of q with x0_hat in place
-of x_0; its variance is the optimal variance for the denoiser's error at that level (arXiv 2201.06503),
-measured on one half of the images and used for the other half.
+The chain goes from pure noise down the levels with one Gaussian per step; each step costs
+`KL(q(x_prev | x_t, x_0) || p(x_prev | x_t))` (DDPM, arXiv 2006.11239, eq. 5). The mean of p is the mean of
+q with x0_hat in place of x_0; its variance is the optimal variance for the denoiser's error at that level
+(arXiv 2201.06503), measured on one half of the images and used for the other half.
 
 # n images, d values of one image, m levels
 """

@@ -108,8 +108,9 @@ def evaluate(
     """bits/dim of `data` under the model's single-pass likelihood at `level` (CDM Thm 3.2).
 
     `bits/dim = -log2 p_t(x_t) / d + log2(N / 2)`, with `x = 2 (u + U[0,1)) / N - 1` for grey values u (with
-    N-1 in place of N if pixels are "points", see `data.pixels`). The protocol "paper" scores `x = 2u/(N-1) -
-    1`, without noise, with the same log2(N/2), as the paper's code does; see `PAPER_PROTOCOL`.
+    N-1 in place of N if pixels are "points", see `data.pixels`). The protocol "paper" scores
+    `x = 2u/(N-1) - 1` without noise, with the same log2(N/2), as the paper's code does; see
+    `PAPER_PROTOCOL`.
 
     Args:
         level: 0 for the data; above 0, `x_t = a x + s eps` is scored.

@@ -27,8 +27,8 @@ def load(
         run: a directory that `train` or `interop.convert` wrote.
         weights: "ema", the moving average, for sampling and scoring; or "raw", the current weights.
         calibrated: apply the calibration, if the run has one (`cdm-fast calibrate`); ignored for "raw".
-        constants: apply the refitted constants, if the run has them (`cdm-fast calibrate --method
-            constants`); ignored for "raw".
+        constants: apply the refitted constants, if the run has them
+            (`cdm-fast calibrate --method constants`); ignored for "raw".
 
     Raises:
         UserError: `run` is not a run directory, or has no intact checkpoint of its architecture.
