@@ -26,17 +26,17 @@ from cdm_fast.sampling.corrected import MALA, MoveLog
 from cdm_fast.sampling.restoration import Known, MeanPool, Measurement, Restored, restore
 
 FLAGS = {"inpaint": ("mask", "box"), "denoise": (), "super-resolution": ("factor",)}
-BRIGHT = 128  # of 0..255: pixels of a mask from this value on are filled in
+BRIGHT = 128  # mask pixels of at least this value, in 0..255, are filled in
 NOTHING_TO_FILL_IN = "--task inpaint needs to know what to fill in: give either --mask FILE or --box X Y W H"
 
 
 def read_measurement(command: Restore, config: RunConfig) -> tuple[Measurement, Tensor]:
-    """The measurement that the files and flags describe, and the input of the sheet, (C,H,W) in [-1, 1].
+    """The measurement that files and flags describe, and the input image for the sheet, (C,H,W) in [-1, 1].
 
     Raises UserError for flags of another task, a missing flag, and images or boxes that do not fit the run.
     """
     _check_flags(command)
-    rounding = 1 / (config.image.num_grey_levels * math.sqrt(3))  # of a value uniform on 2/N
+    rounding = 1 / (config.image.num_grey_levels * math.sqrt(3))  # std of a uniform error of width 2/N
     if command.task == "inpaint":
         image = read_input(command.image, config)
         known = ~_to_fill_in(command, config).expand_as(image)
@@ -46,7 +46,7 @@ def read_measurement(command: Restore, config: RunConfig) -> tuple[Measurement, 
         return Known(image, _sigma(command, None)), image
     factor, size = command.factor, config.image.size
     if factor is None or factor < 2 or size % factor:
-        raise UserError(f"--factor is {factor}: give a number from 2 on that divides the run's {size} pixels")
+        raise UserError(f"--factor is {factor}: give a divisor of the run's {size} pixels that is 2 or more")
     small = read_input(command.image, config, factor)
     shown = small.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
     return MeanPool(small, factor, _sigma(command, rounding / factor)), shown
@@ -68,7 +68,7 @@ def _sigma(command: Restore, default: float | None) -> float:
         return command.sigma
     if default is None:
         raise UserError(
-            "--task denoise needs --sigma, in units of [-1, 1]; cdm-fast denoise estimates an unknown one"
+            "--task denoise needs --sigma, in units of [-1, 1]; cdm-fast denoise estimates an unknown sigma"
         )
     return default
 
@@ -96,7 +96,7 @@ def _to_fill_in(command: Restore, config: RunConfig) -> Tensor:
     else:
         raise UserError(NOTHING_TO_FILL_IN)
     if not bool(missing.any()):
-        raise UserError(f"{name} is empty: nothing to fill in; paint what is missing white")
+        raise UserError(f"{name} is empty: there is nothing to fill in; paint the missing pixels white")
     if bool(missing.all()):
         raise UserError(f"{name} leaves no pixel known: use cdm-fast sample")
     return missing
@@ -184,11 +184,11 @@ def restore_command(command: arguments.Restore) -> Outcome:
 
 
 def read_input(path: Path, config: RunConfig, factor: int = 1) -> Tensor:
-    """An image file as the model sees it, (C,H,W) in [-1, 1]; UserError unless `factor` times smaller."""
+    """An image file as model input, (C,H,W) in [-1, 1]; UserError unless it is `factor` times smaller."""
     size = config.image.size // factor
     image = read_image(path, channels=config.image.channels)
     if image.shape[1:] != (size, size):
         height, width = image.shape[1:]
         takes = f"the run takes {size}x{size}" if factor == 1 else f"--factor {factor} takes {size}x{size}"
-        raise UserError(f"{path} is {height}x{width} pixels and {takes}; cut that out of it")
+        raise UserError(f"{path} is {height}x{width} pixels and {takes}; crop or resample it")
     return from_display(image, config.image.num_grey_levels, config.data.pixels)
