@@ -294,7 +294,7 @@ def test_part_of_a_file_stands_for_the_whole_and_says_so(tmp_path, content, note
 def test_names_that_differ_in_a_prefix_alone_are_refused(tmp_path):
     state = make_state()
     torch.save({**state, **with_prefix("module.")(state)}, tmp_path / "cdm.pt")
-    with pytest.raises(UserError, match="differ in `module.` alone"):
+    with pytest.raises(UserError, match="differ only in `module.`"):
         convert(tmp_path / "cdm.pt", tmp_path / "run", schedule="linear", image_size=SIZE)
 
 
