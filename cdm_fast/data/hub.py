@@ -20,10 +20,10 @@ _NUMBERS_AND_TEXT = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint
 def read_hub(repo: str, column: str | None = None, train_split: str | None = None) -> Source:
     """The data set `repo` ("owner/name"): an image column, and a label column if it has one.
 
-    column: the image column, where there are several; train_split: the split to train on, by default "train".
-    Labels are class labels, or a column of whole numbers or text with a usual name. Data sets that need a
-    script of their own to load are refused by `datasets` itself. Raises UserError if that package is missing,
-    the data set cannot be had, has no training split, or its columns are ambiguous.
+    column: the image column, if there are several; train_split: the split to train on, by default "train".
+    Labels are class labels, or a column of whole numbers or text with a usual name. `datasets` itself refuses
+    data sets that need their own loading script. Raises UserError if this package is missing, or if the data
+    set cannot be loaded, has no training split or ambiguous columns.
     """
     name = f"hf:{repo}"
     tables = _load_tables(name, repo)
@@ -74,10 +74,10 @@ def _load_tables(name: str, repo: str) -> Any:
 
 @dataclass(frozen=True)
 class _Columns:
-    """What the columns of a table are used for, and what its labels mean.
+    """The roles of a table's columns, and the meaning of its labels.
 
-    `classes` are the values of a label column of plain numbers or text; None for class labels, whose
-    `class_names` the table itself holds.
+    `classes`: class names in label order if the label column is text, else None. `class_names`: these, or the
+    names that the table itself gives its class labels.
     """
 
     image: str
@@ -112,7 +112,7 @@ def _columns(name: str, table: Any, column: str | None) -> _Columns:
 
 
 def _part(title: str, table: Any, columns: _Columns, train: Part | None) -> Part:
-    """One split, its pictures still encoded."""
+    """One split, with pictures that are still encoded."""
     import datasets
 
     label, image = columns.label, columns.image
@@ -146,7 +146,7 @@ def _splits(name: str, held: list[str], train_split: str | None) -> dict[str, st
 def _opener(table: Any, column: str, name: str) -> Callable[[], Any]:
     @contextmanager
     def opener() -> Iterator[Callable[[str, int], bytes]]:
-        lock = threading.Lock()  # `datasets` promises nothing to threads
+        lock = threading.Lock()  # `datasets` is not documented as thread-safe
 
         def fetch(key: str, limit: int) -> bytes:
             with lock:
@@ -159,7 +159,7 @@ def _opener(table: Any, column: str, name: str) -> Callable[[], Any]:
 
 
 def cell_bytes(cell: Any, name: str, limit: int = MAX_PICTURE_BYTES) -> bytes:
-    """The picture file in a cell: its content, or that of the file of which it has the path."""
+    """The picture file in a cell, which holds its content or its path."""
     if cell is None:
         raise bad(name, "holds no image; choose another data set")
     content = cell["bytes"]

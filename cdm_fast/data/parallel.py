@@ -1,4 +1,4 @@
-"""Rows of a part, read by all cores at once and handed over in order."""
+"""Reads the rows of a part on all cores, in order."""
 
 # n chosen images, C channels, H W pixels
 
@@ -16,20 +16,20 @@ from cdm_fast.data.source import Rows
 from cdm_fast.host.progress import ProgressBar
 from cdm_fast.host.reading import check_size
 
-_CHUNK_BYTES = 2**20  # of pixels that a thread reads at a time
+_CHUNK_BYTES = 2**20  # of pixels that a thread reads at once
 _CHUNK_IMAGES = 64
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def read_chunks(rows: Rows, indices: Indices, progress: ProgressBar) -> Iterator[Pixels]:
-    """The chosen images in order, some at a time, (m,C,H,W) uint8 each; takes the memory of a few chunks.
+    """Yields the chosen images in order, in chunks (m,C,H,W) uint8; needs memory for a few chunks.
 
-    Decoders and filters leave Python's lock, so threads use all cores. Of several damaged pictures the first
-    in order is the one that is told.
+    Decoders and filters release Python's lock, so threads use all cores. Of several damaged pictures the
+    first in order is reported.
     """
     size = max(1, min(_CHUNK_IMAGES, _CHUNK_BYTES // math.prod(rows.shape)))
     pending: deque[Future[Pixels]] = deque()

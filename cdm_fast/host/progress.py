@@ -1,4 +1,4 @@
-"""Progress messages of long measurements."""
+"""Progress of long work: messages and a progress bar."""
 
 import sys
 import time
