@@ -1,4 +1,4 @@
-"""Cross-entropy over noise levels (and classes), and the log-ratio that the likelihood is read from.
+"""Cross-entropy over noise levels (and classes), and `level_logits`, the log-sum-exp over classes.
 
 B batch, L = T+2 noise levels, K classes. Logits come as (B, L); as joint logits (B, (T+1) K + 1), entry
 `t K + c` for class c at level t <= T and one entry for pure noise, which has no class; or as (B, L, K).
