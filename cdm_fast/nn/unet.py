@@ -178,7 +178,7 @@ class UNetDenoiser(UNetTrunk):
         image_size: H = W of the images; divisible by 2 once per resolution after the first.
         channels: C of the images.
         num_classes: K for a class-conditional network, else None.
-        trunk: `base_channels` and the other options of `UNet`, which also says what is raised.
+        trunk: `base_channels` and the other options of `UNet`, which also lists the errors.
     """
 
     def __init__(
@@ -207,7 +207,7 @@ class UNetClassifier(UNetTrunk):
         image_size: H = W of the images; divisible by 2 once per resolution after the first.
         channels: C of the images.
         num_classes: K.
-        trunk: `base_channels` and the other options of `UNet`, which also says what is raised.
+        trunk: `base_channels` and the other options of `UNet`, which also lists the errors.
     """
 
     def __init__(
