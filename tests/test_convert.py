@@ -350,7 +350,7 @@ def replace(name, value):
             replace("norm_out.weight", torch.full((BASE,), math.nan)), "norm_out.weight holds NaN", id="nan"
         ),
         pytest.param(
-            replace("norm_out.weight", [1.0]), "no dict of names and dense tensors", id="not-a-tensor"
+            replace("norm_out.weight", [1.0]), "not a dict of names and dense tensors", id="not-a-tensor"
         ),
     ],
 )
