@@ -1,4 +1,4 @@
-"""Calibration: a planted constant per level is found and taken off, and a run keeps, tells and forgets it."""
+"""Calibration: a planted constant per level is measured and subtracted; runs store, report and remove it."""
 
 import json
 import math

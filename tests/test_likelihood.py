@@ -1,4 +1,4 @@
-"""The bits/dim protocol and the checks beside it, on densities whose answers are known."""
+"""The bits/dim protocol and its checks, on densities with known likelihoods."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""log Z of densities that integrate to one, or to a constant that a test has put in; and the whole audit."""
+"""log Z of densities that integrate to one, or to a planted constant; and the whole audit."""
 
 import csv
 import inspect

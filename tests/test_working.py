@@ -1,4 +1,4 @@
-"""Weights lent to a step or an evaluation: autocast's numbers up to rounding, and nothing left behind."""
+"""Working copies of weights: the numbers of autocast up to rounding, and no trace after the block."""
 
 from contextlib import nullcontext
 from functools import partial
