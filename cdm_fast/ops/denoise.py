@@ -80,10 +80,10 @@ def head_cotangent(
 
     out[b] = weight_c[N-1] - sum_c class_weight[b, c] weight_c[level[b] K + c], and 0 at level T+1.
 
-    weight_c: the head's cumulated weight; N = L rows, or the (L-1) K + 1 rows of a joint head. level: 0..L-1.
+    weight_c: the head's cumulated weight; N = L rows, or the (L-1) K + 1 rows of a joint head.
+    level: 0..L-1.
     class_weight: for a joint head, the weight of z[level, c] in f: one-hot for class c, softmax_c z[level]
-    for
-        the marginal, (1 + w) one-hot - w softmax for guidance w. None means K = 1 with weight 1.
+        for the marginal, (1 + w) one-hot - w softmax for guidance w. None means K = 1 with weight 1.
 
     Returns weight_c's dtype. Differentiable once with respect to weight_c and class_weight,
     deterministically. Raises TypeError or ValueError, naming the argument, for arguments that do not match
