@@ -5,7 +5,7 @@
     python -m benchmarks.studies.certificates show  # results/certificates.jsonl as a table
 
 - joint, embedding: a CDM's class logits at the level whose noise is sigma;
-- clean: an ordinary classifier on the same way down, trained on clean images;
+- clean: an ordinary classifier on the same downsampling path, trained on clean images;
 - noised: the same trained under the noise of each sigma, a run for each;
 - denoised: the clean one behind the joint run's denoiser.
 

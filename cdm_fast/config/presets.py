@@ -27,7 +27,7 @@ Preset = Literal[
 ]
 
 
-# Runs by name. Without a suffix the network is the paper's U-Net, with `-encoder` its downward half; `-paper`
+# Runs by name. Without a suffix the network is the paper's U-Net, with `-encoder` the encoder; `-paper`
 # has all settings of the paper's public code.
 PRESETS: dict[str, RunConfig] = {
     "digits": RunConfig(

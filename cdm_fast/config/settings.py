@@ -91,8 +91,8 @@ class NetworkConfig:
     """The network."""
 
     architecture: Literal["unet", "encoder"] = "unet"
-    """`unet` is the network of the paper; `encoder` is its downward half, whose gradient serves as the
-    decoder."""
+    """`unet` is the network of the paper; `encoder` is its downsampling path, whose gradient serves as
+    the decoder."""
     base_channels: int = 32
     """Channels at full resolution, 1..16384; a multiple of --num-groups."""
     multipliers: tuple[int, ...] = (1, 2)

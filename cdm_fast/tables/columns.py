@@ -22,7 +22,7 @@ FEW_VALUES = 20
 # Values lie on a grid where they are so near to its points, in steps or in shares of the column's range; a
 # finer grid than so many steps is as good as none.
 GRID_TOLERANCE, ROUNDING, MOST_GRID_STEPS = 1e-3, 1e-9, 100_000
-# A row is far where a column lies so many times the middle half's width from the median.
+# A row is far if a column lies more than this many interquartile ranges from its median.
 FAR = 1000.0
 # A column that spans less of this of its largest value cannot be told from a constant in fp64.
 NARROWEST = 1e-12
@@ -116,16 +116,14 @@ def without_far_rows(x: Array, name: str = "X") -> NDArray[np.bool_]:
     unit = _units(x)
     median = np.median(x, axis=0)
     low, high = np.quantile(x / unit, [0.25, 0.75], axis=0)
-    width = np.where(
-        high > low, high - low, np.inf
-    )  # of a column with one value in its middle half: no width
+    width = np.where(high > low, high - low, np.inf)  # a column whose quartiles are equal has no width
     far = (np.abs(x / unit - median / unit) > FAR * width).any(1)
     if far.any():
         row = int(np.flatnonzero(far)[0])
         warnings.warn(
-            f"{int(far.sum())} of the {len(x)} rows of {name} (the first is row {row}) lie over {FAR:g} times"
-            " the middle half's width from the median in some column: they are left out of the fit; check"
-            " their units, or transform the column",
+            f"{int(far.sum())} of the {len(x)} rows of {name} (the first is row {row}) lie over {FAR:g}"
+            " interquartile ranges from the median in some column: they are left out of the fit; check their"
+            " units, or transform the column",
             stacklevel=3,
         )
     return np.asarray(~far)
