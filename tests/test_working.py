@@ -35,7 +35,7 @@ def model(request):
 
 
 def gradient(model, lends, recompute=False, dtype=torch.bfloat16):
-    """Gradients by name of a loss, in bf16 unless it is fp64; at this batch size upsampling folds its kernels."""
+    """Gradients by name of a loss, in bf16 unless it is fp64; upsampling folds kernels at this batch size."""
     model.zero_grad()
     model.network.recompute = recompute
     generator = torch.Generator().manual_seed(0)
