@@ -54,8 +54,7 @@ class MoveLog:
     Fields:
         leapfrog: leapfrog steps per move.
         step_size: level -> step size h of its moves.
-        accepted, moved: level -> number of accepted moves (a scalar on the device of the images), and of all
-            moves.
+        accepted, moved: level -> number of accepted moves (a scalar on the images' device), and of all moves.
 
     >>> from cdm_fast.sampling.sampler import Moves, Step
     >>> log = MoveLog()
