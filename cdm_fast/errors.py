@@ -1,4 +1,4 @@
-"""The errors that a user can put right."""
+"""The errors that a user can fix."""
 
 
 class UserError(ValueError):
@@ -9,10 +9,10 @@ class UserError(ValueError):
 
 
 class DiskError(UserError):
-    """The system refused to write (no space, no permission): training warns and tries again later."""
+    """Writing failed (no space, no permission): training warns and tries again later."""
 
 
 def require_at_least(name: str, value: int, least: int) -> None:
-    """Raises UserError where `value` is below `least`; `name` is what the user knows it by."""
+    """Raises UserError if `value` is below `least`; `name` is the name that the user knows."""
     if value < least:
         raise UserError(f"{name} is {value}; give {least} or more")

@@ -1,4 +1,4 @@
-"""How accurate a computation has to be: the one table of tolerances, and the rule that kernels obey."""
+"""The required accuracy of computations: the one table of tolerances, and the rule for kernels."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""A network that hides what it can: the model must then differentiate it by torch.func, on reference ops."""
+"""A network that hides its adjoint, so that the model differentiates it by torch.func."""
 
 from torch import nn
 

@@ -345,7 +345,7 @@ def test_the_papers_cifar10_network_has_its_size_and_names():
 
 @pytest.mark.parametrize("kind", [UNet, Encoder])
 def test_the_rate_of_dropout_can_be_changed(kind):
-    """A new rate reaches every block: the same masks and outputs as of a network built with it."""
+    """A new rate reaches every block: the same masks and outputs as in a network built with it."""
     sizes = {"base_channels": 8, "multipliers": (1,), "blocks_per_level": 1, "num_groups": 4}
     torch.manual_seed(0)
     network = randomise(kind(4, 1, 12, **sizes, dropout=0.5)).train()

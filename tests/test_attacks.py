@@ -1,4 +1,4 @@
-"""Attacks on classes whose margin is known: two round Gaussians are parted by a plane."""
+"""Attacks on classes with a known margin: two isotropic Gaussians separated by a plane."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Backends: what is chosen, what a name demands, and that the choice is undone."""
+"""Backends: the automatic choice, selection by name, and that selections end with their block."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""Everything a user can get wrong: one clear line that names it, exit status 2, and nothing half-written."""
+"""Every user error gives one clear line that names it and exit status 2, and leaves nothing half-written."""
 
 import gzip
 import pickle

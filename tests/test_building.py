@@ -1,4 +1,4 @@
-"""How the kernels' build decides: torch, toolkit, compiler, and what is left when something fails."""
+"""The decisions of the kernels' build: torch, toolkit, compiler, and the result when something fails."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Calibration: a planted constant per level is found and taken off, and a run keeps, tells and forgets it."""
+"""Calibration: a planted constant per level is measured and subtracted; runs store, report and remove it."""
 
 import json
 import math
@@ -114,7 +114,7 @@ def test_a_network_without_our_head_is_refused():
     model = CDM(Opaque(GaussianPixels(RAMP, "embedding")), SCHEDULE, input_shape=(1, 2, 2))
     with pytest.raises(UserError, match="no such head"):
         calibrate(model, pixels())
-    with pytest.raises(UserError, match="3 constants for the 42 levels"):
+    with pytest.raises(UserError, match="3 constants do not fit the 42 levels"):
         fold(model, (0.0, 0.0, 0.0))
 
 

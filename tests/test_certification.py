@@ -16,9 +16,9 @@ from cdm_fast.evaluation.certification import (
     NoisyPixelClassifier,
     certify,
     clopper_pearson,
-    evaluate_certificates,
     hoeffding,
 )
+from cdm_fast.evaluation.certification_report import evaluate_certificates
 from cdm_fast.evaluation.selective import conformal_threshold, evaluate_selection, risk_coverage
 from tests.test_classify import classes, draw, joint_model
 from tests.test_cli import call, call_json
@@ -57,17 +57,13 @@ def images(num, seed=1):
     return torch.rand(num, 1, 2, 3, generator=torch.Generator().manual_seed(seed))
 
 
+# Few draws and a large probability of failure, so that failures are often enough to count.
+OFTEN_WRONG = {"draws": 200, "selection_draws": 20, "failure_probability": 0.01, "batch_size": 10**5}
+
+
 def test_certified_radii_exceed_the_exact_ones_no_more_often_than_they_may():
-    classifier, pixels, failure = Linear(6), images(1000), 0.01
-    votes, _ = certify(
-        classifier,
-        pixels,
-        SIGMA,
-        draws=200,
-        selection_draws=20,
-        failure_probability=failure,
-        batch_size=10**5,
-    )
+    classifier, pixels = Linear(6), images(1000)
+    votes, _ = certify(classifier, pixels, SIGMA, **OFTEN_WRONG)
     exact = classifier.distance(pixels).abs().double()
     right = (votes.predicted == 1) == (classifier.distance(pixels) < 0)
     wrong = (votes.radius > 0) & ((votes.radius > exact) | ~right)
@@ -87,16 +83,8 @@ def test_many_draws_come_within_five_percent_of_the_exact_radius():
 
 
 def test_mean_posterior_certificates_hold_where_the_mean_is_known():
-    classifier, pixels, failure = Linear(6, slope=2.0), images(1000), 0.01
-    _, mean = certify(
-        classifier,
-        pixels,
-        SIGMA,
-        draws=200,
-        selection_draws=20,
-        failure_probability=failure,
-        batch_size=10**5,
-    )
+    classifier, pixels = Linear(6, slope=2.0), images(1000)
+    _, mean = certify(classifier, pixels, SIGMA, **OFTEN_WRONG)
     distance = classifier.distance(pixels).double()
     # E Phi(k (d + sigma z)) = Phi(k d / sqrt(1 + k^2 sigma^2)), and its radius is sigma times the argument.
     argument = 2 * distance / math.sqrt(1 + (2 * SIGMA) ** 2)

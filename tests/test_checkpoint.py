@@ -1,4 +1,4 @@
-"""Run directories: exact round trips, damage of every kind, and a disk that refuses."""
+"""Run directories: exact round trips, damage of every kind, and disks that refuse to write."""
 
 import errno
 import hashlib

@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 
 from cdm_fast.cli import arguments, main
-from cdm_fast.cli.bar import Bar
 from cdm_fast.cli.entry import parse
 from cdm_fast.data import load_data
 from cdm_fast.data.pictures import encode_png
 from cdm_fast.errors import UserError
 from cdm_fast.host.device import pick_device
+from cdm_fast.host.progress import ProgressBar
 from cdm_fast.runs.load import load
 from cdm_fast.sampling import sample
 from tests.test_bad_input import refused
@@ -350,15 +350,28 @@ def test_samples_that_cannot_be_written_are_refused_first(trained, tmp_path, mon
 
 
 def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(capsys, monkeypatch):
-    monkeypatch.setattr("cdm_fast.cli.bar._SECONDS_BETWEEN_LINES", 0.0)
-    with Bar("images", 3) as bar:
+    monkeypatch.setattr(ProgressBar, "_SECONDS_BETWEEN_LINES", 0.0)
+    with ProgressBar("drawing images", 3) as bar:
         for _ in range(3):
             bar.advance(1)
-    assert capsys.readouterr().err == "1 of 3 images\n2 of 3 images\n"
+    lines = capsys.readouterr().err
+    assert lines == "drawing images: 1 of 3, 0 s left\ndrawing images: 2 of 3, 0 s left\n"
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes this for a terminal
-    with Bar("images", 3) as bar:
+    with ProgressBar("drawing images", 3) as bar:
         bar.advance(3)
-    assert "images" in (drawn := capsys.readouterr().err) and "3/3" in drawn and "ETA" in drawn
+    assert "drawing images" in (drawn := capsys.readouterr().err) and "3/3" in drawn and "ETA" in drawn
+    with ProgressBar("reading digits", 3, delay=60.0) as bar:
+        bar.advance(3)
+    assert capsys.readouterr().err == ""
+
+
+def test_only_rank_0_reports_progress_unless_every_process_may_do_the_work(capsys, monkeypatch):
+    monkeypatch.setattr(ProgressBar, "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("cdm_fast.host.progress.is_main", lambda: False)
+    for every_process, lines in ((False, 0), (True, 1)):
+        with ProgressBar("reading digits", 2, every_process=every_process) as bar:
+            bar.advance(1)
+        assert capsys.readouterr().err.count("reading digits: 1 of 2") == lines
 
 
 def test_memory_does_not_grow_with_the_number_of_samples(trained, tmp_path):

@@ -1,4 +1,4 @@
-"""The config tree: presets, bounds, JSON, and what a resumed run must keep."""
+"""The config tree: presets, bounds, JSON, and the settings that a resumed run must keep."""
 
 import dataclasses
 from dataclasses import dataclass, replace

@@ -294,7 +294,7 @@ def test_part_of_a_file_stands_for_the_whole_and_says_so(tmp_path, content, note
 def test_names_that_differ_in_a_prefix_alone_are_refused(tmp_path):
     state = make_state()
     torch.save({**state, **with_prefix("module.")(state)}, tmp_path / "cdm.pt")
-    with pytest.raises(UserError, match="differ in `module.` alone"):
+    with pytest.raises(UserError, match="differ only in `module.`"):
         convert(tmp_path / "cdm.pt", tmp_path / "run", schedule="linear", image_size=SIZE)
 
 
@@ -350,7 +350,7 @@ def replace(name, value):
             replace("norm_out.weight", torch.full((BASE,), math.nan)), "norm_out.weight holds NaN", id="nan"
         ),
         pytest.param(
-            replace("norm_out.weight", [1.0]), "no dict of names and dense tensors", id="not-a-tensor"
+            replace("norm_out.weight", [1.0]), "not a dict of names and dense tensors", id="not-a-tensor"
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Corrected samplers draw from the model's law where the same steps without correction do not."""
+"""Corrected samplers draw from the model's distribution where the same steps without correction do not."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The fifteen corruptions: shape and range at every size, pure functions, stronger by the severity."""
+"""The fifteen corruptions: shape and range at every size, determinism, effects that grow with severity."""
 
 from itertools import pairwise
 

@@ -1,4 +1,4 @@
-"""Data sources, splits, batches and pixels: what goes in comes out, and everything random is pinned."""
+"""Data sources, splits, batches and pixels: exact round trips, and reproducible randomness."""
 
 import gzip
 import hashlib

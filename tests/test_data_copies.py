@@ -1,4 +1,4 @@
-"""Prepared copies: the same images as without, made once, whole or not at all, and shared."""
+"""Prepared copies: the same images as without a copy, made once, completely or not at all, and shared."""
 
 import contextlib
 import hashlib

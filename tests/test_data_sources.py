@@ -1,4 +1,4 @@
-"""Sources as people have them: what lies in one is read, refused, or named as not read; never misread."""
+"""Sources as users have them: their content is read, refused, or named as not read, and never misread."""
 
 import io
 import json

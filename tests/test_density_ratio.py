@@ -153,7 +153,7 @@ def test_mutual_information_of_correlated_normals(reference):
     exact = -math.log(1 - 0.8**2)  # of two pairs, each -log(1 - rho^2)/2
     assert found.mutual_information_ == pytest.approx(exact, abs=0.1)
     low, high = found.confidence_interval_
-    spread = math.sqrt(2 * 0.8**2 / 8000)  # variance rho^2 a pair, over all rows: each is kept out once
+    spread = math.sqrt(2 * 0.8**2 / 8000)  # variance rho^2 a pair, over all rows: each is held out once
     assert low < found.mutual_information_ < high
     assert high - low == pytest.approx(2 * 1.96 * spread, rel=0.2)
 

@@ -1,4 +1,4 @@
-"""fp32 is IEEE's where it is promised, PyTorch's settings survive, training's clock waits for the device."""
+"""fp32 is IEEE fp32 where documented, PyTorch's settings are restored, training time includes device work."""
 
 import time
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Many processes give what one gives, and they stop, fail and restart together."""
+"""Several processes give the results of one, and they stop, fail and restart together."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Public names of the model and sampling rooms are documented, and those called first have an example."""
+"""Public names of models and samplers are documented, and the most used ones have an example."""
 
 import inspect
 from doctest import DocTestFinder

@@ -1,4 +1,4 @@
-"""The doctor tells the truth about versions, devices and backends, and how to get what is missing."""
+"""`doctor` reports versions, devices and backends correctly, and how to install what is missing."""
 
 import json
 from importlib.metadata import version

@@ -1,4 +1,4 @@
-"""Weights out of pickles of whole networks, as EDM's code writes them, without running what is in them."""
+"""Weights from pickles of whole networks, as EDM's code writes them, without running code in them."""
 
 import io
 import pickle

@@ -1,4 +1,4 @@
-"""What steps, samplers and likelihoods of the CIFAR-10 preset do on a GPU, seen on fake CUDA tensors.
+"""Launches, copies and waits of the CIFAR-10 preset's steps, samplers and likelihoods, on fake CUDA tensors.
 
     TRITON_INTERPRET=1 python -m tests.fake_cuda_runs /tmp/cache step
 

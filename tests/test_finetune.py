@@ -147,8 +147,8 @@ def test_a_finetuned_run_is_resumed_as_any_other(folder, tmp_path):
     ("flags", "told"),
     [
         (["--preset", "digits"], "--preset digits"),
-        (["--T", "9"], "has the levels of"),
-        (["--schedule", "cosine"], "has the levels of"),
+        (["--T", "9"], "was trained with the levels of"),
+        (["--schedule", "cosine"], "was trained with the levels of"),
         (["--base-channels", "64"], "leave the network's settings"),
         (["--conditioning", "none"], "leave"),
         (["--resume", "RUN"], "give only one"),

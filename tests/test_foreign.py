@@ -1,4 +1,4 @@
-"""Other programs' denoisers: a mixture's exact denoiser dressed as each kind, against its closed form."""
+"""Other programs' denoisers: a mixture's exact denoiser in each interface, against its closed form."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Models of diffusers as denoisers: what their schedulers say, their folders, and the command line."""
+"""Models of diffusers as denoisers: their schedulers, their folders, and the command line."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show: a captured graph draws new noise, and a step never waits for the host.
+"""Tests that need a GPU: a captured graph draws new noise, and a step never waits for the host.
 
 `tests/test_fake_cuda.py` looks for waits without one; here PyTorch itself raises at the first.
 """

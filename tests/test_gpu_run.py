@@ -1,4 +1,4 @@
-"""benchmarks/run_gpu.sh: every stage runs in a dry run, and none can take the others' records with it."""
+"""benchmarks/run_gpu.sh: every stage runs in a dry run, and a failing stage loses no other's records."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Files that were made to harm: what fuzzing found, kept, and a small run of every fuzz target.
+"""Hostile files: the regression cases found by fuzzing, and a small run of every fuzz target.
 
 `python -m tests.fuzz all` is the large run; its generators of inputs are the ones used here.
 """

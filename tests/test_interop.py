@@ -1,4 +1,4 @@
-"""diffusers' schedulers walk our grid to our samples; exported graphs give the model's numbers."""
+"""diffusers' schedulers on our grid give our samples; exported graphs give the model's numbers."""
 
 import pytest
 import torch

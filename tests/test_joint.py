@@ -357,7 +357,10 @@ def test_between_two_classes_the_denoiser_is_that_of_mixed_logits(exact, mixture
             lambda: CDM(NETWORKS["mlp"](), SCHEDULE).denoise(torch.ones(1, 5), 1, torch.tensor([K])),
             f"label {K} does not exist",
         ),
-        (lambda: sample(CDM(NETWORKS["mlp"](), SCHEDULE), 1, steps=2, guidance=1.0), "towards no class"),
+        (
+            lambda: sample(CDM(NETWORKS["mlp"](), SCHEDULE), 1, steps=2, guidance=1.0),
+            "no class to guide towards",
+        ),
         (
             lambda: sample(CDM(NETWORKS["mlp"](), SCHEDULE), 1, steps=2, label=0, guidance=math.nan),
             "finite number",

@@ -1,4 +1,4 @@
-"""A few of the kills of `python -m tests.kill_training`; the full number is for a person to run."""
+"""A few of the kills of `python -m tests.kill_training`; the full number is run by hand."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The rooms of the package and their order: a file imports from its own room or from lower ones.
+"""The layers of the package: a file imports only from its own subpackage or from lower ones.
 
 The imports are read from the sources, those inside functions and under TYPE_CHECKING included.
 """

@@ -1,4 +1,4 @@
-"""Stratified levels: exact counts in a batch, exact marginals, the same levels at any split."""
+"""Stratified levels: exact counts in a batch, exact marginals, the same for any number of processes."""
 
 from dataclasses import replace
 

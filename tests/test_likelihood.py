@@ -1,4 +1,4 @@
-"""The bits/dim protocol and the checks beside it, on densities whose answers are known."""
+"""The bits/dim protocol and its checks, on densities with known likelihoods."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.support.analytic import ExactNetwork, GaussianMixture, UniformPixels
+from benchmarks.support.analytic import ExactImageNetwork, ExactNetwork, GaussianMixture, UniformPixels
 from cdm_fast import CDM, DDM, NoiseSchedule, UNet, UserError
 from cdm_fast.data import ImageData
 from cdm_fast.likelihood import (
@@ -22,19 +22,10 @@ SHAPE = (1, 2, 2)
 SCHEDULE = NoiseSchedule.uniform(T=30)
 
 
-class OnImages(nn.Module):
-    """An exact network of vectors, fed with images."""
-
-    def __init__(self, density, prior=None):
-        super().__init__()
-        self.network = ExactNetwork(density, SCHEDULE, prior)
-
-    def forward(self, x):
-        return self.network(x.flatten(1).double())
-
-
 def exact_model(density, prior=None, assumed_prior=None):
-    return CDM(OnImages(density, prior), SCHEDULE, level_prior=assumed_prior, input_shape=SHAPE)
+    return CDM(
+        ExactImageNetwork(density, SCHEDULE, prior), SCHEDULE, level_prior=assumed_prior, input_shape=SHAPE
+    )
 
 
 def grey_images(num=2000, grey=16, seed=0):

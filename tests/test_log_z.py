@@ -1,4 +1,4 @@
-"""log Z of densities that integrate to one, or to a constant that a test has put in; and the whole audit."""
+"""log Z of densities that integrate to one, or to a planted constant; and the whole audit."""
 
 import csv
 import inspect
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.support.analytic import ExactNetwork, GaussianMixture
+from benchmarks.support.analytic import ExactImageNetwork, GaussianMixture
 from cdm_fast import CDM, DDM, NoiseSchedule, UserError
 from cdm_fast.cli import arguments
 from cdm_fast.cli.describe import describe_ode
@@ -29,17 +29,6 @@ SCHEDULE = NoiseSchedule.uniform(T)
 VARIANCE = 0.2
 
 
-class OnImages(nn.Module):
-    """An exact network of vectors, fed with images."""
-
-    def __init__(self, density, prior=None):
-        super().__init__()
-        self.network = ExactNetwork(density, SCHEDULE, prior)
-
-    def forward(self, x):
-        return self.network(x.flatten(1).double())
-
-
 def gaussian_pixels(num=300, grey=256, seed=0):
     """Independent Gaussian pixels of variance `VARIANCE`, quantised so finely that it hardly shows."""
     generator = torch.Generator().manual_seed(seed)
@@ -52,7 +41,7 @@ def exact_model(shift=None):
     """The exact model of those pixels; `shift` (T+2,) nats puts a constant on every level."""
     density = GaussianMixture.gaussian(torch.zeros(4), VARIANCE * torch.eye(4))
     prior = None if shift is None else shift.exp()
-    return CDM(OnImages(density, prior), SCHEDULE, input_shape=SHAPE)
+    return CDM(ExactImageNetwork(density, SCHEDULE, prior), SCHEDULE, input_shape=SHAPE)
 
 
 DATA = gaussian_pixels()

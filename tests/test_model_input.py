@@ -1,4 +1,4 @@
-"""What a user of the model API can get wrong is told in one line, and classes reach the network as given."""
+"""Wrong arguments of the model API give a one-line error, and classes reach the network unchanged."""
 
 from dataclasses import MISSING, fields
 

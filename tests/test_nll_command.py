@@ -202,7 +202,7 @@ def test_ode_and_bound_of_labels_and_of_all_classes(conditional):
     assert (np.abs(values["all"] - values["label"]) > 0).any()
     found = call_json("nll", conditional, "--method", "elbo", *AUDIT, "--given", "label")
     assert np.isfinite(found["elbo_bits_per_dim"]) and found["elbo"]["given"] == "label"
-    for method, told in (("elbo", "--given all goes with"), ("audit", "log Z")):
+    for method, told in (("elbo", "--given all works with"), ("audit", "log Z")):
         status, _, err = call("nll", conditional, "--method", method, *AUDIT, "--given", "all")
         assert status == 2 and told in err and err.count("\n") == 1
 

@@ -1,4 +1,4 @@
-"""What is installed, what a wheel holds, and what the first import costs."""
+"""The installed files, the content of a wheel, and the cost of the first import."""
 
 import configparser
 import json

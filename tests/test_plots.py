@@ -1,4 +1,4 @@
-"""The pictures show what they were given, and are never half-written."""
+"""Plots show the data they were given, and are never half-written."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""`replay`: a step again, as training took it, and what was wrong with it."""
+"""`replay` repeats a step exactly as training took it, and reports what was wrong with it."""
 
 import json
 import math

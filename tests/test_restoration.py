@@ -172,7 +172,7 @@ def test_a_class_is_restored_under_its_own_density():
         (lambda: Posterior(MODEL, MeanPool(NOISY, 2, 0.1)), "shape .1, 8, 8."),
         (
             lambda: Posterior(DDM(MLPDenoiser(16, hidden=16), SCHEDULE), TASKS["denoise"]),
-            "DDM knows no log p",
+            "DDM has no log p",
         ),
         (lambda: restore(MODEL, TASKS["denoise"], 0), "0 candidates"),
         (lambda: restore(MODEL, TASKS["denoise"], 2, level=61), "level 61"),

@@ -1,4 +1,4 @@
-"""One model gives the same numbers by every way to its weights and by every way through its ops."""
+"""A model gives the same numbers however its weights are stored and whichever backend runs its ops."""
 
 from contextlib import nullcontext
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Samplers on exact denoisers: order of convergence, the law of the samples, determinism, bad values."""
+"""Samplers on exact denoisers: order of convergence, distribution of the samples, determinism, bad values."""
 
 import math
 from itertools import pairwise

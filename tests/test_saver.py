@@ -1,4 +1,4 @@
-"""Saving behind the training's back: what it waits for, and what becomes of a save that fails."""
+"""Saving in a background thread: what training waits for, and how failed saves are handled."""
 
 import errno
 import os

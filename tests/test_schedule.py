@@ -1,4 +1,4 @@
-"""Every schedule keeps the one convention, at any T, and its values are those of its source."""
+"""Every schedule follows the one convention, at any T, and has the values of its source."""
 
 import math
 from itertools import pairwise

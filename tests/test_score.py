@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
-from benchmarks.support.analytic import ExactNetwork, GaussianMixture
+from benchmarks.support.analytic import ExactImageNetwork, GaussianMixture
 from cdm_fast import CDM, DDM, NoiseSchedule
 from cdm_fast.cli.describe import describe_outliers
 from cdm_fast.data import ImageData, quantize
@@ -26,22 +26,11 @@ SIDE, VARIANCE, COUNT = 8, 0.04, 400
 DIM = SIDE * SIDE
 
 
-class OnImages(torch.nn.Module):
-    """An exact network that takes images in any dtype."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, x):
-        return self.network(x.flatten(1).double())
-
-
 @pytest.fixture(scope="module")
 def model():
     """The exact CDM of white Gaussian pixels."""
     density = GaussianMixture.gaussian(torch.zeros(DIM), VARIANCE * torch.eye(DIM))
-    return CDM(OnImages(ExactNetwork(density, SCHEDULE)), SCHEDULE, input_shape=(1, SIDE, SIDE))
+    return CDM(ExactImageNetwork(density, SCHEDULE), SCHEDULE, input_shape=(1, SIDE, SIDE))
 
 
 def gaussian_images(variance, seed, name="own", count=COUNT):

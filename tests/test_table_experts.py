@@ -1,4 +1,4 @@
-"""The experts beside the networks of `MutualInformation`, and how they are weighed."""
+"""The experts that `MutualInformation` combines with its networks, and their weights."""
 
 import math
 

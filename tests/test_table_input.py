@@ -1,4 +1,4 @@
-"""What tables may look like, and what the estimators share with scikit-learn's tools."""
+"""Valid and invalid tables, and compatibility of the estimators with scikit-learn's tools."""
 
 import pickle
 

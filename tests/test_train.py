@@ -1,4 +1,4 @@
-"""The training step, its pieces, and runs that are interrupted, resumed, or go wrong."""
+"""The training step, its parts, and runs that are interrupted, resumed, or diverge."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The choices of speed: precision by a race, compilation of loss and network, recomputation of stages."""
+"""Speed settings: measured precision, compilation of loss and network, recomputation of stages."""
 
 from dataclasses import replace
 from functools import partial

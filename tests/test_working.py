@@ -1,4 +1,4 @@
-"""Weights lent to a step or an evaluation: autocast's numbers up to rounding, and nothing left behind."""
+"""Working copies of weights: the numbers of autocast up to rounding, and no trace after the block."""
 
 from contextlib import nullcontext
 from functools import partial
@@ -35,7 +35,7 @@ def model(request):
 
 
 def gradient(model, lends, recompute=False, dtype=torch.bfloat16):
-    """Gradients by name of a loss, in bf16 unless it is fp64; at this batch the way up folds its kernels."""
+    """Gradients by name of a loss, in bf16 unless it is fp64; upsampling folds kernels at this batch size."""
     model.zero_grad()
     model.network.recompute = recompute
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Models made of models hold each module and each tensor once; every such class of the package is here."""
+"""Wrapper models hold each module and each tensor once; every such class of the package is tested."""
 
 from importlib import import_module
 from pkgutil import walk_packages

@@ -1,4 +1,4 @@
-"""What the processes of the distributed tests do.
+"""The functions that the processes of the distributed tests run.
 
 They are forked from a server that has imported everything and started no thread.
 """

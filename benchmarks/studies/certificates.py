@@ -5,7 +5,7 @@
     python -m benchmarks.studies.certificates show  # results/certificates.jsonl as a table
 
 - joint, embedding: a CDM's class logits at the level whose noise is sigma;
-- clean: an ordinary classifier on the same way down, trained on clean images;
+- clean: an ordinary classifier on the same downsampling path, trained on clean images;
 - noised: the same trained under the noise of each sigma, a run for each;
 - denoised: the clean one behind the joint run's denoiser.
 
@@ -34,8 +34,8 @@ from cdm_fast.evaluation.certification import (
     DenoisedPixelClassifier,
     NoisyPixelClassifier,
     certify,
-    evaluate_certificates,
 )
+from cdm_fast.evaluation.certification_report import evaluate_certificates
 from cdm_fast.host.progress import to_stderr
 from cdm_fast.runs.checkpoint import read_config
 from cdm_fast.runs.data import run_data

@@ -99,25 +99,24 @@ def measurements(data: str, kind: str, run: Path) -> Iterator[tuple[str, Figures
     found = partial(evaluate_corruptions, lambda images: classified(images, own, few), test, to_stderr)
     yield "corruptions", lambda found=found: found().to_json()
     assert isinstance(model, CDM | Classifier)
+    yield from attacks(data, kind, run, model, test)
+
+
+def attacks(
+    data: str, kind: str, run: Path, model: CDM | Classifier, test: ImageData
+) -> Iterator[tuple[str, Figures]]:
+    """(what, how to measure it) of attacks on the run's own gradients, then on those of other runs."""
+    attacked = partial(evaluate_attack, model, test, num_images=ATTACKED)
     for attack, norm in (("pgd", "linf"), ("square", "linf"), ("deepfool", "l2"), ("cw", "l2")):
         budgets = BUDGETS[data] if norm == "linf" else ()
-        found = partial(evaluate_attack, model, test, attack, norm, budgets, num_images=ATTACKED)  # type: ignore[arg-type]
+        found = partial(attacked, attack, norm, budgets)  # type: ignore[arg-type]
         yield attack, lambda found=found: found().to_json()
     for other in ("joint", "discriminative"):
         path = run.parent / f"{data}-{other}-0"
         if other != kind and path.exists():
             surrogate = load(path)
             assert isinstance(surrogate, CDM | Classifier)
-            found = partial(
-                evaluate_attack,
-                model,
-                test,
-                "pgd",
-                "linf",
-                BUDGETS[data],
-                surrogate=surrogate,
-                num_images=ATTACKED,
-            )
+            found = partial(attacked, "pgd", "linf", BUDGETS[data], surrogate=surrogate)
             yield f"pgd from {other}", lambda found=found: found().to_json()
 
 

@@ -149,6 +149,13 @@ class ExactNetwork(nn.Module):
         return self.density.log_prob(flat, self.a, self.s, label) + self.log_prior + constant
 
 
+class ExactImageNetwork(ExactNetwork):
+    """`ExactNetwork` for images (B, C, H, W) of any dtype, without labels; computes in float64."""
+
+    def forward(self, x: Tensor, label: None = None) -> Tensor:
+        return super().forward(x.double())
+
+
 class ExactDenoiser(Denoiser):
     """The exact denoiser alone: what a sampler sees of a perfect model, cheaply where a batch has few levels.
 

@@ -1,6 +1,7 @@
-"""The arguments of each command, as frozen dataclasses: their docstrings are its help.
+"""The arguments and flags of each command, as frozen dataclasses whose docstrings are its help.
 
-Options that several commands take are written once, in a base class.
+Options of several commands are defined once, in a base class. `train` also has a flag for every field of the
+run's settings (`config.settings`).
 """
 
 from dataclasses import dataclass, field
@@ -119,8 +120,8 @@ class Sample(WithCompile):
     num: int = 64
     """Number of images to draw."""
     sampler: Sampler | CorrectedSampler = "ddim"
-    """Sampling algorithm. `mala` and `smc` correct the images at each level by moves that are accepted or
-    rejected by log p(x)."""
+    """Sampling algorithm. `mala` and `smc` correct the images at each level by Metropolis-adjusted moves,
+    which need log p(x)."""
     steps: int = 50
     """Number of noise levels to visit, at most T."""
     seed: int = 0
@@ -170,7 +171,7 @@ class Nll(WithBatches, WithParticles, WithSolver, WithCompile):
     or with --protocol paper."""
     pixels: PixelMap | None = None
     """Position of grey level u of N in [-1, 1]: `intervals` is [2u/N, 2(u+1)/N] - 1, `points` the interval of
-    width 2/(N-1) around 2u/(N-1) - 1. By default that of the run; points for other programs' models."""
+    width 2/(N-1) around 2u/(N-1) - 1. By default as in the run; points for other programs' models."""
     level: int = 0
     """Noise level at which to score; 0 is clean data."""
     draws: int = 3
@@ -194,23 +195,23 @@ class Nll(WithBatches, WithParticles, WithSolver, WithCompile):
 class Calibrate(WithBatches, WithParticles, WithDevice):
     """Measure log Z of the single pass at every level, or refit the constants of the logits.
 
-    Likelihoods use them.
-    The checkpoints do not change: RUN/calibration.json or RUN/constants.json holds the constants.
+    Likelihoods then use them. The checkpoints do not change: the constants are stored in
+    RUN/calibration.json or RUN/constants.json.
     """
 
     run: Positional[Path]
     """Run directory."""
     method: Literal["particles", "constants"] = "particles"
-    """`particles` measures log Z by annealing; `constants` refits the constants of the logits, also those of
-    classes, to noised training images."""
+    """`particles` measures log Z by annealing; `constants` refits the constants of the logits, including
+    those of classes, to noised training images."""
     undo: Switch = False
-    """Remove the calibration instead."""
+    """Remove the stored constants of this method instead."""
     rows: int = 100_000
-    """Noised training images of `--method constants`."""
+    """Number of noised training images for `--method constants`."""
     data: str | None = None
     """Data source; by default the data of the run."""
     split: Split = "validation"
-    """Images to score before and after, and from which the runs from data to noise start."""
+    """Images to score before and after, and from which the walks from data to noise start."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ class Classify(WithBatches, WithSolver, WithDevice):
     method: ClassifyMethod | None = None
     """`joint`: all classes in one pass; `embedding`: one pass per class; `discriminative`: a classifier's
     logits; `denoising`: mean denoising error of each class; `ode`: probability-flow ODE of each class. By
-    default the one that the run was trained for, of the first three."""
+    default the method that the run was trained for."""
     draws: int | None = None
     """Dequantisation draws, whose log-probabilities are averaged; by default 3, or 1 for denoising and
     ode."""
@@ -257,7 +258,7 @@ class Classify(WithBatches, WithSolver, WithDevice):
     set_coverage: float = 0.9
     """Fraction of images whose conformal prediction set holds their class (--selective)."""
     false_alarms: float = 0.05
-    """Fraction of usual images that a threshold on log p(x) may reject (--selective)."""
+    """Fraction of normal images that a threshold on log p(x) may reject (--selective)."""
     certify: Switch = False
     """Certify the classes against every perturbation up to an L2 radius, by randomized smoothing. Draws
     RUN/certified.png. For joint, embedding and discriminative."""
@@ -270,14 +271,14 @@ class Classify(WithBatches, WithSolver, WithDevice):
     failure_probability: float = 0.001
     """Probability that the certified radius of an image is too large."""
     denoiser: Path | None = None
-    """Run directory whose denoiser is put before the classifier in --certify."""
+    """Run directory whose denoiser is applied before the classifier in --certify."""
     out: Path | None = None
     """Write the prediction and the log-likelihood of every class for each image to this .npz or .csv."""
 
 
 @dataclass(frozen=True)
 class Score(WithBatches, WithDevice):
-    """Rank images by how unusual they are: by likelihood, typicality and noise level, from one pass.
+    """Rank images by how unusual they are: by likelihood, typicality and noise level, from a single pass.
 
     Draws RUN/score.png, and anomaly maps of the least likely images in RUN/anomaly.png.
     """
@@ -300,7 +301,7 @@ class Score(WithBatches, WithDevice):
     false_alarms: float = 0.05
     """Fraction of images like the validation split that may be flagged, 0..1."""
     map_level: int | None = None
-    """Noise level of the anomaly map; by default the one whose sigma is nearest to 0.5 of [-1, 1]."""
+    """Noise level of the anomaly map; by default the one with sigma nearest to 0.5, for data in [-1, 1]."""
     noise: Switch = False
     """Also add noise of known sigma and estimate it; draws RUN/sigma.png."""
     out: Path | None = None
@@ -315,7 +316,7 @@ class Denoise(WithDevice):
     run: Positional[Path]
     """Run directory; or diffusers:PATH or hf:OWNER/NAME, another program's model."""
     images: Positional[tuple[Path, ...]]
-    """Image files of the size that the model takes."""
+    """Image files of the model's image size."""
     out: Path | None = None
     """Folder for the results; by default RUN/denoised."""
 
@@ -330,7 +331,7 @@ class Restore(WithDevice):
     run: Positional[Path]
     """Run directory."""
     image: Positional[Path]
-    """Image file of the size that the model takes, or for super-resolution smaller by --factor."""
+    """Image file of the model's image size, or smaller by --factor for super-resolution."""
     task: RestoreTask
     """`inpaint`: fill in --mask or --box; `denoise`: remove noise of --sigma; `super-resolution`: enlarge."""
     mask: Path | None = None
@@ -340,12 +341,12 @@ class Restore(WithDevice):
     factor: int | None = None
     """Enlargement along each side (super-resolution only)."""
     sigma: float | None = None
-    """Standard deviation of the noise in the measurement, in units of [-1, 1]; by default that of rounding to
-    grey levels. denoise needs it."""
+    """Standard deviation of the noise in the measurement, for pixels in [-1, 1]; by default the error of
+    rounding to grey levels. Required for denoise."""
     candidates: int = 8
     """Number of candidates to draw."""
     level: int = 0
-    """Noise level at which candidates are ranked by log p; higher levels compare coarse structure only."""
+    """Noise level at which candidates are ranked by log p; higher levels compare only coarse structure."""
     steps: int = 50
     """Number of noise levels to visit, at most T."""
     moves: int = 4
@@ -408,28 +409,28 @@ class Replay(WithDevice):
 
 @dataclass(frozen=True)
 class Data(WithJson):
-    """Tell what a data source holds: kind, splits, shape, classes, size, and whether a copy is prepared."""
+    """Show the contents of a data source: kind, splits, shape, classes, size, and its prepared copy."""
 
     source: Positional[str] = ""
-    """As for `train --data`; not needed with --clear."""
+    """Data source, as for `train --data`; optional with --clear."""
     image_size: ImageSizeFlag = None
     """Resample to this size, as in training: 64 for a square, 48x64 for height by width."""
     crop: str = "centre"
-    """`centre`, `none`, or LEFT,TOP,WIDTH,HEIGHT in pixels."""
+    """Crop before resampling: `centre`, `none`, or LEFT,TOP,WIDTH,HEIGHT in pixels."""
     resample: Resample = "bicubic"
     """Filter of --image-size."""
     channels: int | None = None
-    """1 makes all images grey, 3 colour."""
+    """1 converts all images to grey, 3 to colour."""
     split_seed: int = 0
-    """Seed of the train/validation/test split of sources that come without one."""
+    """Seed of the train/validation/test split of sources without splits."""
     hf_column: str | None = None
-    """Image column of hf:NAME, parquet or arrow files, where there are several."""
+    """Image column of hf:NAME, parquet or arrow files, if there are several."""
     hf_split: str | None = None
-    """Split of hf:NAME to train on, where it is not called train."""
+    """Split of hf:NAME to train on, if it is not called train."""
     prepare: Switch = False
-    """Make the prepared copy that training with these settings maps; one that is there is verified."""
+    """Make the prepared copy for training with these settings, or verify an existing one."""
     clear: Switch = False
-    """Remove the source's prepared copy; without a source, all."""
+    """Remove the source's prepared copy; without a source, all copies."""
     sheet: Path | None = None
     """Also draw examples into this .png."""
     cache: str | None = None

@@ -1,4 +1,4 @@
-"""`cdm-fast classify --certify` and `--selective`: what they measure, draw and say."""
+"""`cdm-fast classify --certify` and `--selective`."""
 
 from typing import Any
 
@@ -8,11 +8,10 @@ from cdm_fast.data import ImageData
 from cdm_fast.errors import UserError
 from cdm_fast.evaluation.attacks import ClassLogLikelihoods
 from cdm_fast.evaluation.certification import (
-    CertificationReport,
     DenoisedPixelClassifier,
     NoisyPixelClassifier,
-    evaluate_certificates,
 )
+from cdm_fast.evaluation.certification_report import CertificationReport, evaluate_certificates
 from cdm_fast.evaluation.class_scores import fitting_method, require_classes
 from cdm_fast.evaluation.classification import ClassReport, labels_for
 from cdm_fast.evaluation.selective import SelectiveReport, evaluate_selection
@@ -24,7 +23,7 @@ from cdm_fast.runs.checkpoint import read_config
 
 
 def check_certify(command: Classify, model: Denoiser, data: ImageData) -> None:
-    """UserError, before any work, for what `--certify` cannot do."""
+    """Raises UserError, before any work, for settings that `--certify` does not support."""
     if command.denoiser is not None and not command.certify:
         raise UserError("--denoiser belongs to --certify: add that flag")
     if not command.certify:
@@ -42,7 +41,7 @@ def check_certify(command: Classify, model: Denoiser, data: ImageData) -> None:
 def certify_images(command: Classify, model: Denoiser, data: ImageData) -> Scored:
     """Certificates at every `--sigma`; draws RUN/certified.png.
 
-    Raises UserError as `evaluate_certificates`.
+    Raises UserError as in `evaluate_certificates`.
     """
     assert isinstance(model, CDM | Classifier)
     denoiser = None if command.denoiser is None else load_on(command.denoiser, command.device)
@@ -78,7 +77,7 @@ def certify_images(command: Classify, model: Denoiser, data: ImageData) -> Score
 
 
 def describe_certificates(reports: list[CertificationReport]) -> list[str]:
-    """A table of certified accuracy by sigma and radius, for a person."""
+    """A table of certified accuracy by sigma and radius, as lines of text."""
     first = reports[0]
     lines = [
         f"certified accuracy in % by L2 radius, white being 1 ({first.num_images} {first.split} images of"
@@ -118,7 +117,7 @@ def select_images(command: Classify, model: Denoiser, data: ImageData, report: C
 
 
 def describe_selection(report: SelectiveReport) -> list[str]:
-    """The report as lines for a person."""
+    """The report as lines of text."""
     names = {"posterior": report.accuracy_by_posterior, "likelihood": report.accuracy_by_likelihood}
     areas = {"posterior": report.aurc_by_posterior, "likelihood": report.aurc_by_likelihood}
     lines = [

@@ -29,8 +29,8 @@ from cdm_fast.runs.load import load
 def score_classes(command: Classify, config: RunConfig, model: Denoiser, data: ImageData) -> Scored:
     """The JSON values, the lines of text, and the columns of the per-image file.
 
-    Draws RUN/classes.png and, if asked for, pictures of corruptions, an attack, abstention and certificates.
-    Raises UserError as `evaluate_classes`, `evaluate_attack` and `evaluate_certificates` do.
+    Draws RUN/classes.png and, if requested, pictures of corruptions, an attack, abstention and certificates.
+    Raises UserError as in `evaluate_classes`, `evaluate_attack` and `evaluate_certificates`.
     """
     require_classes(model)
     if command.attack is not None:

@@ -1,4 +1,4 @@
-"""The commands by name: runs the one that was parsed."""
+"""Dispatch: runs the command that was parsed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ from cdm_fast.host.processes import launched
 
 
 def run(command: arguments.Command) -> Outcome:
-    """Runs a parsed command; UserError for whatever the user can put right.
+    """Runs a parsed command; UserError for whatever the user can fix.
 
     Under torchrun the processes share the work, and each returns the outcome.
     """
@@ -27,7 +27,7 @@ def run(command: arguments.Command) -> Outcome:
         with process_group(command.device):
             return _COMMANDS[type(command)](command)
     if launched() is not None:
-        raise UserError(f"{type(command).__name__.lower()} is the work of one process; leave torchrun out")
+        raise UserError(f"{type(command).__name__.lower()} runs in one process; start it without torchrun")
     return _COMMANDS[type(command)](command)
 
 

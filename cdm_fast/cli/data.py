@@ -1,4 +1,4 @@
-"""`cdm-fast data`: what a source holds, its prepared copy, and a sheet of examples."""
+"""`cdm-fast data`: the content of a source, its prepared copy, and a sheet of examples."""
 
 import math
 from pathlib import Path
@@ -68,7 +68,7 @@ def _describe(command: arguments.Data, request: Request) -> Outcome:
         if command.prepare:
             copy = make_copy(request, found, mark, _need_cache())
             if copy is None:
-                raise UserError(f"{command.source} has no content to tell it by; leave --prepare out")
+                raise UserError(f"{command.source} cannot be identified by its content; leave --prepare out")
     else:
         tell_unread(command.source, copy.about.unread)
     result = _of_copy(copy) if copy is not None else _of_source(found, request)
@@ -142,7 +142,7 @@ def _lines(result: dict[str, Any]) -> list[str]:
 
 
 def _examples(copy: Copy | None, found: Source | None, request: Request) -> Tensor:
-    """The first training images of evenly spread places, (n,C,H,W) uint8."""
+    """Evenly spaced training images, (n,C,H,W) uint8."""
     if copy is not None:
         images, _ = copy.split("train")
         return images[_spread(len(images))]

@@ -56,7 +56,7 @@ def describe_ode(ode: Mapping[str, Any]) -> list[str]:
                 ode["levels"], ode["difference_at"], ode["difference_at_stderr"], strict=True
             )
         )
-        lines.append(f"the same at levels on the way to noise: {', '.join(each)}")
+        lines.append(f"the same at higher noise levels: {', '.join(each)}")
     if ode["warning"] is not None:
         lines.append(f"warning: {ode['warning']}")
     return lines

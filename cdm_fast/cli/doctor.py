@@ -1,4 +1,4 @@
-"""What this installation can do: versions, devices, the backend of each op, and what is missing."""
+"""`cdm-fast doctor`: versions, devices, the backend of each op, and missing features."""
 
 import os
 import platform
@@ -16,11 +16,11 @@ from cdm_fast.ops import build_record
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "pillow", "matplotlib", "scikit-learn", "tyro", "rich")
 
-# The torch releases that the kernels were built and tested with, and the triton that belongs to each.
+# The torch releases with which the kernels were built and tested, and the triton version of each.
 TESTED_TORCH = ((2, 11), (2, 14))
 TESTED_TRITON = {(2, 11): (3, 6), (2, 13): (3, 8), (2, 14): (3, 8)}
 
-# Up to this triton, the interpreter fails from this numpy on.
+# Up to this triton version, its interpreter fails with this numpy version or newer.
 OLD_INTERPRETER = ((3, 6), (2, 4))
 
 # Optional features: extra of the package -> (module that it installs, purpose).
@@ -55,7 +55,7 @@ def report() -> dict[str, Any]:
 
 
 def render(found: dict[str, Any]) -> str:
-    """A `report` as text for a terminal, one fact a line."""
+    """A `report` as text for a terminal, one fact per line."""
     lines = [f"cdm_fast {found['version']}, Python {found['python']}, {found['platform']}"]
     lines.append(", ".join(f"{name} {number or '(missing)'}" for name, number in found["packages"].items()))
     lines.append("\nDevices")

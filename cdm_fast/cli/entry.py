@@ -1,7 +1,7 @@
 """The command line: parses, runs a command, and prints its result. Nothing here imports torch.
 
-Exit status: 0; 2 for anything that the user can put right (one line on standard error); 130 for a Ctrl-C that
-no command made use of; 141 where the reader of standard output has gone.
+Exit status: 0; 2 for anything that the user can fix (one line on standard error); 130 for a Ctrl-C that the
+command did not handle; 141 if the reader of standard output has gone.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ from cdm_fast.host.processes import launched, starts_again
 
 
 def parse(arguments: Sequence[str]) -> Command:
-    """The command that the arguments describe; UserError, of one line, when they describe none.
+    """The command that the arguments describe; invalid arguments raise a UserError of one line.
 
     `--help` prints and exits. The defaults of `train` come from `--preset`, or from the run of `--resume` or
     `--finetune`. `~` at the beginning of a path is the user's home.
@@ -91,7 +91,7 @@ def _at_home(command: Command) -> Command:
 
 
 def _expanded(value: Any) -> Any:
-    """A path, or a tuple of paths, with `~` expanded; any other value as it is."""
+    """A path, or a tuple of paths, with `~` expanded; any other value unchanged."""
     if isinstance(value, tuple):
         return tuple(map(_expanded, value))
     return _home(value) if isinstance(value, Path) else value
@@ -105,7 +105,7 @@ def _home(path: str | Path) -> Path:
 
 
 def _train_defaults(arguments: Sequence[str]) -> Train:
-    """`train` as it stands before its own flags are read."""
+    """The defaults of `train`, before its flags are read."""
     name, run = _value_of("--preset", arguments), _value_of("--resume", arguments)
     source = _value_of("--finetune", arguments)
     if run is None and source is not None:
@@ -114,7 +114,7 @@ def _train_defaults(arguments: Sequence[str]) -> Train:
         return Train(config=preset(name or Train.preset))
     for flag in ("--preset", "--out", "--finetune"):
         if _value_of(flag, arguments) is not None:
-            raise UserError(f"{flag} makes a new run and --resume {run} continues one; give only one of them")
+            raise UserError(f"{flag} starts a new run and --resume {run} continues one; give only one")
     from cdm_fast.runs.checkpoint import read_config  # imports torch
 
     return Train(resume=Path(run), config=read_config(_home(run)))
@@ -131,7 +131,7 @@ def _finetune_defaults(name: str | None, source: str) -> Train:
 
 
 def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
-    """What follows `flag`, as `--flag value` or `--flag=value`; None when it is not there."""
+    """The value of `flag`, given as `--flag value` or `--flag=value`; None without it."""
     for position, argument in enumerate(arguments):
         if argument.startswith(f"{flag}="):
             return argument.removeprefix(f"{flag}=")
@@ -157,8 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status.
 
     With `--json` standard output is exactly one JSON object, {"error": ...} if the command failed; everything
-    else, the output of libraries included, goes to standard error. Of several processes the one of rank 0
-    prints, and of several starts by torchrun the last.
+    else, including the output of libraries, goes to standard error. Among several processes only rank 0
+    prints, and among several restarts by torchrun only the last.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     open_standard_streams()
@@ -199,7 +199,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _refuse(message: str, as_json: bool) -> int:
-    """Prints what the user can put right, on one line; returns the exit status."""
+    """Prints an error that the user can fix, on one line; returns the exit status."""
     line = " ".join(message.split())
     print(f"cdm-fast: error: {line}", file=sys.stderr)
     if as_json and not starts_again():
@@ -209,7 +209,7 @@ def _refuse(message: str, as_json: bool) -> int:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Python's own, an accelerator's (torch.OutOfMemoryError), or that of PyTorch's allocator for CPUs."""
+    """True for the errors of Python, of accelerators (torch.OutOfMemoryError) and of PyTorch on CPUs."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"

@@ -1,8 +1,8 @@
-"""How the dataclasses of the command line appear in `--help`.
+"""Formatting of the command line's dataclasses in `--help`.
 
 tyro's own rule keeps the line breaks of a docstring, lists inherited fields first, and ends the help of every
-optional argument in `(default: None)`. The rule here joins the lines, lists inherited fields last, and
-prints no default where it is None or empty, which the docstring explains, or where an option is a switch.
+optional argument in `(default: None)`. The rule here joins the lines, lists inherited fields last, and omits
+the default of switches and a default that is None or empty, which the docstring explains.
 """
 
 import ast
@@ -36,7 +36,7 @@ def fields_of_command(info: StructTypeInfo) -> StructConstructorSpec | None:
         if default is None or default == () or hint == Switch:
             hint = Annotated[hint, tyro.conf.arg(help_behavior_hint="")]
         if each.default is None and not kind.__module__.startswith("cdm_fast.config."):
-            hint = _without_none[hint]  # leaving the option out says so already
+            hint = _without_none[hint]  # None is what omitting the option means
         fields.append(StructFieldSpec(each.name, hint, default, helptext=_docstring(kind, each.name)))
     return StructConstructorSpec(instantiate=kind, fields=tuple(fields))
 
@@ -48,7 +48,7 @@ def _default(field: "dataclasses.Field[Any]") -> Any:
 
 
 def _docstring(kind: type, name: str) -> str | None:
-    """The string below a field, on one line, from the class that declares it."""
+    """The docstring of a field, on one line, from the class that declares it."""
     for base in kind.__mro__:
         if text := _docstrings(base).get(name):
             return " ".join(text.split())

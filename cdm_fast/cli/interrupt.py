@@ -14,7 +14,7 @@ _ends_process = False  # whether Ctrl-C ends the process at the moment
 def dies_of_interrupt() -> Iterator[None]:
     """Ctrl-C ends the process without a traceback until `interruptible` is called, and after the block.
 
-    An import that is interrupted may raise any error, and libraries print tracebacks of their own.
+    An interrupted import may raise any error, and libraries print their own tracebacks.
     """
     global _ends_process
     if threading.current_thread() is not threading.main_thread() or (
@@ -32,14 +32,14 @@ def dies_of_interrupt() -> Iterator[None]:
 
 
 def interruptible() -> None:
-    """From here on Ctrl-C raises KeyboardInterrupt again, if `dies_of_interrupt` has changed that."""
+    """Makes Ctrl-C raise KeyboardInterrupt again, if `dies_of_interrupt` has changed that."""
     if _ends_process:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextlib.contextmanager
 def deferred_interrupt() -> Iterator[None]:
-    """A block that a Ctrl-C does not cut short: it raises KeyboardInterrupt at the end of the block."""
+    """A block that Ctrl-C does not interrupt: KeyboardInterrupt is raised at the end of the block."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

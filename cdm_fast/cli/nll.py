@@ -1,4 +1,4 @@
-"""`cdm-fast nll`, method by method, and `calibrate`."""
+"""`cdm-fast nll`, one function per method, and `cdm-fast calibrate`."""
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -42,7 +42,7 @@ from cdm_fast.likelihood import (
     evaluate_elbo,
     evaluate_ode,
 )
-from cdm_fast.likelihood.audits import LARGEST_ODE_BATCH
+from cdm_fast.likelihood.audits import LARGEST_ODE_BATCH, DenoiserAudit
 from cdm_fast.likelihood.single_pass import PUBLIC_SCORING
 from cdm_fast.likelihood.units import nats_per_bit_per_dim, require_denoiser
 from cdm_fast.model import CDM, Denoiser
@@ -69,7 +69,7 @@ def score(command: Nll, model: Denoiser, data: ImageData) -> Scored:
     require_denoiser(model)
     if command.method == "single" and not isinstance(model, CDM):
         raise UserError(
-            "this is a plain denoising model, which has no likelihood in one pass: give --method ode, elbo or"
+            "this is a plain denoising model, which has no single-pass likelihood: give --method ode, elbo or"
             " audit"
         )
     return _METHODS[command.method](command, model, data)
@@ -136,7 +136,7 @@ def _score_audit(command: Nll, model: Denoiser, data: ImageData) -> Scored:
         return _score_denoiser(command, model, data)
     if command.given not in (None, "none"):
         raise UserError(
-            f"--given {command.given} goes with --method single, ode or elbo: the audit's log Z is that of"
+            f"--given {command.given} works with --method single, ode or elbo: the audit measures log Z of"
             " the density without a label; leave one out"
         )
     report = audit(
@@ -158,15 +158,12 @@ def _score_audit(command: Nll, model: Denoiser, data: ImageData) -> Scored:
     )
     result = report.to_json()
     picture = write_audit(result, command.run / "audit.png")
-    columns = _single_columns(report.single)
-    columns["ode_bits_per_dim"] = report.ode.index, report.ode.per_image
-    if report.elbo is not None:
-        columns["elbo_bits_per_dim"] = report.elbo.index, report.elbo.per_image
+    columns = {**_single_columns(report.single), **_denoiser_columns(report.denoiser)}
     return {**result, "picture": str(picture)}, [*describe_audit(result), str(picture)], columns
 
 
 def _score_denoiser(command: Nll, model: Denoiser, data: ImageData) -> Scored:
-    """`--method audit` of a model without a single pass: ODE and bound."""
+    """`--method audit` for a model without a single pass: ODE and bound."""
     report = audit_denoiser(
         model,
         data,
@@ -181,10 +178,14 @@ def _score_denoiser(command: Nll, model: Denoiser, data: ImageData) -> Scored:
         given=command.given or "none",
     )
     result = {"data": data.name, "split": data.split, "level": command.level, **report.to_json()}
+    return result, describe_denoiser_audit(result), _denoiser_columns(report)
+
+
+def _denoiser_columns(report: DenoiserAudit) -> dict[str, tuple[Tensor, Tensor]]:
     columns = {"ode_bits_per_dim": (report.ode.index, report.ode.per_image)}
     if report.elbo is not None:
         columns["elbo_bits_per_dim"] = report.elbo.index, report.elbo.per_image
-    return result, describe_denoiser_audit(result), columns
+    return columns
 
 
 def _single_columns(report: LikelihoodReport) -> dict[str, tuple[Tensor, Tensor]]:
@@ -233,12 +234,12 @@ def nll_command(command: arguments.Nll) -> Outcome:
 
 
 def _check_flags(command: arguments.Nll) -> None:
-    """UserError for flags that do not go together, or out of range, before anything is read."""
+    """UserError for incompatible flags, or values out of range, before anything is read."""
     require_at_least("--batch-size", command.batch_size, 1)
     if command.protocol == "paper" and command.method != "single":
         raise UserError(f"--protocol paper goes with --method single, not {command.method}; leave one out")
     if command.method == "elbo" and command.level != 0:
-        raise UserError(f"--level {command.level}: the variational bound is one of level 0; leave it out")
+        raise UserError(f"--level {command.level}: the variational bound is for level 0 only; leave it out")
     if command.precision != "fp32" and command.method != "single":
         raise UserError(f"--precision {command.precision} goes with --method single; leave one out")
     if command.out is not None:
@@ -257,7 +258,7 @@ def _given(
     if given is None:
         wanted = conditional and (untrained or command.protocol == "paper")
         if command.method == "audit" and isinstance(model, CDM):
-            wanted = False  # its log Z is that of the density without a label
+            wanted = False  # its log Z belongs to the density without a label
         given = "label" if wanted and data.labels is not None else "none"
     notes = []
     if untrained and given == "none" and not is_foreign(command.run):

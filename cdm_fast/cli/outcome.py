@@ -1,4 +1,4 @@
-"""What the commands share: their outcome, the loaded model, and data that fit the run."""
+"""Shared by the commands: their outcome, the loaded model, and data that fit the run."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +22,7 @@ from cdm_fast.runs.load import load
 
 
 class Outcome(NamedTuple):
-    """What a command prints: JSON values for `--json`, or lines of text."""
+    """The output of a command: JSON values for `--json`, or lines of text."""
 
     result: dict[str, Any]
     lines: list[str]
@@ -38,7 +38,7 @@ def without_arrays(report: dict[str, Any]) -> dict[str, Any]:
 
 
 class Opened(NamedTuple):
-    """What a command's `run` names: a model, its config, and the folder for pictures."""
+    """The model that a command's `run` names, its config, and the folder for pictures."""
 
     model: Denoiser
     config: RunConfig
@@ -61,7 +61,7 @@ UNTRAINED_NULL = (
 
 
 def null_is_untrained(config: RunConfig) -> bool:
-    """Whether the run has an embedding for "no class" that was never trained."""
+    """True if the run has an embedding for "no class" that was never trained."""
     return config.network.conditioning == "embedding" and config.train.label_dropout == 0
 
 
@@ -90,7 +90,7 @@ def scored_by(
     require_at_least("--batch-size", command.batch_size, 1)
     if command.out is not None:
         check_name(command.out)
-    own_too = isinstance(command, arguments.Score)  # whose reference is the validation split
+    own_too = isinstance(command, arguments.Score)  # its reference is the validation split
     data = data_for(command.run, config, command.split, command.data, own_too)
     model = load_on(command.run, command.device) if foreign is None else foreign.model
     into = command if foreign is None else replace(command, run=foreign.folder)
@@ -106,8 +106,8 @@ def data_for(
 ) -> ImageData:
     """A split of the run's own data, or of `source`, checked against the run.
 
-    own_too: the run's own data are read besides those of `source`. Raises UserError for images of another
-    size or kind, and for own data that have changed since the training.
+    own_too: the run's own data are used in addition to `source`. Raises UserError for images of another size
+    or kind, and if the run's own data have changed since training.
     """
     if source is None or own_too:
         require_own_data(run, config)
@@ -117,14 +117,14 @@ def data_for(
 
 
 def require_fit(data: ImageData, config: RunConfig, run: Path) -> None:
-    """UserError unless the images are of the run's kind."""
+    """UserError unless the images have the run's size, channels and grey levels."""
     image = config.image
     found = (*data.images.shape[1:], data.num_grey_levels)
     wanted = (*image.shape, image.num_grey_levels)
     if found != wanted:
         raise UserError(
             f"{data.name} holds {_kind(found)}, and {run} was trained on {_kind(wanted)};"
-            " give data of that kind"
+            " give data of the same kind"
         )
 
 

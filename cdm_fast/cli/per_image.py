@@ -17,7 +17,7 @@ SUFFIXES = (".npz", ".csv")
 
 
 def check_name(path: Path) -> None:
-    """UserError for a name that ends in neither .npz nor .csv; called before the images are scored."""
+    """UserError unless the name ends in .npz or .csv; called before the images are scored."""
     if path.suffix not in SUFFIXES:
         raise UserError(f"--out {path}: give a name that ends in {' or '.join(SUFFIXES)}")
 
@@ -27,10 +27,10 @@ def write_per_image(
     data: ImageData,
     columns: Mapping[str, tuple[Tensor, Tensor]],  # name -> (index (m,) int64, value (m,))
 ) -> Path:
-    """One row per image of the split: `index`, `label` if there are any, and every column.
+    """Writes one row per image of the split: `index`, `label` if there are labels, and every column.
 
-    NaN marks images without a value in a column. Raises UserError as `check_name` does, and where the
-    file cannot be written.
+    NaN marks images without a value in a column. Raises UserError as in `check_name`, and if the file cannot
+    be written.
     """
     check_name(path)
     num = len(data.images)

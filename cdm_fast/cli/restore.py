@@ -27,17 +27,17 @@ from cdm_fast.sampling.corrected import MALA, MoveLog
 from cdm_fast.sampling.restoration import Known, MeanPool, Measurement, Restored, restore
 
 FLAGS = {"inpaint": ("mask", "box"), "denoise": (), "super-resolution": ("factor",)}
-BRIGHT = 128  # of 0..255: pixels of a mask from this value on are filled in
+BRIGHT = 128  # mask pixels of at least this value, in 0..255, are filled in
 NOTHING_TO_FILL_IN = "--task inpaint needs to know what to fill in: give either --mask FILE or --box X Y W H"
 
 
 def read_measurement(command: Restore, config: RunConfig) -> tuple[Measurement, Tensor]:
-    """The measurement that the files and flags describe, and the input of the sheet, (C,H,W) in [-1, 1].
+    """The measurement that files and flags describe, and the input image for the sheet, (C,H,W) in [-1, 1].
 
     Raises UserError for flags of another task, a missing flag, and images or boxes that do not fit the run.
     """
     _check_flags(command)
-    rounding = 1 / (config.image.num_grey_levels * math.sqrt(3))  # of a value uniform on 2/N
+    rounding = 1 / (config.image.num_grey_levels * math.sqrt(3))  # std of a uniform error of width 2/N
     if command.task == "inpaint":
         image = read_input(command.image, config)
         known = ~_to_fill_in(command, config).expand_as(image)
@@ -48,7 +48,7 @@ def read_measurement(command: Restore, config: RunConfig) -> tuple[Measurement, 
     factor, sides = command.factor, config.image.sides
     if factor is None or factor < 2 or any(side % factor for side in sides):
         raise UserError(
-            f"--factor is {factor}: give a number from 2 on that divides the run's {size_text(sides)} pixels"
+            f"--factor is {factor}: give a divisor of the run's {size_text(sides)} pixels that is 2 or more"
         )
     small = read_input(command.image, config, factor)
     shown = small.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
@@ -71,7 +71,7 @@ def _sigma(command: Restore, default: float | None) -> float:
         return command.sigma
     if default is None:
         raise UserError(
-            "--task denoise needs --sigma, in units of [-1, 1]; cdm-fast denoise estimates an unknown one"
+            "--task denoise needs --sigma, in units of [-1, 1]; cdm-fast denoise estimates an unknown sigma"
         )
     return default
 
@@ -100,7 +100,7 @@ def _to_fill_in(command: Restore, config: RunConfig) -> Tensor:
     else:
         raise UserError(NOTHING_TO_FILL_IN)
     if not bool(missing.any()):
-        raise UserError(f"{name} is empty: nothing to fill in; paint what is missing white")
+        raise UserError(f"{name} is empty: there is nothing to fill in; paint the missing pixels white")
     if bool(missing.all()):
         raise UserError(f"{name} leaves no pixel known: use cdm-fast sample")
     return missing
@@ -188,13 +188,13 @@ def restore_command(command: arguments.Restore) -> Outcome:
 
 
 def read_input(path: Path, config: RunConfig, factor: int = 1) -> Tensor:
-    """An image file as the model sees it, (C,H,W) in [-1, 1]; UserError unless `factor` times smaller."""
+    """An image file as model input, (C,H,W) in [-1, 1]; UserError unless it is `factor` times smaller."""
     rows, columns = (side // factor for side in config.image.sides)
     image = read_image(path, channels=config.image.channels)
     if image.shape[1:] != (rows, columns):
         height, width = image.shape[1:]
         who = "the run" if factor == 1 else f"--factor {factor}"
         raise UserError(
-            f"{path} is {height}x{width} pixels and {who} takes {rows}x{columns}; cut that out of it"
+            f"{path} is {height}x{width} pixels and {who} takes {rows}x{columns}; crop or resample it"
         )
     return from_display(image, config.image.num_grey_levels, config.data.pixels)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from cdm_fast.cli import arguments
-from cdm_fast.cli.bar import Bar
 from cdm_fast.cli.interrupt import deferred_interrupt
 from cdm_fast.cli.outcome import UNTRAINED_NULL, Outcome, load_on, null_is_untrained, open_model
 from cdm_fast.cli.sample_files import MOST_ON_A_SHEET, ImageSink, open_sink
@@ -19,6 +18,7 @@ from cdm_fast.config import RunConfig
 from cdm_fast.data.pixels import displayable
 from cdm_fast.errors import UserError, require_at_least
 from cdm_fast.host.processes import this_process
+from cdm_fast.host.progress import ProgressBar
 from cdm_fast.interop.source import is_foreign
 from cdm_fast.model import Denoiser
 from cdm_fast.model.conditioned import Between, Guided
@@ -30,7 +30,7 @@ from cdm_fast.sampling import DDIM, SAMPLERS, MoveLog, Sampler, sample
 from cdm_fast.sampling.corrected import CORRECTED
 from cdm_fast.training.tuning import compile_network
 
-COLUMNS = 9  # images on the way from one class to another
+COLUMNS = 9  # images in an interpolation from one class to another
 
 
 def sample_command(command: arguments.Sample) -> Outcome:
@@ -58,13 +58,13 @@ def sample_command(command: arguments.Sample) -> Outcome:
 def draw_into(
     sink: ImageSink, command: arguments.Sample, model: Denoiser, config: RunConfig, log: MoveLog
 ) -> int:
-    """Draws `--num` images batch by batch into the sink and returns how many there are.
+    """Draws `--num` images batch by batch into the sink and returns the number drawn.
 
-    After Ctrl-C they are those of the batches that were complete; KeyboardInterrupt where there is none, or
-    where several processes draw.
+    After Ctrl-C the complete batches are kept; KeyboardInterrupt if there is none, or if several processes
+    draw.
     """
     drawn, together = 0, command.batch_size * this_process().count
-    with Bar("images", command.num) as bar:
+    with ProgressBar("drawing images", command.num) as bar:
         try:
             while drawn < command.num:
                 count = min(together, command.num - drawn)
@@ -84,7 +84,7 @@ def draw_into(
 def _draw(
     command: arguments.Sample, model: Denoiser, labels: Tensor | None, count: int, first: int, log: MoveLog
 ) -> Tensor:
-    """`count` images from number `first` on, (count,C,H,W)."""
+    """`count` images, starting at index `first`, (count,C,H,W)."""
     return sample(
         model,
         count,
@@ -110,7 +110,7 @@ def _draw_between(
     labels = _labels(command, config, command.num)
     fractions = [column / (COLUMNS - 1) for column in range(COLUMNS)]
     columns = []
-    with Bar("images", command.num * COLUMNS) as bar:
+    with ProgressBar("drawing images", command.num * COLUMNS) as bar:
         for fraction in fractions:
             way = Between(Guided(model, command.guidance), target, fraction)
             columns.append(_draw(command, way, labels, command.num, 0, MoveLog()))
@@ -134,7 +134,7 @@ def _title(command: arguments.Sample) -> str:
 def _outcome(
     command: arguments.Sample, out: Path, drawn: int, seconds: float, log: MoveLog, notes: list[str]
 ) -> Outcome:
-    """What the command reports; draws the acceptance of moves beside the images, where there were any."""
+    """The outcome of the command; writes a picture of the acceptance rates, if there were moves."""
     wanted = command.num * (1 if command.between is None else COLUMNS)
     result = {
         "run": str(command.run),
@@ -162,7 +162,7 @@ def _outcome(
 
 
 def _sampler(command: arguments.Sample, log: MoveLog) -> Sampler:
-    """The sampler with its options; step sizes that an earlier batch has found serve the next ones.
+    """The sampler with its options; step sizes found by the first batch are used for the next ones.
 
     Raises UserError for an option of another sampler.
     """
@@ -179,13 +179,13 @@ def _sampler(command: arguments.Sample, log: MoveLog) -> Sampler:
 
 
 def _check_between(command: arguments.Sample, config: RunConfig, out: Path) -> None:
-    """UserError for an interpolation between classes that do not exist, or into a file that is no sheet."""
+    """UserError for an interpolation between classes that do not exist, or an output other than a sheet."""
     if command.between is None:
         return
     classes = config.image.num_classes
     if command.label is None or classes is None or not 0 <= command.between < classes:
         raise UserError(
-            f"--between {command.between} goes with --label, both classes of {command.run}: 0 to"
+            f"--between {command.between} needs --label, and both must be classes of {command.run}: 0 to"
             f" {(classes or 1) - 1}"
         )
     if out.suffix != ".png":
@@ -199,7 +199,7 @@ def _check_between(command: arguments.Sample, config: RunConfig, out: Path) -> N
 
 
 def _check_classes(command: arguments.Sample, config: RunConfig) -> None:
-    """UserError for a class that the run does not know, or guidance where it knows none."""
+    """UserError for a class that the run does not have, or for guidance of a run without classes."""
     labels, classes = class_labels(config, 1), config.image.num_classes
     if command.guidance and labels is None:
         raise UserError(
@@ -214,6 +214,6 @@ def _check_classes(command: arguments.Sample, config: RunConfig) -> None:
 
 
 def _labels(command: arguments.Sample, config: RunConfig, count: int, first: int = 0) -> Tensor | None:
-    """(count,) int64: the classes of the images from number `first` on; None where there are none."""
+    """(count,) int64: the classes of the images, starting at index `first`; None without classes."""
     labels = class_labels(config, count, first)
     return labels if labels is None or command.label is None else torch.full_like(labels, command.label)

@@ -1,4 +1,4 @@
-"""Where `cdm-fast sample` writes: a sheet, an .npz, or a folder of PNGs, batch by batch.
+"""The output of `cdm-fast sample`: a sheet, an .npz, or a folder of PNGs, written batch by batch.
 
 # B batch, N images in all, C channels, H W pixels
 """
@@ -31,7 +31,7 @@ _CHUNK = 2**20  # bytes that are compressed at a time
 
 
 class ImageSink(Protocol):
-    """What takes images batch by batch. A sheet and an .npz appear at `close`, a folder's files at once."""
+    """Writes images batch by batch. A sheet or an .npz appears at `close`, the files of a folder at once."""
 
     def add(self, images: Tensor, labels: Tensor | None) -> None:
         """The next images, (B,C,H,W) in [-1, 1], and their classes, (B,) int64."""
@@ -41,10 +41,10 @@ class ImageSink(Protocol):
 
 
 def open_sink(path: Path, num: int, config: RunConfig, title: str) -> ImageSink:
-    """The sink for `num` images that the name of the path asks for.
+    """The sink for `num` images, chosen by the suffix of the path.
 
-    Raises UserError for another name, a folder that holds something, too many images for a sheet, and too
-    little room on the disk.
+    Raises UserError for another suffix, a folder that is not empty, too many images for a sheet, and too
+    little space on the disk.
     """
     if path.suffix == ".npz":
         pixels = num * math.prod(config.image.shape)
@@ -66,7 +66,7 @@ def open_sink(path: Path, num: int, config: RunConfig, title: str) -> ImageSink:
 
 
 class _Sheet:
-    """A .png of all images, with a row for each class where there are a few."""
+    """A .png of all images, with a row for each class if there are few classes."""
 
     def __init__(self, path: Path, config: RunConfig, title: str) -> None:
         self._path, self._config, self._title = path, config, title
@@ -122,9 +122,9 @@ class _Npz:
 
 
 class _Column:
-    """An array whose rows wait on the disk until their number is known, which its header tells first.
+    """An array whose rows are buffered on the disk until their number, which the header needs, is known.
 
-    They wait in a file without a name, which vanishes with the process.
+    The buffer is a file without a name, which vanishes with the process.
     """
 
     def __init__(self, folder: Path, rows: np.ndarray) -> None:
@@ -174,7 +174,7 @@ class _Folder:
 
 @contextlib.contextmanager
 def _disk(path: Path) -> Iterator[None]:
-    """Turns what the disk refuses (no space, no permission) into a DiskError."""
+    """Converts errors of the disk (no space, no permission) into a DiskError."""
     try:
         yield
     except OSError as error:

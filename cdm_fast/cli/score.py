@@ -37,19 +37,19 @@ from cdm_fast.plots.evaluation import write_outliers, write_sigma
 from cdm_fast.plots.sheet import write_rows
 from cdm_fast.runs.data import run_data
 
-CORRUPTED = "corrupted"  # what --against takes besides data sources
-REFERENCE_IMAGES = 2000  # whose mean is the typical likelihood
+CORRUPTED = "corrupted"  # value of --against that is not a data source
+REFERENCE_IMAGES = 2000  # images whose mean is the typical likelihood
 SHOWN = 8  # images in a row of a picture
-MAP_SIGMA = 0.5  # noise of the anomaly map, of [-1, 1], unless a level is given
+MAP_SIGMA = 0.5  # noise of the anomaly map, for data in [-1, 1], unless a level is given
 
 
 class Compared(NamedTuple):
     """The images of one `cdm-fast score`.
 
     Fields:
-        data, rows: those to score, and their rows in the split, (n,) int64.
-        other: those of --against, or None.
-        reference: those of the validation split, whose likelihood is the typical one.
+        data, rows: the images to score, and their rows in the split, (n,) int64.
+        other: the images of --against, or None.
+        reference: images of the validation split, whose mean likelihood is the typical one.
     """
 
     data: ImageData
@@ -61,8 +61,8 @@ class Compared(NamedTuple):
 def score_images(command: Score, config: RunConfig, model: Denoiser, data: ImageData) -> Scored:
     """The JSON values, the lines of text, and the columns of the per-image file.
 
-    Draws RUN/score.png, RUN/anomaly.png and, if asked for, RUN/sigma.png; writes the per-image file of the
-    other data. Raises UserError as `evaluate_outliers` and `anomaly_map` do.
+    Draws RUN/score.png, RUN/anomaly.png and, if requested, RUN/sigma.png; writes the per-image file of the
+    other data. Raises UserError as in `evaluate_outliers` and `anomaly_map`.
     """
     if command.images is not None:
         require_at_least("--images", command.images, 1)
@@ -146,7 +146,7 @@ def _estimate_noise(command: Score, model: CDM, data: ImageData) -> tuple[dict[s
 def other_data(source: str, split: str, config: RunConfig) -> ImageData:
     """A split of another source as images of the run's size, channels and grey levels.
 
-    Its grey levels are spread evenly over the run's, black to black and white to white.
+    Its grey levels are mapped linearly to the run's, black to black and white to white.
     """
     image = config.image
     data = load_data(
@@ -168,7 +168,7 @@ def other_data(source: str, split: str, config: RunConfig) -> ImageData:
 
 
 def _columns(scores: Scores, index: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Scores as columns of a per-image file, where the likelihood is called by its unit."""
+    """Scores as columns of the per-image file, in which the likelihood is named after its unit."""
     return {"bits_per_dim" if name == "likelihood" else name: (index, scores[name]) for name in SCORES}
 
 
@@ -195,7 +195,7 @@ def _draw_ranking(run: Path, report: OutlierReport, data: ImageData, other: Imag
 
 
 def _draw_anomaly(command: Score, model: CDM, data: ImageData, index: Tensor, level: int) -> Path:
-    """RUN/anomaly.png: images over their anomaly maps, all on one scale."""
+    """RUN/anomaly.png: images above their anomaly maps, all on one scale."""
     chosen = data.take(index)
     x = dequantize(chosen.images, chosen.num_grey_levels, draw_generator(command.seed, 0), chosen.pixels)
     maps = anomaly_map(model, x, level, seed=command.seed)

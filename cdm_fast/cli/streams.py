@@ -12,13 +12,13 @@ BROKEN_PIPE = 141  # 128 + SIGPIPE, the status of a program that is killed by it
 
 
 class OutputGone(Exception):
-    """The reader of standard output has gone, so there is nobody to tell; `status` is the exit status."""
+    """The reader of standard output has gone, so nothing more is printed; `status` is the exit status."""
 
     status = BROKEN_PIPE
 
 
 def open_standard_streams() -> None:
-    """Opens to nowhere the standard streams that were closed before the start (`>&-`), which are None."""
+    """Replaces standard streams that were closed before the start (`>&-`), which are None, by /dev/null."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
@@ -28,10 +28,10 @@ def open_standard_streams() -> None:
 def writing_result() -> Iterator[None]:
     """A block that prints to standard output, flushed at its end, also when it ends by SystemExit.
 
-    Characters that the encoding of standard output lacks are escaped. Raises OutputGone where the reader has
-    gone (`| head`), and UserError where the system refuses for another reason (`> /dev/full`).
+    Characters that the encoding of standard output lacks are escaped. Raises OutputGone if the reader has
+    gone (`| head`), and UserError if writing fails for another reason (`> /dev/full`).
     """
-    escape = getattr(sys.stdout, "reconfigure", None)  # what a test puts in its place has none
+    escape = getattr(sys.stdout, "reconfigure", None)  # a test's replacement has none
     if escape is not None:
         escape(errors="backslashreplace")
     try:
@@ -49,9 +49,9 @@ def writing_result() -> Iterator[None]:
 
 
 class Lossy:
-    """A text stream whose writes never fail: what it cannot write is lost, and the work goes on.
+    """A text stream whose writes never fail: text that cannot be written is lost, and the work continues.
 
-    For progress and warnings, which are worth less than the command that prints them.
+    For progress and warnings, which must not stop the command that prints them.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -77,7 +77,7 @@ class Lossy:
 
 
 def _discard(stream: TextIO) -> None:
-    """Sends all that is still to come, the flush at the end of the process included, to nowhere."""
+    """Discards all further output, including the flush at the end of the process."""
     with contextlib.suppress(OSError, ValueError):  # a stream without a descriptor
         descriptor = stream.fileno()
         nowhere = os.open(os.devnull, os.O_WRONLY)

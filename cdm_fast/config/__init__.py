@@ -1,4 +1,4 @@
-"""The one description of a run: settings, presets, bounds. No torch."""
+"""The description of a run: settings, presets, bounds. Does not import torch."""
 
 from cdm_fast.config.check import check
 from cdm_fast.config.choices import Compile, Objective, Precision, Sampler

@@ -1,4 +1,4 @@
-"""The bounds of the settings: which runs cannot work, and what to change."""
+"""Checks of the settings: bounds and combinations, with messages that say what to change."""
 
 from cdm_fast.config.settings import RunConfig, ScheduleConfig
 from cdm_fast.config.size import (
@@ -13,7 +13,7 @@ from cdm_fast.errors import UserError, require_at_least
 
 
 def check(config: RunConfig) -> None:
-    """Raises UserError, naming the flag and its value, for the first setting that cannot work."""
+    """Raises UserError, naming the flag and its value, for the first invalid setting."""
     _check_ranges(config)
     _check_objective(config)
     _check_labels(config)
@@ -24,7 +24,7 @@ def check(config: RunConfig) -> None:
 
 
 def _check_ranges(config: RunConfig) -> None:
-    """Each number alone."""
+    """The bounds of each number."""
     for flag, count, low in _lower_bounds(config):
         require_at_least(f"--{flag}", count, low)
     for flag, count, high in _upper_bounds(config):
@@ -41,7 +41,7 @@ def _check_ranges(config: RunConfig) -> None:
 
 
 def _check_objective(config: RunConfig) -> None:
-    """Batch, loss and network must go together."""
+    """Batch, loss and network must be compatible."""
     train, network = config.train, config.network
     if train.batch_size % train.accumulate:
         raise UserError(
@@ -60,7 +60,7 @@ def _check_objective(config: RunConfig) -> None:
 
 
 def _check_labels(config: RunConfig) -> None:
-    """Conditioning and classifiers need labels, each in its own way."""
+    """Conditioning and classifiers need labels."""
     objective, conditioning = config.train.objective, config.network.conditioning
     image, source = config.image, config.data.source
     if conditioning != "none" and image.num_classes is None:
@@ -140,7 +140,7 @@ def _check_keep_best(config: RunConfig) -> None:
 
 
 def _lower_bounds(config: RunConfig) -> list[tuple[str, int, int]]:
-    """(flag, value, least value) of every integer."""
+    """(flag, value, smallest value) of every integer."""
     train, output, network = config.train, config.output, config.network
     return [
         ("T", config.schedule.T, 2),
@@ -176,7 +176,7 @@ def _lower_bounds(config: RunConfig) -> list[tuple[str, int, int]]:
 
 
 def _upper_bounds(config: RunConfig) -> list[tuple[str, int, int]]:
-    """(flag, value, greatest value): far above any use, below what overflows or builds for minutes."""
+    """(flag, value, largest value): far above any use, but small enough to be built without overflow."""
     image, network = config.image, config.network
     return [
         ("T", config.schedule.T, 10**6),
@@ -203,7 +203,7 @@ def _unit_interval(config: RunConfig) -> list[tuple[str, float, bool]]:
 
 
 def _nonnegative(config: RunConfig) -> list[tuple[str, float]]:
-    """(flag, value) of every finite number from 0 on."""
+    """(flag, value) of every finite number of at least 0."""
     names = (
         "lr", "weight_decay", "clip_norm", "ce_weight", "mse_weight", "class_weight", "classifier_noise",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Choices by name that the command line and the library share."""
+"""Options with named values that the command line and the library share."""
 
 from typing import Literal
 
@@ -16,4 +16,4 @@ Given = Literal["label", "none", "all"]  # an image's own label, no label, all c
 Compile = Literal["auto", "off", "default", "reduce-overhead"]
 Resample = Literal["bicubic", "bilinear", "lanczos", "box"]
 
-PARTICLES = 128  # of each walk that measures log Z
+PARTICLES = 128  # per walk that measures log Z

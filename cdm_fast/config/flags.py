@@ -1,6 +1,6 @@
-"""tyro's markers for the dataclasses that the command line is made of.
+"""tyro's markers for the dataclasses from which the command line is built.
 
-Without tyro there is no command line, and the same names leave the annotations as they are.
+Without tyro there is no command line, and the same names leave the annotations unchanged.
 """
 
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar

@@ -1,4 +1,4 @@
-"""Configs as JSON, and what of a config a resumed run must keep."""
+"""Configs as JSON, and the part of a config that a resumed run must keep."""
 
 import dataclasses
 import json
@@ -11,8 +11,8 @@ from cdm_fast.errors import UserError
 
 Config = TypeVar("Config")
 
-# What may change when a run is resumed: its length and what it writes. Everything else affects the numbers.
-# The place of the data is free, since their content is compared.
+# What may change when a run is resumed: its length and its output. Everything else affects the numbers.
+# The path of the data may change, since their content is compared.
 _FREE_ON_RESUME = {"output": None, "train": {"steps"}, "data": {"source", "given"}}
 
 
@@ -46,8 +46,8 @@ def to_json(config: Any) -> dict[str, Any]:
 def from_json(kind: type[Config], value: Any, where: str = "config") -> Config:
     """The dataclass `kind` from nested JSON values: fields, each with its own type, and nothing else.
 
-    A field that is missing has its default, if it has one: the file may be older than the field.
-    Raises UserError that names `where` and the field: the file may come from anywhere.
+    A missing field gets its default, if it has one, because the file may be older than the field.
+    Raises UserError that names `where` and the field, because the file may come from anywhere.
     """
     hints = get_type_hints(kind)
     if kind is ImageShape:
@@ -86,10 +86,10 @@ def finite(value: Any) -> Any:
 
 
 def parse_json(text: bytes) -> Any:
-    """The JSON value in `text`; ValueError where JSON parsers differ or a number is not one.
+    """The JSON value in `text`; ValueError for anything that JSON parsers treat differently.
 
-    Refused beside what is no JSON: a key that stands twice, NaN and infinities, and nesting beyond the
-    interpreter's stack.
+    Besides invalid JSON it refuses duplicate keys, NaN and infinities, and nesting beyond the interpreter's
+    stack.
     """
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)

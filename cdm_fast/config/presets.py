@@ -1,4 +1,4 @@
-"""The presets: runs as values of the settings."""
+"""The presets: named runs, with all their settings, such as the crop box of `celeba64`."""
 
 from dataclasses import replace
 from typing import Literal
@@ -27,7 +27,7 @@ Preset = Literal[
 ]
 
 
-# Runs by name. Without a suffix the network is the paper's U-Net, with `-encoder` its downward half; `-paper`
+# Runs by name. Without a suffix the network is the paper's U-Net, with `-encoder` the encoder; `-paper`
 # has all settings of the paper's public code.
 PRESETS: dict[str, RunConfig] = {
     "digits": RunConfig(
@@ -82,7 +82,7 @@ PRESETS: dict[str, RunConfig] = {
         output=OutputConfig(log_every=100, save_every=5000, sample_every=5000, evaluate_every=25_000),
     ),
     "celeba64": RunConfig(
-        # The public code's crop, around the face, and its filter: CustomImageDataset.py.
+        # The CelebA crop of the public code, around the face, and its filter: CustomImageDataset.py.
         data=DataConfig(
             source="data/celeba", image_size=64, crop="25,57,128,128", resample="bilinear", flip=True
         ),

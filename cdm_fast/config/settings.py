@@ -25,8 +25,8 @@ class DataConfig:
     """The training data."""
 
     source: Annotated[str, arg(name="data")] = "digits"
-    """`digits`, a folder or zip of pictures, a .csv or .jsonl that names some, an .npz, a folder of the files
-    of MNIST or CIFAR or of parquet or arrow, or hf:NAME."""
+    """`digits`, a folder or zip of pictures, a .csv or .jsonl of file names, an .npz, a folder of MNIST,
+    CIFAR, parquet or arrow files, or hf:NAME."""
     image_size: ImageSizeFlag = None
     """Resample what --crop leaves to this size, 64 for a square or 48x64 for height by width; by default the
     images stay as they are."""
@@ -36,21 +36,21 @@ class DataConfig:
     resample: Resample = "bicubic"
     """Filter of --image-size, antialiased."""
     channels: int | None = None
-    """1 makes all images grey, 3 colour; by default they stay as the first one is."""
+    """1 converts all images to grey, 3 to colour; by default they keep the channels of the first image."""
     hf_column: str | None = None
-    """Image column of hf:NAME, parquet or arrow files, where there are several."""
+    """Image column of hf:NAME, parquet or arrow files, if there are several."""
     hf_split: str | None = None
-    """Split of hf:NAME to train on, where it is not called train."""
+    """Split of hf:NAME to train on, if it is not called train."""
     given: Suppress[str | None] = None
-    """The source as it was given, where it was a relative path."""
+    """The source as given, if it was a relative path."""
     split_seed: int = 0
-    """Seed, 0 or more, of the split into train, validation and test of sources that come without one."""
+    """Seed, 0 or more, of the train/validation/test split of sources without splits."""
     flip: bool = False
     """Mirror a random half of the training images left to right."""
     pixels: PixelMap = "intervals"
     """Position of grey level u of N in [-1, 1]: `intervals` draws it from [2u/N, 2(u+1)/N] - 1 at each step,
-    `points` is 2u/(N-1) - 1 without noise, as in the paper's code. Likelihoods are those of uniform noise
-    over the interval of either."""
+    `points` is 2u/(N-1) - 1 without noise, as in the paper's code. Likelihoods use uniform noise over the
+    interval in both cases."""
 
     def __post_init__(self) -> None:
         if self.image_size is not None:
@@ -59,7 +59,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ImageShape:
-    """The kind of images, read from the data when a run starts."""
+    """Size, channels and grey levels of the images, read from the data when a run starts."""
 
     height: int = 8
     """H in pixels, 1..1024; 1 for signals."""
@@ -110,19 +110,19 @@ class NetworkConfig:
     """The network."""
 
     architecture: Literal["unet", "encoder"] = "unet"
-    """`unet` is the network of the paper; `encoder` is its downward half, whose gradient serves as the
-    decoder."""
+    """`unet` is the network of the paper; `encoder` is its downsampling path, whose gradient serves as
+    the decoder."""
     base_channels: int = 32
     """Channels at full resolution, 1..16384; a multiple of --num-groups."""
     multipliers: tuple[int, ...] = (1, 2)
     """Channels at each resolution as multiples (1..64) of --base-channels; each resolution halves height and
     width of the one before, but never a side of 1."""
     blocks_per_level: int = 2
-    """Residual blocks at each resolution on the way down, 1..64; the way up has one more."""
+    """Residual blocks at each resolution of the downsampling path, 1..64; upsampling has one more."""
     attention_resolutions: tuple[int | float, ...] = (4,)
     """Resolutions at which self-attention follows each block; the middle always has it. Whole numbers are
-    heights in pixels (widths, where images are one pixel high), numbers with a point shares of the full size:
-    1.0, 0.5, 0.25, ..."""
+    heights in pixels (widths, if images are one pixel high); numbers with a decimal point are shares of the
+    full size: 1.0, 0.5, 0.25, ..."""
     num_groups: int = 32
     """Groups of each GroupNorm, 1 or more."""
     dropout: float = 0.1
@@ -147,8 +147,8 @@ class TrainConfig:
     batch_size: int = 128
     """Images per optimizer step, over all processes."""
     level_draws: Literal["independent", "stratified"] = "independent"
-    """How a batch draws its noise levels: independently, or all by one randomly shifted grid through their
-    distribution, so that every batch covers it evenly."""
+    """How the noise levels of a batch are drawn: independently, or stratified by one randomly shifted grid,
+    so that every batch covers their distribution evenly."""
     accumulate: int = 1
     """Number of parts into which each batch is split to save memory; a divisor of --batch-size."""
     optimizer: Literal["adam", "adamw"] = "adam"
@@ -167,13 +167,13 @@ class TrainConfig:
     decay_factor: float = 0.5
     """Factor of each drop of `--decay step`, 0..1."""
     clip_norm: float = 1.0
-    """Maximum norm of the gradient; larger ones are scaled down to it. 0 turns clipping off."""
+    """Maximum norm of the gradient; a larger gradient is scaled down to it. 0 turns clipping off."""
     ema_decay: float = 0.999
     """Decay of the exponential moving average of the weights, from 0 to below 1. Sampling and scoring use the
     average."""
     ema_start: int = 0
-    """Steps during which the average is a copy of the weights, after which its decay is constant; with 0 the
-    decay rises from the first step on."""
+    """Steps during which the average is a copy of the weights, after which its decay is constant; with 0 its
+    decay rises gradually from the first step."""
     finetune: str | None = None
     """Run directory, trained or converted, from whose averaged weights the new run starts."""
     ce_weight: float = CE_WEIGHT
@@ -192,14 +192,14 @@ class TrainConfig:
     label_dropout: float = 0.1
     """Fraction of the labels that are left out, 0..1 (class-conditional networks only)."""
     precision: Precision = "auto"
-    """Arithmetic of the network in training: fp32 is IEEE single precision, not TF32; auto is bf16 where the
-    hardware gains by it, otherwise fp32."""
+    """Arithmetic of the network in training: fp32 is IEEE single precision, not TF32; auto is bf16 on
+    hardware where it is faster, otherwise fp32."""
     compile: Compile = "auto"
     """Mode of torch.compile for the loss: auto is `default` on a GPU and off on a CPU; `reduce-overhead` also
     records CUDA graphs."""
     checkpoint_blocks: bool = False
-    """Recompute activations in the backward pass (gradient checkpointing): less memory at 1.8 times the
-    time."""
+    """Recompute activations in the backward pass (gradient checkpointing): saves memory and takes 1.8 times
+    the time."""
     channels_last: bool = True
     """Keep images and weights in channels-last memory format."""
     seed: int = 0
@@ -216,7 +216,7 @@ class OutputConfig:
     log_every: int = 50
     """Steps between two lines of log.jsonl; each line has means over these steps."""
     save_every: int = 500
-    """Maximum number of steps that are lost if the process dies; checkpoints are twice as frequent."""
+    """Maximum number of steps lost if the process dies; checkpoints are written twice as often."""
     keep: int = 2
     """Number of checkpoints to keep, the newest ones."""
     sample_every: int = 500
@@ -227,8 +227,8 @@ class OutputConfig:
     evaluate_images: int = 500
     """Validation images to score each time; the test split is always scored whole."""
     keep_best: Literal["none", "bits_per_dim", "level_ce", "class_ce"] = "none"
-    """Also keep the checkpoint with the lowest value of this validation figure, in RUN/best, a run directory
-    of its own."""
+    """Also keep the checkpoint with the lowest value of this validation figure, in RUN/best, which is a run
+    directory itself."""
     constants_rows: int = 0
     """Noised training images to which the constants of the logits are refitted after the last step, with all
     weights fixed (see `calibrate --method constants`); 0 leaves them as trained."""
@@ -255,7 +255,7 @@ class RunConfig:
 
     Fields:
         data: the training data.
-        image: the kind of images, read from the data.
+        image: size, channels and grey levels of the images, read from the data.
         schedule: the noise schedule.
         network: the network.
         train: the objective and the optimizer.

@@ -1,7 +1,7 @@
-"""Image data: sources -> uint8 tensors, pinned splits, reproducible batches, pictures in and out.
+"""Image data: sources -> uint8 tensors, fixed splits, reproducible batches, picture files.
 
-No reader here unpickles, executes or extracts anything, and none allocates what a header merely promises:
-sizes are checked against the bytes that are there, and against the limits in `reading`, first.
+No reader here unpickles, executes or extracts anything, and none allocates memory because a header asks for
+it: sizes are first checked against the bytes present, and against the limits in `host.reading`.
 """
 
 from cdm_fast.config import PixelMap

@@ -1,4 +1,4 @@
-"""Readers of data sets that are one plain array: scikit-learn digits, IDX folders."""
+"""Readers of data sets stored as plain arrays: scikit-learn digits, IDX folders (MNIST family)."""
 
 # N images, C channels, H W pixels
 
@@ -25,7 +25,7 @@ _IDX_BYTES = 0x08
 
 
 def read_digits() -> Source:
-    """scikit-learn's 1,797 handwritten digits: 8x8, 17 grey levels (0..16), 10 classes, no shipped splits."""
+    """scikit-learn's 1,797 handwritten digits: 8x8, 17 grey levels (0..16), 10 classes, no splits."""
     found = need("sklearn.datasets", "the data source digits").load_digits()
     images = found.images.astype(np.uint8)[:, None]
     parts = {"train": array_part("digits", images, found.target.astype(np.int64), num_grey_levels=17)}
@@ -45,8 +45,8 @@ def is_idx_name(name: str) -> bool:
 def read_idx_folder(folder: Path) -> Source:
     """The MNIST family: four files named `train-images-idx3-ubyte`, `t10k-labels-idx1-ubyte` and so on.
 
-    A dot may stand before `idx`, and `.gz` at the end. Images (N,H,W) and labels (N,) are unsigned bytes.
-    Raises UserError for a missing, damaged or misfit file.
+    The names may have a dot before `idx`, and `.gz` at the end. Images (N,H,W) and labels (N,) are unsigned
+    bytes. Raises UserError for a missing, damaged or inconsistent file.
     """
     parts: dict[str, Part] = {}
     for split, stem in _IDX_STEMS.items():
@@ -76,7 +76,7 @@ _IDX_NAMES = frozenset(
 
 
 def unread_beside(folder: Path, is_read: Callable[[str], bool]) -> tuple[str, ...]:
-    """What else lies directly in a folder whose files are known by name, but the usual notes."""
+    """Other files directly in a folder of files with known names, except the usual notes."""
     names = sorted(entry.name for entry in os.scandir(folder) if not is_hidden(entry.name))
     rest = [name for name in names if not is_read(name) and not is_note(name)]
     return (f"{listed(rest)} in {folder}",) if rest else ()
@@ -85,7 +85,7 @@ def unread_beside(folder: Path, is_read: Callable[[str], bool]) -> tuple[str, ..
 def read_idx(path: Path, rank: int, folder: Path | None = None) -> Pixels:
     """One IDX file of unsigned bytes with `rank` axes, plain or gzipped. UserError if it is anything else.
 
-    folder: what a link may not lead out of.
+    folder: links must not lead out of it.
 
     Format: two zero bytes, a type (8: bytes), the number of axes, each length as big-endian uint32, the data.
     """
@@ -99,7 +99,7 @@ def read_idx(path: Path, rank: int, folder: Path | None = None) -> Pixels:
             check_size(path, size, file_size if packed else None)
             if not packed and file_size != 4 + 4 * rank + size:
                 raise _wrong_length(path, shape, f"{file_size - 4 - 4 * rank} bytes")
-            body = stream.read(size + 1)  # the one too many makes gzip verify its checksum
+            body = stream.read(size + 1)  # one byte more, so that gzip verifies its checksum
         except (OSError, EOFError, zlib.error) as error:
             raise bad(path, f"is damaged or truncated ({error_text(error)}); fetch it again") from None
     if len(body) != size:

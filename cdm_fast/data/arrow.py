@@ -1,4 +1,4 @@
-"""Reader of local parquet and arrow files of images, as the Hugging Face hub keeps them, through pyarrow."""
+"""Reader of local parquet and arrow files of images, in the Hugging Face hub's format, through pyarrow."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +24,9 @@ def is_table_file(name: str) -> bool:
 def read_arrow(path: Path, files: Sequence[str], column: str | None = None) -> Source:
     """The images of a folder's parquet or arrow files.
 
-    files: their names below the folder. The split of a file is told by its name or folder, such as
-    `train-00000-of-00002.parquet` or `test/data.arrow`; files that tell of none are for training.
-    column: the image column (structs of `bytes` and `path`, or binary), where there are several.
+    files: their names below the folder. The split of a file follows from its name or folder, such as
+    `train-00000-of-00002.parquet` or `test/data.arrow`; files without a split name are for training.
+    column: the image column (structs of `bytes` and `path`, or binary), if there are several.
     Raises UserError for damage, columns that are missing or ambiguous, and files that contradict each other.
     """
     by_split: dict[str, list[str]] = {}
@@ -66,7 +66,7 @@ def read_arrow(path: Path, files: Sequence[str], column: str | None = None) -> S
 
 
 def _split_of_file(name: str) -> str | None:
-    """By the first word of the file's name, or else by a folder on the way to it."""
+    """The split named by the first word of the file's name, or else by a folder in its path."""
     place = PurePosixPath(name)
     word = place.stem.split("-")[0]
     return next((split for part in (word, *reversed(place.parts[:-1])) if (split := split_of(part))), None)
@@ -104,7 +104,7 @@ def _read_file(path: Path, folder: Path) -> Any:
 
 
 def _features(table: Any) -> dict[str, Any]:
-    """What `datasets` notes of the columns in the schema; {} where there is nothing of the kind."""
+    """The description of the columns that `datasets` puts into the schema; {} if there is none."""
     try:
         noted = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
         features = noted["info"]["features"]

@@ -21,7 +21,7 @@ _BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
 
 @dataclass(frozen=True)
 class _Version:
-    """One published version: the folder that its archive unpacks to, and its files."""
+    """One published version: the folder to which its archive unpacks, and its files."""
 
     folder: str
     train: tuple[str, ...]
@@ -67,17 +67,17 @@ _VERSIONS = (
 
 
 def is_cifar_folder(folder: Path) -> bool:
-    """Whether a folder, or one in it that bears the name of CIFAR's archive, holds a version of CIFAR."""
+    """True if a folder, or a subfolder with the name of CIFAR's archive, holds a version of CIFAR."""
     return any(_find(folder, version) is not None for version in _VERSIONS)
 
 
 def is_cifar_name(name: str) -> bool:
-    """Whether a file of this name can only be one of CIFAR's."""
+    """True if a file of this name can only belong to CIFAR."""
     return name.removesuffix(".bin") in (*_BATCHES, "test_batch")
 
 
 def _find(folder: Path, version: _Version) -> Path | None:
-    """The place of a version: one of its files is there, and "train" without suffix also has its "meta"."""
+    """The folder of a version: it holds one of its files, and next to "train" without suffix also "meta"."""
     for place in (folder, folder / version.folder):
         names = [*version.train, version.test]
         if any((place / name).is_file() for name in names):
@@ -87,7 +87,7 @@ def _find(folder: Path, version: _Version) -> Path | None:
 
 
 def read_cifar_folder(folder: Path) -> Source:
-    """CIFAR-10 or CIFAR-100 (fine labels): (N,3,32,32), a shipped test split.
+    """CIFAR-10 or CIFAR-100 (fine labels): (N,3,32,32), with a test split.
 
     Raises UserError for a missing, truncated or damaged file, a label out of range, and a folder that holds
     more than one version.
@@ -134,7 +134,7 @@ def _binary_records(path: Path, folder: Path, version: _Version) -> tuple[Pixels
 
 
 def _pickled_records(path: Path, folder: Path, version: _Version) -> tuple[Pixels, Indices]:
-    """Images (N,3072) and labels of one pickled dictionary, of which nothing is run."""
+    """Images (N,3072) and labels from one pickled dictionary, without running code in it."""
     found = load_arrays(path, folder)
     images = found.get("data")
     labels = found.get("fine_labels" if version.num_classes == 100 else "labels")

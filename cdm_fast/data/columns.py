@@ -1,4 +1,4 @@
-"""The columns of a table that hold images and labels: which they are, and labels of any usual type."""
+"""Finds the columns of a table that hold images and labels, and converts labels of any usual type."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from cdm_fast.host.reading import bad, shown
 
 
 def image_column(name: object, images: Sequence[str], wanted: str | None) -> str:
-    """The column of images: the one asked for (--hf-column), or the only one there is."""
+    """The column of images: the requested one (--hf-column), or the only one."""
     if wanted is not None:
         if wanted not in images:
             raise bad(
@@ -28,8 +28,9 @@ def image_column(name: object, images: Sequence[str], wanted: str | None) -> str
 def label_column(name: object, named: Sequence[str], plain: Sequence[str]) -> str | None:
     """The column of labels; None if there is none.
 
-    named: columns of class labels with names; plain: those of whole numbers or text, of which only the usual
-    names of labels count. `label` comes first, then the only one. Raises UserError if two are as good.
+    named: columns of class labels with class names; plain: columns of whole numbers or text, which count only
+    if they have a usual name. The column `label` has precedence, then the only one. Raises UserError if the
+    choice is ambiguous.
     """
     for columns in (list(named), column_of(plain, LABEL_NAMES)):
         label = column_of(columns, ["label"])
@@ -52,7 +53,7 @@ def classes_of(name: object, values: Sequence[Any]) -> tuple[str, ...] | None:
 def as_labels(
     name: object, column: str, values: Sequence[Any], classes: tuple[str, ...] | None
 ) -> Indices | None:
-    """(n,) int64 labels from a column's values; UserError for a missing one and an unknown class."""
+    """(n,) int64 labels from a column's values; UserError for a missing label and an unknown class."""
     if classes is not None:
         number_of = {label: number for number, label in enumerate(classes)}
         for row, value in enumerate(values):

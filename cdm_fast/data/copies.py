@@ -1,13 +1,13 @@
-"""Prepared copies: the images of a source as rows of uint8 in a file that processes map and share.
+"""Prepared copies: the images of a source as uint8 rows in a file that processes map and share.
 
 A copy is a folder CACHE/KEY with
 
-    rows        the images, (N, C, H, W) uint8: those of train, then validation, then test
+    rows        the images, (N, C, H, W) uint8: train, then validation, then test
     labels      (N,) int64 in the same order; empty without labels
-    about.json  what they are, and a digest of both files
+    about.json  their description, and a digest of both files
 
-KEY is a digest of what decides the content. A copy is written under another name and renamed when it is
-whole, by the one process that holds KEY.lock.
+KEY is a digest of everything that determines the content. A copy is written under another name, by the
+process that holds KEY.lock, and renamed when it is complete.
 """
 
 import contextlib
@@ -36,17 +36,17 @@ from cdm_fast.data.pictures import Fit
 from cdm_fast.data.source import Part, Source
 from cdm_fast.errors import DiskError, UserError
 from cdm_fast.host.files import atomic_directory, remove, remove_unfinished
-from cdm_fast.host.progress import Countdown, to_stderr
+from cdm_fast.host.progress import ProgressBar, to_stderr
 from cdm_fast.host.reading import bad, shown
 
-VERSION = 1  # of the readers and of this layout: a higher one makes every copy anew
+VERSION = 1  # of the readers and of this layout; increasing it invalidates all copies
 VARIABLE = "CDM_FAST_CACHE"
 OFF = "off"
-# Below these a copy gains nothing: the source is read in a second or two.
+# Below these sizes a copy gains nothing: the source is read in a second or two.
 _FEWEST_PICTURES, _FEWEST_BYTES = 2000, 2**26
 _MAX_ABOUT_BYTES = 2**26
 
-# Without it Linux refuses to map more than there is memory. Python 3.13 knows the flag by name.
+# Without it Linux refuses to map more than the available memory. Python 3.13 has a name for this flag.
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 _chosen: ContextVar[str | None] = ContextVar("cache", default=None)
@@ -54,7 +54,7 @@ _chosen: ContextVar[str | None] = ContextVar("cache", default=None)
 
 @contextlib.contextmanager
 def cached_in(cache: str | None) -> Iterator[None]:
-    """Copies lie in this folder while the block runs, or nowhere with "off"; None leaves it as it was."""
+    """Inside the block copies are kept in this folder, or not at all with "off"; None changes nothing."""
     token = _chosen.set(cache or _chosen.get())
     try:
         yield
@@ -63,7 +63,7 @@ def cached_in(cache: str | None) -> Iterator[None]:
 
 
 def cache_folder() -> Path | None:
-    """Where copies lie: as `cached_in` or CDM_FAST_CACHE say, or the user's cache folder; None: nowhere."""
+    """The folder of copies: from `cached_in`, CDM_FAST_CACHE, or the user's cache folder; None if off."""
     said = _chosen.get() or os.environ.get(VARIABLE)
     if said:
         return None if said == OFF else Path(said).expanduser()
@@ -76,7 +76,7 @@ def cache_folder() -> Path | None:
 
 @dataclass(frozen=True)
 class About:
-    """What a copy holds: counts of the splits, (C,H,W), and what its source said of itself."""
+    """The description of a copy: counts of the splits, (C,H,W), and the facts of its source."""
 
     version: int
     kind: str
@@ -102,7 +102,7 @@ class About:
 
 @dataclass(frozen=True)
 class Copy:
-    """A whole copy, mapped: pages are read when they are used, and shared by all processes that map them."""
+    """A complete copy, memory-mapped: pages are read when used, and shared by all processes that map them."""
 
     folder: Path
     about: About
@@ -117,7 +117,7 @@ class Copy:
         return images, map_file(self.folder / "labels").view(torch.int64)[rows].clone()
 
     def verify(self) -> bool:
-        """Whether both files still are what was written; reads them whole."""
+        """True if both files are unchanged since they were written; reads them completely."""
         digest = hashlib.blake2b(digest_size=16)
         for name in ("rows", "labels"):
             with open(self.folder / name, "rb") as file:
@@ -127,7 +127,7 @@ class Copy:
 
 
 def map_file(path: Path) -> Tensor:
-    """A file as a (bytes,) uint8 tensor. Private: a write reaches nobody else. No memory is reserved."""
+    """A file as a (bytes,) uint8 tensor, mapped privately: writes stay in this process."""
     with open(path, "rb") as file:
         flags = mmap.MAP_PRIVATE | _NO_RESERVE
         mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
@@ -135,7 +135,7 @@ def map_file(path: Path) -> Tensor:
 
 
 def key_of(mark: str, fit: Fit, split_seed: int, encoded_by: str) -> str:
-    """The name of a copy: a digest of the source's mark and of all that decides what is made of it.
+    """The name of a copy: a digest of the source's mark and of all settings that determine its content.
 
     encoded_by: version of the decoder.
     """
@@ -168,7 +168,7 @@ def _facts(folder: str, prefix: str) -> Iterator[str]:
 
 
 def find(cache: Path, key: str) -> Copy | None:
-    """The whole copy of that name; None if there is none, or one of another version or size."""
+    """The complete copy with this name; None if there is none, or one of another version or size."""
     folder = cache / key
     try:
         with open(folder / "about.json", "rb") as file:
@@ -182,21 +182,21 @@ def find(cache: Path, key: str) -> Copy | None:
 
 
 def is_worth_it(source: Source, num_bytes: int) -> bool:
-    """Whether a source takes long enough to read, or enough memory, to be worth a copy."""
+    """True if a source takes long enough to read, or enough memory, to be worth a copy."""
     count = sum(part.count for part in source.parts.values())
     return num_bytes >= _FEWEST_BYTES or (source.encoded and count >= _FEWEST_PICTURES)
 
 
-Chosen = dict[str, tuple[Part, Indices]]  # by split: the part that holds it, and which of its images it is
+Chosen = dict[str, tuple[Part, Indices]]  # by split: its part, and the indices of its images in it
 
 
 def prepare(
     cache: Path, key: str, source: Source, chosen: Chosen, fit: Fit, unchanged: Callable[[], bool]
 ) -> Copy:
-    """The copy of that name, made if there is none; one process makes it, and others wait for it.
+    """The copy with this name, made if there is none; one process makes it, and others wait for it.
 
-    unchanged: whether the source still is what it was. Raises DiskError where the disk refuses, with nothing
-    left behind, and UserError as the source does, or when it has changed meanwhile.
+    unchanged: returns whether the source is still unchanged. Raises DiskError if writing fails, leaving
+    nothing behind, and UserError as in the source, or if the source has changed meanwhile.
     """
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -218,7 +218,7 @@ def prepare(
 
 @contextlib.contextmanager
 def _only_writer(cache: Path, key: str, name: str) -> Iterator[None]:
-    """Holds KEY.lock, which goes with the process; removes what killed processes left."""
+    """Holds KEY.lock, which is released with the process; removes files left by killed processes."""
     with open(cache / f"{key}.lock", "ab") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -228,20 +228,21 @@ def _only_writer(cache: Path, key: str, name: str) -> Iterator[None]:
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP):
                 raise
-            yield  # a file system without locks: each writes under a name of its own
+            yield  # a file system without locks: each process writes under its own name
             return
         remove_unfinished(cache, key)
         yield
 
 
 def _write(folder: Path, source: Source, chosen: Chosen, fit: Fit) -> About:
-    """Writes all files of a copy, each flushed to the disk; returns what about.json says."""
+    """Writes all files of a copy, each flushed to the disk; returns the content of about.json."""
     counts = {split: len(chosen[split][1]) if split in chosen else 0 for split in SPLITS}
     total = sum(counts.values())
     digest = hashlib.blake2b(digest_size=16)
     shape: tuple[int, ...] = ()
     labels = []
-    with open(folder / "rows", "wb") as file, Countdown(f"reading {source.name}", total) as countdown:
+    progress = ProgressBar(f"reading {source.name}", total, delay=2.0, every_process=True)
+    with open(folder / "rows", "wb") as file, progress:
         for split in SPLITS:
             if split not in chosen:
                 continue
@@ -250,7 +251,7 @@ def _write(folder: Path, source: Source, chosen: Chosen, fit: Fit) -> About:
                 if not shape:
                     shape = rows.shape
                     os.posix_fallocate(file.fileno(), 0, total * math.prod(shape))
-                for chunk in read_chunks(rows, indices, countdown):
+                for chunk in read_chunks(rows, indices, progress):
                     file.write(chunk.data)
                     digest.update(chunk.data)
             if part.labels is not None:
@@ -282,9 +283,9 @@ def _flush(descriptor: int, flush: Callable[[], None]) -> None:
 
 
 def clear(cache: Path, key: str | None = None) -> tuple[int, int]:
-    """Removes one copy or all; returns how many, and their bytes. Those being written stay.
+    """Removes one copy or all; returns their number and bytes. Copies being written are kept.
 
-    Nothing is removed that is not named as a copy is.
+    Only folders named like a copy are removed.
     """
     removed = freed = 0
     for lock in sorted(cache.glob(f"{key or '?' * 32}.lock")):

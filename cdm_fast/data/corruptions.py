@@ -1,20 +1,21 @@
 """The fifteen standard corruptions at five severities (Hendrycks & Dietterich, arXiv 1903.12261), vectorised.
 
-Grey or colour, any size; made for 8x8 to 64x64. The strengths are those of the benchmark's version for 32x32
-images, and every length scales with the picture's longer side: a blur covers the same share of it at any
-size. Weather is drawn on a 32x32 canvas, then resized; a picture that is not square sees the middle of it.
-Noise, brightness, contrast and JPEG quality do not depend on size.
+For grey or colour images of any size, designed for 8x8 to 64x64. The strengths are those of the benchmark's
+version for 32x32 images, and every length scales with the longer side of the picture: a blur covers the same
+share of it at any size. Weather is drawn on a 32x32 canvas, then resized; a picture that is not square gets
+the middle of it. Noise, brightness, contrast and JPEG quality do not depend on size.
 
-Where ours differ from the published code, so that figures on ours compare with each other only:
+These differ from the published code, so figures can be compared only with each other:
 
-- defocus is a disk of the same second moment as the published kernels, sampled between pixels;
-- glass displaces every pixel at random, the further the more severe, where the original swaps neighbours one
-  after the other and trades swaps against blur;
-- elastic is a smooth random displacement alone, of growing size, where the original trades an affine part
+- defocus is a disk with the same second moment as the published kernels, sampled between pixels;
+- glass displaces every pixel at random, further at higher severity, where the original swaps neighbours
+  sequentially and balances swaps against blur;
+- elastic is only a smooth random displacement, of growing size, where the original balances an affine part
   against a finer field; pixelate has larger cells, without the original's shifts by whole pixels. Neither
-  original changes a small picture more at each severity, and both of ours do, as all kinds here;
-- frost is synthesised, ridges of fractal noise: the original pastes photographs. Its weights are ours;
-- all severities of an image share their random numbers, so that a curve shows severity and nothing else.
+  original changes a small picture more at every higher severity; both of ours do, like all kinds here;
+- frost is synthesised from ridges of fractal noise, where the original pastes photographs, with our
+  own weights;
+- all severities of an image share their random numbers, so that a curve shows only the effect of severity.
 
 # B images, C channels, H W pixels, x in [0, 1]
 """
@@ -33,7 +34,7 @@ from cdm_fast.host.optional import need
 
 SEVERITIES = (1, 2, 3, 4, 5)
 BASE = 32  # side of the images for which the strengths below are given, pixels
-STEPS = 24  # of a trail
+STEPS = 24  # pictures averaged in a trail
 BATCH = 512  # images corrupted at a time, which bounds the memory of the blurs
 
 Corruption = Callable[[Tensor, int, torch.Generator], Tensor]  # x, severity 0..4, randomness -> x
@@ -48,7 +49,7 @@ def corrupt(
 ) -> Tensor:
     """`images` with one of `KINDS` at severity 1..5, as uint8 on the same N grey levels.
 
-    A pure function of its arguments; an image's result depends on its place in `images`, not on what follows.
+    A deterministic function; an image's result depends on its index in `images`, not on later images.
     Raises UserError for an unknown kind, a severity outside 1..5, or images of another dtype or shape.
     """
     if kind not in KINDS:
@@ -77,13 +78,13 @@ def gaussian_noise(x: Tensor, severity: int, generator: torch.Generator) -> Tens
 
 
 def shot_noise(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
-    """`Poisson(c x) / c`: c photons make white."""
+    """`Poisson(c x) / c`: white is c photons."""
     photons = (500, 250, 100, 75, 50)[severity]
     return torch.poisson(x * photons, generator=generator) / photons
 
 
 def impulse_noise(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
-    """A share of the values becomes 0 or 1, half each."""
+    """Sets a share of the values to 0 or 1, half each."""
     share = (0.01, 0.02, 0.03, 0.05, 0.07)[severity]
     u = torch.rand(x.shape, generator=generator)
     salt = torch.rand(x.shape, generator=generator) < 0.5
@@ -107,7 +108,7 @@ def glass_blur(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
 
 
 def motion_blur(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
-    """A one-sided trail with Gaussian weights at an angle of -45..45 degrees, each image's own."""
+    """A one-sided trail with Gaussian weights at an angle of -45..45 degrees, drawn for each image."""
     radius, sigma = ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5))[severity]
     angle = (torch.rand(len(x), generator=generator) - 0.5) * math.pi / 2
     return _trail(x, angle, radius * _scale(x), sigma * _scale(x))
@@ -140,7 +141,7 @@ def snow(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
 
 
 def frost(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
-    """Synthetic ice over a dimmed picture: bright ridges of fractal noise, bluish where there is colour."""
+    """Synthetic ice over a dimmed picture: bright ridges of fractal noise, bluish in colour images."""
     kept, weight = ((1, 0.2), (1, 0.3), (0.9, 0.45), (0.85, 0.55), (0.75, 0.7))[severity]
     ridges = 1 - (2 * _plasma(len(x), 1.25, generator) - 1).abs()
     ice = _resize((0.3 + 0.7 * ridges.square()).clamp(0, 1), x)
@@ -150,7 +151,7 @@ def frost(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
 
 
 def fog(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
-    """Plasma clouds added, and the whole brought back to the picture's brightest value."""
+    """Adds plasma clouds, and rescales to the picture's brightest value."""
     weight, decay = ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75))[severity]
     brightest = x.amax((1, 2, 3), keepdim=True)
     clouds = _resize(_plasma(len(x), decay, generator), x)
@@ -158,7 +159,7 @@ def fog(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
 
 
 def brightness(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
-    """`V + c` in HSV: hue and saturation stay."""
+    """`V + c` in HSV; hue and saturation are unchanged."""
     value = x.amax(1, keepdim=True)
     brighter = (value + (0.05, 0.1, 0.15, 0.2, 0.3)[severity]).clamp(max=1)
     return torch.where(value > 0, x * brighter / value.clamp(min=1e-6), brighter)
@@ -174,7 +175,7 @@ def contrast(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
 
 
 def elastic_transform(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
-    """A smooth random displacement of 1 to 3 % of the side (root mean square), 6 % of the side in extent."""
+    """A smooth random displacement of 1 to 3 % of the side (root mean square), correlated over 6 % of it."""
     size = (0.010, 0.015, 0.020, 0.025, 0.030)[severity] * max(x.shape[2:])
     field = torch.randn(2 * len(x), 1, BASE, BASE, generator=generator)
     field = _gaussian(field, 0.06 * BASE)
@@ -185,7 +186,7 @@ def elastic_transform(x: Tensor, severity: int, generator: torch.Generator) -> T
 
 
 def pixelate(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
-    """Down to a share of the pixels a side and up again, both by area."""
+    """Downsamples to a share of the pixels per side and upsamples again, both by area."""
     share = (0.8, 0.65, 0.5, 0.4, 0.3)[severity]
     rows, columns = (_through_cells(side, max(1, int(share * side))) for side in x.shape[2:])
     return rows @ x @ columns.T
@@ -228,7 +229,7 @@ KINDS: dict[str, Corruption] = {
 
 
 def _scale(x: Tensor) -> float:
-    """Pixels of x in one of a 32x32 picture."""
+    """Pixels of x per pixel of a 32x32 picture."""
     return max(x.shape[2:]) / BASE
 
 
@@ -254,13 +255,13 @@ def _displace(x: Tensor, offset: Tensor) -> Tensor:
 
 
 def _shift(x: Tensor, right: float | Tensor, down: float | Tensor) -> Tensor:
-    """x moved by fractions of a pixel, the same for all images or (B,) each its own."""
+    """x shifted by fractions of a pixel, equal for all images or (B,) one per image."""
     offset = torch.stack([torch.as_tensor(-d).expand(len(x)) for d in (right, down)], dim=1)
     return _displace(x, offset[:, :, None, None].expand(-1, -1, *x.shape[2:]))
 
 
 def _zoom(x: Tensor, factor: float) -> Tensor:
-    """x enlarged about its middle and cut to its size."""
+    """x enlarged about its centre and cropped to its size."""
     height, width = x.shape[2:]
     row = (torch.arange(height) - (height - 1) / 2) * (1 / factor - 1)
     column = (torch.arange(width) - (width - 1) / 2) * (1 / factor - 1)
@@ -311,7 +312,7 @@ def _plasma(num: int, decay: float, generator: torch.Generator) -> Tensor:
 
 
 def _through_cells(side: int, cells: int) -> Tensor:
-    """(side, side) that averages a line of pixels over equal cells and reads the cells at the pixels."""
+    """(side, side) matrix that averages a line of pixels over equal cells and reads them at the pixels."""
     return _overlap(side, cells) @ _overlap(cells, side)
 
 

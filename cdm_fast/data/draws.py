@@ -16,17 +16,17 @@ Protocol = Literal["dequantized", "paper"]
 
 
 def draw_generator(seed: int, draw: int) -> torch.Generator:
-    """The generator of one dequantisation draw of a data set; each `draw` of a seed has another one."""
+    """The generator of one dequantisation draw of a data set, different for each `draw` of a seed."""
     return torch.Generator().manual_seed(seed * 1_000_003 + draw)
 
 
 def batches(
     data: ImageData, batch_size: int, generator: torch.Generator, protocol: Protocol = "dequantized"
 ) -> Iterator[tuple[int, Tensor]]:
-    """One pass over `data` in order: (index of its first image, images (B, C, H, W)) of each batch.
+    """One pass over `data` in order: yields (index of its first image, images (B, C, H, W)) per batch.
 
-    `protocol` "dequantized" adds uniform noise from the generator; "paper" takes the points 2u/(N-1) - 1, as
-    the public code of CDM does.
+    `protocol` "dequantized" adds uniform noise from the generator; "paper" uses the points 2u/(N-1) - 1, as
+    in the public code of CDM.
     """
     for first in range(0, len(data.images), batch_size):
         images = data.images[first : first + batch_size]
@@ -43,11 +43,11 @@ def draw_images(data: ImageData, num: int, generator: torch.Generator) -> Tensor
 
 
 def choose(count: int, num: int | None, generator: torch.Generator) -> Tensor:
-    """(m,) int64 indices, rising, of `num` of `count` images without replacement; None for all."""
+    """(m,) int64 ascending indices of `num` of `count` images, drawn without replacement; None for all."""
     return torch.randperm(count, generator=generator)[:num].sort().values
 
 
 def choose_images(data: ImageData, num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """min(num, n) images without replacement: (index (m,) int64, rising, dequantised (m, C, H, W))."""
+    """min(num, n) images without replacement: (ascending index (m,) int64, dequantised (m, C, H, W))."""
     index = choose(len(data.images), num, generator)
     return index, dequantize(data.images[index], data.num_grey_levels, generator, data.pixels)

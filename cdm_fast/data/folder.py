@@ -1,4 +1,4 @@
-"""Readers of picture files: an image folder, a zip of one, a table of file names, and what they share."""
+"""Readers of picture files: an image folder, a zip of one, a table of file names."""
 
 # n chosen images, C channels, H W pixels
 
@@ -31,7 +31,7 @@ from cdm_fast.host.reading import (
     require_inside,
 )
 
-# Enter it to read files: it gives the function from a file's key and a limit to its content.
+# A context manager for reading files: it yields a function from a file's key and a size limit to its content.
 Fetch = Callable[[str, int], bytes]
 Opener = Callable[[], AbstractContextManager[Fetch]]
 
@@ -41,8 +41,8 @@ def picture_part(
 ) -> Part:
     """A part whose pictures are decoded when read.
 
-    All have the shape of the first picture of `reference`, by default of this part. Reading raises UserError
-    for a damaged picture, one of another size, or a colour one among grey ones.
+    All must have the shape of the first picture of `reference`, by default of this part. Reading raises
+    UserError for a damaged picture, one of another size, or a colour picture among grey ones.
     """
 
     @contextmanager
@@ -79,14 +79,14 @@ def picture_part(
 
 
 class _Expansion:
-    """Counts what a part's pictures take and what they were packed in, over all threads that read it."""
+    """Counts the packed and unpacked bytes of a part's pictures, over all threads that read it."""
 
     def __init__(self, name: object, bounded: bool) -> None:
         self._name, self._bounded, self._lock = name, bounded, threading.Lock()
         self._size = self._packed = 0
 
     def add(self, size: int, packed: int) -> None:
-        """Raises UserError when they expand as a decompression bomb does."""
+        """Raises UserError if they expand like a decompression bomb."""
         with self._lock:
             self._size, self._packed = self._size + size, self._packed + packed
         if self._bounded:
@@ -122,15 +122,15 @@ class Listing:
 def read_image_folder(folder: Path) -> Source:
     """Pictures in a folder and its sub-folders, labelled by class sub-folders or a table of labels.
 
-    With sub-folders named train, test and validation, or the usual other names of these, they are the splits.
-    Hidden files are passed over; any other file that is not read is named in a warning. Raises UserError for
-    an empty folder, a link that leaves it, and whatever could be read in two ways.
+    Sub-folders named train, test and validation, or with other usual names for these, are the splits. Hidden
+    files are ignored; any other file that is not read is named in a warning. Raises UserError for an empty
+    folder, a link that leaves it, and an ambiguous layout.
     """
     return _collect(Listing(folder, "folder", sorted(walk(folder)), _folder_opener(folder, walked=True)))
 
 
 def _folder_opener(folder: Path, walked: bool = False) -> Opener:
-    """walked: `walk` has looked at the links, which takes longer than to read a small file."""
+    """walked: `walk` has checked the links already, which takes longer than reading a small file."""
 
     @contextmanager
     def opener() -> Iterator[Fetch]:
@@ -141,7 +141,7 @@ def _folder_opener(folder: Path, walked: bool = False) -> Opener:
 
 
 def walk(folder: Path) -> Iterator[str]:
-    """Relative names of the files under a folder. Links may point to files inside it, nowhere else."""
+    """Relative names of the files under a folder. Links may point only to files inside it."""
     yield from _walk(folder, str(folder), "")
 
 
@@ -166,7 +166,7 @@ def _walk(root: Path, place: str, prefix: str) -> Iterator[str]:
 
 
 def read_image_zip(path: Path) -> Source:
-    """The same as `read_image_folder` for a zip file of the folder; nothing is extracted."""
+    """`read_image_folder` for a zip file of the folder; nothing is extracted."""
     with open_zip(path) as archive:
         for info in archive.infolist():
             check_member(path, info)
@@ -272,7 +272,7 @@ def _source(
 
 
 def _read_tables(listing: Listing) -> tuple[list[tuple[str, Table]], set[str]]:
-    """The tables of labels that lie among the files, each with its folder; and their names."""
+    """The tables of labels among the files, each with its folder; and their names."""
     found, read = [], set()
     with listing.opener() as fetch:
         for name in listing.files:

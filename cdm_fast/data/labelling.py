@@ -1,4 +1,4 @@
-"""The labels of pictures: by class folders, or by the tables that lie among them."""
+"""The labels of pictures: from class folders, or from tables among the pictures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from cdm_fast.host.reading import bad, shown
 
 @dataclass(frozen=True)
 class Labelling:
-    """What the pictures of a source are labelled by.
+    """The labels of a source's pictures, and where they come from.
 
     Fields:
-        labels: a number or a class name of each picture; None without labels.
-        class_names: in label order, where they have names.
-        how: for a person, such as "in 10 class folders".
-        unread: what was found and is not read.
+        labels: a number or a class name for each picture; None without labels.
+        class_names: in label order, if classes have names.
+        how: a description, such as "in 10 class folders".
+        unread: files and columns that were found but are not read.
     """
 
     path: Path
@@ -33,7 +33,7 @@ class Labelling:
 
     @property
     def num_classes(self) -> int | None:
-        """K where classes have names; numbers tell by themselves."""
+        """K if classes have names; None for numbers, from which K follows."""
         return None if self.class_names is None else len(self.class_names)
 
     def numbers(self, names: Sequence[str]) -> Indices | None:
@@ -58,10 +58,10 @@ class Labelling:
         tables: Sequence[tuple[str, Table]],
         train: Sequence[str] | None = None,
     ) -> "Labelling":
-        """By tables, each for the pictures below its folder.
+        """Labels from tables, each for the pictures below its folder.
 
-        train: the training pictures, which decide the classes that have names; by default all.
-        Raises UserError for a picture without label, one with two, and names of files that are not there.
+        train: the training pictures, which determine the named classes; all by default.
+        Raises UserError for a picture without a label or with two labels, and for names of missing files.
         """
         labels: dict[str, Label] = {}
         unread: list[str] = []
@@ -118,9 +118,9 @@ def label_pictures(
 ) -> Labelling:
     """How the pictures of a folder or zip are labelled: by tables that have labels, else by class folders.
 
-    depth: at which class folders lie; lost: pictures that no reader opens.
-    Raises UserError as `Labelling.of_tables` does, for a picture beside class folders, for a class that only
-    other splits have, and for one of which all pictures are lost.
+    depth: the depth of class folders; lost: pictures in formats that are not read.
+    Raises UserError as in `Labelling.of_tables`, for a picture beside class folders, for a class without
+    training pictures, and for a class of which all pictures are lost.
     """
     every = [name for names in splits.values() for name in names]
     by_table = Labelling.of_tables(path, every, tables, splits["train"])
@@ -140,7 +140,7 @@ def label_pictures(
 def _class_folders(path: Path, names: Sequence[str], depth: int) -> list[str]:
     """Class names in label order: the sub-folders at `depth`.
 
-    One class tells nothing apart, so pictures that all lie in one folder have no labels.
+    Pictures that all lie in one folder have no labels, since a single class carries no information.
     """
     found = {part_of(name, depth) for name in names}
     if len(found) == 1:
@@ -154,7 +154,7 @@ def _class_folders(path: Path, names: Sequence[str], depth: int) -> list[str]:
 
 
 def _refuse_test_classes(path: Path, splits: dict[str, list[str]], depth: int) -> None:
-    """UserError where training pictures are of one class and others are not of that class alone."""
+    """UserError if all training pictures have one class and other splits have further classes."""
     (own,) = {part_of(name, depth) for name in splits["train"]}
     for names in splits.values():
         classes = {part_of(name, depth) for name in names} - {own}
@@ -163,7 +163,7 @@ def _refuse_test_classes(path: Path, splits: dict[str, list[str]], depth: int) -
 
 
 def _require_classes_read(path: Path, names: Sequence[str], lost: Sequence[str], depth: int) -> None:
-    """UserError for a class folder, or a split's part of one, of which no picture is read."""
+    """UserError for a class folder, or a split's part of it, none of whose pictures can be read."""
 
     def place(name: str) -> tuple[str, ...]:
         return PurePosixPath(name).parts[:-1][: depth + 1]

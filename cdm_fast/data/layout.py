@@ -1,4 +1,4 @@
-"""How pictures lie in folders: which folders are splits, which are classes, and which say nothing."""
+"""The layout of picture folders: which folders are splits, which are classes, and which have no meaning."""
 
 import os
 import re
@@ -13,20 +13,20 @@ _CLUTTER = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini"})
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is what systems leave behind, and nobody's data."""
+    """True for files and folders that operating systems leave behind, which are no data."""
     return name.startswith(".") or name in _CLUTTER
 
 
 def is_note(name: str) -> bool:
-    """Whether a file of this name is about the data and not of it."""
+    """True for notes about the data, such as a README."""
     return name.lower().startswith(("readme", "license", "licence"))
 
 
-# Names are taken apart by hand: with pathlib a million of them take a minute.
+# Names are split by hand: with pathlib a million of them take a minute.
 
 
 def parts_of(name: str) -> list[str]:
-    """The folders on the way to a file, and its own name."""
+    """The folders in the path of a file, and its name."""
     return [part for part in name.split("/") if part not in ("", ".")]
 
 
@@ -38,16 +38,16 @@ def suffix_of(name: str) -> str:
 
 
 def is_picture(name: str) -> bool:
-    """Whether a reader opens a file of this name."""
+    """True if a reader opens files with this suffix."""
     return suffix_of(name) in SUFFIXES
 
 
 def by_split(path: Path, pictures: list[str], lost: Sequence[str]) -> tuple[dict[str, list[str]], int]:
-    """Pictures by split, all of them "train" where the folders tell of none; and at which depth classes lie.
+    """Pictures by split (all "train" if no folder names a split), and the depth of class folders.
 
-    lost: pictures that no reader opens, which count when the folders are looked at.
-    Raises UserError where split folders lie beside others, below class folders, or without a training one,
-    and where a split holds none but lost pictures.
+    lost: pictures in formats that are not read, which are considered in recognising the layout.
+    Raises UserError if split folders lie beside other folders, below class folders, or without a training
+    folder, and if a split holds only lost pictures.
     """
     every = [*pictures, *lost]
     folders = [parts_of(name)[:-1] for name in every]
@@ -68,7 +68,7 @@ def by_split(path: Path, pictures: list[str], lost: Sequence[str]) -> tuple[dict
 
 
 def _check_splits(path: Path, tops: set[str], found: dict[str, str]) -> None:
-    """UserError unless all top folders are splits, no two the same one, and one of them is for training."""
+    """UserError unless all top folders are different splits, one of them for training."""
     others = sorted(tops - found.keys())
     if others:
         beside = "pictures" if others == [""] else listed(f"{top}/" for top in others if top)
@@ -101,15 +101,15 @@ def _refuse_inner_splits(path: Path, names: Sequence[str], shared: int) -> None:
 
 
 def part_of(name: str, depth: int) -> str:
-    """The folder at a depth on the way to a picture; "" for one that lies higher."""
+    """The folder at a depth in the path of a picture; "" for a picture that lies higher."""
     parts = parts_of(name)
     return parts[depth] if depth < len(parts) - 1 else ""
 
 
 def is_numbered_archive(names: Sequence[str], depth: int) -> bool:
-    """Whether folders only divide a long row of numbered files, as 00000/img00000001.png or 01000/01234.png.
+    """True if folders only divide a long list of numbered files, as 00000/img00000001.png or 01000/01234.png.
 
-    So do the archives of StyleGAN and EDM, and FFHQ: such folders are no classes.
+    The archives of StyleGAN and EDM, and FFHQ, are of this kind: such folders are no classes.
     """
     folders = set()
     for name in names:

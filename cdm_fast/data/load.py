@@ -37,10 +37,10 @@ from cdm_fast.host.reading import bad, shown
 
 
 class Feed(Protocol):
-    """Gathers the images of one step while the step before is taken; see `training.feed`."""
+    """Gathers the images of a step during the previous step; see `training.feed`."""
 
     def take(self, index: Tensor, following: Callable[[], Tensor]) -> Tensor:
-        """The images of `index` (B,), (B,C,H,W) uint8; those of `following()` will be wanted next."""
+        """The images of `index` (B,), (B,C,H,W) uint8; those of `following()` are needed next."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,16 @@ class ImageData:
     num_classes: int | None  # None without labels
     name: str
     split: str
-    pixels: PixelMap = "intervals"  # where grey levels stand in [-1, 1]
-    kind: str = "a data set"  # what the source was recognised as
-    class_names: tuple[str, ...] | None = None  # of each label, where the source names its classes
-    feed: Feed | None = field(default=None, compare=False, repr=False)  # where a thread gathers batches
+    pixels: PixelMap = "intervals"  # position of grey levels in [-1, 1]
+    kind: str = "a data set"  # the recognised kind of source
+    class_names: tuple[str, ...] | None = None  # in label order, if the source names its classes
+    feed: Feed | None = field(default=None, compare=False, repr=False)  # if a thread gathers batches
 
     def __len__(self) -> int:
         return len(self.images)
 
     def describe(self) -> str:
-        """What was recognised, for a person."""
+        """A description of the data in words."""
         channels, height, width = self.images.shape[1:]
         classes = "" if self.num_classes is None else f", {self.num_classes} classes"
         return (
@@ -78,7 +78,7 @@ class ImageData:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a source, whatever the split; see `load_data`."""
+    """A source and the options of reading it, for all splits; see `load_data`."""
 
     source: str | Path
     fit: Fit = Fit()
@@ -87,13 +87,13 @@ class Request:
     hf_split: str | None = None
 
     def open(self) -> Source:
-        """The source, recognised but not read; what it holds and is not read is told."""
+        """The source, recognised but not read; warns of content that is not read."""
         found = open_source(self.source, self.hf_column, self.hf_split)
         tell_unread(found.name, found.unread)
         return found
 
     def mark(self) -> str | None:
-        """What tells the content of a file or folder from another's; None where only opening it tells."""
+        """A mark that identifies the content of a file or folder; None if it must be opened for that."""
         path = Path(str(self.source).removeprefix("hf:")).expanduser()
         if str(self.source).strip() in ("", "digits", "hf:"):
             return None
@@ -127,18 +127,18 @@ def load_data(
         source: "digits"; "hf:OWNER/NAME"; or the path of an IDX folder (MNIST family), a CIFAR-10 or
             CIFAR-100 folder (binary or Python version), an image folder, a zip of one, a CSV or JSONL of file
             names and labels, a folder of parquet or arrow files, or an .npz.
-        split: "train", "validation" or "test". Splits that the source does not ship are cut out of its
+        split: "train", "validation" or "test". Splits that the source does not have are taken from its
             training images, stratified by class: 20 % for test, 10 % for validation.
         image_size: resample to a square of this side, or to (height, width); None keeps the size.
-        split_seed: which images are cut out; the same seed gives the same ones on every machine.
-        channels: 1 or 3 converts to grey or colour; None keeps what the source has.
-        crop: "centre", the largest central box of the proportions of `image_size`; "none", the whole picture;
-            or "LEFT,TOP,WIDTH,HEIGHT" in pixels, cut out before resampling.
+        split_seed: seed of these splits; the same seed gives the same splits on every machine.
+        channels: 1 or 3 converts to grey or colour; None keeps the channels of the source.
+        crop: "centre", the largest central box with the proportions of `image_size`; "none", the whole
+            picture; or "LEFT,TOP,WIDTH,HEIGHT" in pixels, applied before resampling.
         resample: the filter: "bicubic", "bilinear", "lanczos" or "box", antialiased.
-        hf_column, hf_split: of an hf: source, the image column and the split to train on.
+        hf_column, hf_split: image column and training split of an hf: source.
 
     A source of many pictures is decoded once, by all cores, into a prepared copy that later calls and other
-    processes map (see `copies`). What lies in a source and is not read is named in a warning. Raises
+    processes map (see `copies`). Content of a source that is not read is named in a warning. Raises
     UserError, naming file and remedy, for a source that is missing, damaged, hostile or ambiguous.
 
     >>> digits = load_data("digits", "test")
@@ -200,7 +200,7 @@ def ready_copy(request: Request) -> tuple[str | None, Copy | None]:
 
 
 def _new_copy(request: Request, found: Source, mark: str | None) -> Copy | None:
-    """A prepared copy where it is worth one and the disk takes it, which is told otherwise."""
+    """A prepared copy, if it is worthwhile and the disk has room; a failure is reported."""
     cache = cache_folder()
     if cache is None:
         return None
@@ -217,10 +217,10 @@ def _new_copy(request: Request, found: Source, mark: str | None) -> Copy | None:
 
 
 def make_copy(request: Request, found: Source, mark: str | None, cache: Path) -> Copy | None:
-    """The prepared copy of a source, made if need be; None for a source that nothing tells from another.
+    """The prepared copy of a source, made if needed; None for a source whose content has no mark.
 
-    mark: the request's, from before the source was opened. Raises DiskError where the disk refuses, and
-    UserError as the source does, or when it changes meanwhile.
+    mark: the mark of the request before the source was opened. Raises DiskError if writing fails, and
+    UserError as in the source, or if it changes meanwhile.
     """
     own = mark or found.mark
     if own is None:
@@ -240,12 +240,12 @@ def make_copy(request: Request, found: Source, mark: str | None, cache: Path) ->
 
 
 def data_digest(data: ImageData) -> str:
-    """A digest of the number of images, the labels, and 4096 images spread evenly over them."""
+    """A digest of the number of images, the labels, and 4096 evenly spaced images."""
     return _digest(data.images.shape, lambda index: data.images[index].numpy(), data.labels)
 
 
 def source_digest(request: Request) -> str:
-    """`data_digest` of the training split, for which no other image is read."""
+    """`data_digest` of the training split, without reading other images."""
     _, copy = ready_copy(request)
     if copy is not None:
         return data_digest(_from_copy(request, copy, "train"))
@@ -269,18 +269,18 @@ def _digest(shape: Sequence[int], read: Callable[[Tensor], Pixels], labels: Tens
 
 
 def tell_unread(name: str, unread: Sequence[str]) -> None:
-    """Warns of what lies in a source and is not read."""
+    """Warns of content of a source that is not read."""
     if unread:
         warnings.warn(f"{shown(name, 300)}: not read: {shown('; '.join(unread), 600)}", stacklevel=4)
 
 
 def split_counts(source: Source, split_seed: int) -> dict[str, int]:
-    """How many images each split has."""
+    """The number of images in each split."""
     return {split: len(_indices(source, split, split_seed)[1]) for split in SPLITS}
 
 
 def _choose(source: Source, split: str, split_seed: int) -> tuple[Part, Indices]:
-    """The shipped part that holds a split, and the split's indices in it; UserError if there are none."""
+    """The source's part that contains a split, and the split's indices in it; UserError if it is empty."""
     part, indices = _indices(source, split, split_seed)
     if len(indices) == 0:
         raise _too_few(source.name, part.count, split)

@@ -1,4 +1,4 @@
-"""What people call splits, classes and labels: the names that readers understand."""
+"""The usual names of splits, classes and labels, which readers understand."""
 
 import re
 from collections.abc import Iterable
@@ -22,13 +22,13 @@ FILE_NAMES = (
 
 
 def split_of(name: str) -> str | None:
-    """The split that a folder or a value of this name stands for, in any case; None if it stands for none."""
+    """The split that a folder or value of this name denotes, ignoring case; None for other names."""
     plain = name.strip().lower()
     return _SPLIT_OF.get(plain) or _SPLIT_OF.get(_SUFFIX.sub("", plain))
 
 
 def column_of(names: Iterable[str], wanted: Iterable[str]) -> list[str]:
-    """The names that are, in any case, among those wanted; in the order of `wanted`."""
+    """The names that are among `wanted`, ignoring case, in the order of `wanted`."""
     by_plain: dict[str, list[str]] = {}
     for name in names:
         by_plain.setdefault(name.strip().lower(), []).append(name)
@@ -43,7 +43,7 @@ def rank(names: Iterable[str]) -> list[str]:
 
 
 def listed(names: Iterable[object], limit: int = 6) -> str:
-    """The first names, and how many more there are."""
+    """The first names, and the number of further ones."""
     every = [str(name) for name in names]
     more = f" and {len(every) - limit} more" if len(every) > limit else ""
     return ", ".join(every[:limit]) + more

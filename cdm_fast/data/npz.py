@@ -1,4 +1,4 @@
-"""Reader of .npz files: numpy arrays in a zip file, taken apart here so that nothing can be unpickled."""
+"""Reader of .npz files: numpy arrays in a zip file, parsed here so that nothing can be unpickled."""
 
 # N images, C channels, H W pixels
 
@@ -20,7 +20,7 @@ _HEADER = re.compile(
     rb"\{'descr': '([<>|=][buif]\d{1,2})', 'fortran_order': (True|False), 'shape': \(([\d, ]{0,200})\), \}\s*"
 )
 _MAGIC = b"\x93NUMPY"
-_FLOAT_SLACK = 0.1  # in grey levels; k/255 in half precision is off by up to 0.06
+_FLOAT_SLACK = 0.1  # in grey levels; k/255 in half precision has an error of up to 0.06
 
 
 def read_npz(path: Path) -> Source:
@@ -30,7 +30,7 @@ def read_npz(path: Path) -> Source:
     with the usual other names for these (`label`, `targets`, `val`; see `names`), in any case; or numpy's own
     `arr_0` and `arr_1`. Optionally `num_grey_levels` (a whole number 2..256, default 256). Images are
     (N,H,W), (N,H,W,C) or (N,C,H,W) with C 1 or 3: whole numbers 0..num_grey_levels-1, or floats k/255 in
-    [0,1]. Raises UserError for others, and for two arrays that mean the same.
+    [0,1]. Raises UserError for other arrays, and for two arrays with the same role.
     """
     with open_zip(path) as archive:
         members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
@@ -60,7 +60,7 @@ Roles = dict[tuple[str, str], str]  # (split, "images" or "labels") -> key
 
 
 def _roles(path: Path, keys: list[str]) -> Roles:
-    """What each array is; UserError without training images, for labels alone, and for two of one role."""
+    """The role of each array; UserError without training images, for labels alone, and duplicate roles."""
     roles: Roles = {}
     for key in keys:
         role = _role(key)
@@ -104,7 +104,7 @@ def _role(key: str) -> tuple[str, str] | None:
 
 
 def _split_in(key: str) -> str:
-    """The word at either end of an array's name that names a split; "" for none."""
+    """The word at either end of an array's name that names a split; "" if there is none."""
     words = [word for word in re.split(r"[_\- ]", key.strip().lower()) if word]
     ends = [word for word in (words[:1] + words[-1:]) if len(words) > 1 and split_of(word)]
     return ends[0] if ends else ""
@@ -145,7 +145,7 @@ def _grey_levels(path: Path, value: NDArray | None) -> int:
 
 
 def _channels_first(name: str, images: NDArray) -> NDArray:
-    """(N,H,W), (N,H,W,C) or (N,C,H,W) -> (N,C,H,W); UserError if it could be none or two of them."""
+    """(N,H,W), (N,H,W,C) or (N,C,H,W) -> (N,C,H,W); UserError if none of them fits, or two do."""
     if images.ndim == 3:
         return images[:, None]
     if images.ndim != 4:
@@ -201,8 +201,8 @@ def _conversion(images: NDArray) -> str:
 
 
 def _levels_of(images: NDArray) -> Pixels | None:
-    """The k of finite floats k/255; None where one is not."""
-    if images.min() < -1 or images.max() > 2:  # 255 times as much may not be a number
+    """The k of finite floats k/255; None if one is not of this form."""
+    if images.min() < -1 or images.max() > 2:  # 255 times as much may overflow
         return None
     scaled = images.astype(np.float64) * 255
     levels = np.rint(scaled)

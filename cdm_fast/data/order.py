@@ -1,7 +1,7 @@
-"""Which image comes when: permutations, splits and batches as pure functions of a seed.
+"""The order of images: permutations, splits and batches as deterministic functions of a seed.
 
 The random numbers are raw Philox words from numpy, whose streams are guaranteed not to change between
-releases; no global generator is read or moved.
+releases; global generators are neither read nor changed.
 """
 
 from fractions import Fraction
@@ -16,12 +16,12 @@ from cdm_fast.errors import UserError
 
 Indices = NDArray[np.int64]
 
-_EPOCHS, _SPLITS = 0, 1  # what a permutation is for; the same seed gives unrelated ones
+_EPOCHS, _SPLITS = 0, 1  # purposes of a permutation; the same seed gives independent ones
 _TEST, _VALIDATION = 0, 1
 
 
 def permutation(count: int, seed: int, purpose: int, number: int) -> Indices:
-    """The `number`-th permutation of 0..count-1 for a purpose; (count,) int64, by its arguments alone."""
+    """The `number`-th permutation of 0..count-1 for a purpose, (count,) int64."""
     if not 0 <= seed < 2**64:
         raise UserError(f"seed {seed} is out of range; give a whole number from 0 to 2**64 - 1")
     key = np.array([seed, number], np.uint64)  # a list would pass through float64 and merge large seeds
@@ -37,10 +37,10 @@ def _epoch_order(num_examples: int, seed: int, epoch: int) -> Indices:
 
 
 def batch_indices(num_examples: int, batch_size: int, seed: int, step: int) -> Tensor:
-    """Indices of the examples of training step `step` (0, 1, ...); a pure function of its arguments.
+    """Indices of the examples of training step `step` (0, 1, ...); a function of its arguments.
 
-    The steps cut one endless sequence, epoch after epoch, each a fresh permutation of all examples; a batch
-    may therefore straddle two epochs (or more, if `batch_size > num_examples`).
+    The steps divide one endless sequence of epochs, each a new permutation of all examples; a batch may
+    therefore extend over two epochs (or more, if `batch_size > num_examples`).
 
     Returns (batch_size,) int64. Raises UserError for an empty data set, batch size below 1, or negative step.
     """
@@ -60,12 +60,11 @@ def batch_indices(num_examples: int, batch_size: int, seed: int, step: int) -> T
 def split_indices(
     count: int, labels: Indices | None, shipped: frozenset[str], seed: int
 ) -> dict[str, Indices]:
-    """Cut the splits that a source does not ship out of its `count` training examples.
+    """Takes the splits that a source does not have from its `count` training examples.
 
-    Without a shipped test split it is 20 % of them; without a shipped validation split, that is 10 % of them.
-    Both are stratified by label (each class within one example of its share) and depend on nothing but the
-    arguments. Returns ascending int64 indices for "train" and for each split that was missing; they are
-    disjoint and together cover 0..count-1.
+    A missing test split is 20 % of them, a missing validation split 10 %. Both are stratified by label (each
+    class within one example of its share) and depend only on the arguments. Returns ascending int64 indices
+    for "train" and for each split that was missing; they are disjoint and together cover 0..count-1.
     """
     rest = np.arange(count, dtype=np.int64)
     strata = np.zeros(count, np.int64) if labels is None else labels
@@ -81,7 +80,7 @@ def split_indices(
 def _cut(
     indices: Indices, strata: Indices, share: Fraction, seed: int, number: int
 ) -> tuple[Indices, Indices]:
-    """Divide indices into (taken, left): every 1/share-th of them, once shuffled and sorted by stratum."""
+    """Divides indices into (taken, left): takes every 1/share-th after shuffling and sorting by stratum."""
     shuffled = indices[permutation(len(indices), seed, _SPLITS, number)]
     in_strata = shuffled[np.argsort(strata[shuffled], kind="stable")]
     marks = np.arange(len(indices) + 1) * share.numerator // share.denominator

@@ -32,16 +32,16 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = frozenset(".png .jpg .jpeg .jpe .jfif .bmp .dib .webp .pgm .ppm .pnm .pbm .gif .tif .tiff".split())
-# Pictures too, which no reader here opens.
+# Formats of pictures that are not read.
 UNREAD_SUFFIXES = frozenset(
     ".avif .heic .heif .hif .jp2 .j2k .jxl .svg .psd .eps .exr .hdr .dds .ico .tga .pcx .raw .dng .cr2 .nef"
     " .arw .dcm .nii .xcf".split()
 )
-MAX_PIXELS = 2**25  # of one picture before resizing; 4 bytes each in every copy while it is decoded
-MAX_SIDE = 1024  # of the images a model sees
-_THINNEST = 8  # pixels of an image on a sheet, so that signals can be seen
+MAX_PIXELS = 2**25  # of one picture before resizing; 4 bytes per pixel in every copy while decoding
+MAX_SIDE = 1024  # of a model's images
+_THINNEST = 8  # pixels of an image on a sheet, so that signals are visible
 
-# Pillow's plug-ins for other formats are not even tried: fewer parsers, fewer holes.
+# Pillow's plug-ins for other formats are not tried: fewer parsers mean fewer vulnerabilities.
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "GIF", "TIFF")
 _KNOWN = "PNG, JPEG, BMP, WebP, PNM, GIF or TIFF"
 _MAY_BE_ANIMATED = ("PNG", "WEBP", "GIF", "TIFF")
@@ -65,14 +65,14 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Fit:
-    """How pictures are brought to the shape that a model sees; by default they stay as they are.
+    """How pictures are cropped, resampled and converted for a model; by default they are unchanged.
 
     Fields:
-        image_size: what they are resampled to, the side of a square or (height, width); None keeps the size.
-        channels: 1 or 3 makes them grey or colour; None keeps what they have.
-        crop: "centre", the largest central box of the proportions of `image_size`; "none", the whole picture,
-            whose proportions may change; or (left, top, width, height) in pixels, cut out before the filter
-            sees it.
+        image_size: side of the square, or (height, width), to which they are resampled; None keeps the size.
+        channels: 1 or 3 converts them to grey or colour; None keeps their channels.
+        crop: "centre", the largest central box with the proportions of `image_size`; "none", the whole
+            picture, whose proportions may change; or (left, top, width, height) in pixels, applied before the
+            filter.
         resample: the filter, antialiased.
     """
 
@@ -114,12 +114,12 @@ def pillow_version() -> str:
 
 
 def _pillow() -> Any:
-    """The module PIL.Image, which also turns arrays into pictures; UserError without pillow."""
+    """The module PIL.Image, which also converts arrays to pictures; UserError without pillow."""
     return need("PIL.Image", "reading and writing pictures")
 
 
 def decode(content: bytes, name: object, fit: Fit = Fit()) -> Pixels:  # noqa: B008  (frozen)
-    """Decode one 8-bit picture, upright by its EXIF tag, then fit it.
+    """Decode one 8-bit picture, rotate it by its EXIF tag, then apply `fit`.
 
     Returns (C,H,W) uint8. Raises UserError, naming `name`, for anything but a whole PNG, JPEG, BMP, WebP,
     PNM, GIF or TIFF picture of at most 2**25 pixels with 8 bits a channel, one frame, and no transparency.
@@ -130,13 +130,13 @@ def decode(content: bytes, name: object, fit: Fit = Fit()) -> Pixels:  # noqa: B
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences Pillow's warnings, of damaged EXIF tags and of sizes that we judge here, in all threads."""
+    """Silences Pillow's warnings of damaged EXIF tags and large sizes (checked here) in all threads."""
     with warnings.catch_warnings(action="ignore"):
         yield
 
 
 def decode_quietly(content: bytes, name: object, fit: Fit) -> Pixels:
-    """`decode` for threads, which may not change the filters of warnings: call it within `quiet`."""
+    """`decode` for threads, which must not change warning filters: call it within `quiet`."""
     pillow = _pillow()
     try:
         with pillow.open(io.BytesIO(content), formats=_FORMATS) as image:
@@ -155,7 +155,7 @@ def decode_quietly(content: bytes, name: object, fit: Fit) -> Pixels:
 
 
 def _refuse_loss(image: "Image", name: object) -> None:
-    """UserError if Pillow would cut samples of more than 8 bits down, or leave frames out, without a word."""
+    """UserError if Pillow would silently reduce samples of more than 8 bits, or drop frames."""
     bits = _bit_depth(image)
     if bits > 8:
         raise bad(
@@ -168,7 +168,7 @@ def _refuse_loss(image: "Image", name: object) -> None:
 
 
 def _bit_depth(image: "Image") -> int:
-    """Bits of a channel as the file has them, whatever mode Pillow makes of it; else 8."""
+    """Bits per channel in the file, whatever Pillow's mode is; 8 if unknown."""
     if image.format == "TIFF":
         bits = image.tag_v2.get(258, (1,))  # type: ignore[attr-defined]  # BitsPerSample
         return max(int(number) for number in (bits if isinstance(bits, tuple) else (bits,)))
@@ -184,7 +184,7 @@ def _bit_depth(image: "Image") -> int:
 
 def _grey_or_colour(image: "Image", name: object) -> "Image":
     """The picture in mode L or RGB; UserError if that would lose depth or transparency."""
-    image.load()  # so that closing its file leaves the pixels
+    image.load()  # the pixels remain after its file is closed
     if image.mode in ("L", "RGB") and "transparency" not in image.info:
         return image
     if image.mode in ("1", "CMYK", "YCbCr") and "transparency" not in image.info:
@@ -211,7 +211,7 @@ def _fit(image: "Image", fit: Fit, name: object) -> "Image":
         return image
     kind = getattr(_pillow().Resampling, fit.resample.upper())
     if fit.crop == "centre":
-        # Only the central box is computed, but the filter sees the pixels beside it, as if all were.
+        # Only the central box is computed, but the filter uses the pixels beside it, as in a full resize.
         width, height = _largest_like(size, image.size)
         left, top = (image.width - width) / 2, (image.height - height) / 2
         return image.resize(size, kind, box=(left, top, left + width, top + height))
@@ -226,7 +226,7 @@ def _largest_like(size: tuple[int, int], outer: tuple[int, int]) -> tuple[float,
 
 
 def _cut(image: "Image", box: Box, size: tuple[int, int] | None, name: object) -> "Image":
-    """The box of a picture; a picture that has the size already and does not hold the box stays as it is."""
+    """The crop box of a picture; a picture of the final size that does not contain the box is unchanged."""
     left, top, width, height = box
     if left + width > image.width or top + height > image.height:
         if image.size == size:
@@ -253,9 +253,9 @@ def _to_array(image: "Image") -> Pixels:
 
 
 def reshape(images: Pixels, num_grey_levels: int, fit: Fit, name: object = "images") -> Pixels:
-    """Fit images in memory, (B,C,H,W) uint8, as pictures are; overshoot is cut off at the highest grey level.
+    """Apply `fit` to images in memory, (B,C,H,W) uint8, as to picture files; clips at the highest grey level.
 
-    Channels: grey is repeated, colour becomes its luma (ITU-R 601). Returns (B,C',H',W') uint8 in
+    Grey is repeated over channels, colour is converted to luma (ITU-R 601). Returns (B,C',H',W') uint8 in
     0..num_grey_levels-1.
     """
     _, own_channels, height, width = images.shape
@@ -284,8 +284,8 @@ def read_image(path: str | Path, image_size: ImageSize | None = None, channels: 
     """Read one picture file; (C,H,W) uint8.
 
     By default it keeps its size and channels; otherwise it is cropped and resampled to `image_size`, the side
-    of a square or (height, width) (which averages noise away: do not resize what is to be denoised), and made
-    grey (1) or colour (3).
+    of a square or (height, width) (which averages noise away, so do not resize a picture that you want to
+    denoise), and converted to grey (1) or colour (3).
     Raises UserError for a missing, damaged, transparent, 16-bit or oversized picture.
     """
     fit = Fit(image_size, channels)
@@ -294,12 +294,12 @@ def read_image(path: str | Path, image_size: ImageSize | None = None, channels: 
 
 
 def write_grid(images: Tensor, path: str | Path, columns: int | None = None) -> None:
-    """Write a sheet of images as PNG, row by row, atomically. Small images are enlarged by a whole factor.
+    """Write a sheet of images as PNG, row by row, atomically. Small images are enlarged by an integer factor.
 
     Args:
         images: (B,C,H,W), C 1 or 3; uint8, or float in [-1, 1] (clamped).
-        path: its name should end in .png; the folder is made if needed.
-        columns: images in a row; default: a square sheet.
+        path: a name that ends in .png; the folder is created if needed.
+        columns: images per row; by default the sheet is square.
 
     Raises UserError for another shape, NaN, or a file that cannot be written.
     """

@@ -1,4 +1,4 @@
-"""Between grey levels and the numbers a model sees."""
+"""Conversion between grey levels and a model's inputs: dequantisation, quantisation, display."""
 
 # B images, C channels, H W pixels, N grey levels (0..N-1)
 
@@ -14,7 +14,7 @@ from cdm_fast.errors import UserError
 def dequantize(
     images: Tensor, num_grey_levels: int, noise: Tensor | torch.Generator, pixels: PixelMap = "intervals"
 ) -> Tensor:
-    """Spread each grey level u over its interval: x = 2 (u + noise)/N - 1, noise ~ U[0,1).
+    """Dequantise: spread each grey level u over its interval, x = 2 (u + noise)/N - 1, noise ~ U[0,1).
 
     With `pixels="points"`, `x = 2 (u + noise - 1/2)/(N-1) - 1`: intervals around the points 2u/(N-1) - 1.
     The density of x and the probability of u differ by `bits_of_interval` bits per dimension.
@@ -22,7 +22,7 @@ def dequantize(
     Args:
         images: (..., H, W) uint8 in 0..N-1.
         num_grey_levels: N, 2..256.
-        noise: of the shape of `images`, in [0,1), or a generator on their device to draw it from.
+        noise: noise in [0,1) with the shape of `images`, or a generator on their device.
 
     Returns: float32 like `images`, in [-1, 1].
     Raises UserError if images are not uint8, hold a level above N-1, or the noise has another shape.
@@ -75,7 +75,7 @@ def _check_levels(images: Tensor, num_grey_levels: int) -> None:
         raise UserError(f"images of dtype {images.dtype}; grey levels are torch.uint8")
     if not 2 <= num_grey_levels <= 256:
         raise UserError(f"{num_grey_levels} grey levels; uint8 images have 2 to 256")
-    # With 256 levels every uint8 is in range; that common case pays no pass over the data, no sync on a GPU.
+    # With 256 levels every uint8 is in range; this common case needs no pass over the data, nor a GPU sync.
     if num_grey_levels < 256 and images.numel() and int(images.max()) >= num_grey_levels:
         raise UserError(
             f"grey level {int(images.max())} in images; {num_grey_levels} levels end at {num_grey_levels - 1}"
@@ -93,7 +93,7 @@ def levels_to_display(levels: Tensor, num_grey_levels: int) -> Tensor:
 
 
 def from_display(pixels: Tensor, num_grey_levels: int, pixel_map: PixelMap = "intervals") -> Tensor:
-    """uint8 0..255 as model images in [-1, 1]: the inverse of `displayable`, between grey levels too."""
+    """uint8 0..255 as model images in [-1, 1]: the inverse of `displayable`, also between grey levels."""
     return from_brightness(pixels.float(), num_grey_levels, pixel_map, white=255)
 
 
@@ -102,8 +102,8 @@ def from_brightness(
 ) -> Tensor:
     """Brightness from 0 (black) to `white` as model images in [-1, 1], differentiable, in its own dtype.
 
-    `x = 2 (u + 1/2)/N - 1` with `u = (N-1) brightness/white`, not rounded: black and white are the middles of
-    the outermost intervals. Around points black is -1 and white 1.
+    `x = 2 (u + 1/2)/N - 1` with `u = (N-1) brightness/white`, not rounded: black and white are the centres of
+    the outermost intervals. With `pixels="points"` black is -1 and white 1.
     """
     if pixel_map == "points":
         return brightness * (2 / white) - 1
@@ -118,5 +118,5 @@ def to_brightness(x: Tensor, num_grey_levels: int, pixel_map: PixelMap = "interv
 
 
 def noise_of_inputs(sigma: float, num_grey_levels: int, pixels: PixelMap = "intervals") -> float:
-    """Standard deviation in the model's units, [-1, 1], of noise that is `sigma` in units of white."""
+    """Converts a standard deviation `sigma` of noise from units of white to the model's units, [-1, 1]."""
     return 2 * sigma * (1 if pixels == "points" else (num_grey_levels - 1) / num_grey_levels)

@@ -1,4 +1,4 @@
-"""From the name of a data source to its reader."""
+"""Finds the reader for the name of a data source."""
 
 import stat
 from pathlib import Path, PurePosixPath
@@ -19,7 +19,7 @@ TABLES = (".csv", ".tsv", ".jsonl")
 
 
 def open_source(source: str | Path, hf_column: str | None = None, hf_split: str | None = None) -> Source:
-    """The source of that name; see `load_data`. Pictures are not decoded yet, arrays are read."""
+    """The source with this name; see `load_data`. Pictures are not decoded yet, arrays are read."""
     if not str(source).strip():
         raise UserError(
             "--data is empty, as an unset variable leaves it; give digits, a path or hf:OWNER/NAME"
@@ -35,7 +35,7 @@ def open_source(source: str | Path, hf_column: str | None = None, hf_split: str 
     try:
         path = Path(source).expanduser()
         is_folder = stat.S_ISDIR(path.stat().st_mode)
-    except (OSError, ValueError, RuntimeError) as error:  # the last for ~NAME of an unknown user
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~NAME of an unknown user
         raise bad(source, f"cannot be found ({error_text(error)}); {remedy}") from None
     suffix = path.suffix.lower()
     if is_folder:
@@ -67,11 +67,11 @@ def _open_folder(path: Path, hf_column: str | None) -> Source:
         raise bad(path, f"holds several data sets ({listed(inner)}); give the path of one")
     if inner:
         return _open_folder(path / inner[0], hf_column)
-    return read_image_folder(path)  # which says what is missing
+    return read_image_folder(path)  # its error says what is missing
 
 
 def _inner_folders(files: list[str]) -> list[str]:
-    """Folders of known files further in, as `MNIST/raw` and `cifar-10-batches-py`, where tools leave them."""
+    """Subfolders of known files, such as `MNIST/raw` and `cifar-10-batches-py`, made by download tools."""
     known = {
         str(PurePosixPath(name).parent)
         for name in files

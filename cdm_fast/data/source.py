@@ -1,4 +1,4 @@
-"""What a reader hands over: the splits its source ships, checked, with pixels decoded on demand."""
+"""The result of a reader: the splits of its source, checked, with pixels decoded on demand."""
 
 # n chosen images, C channels, H W pixels, K classes
 
@@ -20,7 +20,7 @@ MAX_CLASSES = 2**16
 class Rows:
     """A part that is open for reading with a given fit.
 
-    `read(indices)` gives the chosen images, (n, *shape) uint8; several threads may call it at once.
+    `read(indices)` returns the chosen images, (n, *shape) uint8; several threads may call it at once.
     """
 
     shape: tuple[int, int, int]  # (C,H,W)
@@ -29,7 +29,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Part:
-    """One split that a source ships."""
+    """One split of a source."""
 
     count: int
     labels: Indices | None  # (count,)
@@ -39,14 +39,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """A readable data set: the parts it ships ("train" always, "validation" and "test" perhaps).
+    """A readable data set: its parts ("train", and optionally "validation" and "test").
 
     Fields:
-        kind: what it was recognised as, in a few words.
-        unread: what lies in it and is not read, a sentence each.
-        encoded: whether its images are decoded anew whenever they are read.
-        class_names: of each label, where the source names its classes.
-        mark: of a source that is no file: what tells its content from another's.
+        kind: the recognised kind, in a few words.
+        unread: content that is not read, one sentence each.
+        encoded: True if its images are decoded every time they are read.
+        class_names: in label order, if the source names its classes.
+        mark: for a source that is not a file, a mark that identifies its content.
     """
 
     name: str
@@ -87,7 +87,7 @@ FIRST: Indices = np.zeros(1, np.int64)
 
 
 def check_labels(name: object, labels: NDArray | None, count: int) -> Indices | None:
-    """Labels as (count,) int64; UserError if they are of another number or type, or out of range."""
+    """Labels as (count,) int64; UserError for another number or type, or values out of range."""
     if labels is None:
         return None
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
@@ -113,7 +113,7 @@ def make_source(
     class_names: tuple[str, ...] | None = None,
     mark: str | None = None,
 ) -> Source:
-    """A source whose parts agree: images of one shape, all labelled or none, and labels below K.
+    """A source with consistent parts: images of one shape, all labelled or none, and labels below K.
 
     `num_classes`: K if the format fixes it; otherwise it is one more than the highest training label. The
     other arguments: see `Source`.

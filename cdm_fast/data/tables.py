@@ -15,7 +15,7 @@ from cdm_fast.host.reading import bad, error_text, shown
 
 MAX_TABLE_BYTES = 2**27
 DATASET_JSON = "dataset.json"
-# Read where they lie beside or above pictures; other tables are read when they are given as the source.
+# These are read if they lie beside or above pictures; other tables only if given as the source.
 KNOWN_TABLES = frozenset(
     {DATASET_JSON, *(f"{s}.{k}" for s in ("metadata", "labels") for k in ("jsonl", "csv"))}
 )
@@ -25,10 +25,10 @@ Label = int | str
 
 @dataclass
 class Table:
-    """What a table says of pictures, by their names relative to its folder."""
+    """The content of a table of pictures, by file names relative to its folder."""
 
     name: str
-    labels: dict[str, Label] | None  # None: it holds no labels
+    labels: dict[str, Label] | None  # None without labels
     files: list[str] = field(default_factory=list)  # in its order
     splits: dict[str, str] | None = None
     unread: tuple[str, ...] = ()  # columns
@@ -36,9 +36,9 @@ class Table:
 
 
 def parse_table(name: str, content: bytes) -> Table | None:
-    """The table in a file, by its suffix; None for a JSON file that is no dataset.json.
+    """The table in a file, parsed by its suffix; None for a JSON file that is not a dataset.json.
 
-    Raises UserError for damage, a file that is named twice, or columns that are missing or ambiguous.
+    Raises UserError for damage, a duplicate file name, or columns that are missing or ambiguous.
     """
     try:
         text = content.decode("utf-8-sig")
@@ -164,7 +164,7 @@ def _from_rows(name: str, columns: list[str], rows: list[Row]) -> Table:
 
 
 def _numbers(labels: dict[str, Label]) -> dict[str, Label]:
-    """Names that are all whole numbers, as CSV files hold them, as numbers."""
+    """Converts labels that are all whole numbers, as in CSV files, to numbers."""
     if all(isinstance(label, str) and label.isascii() and label.isdecimal() for label in labels.values()):
         return {file: min(int(str(label)[:20]), 2**62) for file, label in labels.items()}
     return labels

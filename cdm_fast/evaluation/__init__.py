@@ -1,1 +1,1 @@
-"""Evaluation of models besides their likelihood: classification, robustness, outliers, sample quality."""
+"""Evaluation of models beyond likelihood: classification, robustness, outliers, sample quality."""

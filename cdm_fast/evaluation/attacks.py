@@ -1,7 +1,7 @@
 """Adversarial attacks on classification by likelihood.
 
-White-box attacks are foolbox's, on exact gradients without ODE or noise. Two checks show that these gradients
-are not masked: a black-box attack, and a transfer attack from another model.
+White-box attacks are foolbox's, with exact gradients, without ODE or noise. Two checks show that these
+gradients are not masked: a black-box attack, and a transfer attack from another model.
 
 # B batch, n images, K classes, N grey levels, m budgets
 """
@@ -21,12 +21,11 @@ from cdm_fast.data import ImageData, PixelMap
 from cdm_fast.data.draws import choose
 from cdm_fast.data.pixels import from_brightness
 from cdm_fast.errors import UserError, require_at_least
-from cdm_fast.evaluation.class_scores import require_classes
+from cdm_fast.evaluation.class_scores import require_classes, require_posterior
 from cdm_fast.evaluation.classification import labels_for
 from cdm_fast.evaluation.square_attack import SquareAttack
 from cdm_fast.host.progress import Progress, silent
 from cdm_fast.model import CDM, evaluation_mode
-from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.model.denoiser import like_network
 from cdm_fast.statistics import auroc, require_error_bar, standard_error
@@ -36,31 +35,29 @@ BUDGETS: dict[str, tuple[float, ...]] = {
     "linf": (1 / 255, 2 / 255, 4 / 255, 8 / 255, 16 / 255, 0.1, 0.2, 0.3),
     "l2": (0.1, 0.25, 0.5, 1.0, 2.0, 3.0),
 }
-PGD_LENGTH = 2.5  # of all steps of PGD together, in budgets (arXiv 1706.06083)
+PGD_LENGTH = 2.5  # total length of all PGD steps, in budgets (arXiv 1706.06083)
 OF_CROSS_ENTROPY = ("fgsm", "pgd")  # attacks that ascend the cross-entropy
-MAX_GAP = 2.0  # nats between the two largest logits that they are shown
+MAX_GAP = 2.0  # largest gap in nats between the two largest logits shown to these attacks
 STEPS = {"fgsm": 1, "pgd": 40, "deepfool": 50, "cw": 200, "square": 1000}
 
 
 class ClassLogLikelihoods(nn.Module):
     """Pixels (B, C, H, W) in [0, 1] -> `log p(x|c) + log p(c)` in nats, (B, K), differentiable in the pixels.
 
-    Its softmax is the class posterior, its logsumexp `log p(x)`; of a `Classifier` it is `log p(c|x)`.
+    Its softmax is the class posterior, its logsumexp `log p(x)`. For a `Classifier` it is `log p(c|x)`.
     Pixels are mapped to [-1, 1] by `data.pixels.from_brightness`, without dequantisation noise.
 
     Args:
-        model: a CDM with classes, joint logits or embedding; or a `Classifier`.
+        model: a CDM with classes (joint logits or embedding), or a `Classifier`.
         num_grey_levels: N of its data.
-        pixels: where grey levels stand in [-1, 1] in its data.
+        pixels: the position of grey levels in [-1, 1], see `data.pixels`.
 
     Raises UserError for a model without likelihood, or without classes.
     """
 
     def __init__(self, model: CDM | Classifier, num_grey_levels: int, pixels: PixelMap = "intervals") -> None:
         super().__init__()
-        if not isinstance(model, Classifier):
-            require_likelihood(model)
-        require_classes(model)
+        require_posterior(model)
         self.model = model
         self.num_grey_levels, self.pixels = num_grey_levels, pixels
 
@@ -76,10 +73,10 @@ class ClassLogLikelihoods(nn.Module):
 class _Unsaturated(nn.Module):
     """A classifier whose outputs are scaled down, image by image, to a gap of at most `MAX_GAP`.
 
-    The gap is the difference of the two largest outputs. Likelihoods of classes lie tens of nats apart. In
-    fp32 the most probable class then has probability exactly 1 and a cross-entropy without gradient, which
-    masks a confident classifier from attacks that ascend it. The scale is a constant to the gradient and
-    keeps the order of classes.
+    The gap is the difference between the two largest outputs. Log-likelihoods of classes differ by tens of
+    nats. In fp32 the most probable class then has probability exactly 1, so the cross-entropy has no
+    gradient, which hides a confident classifier from attacks that ascend it. The scale is treated as a
+    constant by the gradient and preserves the order of classes.
     """
 
     def __init__(self, classifier: nn.Module) -> None:
@@ -97,14 +94,14 @@ class AttackReport:
     """Accuracy of a classifier under one attack.
 
     Fields:
-        attack, norm, steps: the attack's settings; PGD starts at random and its steps are 2.5 budgets in all;
-            "square" is `SquareAttack`; the others are foolbox's defaults.
-        transferred: whether the attack is on another model.
-        clean_accuracy: without attack, on the same images.
-        budgets: largest norm of the perturbation, ascending, white being 1.
-        accuracy, accuracy_stderr: at each budget, and its standard error over images.
-        detection_auroc: of telling attacked images from clean ones by `log p(x)` at each budget: the chance
-            that a clean image has the larger one; None for a `Classifier`, which has no log p(x).
+        attack, norm, steps: the attack's settings. PGD starts at a random point, and its steps have a total
+            length of 2.5 budgets; "square" is `SquareAttack`; the others use foolbox's defaults.
+        transferred: True if the attacked model is another one.
+        clean_accuracy: accuracy without attack, on the same images.
+        budgets: largest norms of the perturbation, ascending, white being 1.
+        accuracy, accuracy_stderr: accuracy at each budget, and its standard error over images.
+        detection_auroc: AUROC of clean against attacked images by `log p(x)` at each budget: the probability
+            that a clean image has the larger value; None for a `Classifier`, which has no log p(x).
         num_images, seconds: how it was measured.
     """
 
@@ -145,12 +142,14 @@ def evaluate_attack(
     Args:
         attack: "fgsm" (with "l2" the fast gradient method), "pgd", "deepfool", "cw" (Carlini & Wagner), or
             "square" (random search, no gradients).
-        norm: of the perturbation, "linf" or "l2".
+        norm: norm of the perturbation, "linf" or "l2".
         budgets: largest norms, positive, white being 1; `BUDGETS[norm]` by default.
-        steps: of "pgd", "deepfool", "square" and "cw" (each of its 9 searches); `STEPS` by default.
-        surrogate: a model of the same images and classes to attack instead; `model` then judges its images.
+        steps: steps of "pgd", "deepfool", "square" and "cw" (per search, of which there are 9); `STEPS` by
+            default.
+        surrogate: another model for the same images and classes that is attacked instead (transfer attack);
+            `model` then classifies the attacked images.
         batch_size: images attacked at once.
-        seed: of the choice of images and of the attack's random numbers.
+        seed: seed of the choice of images and of the attack.
 
     Raises:
         UserError: foolbox is missing, "cw" in L-inf, numbers out of range, a model without likelihood or
@@ -177,7 +176,7 @@ def evaluate_attack(
             rows = slice(first, first + batch_size)
             attacked, fooled = run(pixels[rows], labels[rows], epsilons)
             judged = _judge(classifier, pixels[rows], labels[rows], attacked)
-            # An attack knows whether it fools the model that it attacks, to which it may show other logits.
+            # "Fooled" refers to the attacked model, whose logits may have been rescaled, so judge again.
             batches.append(judged if surrogate is not None else judged._replace(survived=~fooled))
     found = _Judged(*(torch.cat(parts, dim=-1).cpu() for parts in zip(*batches, strict=True)))
     survived = found.survived.double()
@@ -197,10 +196,10 @@ def evaluate_attack(
 
 
 class _Judged(NamedTuple):
-    """What a classifier says of a batch, clean and attacked."""
+    """The outputs of a classifier for a batch, clean and attacked."""
 
-    right: Tensor  # (B,) bool, of the clean images
-    survived: Tensor  # (m, B) bool, of the attacked ones
+    right: Tensor  # (B,) bool, clean image classified correctly
+    survived: Tensor  # (m, B) bool, attacked image classified correctly
     clean_log_prob: Tensor  # (B,) log p(x) in nats
     log_prob: Tensor  # (m, B)
 
@@ -230,7 +229,8 @@ def _attacker(
 ) -> Iterator[Callable[[Tensor, Tensor, list[float]], tuple[list[Tensor], Tensor]]]:
     """The attack on `target`: (pixels, labels, m budgets) -> (images at each budget, fooled (m, B) bool).
 
-    Within the block gradients are on, the weights take none, and the global random numbers are the attack's.
+    Inside the block gradients are enabled, except for the weights, and global generators belong to the
+    attack.
     """
     foolbox = load_foolbox()
     with torch.enable_grad(), _frozen(target), torch.random.fork_rng():
@@ -263,7 +263,7 @@ def check_attack(attack: str, norm: str, budgets: Sequence[float], steps: int | 
         raise UserError(f"unknown norm {norm!r}: choose one of {', '.join(get_args(AttackNorm))}")
     if (attack, norm) not in _ATTACKS:
         only = "l2" if attack == "cw" else "linf"
-        raise UserError(f"the attack {attack} is one in {only}: give --attack-norm {only}")
+        raise UserError(f"the attack {attack} exists only in {only}: give --attack-norm {only}")
     for budget in budgets:
         if not 0 < budget < float("inf"):
             raise UserError(f"budget {budget}: give finite numbers above 0, in units of white")
@@ -273,7 +273,7 @@ def check_attack(attack: str, norm: str, budgets: Sequence[float], steps: int | 
 
 @contextlib.contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Turns the gradients of the weights off within the block: an attack needs those of its pixels alone."""
+    """Disables gradients of the weights inside the block; an attack needs only those of the pixels."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)

@@ -1,47 +1,41 @@
 """Certified robustness by randomized smoothing (Cohen et al., arXiv 1902.02918).
 
-A smoothed classifier answers with the class that its base classifier gives most often under Gaussian noise of
-standard deviation sigma. It keeps that class under every perturbation of L2 norm below `sigma Phi^-1(p)`,
-where p bounds the probability of the class from below. A noise-level classifier needs no change to be that
-base classifier: its class logits at the level whose noise is sigma are a classifier trained under this noise.
+A smoothed classifier returns the class that its base classifier predicts most often under Gaussian noise of
+standard deviation sigma. Its class does not change under any perturbation whose L2 norm is below
+`sigma Phi^-1(p)`, where p is a lower bound on the probability of the class. A noise-level classifier can be
+used as the base classifier directly: its class logits at the level whose noise is sigma are trained under
+this noise.
 
-Two certificates come out of the same noise draws:
+Two certificates are computed from the same noise draws:
 
 - votes: p bounds the probability that the base classifier votes for the class (Clopper & Pearson 1934);
 - mean posterior: p bounds the mean of the class's posterior under the noise. `Phi^-1` of that mean is
   1/sigma-Lipschitz (Salman et al., arXiv 1906.04584, lemma 2), so the radius has the same formula. The bound
   is Hoeffding's for means of values in [0, 1], in its relative-entropy form (1963, theorem 1).
 
-The noise, the perturbation and the radius are in units of white: pixels run from 0 to 1. Inputs of the model
-run from -1 to 1, so that sigma there is `2 (N-1)/N` times as large, or twice around points.
+Noise, perturbation and radius are in units of white: pixels range from 0 to 1. Inputs of the model range from
+-1 to 1, so sigma is `2 (N-1)/N` times as large there, or twice as large if pixels are "points".
 
 # n images, B batch, K classes, C channels, H W pixels, N grey levels
 """
 
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from cdm_fast.data import ImageData, PixelMap
-from cdm_fast.data.draws import choose
+from cdm_fast.data import PixelMap
 from cdm_fast.data.pixels import from_brightness, noise_of_inputs, to_brightness
 from cdm_fast.errors import UserError
-from cdm_fast.evaluation.class_scores import require_classes
-from cdm_fast.evaluation.classification import labels_for
+from cdm_fast.evaluation.class_scores import require_posterior
 from cdm_fast.host.optional import need
 from cdm_fast.host.progress import Progress, silent
-from cdm_fast.model import CDM, Denoiser, evaluation_mode
-from cdm_fast.model.cdm import require_likelihood
+from cdm_fast.model import CDM, Denoiser
 from cdm_fast.model.classifier import Classifier
-from cdm_fast.model.denoiser import any_parameter
 
 ABSTAIN = -1
-RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 BISECTIONS = 60  # halve [0, 1] down to the resolution of float64
 
 # Noisy pixels (B, C, H, W), white being 1 -> (B, K), whose softmax is the class posterior.
@@ -55,9 +49,9 @@ class NoisyPixelClassifier(nn.Module):
     ordinary `Classifier` takes the noisy image as it is.
 
     Args:
-        model: a CDM with classes (joint logits in one pass, an embedding in K), or a `Classifier`.
-        sigma: of the noise, in units of white.
-        num_grey_levels, pixels: of the data, as `ImageData` has them.
+        model: a CDM with classes (one pass with joint logits, K with an embedding), or a `Classifier`.
+        sigma: standard deviation of the noise, in units of white.
+        num_grey_levels, pixels: fields of the model's `ImageData`.
 
     Raises:
         UserError: a model without likelihood or classes, or a sigma that is not positive and finite.
@@ -71,9 +65,7 @@ class NoisyPixelClassifier(nn.Module):
         pixels: PixelMap = "intervals",
     ) -> None:
         super().__init__()
-        if not isinstance(model, Classifier):
-            require_likelihood(model)
-        require_classes(model)
+        require_posterior(model)
         self.model = model
         self.num_grey_levels, self.pixels = num_grey_levels, pixels
         self.level = model.schedule.nearest_to_noise(noise_of_inputs(sigma, num_grey_levels, pixels))
@@ -86,15 +78,15 @@ class NoisyPixelClassifier(nn.Module):
 
 
 class DenoisedPixelClassifier(nn.Module):
-    """Any classifier of clean images behind a denoiser (Carlini et al., arXiv 2206.10550).
+    """A denoiser followed by any classifier of clean images (Carlini et al., arXiv 2206.10550).
 
     One evaluation of the denoiser estimates the clean image, which is clipped to [0, 1] and classified.
 
     Args:
         denoiser: a CDM or DDM.
         classifier: pixels (B, C, H, W) in [0, 1] -> (B, K), whose softmax is the class posterior.
-        sigma: of the noise, in units of white.
-        num_grey_levels, pixels: of the denoiser's data.
+        sigma: standard deviation of the noise, in units of white.
+        num_grey_levels, pixels: fields of the denoiser's `ImageData`.
 
     Raises:
         UserError: a sigma that is not positive and finite.
@@ -122,14 +114,14 @@ class DenoisedPixelClassifier(nn.Module):
 
 @dataclass(frozen=True)
 class Certificates:
-    """What holds for each of n images.
+    """The certificates of n images.
 
     Fields:
-        predicted: (n,) int64, the smoothed classifier's class, or `ABSTAIN` where its bound is at most 1/2.
-        lower_bound: (n,) float64, of the probability, or of the mean posterior, of the class found by the
-            selection draws.
-        radius: (n,) float64, L2, white being 1; 0 where it abstains. Every perturbation of smaller norm
-            leaves the class as it is; each radius is too large with at most the failure probability.
+        predicted: (n,) int64, the smoothed classifier's class, or `ABSTAIN` if its bound is at most 1/2.
+        lower_bound: (n,) float64, lower bound on the probability, or on the mean posterior, of the class
+            found by the selection draws.
+        radius: (n,) float64, L2, white being 1; 0 for abstentions. No perturbation of smaller norm changes
+            the class; each radius is too large with at most the failure probability.
     """
 
     predicted: Tensor
@@ -138,18 +130,18 @@ class Certificates:
 
 
 def clopper_pearson(count: Tensor, draws: int, failure_probability: float) -> Tensor:
-    """One-sided lower confidence bound of a probability, like `count` (int64, 0..draws); float64.
+    """One-sided lower confidence bound on a probability, like `count` (int64, 0..draws); float64.
 
     The bound exceeds the true probability with a probability of at most `failure_probability`.
     Source: Clopper & Pearson, Biometrika 1934.
     """
     beta = need("scipy.stats", "a confidence bound").beta
     bound = beta.ppf(failure_probability, count.numpy(), draws - count.numpy() + 1)
-    return torch.as_tensor(bound, dtype=torch.float64).nan_to_num(0.0)  # without a single vote it is 0
+    return torch.as_tensor(bound, dtype=torch.float64).nan_to_num(0.0)  # 0 votes give NaN, the bound is 0
 
 
 def hoeffding(mean: Tensor, draws: int, failure_probability: float) -> Tensor:
-    """One-sided lower confidence bound of the expectation of values in [0, 1], like `mean`; float64.
+    """One-sided lower confidence bound on the expectation of values in [0, 1], like `mean`; float64.
 
     The smallest q with `draws KL(mean || q) <= log(1/failure_probability)`, KL between Bernoulli variables.
     Source: Hoeffding 1963, theorem 1, inequality 2.1.
@@ -177,15 +169,15 @@ def certify(
     seed: int = 0,
     progress: Progress = silent,
 ) -> tuple[Certificates, Certificates]:
-    """Certificates by votes and by mean posterior, of each image; see this module's head.
+    """Certificates by votes and by mean posterior for each image; see the module docstring.
 
-    The class comes from `selection_draws` of noise, and the bound on it from `draws` fresh ones, so that the
-    choice of the class costs no confidence (arXiv 1902.02918, algorithm CERTIFY).
+    The class is chosen from `selection_draws` draws of noise, and the bound comes from `draws` new ones, so
+    the choice of the class costs no confidence (arXiv 1902.02918, algorithm CERTIFY).
 
     Args:
         classifier: see `PixelClassifier`; called with at most `batch_size` noisy images.
-        sigma: of the noise, in units of white.
-        failure_probability: that the radius of one image is too large.
+        sigma: standard deviation of the noise, in units of white.
+        failure_probability: probability that the radius of an image is too large.
 
     Raises:
         UserError: numbers out of range.
@@ -217,7 +209,7 @@ def _under_noise(
     batch_size: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Votes (B, K) int64 and mean posteriors (B, K) float64 of the images under `draws` of noise each."""
+    """Votes (B, K) int64 and mean posteriors (B, K) float64 of the images over `draws` draws of noise."""
     votes: Tensor | float = 0
     total: Tensor | float = 0
     for first in range(0, draws, batch_size):
@@ -258,135 +250,3 @@ def _check_numbers(
             f"{draws} draws certify nothing at a failure probability of {failure_probability}: give at least"
             f" {least}"
         )
-
-
-@dataclass(frozen=True)
-class CertificationReport:
-    """Certified accuracy of a smoothed classifier on a data set.
-
-    Fields:
-        sigma: of the noise, in units of white; level: at which a CDM reads its classes, or denoises.
-        draws, selection_draws, failure_probability: as `certify` takes them.
-        smoothed_accuracy: share of images whose smoothed class is theirs; an abstention counts as wrong.
-        abstained: share of images without a certificate.
-        radii: L2 norms, white being 1, ascending.
-        certified_accuracy, certified_accuracy_stderr: share of images whose class is right and whose radius
-            is at least each of `radii`, by votes.
-        certified_accuracy_of_mean: the same by mean posterior.
-        images_per_second: certified, all noise draws included.
-        index: (n,) which images of the data; votes, mean: their certificates.
-    """
-
-    sigma: float
-    level: int | None
-    draws: int
-    selection_draws: int
-    failure_probability: float
-    num_images: int
-    data: str
-    split: str
-    smoothed_accuracy: float
-    abstained: float
-    radii: list[float]
-    certified_accuracy: list[float]
-    certified_accuracy_stderr: list[float]
-    certified_accuracy_of_mean: list[float]
-    seconds: float
-    images_per_second: float
-    index: Tensor
-    votes: Certificates
-    mean: Certificates
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything but the values of single images, ready for `json.dumps`."""
-        fields = asdict(self)
-        del fields["index"], fields["votes"], fields["mean"]
-        return fields
-
-    def columns(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Smoothed class (-1: abstained) and radius of each image, as `write_per_image` takes them."""
-        name = f"sigma_{self.sigma:g}"
-        return {
-            f"certified_class_{name}": (self.index, self.votes.predicted),
-            f"certified_radius_{name}": (self.index, self.votes.radius),
-            f"certified_radius_of_mean_{name}": (self.index, self.mean.radius),
-        }
-
-
-@evaluation_mode
-def evaluate_certificates(
-    classifier: nn.Module,
-    data: ImageData,
-    num_classes: int,
-    sigma: float,
-    *,
-    radii: Sequence[float] = RADII,
-    num_images: int | None = None,
-    draws: int = 1000,
-    selection_draws: int = 100,
-    failure_probability: float = 0.001,
-    batch_size: int = 500,
-    seed: int = 0,
-    progress: Progress = silent,
-) -> CertificationReport:
-    """Certifies labelled images of `data` on the device of the classifier; see `CertificationReport`.
-
-    Args:
-        classifier: `NoisyPixelClassifier`, `DenoisedPixelClassifier`, or any module that is a
-            `PixelClassifier`.
-        num_classes: K.
-        radii: at which to state the certified accuracy.
-        num_images: so many images, drawn from the data; by default all.
-        The others as `certify` takes them.
-
-    Raises:
-        UserError: data without labels or of other classes, a radius that is not finite or negative, and as
-            `certify`.
-    """
-    label = labels_for(data, num_classes)
-    if any(not 0 <= radius < math.inf for radius in radii):
-        raise UserError(
-            f"radii {', '.join(f'{radius:g}' for radius in radii)}: give finite ones of at least 0"
-        )
-    index = choose(len(data), num_images, torch.Generator().manual_seed(seed))
-    pixels = (data.images[index].float() / (data.num_grey_levels - 1)).to(any_parameter(classifier))
-    began = time.perf_counter()
-    votes, mean = certify(
-        classifier,
-        pixels,
-        sigma,
-        draws=draws,
-        selection_draws=selection_draws,
-        failure_probability=failure_probability,
-        batch_size=batch_size,
-        seed=seed,
-        progress=progress,
-    )
-    seconds = time.perf_counter() - began
-    label, radii = label[index], sorted(radii)
-    by_votes, by_mean = (
-        torch.stack([(each.predicted == label) & (each.radius >= radius) for radius in radii]).double()
-        for each in (votes, mean)
-    )
-    share = by_votes.mean(1)
-    return CertificationReport(
-        sigma=sigma,
-        level=getattr(classifier, "level", None),
-        draws=draws,
-        selection_draws=selection_draws,
-        failure_probability=failure_probability,
-        num_images=len(index),
-        data=data.name,
-        split=data.split,
-        smoothed_accuracy=float((votes.predicted == label).double().mean()),
-        abstained=float((votes.predicted == ABSTAIN).double().mean()),
-        radii=list(radii),
-        certified_accuracy=share.tolist(),
-        certified_accuracy_stderr=(share * (1 - share) / len(index)).sqrt().tolist(),
-        certified_accuracy_of_mean=by_mean.mean(1).tolist(),
-        seconds=seconds,
-        images_per_second=len(index) / seconds,
-        index=index,
-        votes=votes,
-        mean=mean,
-    )

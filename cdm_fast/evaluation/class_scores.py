@@ -1,4 +1,4 @@
-"""Scores of every class for every image, and the methods that a model can serve.
+"""Scores of every class for every image, and the methods that a model supports.
 
 # B batch, n images, K classes, d = C*H*W
 """
@@ -15,6 +15,7 @@ from cdm_fast.host.distributed import by_rows, in_turn
 from cdm_fast.likelihood.given import num_classes_of
 from cdm_fast.likelihood.ode import flow_log_prob
 from cdm_fast.model import CDM, Denoiser, evaluation_mode
+from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.model.schedule import evenly_spaced
 
@@ -28,9 +29,9 @@ def ode_log_prob_classes(
     probes: int | None = None,
     seed: int = 0,
 ) -> Tensor:  # (B, K)
-    """`log p(x|c)` in nats, float64, by the probability-flow ODE of each class, all with the same probes.
+    """`log p(x|c)` in nats, float64, by the probability-flow ODE of each class, with the same probes for all.
 
-    Arguments and errors as of `flow_log_prob` (arXiv 2110.00473).
+    Arguments and errors as in `flow_log_prob` (arXiv 2110.00473).
     """
 
     def of_class(c: int) -> Tensor:
@@ -51,8 +52,8 @@ def denoising_scores(
 ) -> Tensor:  # (B, K)
     """`-mean_i |eps_hat(x_i, t_i, c) - eps_i|^2` of each class, over `trials` pairs of level and noise.
 
-    The levels are spread evenly over 1..T with equal weights, and every class meets the same pairs, so that
-    the part of the error that classes share cancels (arXiv 2303.16203, section 3).
+    The levels are evenly spaced over 1..T with equal weights, and every class uses the same pairs, so that
+    the error common to all classes cancels (arXiv 2303.16203, section 3).
     """
     levels = evenly_spaced(1, model.schedule.T, trials)
     total = torch.zeros(len(x), num_classes, dtype=torch.float64, device=x.device)
@@ -73,7 +74,7 @@ def _class_errors(model: Denoiser, num_classes: int, t: int, x_and_eps: Tensor) 
 
 
 def require_classes(model: Denoiser) -> int:
-    """K, the number of the model's classes; raises UserError for a model without."""
+    """K, the number of the model's classes; raises UserError for a model without classes."""
     num_classes = num_classes_of(model)
     if num_classes is None:
         raise UserError(
@@ -82,10 +83,17 @@ def require_classes(model: Denoiser) -> int:
     return num_classes
 
 
+def require_posterior(model: CDM | Classifier) -> None:
+    """Raises UserError unless the model gives `log p(c|x)`: a CDM with classes, or a `Classifier`."""
+    if not isinstance(model, Classifier):
+        require_likelihood(model)
+    require_classes(model)
+
+
 def fitting_method(model: Denoiser, method: ClassifyMethod | None = None) -> ClassifyMethod:
     """`method`, or by default the model's own.
 
-    Raises UserError for an unknown method, and for one that the model cannot serve.
+    Raises UserError for an unknown method, and for one that the model does not support.
     """
     own: ClassifyMethod = model.conditioning if isinstance(model, CDM) else "denoising"
     if isinstance(model, Classifier):

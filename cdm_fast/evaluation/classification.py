@@ -1,9 +1,9 @@
 """Generative classification: the likelihood of an image under every class, then Bayes' rule.
 
-Four methods score the classes by a network that denoises; the fifth is a baseline that does not:
+Four methods score the classes with a denoising network; the fifth is a baseline without one:
 
 - joint: `log p(x|c)` of all classes from one forward pass of joint (level, class) logits;
-- embedding: the same from one pass per class of a network that takes the label;
+- embedding: the same from one forward pass per class of a network that takes the label;
 - ode: `log p(x|c)` by the probability-flow ODE, one integration per class (arXiv 2110.00473);
 - denoising: minus the mean denoising error given each class (arXiv 2303.16203), which is no likelihood;
 - discriminative: `log p(c|x)` of an ordinary classifier on the same trunk.
@@ -33,7 +33,7 @@ from cdm_fast.evaluation.class_scores import (
 from cdm_fast.host.distributed import by_rows
 from cdm_fast.host.progress import Progress, silent
 from cdm_fast.likelihood.batches import noised_batches
-from cdm_fast.likelihood.given import require_known
+from cdm_fast.likelihood.given import log_class_prior, require_known
 from cdm_fast.likelihood.ode import load_solver
 from cdm_fast.likelihood.units import bits_per_dim
 from cdm_fast.model import CDM, Denoiser, evaluation_mode
@@ -52,23 +52,24 @@ class ClassReport:
     """Accuracy and calibration of a model on a labelled data set, and how they were measured.
 
     Fields:
-        method: how classes are scored; see this module's head.
+        method: how classes are scored; see the module docstring.
         accuracy, accuracy_stderr: share of images whose most probable class is right; its standard error.
         ece: expected calibration error of that class's posterior, 0..1.
         log_loss: mean of `-log p(label|x)`, nats.
-        bits_per_dim, bits_per_dim_stderr: of the marginal `sum_c p(c) p(x|c)` on dequantised images, with its
-            standard error; None for "denoising" and "discriminative", which have no likelihood.
-        confusion: (K, K) rows are true classes.
+        bits_per_dim, bits_per_dim_stderr: bits/dim of the marginal `sum_c p(c) p(x|c)` on dequantised images,
+            and its standard error; None for "denoising" and "discriminative", which have no likelihood.
+        confusion: (K, K) confusion matrix; rows are true classes.
         reliability: the bins of `ece`.
-        draws: dequantisation draws; an image's class scores (log-probabilities) are averaged over them.
+        draws: dequantisation draws, over which an image's class scores (log-probabilities) are averaged.
         level: noise level of the classified images and of `bits_per_dim`; every draw has its own noise.
-        trials: pairs of level and noise of "denoising"; tolerance: of "ode"; None for the others.
+        trials: number of (level, noise) pairs for "denoising", else None.
+        tolerance: tolerance of the solver for "ode", else None.
         num_images, num_classes, data, split: what was classified.
-        seconds, images_per_second: time of the scoring; every draw counts its images.
+        seconds, images_per_second: time of the scoring; images count once per draw.
         index: (n,) which images of the split.
         class_scores: (n, K) `log p(x|c)` in nats; for "denoising" minus the mean error, for "discriminative"
             `log p(c|x)`.
-        log_joint: (n, K) `class_scores` plus `log p(c)`: for a likelihood `log p(x, c)` in nats.
+        log_joint: (n, K) `class_scores` plus `log p(c)`; `log p(x, c)` in nats for methods with a likelihood.
         posterior: (n, K) `p(c|x)`.
     """
 
@@ -104,7 +105,7 @@ class ClassReport:
         return fields
 
     def columns(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Columns of a per-image file, name -> (images, values): `predicted` and the score of each class."""
+        """Columns of the per-image file, name -> (images, values): `predicted`, and a score per class."""
         name = {"denoising": "denoising_score", "discriminative": "log_posterior"}.get(
             self.method, "log_prob"
         )
@@ -129,24 +130,25 @@ def evaluate_classes(
     class_prior: Tensor | None = None,
     progress: Progress = silent,
 ) -> ClassReport:
-    """Classifies the labelled images of `data` by Bayes' rule; see `ClassReport` and this module's head.
+    """Classifies the labelled images of `data` by Bayes' rule; see `ClassReport` and the module docstring.
 
     Args:
         method: by default the model's own conditioning, or "denoising" for a plain denoiser.
-        num_images: so many images, drawn from the data; by default all, or `ODE_IMAGES` by the ODE.
-        draws: of dequantisation noise; by default 1 for "ode" and "denoising", 3 for the others.
-        level: classify `x_level` by `p_level(x_level|c)`, with fresh noise in every draw; "joint" and
+        num_images: number of images, drawn from the data; by default all, or `ODE_IMAGES` for "ode".
+        draws: draws of dequantisation noise; by default 1 for "ode" and "denoising", 3 for the others.
+        level: classify `x_level` by `p_level(x_level|c)`, with new noise in every draw; "joint" and
             "embedding" only. Noise hides details that differ between images of one class.
-        trials: of "denoising"; tolerance, probes: of "ode".
+        trials: number of (level, noise) pairs for "denoising".
+        tolerance, probes: passed to `flow_log_prob` for "ode".
         batch_size: network inputs per evaluation.
-        seed: of every draw.
-        class_prior: (K,) up to a factor; a CDM's own by default, else equal shares.
+        seed: seed of all draws.
+        class_prior: (K,) up to a factor; a CDM's own prior by default, else uniform.
 
     Raises:
-        UserError: a model without classes, a method that does not fit it, data without labels or of other
-            classes, numbers out of range, and as `flow_log_prob`.
+        UserError: a model without classes, a method that the model does not support, data without labels or
+            with other classes, numbers out of range, and as in `flow_log_prob`.
 
-    A network whose weights are zero finds every class equally likely:
+    A network with zero weights finds every class equally likely:
 
     >>> from cdm_fast import MLP, NoiseSchedule
     >>> network = MLP(dim=2, num_levels=12, hidden=4, depth=1, num_classes=2, conditioning="joint")
@@ -166,19 +168,12 @@ def evaluate_classes(
     labels = labels_for(data, num_classes)
     _check_numbers(model, method, level, draws=draws, trials=trials, images=num_images, batch_size=batch_size)
     draws = draws or DRAWS[method]
-    log_prior = _log_class_prior(model, num_classes, class_prior)
+    log_prior = _log_prior(model, num_classes, class_prior)
     wanted = num_images or (ODE_IMAGES if method == "ode" else None)
     index = choose(len(data), wanted, torch.Generator().manual_seed(seed))
     labels = labels[index]
-    if method == "ode":
-        load_solver()  # a missing package is reported before any work
-        batch_size = min(batch_size, ODE_BATCH)
-        scores = _ode_scores(model, num_classes, tolerance, probes, seed)
-    elif method == "denoising":
-        batch_size = max(1, batch_size // num_classes)
-        scores = _denoising_scores(model, num_classes, trials)
-    else:
-        scores, progress = _one_pass_scores(model, level), silent  # too fast for a line a batch
+    scores = _scores(model, method, num_classes, level, trials, tolerance, probes, seed)
+    slow = method in ("ode", "denoising")  # the others are too fast to report each batch
     start = time.perf_counter()
     class_scores, bits = _mean_over_draws(
         model,
@@ -187,16 +182,14 @@ def evaluate_classes(
         log_prior,
         draws=draws,
         level=level,
-        batch_size=batch_size,
+        batch_size=_images_per_batch(method, batch_size, num_classes),
         seed=seed,
-        progress=lambda message: progress(f"{method}, {message}"),
+        progress=(lambda message: progress(f"{method}, {message}")) if slow else silent,
     )
     seconds = time.perf_counter() - start
-    has_likelihood = method not in ("denoising", "discriminative")
     return ClassReport(
         **_statistics((class_scores + log_prior).log_softmax(1), labels),
-        bits_per_dim=float(bits.mean()) if has_likelihood else None,
-        bits_per_dim_stderr=standard_error(bits) if has_likelihood else None,
+        **_marginal_likelihood(method, bits),
         method=method,
         draws=draws,
         level=level,
@@ -213,7 +206,7 @@ def evaluate_classes(
 
 
 def _check_numbers(model: Denoiser, method: ClassifyMethod, level: int, **counts: int | None) -> None:
-    """Raises UserError for a count below 1, and for a level at which the method does not classify."""
+    """Raises UserError for a count below 1, and for a level that the method does not support."""
     for name, count in counts.items():
         if count is not None:
             require_at_least(name, count, 1)
@@ -221,6 +214,39 @@ def _check_numbers(model: Denoiser, method: ClassifyMethod, level: int, **counts
         raise UserError(
             f"level {level}: joint and embedding classify at 0 to T = {model.schedule.T}, other methods at 0"
         )
+
+
+def _log_prior(model: Denoiser, num_classes: int, class_prior: Tensor | None) -> Tensor:
+    """`log p(c)` (K,) to add to class scores; 0 for a `Classifier`, whose scores are posteriors."""
+    if isinstance(model, Classifier):
+        return torch.zeros(num_classes, dtype=torch.float64)
+    return log_class_prior(model, class_prior)
+
+
+def _images_per_batch(method: ClassifyMethod, batch_size: int, num_classes: int) -> int:
+    """Images per batch, such that an evaluation takes at most `batch_size` network inputs."""
+    if method == "ode":
+        return min(batch_size, ODE_BATCH)
+    return max(1, batch_size // num_classes) if method == "denoising" else batch_size
+
+
+def _scores(
+    model: Denoiser,
+    method: ClassifyMethod,
+    num_classes: int,
+    level: int,
+    trials: int,
+    tolerance: float,
+    probes: int | None,
+    seed: int,
+) -> ScoreClasses:
+    """The function with which the method scores a batch."""
+    if method == "ode":
+        load_solver()  # a missing package is reported before any work
+        return _ode_scores(model, num_classes, tolerance, probes, seed)
+    if method == "denoising":
+        return _denoising_scores(model, num_classes, trials)
+    return _single_pass_scores(model, level)
 
 
 def _ode_scores(
@@ -239,16 +265,16 @@ def _denoising_scores(model: Denoiser, num_classes: int, trials: int) -> ScoreCl
     return scores
 
 
-def _one_pass_scores(model: Denoiser, level: int) -> ScoreClasses:
+def _single_pass_scores(model: Denoiser, level: int) -> ScoreClasses:
     assert isinstance(model, CDM | Classifier), "`fitting_method` refuses other models"
-    one_pass: Callable[[Tensor], Tensor] = (
+    single_pass: Callable[[Tensor], Tensor] = (
         model.log_class_posterior
         if isinstance(model, Classifier)
         else partial(model.log_prob_classes, level=level)
     )
 
     def scores(x: Tensor, first: int, generator: torch.Generator) -> Tensor:
-        return by_rows(one_pass, x)
+        return by_rows(single_pass, x)
 
     return scores
 
@@ -301,8 +327,15 @@ def _statistics(
     }
 
 
+def _marginal_likelihood(method: ClassifyMethod, bits: Tensor) -> dict[str, Any]:
+    """bits/dim of the marginal and its standard error; None for methods without a likelihood."""
+    if method in ("denoising", "discriminative"):
+        return {"bits_per_dim": None, "bits_per_dim_stderr": None}
+    return {"bits_per_dim": float(bits.mean()), "bits_per_dim_stderr": standard_error(bits)}
+
+
 def labels_for(data: ImageData, num_classes: int) -> Tensor:
-    """The labels (n,) int64 of `data`; raises UserError where it has none, or other classes than K."""
+    """The labels (n,) int64 of `data`; raises UserError if it has none, or not K classes."""
     labels = require_labels(data)
     if data.num_classes != num_classes:
         raise UserError(
@@ -314,19 +347,7 @@ def labels_for(data: ImageData, num_classes: int) -> Tensor:
 
 
 def require_labels(data: ImageData) -> Tensor:
-    """The labels (n,) int64 of `data`; raises UserError where it has none."""
+    """The labels (n,) int64 of `data`; raises UserError if it has none."""
     if data.labels is None:
         raise UserError(f"{data.name} has no labels, and an accuracy needs them; give labelled data")
     return data.labels
-
-
-def _log_class_prior(model: Denoiser, num_classes: int, class_prior: Tensor | None) -> Tensor:
-    """`log p(c)` (K,) in nats, float64, on the CPU; 0 for a `Classifier`, whose scores are posteriors."""
-    if isinstance(model, Classifier):
-        return torch.zeros(num_classes, dtype=torch.float64)
-    if class_prior is None and isinstance(model, CDM) and model.log_class_prior is not None:
-        return model.log_class_prior.double().cpu()
-    prior = torch.ones(num_classes) if class_prior is None else class_prior
-    if prior.shape != (num_classes,) or not bool((torch.isfinite(prior) & (prior > 0)).all()):
-        raise UserError(f"class_prior must be {num_classes} positive finite numbers, one per class")
-    return (prior.double() / prior.sum()).log().cpu()

@@ -1,6 +1,6 @@
-"""How unusual single images are under a model, and how well this separates other data from the model's own.
+"""Scores of how unusual images are under a model, and how well they separate other data from the model's own.
 
-Three scores come from one forward pass; each is larger for more unusual images. None suffices alone: see
+Three scores come from one forward pass; each is larger for more unusual images. None is sufficient alone: see
 docs/explanation/score.md.
 
 # B batch, n images, C channels, H W pixels, d = C*H*W, L = T+2 noise levels, m reference images
@@ -30,7 +30,7 @@ from cdm_fast.statistics import auroc, auroc_standard_error, conformal_p_value, 
 
 SCORES = ("likelihood", "typicality", "level_posterior")
 
-Scores = dict[str, Tensor]  # name, of SCORES -> (n,) float64
+Scores = dict[str, Tensor]  # name from SCORES -> (n,) float64
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,11 @@ class Separation:
 
     Fields:
         data: name of the other images.
-        bits_per_dim: mean over them.
-        auroc: of each score: the chance that another image scores higher than one of the data.
+        bits_per_dim: their mean bits/dim.
+        auroc: AUROC of each score: the probability that one of the other images scores higher than one of the
+            data.
         auroc_stderr: its standard error over both sets (DeLong et al. 1988).
-        scores: of every other image.
+        scores: scores of each of the other images.
     """
 
     data: str
@@ -59,15 +60,15 @@ class OutlierReport:
     Fields:
         data, split, num_images, level, draws: what is scored.
         bits_per_dim, bits_per_dim_stderr: mean over images, and its standard error.
-        reference, reference_images, reference_bits_per_dim: the split whose mean is the typical likelihood,
-            its size, and that mean.
-        p_value: (n,) conformal p-value of the typicality: the share of the reference images, with this one
-            among them, that are at least as untypical. `p_value <= q` is a false alarm for at most a share q
-            of data like the reference.
+        reference, reference_images, reference_bits_per_dim: the split whose mean defines the typical
+            likelihood, its size, and that mean.
+        p_value: (n,) conformal p-value of the typicality: the share of the reference images, including this
+            image, that are at least as untypical. For data distributed like the reference, `p_value <= q`
+            holds for at most a share q of images (false alarms).
         false_alarms, flagged: q, and the share of the data with `p_value <= q`.
-        scores: of every image.
-        against: separation of other data; None without.
-        corruptions: kind -> score -> AUROC at severity 1 to 5; None without.
+        scores: scores of each image.
+        against: separation from other data, if any was given.
+        corruptions: kind -> score -> AUROC at severity 1 to 5, if requested.
     """
 
     data: str
@@ -97,7 +98,7 @@ class OutlierReport:
         return {**fields, "corruptions_mean": mean}
 
     def order(self) -> Tensor:
-        """The images (n,) int64, the likeliest first."""
+        """Indices of the images (n,) int64, the most likely first."""
         return self.scores["likelihood"].argsort(stable=True)
 
 
@@ -116,27 +117,27 @@ def evaluate_outliers(
     seed: int = 0,
     progress: Progress = silent,
 ) -> OutlierReport:
-    """Scores every image of `data`, and of `against`, in one forward pass a draw.
+    """Scores every image of `data`, and of `against`, with one forward pass per draw.
 
     likelihood: `-log2 p_t(x_t)/d + log2(N/2)`, bits/dim. typicality: its distance from the mean of
-    `reference`, bits/dim. level_posterior: `E|t' - t|` for t' from `p(t'|x_t)`, levels: how noisy an image
-    looks beyond the level t it is at.
+    `reference`, bits/dim. level_posterior: `E|t' - t|` for t' from `p(t'|x_t)`, in levels: how much the
+    apparent noise of an image differs from its level t.
 
     Args:
-        reference: images like those of the training that the model was not fitted to.
+        reference: images distributed like the training images, on which the model was not trained.
         against: other images, to measure how well each score separates them from `data`.
         corruptions: also score `data` under every kind of `corruptions.KINDS` at every severity.
-        level: t, 0 for the data itself; above 0, `x_t = a x + s eps` is scored.
-        draws: of dequantisation noise (and eps), whose scores are averaged.
+        level: t, 0 for the data; above 0, `x_t = a x + s eps` is scored.
+        draws: draws of dequantisation noise (and eps), over which scores are averaged.
         false_alarms: q of `OutlierReport`.
         batch_size: images per forward pass.
-        seed: of every draw, and of the corruptions.
+        seed: seed of all draws, and of the corruptions.
 
     Raises:
         UserError: a model without likelihood, or one that has diverged; a level outside 0..T+1, or another
             argument out of range.
 
-    A network whose weights are zero has the density N(0, I): black images are less likely than grey ones.
+    A network with zero weights has the density N(0, I): black images are less likely than grey ones.
 
     >>> from cdm_fast import MLP, NoiseSchedule
     >>> network = MLP(dim=2, num_levels=12, hidden=4, depth=1)
@@ -189,7 +190,7 @@ def evaluate_outliers(
 def _corruption_areas(
     data: ImageData, scores: Callable[[ImageData], Scores], own: Scores, seed: int, progress: Progress
 ) -> dict[str, dict[str, list[float]]]:
-    """AUROC of corrupted `data` against its `own` scores: kind -> name of the score -> at each severity."""
+    """AUROC of corrupted `data` against its `own` scores: kind -> name of the score -> one per severity."""
     areas: dict[str, dict[str, list[float]]] = {}
     for kind in KINDS:
         progress(f"corruption {len(areas) + 1} of {len(KINDS)}: {kind}")
@@ -251,18 +252,17 @@ def anomaly_map(
     draws: int = 8,
     seed: int = 0,
 ) -> Tensor:
-    """Error of each pixel when the image is noised and denoised: (n, H, W), in units of x.
+    """Denoising error of each pixel: (n, H, W), in units of x.
 
-    It is `sqrt(mean (x0_hat(x_t) - x)^2)` over channels and `draws` of `x_t = a x + s eps` at one level, and
-    large where a pixel differs from what the model expects given the rest.
+    It is `sqrt(mean (x0_hat(x_t) - x)^2)` over channels and `draws` draws of `x_t = a x + s eps` at one
+    level, and large if a pixel differs from what the model expects given the rest of the image.
 
     Raises:
-        UserError: a model without likelihood, draws below 1, level 0, where there is no noise, or T+1, where
-            nothing of the image is left.
+        UserError: a model without likelihood, draws below 1, level 0 (no noise), or level T+1 (no image).
     """
     require_likelihood(model)
     if not 1 <= level <= model.schedule.T:
-        raise UserError(f"level {level} makes no anomaly map: choose one of 1 to {model.schedule.T}")
+        raise UserError(f"level {level} gives no anomaly map: choose one of 1 to {model.schedule.T}")
     require_at_least("draws", draws, 1)
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(x.shape, dtype=torch.float64)

@@ -1,7 +1,8 @@
 """Sample quality: do two sets of samples come from the same distribution?
 
-The Frechet and the kernel distance compare features of images, and depend on the network that computes them:
-with Inception features they are FID and KID, with any other they must be named after it.
+The Frechet distance and the kernel distance compare features of images, and depend on the network that
+computes the features: with Inception features they are FID and KID; with another network they need another
+name.
 
 # N, M samples, D features, P permutations
 """
@@ -18,7 +19,7 @@ class TwoSampleTest(NamedTuple):
     """Result of `two_sample_test`."""
 
     distance: float  # energy distance, 0 for equal distributions; in the samples' own units
-    p_value: float  # share of permutations at least as distant, the identity among them
+    p_value: float  # share of permutations, including the identity, with at least this distance
 
 
 def two_sample_test(
@@ -29,13 +30,13 @@ def two_sample_test(
 ) -> TwoSampleTest:
     """Permutation test of equal distributions by the energy distance `2 E|x-y| - E|x-x'| - E|y-y'|`.
 
-    Consistent against every alternative with finite means (Szekely & Rizzo 2013), and exact at any sample
-    size: under equal distributions the p-value is at most alpha with probability at most alpha. Takes memory
-    of order (N+M)^2 + P (N+M).
+    The test is consistent against every alternative with finite means (Szekely & Rizzo 2013), and exact at
+    any sample size: under equal distributions the p-value is at most alpha with probability at most alpha.
+    Memory is of order (N+M)^2 + P (N+M).
 
     Args:
         permutations: P.
-        seed: of the permutations.
+        seed: seed of the permutations.
 
     Raises:
         UserError: fewer than two samples of either, or samples of different sizes.
@@ -61,9 +62,9 @@ def frechet_distance(
 ) -> float:
     """`|mu_x - mu_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2))` of the features' means and covariances.
 
-    Of Inception features this is FID (arXiv 1706.08500). The trace of the root is the sum of the singular
-    values of `C_x^(1/2) C_y^(1/2)`, which needs no root of a nonsymmetric matrix. Biased upwards for few
-    samples: compare figures of equal numbers of samples only.
+    For Inception features this is FID (arXiv 1706.08500). The trace of the root is computed as the sum of the
+    singular values of `C_x^(1/2) C_y^(1/2)`, which needs no root of a nonsymmetric matrix. The estimate is
+    biased upwards for few samples: compare only figures from equal numbers of samples.
 
     Raises:
         UserError: fewer than two samples of either, or samples of different sizes.
@@ -84,7 +85,8 @@ def kernel_distance(
 ) -> float:
     """Unbiased squared maximum mean discrepancy with the kernel `(<x, y>/D + 1)^3`; may be negative.
 
-    Of Inception features this is KID (arXiv 1801.01401), which is the mean over subsets of the samples there.
+    For Inception features this is KID (arXiv 1801.01401), except that KID averages over subsets of the
+    samples.
 
     Raises:
         UserError: fewer than two samples of either, or samples of different sizes.
@@ -112,7 +114,7 @@ def _rows(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Both sets of samples as rows (N, D) and (M, D), float64; UserError where they cannot be compared."""
     for name, samples in (("x", x), ("y", y)):
         if samples.dim() < 2 or len(samples) < 2:
-            raise UserError(f"{name} has shape {tuple(samples.shape)}: give at least two samples, one a row")
+            raise UserError(f"{name} has shape {tuple(samples.shape)}: give two or more samples, one per row")
     x, y = x.flatten(1), y.flatten(1)
     if x.shape[1] != y.shape[1]:
         raise UserError(f"samples of {x.shape[1]} and {y.shape[1]} values: give samples of equal size")

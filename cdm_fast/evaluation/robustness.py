@@ -48,10 +48,10 @@ def evaluate_corruptions(
         evaluate: classifies a data set, such as `evaluate_classes` with all its other arguments fixed.
         data: clean images with labels.
         progress: called with a line for each kind of corruption.
-        seed: of `data.corruptions.corrupt`.
+        seed: seed of `data.corruptions.corrupt`.
 
     Raises:
-        UserError: data without labels, and as `evaluate` does.
+        UserError: data without labels, and as in `evaluate`.
     """
     labels = require_labels(data)
     accuracy: dict[str, list[float]] = {}

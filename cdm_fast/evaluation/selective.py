@@ -1,4 +1,4 @@
-"""Classification that may abstain: risk against coverage, and conformal prediction sets.
+"""Selective classification: risk against coverage, and conformal prediction sets.
 
 # n images, K classes
 """
@@ -21,9 +21,9 @@ def risk_coverage(
     wrong: Tensor,  # (n,) bool
     confidence: Tensor,  # (n,)
 ) -> Tensor:
-    """Share of wrong answers among the k most confident ones, for k = 1..n: (n,) float64.
+    """Share of wrong answers among the k most confident answers, for k = 1..n: (n,) float64.
 
-    Images of equal confidence count together: each takes the mean of its group.
+    Images with equal confidence are averaged: each counts as the mean of its group.
     """
     order = confidence.argsort(descending=True, stable=True)
     _, group, size = confidence[order].unique_consecutive(return_inverse=True, return_counts=True)
@@ -35,10 +35,11 @@ def conformal_threshold(
     nonconformity: Tensor,  # (m,) of the true classes of calibration images
     coverage: float,
 ) -> float:
-    """The `ceil((m + 1) coverage)`-th smallest score; infinite where m is too small for the coverage.
+    """The `ceil((m + 1) coverage)`-th smallest score; infinite if m is too small for the coverage.
 
-    A set of all classes whose score is at most this contains the true one with a probability of at least
-    `coverage`, over calibration and new images drawn alike (Vovk et al. 2005; arXiv 2107.07511, section 1).
+    The set of all classes whose score is at most this contains the true class with a probability of at least
+    `coverage`, if calibration images and new images are exchangeable (Vovk et al. 2005; arXiv 2107.07511,
+    section 1).
     """
     rank = math.ceil((len(nonconformity) + 1) * coverage - 1e-9)
     return math.inf if rank > len(nonconformity) else float(nonconformity.sort().values[rank - 1])
@@ -47,7 +48,7 @@ def conformal_threshold(
 def class_nonconformity(log_joint: Tensor) -> Tensor:
     """Log odds in nats against each class, (n, K) float64, from `log p(x, c)` up to a constant per image.
 
-    They order classes as one minus the posterior does, and stay apart where that rounds to 0 or 1.
+    They order classes as `1 - p(c|x)` does, and remain distinct when that rounds to 0 or 1.
     """
     log_joint = log_joint.double()
     num_classes = log_joint.shape[1]
@@ -58,22 +59,22 @@ def class_nonconformity(log_joint: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SelectiveReport:
-    """What a classifier gains by not answering for every image.
+    """The gain in accuracy when a classifier may abstain.
 
     Fields:
-        coverages: shares of images that are answered, the most certain first.
-        accuracy_by_posterior, accuracy_by_likelihood: among these, ranked by the posterior of the predicted
-            class, or by log p(x); the second is None without a likelihood.
-        aurc_by_posterior, aurc_by_likelihood: area under risk against coverage, 0..1, smaller is better
-            (arXiv 1705.08500); aurc_oracle: of the best order there is.
+        coverages: shares of images that are answered, the most confident first.
+        accuracy_by_posterior, accuracy_by_likelihood: accuracy on these, ranked by the posterior of the
+            predicted class, or by log p(x); the second is None without a likelihood.
+        aurc_by_posterior, aurc_by_likelihood: area under the risk-coverage curve, 0..1, smaller is better
+            (arXiv 1705.08500); aurc_oracle: the same for the best possible order.
         risk_by_posterior, risk_by_likelihood: the curves, at 1/n, 2/n, ..., 1.
-        set_coverage: nominal, of conformal prediction sets.
-        set_coverage_found, set_coverage_stderr: over `splits` random halves, one to calibrate on and one to
-            measure on; the error bar is that of one split divided by the square root of their number, times
-            the square root of two, for splits share images.
-        set_size: mean number of classes in a set; empty_sets: share of images with none.
-        false_alarms: nominal share of usual images that a threshold on log p(x) rejects;
-            false_alarms_found: on the other halves.
+        set_coverage: nominal coverage of the conformal prediction sets.
+        set_coverage_found, set_coverage_stderr: measured coverage, mean over `splits` random splits into a
+            calibration half and a test half. The error bar is the spread over splits divided by the square
+            root of half their number, because splits share images.
+        set_size: mean number of classes in a set; empty_sets: share of images with an empty set.
+        false_alarms: nominal share of normal images that a threshold on log p(x) rejects;
+            false_alarms_found: measured on the test halves.
     """
 
     coverages: list[float]
@@ -113,10 +114,10 @@ def evaluate_selection(
     """Risk against coverage, conformal sets and rejection by likelihood; see `SelectiveReport`.
 
     Args:
-        has_likelihood: whether `log_joint` holds densities: their logsumexp is then log p(x).
-        set_coverage: wanted share of images whose prediction set holds their class, 0..1.
-        false_alarms: wanted share of usual images that are rejected for a small log p(x), 0..1.
-        splits, seed: of the random halves.
+        has_likelihood: True if `log_joint` holds densities, whose logsumexp is log p(x).
+        set_coverage: wanted share of images whose prediction set contains their class, 0..1.
+        false_alarms: wanted share of normal images that are rejected for a small log p(x), 0..1.
+        splits, seed: number and seed of the random splits.
 
     Raises:
         UserError: fewer than 4 images, or a share that is not between 0 and 1.

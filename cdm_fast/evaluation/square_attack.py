@@ -1,4 +1,4 @@
-"""A black-box attack in L-inf: random search by squares, from the outputs of a classifier without gradients.
+"""A black-box attack in L-inf: random search with squares, from the outputs of a classifier only.
 
 # B batch, C channels, H W pixels, K classes, m budgets
 """
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 FIRST_SHARE = 0.8  # share of the pixels in the first square
-HALVE_AT = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)  # shares of the steps at which it halves
+HALVE_AT = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)  # shares of the steps at which this halves
 
 
 class SquareAttack:
     """The Square Attack of arXiv 1912.00049, algorithms 1 and 2, in L-inf, on a whole batch at once.
 
-    Each step adds +-budget to one random square of every image, and keeps the change where the margin
-    `z[label] - max of the others` falls. The first step adds vertical stripes. The interface is that of a
+    Each step adds +-budget to one random square of every image, and keeps the change if the margin
+    `z[label] - max of the others` decreases. The first step adds vertical stripes. It has the interface of a
     foolbox attack.
 
     Args:
@@ -44,7 +44,7 @@ class SquareAttack:
     def _search(
         self, classifier: Callable[[Tensor], Tensor], x: Tensor, label: Tensor, budget: float
     ) -> tuple[Tensor, Tensor]:
-        """The images (B, C, H, W) of least margin within `budget`, and these margins (B,)."""
+        """The images (B, C, H, W) with the smallest margin found within `budget`, and their margins (B,)."""
         batch, channels, height, width = x.shape
         best, least = x, margin(classifier(x), label)
         rows, columns = (torch.arange(size, device=x.device) for size in (height, width))
@@ -73,14 +73,14 @@ def margin(
     logits: Tensor,  # (B, K)
     label: Tensor,  # (B,) int64
 ) -> Tensor:  # (B,)
-    """The true class's logit minus the largest other; negative where the image is misclassified."""
+    """The true class's logit minus the largest other logit; negative if the image is misclassified."""
     true = logits.gather(1, label[:, None])
     others = logits.scatter(1, label[:, None], -math.inf)
     return true[:, 0] - others.amax(1)
 
 
 def square_side(progress: float, height: int, width: int) -> int:
-    """Side of the square in pixels after the share `progress` of the steps: 1 up to the image's."""
+    """Side of the square in pixels after a share `progress` of the steps, from 1 to the image's side."""
     share = FIRST_SHARE * 0.5 ** sum(progress >= at for at in HALVE_AT)
     return min(max(1, round(math.sqrt(share * height * width))), height, width)
 

@@ -1,1 +1,1 @@
-"""What the machine offers: files, processes, devices, a terminal."""
+"""Files (also untrusted ones and zips), processes, devices and the terminal of the host machine."""

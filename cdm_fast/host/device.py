@@ -1,4 +1,4 @@
-"""The device that a process computes on, and copies to it."""
+"""The device on which a process computes, and copies to it."""
 
 import torch
 from torch import Tensor
@@ -25,8 +25,8 @@ def pick_device(name: str) -> torch.device:
     """The torch device called `name`.
 
     Args:
-        name: "cpu", "cuda", "cuda:1", ...; "auto" is "cuda" where PyTorch finds a GPU, else "cpu". In a run
-            of several processes "cuda" is the GPU whose index is the local rank.
+        name: "cpu", "cuda", "cuda:1", ...; "auto" is "cuda" if PyTorch finds a GPU, else "cpu". In a run of
+            several processes "cuda" is the GPU whose index is the local rank.
 
     Raises:
         UserError: the device is not available, or the machine has fewer GPUs than processes.
@@ -51,14 +51,14 @@ def pick_device(name: str) -> torch.device:
 
 
 def _reason(error: Exception) -> str:
-    """Why PyTorch refuses a device, in a few words: it may say so in a page about its own internals."""
+    """Why PyTorch refuses a device, in a few words; its own message may be a page long."""
     if str(error).startswith("Could not run"):
         return "this PyTorch has no backend for it"
     return shown(str(error).splitlines()[0], 120)
 
 
 def _own_gpu(name: str, available: int) -> torch.device:
-    """The GPU whose index is the local rank; UserError when there are too few, or `name` has an index."""
+    """The GPU whose index is the local rank; UserError if there are too few, or `name` has an index."""
     process = this_process()
     if ":" in name:
         raise UserError(f"--device {name}: torchrun assigns one GPU to each process; give cuda")

@@ -1,7 +1,7 @@
 """Collective operations of the processes that torchrun starts: work is split by rank, results are gathered.
 
-In a process that runs alone every function here returns at once. Inside `process_group` every process must
-make the same calls in the same order. Each then holds the same results, and rank 0 writes them.
+In a single process every function here returns at once. Inside `process_group` every process must make the
+same calls in the same order. Each then holds the same results, and rank 0 writes them.
 
 # n rows, W processes, B global batch
 """
@@ -23,7 +23,7 @@ from cdm_fast.host.processes import Process, join, launched, this_process
 Value = TypeVar("Value")
 Item = TypeVar("Item")
 
-_TIMEOUT = timedelta(hours=1)  # rank 0 may write and draw for long; the end of a process is noticed at once
+_TIMEOUT = timedelta(hours=1)  # rank 0 may write for long; the end of a process is noticed at once
 _FAILURE = "failure"  # key of the store under which the first process to fail leaves its message
 _FAILURE_WAIT = timedelta(seconds=2)  # for that message
 
@@ -37,7 +37,7 @@ def process_group(device: str) -> Iterator[None]:
     waiting for it.
 
     Args:
-        device: as for `pick_device`.
+        device: as in `pick_device`.
     """
     process = launched()
     if process is None or process.count == 1:
@@ -49,7 +49,7 @@ def process_group(device: str) -> Iterator[None]:
         if on_cuda:
             torch.cuda.set_device(chosen)
         store, rank, count = next(dist.rendezvous("env://", process.rank, process.count))
-        # torchrun may keep its store over a restart, with the addresses of the former processes.
+        # torchrun may keep its store over a restart, with the addresses of the previous processes.
         store = dist.PrefixStore(f"cdm_fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
@@ -85,14 +85,14 @@ def _propagate_failure(store: dist.Store, process: Process) -> Iterator[None]:
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether an error was raised by a collective operation because another process has ended."""
+    """True if an error was raised by a collective operation because another process has ended."""
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and ("gloo" in str(error).lower() or "NCCL" in str(error))
 
 
 def rank_range(count: int) -> range:
-    """The indices of 0..count-1 that this rank works on: contiguous, in the order of ranks, sizes within one.
+    """This rank's indices of 0..count-1: contiguous, in the order of ranks, in nearly equal numbers.
 
     >>> rank_range(5)  # alone
     range(0, 5)
@@ -102,7 +102,7 @@ def rank_range(count: int) -> range:
 
 
 def gather_rows(rows: Tensor, count: int) -> Tensor:
-    """(n, ...), in every process, from the (len(rank_range(n)), ...) of each; `count` is n."""
+    """Gathers the rows of all processes: (len(rank_range(n)), ...) of each -> (n, ...); `count` is n."""
     processes = this_process().count
     if processes == 1:
         return rows
@@ -154,7 +154,7 @@ def rank_rows(batch: Tensor, parts: int) -> Tensor:
 
 
 def gather_full(tensor: Tensor) -> Tensor:
-    """The full tensor of a DTensor, which FSDP2 has sharded; any other tensor as it is.
+    """The full tensor of a DTensor sharded by FSDP2; any other tensor unchanged.
 
     A collective operation: every process must call it.
     """
@@ -181,7 +181,7 @@ def broadcast_from_main(value: Value) -> Value:
 
 
 def all_reduce_max(value: int) -> int:
-    """The maximum of `value` over the processes; computed in host memory, so that no GPU is waited for."""
+    """The maximum of `value` over the processes; computed in host memory, without waiting for a GPU."""
     if this_process().count == 1:
         return value
     box = torch.tensor(value)
@@ -193,8 +193,8 @@ _REASONS = (None, "max_time", "signal")  # later ones take precedence
 
 
 def agree_on_stop(reason: str | None) -> str | None:
-    """Why all processes stop now, None if none has a reason; a signal comes before the time limit.
+    """The common reason for all processes to stop now, or None; a signal precedes the time limit.
 
-    reason: of this process, as in `stop.Stopper`.
+    reason: this process's reason, as in `stop.Stopper`.
     """
     return _REASONS[all_reduce_max(_REASONS.index(reason))]

@@ -12,11 +12,11 @@ from cdm_fast.host.processes import is_main
 
 
 def write_atomically(path: str | Path, data: bytes) -> Path:
-    """Writes a file so that it exists under its name only complete and flushed to the disk; returns its path.
+    """Writes a file atomically: it appears under its name only when complete and flushed; returns its path.
 
-    Missing parent folders are created. An earlier file of the name is replaced at the end, and stays if the
-    write fails. In a run of several processes rank 0 writes.
-    Raises DiskError that names the file when the system refuses (no space, no permission).
+    Missing parent folders are created. An existing file is replaced at the end, and kept if writing fails. In
+    a run of several processes rank 0 writes. Raises DiskError that names the file if writing fails (no space,
+    no permission).
     """
     path = Path(path)
     if not is_main():
@@ -64,7 +64,7 @@ def remove(folder: Path) -> None:
 
 
 def remove_unfinished(folder: Path, name: str = "") -> None:
-    """Removes temporary files and folders that killed processes left: those of `name`, or all of them."""
+    """Removes temporary files and folders left by killed processes: those for `name`, or all."""
     for abandoned in folder.glob(".*.unfinished-*"):
         if not abandoned.name.startswith(f".{name}.unfinished-" if name else "."):
             continue
@@ -84,7 +84,7 @@ def _flush_directory(folder: Path) -> None:
 
 @contextlib.contextmanager
 def saving(run: Path) -> Iterator[None]:
-    """Turns an OSError of the block (no space, no permission) into a DiskError: earlier saves are intact."""
+    """Converts an OSError of the block (no space, no permission) to a DiskError; earlier saves are intact."""
     try:
         yield
     except OSError as error:

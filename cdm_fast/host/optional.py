@@ -1,11 +1,11 @@
-"""Optional packages. The library itself imports torch, numpy and safetensors only."""
+"""Optional packages. The library itself imports only torch, numpy and safetensors."""
 
 from importlib import import_module
 from types import ModuleType
 
 from cdm_fast.errors import UserError
 
-# Packages whose name differs from that of their module.
+# Packages whose name differs from their module's name.
 _PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn"}
 
 

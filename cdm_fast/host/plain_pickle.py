@@ -1,8 +1,8 @@
-"""Untrusted pickles, of `torch.save` and of numpy arrays: they are checked first, and nothing in them is run.
+"""Untrusted pickles, of `torch.save` and of numpy arrays: checked first, without running code in them.
 
 PyTorch's `weights_only` loading runs no code, but a hostile file can still make it allocate gigabytes, expand
 a decompression bomb, or hash a tuple of 2**60 leaves. Here the archive must be uncompressed, and its pickle
-may name nothing but tensors and dicts.
+may refer only to tensors and dicts.
 """
 
 import io
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from cdm_fast.errors import UserError
 from cdm_fast.host.reading import MAX_DATA_BYTES, bad, error_text, open_zip, read_bytes, read_member, shown
 
-MAX_PICKLE_BYTES = 2**26  # of the pickle alone; the tensors are members of their own
+MAX_PICKLE_BYTES = 2**26  # of the pickle alone; the tensors are separate members
 MAX_TUPLE_LEAVES = 1000  # a tensor's size, stride and storage have a dozen
 
 _STORAGES = "Float Double Half BFloat16 Long Int Short Char Byte Bool".split()
@@ -36,7 +36,7 @@ _ALLOWED = {
 
 _NAMES = ("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4")
 
-# What PyTorch's loader raises for damaged files.
+# The errors of PyTorch's loader for damaged files.
 DAMAGE = (
     pickle.UnpicklingError,
     RuntimeError,
@@ -56,8 +56,8 @@ DAMAGE = (
 def load_plain(path: Path) -> Any:
     """The content of a file of `torch.save`, on the CPU: numbers, strings, tensors, lists and dicts of them.
 
-    Raises UserError that names the file when it is missing, damaged, older than PyTorch 1.6, compressed, or
-    asks for anything else. Takes twice the memory of the file.
+    Raises UserError that names the file if it is missing, damaged, older than PyTorch 1.6, compressed, or
+    refers to anything else. Needs memory for twice the file.
     """
     try:
         with warnings.catch_warnings(action="ignore"):  # of unusual storages; the callers check the result
@@ -69,7 +69,7 @@ def load_plain(path: Path) -> Any:
 
 
 def _checked(path: Path) -> io.BytesIO:
-    """The archive rebuilt from the checked members, so that PyTorch's reader sees no others."""
+    """The archive rebuilt from the checked members, so that PyTorch's reader sees no other members."""
     packed = io.BytesIO()
     with open_zip(path) as archive, zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as copy:
         members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
@@ -88,7 +88,7 @@ def _checked(path: Path) -> io.BytesIO:
 
 
 def _check_pickle(path: Path, program: bytes) -> None:
-    """UserError if a pickle names anything but tensors and dicts, or holds a tuple with many leaves."""
+    """UserError if a pickle refers to anything but tensors and dicts, or holds a tuple with many leaves."""
 
     def allow(name: str, argument: Any) -> None:
         if name != "GLOBAL" or argument not in _ALLOWED:
@@ -147,11 +147,11 @@ _ARRAY_DTYPES = ("u1", "i1", "<i2", "<i4", "<i8", "<f4", "<f8")
 
 
 def load_arrays(path: Path, folder: Path | None = None, limit: int = 2**30) -> dict[str, Any]:
-    """The dictionary in a pickle, as CIFAR's Python version is: numbers, texts, lists and numpy arrays.
+    """The dictionary in a pickle like CIFAR's Python version: numbers, strings, lists and numpy arrays.
 
-    Names are texts whether Python 2 or 3 wrote them. Nothing is imported or called: an array is put together
-    here from the bytes in the file. folder: what a link may not lead out of.
-    Raises UserError that names the file when it is missing, damaged, or asks for anything else.
+    Keys are strings, whether Python 2 or 3 wrote them. Nothing is imported or called: arrays are built here
+    from the bytes in the file. folder: links must not lead out of it. Raises UserError that names the file if
+    it is missing, damaged, or refers to anything else.
     """
     content = read_bytes(path, limit, folder)
     try:
@@ -172,7 +172,7 @@ def load_arrays(path: Path, folder: Path | None = None, limit: int = 2**30) -> d
 
 
 class _Pending:
-    """A numpy array or dtype while it is read: it keeps its arguments and its state."""
+    """A numpy array or dtype while it is read: it stores its arguments and its state."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
@@ -190,7 +190,7 @@ class _PendingDtype(_Pending):
     pass
 
 
-# The Python version: its memo is a dict, where a hostile index takes no memory.
+# The pure Python unpickler: its memo is a dict, so a hostile index allocates no memory.
 class _ArrayReader(pickle._Unpickler):
     """An unpickler that knows the names by which numpy rebuilds an array, and refuses all others."""
 
@@ -208,7 +208,7 @@ class _ArrayReader(pickle._Unpickler):
         raise pickle.UnpicklingError(f"it wants to execute code ({module}.{name}) and was refused")
 
     def get_extension(self, code: int) -> None:
-        """No code of the registry is known here."""
+        """Refuses extension codes."""
         raise pickle.UnpicklingError(f"extension code {code}")
 
 
@@ -230,7 +230,7 @@ def _text(value: Any) -> str:
 
 
 def _plain(path: Path, value: Any) -> Any:
-    """An array put together; anything else as it is."""
+    """A pending array as a numpy array; anything else unchanged."""
     if not isinstance(value, _PendingArray):
         return value
     return _array(path, value)

@@ -23,7 +23,7 @@ class Process:
 
 
 def launched() -> Process | None:
-    """This process according to torchrun's environment variables; None where torchrun did not start it."""
+    """This process according to torchrun's environment variables; None if torchrun did not start it."""
     if not all(name in os.environ for name in _FROM_TORCHRUN):
         return None
     rank, count, local_rank = (int(os.environ[name]) for name in _FROM_TORCHRUN[:3])
@@ -31,7 +31,7 @@ def launched() -> Process | None:
 
 
 def starts_again() -> bool:
-    """Whether torchrun restarts this command if it fails."""
+    """True if torchrun restarts this command after a failure."""
     count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     return count < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
 
@@ -46,10 +46,10 @@ def join(process: Process) -> None:
 
 
 def this_process() -> Process:
-    """This process among those of the active `distributed.process_group`; a process alone outside one."""
+    """This process in the active `distributed.process_group`; outside one, a single process."""
     return _joined
 
 
 def is_main() -> bool:
-    """Whether this process has rank 0, which writes and prints."""
+    """True if this process has rank 0, which writes and prints."""
     return _joined.rank == 0

@@ -1,4 +1,4 @@
-"""Progress messages of long measurements."""
+"""Progress of long work: messages and a progress bar."""
 
 import sys
 import time
@@ -24,21 +24,32 @@ def to_stderr(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-class Countdown:
-    """How much of a known amount of work is done, and how long the rest takes, on stderr.
+class ProgressBar:
+    """Progress through a known amount of work on stderr: a bar on a terminal, a line every 10 s elsewhere.
 
-    A bar on a terminal, a line every ten seconds elsewhere; nothing at all of work that takes less than two.
-    A context manager. Every process that works tells, whatever its rank.
+    A context manager. Both show the time left.
+
+    Args:
+        title: what is being done.
+        total: units of work.
+        delay: seconds until the bar appears, so that short work shows none.
+        every_process: whether all processes of a group report, for work that any one of them may do; by
+            default rank 0 only.
     """
 
-    _SILENT, _BETWEEN = 2.0, 10.0
+    _SECONDS_BETWEEN_LINES = 10.0
 
-    def __init__(self, title: str, total: int) -> None:
-        self._title, self._total, self._done = title, total, 0
-        self._began = self._told = time.monotonic()
-        self._bar: rich.progress.Progress | None = None
+    def __init__(self, title: str, total: int, *, delay: float = 0.0, every_process: bool = False) -> None:
+        self._title, self._total, self._delay, self._done = title, total, delay, 0
+        self._reports = every_process or is_main()
+        self._start = self._last_line = time.monotonic()
+        self._bar = terminal_bar(title)
+        if self._bar is not None:
+            self._bar.add_task(title, total=total)
 
     def __enter__(self) -> Self:
+        if self._bar is not None and self._delay == 0:
+            self._bar.start()
         return self
 
     def __exit__(
@@ -48,33 +59,31 @@ class Countdown:
             self._bar.stop()
 
     def advance(self, count: int) -> None:
-        """Counts some more of the work as done."""
+        """Adds `count` units to the work done."""
         self._done += count
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=self._done)
-        elif now - self._began >= self._SILENT and self._told == self._began:
-            self._told = now
-            self._bar = terminal_bar("reading")
-            if self._bar is None:
-                self._line(now)
-            else:
-                self._bar.add_task(self._title, total=self._total, completed=self._done)
-                self._bar.start()
-        elif now - self._told >= self._BETWEEN and self._told > self._began:
-            self._told = now
-            self._line(now)
+            if now - self._start >= self._delay:
+                self._bar.start()  # no effect on a bar that is shown already
+        elif self._line_due(now):
+            self._last_line = now
+            self._print_line(now)
 
-    def _line(self, now: float) -> None:
-        left = (now - self._began) * (self._total - self._done) / max(self._done, 1)
+    def _line_due(self, now: float) -> bool:
+        unfinished = self._done < self._total
+        return self._reports and unfinished and now - self._last_line >= self._SECONDS_BETWEEN_LINES
+
+    def _print_line(self, now: float) -> None:
+        left = (now - self._start) * (self._total - self._done) / max(self._done, 1)
         line = f"{self._title}: {self._done:,} of {self._total:,}, {left:.0f} s left"
         print(line, file=sys.stderr, flush=True)
 
 
 def terminal_bar(what: str, *texts: str) -> "rich.progress.Progress | None":
-    """A progress bar of rich; None without a terminal or without rich, and in all processes but one.
+    """A progress bar of rich; None without a terminal, without rich, and on ranks other than 0.
 
-    what: what it counts; texts: further columns, in rich's format.
+    what: the title; texts: further columns, in rich's format.
     """
     try:
         from rich.console import Console

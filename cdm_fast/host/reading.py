@@ -1,4 +1,4 @@
-"""Reading of untrusted files and zip archives, with limits on size and expansion."""
+"""Reads untrusted files and zip archives, with limits on size and expansion."""
 
 import lzma
 import os
@@ -61,7 +61,7 @@ def check_size(name: object, num_bytes: int, packed_bytes: int | None = None) ->
 
 
 def require_inside(path: Path, folder: Path) -> None:
-    """Raises UserError if `path`, a part of `folder`, is a link to a target outside of it."""
+    """Raises UserError if `path`, which lies in `folder`, is a link to a target outside of it."""
     root = os.path.realpath(folder)
     if not Path(os.path.realpath(path)).is_relative_to(root):
         raise bad(path, "is a link that leads out of its folder; put the file itself there")
@@ -94,7 +94,7 @@ def read_bytes(path: Path, limit: int, folder: Path | None = None) -> bytes:
         if size > limit:
             raise bad(path, f"has {size} bytes, above the limit of {limit}; make it smaller")
         try:
-            return stream.read(min(limit, max(size, 2**20)))  # Python allocates what is asked for
+            return stream.read(min(limit, max(size, 2**20)))  # Python allocates the requested size
         except OSError as error:
             raise bad(path, f"cannot be read ({error_text(error)}); copy it again") from None
 
@@ -108,7 +108,7 @@ def error_text(error: BaseException) -> str:
 
 @contextmanager
 def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
-    """Opens a zip archive (also .npz); UserError if it is missing, or its directory is damaged or false."""
+    """Opens a zip archive (also .npz); UserError if it is missing, or its directory is damaged or forged."""
     with open_regular(path) as stream:
         try:
             archive = zipfile.ZipFile(stream)

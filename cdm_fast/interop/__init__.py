@@ -1,9 +1,9 @@
-"""Models of other programs here, and ours there.
+"""Models of other programs in this library, and models of this library in other programs.
 
-Theirs as denoisers, with likelihoods by ODE and bound: `from_diffusers`, `load_diffusers`, `SigmaDenoiser`
-(EDM), `ScoreSDE`, `FlowMatching`, and any callable as `PathDenoiser` or `LevelDenoiser`; the paper's public
-checkpoints as runs: `convert.convert`. Ours: under diffusers' schedulers, as torch.export programs and ONNX
-files.
+Other programs' models become denoisers, with likelihoods by ODE and bound: `from_diffusers`,
+`load_diffusers`, `SigmaDenoiser` (EDM), `ScoreSDE`, `FlowMatching`, and any callable as `PathDenoiser` or
+`LevelDenoiser`. The paper's public checkpoints become runs: `convert.convert`. Models of this library work
+with diffusers' schedulers, and can be exported as torch.export programs and ONNX files.
 """
 
 from cdm_fast.interop.denoisers import (

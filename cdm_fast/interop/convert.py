@@ -1,9 +1,9 @@
 """Converts checkpoints of the CDM paper's public code to run directories.
 
 Such a file is a dict with `ema_model_state_dict` and `model_state_dict`, or one of them, or a bare
-state_dict, also as safetensors; its U-Net has the parameter names of `cdm_fast.nn.UNet`, perhaps behind the
-`module.` of data-parallel training and the `_orig_mod.` of torch.compile. The architecture is inferred from
-the tensors' shapes. A pickle that would execute code is refused.
+state_dict, also as safetensors. Its U-Net has the parameter names of `cdm_fast.nn.UNet`, possibly prefixed by
+`module.` (data-parallel training) or `_orig_mod.` (torch.compile). The architecture is inferred from the
+tensors' shapes. A pickle that would execute code is refused.
 
 # L = T+2 noise levels, D pooled features, K classes
 """
@@ -28,7 +28,7 @@ from cdm_fast.runs.weights import snapshot
 
 State = Mapping[str, Tensor]
 
-# What the public code trains with, whatever the number of levels (its config/config.yaml).
+# The public code's settings, for any number of levels (its config/config.yaml).
 PUBLIC_BETAS = (1e-4, 0.02)
 PUBLIC_SIGMA_MIN = 1e-4  # of its flow matching (its cdm.py)
 # Its networks have 1000 noise steps: levels 0..T+1 in `training`, 1000 times in `FM_training` (its main.py).
@@ -38,13 +38,13 @@ PUBLIC_NAMES: dict[str, Schedule] = {"mode=training_": "linear", "mode=FM_traini
 PARTS = {"model": "model_state_dict", "ema": "ema_model_state_dict"}
 _PREFIX = re.compile(r"(?:module\.|_orig_mod\.)+")
 
-# The paper's networks attend where the feature maps have this many pixels a side.
+# The paper's networks have attention at this resolution.
 USUAL_ATTENTION_RESOLUTION = 16
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What `convert` made: the run directory, its config, and what the file could not tell."""
+    """The result of `convert`: the run directory, its config, and the assumptions that were made."""
 
     run: Path
     config: RunConfig
@@ -82,13 +82,13 @@ def convert(
     """Converts a checkpoint of the paper's public code to the run directory `out`.
 
     Args:
-        file: of torch.save or safetensors.
+        file: a file written by torch.save or safetensors.
         out: a directory that does not exist yet.
-        schedule: that of its training; "ot" is the flow-matching variant, whose levels have the opposite
-            order. By default it follows from the number of outputs or the name of the file.
-        betas: first and last of "linear"; by default `PUBLIC_BETAS` at any number of levels.
-        image_size: the side of a square, or (height, width); by default the square for which the network
-            attends at 16x16, as the paper's do.
+        schedule: the schedule of its training; "ot" is the flow-matching variant, whose levels have the
+            opposite order. By default inferred from the number of outputs or the name of the file.
+        betas: first and last beta of "linear"; by default `PUBLIC_BETAS` for any number of levels.
+        image_size: the side of a square, or (height, width), in pixels; by default the square for which the
+            attention is at 16x16, as in the paper's networks.
 
     Raises:
         UserError: the file is missing, damaged, would execute code, or holds another network; the schedule or
@@ -123,7 +123,7 @@ def _require_network(weights: Mapping[str, State], image_size: ImageSize | None,
         with torch.device("meta"):  # shapes are checked before memory is allocated
             expected = build_network(config).state_dict()
     except UserError as error:
-        raise UserError(f"{file} describes no network that works: {error}") from None
+        raise UserError(f"{file} does not describe a valid network: {error}") from None
     for state in weights.values():
         _require_match(state, expected, file)
 
@@ -131,7 +131,7 @@ def _require_network(weights: Mapping[str, State], image_size: ImageSize | None,
 def read_public(file: str | Path) -> tuple[dict[str, dict[str, Tensor]], tuple[str, ...]]:
     """The `model` and `ema` weights of a public checkpoint, on the CPU, without prefixes; and notes on them.
 
-    A file with one of the two, or a bare state_dict, gives both.
+    A file with only one of them, or a bare state_dict, is used for both.
     Raises UserError that names the file when it is missing, damaged, not plain tensors, or of another format.
     """
     content = read_any(Path(file))
@@ -163,7 +163,7 @@ def _kind(content: Any) -> str:
 def choose_schedule(state: State, asked: Schedule | None, file: str | Path) -> tuple[Schedule, str]:
     """The schedule and how it was chosen: given, or inferred from the outputs or the name of the file.
 
-    Raises UserError where nothing determines it.
+    Raises UserError if nothing determines it.
     """
     outputs = _shape(state, "linear_layer.weight", 2, str(file))[0]
     named = next((kind for words, kind in PUBLIC_NAMES.items() if words in Path(file).name), None)
@@ -188,10 +188,10 @@ def infer_config(
     where: str,
     betas: tuple[float, float] | None = None,
 ) -> tuple[RunConfig, tuple[str, ...]]:
-    """The config that the tensors' shapes describe, and the assumptions made where they say nothing.
+    """The config inferred from the tensors' shapes, and the assumptions made where shapes do not tell.
 
-    Raises UserError that begins with `where` when a tensor is missing that every such network has, or when
-    the image size is neither given nor to be guessed.
+    Raises UserError that begins with `where` if a tensor of every such network is missing, or if the image
+    size is neither given nor inferable.
     """
     inferred, assumed = _infer_network(state, where), ["256 grey levels at 2u/255 - 1"]
     classes = _shape(state, "label_emb.weight", 2, where)[0] - 1 if "label_emb.weight" in state else None
@@ -248,7 +248,7 @@ def _infer_network(state: State, where: str) -> NetworkConfig:
 def _infer_schedule(
     state: State, schedule: Schedule, where: str, betas: tuple[float, float] | None
 ) -> tuple[ScheduleConfig, list[str]]:
-    """The noise levels, and what of them had to be assumed."""
+    """The noise levels, and the assumptions made about them."""
     T = _shape(state, "linear_layer.weight", 2, where)[0] - 2
     if schedule == "linear":
         start, end = betas or PUBLIC_BETAS
@@ -262,7 +262,7 @@ def _infer_schedule(
 
 
 def _usual_image_size(attention: list[int], where: str) -> int:
-    """The size of images that are 16x16 at the one resolution with attention (0 is the full resolution)."""
+    """The image size for which the only resolution with attention (0 is the full resolution) is 16x16."""
     if len(attention) != 1:
         raise UserError(
             f"{where}: the network attends at {len(attention)} resolutions, so the size of its images cannot"
@@ -274,11 +274,11 @@ def _usual_image_size(attention: list[int], where: str) -> int:
 def _with_levels_from_data(state: State, schedule: str) -> State:
     """The weights with outputs in this library's order of levels, data first.
 
-    The flow-matching checkpoints count from noise to data: with N outputs, logit i is their level at time
-    i/(N-1), `x = (i/(N-1)) x_0 + (1 - (1 - sigma_min) i/(N-1)) eps`, which is our `ot` level t = N-1-i with
-    T = N-2 and their sigma_min (but at level 0, where theirs keeps noise of 1e-4 and ours none). The head
-    cumulates its outputs, f_i = r_0 + ... + r_i, so reversing f takes r'_0 = r_0 + ... + r_{N-1} (the former
-    last logit) and r'_t = -r_{N-t}.
+    The flow-matching checkpoints count levels from noise to data: with N outputs, logit i is the level at
+    time i/(N-1), `x = (i/(N-1)) x_0 + (1 - (1 - sigma_min) i/(N-1)) eps`, which is our `ot` level t = N-1-i
+    with T = N-2 and their sigma_min (except at level 0, where theirs keeps noise of 1e-4 and ours none). The
+    head cumulates its outputs, f_i = r_0 + ... + r_i, so reversing f needs r'_0 = r_0 + ... + r_{N-1} (the
+    former last logit) and r'_t = -r_{N-t}.
     """
     if schedule != "ot":
         return state
@@ -296,14 +296,14 @@ def _plain_state(state: Any, where: str) -> dict[str, Tensor]:
     """A state_dict of finite fp32 tensors under names without `module.`."""
     if not isinstance(state, dict) or not all(_is_plain(name, value) for name, value in state.items()):
         raise UserError(
-            f"{where} is no dict of names and dense tensors; convert takes the CDM paper's public format"
+            f"{where} is not a dict of names and dense tensors; convert takes the CDM paper's public format"
         )
     plain = {
         _PREFIX.sub("", name, count=1) if _PREFIX.match(name) else name: value
         for name, value in state.items()
     }
     if len(plain) < len(state):
-        raise UserError(f"{where} holds tensors whose names differ in `module.` alone; save one network")
+        raise UserError(f"{where} holds tensors whose names differ only in `module.`; save one network")
     plain = {name: value.detach().float() for name, value in plain.items()}
     for name, value in plain.items():
         if not torch.isfinite(value).all():
@@ -314,7 +314,7 @@ def _plain_state(state: Any, where: str) -> dict[str, Tensor]:
 
 
 def _is_plain(name: Any, value: Any) -> bool:
-    """Whether an entry is a printable name and a dense real tensor, with memory for each of its numbers."""
+    """True for a printable name with a dense real tensor that has memory for each of its numbers."""
     return (
         isinstance(name, str)
         and name.isprintable()
@@ -328,7 +328,7 @@ def _is_plain(name: Any, value: Any) -> bool:
 
 
 def _require_match(state: State, expected: State, where: str) -> None:
-    """Raises UserError for the first tensor that does not belong to the network that was inferred."""
+    """Raises UserError for the first tensor that does not belong to the inferred network."""
     for name in sorted(expected.keys() | state.keys()):
         ours, theirs = (tuple(side[name].shape) if name in side else "absent" for side in (expected, state))
         if ours != theirs:
@@ -346,7 +346,7 @@ def _shape(state: State, name: str, rank: int, where: str) -> torch.Size:
 
 
 def _count(state: State, pattern: str, where: str) -> int:
-    """How many indices 0, 1, ... the names that match `pattern` run through."""
+    """The number of indices 0, 1, ... in the names that match `pattern`."""
     found = {int(match[1]) for name in state if (match := re.match(pattern, name))}
     if found != set(range(len(found))) or not found:
         raise UserError(

@@ -1,13 +1,13 @@
-"""Other programs' networks as denoisers of this library: what they predict, brought to eps_hat.
+"""Other programs' networks as denoisers of this library: converts what they predict to eps_hat.
 
     model = ScoreSDE(network, "vp")                # score_sde: VP, VE, sub-VP
     model = SigmaDenoiser(network)                 # EDM, EDM2: D(x; sigma), preconditioned
     model = FlowMatching(network)                  # velocities along straight lines
     model = PathDenoiser(f, path, "x0")            # any f(y, time) -> eps | x0 | v | score | velocity
-    model = LevelDenoiser(f, schedule, "eps")      # any f(x, level), on levels alone
+    model = LevelDenoiser(f, schedule, "eps")      # any f(x, level), at discrete levels only
 
-Each has a schedule, so that samplers, the variational bound, classification and noise-blind denoising take
-it; all but the last have a path in continuous time, which the ODE likelihood follows.
+Each has a schedule, so it works with samplers, the variational bound, classification and noise-blind
+denoising; all except the last have a path in continuous time, which the ODE likelihood follows.
 
 # B batch, T levels of the grid, K classes
 """
@@ -28,16 +28,16 @@ from cdm_fast.model.schedule import NoisePath, NoiseSchedule
 Predicts = Literal["eps", "x0", "v", "score", "velocity"]
 Call = Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]  # (network, y, condition (B,), label)
 
-LEVELS = 1000  # of the grid of a continuous path, unless another number is asked for
+LEVELS = 1000  # default number of levels in the grid of a continuous path
 
 
 def call_plain(network: Any, y: Tensor, condition: Tensor, label: Tensor | None) -> Tensor:
-    """`network(y, condition)`, or `network(y, condition, label)` where there is a label."""
+    """`network(y, condition)`, or `network(y, condition, label)` if there is a label."""
     return network(y, condition) if label is None else network(y, condition, label)
 
 
 class _Function(nn.Module):
-    """A plain function where a module is wanted."""
+    """A plain function as a module."""
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -48,9 +48,9 @@ class _Function(nn.Module):
 
 
 class Foreign(Denoiser):
-    """What every wrapper here shares: the call of the network, its labels, and what it predicts.
+    """The base of all wrappers here: the call of the network, its labels, and what it predicts.
 
-    Subclasses say how levels become the network's own amplitudes and condition.
+    Subclasses define how levels are converted to the network's own amplitudes and condition.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Foreign(Denoiser):
         self.description = description or type(network).__name__
 
     def _output(self, y: Tensor, condition: Tensor, label: Tensor | None) -> Tensor:
-        """The network's output in the dtype of y, without a learned variance's channels."""
+        """The network's output in the dtype of y, without the channels of a learned variance."""
         label = self._label(label, y)
         exact = torch.promote_types(y.dtype, torch.float32)
         out = self.call(self.network, y, condition.to(y.device, exact), label)
@@ -88,7 +88,7 @@ class Foreign(Denoiser):
         return out.to(y.dtype)
 
     def _label(self, label: Tensor | None, y: Tensor) -> Tensor | None:
-        """The label as the network takes it: its null class in place of none."""
+        """The label as the network takes it: its null class if there is no label."""
         if self.num_classes is None:
             if label is not None and bool((label >= 0).any()):
                 raise UserError(f"label= was given, but {self.description} has no classes: leave it out")
@@ -97,7 +97,7 @@ class Foreign(Denoiser):
             label = torch.full((len(y),), -1, device=y.device)
         if self.null_label is None and bool((label < 0).any()):
             raise UserError(
-                f"{self.description} denoises given a class only, and no label was given: pass one of 0 to"
+                f"{self.description} denoises only given a class, and no label was given: pass one of 0 to"
                 f" {self.num_classes - 1}, or null_label= if it has a null class"
             )
         if int(label.max()) >= self.num_classes:
@@ -107,7 +107,7 @@ class Foreign(Denoiser):
         return label if self.null_label is None else torch.where(label < 0, self.null_label, label)
 
     def _ends(self, x: Tensor, level: Tensor, eps_hat: Tensor) -> Tensor:
-        """`eps_hat`, but exact at the levels that no network is asked about: 0 at data, x at pure noise."""
+        """`eps_hat`, exact at both ends, where no network is needed: 0 at data, x at pure noise."""
         shape = (-1,) + (1,) * (x.dim() - 1)
         eps_hat = torch.where((level == 0).view(shape), torch.zeros_like(x), eps_hat)
         return torch.where((level == self.schedule.T + 1).view(shape), x, eps_hat)
@@ -120,16 +120,17 @@ class LevelDenoiser(Foreign):
 
     Args:
         network: a module or a function.
-        schedule: the levels that it was trained on.
-        predicts: "eps", "x0", "v" (`a eps - s x_0`, of schedules that preserve variance) or "score".
-        conditions: (T,) what the network is given for levels 1..T; by default the level.
-        call: `call(network, x, condition (B,), label (B,) or None) -> Tensor`, where the network wants its
-            arguments otherwise.
-        input_shape, num_classes, null_label: of one input; K of a class-conditional one; the label that
-            stands for none, if there is one.
+        schedule: the levels on which it was trained.
+        predicts: "eps", "x0", "v" (`a eps - s x_0`, for variance-preserving schedules) or "score".
+        conditions: (T,) the conditioning value of the network for levels 1..T; by default the level.
+        call: `call(network, x, condition (B,), label (B,) or None) -> Tensor`, if the network needs its
+            arguments in another form.
+        input_shape: shape of one input.
+        num_classes: K of a class-conditional network.
+        null_label: the label that stands for no class, if there is one.
 
     Raises:
-        UserError: an unknown `predicts`; "v" of another schedule; conditions of another length.
+        UserError: an unknown `predicts`; "v" with another schedule; conditions of another length.
     """
 
     conditions: Tensor
@@ -145,14 +146,14 @@ class LevelDenoiser(Foreign):
     ) -> None:
         super().__init__(network, schedule, predicts, **options)
         if predicts == "velocity":
-            raise UserError("a velocity is one along a path in continuous time: wrap it in FlowMatching")
+            raise UserError("a velocity needs a path in continuous time: wrap the network in FlowMatching")
         if predicts == "v":
             _require_preserved(schedule.a, schedule.s)
         if conditions is None:
             conditions = torch.arange(1, schedule.T + 1)
         if conditions.shape != (schedule.T,):
             raise UserError(
-                f"conditions of shape {tuple(conditions.shape)}: give one for each of {schedule.T}"
+                f"conditions have shape {tuple(conditions.shape)}: give one for each of {schedule.T} levels"
             )
         self.register_buffer("conditions", conditions.double(), persistent=False)
 
@@ -170,14 +171,14 @@ class PathDenoiser(Foreign, ContinuousDenoiser):
     Args:
         network: a module or a function.
         path: see `cdm_fast.interop.paths`.
-        predicts: "eps", "x0", "v" (`alpha eps - beta x_0`, of paths that preserve variance), "score"
+        predicts: "eps", "x0", "v" (`alpha eps - beta x_0`, for variance-preserving paths), "score"
             (of y) or "velocity" (`d alpha/dt x_0 + d beta/dt eps`).
-        condition: of a time (n,), what the network is given in its place; by default the time itself.
-        levels: T of the grid for samplers and the bound, whose levels are `path.times(T)`.
+        condition: a function from times (n,) to the conditioning value of the network; by default the time.
+        levels: T, number of levels in the grid for samplers and the bound, at the times `path.times(T)`.
         call, input_shape, num_classes, null_label: as in `LevelDenoiser`.
 
     Raises:
-        UserError: an unknown `predicts`; "v" of another path.
+        UserError: an unknown `predicts`; "v" with another path.
     """
 
     def __init__(
@@ -224,13 +225,13 @@ class PathDenoiser(Foreign, ContinuousDenoiser):
 class ScoreSDE(PathDenoiser):
     """A network of the score_sde family in continuous time: "vp", "sub-vp" or "ve" (arXiv 2011.13456).
 
-    VP and sub-VP networks are given 999 time and return `-beta score`; VE ones are given sigma and return the
-    score. A function of the time that returns the score itself goes into `PathDenoiser(f, path, "score")`.
+    VP and sub-VP networks take 999 time and return `-beta score`; VE networks take sigma and return the
+    score. For a function of the time that returns the score itself use `PathDenoiser(f, path, "score")`.
 
     Args:
         network: `network(y, labels)`.
         kind: "vp", "sub-vp" or "ve".
-        path_options: of `vp_path`, `sub_vp_path` or `ve_path`, if they are not the authors'.
+        path_options: options of `vp_path`, `sub_vp_path` or `ve_path`, if they differ from the authors'.
         options: as in `PathDenoiser`.
     """
 
@@ -254,14 +255,14 @@ class ScoreSDE(PathDenoiser):
 
 
 class SigmaDenoiser(PathDenoiser):
-    """A network that is given sigma and returns the denoised image: EDM, EDM2, and k-diffusion's denoisers.
+    """A network that takes sigma and returns the denoised image: EDM, EDM2, and k-diffusion's denoisers.
 
-    `D(y; sigma)` of arXiv 2206.00364: the preconditioning is inside. Labels become one row of one-hot numbers
-    each, the null class zeros, as these networks take them.
+    `D(y; sigma)` of arXiv 2206.00364, with the preconditioning inside. Each label becomes a one-hot row, and
+    the null class a row of zeros, as these networks expect.
 
     Args:
         network: `network(y, sigma)` or, with classes, `network(y, sigma, one_hot)`.
-        sigma_min, sigma_max: the noise at which it is used; the ODE begins at the least.
+        sigma_min, sigma_max: the range of noise in which it is used; the ODE begins at `sigma_min`.
         options: as in `PathDenoiser`; `num_classes` is the network's `label_dim` by default.
     """
 
@@ -293,8 +294,8 @@ class FlowMatching(PathDenoiser):
 
     Args:
         network: a module or a function of (y, t).
-        sigma_min: noise at the data's end.
-        data_first: t is 0 at the data and 1 at noise; by default the other way round.
+        sigma_min: noise at the data end.
+        data_first: t is 0 at the data and 1 at noise; by default the opposite.
         options: as in `PathDenoiser`.
     """
 
@@ -309,7 +310,7 @@ class FlowMatching(PathDenoiser):
 
 
 def to_eps(predicts: str, out: Tensor, y: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-    """eps_hat from what a network predicts of `y = alpha x_0 + beta eps`; "v" is `alpha eps - beta x_0`."""
+    """eps_hat from a network's prediction for `y = alpha x_0 + beta eps`; "v" is `alpha eps - beta x_0`."""
     if predicts == "eps":
         return out
     if predicts == "x0":
@@ -321,7 +322,7 @@ def to_eps(predicts: str, out: Tensor, y: Tensor, alpha: Tensor, beta: Tensor) -
 
 def _require_preserved(a: Tensor, s: Tensor) -> None:
     if not torch.allclose(a**2 + s**2, torch.ones_like(a), rtol=0, atol=1e-6):
-        raise UserError("predicts is 'v', which is defined where a^2 + s^2 = 1: give eps, x0 or score")
+        raise UserError("predicts is 'v', which is defined only for a^2 + s^2 = 1: give eps, x0 or score")
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:

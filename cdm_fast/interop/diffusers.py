@@ -1,7 +1,7 @@
-"""Our models under the schedulers of Hugging Face diffusers.
+"""Models of this library with the schedulers of Hugging Face diffusers.
 
-diffusers numbers the T noisy levels from 0: its timestep i is our level i + 1. Its schedulers know
-variance-preserving schedules only (`a^2 + s^2 = 1`: all of ours but `ot`).
+diffusers numbers the T noisy levels from 0: its timestep i is our level i + 1. Its schedulers support only
+variance-preserving schedules (`a^2 + s^2 = 1`: all of ours except `ot`).
 
 # B batch
 """
@@ -18,7 +18,7 @@ from cdm_fast.model.schedule import NoiseSchedule
 
 
 class Scheduler(Protocol):
-    """What diffusers' variance-preserving schedulers share; most of them also have `sigmas`."""
+    """The interface of diffusers' variance-preserving schedulers; most of them also have `sigmas`."""
 
     alphas_cumprod: Tensor
     timesteps: Tensor
@@ -30,15 +30,15 @@ SchedulerKind = TypeVar("SchedulerKind", bound=Scheduler)
 
 
 class Prediction(NamedTuple):
-    """What a diffusers pipeline reads off its network."""
+    """The output that a diffusers pipeline expects of its network."""
 
     sample: Tensor  # eps_hat, like the network's input
 
 
 class NoisePredictor(nn.Module):
-    """A model as diffusers calls its networks: `predictor(x, timestep).sample` is eps_hat.
+    """A model with the call interface of diffusers' networks: `predictor(x, timestep).sample` is eps_hat.
 
-    For schedulers of `build_scheduler(kind, model.schedule, steps)`, in a loop of one's own or in a pipeline.
+    For schedulers from `build_scheduler(kind, model.schedule, steps)`, in your own loop or in a pipeline.
 
     Args:
         model: a CDM, a DDM, a composition, or `sampling.Guided(model, w)`.
@@ -69,13 +69,14 @@ def build_scheduler(
 ) -> SchedulerKind:
     """A diffusers scheduler whose timesteps are set on this schedule's levels, with tables in fp64.
 
-    Their own tables are fp32: of the noisiest level of `cosine`, `1 - beta` = 0.001 keeps 4 digits, and the
-    first step divides an error of 3e-8 in s by a_T = 2e-4. So ours take their place. (A pipeline sets the
-    timesteps anew, and with them fp32 sigmas.)
+    diffusers' own tables are fp32: at the noisiest level of `cosine`, `1 - beta` = 0.001 keeps 4 digits, and
+    the first step divides an error of 3e-8 in s by a_T = 2e-4. They are therefore replaced by ours. (A
+    pipeline sets the timesteps again, and with them fp32 sigmas.)
 
     Args:
-        steps: where they divide T, the grid is `schedule.grid(steps)`.
-        options: of the scheduler. `DDIMScheduler` wants `clip_sample=False`: ours does not clip.
+        steps: number of steps; if it divides T, the grid is `schedule.grid(steps)`.
+        options: options of the scheduler. `DDIMScheduler` needs `clip_sample=False`, since ours does not
+            clip.
 
     Raises:
         UserError: a schedule that is not variance preserving.
@@ -97,7 +98,7 @@ def build_scheduler(
 
 
 def _betas(schedule: NoiseSchedule) -> Tensor:
-    """(T,) variance added between levels t-1 and t; UserError where variance is not preserved."""
+    """(T,) variance added between levels t-1 and t; UserError if variance is not preserved."""
     a, s = schedule.a, schedule.s
     if not torch.allclose(a**2 + s**2, torch.ones_like(a), rtol=0, atol=1e-9):
         raise UserError(

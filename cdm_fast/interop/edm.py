@@ -1,8 +1,8 @@
-"""The weights of EDM's and EDM2's published pickles, without running what is in them.
+"""Reads the weights of EDM's and EDM2's published pickles without running code in them.
 
-Such a file pickles whole networks together with their source code. Here every name in it becomes an object
-that does nothing, and only what rebuilds tensors is understood: the tensors are found in the dictionaries
-that those modules would have had. The network itself is the reader's own:
+Such a file pickles whole networks together with their source code. Here every name in it becomes an inert
+object, and only functions that rebuild tensors are interpreted: the tensors are found in the dictionaries of
+the pickled modules. The caller provides the network:
 
     network.load_state_dict(read_edm("edm-cifar10-32x32-uncond-vp.pkl"))
     model = SigmaDenoiser(network)
@@ -32,14 +32,14 @@ _DTYPES = {
     "ByteStorage": torch.uint8,
 }
 _LEGACY_PREFIX = 3  # pickles before the storage itself: magic number, protocol, facts of the machine
-MAX_DEPTH = 100  # of modules within modules
+MAX_DEPTH = 100  # nesting depth of modules
 
 
 def read_edm(file: str | Path, key: str = "ema") -> dict[str, Tensor]:
     """The state_dict of a network that EDM or EDM2 pickled, on the CPU.
 
-    key: which entry of the file's dictionary; "ema" is the network that its authors sample from.
-    Raises UserError for a file that is missing, damaged or no such pickle.
+    key: entry of the file's dictionary; "ema" is the network with which its authors sample.
+    Raises UserError for a file that is missing, damaged or not such a pickle.
     """
     path = Path(file)
     content = read_bytes(path, MAX_DATA_BYTES)
@@ -60,7 +60,7 @@ def read_edm(file: str | Path, key: str = "ema") -> dict[str, Tensor]:
 
 
 class _Inert(dict):
-    """What stands for any object of the file: it keeps what it was given and does nothing."""
+    """A placeholder for any object of the file: it stores its arguments and does nothing."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__()
@@ -73,15 +73,15 @@ class _Inert(dict):
         return id(self)
 
     def append(self, item: Any) -> None:
-        """As a list's; the item is dropped."""
+        """The method of a list; the item is dropped."""
 
     def extend(self, items: Any) -> None:
-        """As a list's; the items are dropped."""
+        """The method of a list; the items are dropped."""
 
 
-# The Python version: its memo is a dict, where a hostile index takes no memory.
+# The pure Python unpickler: its memo is a dict, so a hostile index allocates no memory.
 class _Reader(pickle._Unpickler):
-    """An unpickler for which every name is `_Inert`, but those that rebuild tensors."""
+    """An unpickler for which every name is `_Inert`, except functions that rebuild tensors."""
 
     def find_class(self, module: str, name: str) -> Any:
         known = {
@@ -102,12 +102,12 @@ class _Reader(pickle._Unpickler):
         return pid
 
     def get_extension(self, code: int) -> None:
-        """No code of the registry is known here."""
+        """Refuses extension codes."""
         raise pickle.UnpicklingError(f"extension code {code}")
 
 
 def _load(stream: io.BytesIO) -> Any:
-    """The next pickle of a stream; its tuples are looked at before they are made."""
+    """The next pickle of a stream; tuples are checked before they are built."""
     begin = stream.tell()
     check_tuples(Path("the pickle"), stream)
     stream.seek(begin)
@@ -115,7 +115,7 @@ def _load(stream: io.BytesIO) -> Any:
 
 
 def _storage(content: Any) -> Tensor:
-    """One storage out of the bytes of PyTorch's old format: pickles, then the numbers."""
+    """One storage from the bytes of PyTorch's old format: pickles, then the numbers."""
     if not isinstance(content, bytes):
         raise pickle.UnpicklingError("a storage that is not bytes")
     stream = io.BytesIO(content)
@@ -136,7 +136,7 @@ def _storage(content: Any) -> Tensor:
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
-    """A copy of a view that lies within its storage, and holds no more numbers than it."""
+    """A copy of a view, which must lie within its storage and hold no more numbers than it."""
     numbers = (offset, *size, *stride)
     if not isinstance(storage, Tensor) or not all(type(n) is int and 0 <= n < 2**40 for n in numbers):
         raise pickle.UnpicklingError("a tensor that is no view of a storage")
@@ -177,7 +177,7 @@ def _collect(module: Any, prefix: str, tensors: dict[str, Tensor], depth: int) -
 
 
 def _attributes(module: Any) -> dict[str, Any] | None:
-    """What would be the `__dict__` of a module: given by itself, or in the record of its source code."""
+    """The `__dict__` of a module: stored directly, or in the record of its source code."""
     if not isinstance(module, _Inert):
         return None
     if isinstance(module.state, dict):

@@ -1,4 +1,4 @@
-"""Our models in other programs: as graphs of torch.export, and as ONNX files.
+"""Export of models for other programs: as graphs of torch.export, and as ONNX files.
 
 # B batch, L = T+2 noise levels, K classes
 """
@@ -43,9 +43,9 @@ class ClassPosterior(nn.Module):
 
 
 def export(module: Likelihood | ClassPosterior) -> torch.export.ExportedProgram:
-    """The module as one graph of PyTorch's own operations, for any batch size: `torch.export.save` keeps it.
+    """The module as one graph of PyTorch operations, for any batch size, which `torch.export.save` can write.
 
-    It runs where cdm_fast is not installed; dropout is off.
+    It runs without cdm_fast; dropout is off.
     """
     module = module.eval()
     model = module.model
@@ -65,7 +65,7 @@ def export_onnx(
     Raises UserError without the packages of the extra `onnx`.
     """
     try:
-        import onnxscript  # noqa: F401  (what torch.onnx needs)
+        import onnxscript  # noqa: F401  (needed by torch.onnx)
     except ImportError as error:
         raise UserError("ONNX needs onnx and onnxscript: pip install 'cdm_fast[onnx]'") from error
     program = torch.onnx.export(export(module), input_names=["x"], output_names=["log_prob"], dynamo=True)

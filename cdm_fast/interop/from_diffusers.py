@@ -1,7 +1,8 @@
-"""Models of Hugging Face diffusers as denoisers: a network with its scheduler, or a folder that holds both.
+"""Models of Hugging Face diffusers as denoisers: a network with its scheduler, or a folder with both.
 
 Most schedulers number T noisy levels from 0 and preserve variance: their timestep i is level i + 1 here, and
-nothing lies between timesteps. FlowMatch..., EDM... and ScoreSdeVe schedulers have a path in continuous time.
+there are only discrete timesteps. FlowMatch..., EDM... and ScoreSdeVe schedulers have a path in continuous
+time.
 
 # K classes
 """
@@ -26,7 +27,7 @@ from cdm_fast.model.schedule import NoiseSchedule
 Conditions = Callable[[Tensor | None], dict[str, Any]]  # label (B,) or None -> keyword arguments
 
 _PREDICTS: dict[str, Predicts] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
-_NETWORKS = ("UNet2DModel", "DiTTransformer2DModel")  # which folders may name
+_NETWORKS = ("UNet2DModel", "DiTTransformer2DModel")  # supported in folders
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 MAX_JSON_BYTES = 2**20
 
@@ -47,12 +48,12 @@ def from_diffusers(
 
     Args:
         network: `UNet2DModel`, `DiTTransformer2DModel`, `UNet2DConditionModel` or one with their interface.
-        scheduler: the one that the network was trained with.
+        scheduler: the scheduler with which the network was trained.
         conditions: maps a label (B,), or None, to further keyword arguments of the network, such as
-            `encoder_hidden_states` of a conditional U-Net; by default `class_labels`, where it has classes.
-        num_classes, null_label: K, and the label that stands for no class. By default a DiT's own; all
-            classes of a `UNet2DModel`, without a null class.
-        levels: T of the grid, where the scheduler has a continuous path.
+            `encoder_hidden_states` of a conditional U-Net; by default `class_labels`, if it has classes.
+        num_classes, null_label: K, and the label that stands for no class. By default those of a DiT; for a
+            `UNet2DModel` all its classes, without a null class.
+        levels: T of the grid, if the scheduler has a continuous path.
 
     Raises:
         UserError: an unknown scheduler or kind of prediction.
@@ -107,7 +108,7 @@ def _options(
 
 
 def _flow_matching(network: nn.Module, settings: Any, levels: int, options: dict[str, Any]) -> PathDenoiser:
-    """A velocity, whose time is 0 at the data and counts `num_train_timesteps` up to the noise."""
+    """A velocity, whose time runs from 0 at the data to `num_train_timesteps` at noise."""
     steps = int(settings.get("num_train_timesteps", 1000))
     path = straight_path(data_first=True)
     return PathDenoiser(
@@ -134,7 +135,7 @@ def _edm(
 
 
 def _levels(scheduler: Any, kind: str) -> tuple[NoiseSchedule, Tensor]:
-    """The schedule of `alphas_cumprod`, and the timestep of each level, without that of pure noise."""
+    """The schedule of `alphas_cumprod`, and the timestep of each level, excluding pure noise."""
     power = getattr(scheduler, "alphas_cumprod", None)
     if power is None:
         raise UserError(
@@ -161,7 +162,7 @@ def _call(
 def _call_at_levels(
     call: Callable[..., Tensor], network: Any, y: Tensor, timestep: Tensor, label: Tensor | None
 ) -> Tensor:
-    """As `_call`, with integer timesteps, which a learned time embedding needs."""
+    """`_call` with integer timesteps, which a learned time embedding needs."""
     return call(network, y, timestep.round().long(), label)
 
 
@@ -174,7 +175,7 @@ def _call_edm(
     sigma: Tensor,
     label: Tensor | None,
 ) -> Tensor:
-    """The denoised image of a bare network, by EDM's preconditioning (arXiv 2206.00364, eq. 7)."""
+    """The denoised image from a bare network, by EDM's preconditioning (arXiv 2206.00364, eq. 7)."""
     column = sigma.to(y).view(-1, *[1] * (y.dim() - 1))
     total = column**2 + sigma_data**2
     out = call(network, y * total.rsqrt(), 0.25 * sigma.log(), label)
@@ -204,10 +205,10 @@ class Folder(NamedTuple):
 def load_diffusers(folder: str | Path) -> Foreign:
     """The denoiser in a folder that diffusers' `save_pretrained` wrote, in evaluation mode, on the CPU.
 
-    folder: of a pipeline (with `unet/` or `transformer/`, and `scheduler/`), or of a network with
-    `scheduler_config.json` beside its `config.json`. Nothing is fetched, and no code in it is run: weights
-    are read as tensors alone.
-    Raises UserError for another folder, an unsupported network (also one of latents, in a pipeline with
+    folder: a pipeline (with `unet/` or `transformer/`, and `scheduler/`), or a network with
+    `scheduler_config.json` beside its `config.json`. Nothing is downloaded, and no code in it is run: weights
+    are read as plain tensors.
+    Raises UserError for another folder, an unsupported network (including one for latents, in a pipeline with
     `vae/`), and weights that do not fit the network.
     """
     try:
@@ -235,7 +236,7 @@ def load_diffusers(folder: str | Path) -> Foreign:
 def fetch(repo: str) -> Path:
     """The folder of a model of the Hugging Face hub, downloaded once and cached by `huggingface_hub`.
 
-    repo: "OWNER/NAME". Raises UserError where the package or the model cannot be had.
+    repo: "OWNER/NAME". Raises UserError if the package is missing or the model cannot be downloaded.
     """
     try:
         from huggingface_hub import snapshot_download
@@ -255,7 +256,7 @@ def _parts(folder: Path) -> Folder:
     if not folder.is_dir():
         raise bad(folder, "no such folder; give one that save_pretrained of diffusers wrote")
     if (folder / "vae").is_dir():
-        raise bad(folder, "is a pipeline of latents, whose density is not that of images; give one of pixels")
+        raise bad(folder, "is a pipeline of latents, which has no density of images; give one of pixels")
     if (folder / "config.json").is_file():
         beside = folder if (folder / "scheduler_config.json").is_file() else folder.parent / "scheduler"
         found = Folder(folder, beside)
@@ -267,7 +268,7 @@ def _parts(folder: Path) -> Folder:
     if not (found.scheduler / "scheduler_config.json").is_file():
         raise bad(
             folder,
-            "holds no scheduler_config.json, which tells the noise levels it was trained on; save the"
+            "holds no scheduler_config.json, which defines the noise levels of its training; save the"
             " scheduler beside it",
         )
     return found
@@ -301,5 +302,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (ValueError, json.JSONDecodeError) as error:
         raise bad(path, f"cannot be read ({error}); restore it") from None
     if not isinstance(found, dict):
-        raise bad(path, "is no JSON object; restore it")
+        raise bad(path, "is not a JSON object; restore it")
     return found

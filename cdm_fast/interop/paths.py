@@ -10,10 +10,10 @@ from cdm_fast.model.schedule import NoisePath
 
 
 def vp_path(beta_min: float = 0.1, beta_max: float = 20.0, least: float = 1e-5) -> NoisePath:
-    """The variance-preserving SDE: `alpha = exp(-h/2)`, `beta = sqrt(1 - exp(-h))`, time 0..1 of noise, with
+    """The variance-preserving SDE: `alpha = exp(-h/2)`, `beta = sqrt(1 - exp(-h))`, time 0 (data) to 1, with
     `h = beta_min time + (beta_max - beta_min) time^2 / 2` (arXiv 2011.13456, eq. 33).
 
-    least: the time at which likelihoods begin, as their authors' code has it.
+    least: the time at which likelihoods begin, as in the authors' code.
     """
     _require_betas(beta_min, beta_max)
 
@@ -25,7 +25,7 @@ def vp_path(beta_min: float = 0.1, beta_max: float = 20.0, least: float = 1e-5) 
 
 
 def sub_vp_path(beta_min: float = 0.1, beta_max: float = 20.0, least: float = 1e-5) -> NoisePath:
-    """The sub-VP SDE: alpha as of `vp_path`, `beta = 1 - exp(-h)` (arXiv 2011.13456, eq. 29)."""
+    """The sub-VP SDE: alpha as in `vp_path`, `beta = 1 - exp(-h)` (arXiv 2011.13456, eq. 29)."""
     _require_betas(beta_min, beta_max)
 
     def amplitudes(time: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,9 +47,9 @@ def ve_path(sigma_min: float = 0.01, sigma_max: float = 50.0, least: float = 1e-
 
 
 def sigma_path(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> NoisePath:
-    """EDM's: `y = x_0 + sigma eps` from `sigma_min` to `sigma_max`, time being log sigma.
+    """EDM's path: `y = x_0 + sigma eps` from `sigma_min` to `sigma_max`, with log sigma as time.
 
-    The grid of levels is even in `sigma^(1/rho)` (arXiv 2206.00364, eq. 5).
+    The grid of levels is evenly spaced in `sigma^(1/rho)` (arXiv 2206.00364, eq. 5).
     """
     low, high = _log_sigmas(sigma_min, sigma_max)
 
@@ -63,14 +63,14 @@ def sigma_path(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7
 
 
 def straight_path(sigma_min: float = 0.0, data_first: bool = False) -> NoisePath:
-    """Flow matching's straight lines (arXiv 2210.02747), whose rates are the velocity of the model.
+    """Straight lines of flow matching (arXiv 2210.02747), along which the model's velocity is defined.
 
-    sigma_min: noise at the data's end: `y = (1 - t) x_0 + (sigma_min + (1 - sigma_min) t) eps`.
-    data_first: t is 0 at the data, as in diffusers; by default t runs from noise, 0, to data, 1, as in the
+    sigma_min: noise at the data end: `y = (1 - t) x_0 + (sigma_min + (1 - sigma_min) t) eps`.
+    data_first: t is 0 at the data, as in diffusers; by default t runs from 0 (noise) to 1 (data), as in the
         paper and most code: `y = t x_0 + (1 - (1 - sigma_min) t) eps`.
     """
     if not 0 <= sigma_min < 1:
-        raise UserError(f"sigma_min is {sigma_min}: noise at the data's end lies from 0 to below 1")
+        raise UserError(f"sigma_min is {sigma_min}: give a noise at the data end from 0 to below 1")
 
     def amplitudes(time: Tensor) -> tuple[Tensor, Tensor]:
         noise = time if data_first else 1 - time

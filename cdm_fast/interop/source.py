@@ -1,4 +1,4 @@
-"""Models named on the command line that are no run directories: `diffusers:PATH` and `hf:OWNER/NAME`."""
+"""Models named on the command line other than run directories: `diffusers:PATH` and `hf:OWNER/NAME`."""
 
 from pathlib import Path
 
@@ -11,28 +11,28 @@ PREFIXES = ("diffusers:", "hf:")
 
 
 def is_foreign(run: Path) -> bool:
-    """Whether what stands for a run names another program's model."""
+    """True if the argument `run` names another program's model."""
     return str(run).startswith(PREFIXES)
 
 
 def require_data(run: Path, data: str | None) -> None:
-    """UserError where another program's model is to be scored, and no data are named."""
+    """UserError if another program's model is to be scored without --data."""
     if is_foreign(run) and data is None:
-        raise UserError(f"{run} names no data of its own: give --data")
+        raise UserError(f"{run} has no data of its own: give --data")
 
 
 def open_foreign(run: Path) -> tuple[Foreign, RunConfig]:
     """The model, and a config whose image and pixels describe it; it names no data.
 
-    Its pixels are 256 grey levels around the points 2u/255 - 1, on which such models are trained.
-    Raises UserError as `load_diffusers` and `fetch` do, and for images of unknown size.
+    Its pixels are 256 grey levels at the points 2u/255 - 1, on which such models are trained.
+    Raises UserError as in `load_diffusers` and `fetch`, and for images of unknown size.
     """
     kind, _, place = str(run).partition(":")
     if not place:
         raise UserError(f"{run} names no model; give hf:OWNER/NAME or diffusers:PATH")
     model = load_diffusers(fetch(place) if kind == "hf" else Path(place).expanduser())
     if model.input_shape is None:
-        raise UserError(f"{run}: its config.json tells no sample_size, so the size of its images is unknown")
+        raise UserError(f"{run}: its config.json has no sample_size, so the size of its images is unknown")
     channels, height, width = model.input_shape
     conditioning = "none" if model.num_classes is None else "embedding"
     return model, RunConfig(
@@ -43,7 +43,7 @@ def open_foreign(run: Path) -> tuple[Foreign, RunConfig]:
 
 
 def output_folder(run: Path) -> Path:
-    """runs/NAME, made if it is not there: where pictures of another program's model go."""
+    """runs/NAME, created if needed: the folder for pictures of another program's model."""
     folder = Path("runs") / "-".join(part for part in str(run).replace(":", "/").split("/") if part)
     folder.mkdir(parents=True, exist_ok=True)
     return folder

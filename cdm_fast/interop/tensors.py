@@ -1,4 +1,4 @@
-"""Tensors by name out of strangers' files, whatever their name ends in: safetensors or torch.save's zip."""
+"""Tensors by name from untrusted files, whatever their suffix: safetensors or torch.save's zip."""
 
 import struct
 from pathlib import Path
@@ -16,9 +16,9 @@ MAX_HEADER_BYTES = 10**8  # safetensors' own limit
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file begins as a safetensors file does: with the length of a JSON object, and its brace.
+    """True if a file begins like a safetensors file: with the length of a JSON object, and a brace.
 
-    Raises UserError as `open_regular` does.
+    Raises UserError as in `open_regular`.
     """
     with open_regular(path) as stream:
         start = stream.read(9)
@@ -28,9 +28,9 @@ def is_safetensors(path: Path) -> bool:
 
 
 def read_any(path: Path) -> Any:
-    """The content of a file: a dict of tensors out of safetensors, or what torch.save wrote, without code.
+    """The content of a file: a dict of tensors from safetensors, or what torch.save wrote, without code.
 
-    Raises UserError that names the file when it is missing, damaged, of neither kind, or asks for more.
+    Raises UserError that names the file if it is missing, damaged, of neither kind, or would run code.
     """
     if not is_safetensors(path):
         return load_plain(path)
@@ -41,11 +41,11 @@ def read_any(path: Path) -> Any:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The same, where it is one dict of names and tensors; UserError otherwise."""
+    """`read_any` of a file with one dict of names and tensors; UserError otherwise."""
     content = read_any(path)
     plain = isinstance(content, dict) and all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
     )
     if not plain:
-        raise UserError(f"{path} is no dict of names and tensors; save a state_dict")
+        raise UserError(f"{path} is not a dict of names and tensors; save a state_dict")
     return content

@@ -1,8 +1,8 @@
-"""Likelihood of real data in bits per dimension, its audit, and estimates of noise from the level posterior.
+"""Likelihood of real data in bits per dimension, its audit, and noise estimates from the level posterior.
 
-`evaluate` takes one forward pass. `evaluate_ode` (`flow_log_prob`) and `evaluate_elbo` (`variational_bound`)
-use the same network's denoiser alone, and `measure_log_z` integrates the single-pass density. `audit` puts
-them side by side.
+`evaluate` needs one forward pass. `evaluate_ode` (`flow_log_prob`) and `evaluate_elbo` (`variational_bound`)
+use only the denoiser of the same network, and `measure_log_z` integrates the single-pass density. `audit`
+reports them side by side.
 """
 
 from cdm_fast.config.choices import Given

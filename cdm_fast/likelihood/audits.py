@@ -1,4 +1,4 @@
-"""One data set scored by every method at once, and their disagreement beside the figures."""
+"""The audit: one data set scored by every likelihood method, and their differences."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -18,18 +18,18 @@ from cdm_fast.model import CDM, Denoiser, evaluation_mode
 from cdm_fast.model.cdm import require_likelihood
 from cdm_fast.statistics import require_error_bar
 
-LARGEST_ELBO_BATCH, LARGEST_ODE_BATCH = 256, 64  # images; the ODE holds the graph of its divergence besides
+LARGEST_ELBO_BATCH, LARGEST_ODE_BATCH = 256, 64  # images; the ODE also holds the graph of its divergence
 
 
 @dataclass(frozen=True)
 class DenoiserAudit:
-    """The figures that need a denoiser only: the ODE, and at level 0 the variational bound.
+    """The figures that need only a denoiser: the ODE, and at level 0 the variational bound.
 
     Fields:
-        ode: the ODE's report.
-        elbo: the bound's; None above level 0.
+        ode: the report of the ODE.
+        elbo: the report of the bound; None above level 0.
         gap, gap_stderr: bound minus ODE, bits/dim, and its standard error; None above level 0. The two share
-            no noise. A bound several errors below the ODE's figure shows that one of them is wrong.
+            no noise. A bound several standard errors below the ODE's figure shows that one of them is wrong.
     """
 
     ode: OdeReport
@@ -59,9 +59,9 @@ class AuditReport:
 
     Fields:
         single: the single pass, unaudited.
-        denoiser: ODE and bound of the same network, whatever its logits' constants are.
+        denoiser: ODE and bound of the same network; they do not depend on the constants of its logits.
         normalisation: log Z of the single pass's density at every level.
-        log_z_bits_per_dim, log_z_bits_per_dim_stderr: `log2 Z / d` of the level and its standard error.
+        log_z_bits_per_dim, log_z_bits_per_dim_stderr: `log2 Z / d` at the level and its standard error.
         audited_bits_per_dim, audited_bits_per_dim_stderr: the single pass with its density normalised,
             `bits_per_dim + log2 Z / d`, and its standard error.
     """
@@ -115,13 +115,13 @@ def audit_denoiser(
     """ODE and variational bound of any denoiser on one data set at `level`, 0..T.
 
     Args:
-        batch_size: images per evaluation, as far as the two methods allow so many.
-        ode_images, tolerance, probes: of `evaluate_ode`.
-        elbo_images: of `evaluate_elbo`.
-        seed, progress, given: of both.
+        batch_size: images per evaluation, capped at `LARGEST_ELBO_BATCH` and `LARGEST_ODE_BATCH`.
+        ode_images, tolerance, probes: passed to `evaluate_ode`.
+        elbo_images: passed to `evaluate_elbo`.
+        seed, progress, given: passed to both.
 
     Raises:
-        UserError: as `evaluate_ode` and `evaluate_elbo`.
+        UserError: as in `evaluate_ode` and `evaluate_elbo`.
     """
     _require_denoiser_audit(ode_images, elbo_images)
     elbo = gap = error = None
@@ -175,13 +175,13 @@ def audit(
     """Single pass, ODE, variational bound and log Z of one model on one data set at `level`, 0..T.
 
     Args:
-        draws: of `evaluate`.
-        ode_images, tolerance, probes, elbo_images: of `audit_denoiser`.
-        particles, runs, moves, rungs: of `measure_log_z`.
-        batch_size, seed, progress: of all of them.
+        draws: passed to `evaluate`.
+        ode_images, tolerance, probes, elbo_images: passed to `audit_denoiser`.
+        particles, runs, moves, rungs: passed to `measure_log_z`.
+        batch_size, seed, progress: passed to all of them.
 
     Raises:
-        UserError: as these functions do, and before any work for whatever can be known then.
+        UserError: as in these functions; arguments are checked before any work.
 
     >>> import torch
     >>> from cdm_fast import MLP, NoiseSchedule
@@ -198,7 +198,7 @@ def audit(
     """
     require_likelihood(model)
     if not 0 <= level <= model.schedule.T:
-        raise UserError(f"level {level}: an audit is of one of 0 to T = {model.schedule.T}")
+        raise UserError(f"level {level}: give a level from 0 to T = {model.schedule.T}")
     _require_denoiser_audit(ode_images, elbo_images)
     progress(f"single pass: {len(data.images)} images, {draws} draws")
     single = evaluate(model, data, level, draws=draws, batch_size=batch_size, seed=seed)
@@ -238,7 +238,7 @@ def audit(
 
 
 def _require_denoiser_audit(ode_images: int, elbo_images: int) -> None:
-    """Raises UserError where the solver is missing, or images are too few for an error bar."""
+    """Raises UserError if the solver is missing, or there are too few images for an error bar."""
     load_solver()
     require_error_bar(ode_images, "ODE images")
     require_error_bar(elbo_images, "ELBO images")

@@ -23,10 +23,10 @@ def noised_batches(
     generator: torch.Generator,
     protocol: Protocol = "dequantized",
 ) -> Iterator[tuple[int, Tensor]]:
-    """One pass over `data`: (index of the first image, `x_t = a x + s eps` (B, C, H, W)) of every batch.
+    """One pass over `data`: yields (index of the first image, `x_t = a x + s eps` (B, C, H, W)) per batch.
 
-    `x_t` has the dtype of the model's numbers and lies on its device. Each batch takes its dequantisation
-    noise and its eps from `generator` when it is asked for. Raises UserError for a level outside 0..T+1.
+    `x_t` has the dtype and the device of the model's parameters. The dequantisation noise and eps of a batch
+    are drawn from `generator` when the batch is requested. Raises UserError for a level outside 0..T+1.
     """
     for first, x in batches(data, batch_size, generator, protocol):
         x_t = model.schedule.noise(x, level, generator=generator)

@@ -1,9 +1,9 @@
 """The variational bound on log p_0: the code length of the denoiser's ancestral chain, level by level.
 
-The chain goes from pure noise down the levels, one Gaussian a step; each step costs
-`KL(q(x_prev | x_t, x_0) || p(x_prev | x_t))` (DDPM, arXiv 2006.11239, eq. 5). The mean of p is that of q with
-x0_hat in place of x_0; its variance is the optimal one for the denoiser's error at that level (arXiv
-2201.06503), measured on half of the images and used for the other half.
+The chain goes from pure noise down the levels with one Gaussian per step; each step costs
+`KL(q(x_prev | x_t, x_0) || p(x_prev | x_t))` (DDPM, arXiv 2006.11239, eq. 5). The mean of p is the mean of
+q with x0_hat in place of x_0; its variance is the optimal variance for the denoiser's error at that level
+(arXiv 2201.06503), measured on one half of the images and used for the other half.
 
 # n images, d values of one image, m levels
 """
@@ -27,9 +27,9 @@ class VariationalBound:
 
     Fields:
         nats: (n,) the bound on `-log p_0` of each image, an unbiased estimate of its mean over noise.
-        prior: mean of `KL(q(x_T | x_0) || N(0, I))`, T the noisiest level used.
+        prior: mean of `KL(q(x_T | x_0) || N(0, I))`, where T is the noisiest level used.
         levels: the m levels of the chain, lowest first.
-        steps: mean cost of the step that ends at each of them but the last: `levels[i+1] -> levels[i]`.
+        steps: mean cost of each step `levels[i+1] -> levels[i]`.
         reconstruction: mean of `-log p(x_0 | x_t)` at the lowest level, Gaussian around x0_hat.
         mse: mean of `(eps_hat - eps)^2` at each level.
     """
@@ -56,8 +56,8 @@ def variational_bound(
 
     Args:
         x: (n, ...) dequantised data on the model's device, n >= 2.
-        levels: those of the chain, in 1..T; all by default. Fewer make the bound looser.
-        seed: of the noise; every level has its own.
+        levels: levels of the chain, in 1..T; all by default. Fewer levels make the bound looser.
+        seed: seed of the noise; every level has its own noise.
         batch_size: images per evaluation.
         label: (n,) int64, for a bound on `-log p_0(x|label)` of a class-conditional model.
 
@@ -67,7 +67,7 @@ def variational_bound(
     T = model.schedule.T
     used = sorted(set(levels if levels is not None else range(1, T + 1)))
     if len(x) < 2:
-        raise UserError(f"{len(x)} image: the variational bound fits its variances on other images, give 2")
+        raise UserError(f"{len(x)} image: the variational bound fits its variances on other images; give 2")
     if not used or used[0] < 1 or used[-1] > T:
         raise UserError(f"levels of the variational bound lie in 1 to T = {T}, not {used[:1]} to {used[-1:]}")
     generator = torch.Generator().manual_seed(seed)
@@ -100,7 +100,7 @@ def _squared_error(
     generator: torch.Generator,
     batch_size: int,
 ) -> Tensor:
-    """`|eps_hat - eps|^2` at level t, float64, of this process's share of the images (n, ...)."""
+    """`|eps_hat - eps|^2` at level t, float64, for this process's share of the images (n, ...)."""
     noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
     errors = [torch.empty(0, dtype=torch.float64, device=x.device)]  # for a process without images
     mine = rank_range(len(x))
@@ -132,11 +132,11 @@ def _step_cost(
     a_prev: float,
     s_prev: float,
 ) -> Tensor:  # (n,) nats
-    """KL divergence of p's Gaussian of x_prev from q's.
+    """`KL(q || p)` of the two Gaussians of x_prev.
 
     With `v = s^2 - (a/a_prev)^2 s_prev^2` the variance of q is `v s_prev^2 / s^2` (DDPM eq. 7), the distance
-    of the means is `a_prev v / (s a) |eps_hat - eps|`, and the variance of p is that of q plus the expected
-    square of this distance.
+    between the means is `a_prev v / (s a) |eps_hat - eps|`, and the variance of p is the variance of q plus
+    the expected square of this distance.
     """
     v = s**2 - (a / a_prev * s_prev) ** 2
     variance = v * (s_prev / s) ** 2

@@ -25,12 +25,12 @@ from cdm_fast.statistics import require_error_bar, standard_error
 
 @dataclass(frozen=True)
 class ElboReport:
-    """bits/dim by the variational bound, and where they are spent.
+    """bits/dim by the variational bound, and its terms.
 
     Fields:
         bits_per_dim, bits_per_dim_stderr: mean over images and its standard error.
-        prior, reconstruction: those terms, bits/dim; the offset of grey levels is in the second.
-        levels, steps: the cost in bits/dim of the step that ends at each level but the noisiest.
+        prior, reconstruction: these terms, bits/dim; the second includes the offset of the grey levels.
+        levels, steps: the cost in bits/dim of the step that ends at each level except the noisiest.
         given: "label", each image given its label; "none", without a label.
         num_images, seconds: how it was measured.
         index, per_image: (n,) which images of the split, and the bits/dim of each.
@@ -69,14 +69,14 @@ def evaluate_elbo(
     """bits/dim of `num_images` images of `data` by `variational_bound`: an upper bound on their code length.
 
     Args:
-        num_images: drawn from `data` without replacement; all of them if there are fewer.
+        num_images: number of images, drawn from `data` without replacement; all if there are fewer.
         batch_size: images per evaluation of the network.
-        seed: of the choice of images, dequantisation and noise.
+        seed: seed of the choice of images, dequantisation and noise.
         given: "label" or "none"; see `ElboReport`.
 
     Raises:
-        UserError: a classifier, fewer than 2 images, batch_size below 1, and as `labels_given`; and given
-            "all": averaging the noise inside the logarithm of a sum over classes gives no bound.
+        UserError: a classifier, fewer than 2 images, batch_size below 1, as in `labels_given`; and for given
+            "all", because averaging over noise inside the logarithm of a sum over classes gives no bound.
 
     >>> from cdm_fast import DDM, NoiseSchedule
     >>> class StandardNormal(DDM):
@@ -94,7 +94,7 @@ def evaluate_elbo(
     require_denoiser(model)
     if given == "all":
         raise UserError(
-            "--given all goes with --method single and ode; the bound is one of a label, or of none"
+            "--given all works with --method single and ode; the bound takes --given label or none"
         )
     labels = labels_given(model, data, given)
     require_error_bar(num_images, "ELBO images")

@@ -1,4 +1,4 @@
-"""What a class-conditional model's likelihood is conditioned on: a label, no label, or all classes at once.
+"""Conditioning of a class-conditional model's likelihood: a label, no label, or all classes at once.
 
 # n images, K classes
 """
@@ -13,6 +13,7 @@ from cdm_fast.data import ImageData
 from cdm_fast.errors import UserError
 from cdm_fast.host.device import upload
 from cdm_fast.model import CDM, Denoiser
+from cdm_fast.model.cdm import normalised_log_prior
 
 
 def num_classes_of(model: Denoiser) -> int | None:
@@ -49,19 +50,26 @@ def require_known(labels: Tensor, num_classes: int, name: str) -> None:
         )
 
 
-def log_class_prior(model: Denoiser) -> Tensor:
-    """`log p(c)` (K,) in nats, float64, on the CPU: a CDM's own prior, or a uniform one."""
+def log_class_prior(
+    model: Denoiser,
+    class_prior: Tensor | None = None,  # (K,)
+) -> Tensor:
+    """`log p(c)` (K,) in nats, float64, on the CPU: `class_prior`, or a CDM's own prior, or a uniform one.
+
+    class_prior: K positive numbers, normalised here; anything else raises UserError.
+    """
     num_classes = num_classes_of(model)
-    assert num_classes is not None, "`labels_given` has refused a model without classes"
-    if isinstance(model, CDM) and model.log_class_prior is not None:
+    assert num_classes is not None, "a model without classes is refused earlier"
+    if class_prior is None and isinstance(model, CDM) and model.log_class_prior is not None:
         return model.log_class_prior.double().cpu()
-    return torch.full((num_classes,), 1 / num_classes, dtype=torch.float64).log()
+    prior = torch.ones(num_classes) if class_prior is None else class_prior
+    return normalised_log_prior(prior, "class", num_classes).cpu()
 
 
 def of_all_classes(
     model: Denoiser, count: int, log_prob: Callable[[Tensor], Tensor]
 ) -> Tensor:  # (count,) float64, on the device of what `log_prob` returns
-    """`log sum_c p(c) p(x|c)` of `count` images in nats, from one `log_prob(label (count,))` a class."""
+    """`log sum_c p(c) p(x|c)` of `count` images in nats: one call `log_prob(label (count,))` per class."""
     prior = log_class_prior(model)
     each = torch.stack([log_prob(torch.full((count,), c)).double() for c in range(len(prior))])
     return (each + upload(prior, each.device)[:, None]).logsumexp(0)

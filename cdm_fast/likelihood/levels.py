@@ -1,4 +1,4 @@
-"""The noise of single images, estimated from their density at every level; and denoising errors by level.
+"""Noise levels of single images, estimated from their density at every level; denoising errors by level.
 
 # B batch, n images, L = T+2 noise levels, d = C*H*W, N bins of neighbouring levels, P probes
 """
@@ -25,9 +25,9 @@ from cdm_fast.model.schedule import evenly_spaced
 def estimate_level(model: Denoiser, y: Tensor, batch_size: int = 256) -> tuple[Tensor, Tensor]:
     """The noise of `y = x_0 + sigma n` by maximum likelihood over levels: `(level (n,) int64, sigma (n,))`.
 
-    At the true level `a_t y` is distributed as `x_t`, so the density of y there is `p_t(a_t y) a_t^d`; levels
-    0..T are searched, first on a coarse grid and then around its best. For a model that only denoises, the
-    density as a function of sigma is integrated from its denoiser (`_by_diffusion`).
+    At the true level `a_t y` is distributed as `x_t`, so the density of y at level t is `p_t(a_t y) a_t^d`;
+    levels 0..T are searched, first on a coarse grid and then around its best point. For a model that only
+    denoises, the density as a function of sigma is integrated from its denoiser (`_by_diffusion`).
 
     Args:
         y: (n, *input_shape) in the units of the data ([-1, 1] plus noise); sigma is in the same units.
@@ -56,9 +56,9 @@ class SigmaCalibration:
     """Known noise against estimated noise, in units of the data ([-1, 1]).
 
     Fields:
-        sigma: the noise that is added.
-        median, low, high: median, 10th and 90th percentile over images of the estimates of it.
-        num_images: on which it is measured.
+        sigma: standard deviations of the added noise.
+        median, low, high: median, 10th and 90th percentile over images of its estimates.
+        num_images: number of images.
     """
 
     sigma: list[float]
@@ -79,13 +79,13 @@ SIGMAS = (0.01, 2.0)  # range of the noise that a calibration adds, as far as th
 def calibrate_sigma(
     model: CDM, data: ImageData, num_images: int = 16, points: int = 8, seed: int = 0, batch_size: int = 256
 ) -> SigmaCalibration:
-    """Adds noise of `points` known sigmas, even in their logarithm, to images and estimates it from them.
+    """Adds noise with `points` known sigmas, evenly spaced in logarithm, to images, and estimates it.
 
     Args:
-        num_images: drawn from `data` without replacement; all of them if there are fewer.
-        points: how many sigmas.
-        seed: of the images and their noise.
-        batch_size: of `estimate_level`.
+        num_images: number of images, drawn from `data` without replacement; all if there are fewer.
+        points: number of sigmas.
+        seed: seed of the images and their noise.
+        batch_size: passed to `estimate_level`.
 
     Raises:
         UserError: a model without likelihood.
@@ -108,9 +108,9 @@ def calibrate_sigma(
 
 @evaluation_mode
 def denoise_blind(model: Denoiser, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Denoises `y = x_0 + sigma n` of unknown sigma: `(x0_hat like y, sigma (n,), level (n,) int64)`.
+    """Denoises `y = x_0 + sigma n` with unknown sigma: `(x0_hat like y, sigma (n,), level (n,) int64)`.
 
-    Arguments and errors as of `estimate_level`.
+    Arguments and errors as in `estimate_level`.
     """
     level, sigma = estimate_level(model, y)
     a, _ = model.amplitudes(level, y)
@@ -123,8 +123,8 @@ def mse_per_level(
 ) -> tuple[list[int], list[float]]:
     """Denoising error by level: `(levels in 1..T, mean((eps_hat - eps)^2) at each)`.
 
-    The error is per value, in units of the noise variance, on `num_images` images of `data` drawn with
-    replacement at each of at most `max_levels` levels spread evenly.
+    The error is per value, in units of the noise variance, on `num_images` images of `data`, drawn with
+    replacement for each of at most `max_levels` evenly spaced levels.
     """
     levels = evenly_spaced(1, model.schedule.T, max_levels)
     generator = torch.Generator().manual_seed(seed)
@@ -144,8 +144,8 @@ def level_confusion(
 ) -> tuple[Tensor, Tensor]:
     """The level posterior by true level, in N bins of levels: `(edges (N+1,) int64, matrix (N, N) float64)`.
 
-    Row i is the mean posterior mass in every bin of `num_images` images at levels of bin i, and sums to 1.
-    With fewer levels than `bins` every level has a bin of its own. Raises UserError for a model without
+    Row i is the mean posterior mass in every bin over `num_images` images at levels of bin i, and sums to 1.
+    With fewer levels than `bins` every level has its own bin. Raises UserError for a model without
     likelihood.
     """
     require_likelihood(model)
@@ -163,15 +163,15 @@ def level_confusion(
     return edges, torch.stack(rows)
 
 
-BLIND_LEVELS, BLIND_PROBES = 64, 8  # of the search without likelihood
+BLIND_LEVELS, BLIND_PROBES = 64, 8  # for the search without likelihood
 
 
 def _by_diffusion(model: Denoiser, y: Tensor) -> Tensor:
     """The level (n,) in 1..T that maximises the density of `y = x_0 + sigma_t n`, from eps_hat alone.
 
-    The density of y follows the heat equation, so that its logarithm at a fixed y has the slope
-    `|eps_hat|^2 - sigma div_y eps_hat` in log sigma. The slope is integrated over levels even in log sigma;
-    the divergence is Hutchinson's estimate with fixed random signs.
+    The density of y follows the heat equation, so its logarithm at fixed y has the slope
+    `|eps_hat|^2 - sigma div_y eps_hat` in log sigma. The slope is integrated over levels evenly spaced in log
+    sigma; the divergence is Hutchinson's estimate with fixed random signs.
     """
     require_denoiser(model)
     steps = min(BLIND_LEVELS, model.schedule.T)

@@ -1,13 +1,15 @@
 """log Z of the single-pass density: does `exp log_prob` integrate to one?
 
 Particles walk from exact draws of N(0, I) at level T+1 down to the data; their weights estimate `Z_t`, the
-integral of `exp log p_t(x)`, at every level on the way (`langevin.anneal`). Such an estimate of log Z is too
-low on average, and one from a walk up from draws of the density itself too high (arXiv 1511.02543): the two
-bracket it. The walks up start from noised real images that move at the lowest level for a while, so that they
-bound log Z only as far as those have become draws of the model's density. Where the walks up end below the
-walks down, they have not: the model holds mass where there are no data, which walks from data never reach.
+integral of `exp log p_t(x)`, at every level of the walk (`langevin.anneal`). Such an estimate of log Z is too
+low on average. An estimate from a walk up, started at draws from the density itself, is too high on average
+(arXiv 1511.02543), so the two bracket log Z. In practice the walks up start at noised real images that first
+move at the lowest level for a while, so they bound log Z only if these have become draws from the model's
+density. Walks up that end below the walks down show that they have not: the model has mass where there are no
+data, which walks from data never reach.
 
-The step from level 1 to 0 only reweights, without moves: p_0 has bounded support and no trained score.
+The step from level 1 to 0 only reweights, without moves, because p_0 has bounded support and no trained
+score.
 
 # N particles, R runs, K rungs of the ladder of levels, d = C*H*W
 """
@@ -32,7 +34,7 @@ from cdm_fast.model.denoiser import like_network
 from cdm_fast.sampling.langevin import DrawFrom, anneal, ladder, move, tune_step_sizes
 
 MOST_RUNGS = 256
-PILOTS = 32  # particles that find the step sizes
+PILOTS = 32  # particles of the pilot run that finds the step sizes
 EQUILIBRATION = 10  # moves at the lowest level before a walk up, in units of the moves at one rung
 
 
@@ -41,14 +43,14 @@ class Normalisation:
     """log Z at every level of a ladder, in nats, by walks down from noise and up from data.
 
     Fields:
-        levels: those of the ladder, T+1 first, 0 last.
-        log_z, log_z_stderr: the walks down, at each level: mean over runs and its standard error.
-        log_z_half, log_z_half_stderr: the same with half as many particles, which shows what few miss.
-        log_z_up, log_z_up_stderr: the same of the walks up.
-        log_z_bits_per_dim, log_z_bits_per_dim_stderr: `log2 Z / d` of level 0, by the walks down: what has to
-            be added to bits/dim to normalise the density.
-        smallest_ess: the least effective sample size of any reweighting of the walks down, over N.
-        acceptance: mean share of accepted moves.
+        levels: levels of the ladder, T+1 first, 0 last.
+        log_z, log_z_stderr: by the walks down, at each level: mean over runs and its standard error.
+        log_z_half, log_z_half_stderr: the same with half as many particles, a check of convergence.
+        log_z_up, log_z_up_stderr: the same for the walks up.
+        log_z_bits_per_dim, log_z_bits_per_dim_stderr: `log2 Z / d` at level 0, by the walks down; adding it
+            to bits/dim normalises the density.
+        smallest_ess: smallest effective sample size over N of all reweightings of the walks down.
+        acceptance: mean acceptance rate of the moves.
         particles, runs, moves: N, R and the moves at each rung.
     """
 
@@ -89,14 +91,14 @@ def measure_log_z(
     """log Z of the model's single-pass density at every level of a ladder; see `Normalisation`.
 
     Args:
-        data: where the walks up start.
-        particles: N of each walk; a second walk of half as many is the check.
-        runs: independent repetitions, whose spread is the error bar.
+        data: the images at which the walks up start.
+        particles: N per walk; a second walk with N/2 particles checks convergence.
+        runs: independent repetitions, whose spread gives the error bar.
         moves: Langevin moves at each level.
-        rungs: levels on the ladder; fewer are quicker and noisier. All by default, up to `MOST_RUNGS`.
-        seed: of the walks; the result is a pure function of it.
-        through: levels that the ladder must hold.
-        progress: called with a line on the state of the work.
+        rungs: levels of the ladder; fewer are faster and noisier. All by default, up to `MOST_RUNGS`.
+        seed: seed of the walks; the result is a deterministic function of it.
+        through: levels that the ladder must contain.
+        progress: called with one-line messages.
 
     Raises:
         UserError: a model without likelihood, particles below 4, runs below 2, moves below 1, rungs below 2.
@@ -135,7 +137,7 @@ def measure_log_z(
 
 
 class _Walker:
-    """The walks along one ladder, which is given from noise down, all with the same step sizes."""
+    """The walks along one ladder, listed from noise down, all with the same step sizes."""
 
     def __init__(self, model: CDM, data: ImageData, levels: list[int], moves: int, seed: int) -> None:
         self.model, self.data, self.levels, self.moves = model, data, levels, moves
@@ -145,7 +147,7 @@ class _Walker:
         self.step_sizes = tune_step_sizes(model, self._noise(PILOTS), levels, self.generator)
 
     def down(self, num: int) -> Tensor:
-        """log Z (K+1,) in nats at every rung and at 0, of `num` particles from noise."""
+        """log Z (K+1,) in nats at every rung and at 0, from `num` particles that start at noise."""
         start = self._noise(num)
         walk = anneal(self.model, start, self.levels, self.step_sizes, self.generator, self.moves)
         self.smallest_ess = min(self.smallest_ess, float(walk.ess.min()))
@@ -154,7 +156,7 @@ class _Walker:
         return torch.cat([walk.log_ratio, last])
 
     def up(self, num: int) -> Tensor:
-        """log Z (K+1,), of `num` noised images that first move at the lowest level for a while."""
+        """log Z (K+1,), from `num` noised images that first move at the lowest level for a while."""
         lowest = self.levels[-1]
         images = draw_images(self.data, num, self.generator)
         x = like_network(self.model, self.model.schedule.noise(images, lowest, generator=self.generator))
@@ -171,7 +173,7 @@ class _Walker:
         return like_network(self.model, torch.randn(shape, generator=self.generator))
 
     def _to_data(self, x: Tensor, log_weight: Tensor) -> Tensor:
-        """`log Z_0 / Z_t` (1,) in nats from draws x (N, ...) at the lowest level t and their weights (N,)."""
+        """`log(Z_0 / Z_t)` (1,) in nats, from weighted draws x (N, ...) at the lowest level t."""
         log_prob = self.model.log_prob_levels(x).double()
         step = log_prob[:, 0] - log_prob[:, self.levels[-1]]
         return (log_weight + step).logsumexp(0, keepdim=True).cpu()

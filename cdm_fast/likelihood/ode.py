@@ -1,22 +1,24 @@
-"""Likelihood by the probability-flow ODE, which depends on the score alone and not on the logits' constants.
+"""Likelihood by the probability-flow ODE, which depends only on the score, not on the logits' constants.
 
-The flow of arXiv 2011.13456, section 4.3, carries `x_t` to noise so that its marginal at every level is that
-level's density. It reads eps_hat and its divergence only: its figure shares the network with the single pass,
-and is normalised by construction, since any velocity field carries a normalised density to a normalised one.
+The flow of arXiv 2011.13456, section 4.3, transports `x_t` to noise such that its marginal at every level is
+the density of that level. It uses only eps_hat and its divergence: it shares the network with the single
+pass, and is normalised by construction, since any velocity field maps a normalised density to a normalised
+one.
 
 In `u = x_t / r`, `r = sqrt(a^2 + s^2)`, every schedule is variance-preserving, and `alpha = a/r`,
-`zeta = s/r` are functions of the log-SNR `l` alone. Three stretches,
-derived in docs/explanation/likelihood.md:
+`zeta = s/r` are functions of the log-SNR `l` alone. The path has three sections, derived in
+docs/explanation/likelihood.md:
 
-- levels t..T: `du/dl = (zeta/2) (zeta u - eps_hat)`, eps_hat interpolated linearly in l between levels;
-- from T to pure noise: x0_hat goes linearly in alpha to the mean of the data, its value at u = 0;
-- from 0 to 1, where no score is trained: the score of `x_1 / a_1`, held.
+- levels t..T: `du/dl = (zeta/2) (zeta u - eps_hat)`, with eps_hat interpolated linearly in l between levels;
+- from T to pure noise: x0_hat changes linearly in alpha to the mean of the data, its value at u = 0;
+- from level 0 to level 1, where no score is trained: a bridge that uses the score function of `x_1 / a_1` at
+  all times.
 
 A model with a path in continuous time (`ContinuousDenoiser`) is evaluated at the solver's own times, without
-levels: from its least noisy time, where an image is taken as it is, to its noisiest, where the density is
-taken to be N(0, beta^2 I), as the model's own program does.
+levels: from its least noisy time, where no noise is added to an image, to its noisiest, where the density is
+assumed to be N(0, beta^2 I), as in the model's own program.
 
-# B batch, d values of one image, P probes of the divergence, T+2 noise levels
+# B batch, d values per image, P probes of the divergence, T+2 noise levels
 """
 
 import math
@@ -35,13 +37,13 @@ from cdm_fast.model.schedule import NoisePath
 Velocity = Callable[[float, Tensor], Tensor]  # (time, u (B, ...)) -> du/dtime, like u
 Solver = Callable[..., tuple[Tensor, Tensor]]
 
-# By default the divergence is exact up to so many dimensions, and estimated from so many probes above.
+# By default the divergence is exact up to this many dimensions, and estimated from this many probes above.
 EXACT_DIMENSIONS = 16
 DEFAULT_PROBES = 4
 
 
 class ContinuousDenoiser(Denoiser):
-    """A denoiser with a path in continuous time, of which levels 1..T are some times."""
+    """A denoiser with a path in continuous time; its levels 1..T are times on this path."""
 
     path: NoisePath
 
@@ -50,28 +52,28 @@ class ContinuousDenoiser(Denoiser):
         raise NotImplementedError
 
     def level_times(self) -> Tensor:
-        """(T+1,) float64: the time of each level 0..T; of level 0, that of the least noise."""
+        """(T+1,) float64: the time of each level 0..T; the time of level 0 is that of the least noise."""
         return torch.cat([torch.tensor([self.path.least]).double(), self.path.times(self.schedule.T)])
 
     def level_scales(self) -> Tensor:
-        """(T+1,) float64: y over x at each level 0..T; 1 at level 0, where images are taken as they are."""
+        """(T+1,) float64: the ratio y / x at each level 0..T; 1 at level 0."""
         alpha, _ = self.path.amplitudes(self.level_times()[1:])
         return torch.cat([torch.ones(1).double(), alpha / self.schedule.a[1:-1]])
 
 
 @dataclass(frozen=True)
 class FlowLikelihood:
-    """Log-likelihoods by the flow: at the level where it starts, and at those recorded on the way.
+    """Log-likelihoods by the flow: at the level where it starts, and at the recorded levels.
 
     Fields:
         log_prob: (B,) nats.
-        probe_stderr: (B,) nats, from the spread over probes; 0 where the divergence is exact.
-        levels: the n levels recorded.
+        probe_stderr: (B,) nats, from the spread over probes; 0 if the divergence is exact.
+        levels: the n recorded levels.
         x: (n, B, ...) `x_t` of each trajectory at these levels.
-        log_prob_at: (n, B) its `log p_t` in nats.
-        evaluations: how often the solver evaluates the velocity and its divergence.
+        log_prob_at: (n, B) their `log p_t` in nats.
+        evaluations: number of evaluations of the velocity and its divergence.
         noise_norm: (B,) squared norm `|u|^2` of the noise where each trajectory ends: chi-squared with d
-            degrees of freedom for draws of the model's density, far larger where a trajectory has run away.
+            degrees of freedom for draws from the model's density, far larger if a trajectory has diverged.
     """
 
     log_prob: Tensor
@@ -99,19 +101,19 @@ def flow_log_prob(
 
     Args:
         x: (B, ...), on the model's device.
-        level: 0..T, of x.
+        level: noise level of x, 0..T.
         tolerance: rtol and atol of the adaptive solver (Dormand-Prince 5(4)).
-        probes: random +-1 vectors of Hutchinson's estimate of the divergence, fixed along a trajectory; 0
-            is the exact divergence, at d times the cost of a probe. By default exact up to
+        probes: number of random +-1 vectors of Hutchinson's estimate of the divergence, fixed along a
+            trajectory; 0 is the exact divergence, at d times the cost of a probe. By default exact up to
             `EXACT_DIMENSIONS`, `DEFAULT_PROBES` above.
-        seed: of the probes; those of an image depend on its index in x too, and not on later images.
-        levels: levels above `level` and up to T to record on the way.
+        seed: seed of the probes. The probes of an image depend on the seed and its index in x.
+        levels: levels between `level` and T at which to record the state.
         label: (B,) int64, for `log p(x|label)` of a class-conditional model.
 
     Raises:
         UserError: torchdiffeq is missing, an argument is out of range, or the solver gave up.
 
-    For pixels from N(0, I) the flow stands still, and the density is known:
+    For pixels from N(0, I) the flow is constant, and the density is known:
 
     >>> from cdm_fast import DDM, NoiseSchedule
     >>> class StandardNormal(DDM):
@@ -129,13 +131,13 @@ def flow_log_prob(
     T = model.schedule.T
     for t, lowest in ((level, 0), *((t, level + 1) for t in levels)):
         if not lowest <= t <= T:
-            raise UserError(f"level {t}: the flow starts at one of 0 to T = {T}, and records levels above it")
+            raise UserError(f"level {t}: the flow starts at 0 to T = {T}, and records levels above its start")
     if not 0 < tolerance < 1:
         raise UserError(f"tolerance is {tolerance}: it must lie between 0 and 1, such as 1e-5")
     if probes is None:
         probes = 0 if x[0].numel() <= EXACT_DIMENSIONS else DEFAULT_PROBES
     if probes < 0 or probes == 1:
-        raise UserError(f"probes is {probes}: 0 for the exact divergence, or 2 and more for an error bar")
+        raise UserError(f"probes is {probes}: give 0 for the exact divergence, or 2 or more for an error bar")
     kind = _OwnFlow if isinstance(model, ContinuousDenoiser) else _Flow
     return kind(model, x, probes, seed, tolerance, solver, label).run(level, sorted(set(levels)))
 
@@ -183,11 +185,11 @@ class _Flow:
         self.divergence = self.u.new_zeros(len(x), max(1, probes))  # (B, P), its integral so far
 
     def run(self, level: int, levels: list[int]) -> FlowLikelihood:
-        """Integrates from `level` to pure noise, by way of the ascending `levels` to record."""
+        """Integrates from `level` to pure noise, recording the state at the ascending `levels`."""
         T, log_snr = self.schedule.T, self.schedule.log_snr
         log_volume = 0.0  # log p_level(x) - log p(u), the change of coordinates at the start
         if level == 0:
-            self._integrate(self._held_score, [0.0, 1.0])
+            self._integrate(self._bridge_from_data, [0.0, 1.0])
             start, scale = 1, float(self.schedule.a[1] / self.r[1])
             self.u = self.u * scale
             log_volume += self.dim * math.log(scale)
@@ -230,7 +232,7 @@ class _Flow:
         )
 
     def _integrate(self, velocity: Velocity, times: list[float]) -> tuple[Tensor, Tensor]:
-        """The states (n, B, ...) and divergences (n, B, P) at `times`; the last replace the flow's own."""
+        """States (n, B, ...) and divergences (n, B, P) at `times`; the last become the flow's own state."""
 
         def rate(time: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             self.evaluations += 1
@@ -254,7 +256,7 @@ class _Flow:
         return states, divergences
 
     def _with_divergence(self, velocity: Velocity, time: float, u: Tensor) -> tuple[Tensor, Tensor]:
-        """The velocity like u, and its divergence: `v^T J v` of every probe (B, P), or exact (B, 1)."""
+        """The velocity like u, and its divergence: `v^T J v` for every probe (B, P), or exact (B, 1)."""
         with torch.enable_grad():
             u = u.detach().requires_grad_()
             rate = velocity(time, u)
@@ -266,7 +268,7 @@ class _Flow:
         return rate.detach(), divergence.sum(1, keepdim=True) if self.exact else divergence
 
     def _eps_hat(self, u: Tensor, levels: list[int]) -> Tensor:
-        """eps_hat (len(levels), B, ...) of every level at `x_t = r_t u`, evaluated as one batch."""
+        """eps_hat (len(levels), B, ...) for every level at `x_t = r_t u`, evaluated as one batch."""
         x = like_network(self.model, torch.cat([float(self.r[t]) * u for t in levels]))
         index = upload(torch.tensor(levels).repeat_interleave(len(u)), u.device)
         label = None if self.label is None else self.label.repeat(len(x) // len(self.label))
@@ -282,7 +284,7 @@ class _Flow:
         return zeta / 2 * (zeta * u - (share * low + (1 - share) * high))
 
     def _to_noise(self, time: float, u: Tensor) -> Tensor:
-        """From level T at time 0 to pure noise at time 1, even in the angle arcsin(alpha)."""
+        """`du/dtime` from level T (time 0) to pure noise (time 1), linear in the angle arcsin(alpha)."""
         T = self.schedule.T
         last = float(self.schedule.a[T] / self.r[T])  # alpha of level T
         angle = (1 - time) * math.asin(last)
@@ -298,8 +300,8 @@ class _Flow:
         alpha, zeta = float(self.schedule.a[T] / self.r[T]), float(self.schedule.s[T] / self.r[T])
         return (u - zeta * self._eps_hat(u, [T])[0]) / alpha
 
-    def _held_score(self, time: float, y: Tensor) -> Tensor:
-        """From data at time 0 to `x_1 / a_1` at time 1, even in the variance of its noise."""
+    def _bridge_from_data(self, time: float, y: Tensor) -> Tensor:
+        """`dy/dtime` from level 0 (time 0) to `y = x_1 / a_1` (time 1), linear in the noise variance."""
         ratio = float(self.schedule.a[1] / self.r[1])
         return float(self.schedule.sigma[1]) / 2 * self._eps_hat(ratio * y, [1])[0]
 

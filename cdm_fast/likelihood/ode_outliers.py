@@ -1,6 +1,6 @@
-"""Images whose probability-flow ODE runs away, so that its figure says nothing about them.
+"""Images for which the probability-flow ODE diverges, so that its likelihood is meaningless.
 
-One such image is off by thousands of nats and moves the mean over hundreds of others.
+One such image is off by thousands of nats and changes the mean over hundreds of others.
 
 # n images, d values of one image
 """
@@ -9,11 +9,11 @@ import math
 
 from torch import Tensor
 
-OUTLIER_NATS = 30.0  # off the others by more than this, an image is an outlier
-LOG_PROB_DEVIATIONS = 10.0  # robust standard deviations of log p between images, allowed without single pass
-NOISE_DEVIATIONS = 5.0  # standard deviations of `|u|^2 / 2` between draws of N(0, I), allowed besides
-DEVIATION_PER_MAD = 1.4826  # standard deviation of a normal law over its median absolute deviation
-NAMED = 5  # outliers that a line names
+OUTLIER_NATS = 30.0  # an image that deviates from the others by more than this is an outlier
+LOG_PROB_DEVIATIONS = 10.0  # additional tolerance without single pass, in robust standard deviations of log p
+NOISE_DEVIATIONS = 5.0  # additional tolerance of `|u|^2 / 2`, in its standard deviations under N(0, I)
+DEVIATION_PER_MAD = 1.4826  # standard deviation of a Gaussian over its median absolute deviation
+NAMED = 5  # most outliers named in a message
 
 
 def find_outliers(
@@ -22,13 +22,14 @@ def find_outliers(
     noise_norm: Tensor,  # (n,) of `FlowLikelihood`
     dim: int,
 ) -> dict[int, str]:
-    """Images whose ODE cannot be trusted, with the reason in a few words.
+    """Images whose ODE likelihood is unreliable, index -> reason in a few words.
 
-    An image is one of them where ODE minus single pass is more than `OUTLIER_NATS` off its median over the
-    images (the log Z of the single pass moves the median, not the deviations). Without a single pass the
-    ODE's log p is compared, with `LOG_PROB_DEVIATIONS` robust standard deviations allowed besides. Nor may a
-    trajectory end outside the range of N(0, I): there `|u|^2 / 2` has mean d/2 and standard deviation
-    `sqrt(d/2)`, of which `NOISE_DEVIATIONS` are allowed besides.
+    An image is an outlier if ODE minus single pass deviates from its median over the images by more than
+    `OUTLIER_NATS` (the log Z of the single pass shifts the median, not the deviations). Without a single pass
+    the ODE's log p is compared instead, with an additional tolerance of `LOG_PROB_DEVIATIONS` robust standard
+    deviations. An image is also an outlier if its trajectory ends outside the range of N(0, I), where
+    `|u|^2 / 2` has mean d/2 and standard deviation `sqrt(d/2)`: the tolerance is `OUTLIER_NATS` plus
+    `NOISE_DEVIATIONS` of these.
 
     >>> import torch
     >>> ode, single = torch.tensor([-9.0, -8911.0, -10.0]), torch.tensor([-8.0, -11.0, -9.0])
@@ -53,7 +54,7 @@ def describe_outliers(
     reasons: dict[int, str],  # image of the split -> why it is an outlier
     per_image: Tensor,  # (n,) bits/dim
 ) -> str | None:
-    """One line for a person; None without outliers."""
+    """A one-line warning; None without outliers."""
     if not reasons:
         return None
     named = [f"image {i} ({why})" for i, why in list(reasons.items())[:NAMED]]

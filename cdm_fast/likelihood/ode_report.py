@@ -1,6 +1,6 @@
 """bits/dim of a data set by the probability-flow ODE, beside the single pass on the same images.
 
-# n images, B batch, m levels on the way, d = C*H*W, K classes
+# n images, B batch, m recorded levels, d = C*H*W, K classes
 """
 
 import time
@@ -26,33 +26,34 @@ from cdm_fast.model import CDM, Denoiser, evaluation_mode
 from cdm_fast.model.denoiser import like_network
 from cdm_fast.statistics import require_error_bar, standard_error
 
-COMPARED_LEVELS = 12  # at which single pass and ODE are compared, even in log-SNR
+COMPARED_LEVELS = 12  # levels at which single pass and ODE are compared, evenly spaced in log-SNR
 TIGHTENED = 0.1  # the tolerance of the convergence check, relative to the tolerance
-TIGHTENED_IMAGES = 8  # on which it is made
+TIGHTENED_IMAGES = 8  # images of the convergence check
 
 
 @dataclass(frozen=True)
 class OdeReport:
     """bits/dim by the probability-flow ODE, beside the single pass on the same noisy images.
 
-    Where an image's trajectory runs away, its figure is off by thousands of nats and dominates the means;
-    the medians do not feel it, and `outliers` names it.
+    An image whose trajectory diverges is off by thousands of nats and dominates the means; the medians are
+    robust to it, and `outliers` lists it.
 
     Fields:
         bits_per_dim, bits_per_dim_stderr: mean over images and its standard error (images and probes).
         median_bits_per_dim: median over images.
-        probe_stderr: the part of the error that the random probes of the divergence cause; 0 if it is exact.
-        tolerance_shift: by how much the mean over `shift_images` of the images moves when the tolerance is
-            tightened tenfold, bits/dim.
+        probe_stderr: the part of the error due to the random probes of the divergence; 0 if it is exact.
+        tolerance_shift: change of the mean over `shift_images` of the images when the tolerance is tightened
+            tenfold, bits/dim.
         difference, difference_stderr: single pass minus ODE on the same images, bits/dim; None for a model
             without single pass.
         median_difference: its median over images.
-        outliers: images of the split whose difference is far off its median, or whose trajectory ends outside
-            the range of the noise; see `ode_outliers.find_outliers`.
-        warning: one line that names the outliers; None where there are none.
-        levels, difference_at, difference_at_stderr: the difference at levels on the images' way to noise.
-        given: "label", each image given its label; "all", of all classes; "none", without a label.
-        path: what is integrated: the model's own continuous path, or levels with eps_hat between them.
+        outliers: images of the split whose difference is far from its median, or whose trajectory ends
+            outside the range of the noise; see `ode_outliers.find_outliers`.
+        warning: one line that names the outliers; None if there are none.
+        levels, difference_at, difference_at_stderr: the difference at levels along the trajectories to noise.
+        given: "label": each image given its label; "all": marginal over all classes; "none": without a label.
+        path: the path that is integrated: the model's own in continuous time, or the levels with eps_hat
+            interpolated between them.
         level, tolerance, probes, evaluations, num_images, seconds: how it was measured.
         index, per_image: (n,) which images of the split, and the bits/dim of each.
     """
@@ -107,14 +108,15 @@ def evaluate_ode(
 
     Args:
         level: 0 for the data; above 0, `x_t = a x + s eps` is scored.
-        num_images: drawn from `data` without replacement; all of them if there are fewer.
-        tolerance, probes: of `flow_log_prob`.
+        num_images: number of images, drawn from `data` without replacement; all if there are fewer.
+        tolerance, probes: passed to `flow_log_prob`.
         batch_size: images per integration.
-        seed: of the choice of images, dequantisation, noise and probes.
-        given: of a class-conditional model: see `OdeReport`. "all" takes an integration per class.
+        seed: seed of the choice of images, dequantisation, noise and probes.
+        given: conditioning of a class-conditional model, see `OdeReport`. "all" takes one integration per
+            class.
 
     Raises:
-        UserError: a classifier, a level outside 0..T, fewer than 2 images, batch_size below 1, and as
+        UserError: a classifier, a level outside 0..T, fewer than 2 images, batch_size below 1, and as in
             `flow_log_prob` and `labels_given`.
 
     >>> from cdm_fast import MLP, NoiseSchedule
@@ -171,7 +173,7 @@ class _Scored(NamedTuple):
 
 @dataclass(frozen=True)
 class _Flows:
-    """The flows of some images, batch by batch, with everything fixed but the batch and the tolerance."""
+    """The flows of some images, batch by batch, with all settings fixed except batch and tolerance."""
 
     model: Denoiser
     x_t: Tensor  # (n, C, H, W)
@@ -182,14 +184,14 @@ class _Flows:
     seed: int
 
     def levels(self) -> list[int]:
-        """The levels on the way at which the single pass is compared; none without a single pass."""
+        """The levels at which the single pass is compared; none without a single pass."""
         if not isinstance(self.model, CDM) or self.given == "all":
             return []
         grid = self.model.schedule.grid(min(COMPARED_LEVELS, self.model.schedule.T), "log_snr")
         return sorted(t for t in grid if t > self.level)
 
     def of(self, first: int, count: int, tolerance: float, levels: Sequence[int] = ()) -> FlowLikelihood:
-        """The flow of `count` images from `first` on; for "all", the mixture of the flows of all classes."""
+        """The flow of `count` images starting at `first`; for "all", the mixture over all classes."""
         flow_of = partial(
             flow_log_prob,
             self.model,
@@ -207,9 +209,9 @@ class _Flows:
         return _mixture([flow_of(label=label) for label in labels], prior)
 
     def score_all(self, tolerance: float, batch_size: int, progress: Progress) -> _Scored:
-        """Every image by the ODE and by the single pass; the processes of a run take a batch each in turn.
+        """Scores every image by the ODE and by the single pass; processes take batches in turn.
 
-        Batches are never split: the solver's step sizes and the probes belong to a batch.
+        Batches are never split, because the solver's step sizes and the probes depend on the batch.
         """
         score = partial(self._score, tolerance, batch_size, progress)
         parts = in_turn(score, range(0, len(self.x_t), batch_size))
@@ -253,7 +255,7 @@ class _Flows:
 
 
 def _mixture(flows: list[FlowLikelihood], log_prior: Tensor) -> FlowLikelihood:
-    """The flow of all K classes: `log sum_c p(c) p(x|c)`, ending where the likeliest class's ends."""
+    """The flow of all K classes: `log sum_c p(c) p(x|c)`, with the end point of the likeliest class."""
     joint = torch.stack([flow.log_prob for flow in flows]) + log_prior[:, None]  # (K, B)
     errors = torch.stack([flow.probe_stderr for flow in flows]) * joint.softmax(0)
     norms = torch.stack([flow.noise_norm for flow in flows])

@@ -1,4 +1,4 @@
-"""The cheapest check of a normalisation: do the densities of neighbouring levels agree?
+"""A cheap check of the normalisation: do the densities of neighbouring levels agree?
 
 # n images of each level, d = C*H*W, T+2 noise levels
 """
@@ -23,19 +23,19 @@ from cdm_fast.statistics import standard_error
 class RatioCheck:
     """How far the model's neighbouring levels are from normalised densities, measured on real images.
 
-    The mean of `p_t / p_{t+1}` under `p_{t+1}` is 1 for normalised densities. The ratio is heavy-tailed, most
-    of all near the data: few images dominate the mean, and the error bar, taken from the same images, is too
-    short where a rare large ratio is not among them.
+    The mean of `p_t / p_{t+1}` under `p_{t+1}` is 1 for normalised densities. The ratio is heavy-tailed,
+    especially near the data: few images dominate the mean, and the error bar, computed from the same images,
+    is too small if no rare large ratio is among them.
 
     Fields:
         levels: the levels t that are checked.
-        log_mean_ratio: `log E[p_t / p_{t+1}]` in nats at each of them; 0 for true densities.
+        log_mean_ratio: `log E[p_t / p_{t+1}]` in nats at each level; 0 for true densities.
         log_mean_ratio_stderr: its standard error, `std(ratio) / (mean(ratio) sqrt(n))`, in nats.
-        worst: the largest absolute value among them, in nats.
+        worst: the largest absolute value of `log_mean_ratio`, in nats.
         worst_level: its level.
-        sum_bits_per_dim: their sum in bits/dim if every t in 0..T is checked, else None: by how much bits/dim
-            at level 0 rises when every level is rescaled to ratio 1. Positive means that the figure is too
-            good.
+        sum_bits_per_dim: the sum of `log_mean_ratio` in bits/dim if every t in 0..T is checked, else None:
+            the increase of bits/dim at level 0 when every level is rescaled to ratio 1. A positive sum means
+            that the figure is too good.
         sum_bits_per_dim_stderr: its standard error; every level has its own images.
         num_images: images per level.
     """
@@ -57,9 +57,9 @@ def ratio_check(
     """Mean ratio of neighbouring levels' densities on noised images of `data`; see `RatioCheck`.
 
     Args:
-        max_levels: checks every t in 0..T, or this many of them spread evenly.
+        max_levels: checks every t in 0..T, or at most this many evenly spaced levels.
         num_images: images per level, drawn with replacement.
-        seed: of the images and their noise.
+        seed: seed of the images and their noise.
 
     Raises:
         UserError: a model without likelihood.

@@ -1,6 +1,6 @@
-"""bits/dim of one forward pass per image.
+"""bits/dim by one forward pass per image.
 
-Such a figure is *unaudited*: it is right as far as the classifier's densities integrate to one.
+Such a figure is *unaudited*: it is correct only if the classifier's densities integrate to one.
 
 # B batch, n images, d = C*H*W, N grey levels
 """
@@ -40,8 +40,8 @@ PUBLIC_SCORING = (
     " which is 7 for 256 grey levels"
 )
 
-COST_IMAGES = 256  # on which the cost of bf16 is measured
-CHECKED_LEVELS, ALL_LEVELS_UP_TO = 64, 256  # of the ratio check, by default
+COST_IMAGES = 256  # images on which the cost of bf16 is measured
+CHECKED_LEVELS, ALL_LEVELS_UP_TO = 64, 256  # defaults of the ratio check
 
 Batches = list[tuple[int, Tensor]]  # (index of the first image, x_t (B, ...)) of each
 LogProb = Callable[[Tensor, int], Tensor]  # (x_t (B, ...), index of its first image) -> log p (B,) in nats
@@ -53,15 +53,15 @@ class LikelihoodReport:
 
     Fields:
         bits_per_dim: mean over images and draws.
-        bits_per_dim_stderr: standard error over images of that mean.
+        bits_per_dim_stderr: standard error of that mean over images.
         draw_spread: standard deviation of the mean between dequantisation draws; 0 for one draw.
         draws, level, method, protocol, num_images, data, split: what was measured.
         seconds, images_per_second: time of the scoring; every draw counts its images.
-        ratio_check: the check of neighbouring levels; None where it was skipped.
-        warning: why the figure cannot be compared with others; None where it can.
-        precision: of the network: "fp32" or "bf16".
-        precision_cost: what bf16 adds to bits/dim, on the first `COST_IMAGES` images; None in fp32.
-        given: "label", each image given its label; "all", of all classes; "none", without a label.
+        ratio_check: the check of neighbouring levels; None if it was skipped.
+        warning: why the figure cannot be compared with others; None if it can.
+        precision: arithmetic of the network, "fp32" or "bf16".
+        precision_cost: increase of bits/dim by bf16, on the first `COST_IMAGES` images; None in fp32.
+        given: "label": each image given its label; "all": marginal over all classes; "none": without a label.
         per_image: (n,) bits/dim of each image, mean over draws.
     """
 
@@ -105,27 +105,29 @@ def evaluate(
     precision: Literal["fp32", "bf16"] = "fp32",
     given: Given = "none",
 ) -> LikelihoodReport:
-    """bits/dim of `data` under the model's one-pass likelihood at `level` (CDM Thm 3.2).
+    """bits/dim of `data` under the model's single-pass likelihood at `level` (CDM Thm 3.2).
 
-    `bits/dim = -log2 p_t(x_t) / d + log2(N / 2)`, with `x = 2 (u + U[0,1)) / N - 1` for grey values u (or
-    both with N-1 around points: see `data.pixels`). The protocol "paper" scores `x = 2u/(N-1) - 1`, without
-    noise, with the same log2(N/2), as the paper's code does; see `PAPER_PROTOCOL`.
+    `bits/dim = -log2 p_t(x_t) / d + log2(N / 2)`, with `x = 2 (u + U[0,1)) / N - 1` for grey values u (with
+    N-1 in place of N if pixels are "points", see `data.pixels`). The protocol "paper" scores
+    `x = 2u/(N-1) - 1` without noise, with the same log2(N/2), as the paper's code does; see
+    `PAPER_PROTOCOL`.
 
     Args:
         level: 0 for the data; above 0, `x_t = a x + s eps` is scored.
-        draws: independent draws of dequantisation noise (and of eps).
+        draws: number of independent draws of dequantisation noise (and of eps).
         batch_size: images per forward pass.
-        seed: of every draw; the result is a pure function of it.
+        seed: seed of all draws; the result is a deterministic function of it.
         check_levels: at most this many levels in `ratio_check`; 0 skips the check. By default every level of
-            a schedule of up to 256, or 64 levels of a longer one.
-        precision: "bf16" is faster where the hardware has it; the report says what it costs.
-        given: of a class-conditional model: see `LikelihoodReport`. "all" takes a pass per class.
+            a schedule with up to 256 levels, or 64 levels of a longer one.
+        precision: "bf16" is faster on hardware that supports it; the report measures its cost.
+        given: conditioning of a class-conditional model, see `LikelihoodReport`. "all" takes one pass per
+            class.
 
     Raises:
         UserError: a model without likelihood, a level outside 0..T+1, draws or batch_size below 1, an unknown
-            protocol, and as `labels_given`.
+            protocol, and as in `labels_given`.
 
-    A network whose weights are zero does not distinguish levels: its density is N(0, I) at each of them.
+    A network with zero weights does not distinguish levels: its density is N(0, I) at every level.
 
     >>> from cdm_fast import MLP, NoiseSchedule
     >>> network = MLP(dim=2, num_levels=12, hidden=4, depth=1)
@@ -182,7 +184,7 @@ def evaluate(
 def _score(
     model: CDM, log_prob: LogProb, batches: Iterable[tuple[int, Tensor]], precision: Literal["fp32", "bf16"]
 ) -> Tensor:  # (n,) nats, float64, on the CPU
-    """`log_prob` of every image of `batches`, in the given arithmetic."""
+    """`log_prob` of every image of `batches`, in the given precision."""
     nats = []
     for first, x_t in batches:
         with cast_weights(model, model.a.device, precision):
@@ -193,7 +195,7 @@ def _score(
 def _keep_first(
     batches: Iterable[tuple[int, Tensor]], num: int, kept: Batches
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yields `batches`, and appends their first `num` images to `kept` on the way."""
+    """Yields `batches`, and appends their first `num` images to `kept`."""
     for first, x_t in batches:
         if first < num:
             kept.append((first, x_t[: num - first]))
@@ -217,7 +219,7 @@ def _statistics(
 
 
 def _log_prob_given(model: CDM, level: int, labels: Tensor | None, given: Given) -> LogProb:
-    """`log p_level` of a batch, conditioned as `given` says; the processes of a run share its rows."""
+    """`log p_level` of a batch, conditioned according to `given`; its rows are shared among processes."""
 
     def of_label(x_t: Tensor, label: Tensor | None) -> Tensor:
         def of_rows(rows: Tensor) -> Tensor:  # by index, so that the labels are split as the images are

@@ -20,14 +20,14 @@ def require_denoiser(model: Denoiser) -> None:
 
 
 def bits_per_dim(log_prob: Tensor, data: ImageData) -> Tensor:
-    """`-log2 p(x) / d + log2(N/2)`, the cost of the grey levels of an image in bits per value.
+    """`-log2 p(x) / d + log2(N/2)`: the code length of the grey levels of an image in bits per value.
 
-    The offset turns a density on [-1, 1] into one over grey levels; it is `log2((N-1)/2)` where `data.pixels`
+    The offset converts a density on [-1, 1] into one over grey levels; it is `log2((N-1)/2)` if `data.pixels`
     is "points" (arXiv 1511.01844, section 3.1).
 
     Args:
-        log_prob: (n,) nats, of dequantised images.
-        data: any images of their size and number of grey levels.
+        log_prob: (n,) nats, for dequantised images.
+        data: any images with the same size and number of grey levels.
 
     Returns: (n,) bits/dim.
 
@@ -43,5 +43,5 @@ def bits_per_dim(log_prob: Tensor, data: ImageData) -> Tensor:
 
 
 def nats_per_bit_per_dim(data: ImageData) -> float:
-    """`d ln 2`: the nats of a whole image in one bit per dimension."""
+    """`d ln 2`: the nats of a whole image per bit/dim."""
     return data.images[0].numel() * math.log(2)

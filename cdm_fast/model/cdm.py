@@ -18,7 +18,8 @@ from cdm_fast.nn.embedding import check_labels
 from cdm_fast.nn.heads import Conditioning, logits_at
 from cdm_fast.ops import denoise_epilogue, denoise_x0, level_logits, noise_level_ce
 
-# From so many classes on, training never holds all joint logits at once (see `ops/head_noise_level_ce.py`).
+# With this many classes or more, training never holds all joint logits at once
+# (`ops/head_noise_level_ce.py`).
 MANY_CLASSES = 30
 
 
@@ -28,30 +29,31 @@ class CDM(Energy):
     The differences of its logits `f(x)[t] = log p(t|x) + const` are log-density ratios between levels
     (Thm 3.2), and the input gradient of `F(x,t) = f(x)[T+1] - f(x)[t]` gives the optimal denoiser (Thm 3.1).
 
-    Conditioning on a class works in two ways. "embedding": the network takes the label, and f is that of the
-    class. "joint": the network's logits are `z[t,c] = log p(t,c|x) + const` for every level t <= T and class
-    c (entry `t K + c`), and a last one for pure noise, which has no class; a label selects `z[t,c]`, and
-    `f[t] = logsumexp_c z[t,c]` is the marginal over classes. A label of -1, or None, stands for the marginal.
+    There are two kinds of class conditioning. "embedding": the network takes the label as an input, and f
+    depends on it. "joint": the network's logits are `z[t,c] = log p(t,c|x) + const` for every level t <= T
+    and class c (entry `t K + c`), followed by one for pure noise, which has no class; a label selects
+    `z[t,c]`, and `f[t] = logsumexp_c z[t,c]` is the marginal over classes. A label of -1, or None, stands for
+    the marginal.
 
-    See also `cdm_loss`, which trains it, `sample`, and `Energy`, its base.
+    See also `cdm_loss`, the training loss, `sample`, and the base class `Energy`.
 
     Args:
         network: any module from (B, ...) to logits (B, L), or (B, (L-1) K + 1) joint ones. An
             `AdjointNetwork` such as `UNet` or `MLP` takes the fast path without autograd; any other is
             differentiated by `torch.func`.
         schedule: the noise levels.
-        level_prior: (L,) prior p(t) of training, up to a factor: the distribution of the levels times any
+        level_prior: (L,) prior p(t) in training, up to a factor: the distribution of the levels times any
             per-level weight of the cross-entropy. Uniform by default. A wrong prior shifts every
-            log-likelihood by a constant per level, so it is saved with the weights.
+            log-likelihood by a constant per level, so the prior is saved with the weights.
         input_shape: shape of one input; by default `network.input_shape`, if there is one.
         class_prior: (K,) frequency of each class among the labelled training data, up to a factor. Uniform
-            over `network.num_classes` by default. With joint logits a wrong one shifts the log-likelihood of
-            each class by a constant, and so every class posterior; it is saved too.
+            over `network.num_classes` by default. With joint logits a wrong prior shifts the log-likelihood
+            of each class by a constant, and so every class posterior; it is saved too.
         conditioning: "embedding" or "joint"; the network's own by default.
 
     Raises:
         UserError: a prior of the wrong length or with a value that is not positive and finite, or joint
-            logits of an unknown number of classes.
+            logits with an unknown number of classes.
 
     >>> from cdm_fast import CDM, MLP, NoiseSchedule
     >>> schedule = NoiseSchedule.uniform(T=10)
@@ -77,7 +79,9 @@ class CDM(Energy):
         super().__init__(network, schedule, input_shape)
         if level_prior is None:
             level_prior = torch.ones(schedule.num_levels)
-        self.register_buffer("log_level_prior", _log_prior(level_prior, "level", schedule.num_levels))
+        self.register_buffer(
+            "log_level_prior", normalised_log_prior(level_prior, "level", schedule.num_levels)
+        )
         self.num_classes: int | None = getattr(network, "num_classes", None)
         own: Conditioning = getattr(network, "conditioning", "embedding")
         self.conditioning = conditioning or own
@@ -87,7 +91,9 @@ class CDM(Energy):
             class_prior = torch.ones(self.num_classes)
         self.register_buffer(
             "log_class_prior",
-            None if class_prior is None else _log_prior(class_prior, "class", self.num_classes or 0),
+            None
+            if class_prior is None
+            else normalised_log_prior(class_prior, "class", self.num_classes or 0),
         )
         # (K+1, L) nats, added to the level logits of a class embedding given each class, the null class last.
         self.register_buffer("class_constants", None, persistent=False)
@@ -96,18 +102,18 @@ class CDM(Energy):
 
     @property
     def joint_classes(self) -> int:
-        """K of joint logits, as `noise_level_ce` takes it; 1 where the logits know no class."""
+        """K of joint logits, as `noise_level_ce` takes it; 1 if the logits do not depend on classes."""
         return self.num_classes or 1 if self.conditioning == "joint" else 1
 
     def logits(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """`f(x)`, (B, L); or the joint logits (B, (L-1) K + 1), which hold all classes whatever the label.
+        """`f(x)`, (B, L); or the joint logits of all classes (B, (L-1) K + 1), whatever the label.
 
         Args:
             x: (B, ...).
             label: (B,) int64; -1 or None stands for no class.
 
         Raises:
-            UserError: labels of a model without classes, or of the wrong shape or dtype.
+            UserError: labels for a model without classes, or labels of the wrong shape or dtype.
         """
         if self.conditioning == "joint":
             self._check_labels(label, x)
@@ -119,11 +125,11 @@ class CDM(Energy):
         return self.logits(x, label)
 
     def level_logits(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """`log p(t | x)`, or given its class, `log p(t | x, c)`, up to one constant per x: (B, L)."""
+        """`log p(t | x)`, or with a label `log p(t | x, c)`, up to one constant per x: (B, L)."""
         return self._of_levels(self.logits(x, label), label)
 
     def _of_levels(self, logits: Tensor, label: Tensor | None) -> Tensor:
-        """`level_logits` out of `logits`."""
+        """`level_logits`, computed from `logits`."""
         if self.conditioning == "embedding":
             if self.class_constants is None:
                 return logits
@@ -138,16 +144,16 @@ class CDM(Energy):
         return torch.where(label[:, None] >= 0, of_class, marginal)
 
     def log_posterior(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """`log p(t | x)` in nats under the p(t) of training, (B, L); with a label, `log p(t | x, c)`."""
+        """`log p(t | x)` in nats for the prior p(t) of training, (B, L); with a label, `log p(t | x, c)`."""
         return level_logits(self.level_logits(x, label)).log_softmax(1)
 
     def draw_levels(self, num: int, generator: torch.Generator | None = None) -> Tensor:
-        """(num,) int64 levels from p(t)."""
+        """(num,) int64 levels drawn from p(t)."""
         return torch.multinomial(self.log_level_prior.exp(), num, replacement=True, generator=generator)
 
     @property
     def _adjoint_network(self) -> AdjointNetwork | AutogradNetwork:
-        """The network, or where it has no adjoint of its own, its logits differentiated by `torch.func`."""
+        """The network itself if it has an adjoint; otherwise its logits, differentiated by `torch.func`."""
         if isinstance(self.network, AdjointNetwork):
             return self.network
         return AutogradNetwork(self.logits, self.joint_classes if self.conditioning == "joint" else None)
@@ -167,9 +173,10 @@ class CDM(Energy):
     def cross_entropy_and_ratio_gradient(
         self, x: Tensor, level: Tensor, label: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """What training needs, from one evaluation: `(-log p(level, label | x) (B,) in nats, z[level] (B, K),
-        grad_x F(x, level))`. The second is None where the logits know no class; at pure noise it means
-        nothing.
+        """What training needs, from one evaluation: cross-entropy, logits of the level, and gradient.
+
+        Returns `-log p(level, label | x)` (B,) in nats, `z[level]` (B, K) and `grad_x F(x, level)` like `x`.
+        The second is None if the logits do not depend on classes, and is meaningless at pure noise.
         """
         classes = self.joint_classes
         if classes >= MANY_CLASSES:
@@ -181,11 +188,11 @@ class CDM(Energy):
         return noise_level_ce(logits, level, label, classes).loss, at_level, grad_x
 
     def denoise(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
-        """`eps_hat = s (grad_x F + x)` (Thm 3.1), like `x`; arguments and errors as of `Denoiser.denoise`."""
+        """`eps_hat = s (grad_x F + x)` (Thm 3.1), like `x`; arguments and errors as in `Denoiser.denoise`."""
         return self._eps_hat(x, level, label)
 
     def guided_denoise(self, x: Tensor, level: int | Tensor, label: Tensor, guidance: float) -> Tensor:
-        """As of `Denoiser`; joint logits take one evaluation, of the scalar `(1 + w) z[t,c] - w f[t]`."""
+        """As in `Denoiser`; joint logits need one evaluation, of the scalar `(1 + w) z[t,c] - w f[t]`."""
         if self.conditioning == "embedding":
             return super().guided_denoise(x, level, label, guidance)
         return self._eps_hat(x, level, label, guidance)
@@ -195,7 +202,7 @@ class CDM(Energy):
         return denoise_epilogue(self.ratio_gradient(x, level, label, guidance), x, self.s[level].to(x.dtype))
 
     def predict_x0(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
-        """`x0_hat = (x - s eps_hat) / a`, like `x`; arguments and errors as of `Denoiser.predict_x0`."""
+        """`x0_hat = (x - s eps_hat) / a`, like `x`; arguments and errors as in `Denoiser.predict_x0`."""
         level = self._levels_with_data(level, x)
         a, s = (table[level].to(x.dtype) for table in (self.a, self.s))
         return denoise_x0(self.ratio_gradient(x, level, label), x, a, s)
@@ -205,7 +212,7 @@ class CDM(Energy):
         return -(self.ratio_gradient(x, self.schedule.levels(level, x), label) + x)
 
     def log_prob_levels(self, x: Tensor, *, label: Tensor | None = None) -> Tensor:
-        """`log p_t(x)` in nats at every level, (B, L), from one pass; with a label, `log p_t(x|label)`.
+        """`log p_t(x)` in nats at every level, (B, L), in one pass; with a label, `log p_t(x|label)`.
 
         `log p_t(x) = f(x)[t] - f(x)[T+1] + log p(T+1)/p(t) + log N(x; 0, I)` (Thm 3.2)
         """
@@ -214,14 +221,14 @@ class CDM(Energy):
     def log_prob_levels_and_score(
         self, x: Tensor, level: int | Tensor, label: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """`(log_prob_levels(x), score(x, level))` from one evaluation, as of `Energy`."""
+        """`(log_prob_levels(x), score(x, level))` from one evaluation, as in `Energy`."""
         logits, grad_x = self.logits_and_ratio_gradient(x, self.schedule.levels(level, x), label)
         return self._to_log_prob(self._of_levels(logits, label), x), -(grad_x + x)
 
     def guided_log_prob_levels_and_score(
         self, x: Tensor, level: int | Tensor, label: Tensor, guidance: float
     ) -> tuple[Tensor, Tensor]:
-        """As of `Energy`; joint logits take one evaluation, of the scalar `(1 + w) z[t,c] - w f[t]`."""
+        """As in `Energy`; joint logits need one evaluation, of the scalar `(1 + w) z[t,c] - w f[t]`."""
         if self.conditioning == "embedding":
             return super().guided_log_prob_levels_and_score(x, level, label, guidance)
         level = self.schedule.levels(level, x)
@@ -231,7 +238,7 @@ class CDM(Energy):
         return self._to_log_prob(guided, x), -(grad_x + x)
 
     def log_prob_classes(self, x: Tensor, level: int | Tensor = 0) -> Tensor:
-        """`log p_t(x|c)` in nats of every class, (B, K): one pass with joint logits, K with embedding.
+        """`log p_t(x|c)` in nats for every class, (B, K): one pass with joint logits, K with embedding.
 
         `log p_t(x|c) = z[t,c] - z_N + log p(T+1) - log p(t) - log p(c) + log N(x; 0, I)`
 
@@ -251,11 +258,11 @@ class CDM(Energy):
         x: Tensor,  # (B, ...)
         level: Tensor,  # (B,) int64
     ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Log-densities of all classes and of all data, and sums of their scores, from one evaluation.
+        """Log-densities of every class and of the marginal, and a function that combines their scores.
 
         Returns `log p_t(x|c)` in nats at every level, (B, L, K + 1), with `log p_t(x)` last; and a function
-        of weights (B, K + 1) that returns the sum of the scores at `level` with these weights, like `x`.
-        For joint logits only.
+        from weights (B, K + 1) to the weighted sum of the scores at `level`, like `x`. Both come from one
+        evaluation. For joint logits only.
         """
         logits, pull = self._adjoint_network.logits_and_pullback(x)
         classes = self.joint_classes
@@ -275,15 +282,15 @@ class CDM(Energy):
 
         Args:
             x: (B, ...).
-            level: int or (B,) int64, the level at which x is.
-            class_prior: (K,) up to a factor; that of training by default, `torch.ones(K)` for equal ones.
+            level: int or (B,) int64, the noise level of x.
+            class_prior: (K,) up to a factor; by default the prior of training. `torch.ones(K)` is uniform.
 
         Raises:
             UserError: a model without classes, or a prior of the wrong length or not positive.
         """
         log_prior = self.log_class_prior
         if class_prior is not None:
-            log_prior = _log_prior(class_prior, "class", self._require_classes()).to(x.device)
+            log_prior = normalised_log_prior(class_prior, "class", self._require_classes()).to(x.device)
         log_prob = self.log_prob_classes(x, level)
         return (log_prob + log_prior.to(log_prob.dtype)).log_softmax(1)  # type: ignore[union-attr]
 
@@ -302,21 +309,25 @@ class CDM(Energy):
         check_labels(label, self.num_classes, x.shape[0])
 
     def _per_class(self, logits: Tensor) -> Tensor:
-        """(B, L, K): `log p(t | x, c)` up to one constant per x and c, out of joint logits."""
+        """(B, L, K): `log p(t | x, c)` up to one constant per x and c, from joint logits."""
         z = logits.to(torch.promote_types(logits.dtype, torch.float32))
         joint = z[:, :-1].unflatten(1, (-1, self.joint_classes))
         joint = joint - self.log_class_prior.to(z.dtype)  # type: ignore[union-attr]
         return torch.cat([joint, z[:, -1:, None].expand(-1, -1, self.joint_classes)], dim=1)
 
     def _to_log_prob(self, logits: Tensor, x: Tensor) -> Tensor:
-        """Thm 3.2 for level logits (B, L), or (B, L, n) of n densities."""
+        """Thm 3.2 for level logits (B, L), or for those of n densities (B, L, n)."""
         prior = self.log_level_prior.to(logits.dtype)
         each = (slice(None), *[None] * (logits.dim() - 2))
         normal = log_normal(x)[:, None].to(logits.dtype)
         return logits - logits[:, -1:] + (prior[-1] - prior)[each] + normal[:, *each]
 
 
-def _log_prior(prior: Tensor, of: str, count: int) -> Tensor:
+def normalised_log_prior(prior: Tensor, of: str, count: int) -> Tensor:
+    """`log(prior / sum(prior))` (count,) float64, of levels or classes: `of` is "level" or "class".
+
+    Raises UserError for another length, and for a value that is not positive and finite.
+    """
     prior = torch.as_tensor(prior, dtype=torch.float64)
     if prior.shape != (count,):
         number = "the schedule has" if of == "level" else "there are"
@@ -328,7 +339,7 @@ def _log_prior(prior: Tensor, of: str, count: int) -> Tensor:
 
 
 def require_likelihood(model: Denoiser) -> CDM:
-    """The model itself; UserError unless it is a `CDM`, the only kind with a likelihood in one pass."""
+    """The model itself; UserError unless it is a `CDM`, the only model with a single-pass likelihood."""
     if not isinstance(model, CDM):
         kind = "plain denoising model (DDM)" if isinstance(model, DDM) else "classifier"
         raise UserError(f"this is a {kind}, which has no likelihood: train with --objective cdm")

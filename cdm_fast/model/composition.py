@@ -1,11 +1,11 @@
-"""Compositions of densities: products, mixtures and negations of models, or of the classes of one.
+"""Compositions of densities: products, mixtures and negations of models, or of the classes of one model.
 
 A composition is an `Energy` like a CDM: it has `denoise`, `score` and `log_prob` at every level, up to a
 constant per level, but no logits. Adding noise and composing do not commute: the product of two noised
 densities is not the noised density of the product, so no combination of the parts' denoisers is the denoiser
-of the product, and a plain sampler draws from another density (arXiv 2302.11552). The densities that a
+of the product, and a plain sampler draws from a different density (arXiv 2302.11552). The densities that a
 composition defines at the levels form a path from N(0, I) to the composition itself at level 0. The samplers
-`mala` and `smc` follow this path exactly.
+`mala` and `smc` are exact on this path.
 
 # B batch, L = T+2 noise levels, N parts
 """
@@ -29,7 +29,7 @@ class Composition(Energy):
     """The base of `Product` and `Mixture`: N parts on one schedule, with a weight for each.
 
     Args:
-        parts: N densities: CDMs, classes of one (`OfClass`), or other compositions.
+        parts: N densities: CDMs, single classes of a CDM (`OfClass`), or other compositions.
         weights: N numbers.
 
     Raises:
@@ -71,7 +71,7 @@ class Composition(Energy):
     def log_prob_levels_and_score(
         self, x: Tensor, level: int | Tensor, label: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As of `Energy`. Each model is evaluated once, however many classes of a joint one take part.
+        """As in `Energy`. Each model is evaluated once, even if several of its joint classes take part.
 
         Raises UserError for a label.
         """
@@ -83,7 +83,7 @@ class Composition(Energy):
             composed = self._of_leaves(x, log_prob)
             return composed.gather(1, level[:, None]).sum(), composed
 
-        # The chain rule: autograd sees the few numbers per image that are composed, and no network.
+        # The chain rule: autograd sees only the few numbers per image that are composed, not the networks.
         (own, weight), composed = torch.func.grad(at_level, argnums=(0, 1), has_aux=True)(x, log_prob)
         weight = weight.gather(1, level[:, None, None].expand(-1, 1, weight.shape[2])).squeeze(1)
         return composed, weighted_score(weight) + own
@@ -94,7 +94,7 @@ class Composition(Energy):
         return [leaf for leaves in each for leaf in leaves]
 
     def _of_leaves(self, x: Tensor, log_prob: Tensor) -> Tensor:
-        """(B, L) log-density at every level, out of the leaves' (B, L, N')."""
+        """(B, L) log-density at every level, from those of the leaves (B, L, N')."""
         counts = [len(part._leaves()) if isinstance(part, Composition) else 1 for part in self.parts]
         each = zip(self.parts, log_prob.split(counts, dim=2), strict=True)
         found = [
@@ -103,16 +103,16 @@ class Composition(Energy):
         return self._compose(x, torch.stack(found, dim=2))
 
     def _compose(self, x: Tensor, log_prob: Tensor) -> Tensor:
-        """(B, L) log-density at every level, out of the parts' (B, L, N)."""
+        """(B, L) log-density at every level, from those of the parts (B, L, N)."""
         raise NotImplementedError
 
 
 class Product(Composition):
-    """The product of densities, each to a power: at level 0, `q(x) = prod_i p_i(x)^{w_i}` up to a constant.
+    """A product of powers of densities: at level 0, `q(x) = prod_i p_i(x)^{w_i}` up to a constant.
 
     At level t, `log q_t(x) = sum_i w_i log p_i,t(x) + (1 - sum_i w_i) s_t^2 log N(x; 0, I)`, up to a constant
     per level. The last term only chooses the path to level 0: it makes level T+1 N(0, I), whatever the
-    weights, and keeps quotients integrable. A negative weight divides; see `negation`.
+    weights, and keeps quotients integrable. A negative weight divides by the density; see `negation`.
 
     See also `Mixture`, and `sampling.MALA`, which draws from a product.
 
@@ -144,15 +144,15 @@ class Product(Composition):
 class Mixture(Composition):
     """The mixture of densities, `q_t(x) = sum_i w_i p_i,t(x)`.
 
-    Its density at each level is the noised mixture, as for no other composition. The normalisation of the
-    parts matters here: a model whose density integrates to 2 has twice its weight.
+    Its density at each level is the noised mixture, which holds for no other composition. The normalisation
+    of the parts matters: a model whose density integrates to 2 gets twice its weight.
 
     Args:
         parts: the densities.
-        weights: w_i, positive, up to a factor; equal by default.
+        weights: w_i, positive, up to a common factor; equal by default.
 
     Raises:
-        UserError: as `Product`, or a weight that is not positive.
+        UserError: as in `Product`, or for a weight that is not positive.
 
     >>> from cdm_fast import CDM, MLP, NoiseSchedule
     >>> schedule = NoiseSchedule.uniform(T=10)
@@ -175,8 +175,8 @@ class Mixture(Composition):
 def negation(keep: Energy, avoid: Energy, strength: float = 1.0) -> Product:
     """`keep` but not `avoid`: `p_keep(x) / p_avoid(x)^strength` (arXiv 2206.01714), up to a constant.
 
-    It is integrable only if `avoid` has the heavier tails, or `strength` is small enough for them.
-    Raises UserError unless `strength` is positive, and as `Product`.
+    It is integrable only if `avoid` has heavier tails than `keep`, or `strength` is small enough.
+    Raises UserError unless `strength` is positive, and as in `Product`.
     """
     if not strength > 0:
         raise UserError(f"strength is {strength}: give a positive number")
@@ -186,7 +186,7 @@ def negation(keep: Energy, avoid: Energy, strength: float = 1.0) -> Product:
 def _read(leaves: Sequence[Energy], x: Tensor, level: Tensor | None = None) -> tuple[Tensor, WeightedScore]:
     """The leaves' log-densities (B, L, N') and their weighted scores at `level`; without a level, no scores.
 
-    Classes of one joint model, and that model itself, take one evaluation together.
+    Classes of one joint model, and that model itself, share one evaluation.
     """
     columns: dict[Energy, list[int]] = {}
     for column, leaf in enumerate(leaves):

@@ -13,7 +13,7 @@ from cdm_fast.model.energy import Energy
 
 
 class OfClass(Wrapper[CDM], Energy):
-    """One class of a class-conditional CDM as a density of its own, `p(x|label)`.
+    """One class of a class-conditional CDM as a separate density, `p(x|label)`.
 
     See also `Product` and `Mixture`, which compose such densities.
 
@@ -37,14 +37,14 @@ class OfClass(Wrapper[CDM], Energy):
         self.label = label
         classes = model.num_classes
         if classes is None:
-            raise UserError(f"class {label} of a model that was trained without classes")
+            raise UserError(f"class {label} was asked of a model that was trained without classes")
         if not 0 <= label < classes:
             raise UserError(f"class {label} does not exist: the model knows the classes 0 to {classes - 1}")
 
     def log_prob_levels_and_score(
         self, x: Tensor, level: int | Tensor, label: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As of `Energy`, of the fixed class. Raises UserError for a label."""
+        """As in `Energy`, for the fixed class. Raises UserError for a label."""
         return self.model.log_prob_levels_and_score(x, level, self._label(x, label))
 
     def log_prob_levels(self, x: Tensor, *, label: Tensor | None = None) -> Tensor:
@@ -67,12 +67,12 @@ def refuse_label(label: Tensor | None) -> None:
 class Guided(Wrapper[Wrapped]):
     """A class-conditional model under classifier-free guidance (arXiv 2207.12598).
 
-    `eps_hat = (1 + w) eps_hat(x, label) - w eps_hat(x)`. `sample(guidance=w)` makes one by itself.
+    `eps_hat = (1 + w) eps_hat(x, label) - w eps_hat(x)`. `sample(guidance=w)` wraps its model in this class.
     See also `GuidedEnergy`, for a model that knows `log p_t`.
 
     Args:
         model: any class-conditional denoiser.
-        guidance: w; 0 leaves the model as it is.
+        guidance: w; 0 leaves the model unchanged.
 
     >>> from cdm_fast import DDM, MLPDenoiser, NoiseSchedule
     >>> model = DDM(MLPDenoiser(2, hidden=8, num_classes=3), NoiseSchedule.uniform(T=10))
@@ -87,24 +87,24 @@ class Guided(Wrapper[Wrapped]):
         self.guidance = guidance
 
     def denoise(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
-        """The guided `eps_hat`, like `x`; without a label the model's own."""
+        """The guided `eps_hat`, like `x`; without a label, the model's unguided `eps_hat`."""
         if label is None:
             return self.model.denoise(x, level)
         return self.model.guided_denoise(x, level, label, self.guidance)
 
 
 class GuidedEnergy(Guided[Energy], Energy):
-    """`Guided` of a model that knows `log p_t`: the energy `(1 + w) log p_t(x|label) - w log p_t(x)`.
+    """`Guided` for a model that knows `log p_t`: the energy `(1 + w) log p_t(x|label) - w log p_t(x)`.
 
     Args:
         model: a class-conditional CDM.
-        guidance: w; 0 leaves the model as it is.
+        guidance: w; 0 leaves the model unchanged.
     """
 
     def log_prob_levels_and_score(
         self, x: Tensor, level: int | Tensor, label: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As of `Energy`, of the guided log-density; without a label the model's own."""
+        """As in `Energy`, for the guided log-density; without a label, for the model's own."""
         if label is None:
             return self.model.log_prob_levels_and_score(x, level)
         return self.model.guided_log_prob_levels_and_score(x, level, label, self.guidance)
@@ -128,7 +128,7 @@ class Between(Wrapper[Denoiser]):
         self.fraction = fraction
 
     def denoise(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
-        """The interpolated `eps_hat`, like `x`; without a label the model's own."""
+        """The interpolated `eps_hat`, like `x`; without a label, the model's own."""
         if label is None:
             return self.model.denoise(x, level)
         here, there = (self.model.denoise(x, level, c) for c in (label, torch.full_like(label, self.other)))

@@ -22,7 +22,7 @@ NEWTON_STEPS = 20
 
 @torch.no_grad()
 def fit_constants(model: CDM, draw: Draw, num: int, generator: torch.Generator) -> None:
-    """Refits only the biases of the head, to `num` fresh rows: maximises their mean log posterior.
+    """Refits only the biases of the head, by maximising the mean log posterior of `num` fresh rows.
 
     The last batches of training leave noise in the constant of every logit, and so in every density and
     ratio. With the weights fixed the problem is concave, and Newton's method solves it over many rows at
@@ -60,7 +60,7 @@ def fit_constants(model: CDM, draw: Draw, num: int, generator: torch.Generator) 
 
 
 def _scored(model: CDM, draw: Draw, num: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """(logits, index of the true logit) of `num` fresh rows, levels equally often, `CHUNK` at a time."""
+    """(logits, index of the true logit) for `num` fresh rows, `CHUNK` at a time, all levels equally often."""
     for first in range(0, num, CHUNK):
         x, label = draw(min(CHUNK, num - first), generator)
         level = torch.randperm(len(x), generator=generator) % model.schedule.num_levels
@@ -70,7 +70,7 @@ def _scored(model: CDM, draw: Draw, num: int, generator: torch.Generator) -> Ite
 
 
 def _newton_step(scored: Iterable[tuple[Tensor, Tensor]], constants: Tensor) -> Tensor:
-    """The step of every constant, (outputs,), in [-1, 1]; 0 for pure noise, since one constant is free."""
+    """The step of every constant, (outputs,), clipped to [-1, 1]; that of pure noise is fixed at 0."""
     gradient, curvature = torch.zeros_like(constants), constants.new_zeros(2 * [len(constants)])
     for logits, own in scored:
         posterior = (logits + constants.to(logits.dtype)).softmax(1)

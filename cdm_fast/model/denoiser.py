@@ -18,7 +18,7 @@ from cdm_fast.ops.precision import ieee_fp32
 
 
 class Denoiser(nn.Module):
-    """A noise schedule and `eps_hat = E[eps | x_t = x]`, with what follows from them: the base of all models.
+    """The base of all models: a noise schedule and the denoiser `eps_hat = E[eps | x_t = x]`.
 
     A subclass provides `denoise`; `predict_x0`, `score` and `guided_denoise` follow from it.
     See also `Energy`, a denoiser that knows `log p_t(x)` too.
@@ -43,9 +43,9 @@ class Denoiser(nn.Module):
         self.register_buffer("s", schedule.s, persistent=False)
 
     def amplitudes(self, level: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """`schedule.amplitudes` from tables on the model's device, so that nothing is copied to it.
+        """`schedule.amplitudes`, read from tables on the model's device without a copy from the host.
 
-        `level` is (B,) int64 on that device. It is not checked.
+        `level` is (B,) int64 on that device. Its range is not checked.
         """
         return at_levels(self.a, self.s, level, like)
 
@@ -106,7 +106,7 @@ Wrapped = TypeVar("Wrapped", bound=Denoiser)
 
 
 class Wrapper(Denoiser, Generic[Wrapped]):
-    """A denoiser made of another one, `model`, on the same schedule and of the same input shape.
+    """A denoiser built from another one, `model`, with the same schedule and input shape.
 
     The model is registered once, as `network`: parameters, buffers and `state_dict` hold each tensor once.
 
@@ -136,10 +136,10 @@ Result = TypeVar("Result")
 def evaluation_mode(
     function: Callable[Concatenate[Model, Arguments], Result],
 ) -> Callable[Concatenate[Model, Arguments], Result]:
-    """Decorates a function of a model, its first argument, that evaluates it without training it.
+    """Decorator for a function that evaluates a model, its first argument, without training it.
 
     Inside, gradients are off, the model is in eval mode, and fp32 is IEEE single precision on a GPU too
-    (`ieee_fp32`). Afterwards each module is back in the mode in which it was.
+    (`ieee_fp32`). Afterwards each module is back in its previous mode.
     """
 
     @wraps(function)
@@ -157,19 +157,19 @@ def evaluation_mode(
 
 
 def any_parameter(model: nn.Module) -> Tensor:
-    """A floating-point parameter of the model, or a buffer where it has none: for its dtype and device."""
+    """A floating-point parameter of the model, or a buffer if there is none: tells its dtype and device."""
     return next(p for p in chain(model.parameters(), model.buffers()) if p.is_floating_point())
 
 
 class DDM(Denoiser):
     """A plain denoising diffusion model: `network(x, level, label)` predicts the noise (arXiv 2006.11239).
 
-    The baseline of CDM. It draws samples and knows no `log p(x)`. See also `ddm_loss`, `CDM`.
+    The baseline for CDM. It draws samples but has no `log p(x)`. See also `ddm_loss`, `CDM`.
 
     Args:
-        network: a module from (B, ...), levels (B,) int64 and labels (B,) int64 or None to `eps_hat`
-            like the first, such as `UNetDenoiser` or `MLPDenoiser`.
-        schedule, input_shape: as of `Denoiser`.
+        network: a module that maps x (B, ...), levels (B,) int64 and labels (B,) int64 or None to `eps_hat`,
+            like x; such as `UNetDenoiser` or `MLPDenoiser`.
+        schedule, input_shape: as in `Denoiser`.
 
     >>> from cdm_fast import DDM, MLPDenoiser, NoiseSchedule
     >>> model = DDM(MLPDenoiser(3, hidden=8), NoiseSchedule.linear(T=10))
@@ -178,9 +178,9 @@ class DDM(Denoiser):
     """
 
     def draw_levels(self, num: int, generator: torch.Generator | None = None) -> Tensor:
-        """(num,) int64 levels, evenly from 1..T (DDPM eq. 14)."""
+        """(num,) int64 levels, drawn uniformly from 1..T (DDPM eq. 14)."""
         return torch.randint(1, self.schedule.T + 1, (num,), device=self.a.device, generator=generator)
 
     def denoise(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
-        """The network's output, like `x`; arguments and errors as of `Denoiser.denoise`."""
+        """The network's output, like `x`; arguments and errors as in `Denoiser.denoise`."""
         return self.network(x, self.schedule.levels(level, x), label)

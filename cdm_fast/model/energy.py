@@ -15,8 +15,8 @@ class Energy(Denoiser):
     """A denoiser that knows `log p_t(x)` up to a constant per level, and whose score is its gradient.
 
     Metropolis-adjusted moves need both (`sampling.MALA`, `sampling.SMC`). At level T+1 every energy is
-    N(0, I), so that sampling starts from exact draws. A subclass provides `log_prob_levels_and_score`; the
-    rest follows. `CDM`, `Product`, `Mixture`, `OfClass` and `Posterior` are energies.
+    N(0, I), so sampling starts from exact draws. A subclass provides `log_prob_levels_and_score`; all other
+    methods follow from it. `CDM`, `Product`, `Mixture`, `OfClass` and `Posterior` are energies.
 
     >>> from cdm_fast import NoiseSchedule
     >>> class StandardNormal(Energy):  # N(0, I) data are N(0, (a^2 + s^2) I) at every level, here N(0, I)
@@ -35,8 +35,8 @@ class Energy(Denoiser):
 
         Args:
             x: (B, ...).
-            level: of the score, int or (B,) int64, 0..T+1.
-            label: (B,) int64, of a class-conditional model; -1 or None stands for no class.
+            level: level of the score, int or (B,) int64, 0..T+1.
+            label: (B,) int64, for a class-conditional model; -1 or None stands for no class.
 
         Raises:
             UserError: a level that does not exist.
@@ -48,7 +48,7 @@ class Energy(Denoiser):
     ) -> tuple[Tensor, Tensor]:
         """`log_prob_levels_and_score` of `(1 + w) log p_t(x|label) - w log p_t(x)`, with w = `guidance`.
 
-        Its denoiser is `guided_denoise`. The two densities are evaluated as one batch.
+        The corresponding denoiser is `guided_denoise`. The two densities are evaluated as one batch.
         """
         level = self.schedule.levels(level, x)
         labels = torch.cat([label, torch.full_like(label, -1)])
@@ -67,8 +67,8 @@ class Energy(Denoiser):
 
         Args:
             x: (B, ...).
-            level: int or (B,) int64, 0..T+1; 0 is the density of the data.
-            label: (B,) int64, of a class-conditional model; -1 or None stands for no class.
+            level: int or (B,) int64, 0..T+1; level 0 is the density of the data.
+            label: (B,) int64, for a class-conditional model; -1 or None stands for no class.
 
         Raises:
             UserError: a level that does not exist.
@@ -90,7 +90,7 @@ class Energy(Denoiser):
         return self.log_prob_levels_and_score(x, level, label)[1]
 
     def denoise(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
-        """`eps_hat = -s score`, like `x`; arguments and errors as of `Denoiser.denoise`."""
+        """`eps_hat = -s score`, like `x`; arguments and errors as in `Denoiser.denoise`."""
         level = self.schedule.levels(level, x)
         return -self.amplitudes(level, x)[1] * self.score(x, level, label)
 

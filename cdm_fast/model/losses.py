@@ -47,20 +47,20 @@ def cdm_loss(
 ) -> LossTerms:
     """The loss of a CDM: `ce_weight CE(f(x_t), t) + mse_weight mean((eps_hat - eps)^2)` (CDM Alg. 1).
 
-    The cross-entropy alone gives a poor denoiser; the squared error alone leaves one constant per level free,
-    so no likelihood. With joint logits the cross-entropy is over (level, class) pairs, or over levels alone
-    for an input without a label, and the squared error is that of the denoiser of the label, or of the
-    marginal. The cross-entropy is then `-log p(t | x_t) - log p(c | x_t, t)`, and `class_weight` adds
-    `class_weight` times the second term. The true densities minimise each term.
+    The cross-entropy alone gives a poor denoiser; the squared error alone leaves one constant per level
+    undetermined, hence no likelihood. With joint logits the cross-entropy is over (level, class) pairs, or
+    over levels alone for an input without a label, and the squared error is computed with the denoiser of the
+    label, or of the marginal. The cross-entropy is then `-log p(t | x_t) - log p(c | x_t, t)`, and
+    `class_weight` times the second term is added. The true densities minimise each term.
 
     Args:
         model: the CDM.
         x0: clean data; images in [-1, 1].
         level: 0..T+1; drawn from the model's p(t) by default.
-        eps: N(0, I); drawn by default.
-        label: -1 stands for no class.
-        ce_weight, mse_weight: weights of the two terms; 0 omits one.
-        generator: draws the levels and the noise; PyTorch's global one by default.
+        eps: N(0, I) noise; drawn by default.
+        label: class of each input; -1 stands for no class.
+        ce_weight, mse_weight: weights of the two terms; a weight of 0 omits the term.
+        generator: draws the levels and the noise; PyTorch's global generator by default.
         class_weight: additional weight of the cross-entropy over classes; joint logits only.
 
     Returns:
@@ -87,7 +87,7 @@ def noised_cdm_loss(
     mse_weight: float = 1.0,
     class_weight: float = 0.0,
 ) -> LossTerms:
-    """`cdm_loss` of a batch that is noised already."""
+    """`cdm_loss` of a batch that has been noised already."""
     x_t, eps, level, label = batch
     cross_entropy, at_level, grad_x = model.cross_entropy_and_ratio_gradient(x_t, level, label)
     ce = cross_entropy.mean()
@@ -99,7 +99,7 @@ def noised_cdm_loss(
 
 
 def _class_cross_entropy(at_level: Tensor, level: Tensor, label: Tensor, T: int) -> Tensor:
-    """The mean of `-log p(c | x_t, t)` in nats, 0 for an input without label and for pure noise."""
+    """The mean of `-log p(c | x_t, t)` in nats; inputs without a label and pure noise count as 0."""
     known = torch.where(level <= T, label, -1)
     return F.cross_entropy(at_level, known, ignore_index=-1, reduction="sum") / len(label)
 
@@ -114,8 +114,7 @@ def ddm_loss(
 ) -> LossTerms:
     """The training loss of a DDM: `mean((eps_hat - eps)^2)` (DDPM eq. 14, arXiv 2006.11239).
 
-    Levels are drawn uniformly from 1..T where they are not given; the other arguments are those of
-    `cdm_loss`.
+    Levels are drawn uniformly from 1..T by default; the other arguments are those of `cdm_loss`.
 
     >>> from cdm_fast import DDM, MLPDenoiser, NoiseSchedule
     >>> model = DDM(MLPDenoiser(2, hidden=8), NoiseSchedule.uniform(T=10))
@@ -127,14 +126,14 @@ def ddm_loss(
 
 
 def noised_ddm_loss(model: DDM, batch: Noised) -> LossTerms:
-    """`ddm_loss` of a batch that is noised already."""
+    """`ddm_loss` of a batch that has been noised already."""
     x_t, eps, level, label = batch
     mse = (model.denoise(x_t, level, label) - eps).square().mean()
     return LossTerms(mse, mse, None)
 
 
 def noised_classifier_loss(model: Classifier, batch: Noised) -> LossTerms:
-    """Mean `-log p(label | x)` in nats of a batch at the classifier's level."""
+    """Mean of `-log p(label | x)` in nats over a batch at the classifier's level."""
     assert batch.label is not None
     ce = F.cross_entropy(model.logits(batch.x_t), batch.label)
     return LossTerms(ce, torch.zeros_like(ce), ce)

@@ -1,4 +1,4 @@
-"""Noise schedules: how much data and how much noise every level holds.
+"""Noise schedules: the amplitudes of data and noise at every level.
 
 Legend: B batch, T the number of noisy levels, L = T+2 levels in all.
 
@@ -18,8 +18,8 @@ from cdm_fast.errors import UserError
 from cdm_fast.host.device import upload
 from cdm_fast.ops.checks import may_read
 
-# Largest beta of one level. Nichol & Dhariwal clip here so that no level erases all signal; the linear
-# schedule needs the same below T = 21, where 1000/T stretches its last beta to 1 and beyond.
+# Largest beta of one level. Nichol & Dhariwal clip at this value so that no level erases all signal; the
+# linear schedule needs the same below T = 21, where the factor 1000/T raises its last beta to 1 or above.
 MAX_BETA = 0.999
 
 
@@ -79,7 +79,7 @@ class NoiseSchedule:
 
     @classmethod
     def by_name(cls, name: str, T: int) -> "NoiseSchedule":
-        """The schedule called `name`, one of `SCHEDULES`, with T noisy levels; UserError for another name."""
+        """The schedule called `name`, one of `SCHEDULES`, with T noisy levels; UserError for other names."""
         if name not in SCHEDULES:
             raise UserError(f"unknown noise schedule {name!r}: choose one of {', '.join(SCHEDULES)}")
         return SCHEDULES[name](T)
@@ -88,7 +88,7 @@ class NoiseSchedule:
     def linear(cls, T: int, betas: tuple[float, float] | None = None) -> "NoiseSchedule":
         """DDPM: beta rises linearly, 1e-4 to 0.02 at T = 1000; other T scale it by 1000/T, clipped at 0.999.
 
-        Below T = 30 the clipped end keeps almost no signal (a_T = 4e-9 at T = 10): sample with another
+        Below T = 30 clipping leaves almost no signal at level T (a_T = 4e-9 at T = 10): sample with another
         schedule. `betas` replaces the first and the last beta for this T.
         Source: arXiv 2006.11239, section 4. Raises UserError unless T is an integer of at least 1, and
         0 < first <= last <= 0.999.
@@ -143,7 +143,7 @@ class NoiseSchedule:
         """`level` as a (B,) int64 tensor on `like`'s device.
 
         Raises UserError for a wrong dtype or shape, and for a level outside 0..T+1. The values of a tensor on
-        an accelerator or in a compiled graph are not checked: reading them would wait for the device.
+        an accelerator or in a compiled graph are not checked, because reading them would wait for the device.
         """
         batch = like.shape[0]
         if isinstance(level, int):
@@ -176,9 +176,9 @@ class NoiseSchedule:
         eps: Tensor | None = None,  # like x0, or of a shape that broadcasts to it
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """`x_t = a[level] x_0 + s[level] eps`, like `x0`; at the int level 0 `x0` itself.
+        """`x_t = a[level] x_0 + s[level] eps`, like `x0`; for the int 0 as level, `x0` itself.
 
-        `eps` is N(0, I) drawn on the CPU, by `generator` if there is one, where it is not given.
+        By default `eps` is N(0, I), drawn on the CPU by `generator` if there is one.
         Raises UserError as `levels` does.
 
         >>> x0 = torch.ones(2, 3)
@@ -196,9 +196,9 @@ class NoiseSchedule:
     def grid(self, steps: int, spacing: Spacing = "level") -> list[int]:
         """The steps + 1 levels that a sampler visits, from T down to 0.
 
-        `spacing="level"` spreads them evenly over the level index; `"log_snr"` evenly over `log(a/s)` between
-        levels T and 1, as far as whole levels allow, with a last step from 1 to 0.
-        Raises UserError unless 1 <= steps <= T, and for an unknown spacing.
+        `spacing="level"` spaces them evenly in the level index; `"log_snr"` evenly in `log(a/s)` between
+        levels T and 1, as closely as whole levels allow, with a last step from 1 to 0. Raises UserError
+        unless 1 <= steps <= T, and for an unknown spacing.
         """
         if not isinstance(steps, int) or not 1 <= steps <= self.T:
             raise UserError(f"steps is {steps!r}: choose an integer from 1 to T = {self.T}")
@@ -207,7 +207,7 @@ class NoiseSchedule:
         return [*GRIDS[spacing](self, steps), 0]
 
     def nearest_to_noise(self, sigma: float) -> int:
-        """The level 1..T whose `s / a` is nearest to `sigma` in logarithm.
+        """The level 1..T whose `s / a` is nearest to `sigma` on a logarithmic scale.
 
         Raises UserError unless `sigma` is positive and finite.
         """
@@ -291,14 +291,14 @@ GRIDS: dict[str, Callable[[NoiseSchedule, int], list[int]]] = {
 class NoisePath:
     """A noise path in continuous time, as other programs define theirs: `y = alpha x_0 + beta eps`.
 
-    Time runs from that of the least noise to that of the most, up or down. `y` has the scale of the path,
-    which for variance-exploding paths is not that of a schedule.
+    Time runs from the time of the least noise to the time of the most noise, and may rise or fall. `y` has
+    the scale of the path, which differs from that of a schedule for variance-exploding paths.
 
     Fields:
-        name: for messages.
+        name: used in messages.
         amplitudes: times (n,) float64 -> alpha, beta, each (n,), differentiable.
         least, most: the times of the least and the most noise at which the model is used; at `most`, `beta`
-            is positive and y is taken to be N(0, beta^2 I).
+            is positive and y is assumed to be N(0, beta^2 I).
         times: T -> (T,) float64, the times of levels 1..T of a grid, for samplers and the variational bound.
     """
 

@@ -1,4 +1,4 @@
-"""Networks whose input gradient is a forward computation, and the plain denoisers to compare them with."""
+"""Networks whose input gradient is a forward computation, and plain denoisers to compare them with."""
 
 from cdm_fast.nn.encoder import Encoder
 from cdm_fast.nn.mlp import MLP, MLPDenoiser

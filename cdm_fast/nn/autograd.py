@@ -1,4 +1,4 @@
-"""Any network with the interface of one with an adjoint: its input gradients by `torch.func`.
+"""The interface of `AdjointNetwork` for any network, with input gradients by `torch.func`.
 
 # B batch, L = T+2 noise levels, K classes, N = L logits, or (L-1) K + 1 joint ones (`heads.py`)
 """
@@ -15,7 +15,7 @@ from cdm_fast.ops import noise_level_ce, use_backend
 
 @dataclass(frozen=True)
 class AutogradNetwork:
-    """What `AdjointNetwork` offers, of logits that any function of `x` and a label computes.
+    """The methods of `AdjointNetwork` for logits computed by any function of `x` and a label.
 
     Differentiates under the reference backend, which is differentiable to any order.
 
@@ -30,23 +30,23 @@ class AutogradNetwork:
     def ratio_gradient(
         self, x: Tensor, level: Tensor, label: Tensor | None = None, guidance: float = 0.0
     ) -> Tensor:
-        """As `AdjointNetwork.ratio_gradient`."""
+        """As in `AdjointNetwork.ratio_gradient`."""
         return self.logits_and_ratio_gradient(x, level, label, guidance)[1]
 
     def logits_and_ratio_gradient(
         self, x: Tensor, level: Tensor, label: Tensor | None = None, guidance: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """As `AdjointNetwork.logits_and_ratio_gradient`."""
+        """As in `AdjointNetwork.logits_and_ratio_gradient`."""
         with use_backend("reference"):
             gradient = torch.func.grad(self._noise_ratio, has_aux=True)
             grad_x, logits = gradient(x, level, label, guidance)
         return logits, grad_x
 
     def logits_and_pullback(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
-        """As `AdjointNetwork.logits_and_pullback`; for joint logits only."""
+        """As in `AdjointNetwork.logits_and_pullback`; for joint logits only."""
         with use_backend("reference"):
             logits, pull_logits, *_ = torch.func.vjp(lambda x: self.logits(x, None), x)
-        num_levels = (logits.shape[1] - 1) // (self.joint_classes or 1)  # pure noise left out
+        num_levels = (logits.shape[1] - 1) // (self.joint_classes or 1)  # without pure noise
 
         def pull(level: Tensor, class_weight: Tensor) -> Tensor:
             levels = torch.arange(num_levels, device=level.device)
@@ -59,7 +59,7 @@ class AutogradNetwork:
     def cross_entropy_and_ratio_gradient(
         self, x: Tensor, level: Tensor, label: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `AdjointNetwork.cross_entropy_and_ratio_gradient`, from all joint logits at once."""
+        """As in `AdjointNetwork.cross_entropy_and_ratio_gradient`, from all joint logits at once."""
         classes = self.joint_classes or 1
         logits, grad_x = self.logits_and_ratio_gradient(x, level, label)
         at_level = logits_at(logits, level, classes)
@@ -68,7 +68,7 @@ class AutogradNetwork:
     def _noise_ratio(
         self, x: Tensor, level: Tensor, label: Tensor | None, guidance: float
     ) -> tuple[Tensor, Tensor]:
-        """`sum_b (f[T+1] - f[level_b])`, whose gradient holds each sample's, and the logits."""
+        """`sum_b (f[T+1] - f[level_b])`, whose gradient contains that of each sample; and the logits."""
         logits, classes = self.logits(x, label), self.joint_classes
         if classes is None:
             return -noise_level_ce(logits, level).log_ratio.sum(), logits

@@ -1,4 +1,4 @@
-"""The blocks that the trunks consist of, with their adjoints: residual and attention blocks.
+"""The blocks of the trunks, with their adjoints: residual and attention blocks.
 
 # B batch, C channels, H W pixels, N = H*W tokens, G groups, E embedding width
 """
@@ -47,9 +47,9 @@ class ResnetBlock(Layer):
     """norm-SiLU-conv3x3-(+ embedding)-norm-SiLU-dropout-conv3x3, plus the input (through 1x1 if C changes).
 
     Args:
-        in_channels, out_channels: C before and after; with a skip connection, C before includes its channels.
+        in_channels, out_channels: C before and after; `in_channels` includes those of a skip connection.
         num_groups: G of both norms.
-        dropout: after the second SiLU.
+        dropout: probability of zeroing an activation after the second SiLU.
         embedding_width: E of the class or time embedding, or None for a block without one.
     """
 
@@ -82,7 +82,7 @@ class ResnetBlock(Layer):
     ) -> tuple[Tensor, Residuals]:
         """`x` (B, C1, H, W) and, from a skip connection, the other input channels (B, C2, H, W).
 
-        embedding: (B, E), already through its SiLU, or None. seed: of the dropout, or None; see `GroupNorm`.
+        embedding: (B, E) after its SiLU, or None. seed: seed of the dropout mask, or None; see `GroupNorm`.
         """
         h, norm1_residuals = self.norm1(x, skip)
         h, _ = self.conv1(h)
@@ -94,7 +94,7 @@ class ResnetBlock(Layer):
         return shortcut + h, (norm1_residuals, norm2_residuals, pieces)
 
     def adjoint(self, residuals: Residuals, g: Tensor) -> Any:
-        """Like `x`; with a skip connection the two gradients, like `x` and like `skip`."""
+        """The gradient, like `x`; with a skip connection two, like `x` and like `skip`."""
         norm1_residuals, norm2_residuals, pieces = residuals
         h = self.norm2.adjoint(norm2_residuals, self.conv2.adjoint(None, g))
         h = self.norm1.adjoint(norm1_residuals, self.conv1.adjoint(None, h))

@@ -42,8 +42,10 @@ def class_index(
     batch: int,
     device: torch.device,
 ) -> Tensor | None:
-    """(B,) row of the class table: `label`, or K, the null class, where there is none; None for a network
-    without classes. Raises UserError as `check_labels` does."""
+    """(B,) index into the class table: `label`, or K, the null class, where there is no label.
+
+    None for a network without classes. Raises UserError as `check_labels` does.
+    """
     check_labels(label, num_classes, batch)
     if num_classes is None:
         return None

@@ -1,9 +1,10 @@
 """An encoder-only noise-level classifier: its adjoint is the decoder.
 
-A U-Net's way up computes a map at full resolution, which a CDM then averages over its pixels. Here features
-are averaged at every resolution of the way down instead. The gradient of those averages returns to full
-resolution through transposed convolutions, gated by the derivatives of the forward pass, so that the adjoint
-plays the part of a decoder. Forward pass and adjoint together cost less than the U-Net's forward pass.
+The upsampling path of a U-Net computes a map at full resolution, which a CDM then averages over its pixels.
+Here features are averaged at every resolution of the downsampling path instead. The gradient of these
+averages returns to full resolution through transposed convolutions, gated by the derivatives of the forward
+pass: the adjoint acts as a decoder. Forward pass and adjoint together cost less than the forward pass of the
+U-Net.
 
 # B batch, C channels, H W pixels, D features, L = T+2 noise levels, K classes
 """
@@ -29,12 +30,12 @@ from cdm_fast.nn.trunk import (
 
 
 class Encoder(DownTrunk, AdjointNetwork):
-    """The U-Net's way down and middle, with features pooled at every resolution (`EnergyPool`).
+    """The U-Net's downsampling path and middle, with features pooled at every resolution (`EnergyPool`).
 
-    `Encoder(32, 3, 1002, dropout=0.1)` has the way down of the paper's CIFAR-10 network.
+    `Encoder(32, 3, 1002, dropout=0.1)` has the downsampling path of the paper's CIFAR-10 network.
 
     Args:
-        image_size and all others: as in `UNet`, which also says what is raised.
+        image_size and all others: as in `UNet`, which also lists the errors.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""The heads: features to one logit per level, or per (level, class) pair.
+"""Heads: from features to one logit per level, or per (level, class) pair.
 
 Joint logits give the densities of all classes at all levels from one forward pass.
 
@@ -23,9 +23,9 @@ Conditioning = Literal["embedding", "joint"]
 
 
 class CumulativeHead(nn.Linear):
-    """Features to one logit per level: `f = cumsum(W h + b)`, computed as `h cumsum(W)^T + cumsum(b)`.
+    """From features to one logit per level: `f = cumsum(W h + b)`, computed as `h cumsum(W)^T + cumsum(b)`.
 
-    The cotangent of `F(x,t) = f[T+1] - f[t]` at the features is a difference of two rows of `cumsum(W)`.
+    The cotangent of `F(x,t) = f[T+1] - f[t]` at the features is the difference of two rows of `cumsum(W)`.
     """
 
     takes_label = False  # whether a label chooses among the logits; else it enters the trunk
@@ -45,7 +45,7 @@ class CumulativeHead(nn.Linear):
 
     @torch.no_grad()
     def shift(self, by: Tensor) -> None:
-        """Adds `by` (L,) to the logits, by the bias."""
+        """Adds `by` (L,) to the logits, through the bias."""
         self.bias.add_(by.diff(prepend=by.new_zeros(1)).to(self.bias))
 
     def shift_each(self, by: Tensor) -> None:
@@ -61,36 +61,36 @@ class CumulativeHead(nn.Linear):
         guidance: float = 0.0,
         at_level: Tensor | None = None,
     ) -> Tensor:  # (B, D)
-        """Gradient of `f[T+1] - f[level]` with respect to the features `h`, on which it does not depend.
+        """Gradient of `f[T+1] - f[level]` with respect to the features; it is the same for every `h`.
 
-        `label`, `guidance` and `at_level` are for heads over classes (`ClassHead`), and are not read here.
+        `label`, `guidance` and `at_level` are for heads over classes (`ClassHead`) and are not used here.
         """
         return head_cotangent(cumulated[0], level)
 
     def pick(self, logits: Tensor, level: Tensor) -> Tensor | None:
-        """What `cotangent` takes as `at_level`, out of all logits: nothing here."""
+        """The argument `at_level` of `cotangent`, selected from all logits; None for this head."""
         return None
 
 
 class ClassHead(CumulativeHead):
-    """Base of the heads over (level, class) pairs: N joint logits, of which a label chooses.
+    """Base of the heads over (level, class) pairs: N joint logits, among which a label selects.
 
-    Subclasses say how the logits of a level come from its rows of the weight: `rows_per_level`,
+    Subclasses define how the logits of a level follow from its rows of the weight: `rows_per_level`,
     `_from_noise_down`, `_per_class` and `_row_weights`.
     """
 
     takes_label = True
-    common_rows: slice  # of a level's rows, those that between them enter every class's logit once
+    common_rows: slice  # the rows of a level whose sum enters every class's logit once
     num_classes: int  # K
     rows_per_level: int
 
     def cumulated(self) -> tuple[Tensor, Tensor]:
-        """`(W_c, b_c)`, of one row per row of the weight."""
+        """`(W_c, b_c)`, with one row per row of the weight."""
         return self._from_noise_down(self.weight), self._from_noise_down(self.bias)
 
     @torch.no_grad()
     def shift(self, by: Tensor) -> None:
-        """Adds `by` (L,) to the logits of every level, for all its classes, by the bias."""
+        """Adds `by` (L,) to the logits of every level, for all its classes, through the bias."""
         self.bias[:-1].unflatten(0, (-1, self.rows_per_level))[:, self.common_rows] += by.diff()[:, None]
         self.bias[-1] += by[-1]
 
@@ -105,8 +105,9 @@ class ClassHead(CumulativeHead):
     ) -> Tensor:  # (B, D)
         """Gradient of `z_N - z[level, label]` with respect to `h`, or of `z_N - f[level]` without a label.
 
-        `f[t] = logsumexp_c z[t, c]` has the derivative `softmax_c z[t, c]`, which depends on `h` and keeps
-        its graph. With guidance w labelled rows take `z_N - ((1 + w) z[level, label] - w f[level])`.
+        `f[t] = logsumexp_c z[t, c]` has the derivative `softmax_c z[t, c]`, which depends on `h` and stays
+        in the autograd graph. With guidance w the scalar of labelled rows is
+        `z_N - ((1 + w) z[level, label] - w f[level])`.
         Raises UserError for a label out of range.
         """
         check_labels(label, self.num_classes, h.shape[0])
@@ -119,7 +120,7 @@ class ClassHead(CumulativeHead):
         self,
         weight: Tensor,  # cumulated
         level: Tensor,  # (B,) int64
-        class_weight: Tensor,  # (B, K), of any sum
+        class_weight: Tensor,  # (B, K); need not sum to 1
     ) -> Tensor:  # (B, D)
         """Gradient of `sum_c class_weight[c] (z_N - z[level, c])` with respect to the features."""
         of_noise = (class_weight.sum(1) - 1) * (level * self.rows_per_level < len(weight) - 1)
@@ -143,7 +144,7 @@ class ClassHead(CumulativeHead):
             return self._per_class(basis)
 
     def pick(self, logits: Tensor, level: Tensor) -> Tensor:
-        """z[level] (B, K), out of all logits (B, N); meaningless at pure noise."""
+        """z[level] (B, K), selected from all logits (B, N); meaningless at pure noise."""
         return logits_at(logits, level, self.num_classes)
 
     def cross_entropy(
@@ -153,27 +154,27 @@ class ClassHead(CumulativeHead):
         level: Tensor,  # (B,) int64
         label: Tensor | None = None,  # (B,) int64, -1 for none
     ) -> Tensor:  # (B,)
-        """`-log p(level, label | h)` in nats, without all logits at once: for many classes."""
+        """`-log p(level, label | h)` in nats, without holding all logits at once: for many classes."""
         raise NotImplementedError
 
     def _from_noise_down(self, rows: Tensor) -> Tensor:
-        """The cumulated rows: those of a level are sums over all levels from it up to noise."""
+        """The cumulated rows: each level's rows plus those of all noisier levels."""
         raise NotImplementedError
 
     def _per_class(self, picked: Tensor) -> Tensor:
-        """(B, K): the classes' logits out of those of one level's rows."""
+        """(B, K): the logits of the classes, from the outputs of one level's rows."""
         raise NotImplementedError
 
     def _row_weights(self, class_weight: Tensor) -> Tensor:
-        """How much each of a level's rows counts in `sum_c class_weight[c] z[level, c]`."""
+        """The weight of each of a level's rows in `sum_c class_weight[c] z[level, c]`."""
         raise NotImplementedError
 
 
 class JointHead(ClassHead):
-    """Features to joint logits: `z_N = w_N h`, and downwards from noise `z[t,c] = z_N - sum_{u>=t} w[u,c] h`.
+    """From features to joint logits: `z_N = w_N h`, and `z[t,c] = z_N - sum_{u>=t} w[u,c] h` below noise.
 
-    Pure noise has no class, so the classes differ more and more towards the data. Every class has the same
-    weights at first. With K = 1 these are the differences of `CumulativeHead`'s logits.
+    Pure noise has no class, so the classes differ more and more towards the data. All classes start with the
+    same weights. With K = 1 these are the differences of `CumulativeHead`'s logits.
 
     Args:
         in_features: D.
@@ -198,7 +199,7 @@ class JointHead(ClassHead):
 
     @torch.no_grad()
     def shift_each(self, by: Tensor) -> None:
-        """Adds `by` (N,) to the logits, a constant of its own for every (level, class) pair, by the bias."""
+        """Adds `by` (N,) to the logits, a separate constant for every (level, class) pair."""
         noise = by[-1:].expand(1, self.num_classes)
         joint = torch.cat([by[:-1].unflatten(0, (-1, self.num_classes)), noise])
         self.bias.add_(torch.cat([joint.diff(dim=0).flatten(), by[-1:]]).to(self.bias))
@@ -220,11 +221,11 @@ class JointHead(ClassHead):
 
 
 class LowRankHead(ClassHead):
-    """As `JointHead`, from a few rows per level and class vectors that all levels share.
+    """A `JointHead` of low rank: a few rows per level, and class vectors that all levels share.
 
     `z[t,c] = z_N - sum_{u>=t} (w[u,0] + sum_r v[c,r] w[u,r]) h`: R + 1 rows per level, and for each class a
     vector v[c] of R numbers, the same at all levels. With R < K - 1 it saves memory; with R >= K - 1 it can
-    represent every full head, and it learns few classes faster than one. Classes start equal: v = 0.
+    represent every full head, and with few classes it learns faster than one. Classes start equal: v = 0.
 
     Args:
         in_features: D.
@@ -246,7 +247,7 @@ class LowRankHead(ClassHead):
         self.classes = nn.Parameter(torch.zeros(num_classes, rank))
 
     def logits(self, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """(B, N), every class's: for few images or few classes."""
+        """Logits (B, N) of all classes: for few images or few classes."""
         basis = super().logits(h, weight, bias)
         with full_precision(h):
             joint = low_rank_logits(basis[:, :-1].unflatten(1, (-1, self.rows_per_level)), self.classes)
@@ -280,7 +281,7 @@ def _sums_from_noise(rows: Tensor, rows_per_level: int) -> Tensor:
 
 
 def logits_at(logits: Tensor, level: Tensor, num_classes: int) -> Tensor:
-    """(B, K): z[level] out of all joint logits (B, N); at pure noise any level's."""
+    """(B, K): z[level], selected from all joint logits (B, N); arbitrary at pure noise."""
     joint = logits[:, :-1].unflatten(1, (-1, num_classes))
     index = level.clamp(max=joint.shape[1] - 1)[:, None, None].expand(-1, 1, num_classes)
     return joint.gather(1, index).squeeze(1)
@@ -291,7 +292,7 @@ def class_weights(
     label: Tensor | None,  # (B,) int64, -1 for none
     guidance: float = 0.0,
 ) -> Tensor:  # (B, K), rows sum to 1
-    """The derivative of `(1 + w) z[level, label] - w f[level]`, or of f alone, by `z[level, c]`."""
+    """Derivative of `(1 + w) z[level, label] - w f[level]`, or of f alone, with respect to z[level, c]."""
     share = at_level.softmax(1)
     if label is None:
         return share
@@ -304,7 +305,7 @@ def noise_head(
 ) -> CumulativeHead:
     """The head for `conditioning`; UserError for an unknown one, or for a joint one without `num_classes`.
 
-    rank: of a joint head's classes; 0 for a full head.
+    rank: rank of a joint head's classes; 0 for a full head.
     """
     if conditioning == "embedding":
         return CumulativeHead(in_features, num_levels)

@@ -26,7 +26,7 @@ Residuals = Any  # what a layer's adjoint reads: a tensor, a tuple, or None
 
 @contextmanager
 def full_precision(x: Tensor) -> Iterator[None]:
-    """Switches autocast off and has a GPU compute fp32 in IEEE fp32, not TF32, inside the block."""
+    """Inside the block autocast is off, and a GPU computes fp32 in IEEE precision, not TF32."""
     with torch.autocast(device_type=x.device.type, enabled=False), ieee_fp32():
         yield
 
@@ -66,9 +66,9 @@ class Layer(nn.Module):
 
 
 def run_adjoint(layers: Sequence[Layer], residuals: list[Residuals], g: Tensor) -> Tensor:
-    """The adjoint of `layers` applied one after the other: their adjoints in reverse order.
+    """The adjoint of a chain of layers: their adjoints in reverse order.
 
-    residuals: of each layer, in the order in which they ran.
+    residuals: one entry per layer, in the order in which the layers ran.
     """
     for layer, kept in zip(reversed(layers), reversed(residuals), strict=True):
         g = layer.adjoint(kept, g)
@@ -133,7 +133,7 @@ class GroupNorm(Layer):
     """GroupNorm with affine parameters, then (unless `silu=False`) SiLU and dropout, as one op.
 
     Args:
-        channels: C, those of a skip connection included.
+        channels: C, including those of a skip connection.
         num_groups: G, a divisor of C.
         silu: apply `x sigmoid(x)` to the normalised input.
         dropout: probability of zeroing an output, where `forward` is given a seed.
@@ -151,10 +151,10 @@ class GroupNorm(Layer):
     def forward(
         self, x: Tensor, skip: Tensor | None = None, seed: Tensor | None = None
     ) -> tuple[Tensor, Residuals]:
-        """`x` (B, C1, H, W); `skip` the channels that follow those of `x`, or None.
+        """`x` (B, C1, H, W); `skip` (B, C2, H, W): the channels that follow those of `x`, or None.
 
-        seed: (2,) or (3,) int64, or None for no dropout. The mask is a function of it, so forward pass
-        and adjoint use the same mask without storing it.
+        seed: (2,) or (3,) int64, or None for no dropout. The mask is a function of the seed, so forward
+        pass and adjoint use the same mask without storing it.
         """
         dropout = 0.0 if seed is None else self.dropout
         y, mean, rstd = group_norm_silu(
@@ -170,7 +170,7 @@ class GroupNorm(Layer):
         return y, (x, skip, mean, rstd, seed)
 
     def adjoint(self, residuals: Residuals, g: Tensor) -> Any:
-        """Like `x`; with a skip connection the two gradients, like `x` and like `skip`."""
+        """The gradient, like `x`; with a skip connection two, like `x` and like `skip`."""
         x, skip, mean, rstd, seed = residuals
         dropout = 0.0 if seed is None else self.dropout
         options = {"silu": self.silu, "dropout": dropout, "seed": seed, "skip": skip}

@@ -44,20 +44,20 @@ class MLPBlock(Layer):
 
 
 class MLP(AdjointNetwork):
-    """A noise-level classifier of vectors, with squared linear features beside the learned ones.
+    """A noise-level classifier of vectors, with squares of linear features beside the learned ones.
 
-    The squares make every Gaussian exact: its log density ratios are quadratic in x.
+    With the squares the network can represent every Gaussian exactly: its log density ratios are quadratic.
 
     Args:
         dim: d, the dimension of the data.
         num_levels: L = T+2, `schedule.num_levels`.
         hidden: W.
         depth: number of residual blocks.
-        num_squares: squared linear features; default d.
+        num_squares: number of squared linear features; d by default.
         num_classes: K for a class-conditional network, else None.
         conditioning: "embedding": the label enters every block, with one extra null class; "joint": the head
             has a logit for every (level, class) pair.
-        head_rank: rank of a joint head's classes, for many of them; 0 for a full head.
+        head_rank: rank of a joint head over many classes; 0 for a full head.
 
     Raises:
         UserError: a width or depth below 1, or a conditioning without its classes.
@@ -100,7 +100,7 @@ class MLP(AdjointNetwork):
     def features(
         self, x: Tensor, label: Tensor | None = None, keep_residuals: bool = True
     ) -> tuple[Tensor, Any]:
-        """`x` (B, d) -> (B, W + num_squares) and residuals, which are small enough to keep always."""
+        """`x` (B, d) -> (B, W + num_squares) and residuals, which are small enough to be kept always."""
         _check_input(x, self.input_shape)
         embedding = self._embedding(label, x.shape[0])
         h, _ = self.linear_in(x)
@@ -131,7 +131,7 @@ class MLPDenoiser(nn.Module):
     """A plain diffusion model's noise predictor for vectors: level in, eps_hat out.
 
     Args:
-        dim, hidden, depth, num_classes: as for `MLP`.
+        dim, hidden, depth, num_classes: as in `MLP`.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ class AdjointNetwork(nn.Module):
     """A noise-level classifier `f = head(features(x))` whose input gradient is a forward computation.
 
     Subclasses provide `features`, `adjoint`, `linear_layer` (the head) and `input_shape`. With a `ClassHead`
-    the label does not enter the trunk; it chooses among the logits.
+    the label does not enter the trunk; it selects among the logits.
     """
 
     linear_layer: CumulativeHead
@@ -42,8 +42,8 @@ class AdjointNetwork(nn.Module):
     ) -> Tensor:
         """`grad_x (f(x)[T+1] - f(x)[level])`, like `x`. `level` (B,) int64.
 
-        A head over classes computes the logits of that level alone and chooses the label's; for `guidance`
-        see `ClassHead.cotangent`. A head over levels needs no logits, and no `guidance` in one evaluation.
+        A head over classes computes only the logits of that level and selects the label's; for `guidance`
+        see `ClassHead.cotangent`. A head over levels needs no logits and does not support `guidance`.
         """
         head = self.linear_layer
         h, residuals = self._features(x, label)
@@ -52,7 +52,7 @@ class AdjointNetwork(nn.Module):
     def logits_and_ratio_gradient(
         self, x: Tensor, level: Tensor, label: Tensor | None = None, guidance: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """Logits (B, N) and `ratio_gradient` from one set of features; arguments as there."""
+        """Logits (B, N) and `ratio_gradient` from one evaluation of the features; the same arguments."""
         head = self.linear_layer
         h, residuals = self._features(x, label)
         cumulated = head.cumulated()
@@ -80,7 +80,7 @@ class AdjointNetwork(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The cross-entropy (B,) in nats, the logits (B, K) of each input's own level, and `ratio_gradient`.
 
-        Never holds all joint logits at once: for many classes. For heads over classes only.
+        Never holds all joint logits at once, which matters for many classes. For heads over classes only.
         """
         head = self._class_head()
         h, residuals = self.features(x)
@@ -91,7 +91,7 @@ class AdjointNetwork(nn.Module):
         return loss, at_level, self.adjoint(residuals, cotangent)
 
     def _features(self, x: Tensor, label: Tensor | None) -> tuple[Tensor, Any]:
-        """`features`, of the label too where it enters the trunk."""
+        """`features` of `x`, and of the label if it enters the trunk."""
         return self.features(x, None if self.linear_layer.takes_label else label)
 
     def _class_head(self) -> ClassHead:

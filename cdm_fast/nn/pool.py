@@ -26,7 +26,7 @@ class ConvMeanPool(Conv2d):
     """A 3x3 convolution followed by the mean over all pixels, without computing the convolution.
 
     The mean of a zero-padded convolution depends on its input only through one sum per kernel tap: the sum
-    over the pixels that the tap reads, which are all but a border row and column. So nine pooled vectors
+    over the pixels that the tap reads, which are all except a border row or column. So nine pooled vectors
     times the kernel give the exact result, and the adjoint combines nine constant spatial patterns.
     """
 
@@ -67,10 +67,10 @@ def _touched_positions(size: int, like: Tensor) -> Tensor:
 
 
 class EnergyPool(Layer):
-    """Means over pixels of a 3x3 convolution, and of the squares of a 1x1 one: (B, C, H, W) -> (B, D).
+    """Means over pixels of a 3x3 convolution and of the squares of a 1x1 convolution: (B, C, H, W) -> (B, D).
 
-    The derivative of a square is proportional to the map itself. So the gradient has a linear path at full
-    resolution, which the mean of a gated map lacks.
+    The derivative of a square is proportional to the feature map itself. The input gradient therefore has a
+    linear path at full resolution, which the mean of a gated map lacks.
     """
 
     def __init__(self, channels: int, num_groups: int, num_means: int, num_squares: int) -> None:

@@ -58,12 +58,12 @@ class Upsample(Layer):
     """Double H and W: repeat each pixel 2x2, then a 3x3 convolution.
 
     Every output pixel reads 2x2 pixels of the small image, so kernel taps that meet the same pixel can be
-    summed first. Large inputs therefore take one convolution on the small grid with four 2x2 kernels, one per
-    parity of the output's row and column: 4/9 of the multiplications, the same function up to rounding.
+    summed first. Large inputs therefore use one convolution on the small grid with four 2x2 kernels, one per
+    parity of the output's row and column: 4/9 of the multiplications, and the same function up to rounding.
 
     Args:
         channels: C.
-        doubles: whether H and W are doubled; a side of 1 that `Downsample` left as it was is not.
+        doubles: whether H and W are doubled; a side of 1 that `Downsample` has not halved is not.
     """
 
     def __init__(self, channels: int, doubles: tuple[bool, bool] = (True, True)) -> None:
@@ -91,7 +91,7 @@ def parity_kernels(weight: Tensor) -> Tensor:
     """(D, C, 3, 3) -> (4 D, C, 2, 2): one 2x2 kernel per parity of the output's row and column.
 
     Output row 2i reads row i-1 through the first tap and row i through the other two; output row 2i+1 reads
-    row i through the first two taps and row i+1 through the last. Columns are alike.
+    row i through the first two taps and row i+1 through the last. The same holds for columns.
     """
 
     def fold(taps: Tensor, dim: int) -> Tensor:
@@ -100,7 +100,7 @@ def parity_kernels(weight: Tensor) -> Tensor:
         return torch.stack([torch.stack(pair, dim) for pair in (even, odd)])
 
     by_column = fold(weight, 3)  # (2, D, C, 3, 2)
-    return fold(by_column, 3).flatten(0, 2)  # row parity slowest, then column parity, then D
+    return fold(by_column, 3).flatten(0, 2)  # dims: row parity, column parity, D
 
 
 def interleave_parities(y: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def split_parities(g: Tensor) -> Tensor:
 def _parities(y: Tensor) -> Tensor:
     """A view of (B, 4 D, H+1, W+1) as (B, H, 2, W, 2, D): pixel (2i+p, 2j+q) is parity (p, q) at (i+p, j+q).
 
-    A step in p moves by one row and by one parity, which is a single stride; likewise for q. So one strided
+    Incrementing p moves by one row and one parity, which is a single stride; likewise for q. So one strided
     copy moves all four parities.
     """
     batch, channels, height, width = y.shape

@@ -1,4 +1,4 @@
-"""The trunk of the networks: stages of residual blocks, the way down and the middle.
+"""The trunk of the networks: stages of residual blocks, the downsampling path and the middle.
 
 Parameter names are those of the paper's public checkpoints.
 
@@ -34,7 +34,7 @@ from cdm_fast.ops.backend import under_this_selection
 
 
 class Resolution(nn.Module):
-    """The blocks of one resolution on one side of the U-Net, with their attentions and its change of size."""
+    """The blocks of one resolution on one side of the U-Net, their attention blocks, and the resampling."""
 
     def __init__(self, blocks: list[ResnetBlock], attentions: list[AttentionBlock]) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Resolution(nn.Module):
         self.upsample: Upsample | None = None
 
     def stages(self) -> list[list[Layer]]:
-        """Each block with its attention, where this resolution has one."""
+        """Each residual block with its attention block, if this resolution has attention."""
         stages = (
             [list(stage) for stage in zip(self.block, self.attn, strict=True)]
             if self.attn
@@ -67,20 +67,20 @@ class Middle(nn.Module):
 
 
 class StageInputs(NamedTuple):
-    """What one stage reads."""
+    """The inputs of one stage."""
 
     x: Tensor  # (B, C, H, W)
     embedding: Tensor | None  # (B, E), for the residual blocks
-    skip: Tensor | None  # (B, C2, H, W), for the first layer of a stage on the way up
-    seeds: Tensor | None  # (residual blocks, 3) int64: of their dropouts
+    skip: Tensor | None  # (B, C2, H, W), for the first layer of a stage of the upsampling path
+    seeds: Tensor | None  # (residual blocks, 3) int64, of the dropout masks
 
 
 class Stage:
-    """Layers that run one after the other, between two uses of the skip connections.
+    """Consecutive layers between two uses of the skip connections.
 
     Args:
-        layers: the first takes the skip connection, if there is one.
-        recompute: keep only the inputs, and compute everything else again where it is needed.
+        layers: the layers in order; the first takes the skip connection, if there is one.
+        recompute: keep only the inputs, and recompute everything else when it is needed.
     """
 
     def __init__(self, layers: Sequence[Layer], recompute: bool = False) -> None:
@@ -95,7 +95,7 @@ class Stage:
         return checkpointed(lambda *inputs: self._run(StageInputs(*inputs))[0], *inputs), inputs
 
     def adjoint(self, kept: Any, g: Tensor) -> Any:
-        """Gradient with respect to `x`; with a skip connection, the two with respect to `x` and `skip`."""
+        """Gradient with respect to `x`; with a skip connection, gradients with respect to `x` and `skip`."""
         if not self.recompute:
             return run_adjoint(self.layers, kept, g)
 
@@ -119,14 +119,14 @@ class Stage:
 
 
 def checkpointed(function: Callable[..., Any], *inputs: Any) -> Any:
-    """`function(*inputs)`, of which autograd keeps the inputs alone. It draws no random numbers itself."""
+    """`function(*inputs)`, for which autograd keeps only the inputs. The function must not be random."""
     if not torch.compiler.is_compiling():  # a compiled graph holds the choice already
         function = under_this_selection(function)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class TrunkOptions(TypedDict, total=False):
-    """The optional fields of `TrunkShape`, as the networks take them by keyword."""
+    """The optional fields of `TrunkShape`, which the networks take by keyword."""
 
     base_channels: int
     multipliers: Sequence[int]
@@ -138,14 +138,14 @@ class TrunkOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class TrunkShape:
-    """The sizes of a trunk, those of the paper's CIFAR-10 network by default.
+    """The sizes of a trunk; the defaults are those of the paper's CIFAR-10 network.
 
     Args:
         image_size: H = W, or (H, W); divisible by 2 once per resolution after the first. A side of 1 stays.
         channels: C of the image.
         base_channels: width at full resolution; divisible by `num_groups`.
         multipliers: width of each resolution in units of `base_channels`.
-        blocks_per_level: residual blocks per resolution on the way down.
+        blocks_per_level: residual blocks per resolution of the downsampling path.
         attention_resolutions: where every block is followed by attention (the middle always is): heights H,
             as int (widths for images of one row), or shares of the full size, as float.
         dropout: probability of zeroing an activation in every residual block, in [0, 1).
@@ -215,19 +215,19 @@ class TrunkShape:
 
 
 class DownTrunk(nn.Module):
-    """The way down and the middle, image (B, C, H, W) -> feature map at the lowest resolution.
+    """Downsampling path and middle: image (B, C, H, W) -> feature map at the lowest resolution.
 
     Args:
         shape: the sizes.
         num_classes: K if the label enters every block (with one extra null class), else None.
-        timed: whether the noise level enters every block.
+        timed: True if the noise level enters every block.
 
     Attributes:
         dropout: the rate in all residual blocks; it can be set at any time, 0 switches dropout off.
-        recompute: keep only the input of every stage, and compute the rest again in the adjoint and in the
+        recompute: keep only the input of every stage, and recompute the rest in the adjoint and in the
             backward pass: less memory, more time, the same numbers.
-        first_image: where the batch is a part of a larger one, the number of images before it. Dropout masks
-            are then those of the larger batch.
+        first_image: if the batch is part of a larger one, the number of images before it, so that dropout
+            masks are those of the larger batch.
     """
 
     recompute = False
@@ -281,26 +281,26 @@ class DownTrunk(nn.Module):
         return Resolution(blocks, [AttentionBlock(after, shape.num_groups) for _, after in widths if attends])
 
     def stages_of(self, down: Resolution) -> Iterator[Stage]:
-        """The stages of one resolution on the way down, its change of size last."""
+        """The stages of one resolution of the downsampling path, the downsampling itself last."""
         yield from (Stage(layers, self.recompute) for layers in down.stages())
         if down.downsample is not None:
             yield Stage([down.downsample])
 
     def down_stages(self) -> Iterator[Stage]:
-        """The stages on the way down after `conv_in`."""
+        """The stages of the downsampling path after `conv_in`."""
         for down in cast(Iterable[Resolution], self.down):
             yield from self.stages_of(down)
 
     def middle(self) -> Stage:
-        """The stage after the way down."""
+        """The stage after the downsampling path."""
         return Stage(self.mid.layers(), self.recompute)
 
     def stages(self) -> list[Stage]:
-        """All stages after `conv_in`, in the order they run."""
+        """All stages after `conv_in`, in the order in which they run."""
         return [*self.down_stages(), self.middle()]
 
     def embedding(self, label: Tensor | None, time: Tensor | None, batch: int) -> Tensor | None:
-        """(B, E) from the time and the class (the null class where there is no label), or None."""
+        """(B, E) from time and class (the null class where there is no label); None without either."""
         weight = self.conv_in.weight
         index = class_index(label, self.embedded_classes, batch, weight.device)
         terms = []
@@ -311,7 +311,7 @@ class DownTrunk(nn.Module):
         return self.temb(sum(terms[1:], start=terms[0])) if terms else None
 
     def dropout_seeds(self, device: torch.device) -> Iterator[Tensor | None]:
-        """For each stage, in the order they run, its `StageInputs.seeds`, from torch's global generator."""
+        """`StageInputs.seeds` of each stage, in running order, from torch's global generator."""
         if not (self.training and self.dropout > 0):
             return repeat(None)
         counts = [stage.num_blocks for stage in self.stages()]

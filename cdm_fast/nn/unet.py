@@ -28,10 +28,10 @@ from cdm_fast.nn.trunk import (
 
 
 class UNetTrunk(DownTrunk):
-    """Everything of the U-Net but its head: image (B, C, H, W) -> feature map (B, base, H, W).
+    """The U-Net without its head: image (B, C, H, W) -> feature map (B, base, H, W).
 
-    Each resolution has one residual block more on the way up than on the way down, and the output of every
-    stage on the way down is kept for a skip connection. Arguments as in `DownTrunk`.
+    Each resolution has one residual block more in the upsampling path than in the downsampling path. The
+    output of every stage of the downsampling path is kept for a skip connection. Arguments as in `DownTrunk`.
     """
 
     def __init__(self, shape: TrunkShape, num_classes: int | None, timed: bool = False) -> None:
@@ -54,7 +54,7 @@ class UNetTrunk(DownTrunk):
         self.out_channels = width
 
     def up_stages(self) -> Iterator[Stage]:
-        """The stages on the way up; each takes one skip connection."""
+        """The stages of the upsampling path; each takes one skip connection."""
         for up in reversed(list(cast(Iterable[Resolution], self.up))):
             *stages, last = up.stages()
             yield from (Stage(layers, self.recompute) for layers in stages)
@@ -66,9 +66,9 @@ class UNetTrunk(DownTrunk):
     def run(
         self, x: Tensor, embedding: Tensor | None, keep_residuals: bool = True
     ) -> tuple[Tensor, list[Any]]:
-        """`x` (B, C, H, W) -> (B, base, H, W), and the residuals of every stage in the order they ran.
+        """`x` (B, C, H, W) -> (B, base, H, W), and the residuals of the stages in the order they ran.
 
-        Without `keep_residuals` the list is empty and each stage's memory is free as soon as it has run.
+        Without `keep_residuals` the list is empty, and each stage's memory is freed as soon as it has run.
         """
         h, _ = self.conv_in(x)
         skips, residuals = [h], []
@@ -106,7 +106,7 @@ class UNetTrunk(DownTrunk):
 class UNet(UNetTrunk, AdjointNetwork):
     """The CDM paper's noise-level classifier (arXiv 2402.10095): U-Net, mean over pixels, cumulated logits.
 
-    `UNet(32, 3, 1002, dropout=0.1)` is its CIFAR-10 network, of 33.4 M parameters.
+    `UNet(32, 3, 1002, dropout=0.1)` is the paper's CIFAR-10 network, with 33.4 M parameters.
 
     Args:
         image_size: H = W of the images, or (H, W); divisible by 2 once per resolution after the first. A side
@@ -116,10 +116,11 @@ class UNet(UNetTrunk, AdjointNetwork):
         num_classes: K for a class-conditional network, else None.
         conditioning: "embedding": the label enters every block; "joint": the head has a logit for every
             (level, class) pair.
-        head_rank: rank of a joint head's classes, for many of them; 0 for a full head.
+        head_rank: rank of a joint head over many classes; 0 for a full head.
         base_channels: width at full resolution, 128 by default; divisible by `num_groups`.
         multipliers: width of each resolution in units of `base_channels`, (1, 2, 2, 2) by default.
-        blocks_per_level: residual blocks per resolution on the way down, 2 by default; on the way up 1 more.
+        blocks_per_level: residual blocks per resolution of the downsampling path, 2 by default; the
+            upsampling path has one more.
         attention_resolutions: where every block is followed by attention, (16,) by default: heights H, as int
             (widths for images of one row), or shares of the full size, as float, such as 0.5.
         dropout: probability of zeroing an activation in every residual block, 0 by default.
@@ -178,7 +179,7 @@ class UNetDenoiser(UNetTrunk):
         image_size: H = W of the images, or (H, W), as in `UNet`.
         channels: C of the images.
         num_classes: K for a class-conditional network, else None.
-        trunk: `base_channels` and the other options of `UNet`, which also says what is raised.
+        trunk: `base_channels` and the other options of `UNet`, which also lists the errors.
     """
 
     def __init__(
@@ -207,7 +208,7 @@ class UNetClassifier(UNetTrunk):
         image_size: H = W of the images, or (H, W), as in `UNet`.
         channels: C of the images.
         num_classes: K.
-        trunk: `base_channels` and the other options of `UNet`, which also says what is raised.
+        trunk: `base_channels` and the other options of `UNet`, which also lists the errors.
     """
 
     def __init__(

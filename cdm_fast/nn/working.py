@@ -1,11 +1,11 @@
 """Working copies of a model's weights for one training step or evaluation, cast all at once.
 
 Autocast casts weights one by one. An explicit adjoint reads most weights twice, so their two gradients are
-added and cast one by one as well: some 600 small kernels per step of the CIFAR-10 network. Operations on
-lists of tensors do the same in some 20. The numbers are the same up to the order of the sums of gradients.
+added and cast one by one as well: about 600 small kernels per step of the CIFAR-10 network. Operations on
+lists of tensors need about 20. The results are the same up to the order in which gradients are summed.
 
-Triton's GroupNorm returns the gradients of its parameters per image. Those of all norms are summed over
-images here at once, instead of by one kernel per norm.
+Triton's GroupNorm returns the gradients of its parameters per image. They are summed over images here for all
+norms at once, instead of by one kernel per norm.
 """
 
 from collections.abc import Callable, Iterator
@@ -55,8 +55,8 @@ def cast_weights(
 ) -> Iterator[None]:
     """Autocast to bf16, if `precision` asks for it, for evaluations that do not change the weights.
 
-    Autocast caches the casts of whole trainable weights only; averaged weights and parts of weights are cast
-    again at every use. Here all weights are cast once, unless the network is compiled. Same numbers.
+    Autocast caches only the casts of whole trainable weights; averaged weights and parts of weights are cast
+    again at every use. Here all weights are cast once, unless the network is compiled. The results are equal.
     """
     if precision != "bf16":
         yield
@@ -83,7 +83,7 @@ def _weight(slot: Slot) -> nn.Parameter:
 
 
 def _slots(model: nn.Module) -> tuple[list[Slot], list[Slot]]:
-    """The weights to cast, and those that keep their dtype and only get an alias for the adjoint."""
+    """The weights to cast, and the weights that keep their dtype and only get an alias for the adjoint."""
     cast: list[Slot] = []
     kept: list[Slot] = []
     for module in model.modules():
@@ -109,10 +109,10 @@ def _for_images(
 
 
 class _ForImages(torch.autograd.Function):
-    """(kept, weight (C,), B) -> the same (B, C); its gradient is appended to `kept` and goes no further.
+    """(kept, weight (C,), B) -> weight expanded to (B, C); its gradient is appended to `kept` and stops here.
 
-    Autograd runs the backward pass of `_WorkingCopies` after those of all uses of the working copies, so by
-    then all gradients are kept.
+    Autograd runs the backward pass of `_WorkingCopies` after the backward passes of all uses of the working
+    copies, so all gradients have been appended by then.
     """
 
     @staticmethod
@@ -166,7 +166,7 @@ class _WorkingCopies(torch.autograd.Function):
 def _sums_over_images(of_images: list[list[Tensor]]) -> Iterator[list[Tensor | None]]:
     """For each weight, the sum over images (C,) of its first gradient (B, C), then of its second, and so on.
 
-    None where a weight has no more. All gradients are concatenated and summed at once; the lists are emptied.
+    None for a weight without further gradients. All gradients are summed at once; the lists are emptied.
     """
     places = [(use, i) for i, kept in enumerate(of_images) for use in range(len(kept))]
     grads = [of_images[i][use] for use, i in places]

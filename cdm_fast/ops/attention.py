@@ -63,7 +63,7 @@ def attention_vjp_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The specification of `attention_vjp` in plain PyTorch; see there.
 
-    It computes the probabilities anew, so that autograd sees all that the result depends on.
+    It recomputes the probabilities, so that autograd sees every dependence of the result.
     """
     with torch.autocast(q.device.type, enabled=False):
         g_h, q_h, k_h, v_h = (_heads(x.to(compute_dtype(q.dtype)), num_heads) for x in (g, q, k, v))
@@ -88,7 +88,7 @@ def attention(
     fp64), the log-sum-exp of the scaled scores, a constant to autograd. Autocast changes nothing.
 
     Differentiable with respect to q, k and v: twice, and with use_backend("reference") to any order. Raises
-    TypeError or ValueError, naming the argument, for what does not fit the above.
+    TypeError or ValueError, naming the argument, for arguments that do not match the above.
     """
     _check(num_heads, q=q, k=k, v=v)
     backend = _backend.resolve("attention", q)
@@ -109,11 +109,11 @@ def attention_vjp(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of `<g, attention(q, k, v)[0]>` with respect to q, k and v: (grad_q, grad_k, grad_v), like q.
 
-    out, lse: what `attention` returned for these arguments; they save work, each backend reads what it needs.
-    The result is differentiable once with respect to g, q, k and v (use_backend("reference"): to any order).
-    out and lse count as functions of q, k and v there, and get no gradient of their own.
+    out, lse: the results of `attention` for these arguments; each backend reads what saves it work. The
+    result is differentiable once with respect to g, q, k and v (use_backend("reference"): to any order),
+    where out and lse count as functions of q, k and v and get no gradient of their own.
 
-    Raises TypeError or ValueError, naming the argument, for what does not fit the above.
+    Raises TypeError or ValueError, naming the argument, for arguments that do not match the above.
     """
     _check(num_heads, q=q, k=k, v=v, g=g, out=out)
     checks.check_tensor(
@@ -130,7 +130,7 @@ def attention_vjp(
 
 
 def _check(num_heads: int, *, q: Tensor, **others: Tensor) -> None:
-    """Raises as `attention` says."""
+    """Raises the errors of `attention`."""
     checks.check_tensor("q", q, dtypes=checks.FLOATING, shape=(None, None, None))
     checks.check_batch("q", q)
     if num_heads < 1 or q.shape[2] % num_heads != 0:

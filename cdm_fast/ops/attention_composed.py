@@ -1,10 +1,10 @@
-"""Attention composed of the library's matrix products and one elementwise pass between them.
+"""Attention composed of PyTorch's matrix products and one elementwise pass between them.
 
 B batch, N tokens, C channels, h heads, D = C/h channels per head. The equations and names are those of
 `cdm_fast/ops/attention.py`. At any time only some heads, or some rows of one head's score matrix, exist:
 memory stays bounded however many tokens there are. Everything here runs below autograd.
 
-`attention_cpu.py` and `attention_gpu.py` say what the `Pieces` of a device are.
+`attention_cpu.py` and `attention_gpu.py` define the `Pieces` of each device.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Product(Protocol):
 
 
 class Pieces(NamedTuple):
-    """What a device provides: products, and in-place passes over score matrices (heads, rows, N).
+    """The pieces that a device provides: products, and in-place passes over score matrices (heads, rows, N).
 
     All tiles are contiguous; lse is (heads, rows) in the precision of the statistics.
     """

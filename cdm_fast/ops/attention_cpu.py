@@ -1,6 +1,6 @@
-"""Attention on the CPU: the library's matrix products with a C++ pass between them.
+"""Attention on the CPU: PyTorch's matrix products with a C++ pass between them.
 
-`cdm_fast/ops/attention_composed.py` is the composition, this file its pieces.
+`cdm_fast/ops/attention_composed.py` is the composition, this file provides its pieces.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def _pieces() -> composed.Pieces:
 
 
 def _product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
-    """As `composed.Product`.
+    """See `composed.Product`.
 
-    Large heads in fp32 go to oneDNN one by one, for the reason that `cdm_fast/ops/linear.py` gives: 15 ms
-    instead of 20 for an attention over 1,024 tokens of 128 channels with its VJP. bf16 is oneDNN's already.
+    Large heads in fp32 use oneDNN one by one, for the reason given in `cdm_fast/ops/linear.py`: 15 ms instead
+    of 20 for attention over 1,024 tokens of 128 channels with its VJP. PyTorch uses oneDNN for bf16 already.
     """
     if not onednn_pays(a, b.mT):
         return a @ b if added is None else torch.baddbmm(added, a, b)

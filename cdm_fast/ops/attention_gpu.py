@@ -1,7 +1,7 @@
-"""Attention on a GPU as the "composed" method: cuBLAS's batched products, and Triton between them.
+"""Attention on a GPU by the "composed" method: cuBLAS's batched products, with Triton passes between them.
 
-`cdm_fast/ops/attention_composed.py` is the composition, this file its pieces. The other method, "fused", is
-`kernels/attention.py`; `_backend.attention_method` chooses between them.
+`cdm_fast/ops/attention_composed.py` is the composition, this file provides its pieces. The other method,
+"fused", is `kernels/attention.py`; `backend.attention_method` chooses between them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def pieces() -> composed.Pieces:
 
 
 def _product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
-    """As `composed.Product`; fp32 as PyTorch's settings say: not in TF32, unless these allow it.
+    """See `composed.Product`; fp32 follows PyTorch's settings: no TF32 unless they allow it.
 
     In place, because cuBLAS would otherwise first copy `added`.
     """

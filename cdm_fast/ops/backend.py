@@ -1,13 +1,12 @@
-"""Which code runs an op: the only file that asks what is built, installed and present.
+"""The choice of backend for each op: the only file that asks what is built, installed and present.
 
 An op is written up to four times: "reference" (plain PyTorch, anywhere), "cpp" (C++, CPU), "cuda" (CUDA
 C++), "triton" (GPUs, or CPU tensors under Triton's interpreter). `declare` records which of them an op has,
-`resolve` picks one. "auto", the default, takes the fastest that works for the tensor at hand.
+`resolve` picks one. "auto", the default, takes the fastest backend that works for the given tensor.
 
 Attention on "triton" has two methods: "fused" is one kernel that keeps the score matrix in registers,
-"composed" the library's batched products with passes over the matrix between them. `attention_method` picks
-one by the table in attention_methods.json, which `python -m benchmarks.support.attention_methods` measures
-anew.
+"composed" uses PyTorch's batched products with passes over the matrix between them. `attention_method` picks
+one by the table in attention_methods.json, which `python -m benchmarks.support.attention_methods` measures.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
 ATTENTION_METHODS = ("auto", "fused", "composed")
 ATTENTION_TABLE = Path(__file__).with_name("attention_methods.json")
 
-# What "auto" tries per device type, fastest first; "reference" if none works.
+# Backends that "auto" tries per device type, fastest first; "reference" if none works.
 _FASTEST_FIRST = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 
 _HOW_TO_BUILD = (
@@ -44,7 +43,7 @@ _HOW_TO_BUILD = (
 
 
 class Coverage(NamedTuple):
-    """Where one backend of one op works."""
+    """The device and dtypes for which one backend of an op works."""
 
     device: str
     dtypes: tuple[torch.dtype, ...]
@@ -60,11 +59,11 @@ class Choice(NamedTuple):
 
 
 class _OfThread(threading.local):
-    """What the `with` blocks around the running code have selected; None outside of any.
+    """The selection of the enclosing `with` blocks; None outside of any.
 
-    Other threads do not see it, so that one of them may evaluate under the reference while another trains. A
-    `threading.local` and not a `ContextVar`, because torch.compile traces reads and writes of the first
-    (and compiles again when the value changes), and stops at the second.
+    Other threads do not see it, so one thread may evaluate under the reference while another trains. It is a
+    `threading.local` and not a `ContextVar`, because torch.compile can trace reads and writes of the former
+    (and recompiles when the value changes), but not of the latter.
     """
 
     backend: str | None = None
@@ -101,7 +100,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Selects the backend of every op that this thread runs inside the block; other threads keep theirs.
 
     Args:
-        name: as in `set_backend`, which also says what is raised.
+        name: as in `set_backend`, which also lists the errors.
 
     Example:
         >>> import torch
@@ -132,9 +131,9 @@ def _check_backend(name: str) -> None:
 
 
 def under_this_selection(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, run by any thread under the backend and attention method that are selected now.
+    """`function`, bound to the backend and attention method selected now, for calls from any thread.
 
-    For what a backward pass computes again: on a GPU, autograd runs it in a thread of its own.
+    For recomputation in a backward pass, which autograd runs in another thread on a GPU.
     """
     selected = _of_thread.backend, _of_thread.attention_method
 
@@ -159,15 +158,15 @@ def kernel_layout(image: Tensor) -> torch.memory_format:
 
 
 def copies_in_one_launch(tensor: Tensor) -> bool:
-    """Whether one strided copy beats several with longer inner loops: on a GPU, where launches count."""
+    """True if one strided copy is faster than several with longer inner loops: on a GPU."""
     return tensor.device.type != "cpu"
 
 
 def resolve(op: str, tensor: Tensor) -> str:
     """The backend that runs `op` on a tensor like this one: "reference", "cpp", "cuda" or "triton".
 
-    Under a backend chosen by name, an op that has no kernel of that kind at all takes the one "auto" would
-    take. Raises RuntimeError if the kernel exists but not for the tensor's device or dtype.
+    If a backend is selected by name, an op without any kernel of that kind uses the choice of "auto". Raises
+    RuntimeError if the kernel exists but not for the tensor's device or dtype.
     """
     return _resolve(op, selected_backend(), tensor.device.type, tensor.dtype)
 
@@ -191,9 +190,9 @@ def _resolve(op: str, selected: str, device: str, dtype: torch.dtype) -> str:
 _warned = False
 
 
-@cache  # so that an op's call after the first pays for a lookup only
+@cache  # so that later calls of an op cost only a lookup
 def _warn_of_slow_path(op: str, taken: str, device: str, dtype: torch.dtype) -> None:
-    """Warns, once in a process, that a GPU runs something slower than it could, and why.
+    """Warns, once per process, that a GPU runs slower code than it could, and why.
 
     Slower means the reference although a kernel takes this dtype, or Triton after a failed build of the CUDA
     kernels. Without a GPU, CUDA tensors are fake ones, whose speed does not matter.
@@ -290,7 +289,7 @@ _loaded: ModuleType | ImportError | None = None
 
 
 def _extension() -> ModuleType | ImportError:
-    """The module cdm_fast._C, loaded at first need (which registers its ops), or why it does not load."""
+    """The module cdm_fast._C, loaded on first use (which registers its ops), or why it does not load."""
     global _loaded
     if _loaded is None:
         try:
@@ -338,8 +337,8 @@ def use_attention_method(name: str) -> Iterator[None]:
 def attention_method(tokens: int, width: int, dtype: torch.dtype) -> str:
     """ "fused" or "composed": how Triton's attention over so many tokens of a head so wide is computed.
 
-    The method that was forced, else that of the nearest entry of the table. Raises RuntimeError where
-    "composed" is forced and cannot run.
+    The forced method, or that of the nearest entry of the table. Raises RuntimeError if "composed" is forced
+    and cannot run.
     """
     composable = dtype in _COMPOSED_DTYPES and tokens <= _COMPOSED_TOKENS
     forced = _of_thread.attention_method or "auto"

@@ -1,6 +1,6 @@
 """The record of the extension's build: which kernels were built, and why others were not.
 
-The build writes `cdm_fast/_build.json`, and `cdm_fast/_build.log` after a failure. Neither is there when the
+The build writes `cdm_fast/_build.json`, and `cdm_fast/_build.log` after a failure. Neither exists if the
 package was installed as pure Python.
 """
 

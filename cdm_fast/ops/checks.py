@@ -1,7 +1,7 @@
 """Argument checks at the boundary of the ops: the same error from every backend.
 
-Values are read only where no device must be waited for: on the CPU, or anywhere if the environment variable
-CDM_FAST_CHECKED is 1. Where they are not read, kernels return NaN for a level out of range.
+Values are read only if this does not wait for a device: on the CPU, or anywhere if the environment variable
+CDM_FAST_CHECKED is 1. Otherwise kernels return NaN for a level out of range.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def check_tensor(
 ) -> None:
     """Raises TypeError for another type or dtype, ValueError for another shape or device.
 
-    shape: expected sizes, None where any size will do; None as a whole for any shape.
+    shape: expected sizes, with None for an arbitrary size; None for any shape.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
@@ -46,7 +46,7 @@ def check_batch(name: str, value: Tensor) -> None:
 
 
 def may_read(value: Tensor) -> bool:
-    """Whether a check may read values: they exist, no graph is traced, and no device must be waited for."""
+    """True if a check may read values: they exist, no graph is traced, and no wait for a device is needed."""
     if torch.compiler.is_compiling() or value.is_meta or value.numel() == 0:
         return False
     return value.device.type == "cpu" or os.environ.get("CDM_FAST_CHECKED") == "1"

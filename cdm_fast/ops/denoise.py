@@ -1,4 +1,4 @@
-"""Before and after the network's adjoint: the head's cotangent, and eps_hat with its squared error.
+"""The ops before and after the network's adjoint: the head's cotangent, and eps_hat with its squared error.
 
 B batch, L = T+2 noise levels, K classes, D features of the head. CDM Thm 3.1: with F(x, t) = f[T+1] - f[t],
 E[eps | x_t = x] = s_t (grad_x F + x), and x_0 = (x - s_t eps) / a_t.
@@ -82,12 +82,12 @@ def head_cotangent(
 
     weight_c: the head's cumulated weight; N = L rows, or the (L-1) K + 1 rows of a joint head.
     level: 0..L-1.
-    class_weight: for a joint head, how much z[level, c] counts in f: one-hot for class c, softmax_c z[level]
-        for the marginal, (1 + w) one-hot - w softmax for guidance w. None is K = 1, weight 1.
+    class_weight: for a joint head, the weight of z[level, c] in f: one-hot for class c, softmax_c z[level]
+        for the marginal, (1 + w) one-hot - w softmax for guidance w. None means K = 1 with weight 1.
 
-    Returns weight_c's dtype. Differentiable once with respect to weight_c and class_weight, the same bits
-    every time. Raises TypeError or ValueError, naming the argument, for what does not fit the above.
-    Source: CDM Thm 3.1.
+    Returns weight_c's dtype. Differentiable once with respect to weight_c and class_weight,
+    deterministically. Raises TypeError or ValueError, naming the argument, for arguments that do not match
+    the above. Source: CDM Thm 3.1.
     """
     _check_cotangent(weight_c, level, class_weight)
     num_classes = 1 if class_weight is None else class_weight.shape[1]
@@ -107,11 +107,10 @@ def denoise_epilogue(
 ) -> Tensor:  # (B, ...)
     """eps_hat = s_t (grad_x + x), in one pass.
 
-    grad_x: the gradient of F; x: the noisy image x_t; s_t: the schedule's s at each image's level: a
-    constant.
-    Floating dtypes may differ; computed in fp32 (fp64 if one is), returned in the wider of the two dtypes.
-    Differentiable once with respect to grad_x and x (the reference: to any order). Raises TypeError or
-    ValueError, naming the argument, for another shape, dtype or device. Source: CDM Thm 3.1.
+    grad_x: the gradient of F; x: the noisy image x_t; s_t: the schedule's s at each image's level, a
+    constant. Floating dtypes may differ; computed in fp32 (fp64 if one is fp64), returned in the wider of the
+    two dtypes. Differentiable once with respect to grad_x and x (the reference: to any order). Raises
+    TypeError or ValueError, naming the argument, for another shape, dtype or device. Source: CDM Thm 3.1.
     """
     _check_images(grad_x, x, s_t=s_t)
     backend = _backend.resolve("denoise", _widest(grad_x, x))
@@ -157,12 +156,12 @@ def denoise_loss(
 
 
 def _widest(grad_x: Tensor, x: Tensor) -> Tensor:
-    """The tensor whose dtype decides that in which the kernels get grad_x, see `_ready`."""
+    """The tensor whose dtype determines the dtype of grad_x in the kernels, see `_ready`."""
     return x if x.dtype == torch.float64 else grad_x
 
 
 def _ready(grad_x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """The arguments as the kernels take them: contiguous, all but grad_x in the dtype of the arithmetic."""
+    """The arguments for the kernels: contiguous, all except grad_x in the dtype of computation."""
     compute = compute_dtype(_output_dtype(grad_x, others[0]))
     if compute == torch.float64:
         grad_x = grad_x.to(compute)

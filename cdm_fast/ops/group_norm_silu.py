@@ -1,4 +1,4 @@
-"""GroupNorm followed by SiLU and dropout in one pass, its vector-Jacobian product, the derivative of both.
+"""GroupNorm with SiLU and dropout in one pass, its vector-Jacobian product, and the derivatives of both.
 
 B batch, C channels, G groups, n = C/G * pixels elements of a group. Per group of one image
 
@@ -53,10 +53,10 @@ def group_norm_silu(
         silu: False for plain GroupNorm.
         dropout: probability in [0, 1) of zeroing an element of the result; the others are multiplied by
             1/(1 - dropout).
-        seed: of dropout. The mask is a function of (seed, offset) and of the element's index in channels-last
-            order. The third number is that of images before the first, so that a part of a batch has the
-            same mask as within the whole.
-        skip: normalises cat((x, skip), 1), of C + C2 channels, as are weight, bias and y; a group may have
+        seed: seed of the dropout mask, which is a function of (seed, offset) and of the element's index in
+            channels-last order. The third number is the number of images before the first, so that a part of
+            a batch has the same mask as in the whole batch.
+        skip: normalises cat((x, skip), 1) with C + C2 channels, like weight, bias and y; a group may contain
             channels of both. Kernels read both in place; the reference concatenates, with the same result.
 
     Returns:
@@ -135,9 +135,9 @@ def group_norm_silu_vjp(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Gradient of `<g, group_norm_silu(x, ...)[0]>` with respect to x: a tensor like x.
 
-    mean, rstd: as `group_norm_silu` returned them for this x. The result is differentiable once with respect
-    to g, x, weight and bias; mean and rstd count as functions of x there, and get no gradient of their own.
-    With skip: the gradients with respect to x and to skip, tensors like these.
+    mean, rstd: the results of `group_norm_silu` for this x. The result is differentiable once with respect to
+    g, x, weight and bias, where mean and rstd count as functions of x and get no gradient of their own. With
+    skip: the gradients with respect to x and skip.
 
     Raises TypeError or ValueError for arguments of the wrong dtype, shape, device or range.
     """
@@ -198,7 +198,7 @@ def group_norm_silu_vjp_reference(
     """The specification of `group_norm_silu_vjp` in plain PyTorch; see there."""
     groups = _groups(x, num_groups)
     dims = list(range(2, groups.dim()))
-    # The values are those given; the derivatives with respect to x are those of the statistics of x.
+    # The values are the given ones; the derivatives with respect to x are those of the statistics of x.
     shift = _with_value(groups.mean(dims, keepdim=True), mean)
     scale = _with_value(groups.var(dims, correction=0, keepdim=True), rstd**-2).rsqrt()
     xhat = (groups - shift) * scale
@@ -279,7 +279,7 @@ def _check(
 
 
 def _with_first_image(seed: Tensor | None) -> Tensor | None:
-    """(3,) int64, as the kernels read it: 0 is the number of the first image where none is given."""
+    """(3,) int64, as the kernels read it, with 0 as the default number of the first image."""
     return seed if seed is None or len(seed) == 3 else F.pad(seed, (0, 1))
 
 

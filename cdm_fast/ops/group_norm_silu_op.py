@@ -1,8 +1,9 @@
-"""The op `cdm_fast::group_norm_silu` with its derivatives: how tensors reach the kernels, and registration.
+"""The op `cdm_fast::group_norm_silu` and its derivatives: tensor preparation and registration.
 
-`cdm_fast/ops/group_norm_silu.py` has the definitions and the reference. The op and its VJP know their first
-derivative. The two ops that compute these derivatives know none, so that a second differentiation raises. All
-of them take what `dense`, `laid_out_as` and `parameters` return; what belongs to `skip` is None without it.
+`cdm_fast/ops/group_norm_silu.py` has the definitions and the reference. The op and its VJP have a first
+derivative. The two ops that compute these derivatives have none, so a second differentiation raises. All of
+them take the results of `dense`, `laid_out_as` and `parameters`; arguments that belong to `skip` are None
+without it.
 
 B batch, C channels, G groups
 """
@@ -26,7 +27,7 @@ def whole_shape(x: Tensor, skip: Tensor | None) -> torch.Size:
 
 
 def dense(x: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """x and skip without gaps and in one order, that of x: contiguous or channels-last."""
+    """x and skip without gaps and in the memory order of x: contiguous or channels-last."""
     if not x.is_contiguous() and not _is_channels_last(x):
         x = x.contiguous()
     return x, None if skip is None else laid_out_as(x, skip)
@@ -50,7 +51,7 @@ def _is_channels_last(x: Tensor) -> bool:
 def parameters(weight: Tensor, bias: Tensor, x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """weight and bias in the precision of the statistics, both (C,) or both (B, C).
 
-    Without gaps, but that Triton reads the same ones for all images where they are such (B, C).
+    Without gaps, except that Triton reads expanded (B, C) parameters without a copy.
     """
     if weight.dim() != bias.dim():
         shape = x.shape[0], weight.shape[-1]

@@ -4,20 +4,20 @@ B batch, D features, L = T+2 noise levels, K classes, N = (L-1) K + 1 rows of th
 class c at level t <= T, the last for pure noise. All logits z are relative to that of pure noise, so that
 common constants cancel.
 
-The rows are visited in blocks of whole levels. Forward keeps one running log-sum-exp per image; backward
-computes each block's logits again. The products are the library's on every device.
+The rows are processed in blocks of whole levels. The forward pass keeps one running log-sum-exp per image;
+the backward pass recomputes each block's logits. The products are PyTorch's on every device.
 
-It saves memory, not time: the logits are computed twice. With gradients, B = 128, D = 256, L = 1002,
+This saves memory, not time: the logits are computed twice. With gradients, B = 128, D = 256, L = 1002,
 fp32, against the head followed by `noise_level_ce` (2 threads of an AMD EPYC, Zen 5, torch 2.13; pytest
 benchmarks/bench_head_noise_level_ce.py --benchmark-only --threads 2), peak memory beyond the gradients:
 
     K              1      10     100    1000
     here, MiB      1.5    12     12     13
     one by one     0.5    4.9    49     489
-    speed          0.61   0.67   0.77   not timed    (1 is as fast)
+    speed          0.61   0.67   0.77   not timed    (1 means equally fast)
 
-These speeds are of otherwise idle cores; on busy ones it is slower still, because it synchronises its threads
-more often. So it pays where memory is short, from some 30 classes on. No GPU has been measured.
+These speeds are for otherwise idle cores; on busy cores it is slower still, because it synchronises its
+threads more often. It is worthwhile if memory is short, from about 30 classes on. No GPU has been measured.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from cdm_fast.ops.noise_level_ce import NoiseLevelCE, noise_level_ce_reference
 from cdm_fast.ops.precision import compute_dtype
 from cdm_fast.ops.registry import define, overload
 
-# Logits that exist at a time, unless one level of a batch has more. On CPU, 2^18 to 2^21 are equally fast; on
-# a GPU each block costs a dozen launches.
+# Number of logits held at a time, unless one level of a batch has more. On a CPU 2^18 to 2^21 are equally
+# fast; on a GPU each block costs a dozen launches.
 BLOCK_ELEMENTS = 1 << 20
 
 
@@ -69,8 +69,8 @@ def head_noise_level_ce(
     num_classes: K; N - 1 must be a multiple of it.
 
     Computed in fp32 (fp64 for fp64). Differentiable once with respect to h, weight_c and bias_c
-    (use_backend("reference"): to any order). Raises TypeError or ValueError, naming the argument, for what
-    does not fit the above. Source: CDM Alg. 1 and Thm 3.2.
+    (use_backend("reference"): to any order). Raises TypeError or ValueError, naming the argument, for
+    arguments that do not match the above. Source: CDM Alg. 1 and Thm 3.2.
     """
     num_levels = _check(h, weight_c, bias_c, level, label, num_classes)
     checks.check_index_range("level", level, 0, num_levels)
@@ -96,7 +96,7 @@ def _forward(
         h = _wide(h)
         origin, noise = _noise_logit(h, weight_c, bias_c)
         is_noise = level == (len(weight_c) - 1) // num_classes
-        picked = torch.where(is_noise, noise, torch.nan)  # NaN stays at a level out of range
+        picked = torch.where(is_noise, noise, torch.nan)  # remains NaN for a level out of range
         log_total = noise
         for first_level, rows in _blocks(len(h), len(weight_c), num_classes):
             z = _block_logits(h, weight_c, bias_c, rows, origin)
@@ -131,7 +131,7 @@ def _backward_blocks(
         for first_level, rows in _blocks(len(h), len(weight_c), num_classes):
             z = _block_logits(features, weight_c, bias_c, rows, origin)
             true, place, inside = _true_logits(z, level - first_level, label, num_classes)
-            # A level where all is impossible has shares of NaN, and is no image's here.
+            # Shares of a level with all logits -inf are NaN; no image here has such a level.
             share = torch.where(inside[:, None], _class_shares(true, label) * grad_true[:, None], 0)
             grad_z = z.sub_(log_total[:, None]).exp_().mul_(grad_loss[:, None])
             grad_z.unflatten(1, (-1, num_classes)).scatter_add_(1, place, share[:, None])
@@ -141,10 +141,10 @@ def _backward_blocks(
 
 
 def _noise_logit(h: Tensor, weight_c: Tensor, bias_c: Tensor) -> tuple[Tensor, Tensor]:
-    """What all logits are taken relative to, and the logit of pure noise relative to it: both (B,).
+    """The origin that is subtracted from all logits, and the logit of pure noise relative to it: both (B,).
 
-    The first is pure noise's logit itself, by the last row, and so the second 0; but a logit of -inf leaves
-    nothing to compare with, and is relative to 0.
+    The origin is the logit of pure noise, from the last row, and so the second is 0; if that logit is -inf,
+    the origin is 0.
     """
     noise = torch.mv(h, _wide(weight_c[-1])) + _wide(bias_c[-1])
     origin = torch.where(noise == -torch.inf, 0.0, noise)
@@ -165,7 +165,7 @@ def _block_logits(h: Tensor, weight_c: Tensor, bias_c: Tensor, rows: slice, orig
 
 
 def _true_logits(z: Tensor, level: Tensor, label: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The logits (B, K) of each image's level, their place (B, 1, K) in the block, and whether it is there.
+    """The logits (B, K) of each image's level, their indices (B, 1, K), and whether the block has the level.
 
     level: relative to the block's first. A copy: z may be overwritten afterwards.
     """
@@ -176,7 +176,7 @@ def _true_logits(z: Tensor, level: Tensor, label: Tensor, num_classes: int) -> t
 
 
 def _picked(true: Tensor, label: Tensor) -> Tensor:
-    """(B,): z[level, label], or logsumexp_c z[level, c] where there is no label."""
+    """(B,): z[level, label], or logsumexp_c z[level, c] without a label."""
     labelled = true.gather(1, label.clamp(0, true.shape[1] - 1)[:, None]).squeeze(1)
     return torch.where(label >= 0, labelled, true.logsumexp(1))
 
@@ -229,7 +229,7 @@ define(
 def _check(
     h: Tensor, weight_c: Tensor, bias_c: Tensor, level: Tensor, label: Tensor | None, num_classes: int
 ) -> int:
-    """Returns L; raises as `head_noise_level_ce` says."""
+    """Returns L; raises the errors of `head_noise_level_ce`."""
     checks.check_tensor("h", h, dtypes=checks.FLOATING, shape=(None, None))
     checks.check_batch("h", h)
     device, dtypes = h.device, (h.dtype,)

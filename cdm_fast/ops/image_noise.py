@@ -25,10 +25,10 @@ def image_normals(
     seed: int,
     draw: int,
 ) -> Tensor:  # (B, size)
-    """Standard normal numbers in fp32: `size` of each image, the `draw`-th such draw of this seed.
+    """Standard normal numbers in fp32: `size` per image, the `draw`-th draw of this seed.
 
     seed: 0..2^64-1; draw: 0..2^32-1. All backends agree to 1e-6 (see `philox_normal`). Raises TypeError or
-    ValueError, naming the argument, for what does not fit the above.
+    ValueError, naming the argument, for arguments that do not match the above.
     """
     _check(image, size, seed, draw)
     return _call("image_normals", image_normals_reference, image, size, seed, draw)

@@ -1,8 +1,9 @@
 """`linear`, the product with a matrix of weights.
 
-PyTorch gives it to MKL in fp32 on the CPU, which runs at half speed on processors other than Intel's. oneDNN,
-part of PyTorch too and its choice for convolutions, does not: large fp32 products go there. All other devices
-and dtypes, small products, compiled graphs and the reference backend keep PyTorch's own function.
+For fp32 on a CPU PyTorch uses MKL, which runs at half speed on processors other than Intel's. oneDNN, which
+PyTorch also contains and uses for convolutions, does not have this problem, so large fp32 products use it.
+All other devices and dtypes, small products, compiled graphs and the reference backend use PyTorch's own
+function.
 
 # M rows, K features in, N features out
 """
@@ -20,14 +21,14 @@ from cdm_fast.ops import backend
 # oneDNN's `x W^T + b` of matrices, which torch.compile uses too; below autograd.
 _ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
-# Below so many multiplications the call costs more than it gains (20 microseconds); below so many weights
-# memory is the limit, and the two libraries are equally fast.
+# Below this number of multiplications the call costs more than it gains (20 microseconds); below this number
+# of weights memory is the limit, and the two libraries are equally fast.
 _MIN_MULTIPLICATIONS = 1 << 22
 _MIN_WEIGHTS = 1 << 14
 
 
 def onednn_pays(x: Tensor, weight: Tensor) -> bool:
-    """Whether to take `onednn_linear` for the product of matrices with the last two sizes of these."""
+    """True if `onednn_linear` is faster for the product of matrices with the last two sizes of these."""
     if _ONEDNN_LINEAR is None or x.dtype != torch.float32 or x.device.type != "cpu":
         return False
     weights = weight.shape[-2] * weight.shape[-1]
@@ -41,7 +42,7 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def _dense(matrix: Tensor) -> Tensor:
-    """Copied if neither its rows nor its columns lie end to end: oneDNN has only a plain loop for those."""
+    """A copy if neither rows nor columns are contiguous, for which oneDNN only has a plain loop."""
     return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
 
 
@@ -60,7 +61,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _OneDNNLinear(torch.autograd.Function):
-    """Its gradients are products of the same kind, so that it can be differentiated again."""
+    """`onednn_linear` whose gradients are products of the same kind, so it can be differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,8 +1,8 @@
 """`noise_level_ce` of the joint logits of a low-rank head, in memory for one block of them.
 
-`z[t,c] = basis[t,0] + sum_r basis[t,r] classes[c,r]`: R + 1 numbers for each level instead of K, so that the
-basis of all levels fits where the logits do not. Blocks of whole levels are multiplied out and reduced at
-once; the backward pass multiplies them out again. The products are the library's on every device.
+`z[t,c] = basis[t,0] + sum_r basis[t,r] classes[c,r]`: R + 1 numbers per level instead of K, so the basis of
+all levels fits into memory where the logits do not. Blocks of whole levels are computed and reduced
+immediately; the backward pass recomputes them. The products are PyTorch's on every device.
 
 # B batch, L = T+2 noise levels, K classes, R rank, M = (L-1) (R+1) + 1
 """
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cdm_fast.ops.noise_level_ce import noise_level_ce_reference
 
-# Logits that exist at a time, unless one level of a batch has more: 16 MiB in fp32.
+# Number of logits held at a time, unless one level of a batch has more: 16 MiB in fp32.
 BLOCK_ELEMENTS = 1 << 22
 
 
@@ -43,7 +43,7 @@ def low_rank_noise_level_ce(
     level: Tensor,  # (B,) int64
     label: Tensor | None = None,  # (B,) int64
 ) -> Tensor:  # (B,)
-    """The cross-entropy of `noise_level_ce` in nats, of joint logits that never exist all at once.
+    """The cross-entropy of `noise_level_ce` in nats, for joint logits that are never held all at once.
 
     basis: level by level for t <= T, last the logit of pure noise; fp32 or fp64, of classes' dtype.
     level: 0..T+1. label: 0..K-1, or -1 for an image without a label; None means -1 throughout.
@@ -51,12 +51,12 @@ def low_rank_noise_level_ce(
     Differentiable with respect to basis and classes. Source: CDM Alg. 1.
     """
     by_level, noise = _by_level(basis, classes), basis[:, -1]
-    # All logits are relative to pure noise's, so that what is common to all cancels; to 0 if that is -inf.
+    # All logits are relative to that of pure noise, so that common terms cancel; relative to 0 if it is -inf.
     origin = torch.where(noise == -torch.inf, 0.0, noise)
     noise = noise - origin
     label = torch.full_like(level, -1) if label is None else label
     step = max(1, BLOCK_ELEMENTS // (len(basis) * len(classes)))
-    # A level of -inf, where the derivative of logsumexp is NaN, counts as much when it is merely very low.
+    # -inf, where the derivative of logsumexp is NaN, is replaced by a very low number with the same effect.
     possible = by_level.clamp(min=torch.finfo(basis.dtype).min / 2)
     blocks = [
         checkpoint(_log_total, block, origin, classes, use_reentrant=False, preserve_rng_state=False)

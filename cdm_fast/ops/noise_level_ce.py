@@ -1,4 +1,4 @@
-"""Cross-entropy over noise levels (and classes), and the log-ratio that the likelihood is read from.
+"""Cross-entropy over noise levels (and classes), and `level_logits`, the log-sum-exp over classes.
 
 B batch, L = T+2 noise levels, K classes. Logits come as (B, L); as joint logits (B, (T+1) K + 1), entry
 `t K + c` for class c at level t <= T and one entry for pure noise, which has no class; or as (B, L, K).
@@ -17,7 +17,7 @@ from cdm_fast.ops.backend import Coverage
 from cdm_fast.ops.precision import compute_dtype
 from cdm_fast.ops.registry import define, overload
 
-# CUDA devices have the Triton kernel alone.
+# CUDA devices have only the Triton kernel.
 _backend.declare(
     "level_logits",
     cpp=Coverage("cpu", (torch.float32, torch.bfloat16, torch.float64)),
@@ -32,7 +32,7 @@ _backend.declare(
 
 
 class NoiseLevelCE(NamedTuple):
-    """What `noise_level_ce` returns, in fp32 (fp64 for fp64 logits)."""
+    """The result of `noise_level_ce`, in fp32 (fp64 for fp64 logits)."""
 
     loss: Tensor  # (B,) nats, cross-entropy
     log_ratio: Tensor  # (B,) nats, f[level] - f[T+1]
@@ -68,8 +68,8 @@ def level_logits_reference(logits: Tensor, num_classes: int = 1) -> Tensor:
 def level_logits(logits: Tensor, num_classes: int = 1) -> Tensor:
     """f[t] = logsumexp_c z[t, c], the class-free logits: (B, L) in fp32 (fp64 for fp64 logits).
 
-    logits, num_classes: as in `noise_level_ce`, which says what is raised. One read of the logits.
-    Differentiable to any order, but for `torch.func`, which needs the reference.
+    logits, num_classes: as in `noise_level_ce`, which lists the errors. The logits are read once.
+    Differentiable to any order, except by `torch.func`, which needs the reference.
     """
     num_levels, num_classes = _check_logits(logits, num_classes)
     backend = _backend.resolve("level_logits", logits)
@@ -196,7 +196,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """grads: of loss, log_ratio and the sums, which have none; None where nothing depends on the output."""
+    """grads: of loss, log_ratio and the sums, which have none; None for an output that is not used."""
     gradients = (None if grad is None else grad.contiguous() for grad in grads[:2])
     logits, level, label, sums = ctx.saved_tensors
     op = overload("noise_level_ce_backward", ctx.backend)
@@ -231,7 +231,7 @@ define(
 
 
 def _check_logits(logits: Tensor, num_classes: int) -> tuple[int, int]:
-    """Returns (L, K); raises as `noise_level_ce` says."""
+    """Returns (L, K); raises the errors of `noise_level_ce`."""
     checks.check_tensor("logits", logits, dtypes=checks.FLOATING)
     checks.check_batch("logits", logits)
     if logits.dim() == 3 and num_classes in (1, logits.shape[2]):
@@ -245,7 +245,7 @@ def _check_logits(logits: Tensor, num_classes: int) -> tuple[int, int]:
 
 
 def _check(logits: Tensor, level: Tensor, label: Tensor | None, num_classes: int) -> tuple[int, int]:
-    """Returns (L, K); raises as `noise_level_ce` says."""
+    """Returns (L, K); raises the errors of `noise_level_ce`."""
     num_levels, num_classes = _check_logits(logits, num_classes)
     shape, device = (logits.shape[0],), logits.device
     checks.check_tensor("level", level, dtypes=(torch.int64,), shape=shape, device=device)

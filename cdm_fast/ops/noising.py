@@ -1,4 +1,4 @@
-"""From data to a noisy image in one pass: x_t = a[level] x_0 + s[level] eps.
+"""Noising in one pass: x_t = a[level] x_0 + s[level] eps.
 
 B batch, L = T+2 noise levels; an image is (B, ...), its elements numbered in contiguous (B, C, H, W) order.
 """
@@ -27,11 +27,11 @@ _backend.declare(
 
 
 class NoisingResult(NamedTuple):
-    """What `noising` returns: the noisy image, the noise in it, and the image that was noised."""
+    """The result of `noising`: the noisy image, its noise, and the image that was noised."""
 
-    x_t: Tensor  # like x_0, in the dtype asked for
-    eps: Tensor  # like x_0, fp32 (fp64 for fp64 images); the tensor given, when one was
-    x0: Tensor  # like x_0, fp32 (fp64 for fp64 images), in [-1, 1], flipped where x_t is
+    x_t: Tensor  # like x_0, in the requested dtype
+    eps: Tensor  # like x_0, fp32 (fp64 for fp64 images); the given tensor, if there was one
+    x0: Tensor  # like x_0, fp32 (fp64 for fp64 images), in [-1, 1], flipped if x_t is
 
 
 def noising_reference(
@@ -51,7 +51,7 @@ def noising_reference(
     per_image = (-1,) + (1,) * (x0.dim() - 1)
     layout = _layout(x0)
     clean = x0.to(compute).contiguous(memory_format=layout)
-    seed = cast(Tensor, seed)  # `noising` checks that it is given where something is drawn
+    seed = cast(Tensor, seed)  # `noising` checks that it is given if something is drawn
     if flip:
         coin = philox_flip(seed, x0.shape[0]).reshape(per_image)
         clean = torch.where(coin, clean.flip(-1), clean)
@@ -86,14 +86,14 @@ def noising(
     a, s: the schedule's tables, fp32 or fp64; constants, they carry no gradient.
     seed: (seed, offset) on the device of x0; decides the noise (unless `eps` is given), U and the flips, each
         from its own Philox stream, so that `philox_normal(seed, x0.shape)` is the noise again.
-    eps: the noise, when it is not to be drawn.
-    flip: mirror each image along its last axis with probability 1/2; noise and U are the mirrored image's.
-    dtype: of x_t; by default that of x0, fp32 for uint8.
+    eps: the noise; drawn by default.
+    flip: mirror each image along its last axis with probability 1/2; noise and U apply to the mirrored image.
+    dtype: dtype of x_t; by default the dtype of x0, or fp32 for uint8.
 
-    Images with their channels last give results with their channels last, without a copy; the random numbers
-    of an element are those that it has in contiguous order.
-    All arithmetic is in fp32 (fp64 for fp64 images). Differentiable with respect to x0 and eps.
-    Raises TypeError or ValueError, naming the argument, for what does not fit the above. Source: DDPM eq. 4.
+    Channels-last images give channels-last results, without a copy; the random numbers of an element are
+    those of its index in contiguous order. All arithmetic is in fp32 (fp64 for fp64 images). Differentiable
+    with respect to x0 and eps. Raises TypeError or ValueError, naming the argument, for arguments that do not
+    match the above. Source: DDPM eq. 4.
     """
     _check(x0, level, a, s, seed, eps, num_grey_levels, flip, dtype)
     checks.check_index_range("level", level, 0, a.shape[0])
@@ -123,14 +123,14 @@ def noising(
 
 
 def _layout(x0: Tensor) -> torch.memory_format:
-    """Of the results: channels last if x0 has them there, else contiguous."""
+    """The memory format of the results: channels-last if x0 is, else contiguous."""
     if x0.dim() == 4 and not x0.is_contiguous() and x0.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
 
 
 def _stores(backend: str, compute: torch.dtype, dtype: torch.dtype) -> bool:
-    """Whether the kernels write x_t in this dtype; else it is converted afterwards."""
+    """True if the kernels write x_t in this dtype; otherwise it is converted afterwards."""
     if compute == torch.float64:
         return dtype == compute
     return dtype in (compute, torch.bfloat16) or (dtype == torch.float16 and backend != "cpp")
@@ -147,7 +147,7 @@ def _fake(
     flip: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x_t, the drawn noise, the image after dequantisation and flip; empty where there is no such thing."""
+    """x_t, the drawn noise, the image after dequantisation and flip; empty if not applicable."""
     empty = partial(torch.empty_like, x0, memory_format=_layout(x0))
     return (
         empty(dtype=dtype),
@@ -173,7 +173,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _backward(ctx: Any, grad: Tensor, _: Any, grad_clean: Tensor) -> tuple[Tensor | None, ...]:
-    """x_t is linear in x0 and eps, and few ask for this gradient: plain PyTorch, differentiable again."""
+    """x_t is linear in x0 and eps, this gradient is rarely needed: plain PyTorch, differentiable again."""
     level, a, s, seed = ctx.saved_tensors
     per_image = (-1,) + (1,) * (grad.dim() - 1)
     grad_x0 = grad_eps = None

@@ -1,9 +1,9 @@
-"""Philox4x32-10: random numbers as a pure function of (seed, offset), stream and element index.
+"""Philox4x32-10: random numbers as a function of (seed, offset), stream and element index.
 
 Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). The numbers are the same
-on every backend: the 32-bit words bit for bit, normals to 1e-6. So noise can be recomputed, not stored.
+on every backend: 32-bit words bit for bit, normals to 1e-6. So noise can be recomputed instead of stored.
 
-Element `i` of a draw (its index in contiguous order) takes word `i % 4` of the block whose counter is
+Element `i` of a draw (its index in contiguous order) uses word `i % 4` of the block whose counter is
 `(i // 4, stream, offset mod 2^32, offset // 2^32)` under the key `(seed mod 2^32, seed // 2^32)`. Two draws
 are independent when they differ in the seed, the offset or the stream.
 
@@ -19,7 +19,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-# A word of the counter numbers the blocks of four elements.
+# One word of the counter is the index of a block of four elements.
 MAX_ELEMENTS = 4 * 2**32
 
 _MASK = 0xFFFFFFFF
@@ -58,7 +58,7 @@ class Stream(IntEnum):
 def philox4x32_10(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The block cipher itself: four words out of a counter of four words and a key of two.
+    """The block cipher itself: four words from a counter of four words and a key of two.
 
     counter, key: int64 tensors of one shape (or shapes that broadcast) with values in [0, 2^32). Returns four
     int64 tensors of words. Source: Salmon et al. 2011, section 3.3.
@@ -66,7 +66,7 @@ def philox4x32_10(
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
-        # The product of two words may pass 2^63; it wraps, and its 64 bits are right all the same.
+        # The product of two words may exceed 2^63; it wraps, and its 64 bits are still correct.
         product_0, product_1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             _high(product_1) ^ c1 ^ k0,
@@ -95,7 +95,7 @@ def philox_words(seed: Tensor, num: int, stream: Stream, before: Tensor | None =
 def philox_uniform(seed: Tensor, shape: Sequence[int], stream: Stream = Stream.DEQUANTISATION) -> Tensor:
     """Uniform numbers in [0, 1) on a grid of 2^-24: float32 of the given shape, filled in contiguous order.
 
-    seed: as in `philox_words`, which says what is raised. Differs from one draw to the next only through
+    seed: as in `philox_words`, which lists the errors. Differs from one draw to the next only through
     (seed, offset) and stream.
     """
     words = philox_words(seed, math.prod(shape), stream)
@@ -109,7 +109,7 @@ def philox_normal(seed: Tensor, shape: Sequence[int], stream: Stream = Stream.NO
     `sqrt(-2 log u) (cos, sin)(2 pi v)`, in fp32 with every operation and its order fixed and no fused
     multiply-add, so that all backends agree to 1e-6. The largest magnitude is 6.77.
 
-    seed: as in `philox_words`, which says what is raised.
+    seed: as in `philox_words`, which lists the errors.
     """
     num = math.prod(shape)
     check_seed(seed, seed.device)
@@ -121,7 +121,7 @@ def philox_normal(seed: Tensor, shape: Sequence[int], stream: Stream = Stream.NO
 def philox_flip(seed: Tensor, batch: int) -> Tensor:
     """One fair coin per image, the top bit of its word in the FLIP stream: (batch,) bool.
 
-    seed: as in `philox_words`, which says what is raised.
+    seed: as in `philox_words`, which lists the errors.
     """
     return (philox_words(seed, batch, Stream.FLIP) >> 31).bool()
 
@@ -135,7 +135,7 @@ def box_muller(word_u: Tensor, word_v: Tensor) -> tuple[Tensor, Tensor]:
     """Two independent standard normals from two words: fp32 tensors of the words' shape."""
     # float(word) rounds, so u lies in [2^-33, 1]: its logarithm is finite and at most 0.
     u = word_u.to(torch.float32) * 2.0**-32 + 2.0**-33
-    # PyTorch's fp32 root is not always correctly rounded; the root of a wider number is, once rounded.
+    # PyTorch's fp32 root is not always correctly rounded; the fp64 root rounded to fp32 is.
     radius = (-2.0 * _log(u)).double().sqrt().to(torch.float32)
     cos, sin = _cos_sin(word_v)
     return radius * cos, radius * sin

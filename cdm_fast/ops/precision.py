@@ -1,4 +1,4 @@
-"""In which precision the ops accumulate, and IEEE fp32 on GPUs."""
+"""The precision in which the ops accumulate, and IEEE fp32 on GPUs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,12 +18,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def ieee_fp32() -> Iterator[None]:
     """Runs fp32 convolutions and matrix products in IEEE fp32, not TF32, on a GPU inside the block.
 
-    PyTorch computes fp32 convolutions there in TF32 by default, with 10 bits of mantissa, which changes the
-    single-pass log-likelihood of a digits network by 0.02 to 0.03 nats. Samplers, likelihoods,
-    classification, training in any precision and exact layers already do this; a direct call of
-    `model.log_prob` or `model.denoise` follows PyTorch's settings. Nothing else changes, and the settings are
-    restored afterwards. On a CPU there is no effect; a compiled graph uses the settings in force where it is
-    called.
+    By default PyTorch computes fp32 convolutions on a GPU in TF32, with 10 bits of mantissa, which changes
+    the single-pass log-likelihood of a digits network by 0.02 to 0.03 nats. Samplers, likelihoods,
+    classification, training in any precision and exact layers use this context already; a direct call of
+    `model.log_prob` or `model.denoise` follows PyTorch's settings. The settings are restored afterwards.
+    There is no effect on a CPU; a compiled graph uses the settings at the time of the call.
     """
     if torch.compiler.is_compiling():
         yield

@@ -32,10 +32,10 @@ def define(
 ) -> None:
     """Defines `cdm_fast::{name}` and `cdm_fast::{name}_triton`, both with the schema "(...) -> ...".
 
-    fake: returns empty results of the right shapes. triton: the launcher; without one there is no op for it.
-    cpu, cuda: the implementation of an op that is composed in Python, per device. save(ctx, inputs, output)
+    fake: returns empty results of the right shapes. triton: the launcher; without it the second op is
+    omitted. cpu, cuda: the implementation of an op composed in Python, per device. save(ctx, inputs, output)
     and backward(ctx, *grads) as in `torch.library.register_autograd`; without them the op has no derivative,
-    and asking for one raises RuntimeError. Inside them, `ctx.backend` is what to pass on to `overload`.
+    and asking for one raises RuntimeError. Inside them, `ctx.backend` is the backend to pass to `overload`.
     """
     for backend in ("native",) if triton is None else ("native", "triton"):
         full_name = _full_name(name, backend)

@@ -1,1 +1,1 @@
-"""Pictures as PNG files, drawn by matplotlib without a display."""
+"""Plots as PNG files, drawn by matplotlib without a display."""

@@ -1,6 +1,6 @@
-"""The base of every picture: a figure of panels, labelled axes, and a PNG that is written atomically.
+"""The base of all plots: figures with panels, labelled axes, and PNG files that are written atomically.
 
-Figures are matplotlib objects drawn by Agg, never pyplot: no display, no global state, no leak in a long run.
+Figures are drawn by Agg, without pyplot: no display, no global state, and no memory leak in a long run.
 """
 
 import gc
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def draw_by_level(
     axes: "Axes", levels: ArrayLike, values: ArrayLike, errors: ArrayLike, name: str | None = None
 ) -> None:
-    """Values with error bars over a line at 0, where a normalised density would be."""
+    """Values with error bars, and a line at 0, the value for normalised densities."""
     axes.axhline(0.0, color="grey", linestyle="--", linewidth=0.8)
     axes.errorbar(
         levels, values, yerr=errors, marker=".", markersize=3, linewidth=0.8, elinewidth=0.5, label=name
@@ -30,14 +30,14 @@ def draw_by_level(
 
 
 def empty_figure(width: float, height: float) -> "Figure":  # in inches
-    """A figure that Agg draws; raises UserError where matplotlib is not installed."""
+    """A figure drawn by Agg; raises UserError if matplotlib is not installed."""
     figure = need("matplotlib.figure", "drawing plots").Figure(figsize=(width, height), layout="constrained")
     need("matplotlib.backends.backend_agg", "drawing plots").FigureCanvasAgg(figure)
     return figure
 
 
 def square_root_colours(vmax: float | None = None) -> "PowerNorm":
-    """A norm that maps values from 0 to `vmax` to colours by their square root, so that small ones show."""
+    """A norm that maps values from 0 to `vmax` to colours by their square root, so that small values show."""
     return need("matplotlib.colors", "drawing plots").PowerNorm(0.5, vmin=0, vmax=vmax)
 
 
@@ -48,7 +48,7 @@ def new_figure(num_panels: int, height: float = 3.2) -> "tuple[Figure, list[Axes
 
 
 def label_axes(axes: "Axes", title: str, x: str, y: str | None = None) -> None:
-    """Title and labels; without a label of the y axis, the title names its quantity and a grid is drawn."""
+    """Sets title and labels; without a y label the title names the quantity, and a grid is drawn."""
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(x)
     if y is None:

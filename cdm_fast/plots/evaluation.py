@@ -21,8 +21,8 @@ def write_classes(
 ) -> Path:
     """Confusion matrix and reliability diagram of a classifier, as a PNG under `path`.
 
-    Rows of the matrix sum to 1; colours follow the square root, so that rare mistakes show. On the dashed
-    diagonal of the diagram confidence equals accuracy; a dot's area is its bin's share of the images.
+    Rows of the matrix sum to 1; colours show the square root, so that rare mistakes are visible. On the
+    dashed diagonal of the diagram confidence equals accuracy; a dot's area is its bin's share of the images.
     """
     figure, (matrix, diagram) = new_figure(2, height=4.6)
     confusion = np.asarray(report["confusion"], dtype=np.float64)
@@ -102,7 +102,7 @@ def write_audit(
 ) -> Path:
     """Four panels of a likelihood audit, as a PNG under `path`.
 
-    They show every figure with its standard error, and by level single pass minus ODE, log Z, and the ratio
+    They show every figure with its standard error, and, by level, single pass minus ODE, log Z, and the ratio
     check.
     """
     figure, (figures, difference, integral, ratios) = new_figure(4)
@@ -131,7 +131,9 @@ def write_outliers(
     bits: Mapping[str, ArrayLike],  # name of a data set -> bits/dim of its images
     typical: float,  # bits/dim
     report: Mapping[str, Any],  # `OutlierReport.to_json()`
-    curves: Mapping[str, tuple[ArrayLike, ArrayLike]],  # score -> false alarms, detected; none without others
+    curves: Mapping[
+        str, tuple[ArrayLike, ArrayLike]
+    ],  # score -> false alarms, detected; {} without other data
     path: str | Path,
 ) -> Path:
     """The most and least likely images, bits/dim of each set, and the separation by scores, as a PNG.
@@ -188,7 +190,7 @@ def write_sigma(
 ) -> Path:
     """Known noise against estimated, median and 10th to 90th percentile, as a PNG under `path`.
 
-    Estimates on the dashed line are right. The axes are logarithmic and leave estimates of 0 out.
+    Estimates on the dashed line are exact. The axes are logarithmic and omit estimates of 0.
     """
     figure, (axes,) = new_figure(1, height=4.2)
     sigma = np.asarray(report["sigma"])

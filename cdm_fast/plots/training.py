@@ -1,4 +1,4 @@
-"""Pictures of a training run: loss curves, level confusion and calibration, denoising error, accepted moves.
+"""Plots of a training run: loss curves, level confusion and calibration, denoising error, acceptance rates.
 
 # L = T+2 noise levels, N bins of neighbouring levels
 """
@@ -61,8 +61,8 @@ def write_confusion(
 ) -> Path:
     """The mean level posterior by true level (rows sum to 1), as a PNG under `path`.
 
-    A good classifier of the noise level shows a narrow band on the diagonal: it confuses neighbouring levels
-    but not distant ones. Colours follow the square root, so that small values show. Raises ValueError for
+    A good classifier of noise levels shows a narrow band on the diagonal: it confuses neighbouring levels but
+    not distant ones. Colours show the square root, so that small values are visible. Raises ValueError for
     anything but a square matrix.
     """
     matrix = np.asarray(confusion, dtype=np.float64)
@@ -127,7 +127,7 @@ def write_acceptance(
 ) -> Path:
     """Acceptance and step size of a corrected sampler's moves by level, as a PNG under `path`.
 
-    The dashed line is the acceptance at which the pilot run aims.
+    The dashed line is the target acceptance rate of the pilot run.
     """
     figure, (acceptance, step_size) = new_figure(2)
     acceptance.axhline(report["target_acceptance"], color="grey", linestyle="--", linewidth=0.8)

@@ -1,4 +1,4 @@
-"""From a config to the objects it describes: data, noise schedule, level distribution, network and model.
+"""Builds the objects that a config describes: noise schedule, level distribution, network and model.
 
 Legend: L = T+2 noise levels, K classes.
 """
@@ -29,10 +29,10 @@ def build_schedule(config: ScheduleConfig) -> NoiseSchedule:
 
 
 def level_distribution(config: ScheduleConfig, schedule: NoiseSchedule) -> Tensor:
-    """p(t), (L,) float64, up to a factor: how often training draws each level.
+    """p(t), (L,) float64, up to a factor: the distribution of levels in training.
 
-    `uniform`: equal. `log-snr`: proportional to the step in log-SNR around the level; the two ends, whose
-    log-SNR is infinite, and their neighbours take the nearest finite step.
+    `uniform`: all equal. `log-snr`: proportional to the step in log-SNR around the level; the first and the
+    last level, whose log-SNR is infinite, and their neighbours use the nearest finite step.
     """
     if config.level_distribution == "uniform":
         return torch.ones(schedule.num_levels, dtype=torch.float64)
@@ -42,9 +42,9 @@ def level_distribution(config: ScheduleConfig, schedule: NoiseSchedule) -> Tenso
 
 
 def build_network(config: RunConfig) -> UNet | Encoder | UNetDenoiser | UNetClassifier:
-    """The untrained network of a run, its weights drawn from torch's global generator.
+    """The untrained network of a run, with weights drawn from torch's global generator.
 
-    Raises UserError for a config that cannot work.
+    Raises UserError for an inconsistent config.
     """
     check(config)
     network = config.network
@@ -85,7 +85,7 @@ def build_model(config: RunConfig) -> CDM | DDM | Classifier:
 
 
 def _classifier_level(config: RunConfig, schedule: NoiseSchedule) -> int:
-    """The level whose noise `--classifier-noise` names; 0 without."""
+    """The level whose noise is `--classifier-noise`; 0 without this option."""
     sigma = config.train.classifier_noise
     if not sigma:
         return 0
@@ -94,7 +94,7 @@ def _classifier_level(config: RunConfig, schedule: NoiseSchedule) -> int:
 
 
 def head_rank(config: RunConfig) -> int:
-    """The rank of a joint head, 0 for a full one: what the config says, or the default for its size."""
+    """The rank of a joint head, 0 for a full head: from the config, or the default for its size."""
     if config.network.head_rank is not None:
         return config.network.head_rank
     features = 2 * config.network.base_channels
@@ -114,7 +114,7 @@ def class_prior(config: RunConfig) -> Tensor | None:
 
 
 def class_labels(config: RunConfig, num: int, first: int = 0) -> Tensor | None:
-    """(num,) int64: the classes in turn, from image `first` on, for a class-conditional run, else None."""
+    """(num,) int64 labels that cycle through the classes, from image `first`; None without classes."""
     if config.network.conditioning == "none" or config.image.num_classes is None:
         return None
     return torch.arange(first, first + num) % config.image.num_classes

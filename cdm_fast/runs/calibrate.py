@@ -1,4 +1,4 @@
-"""Measuring the calibration of a model: log Z at every level, by particles.
+"""Measures the calibration of a model: log Z at every level, with particles.
 
 # L = T+2 noise levels
 """
@@ -28,12 +28,12 @@ def calibrate(
 
     Args:
         model: changed in place.
-        data: where the walks from data start.
-        particles, runs, moves, rungs, seed: as for `measure_log_z`.
-        progress: called with a message now and then.
+        data: the images at which the walks from data start.
+        particles, runs, moves, rungs, seed: as in `measure_log_z`.
+        progress: called with one-line messages.
 
     Raises:
-        UserError: as `measure_log_z` and `fold` do.
+        UserError: as in `measure_log_z` and `fold`.
     """
     require_head(model)
     weights = fingerprint(model.state_dict())

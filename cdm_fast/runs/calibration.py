@@ -27,7 +27,7 @@ from cdm_fast.nn import AdjointNetwork
 from cdm_fast.nn.heads import CumulativeHead
 
 FILE = "calibration.json"
-Kept = TypeVar("Kept")  # a dataclass that a run keeps as JSON
+Kept = TypeVar("Kept")  # a dataclass that a run stores as JSON
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Calibration:
     """log Z of every level, and how it was measured.
 
     Fields:
-        log_z: (L,) nats, of the walks down; 0 at level T+1. Between the rungs of a ladder it is interpolated.
+        log_z: (L,) nats, by the walks down; 0 at level T+1. It is interpolated between the rungs of a ladder.
         log_z_stderr: (L,) nats, standard error over runs.
-        log_z_up: nats, at level 0, of the walks from data; it should agree with `log_z[0]`.
+        log_z_up: nats, at level 0, by the walks from data; it should agree with `log_z[0]`.
         weights: `fingerprint` of the weights that were measured.
-        data, split: where the walks from data start.
+        data, split: the images at which the walks from data start.
         particles, runs, moves, seed: as in `measure_log_z`.
     """
 
@@ -59,15 +59,18 @@ class Calibration:
 def fold(model: CDM, log_z: tuple[float, ...]) -> None:
     """Subtracts `log_z` (L,) nats from the model's `log p_t`, for all classes, through the bias of its head.
 
-    Raises UserError for a network without a head of this library, or another number of levels.
+    Raises UserError for a network without a head of this library, or for another number of levels.
     """
     if len(log_z) != model.schedule.num_levels:
-        raise UserError(f"{len(log_z)} constants for the {model.schedule.num_levels} levels of this model")
+        raise UserError(
+            f"{len(log_z)} constants do not fit the {model.schedule.num_levels} levels of this model:"
+            " calibrate the run again"
+        )
     require_head(model).shift(-torch.tensor(log_z, dtype=torch.float64))
 
 
 def require_head(model: CDM) -> CumulativeHead:
-    """The head over levels whose bias takes the constants; UserError for a network of another program."""
+    """The head whose bias takes the constants; UserError for a network without a head of this library."""
     if not isinstance(model.network, AdjointNetwork):
         raise UserError(
             "calibration changes the bias of the head over levels, and this network has no such head;"
@@ -89,7 +92,7 @@ def remove_calibration(run: Path) -> None:
 
 
 def apply_calibration(model: Denoiser, run: str | Path) -> Calibration | None:
-    """Applies the calibration of a run to its model as trained, and returns it; None if there is none.
+    """Applies the calibration of a run to its uncalibrated model, and returns it; None if there is none.
 
     A calibration of other weights is skipped with a warning. Raises UserError for a file that
     `write_calibration` did not write.
@@ -118,7 +121,7 @@ def read_kept(kind: type[Kept], path: Path, remedy: str) -> Kept | None:
 
 
 def is_of(model: Denoiser, weights: str, path: Path, remedy: str) -> bool:
-    """Whether `path` was made for the model, whose weights then have the fingerprint; warns if not."""
+    """True if the fingerprint `weights` in `path` is that of the model; warns if not."""
     if isinstance(model, CDM) and weights == fingerprint(model.state_dict()):
         return True
     warnings.warn(f"{path} belongs to other weights and is ignored; {remedy}", stacklevel=3)
@@ -126,7 +129,7 @@ def is_of(model: Denoiser, weights: str, path: Path, remedy: str) -> bool:
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 (hex) of the names and numbers of a model's weights and buffers."""
+    """SHA-256 (hex) of the names and values of a model's weights and buffers."""
     found = hashlib.sha256()
     for name in sorted(weights):
         found.update(name.encode())

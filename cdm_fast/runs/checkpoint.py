@@ -1,4 +1,4 @@
-"""Run directories: their config and checkpoints, written atomically, and verified when they are read.
+"""Run directories: config and checkpoints, written atomically and verified when read.
 
     RUN/config.json                            the resolved RunConfig
     RUN/checkpoints/step-00001000/
@@ -8,8 +8,8 @@
         manifest.json                          size and SHA-256 of each file above
 
 Nothing is pickled. A checkpoint is written to a temporary directory, flushed to the disk and renamed, so a
-directory under its final name is complete; removal renames first, too. Reading takes the newest checkpoint
-whose checksums match.
+directory under its final name is complete; removal renames the directory first, too. Reading uses the newest
+checkpoint whose checksums match.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ from cdm_fast.host.reading import read_bytes, shown
 from cdm_fast.runs.tensor_file import HashedFile, write_tensors
 
 PARTS = ("model", "ema", "optimizer")
-_MAX_JSON_BYTES = 1 << 20  # config, state and manifest are a few kilobytes; more is not ours
+_MAX_JSON_BYTES = 1 << 20  # config, state and manifest have a few kilobytes; a larger file is not ours
 _FOLDER = re.compile(r"step-(\d{8,15})")
 
 
@@ -44,7 +44,8 @@ _FOLDER = re.compile(r"step-(\d{8,15})")
 class Checkpoint:
     """A checkpoint in host memory.
 
-    tensors: per part ("model", "ema", "optimizer"), tensors by name; state: JSON values, among them `step`.
+    tensors: tensors by name, for each part ("model", "ema", "optimizer"); state: JSON values, including
+    `step`.
     """
 
     tensors: Mapping[str, Mapping[str, Tensor]]
@@ -57,13 +58,13 @@ class Checkpoint:
 
 
 def read_config(run: str | Path) -> RunConfig:
-    """The config of a run directory; UserError when there is none, or it is invalid."""
+    """The config of a run directory; UserError if there is none, or it is invalid."""
     run = Path(run)
     if not run.is_dir():
         raise UserError(f"no run directory {run}; give the --out of a training run")
     if not (run / "config.json").is_file():
         raise UserError(
-            f"{run} is no run directory (it has no config.json); give the --out of a training run"
+            f"{run} is not a run directory (it has no config.json); give the --out of a training run"
         )
     config = from_json(RunConfig, _read_json(run / "config.json"), str(run / "config.json"))
     try:
@@ -132,10 +133,10 @@ def save_checkpoint(
 
 
 def load_checkpoint(run: str | Path, parts: Sequence[str] = PARTS, at_most: int | None = None) -> Checkpoint:
-    """The newest intact checkpoint of a run; a damaged one is named in a warning and the one before it tried.
+    """The newest intact checkpoint of a run; damaged ones are skipped with a warning.
 
     Args:
-        parts: of `PARTS`, those to read.
+        parts: the parts to read, from `PARTS`.
         at_most: ignore checkpoints of later steps.
 
     Raises UserError when no intact checkpoint is left.
@@ -151,7 +152,7 @@ def load_checkpoint(run: str | Path, parts: Sequence[str] = PARTS, at_most: int 
         try:
             return _read_parts(folder, parts)
         except (OSError, ValueError, SafetensorError) as error:
-            if folder.exists():  # otherwise a running training has just replaced it
+            if folder.exists():  # otherwise a training in progress has just removed it
                 warnings.warn(
                     f"checkpoint {folder} is damaged ({shown(str(error), 300)}); trying the one before",
                     stacklevel=2,
@@ -173,10 +174,10 @@ def checkpoint_folders(run: Path) -> list[Path]:
 
 
 def prepare_to_resume(run: Path, step: int) -> None:
-    """Tidies the directory of a run that continues from its checkpoint of `step`.
+    """Cleans up the directory of a run that continues from its checkpoint of `step`.
 
     Removes the temporary files of killed processes, and renames damaged newer checkpoints to damaged-N, so
-    that they neither pass for the newest nor count among those to keep. Raises DiskError.
+    that they are neither taken for the newest nor counted among those to keep. Raises DiskError.
     """
     with saving(run):
         remove_unfinished(run)
@@ -216,7 +217,7 @@ def _write_parts(folder: Path, checkpoint: Checkpoint, run: Path, proceed: Calla
 
 
 def _read_parts(folder: Path, parts: Sequence[str]) -> Checkpoint:
-    """Reads and verifies the named parts; ValueError, OSError or SafetensorError says what is wrong."""
+    """Reads and verifies the named parts; raises ValueError, OSError or SafetensorError if it cannot."""
     manifest = _read_json(folder / "manifest.json")
     state = parse_json(_read_verified(folder / "state.json", manifest))
     if not isinstance(state, dict) or type(state.get("step")) is not int or not 0 <= state["step"] < 2**53:
@@ -244,7 +245,7 @@ def _read_verified(path: Path, manifest: Any) -> bytes:
 
 
 def _read_json(path: Path) -> Any:
-    """The JSON value in a small file; UserError when it is none."""
+    """The JSON value in a small file; UserError if it is not valid JSON."""
     content = read_bytes(path, _MAX_JSON_BYTES, path.parent)
     try:
         return parse_json(content)

@@ -26,13 +26,13 @@ class Constants:
     """The constants of a model's logits, and how they were fitted.
 
     Fields:
-        bias: of the head, all of its entries, as `head.bias` has them.
-        by_class: of a class embedding, nats to add to the level logits given each class, (K+1) L numbers, the
-            null class last; empty for other models.
-        weights: `fingerprint` of the weights as trained.
+        bias: all entries of `head.bias`.
+        by_class: for a class embedding, nats to add to the level logits given each class, (K+1) L numbers,
+            the null class last; empty for other models.
+        weights: `fingerprint` of the trained weights.
         data, split: the images that were noised.
-        rows: how many noised images.
-        seed: of their draw.
+        rows: number of noised images.
+        seed: seed of their draw.
     """
 
     bias: tuple[float, ...]
@@ -46,11 +46,11 @@ class Constants:
 
 @torch.no_grad()
 def put_constants(model: CDM, constants: Constants) -> None:
-    """Sets the bias of the model's head, and its constants by class; UserError where they do not fit."""
+    """Sets the bias of the model's head, and its constants by class; UserError if they do not fit."""
     bias, classes = require_head(model).bias, (model.num_classes or 0) + 1
     shape = (classes, model.schedule.num_levels)
     if len(constants.bias) != len(bias) or len(constants.by_class) not in (0, math.prod(shape)):
-        raise UserError(f"{len(constants.bias)} constants for the {len(bias)} of this model's head")
+        raise UserError(f"{len(constants.bias)} constants do not fit the {len(bias)} of this model's head")
     bias.copy_(torch.tensor(constants.bias, dtype=torch.float64))
     if constants.by_class:
         by_class = torch.tensor(constants.by_class, dtype=torch.float64).view(shape)
@@ -70,7 +70,7 @@ def remove_constants(run: Path) -> None:
 
 
 def apply_constants(model: Denoiser, run: str | Path) -> Constants | None:
-    """Puts the constants of a run into its averaged model as trained, and returns them; None if it has none.
+    """Applies the constants of a run to its averaged model, and returns them; None if there are none.
 
     Constants of other weights are ignored with a warning. Raises UserError for a file that `write_constants`
     did not write.

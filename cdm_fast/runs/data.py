@@ -1,4 +1,4 @@
-"""The images of a run: its own, which must be those that it was trained on, or others read the same way."""
+"""The images of a run: its own, which must be unchanged since training, or others read the same way."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +12,11 @@ from cdm_fast.runs.checkpoint import load_checkpoint
 
 
 def in_place(config: RunConfig) -> RunConfig:
-    """The config with the path of its data made absolute, and the name as given kept beside it."""
+    """The config with the path of its data made absolute; the name as given is kept beside it."""
     source = config.data.source
     prefix = "hf:" if source.startswith("hf:") else ""
     if not source.removeprefix(prefix).strip():
-        return config  # an empty path would be the working folder; reading refuses it
+        return config  # an empty path would become the working folder; reading refuses it
     try:
         path = Path(source.removeprefix(prefix)).expanduser()
     except RuntimeError:
@@ -31,8 +31,8 @@ def in_place(config: RunConfig) -> RunConfig:
 def run_data(config: RunConfig, split: str, source: str | None = None) -> ImageData:
     """A split of the run's own data, or of `source` read the same way.
 
-    Other data are brought to the run's channels where that loses nothing: grey to colour, and colour that is
-    grey throughout to grey.
+    Other data are converted to the run's channels if that loses nothing: grey to colour, and colour images
+    that are entirely grey to grey.
     """
     own, channels = config.data, config.data.channels
     if source is not None and channels is None and config.image.channels == 3:
@@ -58,9 +58,9 @@ def run_data(config: RunConfig, split: str, source: str | None = None) -> ImageD
 
 
 def evaluation_data(run: Path, config: RunConfig, split: str, source: str | None = None) -> ImageData:
-    """`run_data` for a command that scores; the run's own data must be what it was trained on.
+    """`run_data` for a command that scores; the run's own data must be unchanged since training.
 
-    Raises UserError where they have changed: another cut would put training images into the test split.
+    Raises UserError if they have changed: a different split could put training images into the test split.
     """
     if source is None:
         require_own_data(run, config)
@@ -71,7 +71,7 @@ def require_own_data(run: Path, config: RunConfig) -> None:
     """UserError unless the run's source still holds the images that the run was trained on."""
     trained_on = load_checkpoint(run, parts=()).state.get("data_digest")
     if not trained_on:
-        return  # converted: what it was trained on is not known
+        return  # a converted run: its training data are not known
     data = config.data
     fit = Fit(data.image_size, data.channels, parse_crop(data.crop), data.resample)
     request = Request(data.source, fit, data.split_seed, data.hf_column, data.hf_split)

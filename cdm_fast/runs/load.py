@@ -26,15 +26,14 @@ def load(
     Args:
         run: a directory that `train` or `interop.convert` wrote.
         weights: "ema", the moving average, for sampling and scoring; or "raw", the current weights.
-        calibrated: apply the calibration of the averaged weights, if the run has one (`cdm-fast calibrate`);
-            ignored for "raw".
-        constants: apply the constants refitted for the averaged weights, if the run has them
+        calibrated: apply the calibration, if the run has one (`cdm-fast calibrate`); ignored for "raw".
+        constants: apply the refitted constants, if the run has them
             (`cdm-fast calibrate --method constants`); ignored for "raw".
 
     Raises:
-        UserError: `run` is no run directory, or has no intact checkpoint of its architecture.
+        UserError: `run` is not a run directory, or has no intact checkpoint of its architecture.
 
-    Example, with a run that was just initialised:
+    Example, with an untrained run:
         >>> import tempfile
         >>> from cdm_fast.config import NetworkConfig, OutputConfig, RunConfig, ScheduleConfig
         >>> from cdm_fast.runs.checkpoint import Checkpoint, create_run

@@ -1,8 +1,8 @@
 """Writes safetensors files one tensor at a time, for a background thread.
 
 The writer of the safetensors library holds two copies of the file in memory, and the interpreter lock while
-it copies. This one holds one tensor, and copies, hashes and writes without the lock. Files are read by the
-library.
+it copies. This writer holds one tensor, and copies, hashes and writes without the lock. Files are read with
+the library.
 """
 
 import hashlib
@@ -75,7 +75,7 @@ def write_tensors(file: HashedFile, tensors: Mapping[str, Tensor]) -> None:
 
     Raises ValueError naming the first tensor that holds a value that is not finite.
     """
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps them aligned
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps tensors aligned
     header, end = {}, 0
     for name in names:
         tensor = tensors[name]
@@ -96,7 +96,7 @@ def write_tensors(file: HashedFile, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _all_finite(values: NDArray[np.generic]) -> bool:
-    """Whether all values are finite: their sum is, or, where it overflows, each of them."""
+    """True if all values are finite: if their sum is, or else (the sum may overflow) if each of them is."""
     if values.dtype.kind != "f":
         return True
     with np.errstate(over="ignore", invalid="ignore"):

@@ -13,7 +13,7 @@ from cdm_fast.runs.build import build_network
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of a module's weights and buffers in host memory; training may go on while it is written."""
+    """A copy of a module's weights and buffers in host memory, which training does not change."""
     return {name: _host_copy(tensor) for name, tensor in module.state_dict().items()}
 
 
@@ -49,7 +49,7 @@ def _require_shapes(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor
 
 
 def restore_weights(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Loads `tensors` into the module; UserError that names the first one that does not fit."""
+    """Loads `tensors` into the module; UserError names the first tensor that does not fit."""
     expected = module.state_dict()
     _require_shapes(expected, tensors, where)
     for name, value in tensors.items():
@@ -65,7 +65,7 @@ def restore_weights(module: nn.Module, tensors: Mapping[str, Tensor], where: str
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, module: nn.Module, tensors: Mapping[str, Tensor], where: str
 ) -> None:
-    """Loads what `snapshot_optimizer` took; UserError when it belongs to another network or optimizer."""
+    """Restores a `snapshot_optimizer`; UserError if it belongs to another network or optimizer."""
     by_parameter: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, moment = key.rpartition(".")

@@ -1,8 +1,8 @@
-"""Corrected samplers: Metropolis-adjusted moves at each level on the way from noise to data.
+"""Corrected samplers (`mala`, `smc`): Metropolis-adjusted moves at each level on the path from noise to data.
 
-A predictor's step is never exact. For a composition or a guided model even infinitely many steps are not: its
-density at one level is not the noised density of the level below. Moves that leave `p_t` unchanged bring the
-images back to it.
+A predictor's step is never exact. For a composition or a guided model not even infinitely many steps are
+exact, because its density at one level is not the noised density of the level below. Moves that leave `p_t`
+invariant bring the distribution of the images back to it.
 
 Legend: B batch, t a level, t_prev the next one towards data, a = a[t], s = s[t].
 """
@@ -52,9 +52,9 @@ class MoveLog:
     """A callback that counts the moves of a corrected sampler at each level, over all batches.
 
     Fields:
-        leapfrog: steps of each move.
-        step_size: level -> h of its moves.
-        accepted, moved: level -> number of accepted moves (a scalar where the images are), and of all.
+        leapfrog: leapfrog steps per move.
+        step_size: level -> step size h of its moves.
+        accepted, moved: level -> number of accepted moves (a scalar on the images' device), and of all moves.
 
     >>> from cdm_fast.sampling.sampler import Moves, Step
     >>> log = MoveLog()
@@ -104,8 +104,8 @@ def mala(
 ) -> Tensor:
     """Annealed MALA, or HMC: moves at each level, then a DDIM step to the next; returns x0_hat.
 
-    The step uses the score of the last move, so a level costs 1 + moves x leapfrog evaluations. `step_size`
-    maps each level but 0 to h, as `find_step_sizes` returns it.
+    The DDIM step uses the score of the last move, so a level costs 1 + moves x leapfrog evaluations.
+    `step_size` maps each level except 0 to h, as returned by `find_step_sizes`.
     """
     draw = _DrawOfImages(noise)
     for t, t_prev in pairwise(grid):
@@ -119,7 +119,7 @@ def mala(
 
 
 def ddim_step(model: Denoiser, particles: Particles, t_prev: int) -> Tensor:
-    """DDIM eq. 12 with eta = 0 (arXiv 2010.02502) from the particles' level to t_prev, by their scores."""
+    """DDIM eq. 12 with eta = 0 (arXiv 2010.02502) from the particles' level to t_prev, using their scores."""
     a, s, t = model.schedule.a.tolist(), model.schedule.s.tolist(), particles.level
     x0_hat = (particles.x + s[t] ** 2 * particles.score) / a[t]
     return a[t_prev] * x0_hat - s[t_prev] * s[t] * particles.score
@@ -139,10 +139,10 @@ def smc(
 ) -> Tensor:
     """Sequential Monte Carlo: particles that are reweighted, resampled and moved (`langevin.anneal`).
 
-    Returns x0_hat of the last level above 0. Moves are local and cannot carry mass between separated modes;
-    weights can. The images of a batch and class are one population and depend on each other: some start as
-    copies of the same particle. Where that matters, draw more images than needed and keep some. `step_size`
-    maps each level but 0 to h, as `find_step_sizes` returns it.
+    Returns x0_hat at the last level above 0. Moves are local and cannot carry mass between separated modes;
+    weights can. The images of a batch and class form one population and depend on each other: some start as
+    copies of the same particle. Where that matters, draw more images than needed and keep some of them.
+    `step_size` maps each level except 0 to h, as returned by `find_step_sizes`.
     """
     generator, result = noise.generator(), torch.empty_like(x)
 
@@ -151,7 +151,7 @@ def smc(
             done = Moves(accepted, moves, leapfrog, step_size[particles.level])
             callback(Step(particles.level, particles.x, done))
 
-    classes = torch.zeros(len(x)) if label is None else label.cpu()  # how many of each, the host must know
+    classes = torch.zeros(len(x)) if label is None else label.cpu()  # the host must know the class counts
     for class_ in classes.unique():
         rows = upload((classes == class_).nonzero()[:, 0], x.device)
         label_rows = None if label is None else label[rows]
@@ -180,10 +180,11 @@ class Corrected(Sampler):
     """The base of `MALA` and `SMC`, which correct the images at each level by Metropolis-adjusted moves.
 
     Args:
-        moves: of each image at each level, 1 or more.
-        leapfrog: steps of each move, 1 or more: one is a Langevin move, several a Hamiltonian one (HMC).
-        step_size: level -> h of the moves, such as `MoveLog.step_size` of an earlier run; by default a pilot
-            run finds them.
+        moves: moves of each image at each level, at least 1.
+        leapfrog: leapfrog steps per move, at least 1: one step is a Langevin move, several a Hamiltonian move
+            (HMC).
+        step_size: level -> step size h, such as `MoveLog.step_size` of an earlier run; by default found by a
+            pilot run.
 
     Raises:
         UserError: a number below 1, or a level of the grid without a step size.
@@ -202,9 +203,9 @@ class Corrected(Sampler):
     def prepare(
         self, model: Denoiser, grid: Sequence[int], shape: tuple[int, ...], label: Tensor | None
     ) -> Run:
-        """The loop with its step sizes, by default from a pilot run of a fixed seed.
+        """The loop with its step sizes, by default found by a pilot run with a fixed seed.
 
-        Raises UserError for a model that knows no log p_t(x), and for a level without a step size.
+        Raises UserError for a model without log p_t(x), and for a level without a step size.
         """
         if not isinstance(model, Energy):
             raise UserError(
@@ -230,10 +231,11 @@ class MALA(Corrected):
     See also `SMC`, which carries mass between separated modes too, and `MoveLog`, for the acceptance rates.
 
     Args:
-        moves: of each image at each level, 1 or more.
-        leapfrog: steps of each move, 1 or more: one is a Langevin move, several a Hamiltonian one (HMC).
-        step_size: level -> h of the moves, such as `MoveLog.step_size` of an earlier run; by default a pilot
-            run finds them.
+        moves: moves of each image at each level, at least 1.
+        leapfrog: leapfrog steps per move, at least 1: one step is a Langevin move, several a Hamiltonian move
+            (HMC).
+        step_size: level -> step size h, such as `MoveLog.step_size` of an earlier run; by default found by a
+            pilot run.
 
     Raises:
         UserError: a number below 1, or a level of the grid without a step size.
@@ -256,9 +258,9 @@ class MALA(Corrected):
 
 @dataclass(frozen=True)
 class SMC(Corrected):
-    """Sequential Monte Carlo: the images of a batch and class are one population of particles (`smc`).
+    """Sequential Monte Carlo: the images of a batch and class form one population of particles (`smc`).
 
-    At each level they are reweighted, resampled where the weights are too uneven, and moved.
+    At each level they are reweighted, resampled if the weights are too uneven, and moved.
     Arguments and errors are those of `MALA`.
 
     >>> from cdm_fast import CDM, MLP, NoiseSchedule, sample
@@ -285,7 +287,7 @@ def find_step_sizes(
     label: Tensor | None = None,  # of the images to come, (N,) int64
     leapfrog: int = 1,
 ) -> dict[int, float]:
-    """Step sizes of the moves at each level of the grid but 0, level -> h, from a pilot run of a fixed seed.
+    """Step sizes at each level of the grid except 0, level -> h, found by a pilot run with a fixed seed.
 
     See `langevin.tune_step_sizes`.
     """

@@ -1,10 +1,10 @@
 """Metropolis-adjusted Langevin and Hamiltonian moves at one noise level, and annealing along many levels.
 
 An energy (a CDM, or a composition of CDMs) knows both `log p_t` and its gradient, so a proposal along the
-gradient can be accepted or rejected exactly: the moves leave the model's density at the level unchanged,
-whatever the step size (Roberts & Tweedie 1996; Duane et al. 1987).
+gradient can be accepted or rejected exactly: the moves leave the model's density at the level invariant for
+every step size (Roberts & Tweedie 1996; Duane et al. 1987).
 
-# N particles, d values of one, L = T+2 noise levels, K rungs of a ladder of levels
+# N particles, d values per particle, L = T+2 noise levels, K rungs of a ladder of levels
 """
 
 import math
@@ -20,12 +20,12 @@ from cdm_fast.host.device import upload
 from cdm_fast.model import Energy, evaluation_mode
 from cdm_fast.model.schedule import NoiseSchedule
 
-# Relative spread of the step length of paths of several steps: paths of one fixed length may be periodic.
+# Relative spread of the step length in paths of several steps: paths of a fixed length may be periodic.
 JITTER = 0.2
 
 
 class Draw(Protocol):
-    """A source of random numbers for particles x (N, ...); each call draws anew."""
+    """A source of random numbers for particles x (N, ...); each call draws new numbers."""
 
     def normal(self, x: Tensor) -> Tensor:
         """N(0, I) like x."""
@@ -36,7 +36,7 @@ class Draw(Protocol):
 
 @dataclass(frozen=True)
 class DrawFrom:
-    """Draws from one generator on the CPU, the same numbers for particles on any device.
+    """Draws from one generator on the CPU: the same numbers for particles on any device.
 
     >>> DrawFrom(torch.Generator().manual_seed(0)).uniform(torch.zeros(3, 2)).shape
     torch.Size([3])
@@ -67,7 +67,7 @@ class Particles:
 
     Fields:
         x: (N, ...).
-        level: the level of the density that the moves leave unchanged.
+        level: the level whose density the moves leave invariant.
         log_prob: (N, L) `log p_t(x)` at every level, nats.
         score: like x, `grad_x log p_level(x)`.
         label: (N,) int64 classes, or None.
@@ -103,15 +103,15 @@ def hmc(
 
     and its end is accepted with probability `min(1, exp(log p(x') - log p(x) + |p|^2/2 - |p'|^2/2))` (Duane
     et al. 1987). One step is the Langevin move of MALA, `x' = x + h score(x) + sqrt(2h) p`. Several steps go
-    further in one direction than as many moves would; e is then drawn for each particle within 20 % of
-    sqrt(2h). A move costs `leapfrog` evaluations of the model.
+    further in one direction than the same number of moves would; e is then drawn for each particle within
+    20 % of sqrt(2h). A move costs `leapfrog` evaluations of the model.
 
     Args:
         model: the energy.
         particles: N particles, at the level of the density.
         step_size: h, in units of x squared.
-        draw: the random numbers.
-        leapfrog: steps of the path, 1 or more.
+        draw: source of random numbers.
+        leapfrog: leapfrog steps of the path, at least 1.
 
     >>> from cdm_fast import CDM, MLP, NoiseSchedule
     >>> schedule = NoiseSchedule.uniform(T=10)
@@ -171,7 +171,7 @@ def ladder(schedule: NoiseSchedule, rungs: int | None = None, lowest: int = 1) -
 
 
 def stay(particles: Particles, level: int) -> Tensor:
-    """x of the particles, unchanged: the default of `tune_step_sizes` for going to the next level."""
+    """The particles' x unchanged: the default transition of `tune_step_sizes` to the next level."""
     return particles.x
 
 
@@ -188,19 +188,19 @@ def tune_step_sizes(
 ) -> dict[int, float]:
     """A step size for each level, found by moving particles down the levels.
 
-    At each level the logarithm of the step size starts from the level before and follows the acceptance
-    towards `target_acceptance` (Robbins & Monro 1951). The sizes are fixed afterwards, so that later moves
-    leave the density unchanged exactly.
+    At each level the logarithm of the step size starts at the value of the previous level and is adapted
+    towards `target_acceptance` (Robbins & Monro 1951). The sizes are fixed afterwards, so later moves leave
+    the density exactly invariant.
 
     Args:
         model: the energy.
         x: (N, ...) ~ N(0, I), the particles at the first level.
-        levels: falling, from T+1 or T.
-        generator: of the moves.
-        moves: at each level; 20 more at the first.
-        label: (N,) int64, of a class-conditional model.
-        carry: particles and the next level -> x (N, ...) there; by default x as it is.
-        leapfrog: steps of each move.
+        levels: falling levels, starting at T+1 or T.
+        generator: random numbers of the moves.
+        moves: moves at each level; 20 more at the first.
+        label: (N,) int64, for a class-conditional model.
+        carry: (particles, next level) -> x (N, ...) at that level; by default x unchanged.
+        leapfrog: leapfrog steps per move.
 
     Returns:
         level -> h, in units of x squared.
@@ -226,8 +226,8 @@ class Annealed:
     Fields:
         x: (N, ...) particles; with their weights they represent the model's density at the last level.
         log_weight: (N,) float64, normalised.
-        log_ratio: (K,) estimates of `log Z[levels[k]] / Z[levels[0]]`; the exponential is unbiased if the
-            particles start as draws from the density of the first level.
+        log_ratio: (K,) estimates of `log(Z[levels[k]] / Z[levels[0]])`; their exponentials are unbiased if
+            the particles start as draws from the density of the first level.
         ess: (K,) effective sample size over N after each reweighting, before resampling.
         acceptance: (K,) acceptance rate of the moves at each level; NaN at the first, where there are none.
     """
@@ -254,20 +254,20 @@ def anneal(
 ) -> Annealed:
     """Annealed importance sampling (arXiv physics/9803008) with resampling (Del Moral et al. 2006).
 
-    At each level after the first the particles are reweighted, resampled where the weights are too uneven,
-    and moved.
+    At each level after the first the particles are reweighted, resampled if the weights are too uneven, and
+    moved.
 
     Args:
         model: the energy.
         x: (N, ...) draws from the density of `levels[0]`.
         levels: K levels in order, falling or rising.
-        step_sizes: of the moves at each level but the first, from `tune_step_sizes`.
-        generator: of the moves and of resampling.
-        moves: at each level.
+        step_sizes: level -> h for each level except the first, from `tune_step_sizes`.
+        generator: random numbers of moves and resampling.
+        moves: moves at each level.
         resample_below: effective sample size over N below which particles are resampled; 0 never resamples.
-        label: (N,) int64, the same class for all: resampling must not mix classes.
-        leapfrog: steps of each move.
-        on_level: called after the moves of a level with the particles and (N,) the accepted fraction of each.
+        label: (N,) int64, the same class for all, because resampling must not mix classes.
+        leapfrog: leapfrog steps per move.
+        on_level: called after the moves of each level with the particles and their accepted fractions (N,).
     """
     particles, draw = Particles.at(model, x, levels[0], label), DrawFrom(generator)
     log_weight = torch.full((len(x),), -math.log(len(x)), dtype=torch.float64, device=x.device)
@@ -278,7 +278,7 @@ def anneal(
         norm = log_weight.logsumexp(0)
         log_weight = log_weight - norm
         size = (-(2 * log_weight).logsumexp(0)).exp()
-        found = torch.stack([norm, size]).tolist()  # the one wait of a level: whether to resample
+        found = torch.stack([norm, size]).tolist()  # the only synchronisation per level
         total += found[0]
         log_ratio.append(total)
         ess.append(found[1] / len(x))
@@ -305,7 +305,7 @@ def move(
 ) -> tuple[Particles, Tensor]:
     """`moves` moves (`hmc`) of `x` (N, ...) at `level`: (particles, accepted fraction (N,) float64).
 
-    Arguments as of `hmc`; without moves the fraction is NaN.
+    Arguments as in `hmc`; without moves the fraction is NaN.
     """
     particles = Particles.at(model, x, level, label)
     count = torch.zeros(len(x), dtype=torch.float64, device=x.device)
@@ -316,7 +316,7 @@ def move(
 
 
 def resample(log_weight: Tensor, generator: torch.Generator) -> Tensor:
-    """(N,) int64 indices by systematic resampling; the copies of i differ from N w_i by less than one.
+    """(N,) int64 indices by systematic resampling; index i occurs N w_i times, rounded up or down.
 
     `log_weight` (N,) are the log-weights, up to a constant.
 

@@ -1,4 +1,4 @@
-"""Normal noise of each image as a function of (seed, image, draw).
+"""Gaussian noise for each image as a function of (seed, image, draw).
 
 # B batch
 """
@@ -12,16 +12,16 @@ from cdm_fast.ops.image_noise import image_normals, image_words
 
 
 class ImageNoise:
-    """Standard normal noise of the images `batch`, keyed by (seed, image, draw).
+    """Standard normal noise for a batch of images, determined by (seed, image, draw).
 
-    Each call is the next draw, (B, *shape) in the dtype and on the device of `like`. The counter of a Philox
-    block is (block within the image, stream, image, draw), so that the noise of an image depends neither on
+    Each call returns the next draw, (B, *shape) in the dtype and on the device of `like`. The counter of a
+    Philox block is (block within the image, stream, image, draw), so the noise of an image depends neither on
     its batch nor on the device.
 
     Args:
         seed: 0..2^64 - 1.
-        batch: the numbers of the images, a slice with start and stop.
-        shape: of one image.
+        batch: the indices of the images, a slice with start and stop.
+        shape: shape of one image.
         like: any tensor of the wanted dtype and device.
 
     >>> noise = ImageNoise(0, slice(0, 4), (2,), torch.zeros(1))
@@ -39,12 +39,12 @@ class ImageNoise:
         return normals.view(-1, *self.shape).to(self.dtype)
 
     def uniform(self) -> Tensor:
-        """The next draw, one number in (0, 1) for each image: (B,) float64."""
+        """The next draw: one uniform number in (0, 1) for each image, (B,) float64."""
         return (image_words(self.image, 1, self.seed, self._next())[:, 0].double() + 0.5) * 2.0**-32
 
     def generator(self) -> torch.Generator:
-        """A generator for draws of the batch as a whole, such as resampling; seeded by the first image."""
-        first = torch.tensor([self.first])  # on the host: nothing there waits for a device
+        """A generator for draws that concern the whole batch, such as resampling."""
+        first = torch.tensor([self.first])  # on the host, so that nothing waits for a device
         low, high = image_words(first, 2, self.seed, self._next())[0].tolist()
         return torch.Generator().manual_seed(low | high << 32)
 

@@ -1,18 +1,18 @@
-"""Plain samplers: from noise to images, one visible loop per algorithm.
+"""Plain samplers (DDPM, DDIM, DPM-Solver++, Heun, Euler): one explicit loop per algorithm.
 
 Legend: B batch, t a level, t_prev the next one towards data, a = a[t], s = s[t], sigma = s/a.
 
 Every loop visits the levels of a grid, such as `model.schedule.grid(50)`, from T down to 0, where it returns
-x0_hat. `sample` starts it from x ~ N(0, I). Level T still holds a little signal, so the exact start is
-N(a_T E[x_0], a_T^2 Cov[x_0] + s_T^2 I): the difference is of order a_T (0.1 for `uniform` at T = 200, 0.001
-for `ot` at T = 1000) and vanishes as T grows.
+x0_hat. `sample` starts it from x ~ N(0, I). Level T still contains a little signal, so the exact starting
+distribution has mean a_T E[x_0] and covariance a_T^2 Cov[x_0] + s_T^2 I: the difference is of order a_T (0.1
+for `uniform` at T = 200, 0.001 for `ot` at T = 1000) and vanishes as T grows.
 
-The grid of the second-order samplers is even in log-SNR by default: on closed-form data they converge at
-their order only on such a grid (on one even in the level index the first steps are too long). The others do
-better on a grid even in the level index.
+The grid of the second-order samplers is evenly spaced in log-SNR by default: on data with closed-form scores
+they reach their order of convergence only on such a grid (with even spacing in the level index the first
+steps are too long). The other samplers do better with even spacing in the level index.
 
-These samplers use `schedule`, `denoise` and `predict_x0` of a model and nothing else, so a wrapper that
-changes what these return (`Guided`) needs no sampler of its own. Those of `corrected.py` use `log p_t` too.
+These samplers use only `schedule`, `denoise` and `predict_x0` of a model, so a wrapper that changes what
+these return (`Guided`) needs no sampler of its own. The samplers of `corrected.py` also use `log p_t`.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ def ddpm(
 
     With `x_t = r x_prev + sqrt(v) z`, `r = a/a_prev`, `v = s^2 - r^2 s_prev^2` it is Gaussian with mean
     `a_prev (v/s^2) x0_hat + r (s_prev^2/s^2) x_t` and variance `v s_prev^2/s^2`; for a variance-preserving
-    schedule, DDPM eqs. 6-7 (arXiv 2006.11239). `ddim` with eta = 1 draws from the same law.
+    schedule, DDPM eqs. 6-7 (arXiv 2006.11239). `ddim` with eta = 1 samples from the same distribution.
     """
     a, s = model.schedule.a.tolist(), model.schedule.s.tolist()
     for t, t_prev in pairwise(grid):
@@ -68,7 +68,7 @@ def ddim(
     eta: float = 0.0,
     callback: Callback | None = None,
 ) -> Tensor:
-    """DDIM eq. 12 (arXiv 2010.02502) for any schedule; deterministic at eta = 0, the law of DDPM at eta = 1.
+    """DDIM eq. 12 (arXiv 2010.02502) for any schedule: deterministic at eta = 0, as DDPM at eta = 1.
 
     `x_prev = a_prev x0_hat + sqrt(s_prev^2 - c^2) eps_hat + c z` with
     `c = eta s_prev sqrt(1 - (sigma_prev/sigma)^2)`.
@@ -95,12 +95,12 @@ def dpm_solver_pp_2m(
     *,
     callback: Callback | None = None,
 ) -> Tensor:
-    """DPM-Solver++(2M), arXiv 2211.01095, algorithm 2: second order, one evaluation a step; deterministic.
+    """DPM-Solver++(2M), arXiv 2211.01095, algorithm 2: second order, one evaluation per step; deterministic.
 
     With `lambda = log(a/s)` and `h = lambda_prev - lambda` a step is
     `x_prev = (s_prev/s) x - a_prev (exp(-h) - 1) D`, `D = x0_hat + h/(2 h_before) (x0_hat - x0_hat_before)`.
-    `x0_hat_before` and `h_before` are those of the step before. The first step has none and the last has
-    h = inf: both use D = x0_hat.
+    `x0_hat_before` and `h_before` are those of the previous step. The first step has no previous one and the
+    last has h = inf: both use D = x0_hat.
     """
     a, s, log_snr = (table.tolist() for table in (model.schedule.a, model.schedule.s, model.schedule.log_snr))
     x0_before, h_before = None, 0.0
@@ -128,7 +128,7 @@ def heun(
 ) -> Tensor:
     """Heun's method on the probability-flow ODE, arXiv 2206.00364, algorithm 1; deterministic.
 
-    In `y = x/a` and sigma the ODE is `dy/dsigma = eps_hat(a y, t)`. Two evaluations a step, one in the last.
+    With `y = x/a` the ODE is `dy/dsigma = eps_hat(a y, t)`. Two evaluations per step, one in the last.
     """
     a, sigma = model.schedule.a.tolist(), model.schedule.sigma.tolist()
     y = x / a[grid[0]]
@@ -174,12 +174,12 @@ def euler_ot(
 
 @dataclass(frozen=True)
 class Plain(Sampler):
-    """A sampler without options, made of its loop.
+    """A sampler without options, built from its loop.
 
     Args:
-        name: for messages.
+        name: used in messages.
         run: the loop, such as `heun`.
-        spacing: of its levels where only their number is given.
+        spacing: spacing of the levels if only their number is given.
     """
 
     name: str
@@ -195,10 +195,10 @@ class Plain(Sampler):
 
 @dataclass(frozen=True)
 class DDIM(Sampler):
-    """DDIM with a choice of its noise (`ddim`).
+    """DDIM with an option for its noise (`ddim`).
 
     Args:
-        eta: 0..1; 0 is deterministic, 1 draws from the law of DDPM.
+        eta: 0..1; 0 is deterministic, 1 samples from the distribution of DDPM.
 
     Raises:
         UserError: an eta outside 0..1.

@@ -1,7 +1,7 @@
 """Restoration: draws from p(x_0 | y) for a linear measurement y = A x_0 + sigma n, ranked by the model.
 
-`Posterior` is an `Energy` like its prior, so `MALA` and `SMC` draw from it. docs/explanation/energy.md
-derives its path from noise to data and shows that it is exact at both ends.
+`Posterior` is an `Energy` like its prior, so `MALA` and `SMC` sample from it. docs/explanation/energy.md
+derives its path from noise to data and shows that the path is exact at both ends.
 
 # B batch, k measured values, L = T+2 noise levels, N candidates
 """
@@ -22,7 +22,7 @@ from cdm_fast.sampling.sample import sample
 from cdm_fast.sampling.sampler import Callback, Sampler
 
 RESTORER = MALA(moves=4)
-LEVEL_DRAWS = 8  # of the noise with which candidates are compared at a level above 0
+LEVEL_DRAWS = 8  # noise draws with which candidates are compared at a level above 0
 
 
 class Measurement(nn.Module):
@@ -32,12 +32,12 @@ class Measurement(nn.Module):
 
     Args:
         y: the measured values, k of them in any shape.
-        sigma: standard deviation of its noise, in the images' units, positive.
-        shape: of one image.
-        gain: squared length of a row of A.
+        sigma: standard deviation of the noise, in the images' units, positive.
+        shape: shape of one image.
+        gain: squared norm of a row of A.
 
     Raises:
-        UserError: no measured value, one that is not finite, or a sigma that is not positive and finite.
+        UserError: no measured value, a value that is not finite, or a sigma that is not positive and finite.
     """
 
     y: Tensor
@@ -49,7 +49,7 @@ class Measurement(nn.Module):
         if not bool(torch.isfinite(y).all()):
             raise UserError("the measurement holds a value that is not finite")
         if not (sigma > 0 and math.isfinite(sigma)):
-            raise UserError(f"sigma is {sigma}: the noise of a measurement is a positive number")
+            raise UserError(f"sigma is {sigma}: give a positive standard deviation of the noise")
         self.register_buffer("y", y.flatten())
         self.sigma, self.shape, self.gain = float(sigma), tuple(shape), gain
 
@@ -125,30 +125,30 @@ class MeanPool(Measurement):
         return F.avg_pool2d(x, self.factor).flatten(1)
 
     def transpose(self, values: Tensor) -> Tensor:
-        """Each value, over factor^2, at the pixels of its mean: (B, C, H, W) for values (B, k)."""
+        """Each value, divided by factor^2, at all pixels of its block: (B, C, H, W) for values (B, k)."""
         small = values.view(-1, *self.small_shape)
         return small.repeat_interleave(self.factor, 2).repeat_interleave(self.factor, 3) / self.factor**2
 
 
 class Posterior(Wrapper[Energy], Energy):
-    """The posterior p(x_0 | y) of a measurement, as an energy on a path of its own.
+    """The posterior p(x_0 | y) given a measurement, as an energy with its own path from noise to data.
 
     `log q_t(x) = log p_t(x) + log N(y; m_t A x, sigma^2 I + r_t^2 A A^T)`, up to a constant per level.
 
     `m_t x` with `m_t = a / (a^2 + s^2)`, and `r_t^2 = s^2 / (a^2 + s^2)`, are the mean and the variance of
     x_0 | x_t = x under x_0 ~ N(0, I). Both ends are exact for any data: level 0 is log p(x) + log p(y | x),
-    level T+1 is N(0, I). The levels between them are p(x_t | y) for N(0, I) data, and a path otherwise. The
-    variance is that of pseudoinverse guidance (Song et al., ICLR 2023). The mean there is the denoiser's,
-    whose gradient needs a Jacobian of the network; a mean linear in x needs none.
+    level T+1 is N(0, I). The levels between them are p(x_t | y) if the data are N(0, I), and otherwise merely
+    a path. The variance is that of pseudoinverse guidance (Song et al., ICLR 2023). Their mean is the
+    denoiser's output, whose gradient needs a Jacobian of the network; a mean linear in x needs none.
 
-    See also `restore`, which draws from it and ranks what it has drawn.
+    See also `restore`, which draws from the posterior and ranks the draws.
 
     Args:
         model: the prior.
-        measurement: of one image.
+        measurement: a measurement of one image.
 
     Raises:
-        UserError: a model that knows no log p(x), or an image of another shape.
+        UserError: a model without log p(x), or an image of another shape.
     """
 
     mean: Tensor
@@ -156,12 +156,12 @@ class Posterior(Wrapper[Energy], Energy):
 
     def __init__(self, model: Energy, measurement: Measurement) -> None:
         if not isinstance(model, Energy):
-            raise UserError(f"a {type(model).__name__} knows no log p(x) and has no posterior: give a CDM")
+            raise UserError(f"a {type(model).__name__} has no log p(x), hence no posterior: give a CDM")
         super().__init__(model)
         self.input_shape = model.input_shape or measurement.shape
         if self.input_shape != measurement.shape:
             raise UserError(
-                f"a measurement of an image of shape {measurement.shape}: the model's are {self.input_shape}"
+                f"the measured image has shape {measurement.shape}: the model's images are {self.input_shape}"
             )
         self.measurement = measurement
         power = self.a**2 + self.s**2
@@ -191,7 +191,7 @@ class Posterior(Wrapper[Energy], Energy):
     def log_prob_levels_and_score(
         self, x: Tensor, level: int | Tensor, label: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As of `Energy`."""
+        """As in `Energy`."""
         log_prob, score = self.model.log_prob_levels_and_score(x, level, label)
         return log_prob.double() + self.log_likelihood_levels(x), score + self.log_likelihood_score(x, level)
 
@@ -212,7 +212,7 @@ class Restored:
 
     @property
     def mean(self) -> Tensor:
-        """The mean of the candidates, (...): the estimate of least mean squared error."""
+        """The mean of the candidates, (...): an estimate of least mean squared error."""
         return self.images.mean(0)
 
 
@@ -229,15 +229,15 @@ def restore(
     label: int | None = None,
     callback: Callback | None = None,
 ) -> Restored:
-    """Draws `candidates` images of p(x_0 | y) and ranks them by `log_prob_at`.
+    """Draws `candidates` images from p(x_0 | y) and ranks them by `log_prob_at`.
 
     Args:
-        model: the prior: a `CDM`, one class of it, or a composition.
+        model: the prior: a `CDM`, one of its classes, or a composition.
         measurement: `Known` values or `MeanPool` means of one image.
         candidates: how many images to draw.
-        steps, seed, label, callback: as for `sample`.
-        level: of the ranking, 0..T.
-        sampler: as for `sample`; only corrected ones, `MALA` and `SMC`, draw from the posterior.
+        steps, seed, label, callback: as in `sample`.
+        level: noise level of the ranking, 0..T.
+        sampler: as in `sample`; only the corrected samplers, `MALA` and `SMC`, sample from the posterior.
 
     Raises:
         UserError: a model without log p(x), or an argument out of range.
@@ -254,7 +254,7 @@ def restore(
     if candidates < 1:
         raise UserError(f"{candidates} candidates: draw 1 or more")
     if not 0 <= level <= model.schedule.T:
-        raise UserError(f"level {level}: candidates differ at the levels 0 to T = {model.schedule.T}")
+        raise UserError(f"level {level}: candidates are ranked at a level from 0 to T = {model.schedule.T}")
     x = sample(posterior, candidates, sampler, steps, seed, label=label, callback=callback)
     log_prob = log_prob_at(model, x, level, label)
     order = log_prob.argsort(descending=True, stable=True)
@@ -263,10 +263,10 @@ def restore(
 
 @evaluation_mode
 def log_prob_at(model: Energy, x: Tensor, level: int, label: int | None = None, seed: int = 0) -> Tensor:
-    """The log-density by which candidates are ranked, of clean images x (B, ...): (B,) float64 nats.
+    """The log-density by which candidates are ranked, for clean images x (B, ...): (B,) float64 nats.
 
-    At level 0 it is `log p(x)`; above it the mean of `log p_t(a x + s eps)` over `LEVEL_DRAWS` draws of eps,
-    the same for every image: a comparison that ignores details smaller than the noise.
+    At level 0 it is `log p(x)`; at higher levels the mean of `log p_t(a x + s eps)` over `LEVEL_DRAWS` draws
+    of eps, the same for every image: a comparison that ignores details smaller than the noise.
     """
     labels = None if label is None else torch.full((len(x),), label, device=x.device)
     if level == 0:

@@ -1,4 +1,4 @@
-"""Images drawn from a model by any of the samplers, in batches and among processes.
+"""`sample`: draws images from a model with any sampler, in batches and on several processes.
 
 # B batch
 """
@@ -52,24 +52,24 @@ def sample(
 ) -> Tensor:
     """Draws `num` images from the model: `(num, *shape)`, in the dtype and on the device of its parameters.
 
-    Image i depends on the seed, i and its label alone, so the result does not depend on `batch_size` or on
-    the number of processes among which the images are divided, up to rounding. `SMC` is an exception: its
-    batches are populations. Global random generators are neither read nor changed, and dropout is off.
+    Image i depends only on the seed, i and its label, so the result does not depend on `batch_size` or on the
+    number of processes, up to rounding. `SMC` is an exception: its batches are populations. Global random
+    generators are neither read nor changed, and dropout is off.
 
     Args:
-        model: a `CDM`, a `DDM`, or anything made of them: compositions, `Guided`, `Posterior`, ...
+        model: a `CDM`, a `DDM`, or anything built from them: compositions, `Guided`, `Posterior`, ...
         num: number of images, 0 or more.
         sampler: a name of `SAMPLERS`, or a sampler with options, such as `DDIM(eta=1.0)` or `MALA(moves=4)`.
-        steps: the number of steps, 1..T, spaced as suits the sampler; or the levels to visit, falling from T
-            to 0, such as `model.schedule.grid(20, "log_snr")`.
+        steps: the number of steps, 1..T, with the spacing that suits the sampler; or the levels to visit,
+            falling from T to 0, such as `model.schedule.grid(20, "log_snr")`.
         seed: 0..2^64 - 1.
         label: one class for all, or (num,) int64.
         guidance: w in `(1 + w) eps_hat(x, label) - w eps_hat(x)` (arXiv 2207.12598).
         batch_size: number of images to draw at once.
-        shape: of one image; `model.input_shape` by default.
-        precision: of the network; "bf16" runs it under autocast, and images stay fp32.
+        shape: shape of one image; `model.input_shape` by default.
+        precision: precision of the network; "bf16" runs it under autocast, and images stay fp32.
         callback: called with a `Step` after each step of each batch of this process; see also `MoveLog`.
-        first: index of the first image: images `first` to `first + num - 1` of the seed are drawn.
+        first: index of the first image: draws images `first` to `first + num - 1` of this seed.
 
     Raises:
         UserError: an argument out of range, or a sampler that does not suit the model.
@@ -135,7 +135,7 @@ def _guided(model: Denoiser, guidance: float, labels: Tensor | None) -> Denoiser
     if not isfinite(guidance):
         raise UserError(f"guidance is {guidance}: it must be a finite number")
     if labels is None:
-        raise UserError(f"guidance is {guidance}, but towards no class: pass label= too")
+        raise UserError(f"guidance is {guidance}, but there is no class to guide towards: pass label= too")
     return GuidedEnergy(model, guidance) if isinstance(model, Energy) else Guided(model, guidance)
 
 

@@ -1,4 +1,4 @@
-"""The interface between `sample` and the samplers, and between samplers and callbacks.
+"""The interfaces between `sample` and the samplers, and between samplers and callbacks.
 
 # B batch
 """
@@ -14,11 +14,11 @@ from cdm_fast.errors import UserError
 from cdm_fast.model import Denoiser
 from cdm_fast.model.schedule import Spacing
 
-Noise = Callable[[], Tensor]  # each call: fresh N(0, I) of the batch's shape
+Noise = Callable[[], Tensor]  # each call returns new N(0, I) noise of the batch's shape
 
 
 class BatchNoise(Protocol):
-    """Noise of a batch of images (`ImageNoise`): normals by a call, uniforms, and a generator."""
+    """Random numbers for a batch of images (`ImageNoise`): normal, uniform, and a generator."""
 
     def __call__(self) -> Tensor:
         """(B, ...) N(0, I)."""
@@ -35,9 +35,9 @@ class Moves:
     """Metropolis-adjusted moves of a batch at one level.
 
     Fields:
-        accepted: (B,) float64, the fraction of each image's moves that was accepted.
-        count: moves of each image.
-        leapfrog: steps of each move.
+        accepted: (B,) float64, the fraction of each image's moves that were accepted.
+        count: moves per image.
+        leapfrog: leapfrog steps per move.
         step_size: h of each step, in units of x squared.
     """
 
@@ -51,12 +51,13 @@ class Moves:
 class Step:
     """The state of a sampler after a step, as its callback receives it.
 
-    Plain samplers report each level that they reach. Corrected ones report each level after its moves, and 0.
+    Plain samplers report each level that they reach. Corrected samplers report each level after its moves,
+    and level 0.
 
     Fields:
         level: t; 0 at the end.
         x: (B, ...) images of the current batch at that level.
-        moves: the moves of a corrected sampler at that level; None for others, and at level 0.
+        moves: the moves of a corrected sampler at that level; None for other samplers, and at level 0.
     """
 
     level: int
@@ -87,12 +88,12 @@ class Run(Protocol):
 class Sampler:
     """The base of all samplers: an algorithm with its options, as `sample` takes it.
 
-    `SAMPLERS` holds those with default options by name. A sampler of your own subclasses this.
+    `SAMPLERS` maps names to samplers with default options. Subclass this for a sampler of your own.
 
     Attributes:
         name: its key in `SAMPLERS`, used in messages.
-        spacing: of its levels where only their number is given, see `NoiseSchedule.grid`.
-        compares_densities: whether it compares values of `log p_t`, for which bf16 is too coarse.
+        spacing: spacing of the levels if only their number is given, see `NoiseSchedule.grid`.
+        compares_densities: True if it compares values of `log p_t`, for which bf16 is too coarse.
     """
 
     name: str

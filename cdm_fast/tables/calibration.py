@@ -1,8 +1,8 @@
 """Calibrated log ratios: `sum_e alpha_e log_ratio_e + c`, by logistic regression on rows unseen in training.
 
-An overconfident network has alpha < 1, one that learned nothing alpha = 0. Several experts are weighed
-against each other (stacking: Wolpert, 1992). The logistic loss is smallest where the sum is the log ratio of
-the two densities as well as these numbers can make it.
+An overconfident network gets alpha < 1, a network that learned nothing alpha = 0. Several experts are
+weighted against each other (stacking: Wolpert, 1992). The logistic loss is smallest where the sum is the best
+approximation of the log ratio of the two densities.
 
 # n, m rows of the numerator and of the denominator, E experts
 """
@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 NEWTON_STEPS = 50
-# No constant is larger, in nats.
+# Largest absolute value of the constant, in nats.
 LARGEST_OFFSET = 50.0
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """`alpha`, one for each expert, at least 0, and `c` in nats."""
+    """`alpha`, one non-negative number per expert, and `c` in nats."""
 
     alpha: tuple[float, ...] = (1.0,)
     c: float = 0.0
@@ -37,11 +37,11 @@ def calibrate(
     numerator_weights: Array | None = None,  # (n,)
     denominator_weights: Array | None = None,  # (m,)
 ) -> Calibration:
-    """Minimises the logistic loss, both sets weighing the same, with a pull worth one row towards the first
-    expert as it is and the others left out.
+    """Minimises the logistic loss, with equal total weight for both sets and a weak regulariser.
 
-    The pull decides where the sets are told apart perfectly, and the loss has no minimum. An expert whose
-    alpha would be negative is left out: it knows nothing, or has the sign wrong.
+    The regulariser has the weight of one row and pulls towards the first expert unchanged and the others left
+    out. It decides if the sets are perfectly separable and the loss has no minimum. An expert whose alpha
+    would be negative is left out: it carries no information, or has the wrong sign.
     """
     sets = [np.atleast_2d(numerator), np.atleast_2d(denominator)]
     x = np.concatenate(sets, axis=1)
@@ -70,11 +70,11 @@ def calibrate(
 
 
 def offset(numerator: Array, denominator: Array) -> float:
-    """The constant c alone, in nats, that minimises the logistic loss of `log_ratio + c`.
+    """The constant c, in nats, that minimises the logistic loss of `log_ratio + c`.
 
-    Networks leave the constant of their log ratio to chance, each to its own. A pull worth one row towards 0
-    decides where the sets are told apart perfectly: then the loss is all but flat, and its minimum is set by
-    the two most extreme rows.
+    Training determines the constant of a network's log ratio only poorly. A regulariser with the weight of
+    one row pulls c towards 0. It decides if the sets are perfectly separable: then the loss is almost flat,
+    and its minimum depends on the two most extreme rows.
     """
     low, high = -LARGEST_OFFSET, LARGEST_OFFSET
     fewest = min(len(numerator), len(denominator))
@@ -87,7 +87,7 @@ def offset(numerator: Array, denominator: Array) -> float:
 
 
 def _halved(rows: int, weights: Array | None) -> Array:
-    """(rows,) weights that sum to a half."""
+    """(rows,) weights that sum to 1/2."""
     return np.full(rows, 0.5 / rows) if weights is None else 0.5 * weights / weights.sum()
 
 

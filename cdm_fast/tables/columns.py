@@ -1,4 +1,4 @@
-"""Tables of numbers for a CDM: checked, dequantised, standardised.
+"""Preparation of tables of numbers for a CDM: checks, dequantisation, standardisation.
 
 # n rows, d columns
 """
@@ -22,7 +22,7 @@ FEW_VALUES = 20
 # Values lie on a grid where they are so near to its points, in steps or in shares of the column's range; a
 # finer grid than so many steps is as good as none.
 GRID_TOLERANCE, ROUNDING, MOST_GRID_STEPS = 1e-3, 1e-9, 100_000
-# A row is far where a column lies so many times the middle half's width from the median.
+# A row is far if a column lies more than this many interquartile ranges from its median.
 FAR = 1000.0
 # A column that spans less of this of its largest value cannot be told from a constant in fp64.
 NARROWEST = 1e-12
@@ -57,16 +57,16 @@ class Cells:
 
 @dataclass(frozen=True)
 class Columns:
-    """An affine map that whitens: `z = ((x - centre) / unit) whiten`, and what is discrete in its columns.
+    """An affine whitening map, `z = ((x - centre) / unit) whiten`, and the discrete values of the columns.
 
     Fields:
-        centre, unit (d,), whiten (d, d): mean and covariance of z are 0 and I, as far as n rows can tell. The
-            units keep columns of any scale within what fp64 can square.
-        origin (d,), step (d,): a discrete column's values lie at `origin + step k`; step 0 for a continuous
-            one. Training adds uniform noise of one step, centred, so that a density exists: at a grid point
-            it is about the probability of the value over the step.
-        cells {column: Cells}: values that a column repeats off any even grid. Training spreads each evenly
-            over its interval, so that its density is about its probability over the interval's width.
+        centre, unit (d,), whiten (d, d): z has the sample mean 0 and the sample covariance I. Dividing by
+            `unit` keeps the squares of columns of any scale within the range of fp64.
+        origin (d,), step (d,): the values of a discrete column lie at `origin + step k`; a continuous column
+            has step 0. Training adds centred uniform noise one step wide, so that a density exists: at a grid
+            point it is about the probability of the value divided by the step.
+        cells {column: Cells}: values that a column repeats and that lie on no even grid. Training spreads
+            each uniformly over its interval, so its density is about its probability divided by the width.
     """
 
     centre: Array
@@ -78,7 +78,7 @@ class Columns:
 
     @property
     def log_det(self) -> float:
-        """`log |det dz/dx|`: what turns densities of z into densities of x."""
+        """`log |det dz/dx|`, which converts log densities of z into log densities of x."""
         return float(np.linalg.slogdet(self.whiten)[1] - np.log(self.unit).sum())
 
     def standardise(self, x: Array) -> Tensor:
@@ -128,11 +128,11 @@ def measure(
 ) -> Columns:
     """The `Columns` of a table x (n, d) of finite numbers.
 
-    Whitens by the whole covariance, or with a warning by each column's variance where there are not more
-    rows than columns; warns of columns that repeat values off any even grid. labels (n,): sets that are told
-    apart by them may share values, so repeated ones are looked for in each set. weights (n,) are those of
-    mean and covariance. Raises UserError for a constant column and for columns that depend linearly on
-    others: neither has a density.
+    Whitens with the full covariance, or, with a warning, with the variance of each column if there are not
+    more rows than columns; also warns of columns with repeated values that lie on no even grid. labels (n,):
+    two sets may share values, so repeated values are looked for within each set. weights (n,): row weights
+    for mean and covariance. Raises UserError for columns without a density: a constant column, or one that
+    depends linearly on others.
     """
     labels = np.zeros(len(x), dtype=np.int64) if labels is None else labels
     grids = [_grid(x, j, name) for j in range(x.shape[1])]
@@ -168,30 +168,28 @@ def measure(
 
 
 def without_far_rows(x: Array, name: str = "X") -> NDArray[np.bool_]:
-    """(n,) False for rows that lie out of proportion, of which there is a warning.
+    """(n,) bool: False for rows extremely far from all others, about which it warns.
 
-    One entry that is wrong by orders of magnitude would set the scale of a whole column.
+    One entry that is wrong by orders of magnitude would determine the scale of a whole column.
     """
     unit = _units(x)
     median = np.median(x, axis=0)
     low, high = np.quantile(x / unit, [0.25, 0.75], axis=0)
-    width = np.where(
-        high > low, high - low, np.inf
-    )  # of a column with one value in its middle half: no width
+    width = np.where(high > low, high - low, np.inf)  # a column whose quartiles are equal has no width
     far = (np.abs(x / unit - median / unit) > FAR * width).any(1)
     if far.any():
         row = int(np.flatnonzero(far)[0])
         warnings.warn(
-            f"{int(far.sum())} of the {len(x)} rows of {name} (the first is row {row}) lie over {FAR:g} times"
-            " the middle half's width from the median in some column: they are left out of the fit; check"
-            " their units, or transform the column",
+            f"{int(far.sum())} of the {len(x)} rows of {name} (the first is row {row}) lie over {FAR:g}"
+            " interquartile ranges from the median in some column: they are left out of the fit; check their"
+            " units, or transform the column",
             stacklevel=3,
         )
     return np.asarray(~far)
 
 
 def _units(x: Array) -> Array:
-    """(d,) half the span of each column, positive; a power of two, so that dividing is exact."""
+    """(d,) half the span of each column, rounded to a power of two so that dividing by it is exact."""
     half = np.max(x, axis=0) / 2 - np.min(x, axis=0) / 2
     return np.exp2(np.floor(np.log2(np.where(half > 0, half, 1.0))))
 
@@ -209,9 +207,10 @@ def _grid(x: Array, column: int, name: str) -> tuple[float, float]:
 
 
 def _even_step(values: Array) -> float:
-    """The step of the coarsest even grid that holds all of `values` (ascending), 0 where there is none.
+    """The step of the coarsest even grid that contains all `values` (ascending); 0 if there is none.
 
-    Euclid's algorithm on the gaps: 0.1, 0.25 and 0.6 lie on a grid of 0.05, although no gap is so small.
+    Euclid's algorithm on the gaps: 0.1, 0.25 and 0.6 lie on a grid of step 0.05, although no gap is that
+    small.
     """
     gaps, span = np.unique(np.diff(values)), values[-1] - values[0]
     step = gaps[0]
@@ -228,7 +227,7 @@ def _even_step(values: Array) -> float:
 
 
 def all_discrete(x: Array) -> bool:
-    """Whether every column has few values or lies on an even grid, so that equal rows need not be copies."""
+    """True if every column has few values or lies on an even grid, so that equal rows need not be copies."""
     for column in x.T:
         values = np.unique(column)
         if len(values) > FEW_VALUES and (len(values) == len(x) or not _even_step(values)):
@@ -272,10 +271,10 @@ def _warn_of_cells(x: Array, cells: dict[int, Cells], name: str) -> None:
 
 
 def normal_scores(x: Array, generator: np.random.Generator) -> Tensor:
-    """Every column through its ranks to N(0, 1) quantiles, (n, d) fp64; ties in random order.
+    """Normal scores: the ranks of each column mapped to N(0, 1) quantiles, (n, d) fp64; ties in random order.
 
-    An increasing map of a column keeps mutual information, and so does the noise that breaks ties, being
-    independent of everything.
+    An increasing map of a column preserves mutual information, and so does breaking ties by independent
+    noise.
     """
     quantiles = torch.special.ndtri((torch.arange(len(x), dtype=torch.float64) + 0.5) / len(x)).numpy()
     scores = np.empty_like(x)
@@ -288,11 +287,12 @@ def normal_scores(x: Array, generator: np.random.Generator) -> Tensor:
 
 
 def separate_values(x: Array, scores: Tensor, generator: np.random.Generator) -> Tensor:
-    """`scores` (n, d) with each value of a column of few values in a narrow bell of its own.
+    """`scores` (n, d) in which each value of a column with few distinct values becomes a narrow Gaussian.
 
-    In random order the ranks of neighbouring values touch, and what changes from one to the other changes at
-    an edge, which is hard to learn. A bell stands at the mean score of its value, an eighth as wide as the
-    gap to the nearest other: they hardly overlap, so no information is lost.
+    With ties in random order, the scores of neighbouring values touch, so the density of the other columns
+    jumps at their border, which is hard to learn. The Gaussian is centred at the mean score of its value, and
+    its width is an eighth of the distance to the nearest other: they hardly overlap, so no information is
+    lost.
     """
     scores = scores.clone()
     for j in range(x.shape[1]):

@@ -27,9 +27,10 @@ RATIO_NOISE, LEVEL_0_SHARE = 0.03, 0.3
 
 @dataclass(frozen=True)
 class RatioNetwork:
-    """A trained network, the linear map in front of it, and a constant: rows z go in as `z mix`.
+    """A trained network with the linear map in front of it (its input is `z mix`) and a constant.
 
-    No log ratio is above `ceiling`: a row unlike all others may be given any.
+    Log ratios are clipped at `ceiling`, because the network's output for a row unlike all others is
+    arbitrary.
     """
 
     model: CDM
@@ -54,12 +55,12 @@ class RatioNetwork:
 
 
 def ratio_levels(columns: int) -> int:
-    """Levels of a ratio's network: neighbouring ones drift apart as columns get more."""
+    """Number of noise levels for a ratio: with more columns, neighbouring levels overlap less."""
     return min(102, 20 + columns // 2)
 
 
 def ratio_schedule(num_levels: int) -> tuple[NoiseSchedule, Tensor]:
-    """The noise levels, and p(t): `LEVEL_0_SHARE` at level 0, the others alike."""
+    """The noise levels and p(t): `LEVEL_0_SHARE` at level 0, uniform over the others."""
     prior = torch.full((num_levels,), (1 - LEVEL_0_SHARE) / (num_levels - 1), dtype=torch.float64)
     prior[0] = LEVEL_0_SHARE
     return even_in_log_noise(num_levels, RATIO_NOISE), prior
@@ -75,7 +76,7 @@ def train_ratio(
     rows: int,
     seed: int,
 ) -> tuple[CDM, History]:
-    """A network of two classes that starts as Gaussians of these moments and learns what they miss."""
+    """A network for two classes that starts as Gaussians with these moments and learns the remainder."""
     generator = torch.Generator().manual_seed(seed)
     schedule, prior = ratio_schedule(budget.num_levels)
     dim = sum(column_groups)
@@ -98,12 +99,12 @@ def shrunk_moments(z: Tensor, weights: Array | None = None) -> tuple[Tensor, Ten
 
 @dataclass(frozen=True)
 class Canonical:
-    """Coordinates in which X and Y depend on each other pairwise, as far as linear dependence goes.
+    """Canonical coordinates: each coordinate of X is correlated with at most one coordinate of Y.
 
     Fields:
-        mix (d, d): block-diagonal, the axes of X and those of Y; whitens each unless `rotate_only`.
-        rho (m,): canonical correlations of the pairs, without those that chance alone makes.
-        width: columns of X.
+        mix (d, d): block-diagonal, the axes of X and those of Y; whitens each block unless `rotate_only`.
+        rho (m,): canonical correlations of the pairs, without those explained by chance.
+        width: number of columns of X.
     """
 
     mix: Tensor
@@ -121,13 +122,13 @@ class Canonical:
 
 
 def canonical(z: Tensor, width: int, rotate_only: bool = False) -> Canonical:
-    """The `Canonical` coordinates of rows z (n, d), the first `width` columns X's.
+    """The `Canonical` coordinates of rows z (n, d), whose first `width` columns are those of X.
 
-    rotate_only: the columns of each block are independent already and stay so.
+    rotate_only: the columns of each block are independent already, so only rotate them.
 
-    With p and q columns and n rows, sample correlations of independent blocks reach `lambda_+` (Wachter,
-    1980), and one of `r = rho^2` above it appears as `(1 - p/n + p/(n r)) (1 - q/n + q/(n r)) r` (Bao, Hu,
-    Pan, Zhou, 2019): what lies below counts as 0, what lies above is put right.
+    With p and q columns and n rows, squared sample correlations of independent blocks reach up to `lambda_+`
+    (Wachter, 1980), and a true `r = rho^2` above it appears as `(1 - p/n + p/(n r)) (1 - q/n + q/(n r)) r`
+    (Bao, Hu, Pan, Zhou, 2019). Values below `lambda_+` are set to 0, values above it are corrected.
     """
     n, (p, q) = len(z), (width, z.shape[1] - width)
     blocks = [z[:, :width] - z[:, :width].mean(0), z[:, width:] - z[:, width:].mean(0)]
@@ -146,9 +147,9 @@ def canonical(z: Tensor, width: int, rotate_only: bool = False) -> Canonical:
 
 
 def _with_axes(directions: Tensor) -> Tensor:
-    """(d, d) orthonormal: `directions` (d, m) first, then axes of the columns as far as those leave them.
+    """(d, d) orthonormal basis: `directions` (d, m) first, then the column axes, made orthogonal to them.
 
-    What depends on single columns, such as heavy tails after the ranks, is lost on any other basis.
+    Dependence on single columns, such as heavy tails, is hard to see in any other basis.
     """
     dim, m = directions.shape
     rest = torch.eye(dim, dtype=directions.dtype) - directions @ directions.T
@@ -157,7 +158,7 @@ def _with_axes(directions: Tensor) -> Tensor:
 
 
 def _whitening(block: Tensor, rotate_only: bool, enough: bool) -> Tensor:
-    """(d, d) symmetric: makes the covariance of a block's rows I; shrunk where rows are too few."""
+    """(d, d) symmetric matrix that whitens a block; uses a shrunk covariance if there are too few rows."""
     dim = block.shape[1]
     if rotate_only:
         return torch.eye(dim, dtype=torch.float64)
@@ -167,7 +168,7 @@ def _whitening(block: Tensor, rotate_only: bool, enough: bool) -> Tensor:
 
 
 def _true_correlation(sample: float, x_share: float, y_share: float) -> float:
-    """The canonical correlation behind a sample's; x_share = p/n, y_share = q/n."""
+    """The true canonical correlation for a sample value; x_share = p/n, y_share = q/n."""
     if x_share + y_share >= 1:
         return 0.0
     squared = sample**2

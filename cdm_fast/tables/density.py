@@ -34,15 +34,15 @@ from cdm_fast.tables.fit import (
 from cdm_fast.tables.folds import Index, chooser, folds, groups_of_copies, hold_out
 from cdm_fast.tables.network import new_model, start_at_gaussians
 
-# Beyond so many times the longest training row a density falls as a normal one does.
+# Beyond this multiple of the norm of the longest training row, the density falls like a Gaussian.
 REACH = 1.5
 # The largest |log integral| of a density that counts as one.
 LARGEST_LOG_INTEGRAL = 1.0
-# Rows that check the integral at each level.
+# Number of rows at each level for the check of the integral.
 ROWS_PER_LEVEL = 512
-# Fewer different rows than these are not split.
+# With fewer distinct rows than this, no rows are held out.
 FEWEST_TO_SPLIT = 10
-# Noised copies of the rows kept out that judge the weights, about.
+# Approximate number of noised copies of the held-out rows on which weights are validated.
 VALIDATION_ROWS = 4096
 
 
@@ -50,37 +50,38 @@ VALIDATION_ROWS = 4096
 class _Fold:
     model: CDM
     history: History
-    rows: Index  # those kept out
-    log_prob: Array  # log p(z) of them, nats
+    rows: Index  # the held-out rows
+    log_prob: Array  # their log p(z), nats
     log_integral: float
 
 
 class CDMDensity(OutlierMixin, DensityMixin, TableEstimator):
-    """Density of the rows of a table, from one forward pass; `sample` draws new rows; unusual rows stand out.
+    """Density of the rows of a table, from one forward pass; also new rows (`sample`) and outlier detection.
 
-    A network for each fold starts as the table's Gaussian and learns what that misses; a fold's own rows
-    choose when to stop. The density is the mean of the folds'. Discrete columns on an even grid (whole
-    numbers, decimals) are dequantised, values repeated off any grid with a warning; what has no density is
-    refused, see `cdm_fast.tables.columns.measure`.
-    A single pass is as good as the normalisation that the network has learned: compare figures or audit them.
+    A network for each fold starts as a Gaussian fitted to the table and learns the remainder; the held-out
+    rows of the fold decide when to stop. The density is the mean over the folds. Discrete columns on an even
+    grid (whole numbers, decimals) are dequantised, and so are, with a warning, other repeated values; a table
+    without a density is refused, see `cdm_fast.tables.columns.measure`. The density is only as good as the
+    normalisation that the networks have learned: see `log_integrals_`.
 
     Args:
-        smallest_noise: noise of level 1, in units of the standardised data; by rows and columns by default.
-        level_weight: weight of the cross-entropy over levels beside the denoising error summed over
+        smallest_noise: noise of level 1, in units of the standardised data; by default chosen from the
+            numbers of rows and columns.
+        level_weight: weight of the cross-entropy over levels, relative to the denoising error summed over
             dimensions: d times the `ce_weight` of `cdm_loss`, where the error is a mean.
         contamination: share of the training rows that `predict` calls outliers (-1).
 
-    The other parameters are those of `TableEstimator`. From 5,000 different rows on there is one network, and
-    `validation_fraction` of the rows choose when to stop.
+    The other parameters are those of `TableEstimator`. With 5,000 distinct rows or more there is a single
+    network, and a share `validation_fraction` of the rows decides when to stop.
 
     Attributes:
-        models_: the `CDM` of each fold, of the standardised rows; `model_` is the first.
+        models_: the `CDM` of each fold, for standardised rows; `model_` is the first.
         columns_: the standardisation.
-        log_prob_ (n,): `log p(x)` of every row of `fit` by the network that was not trained on it.
-        log_integrals_: log of the integral of each network's density by its own level ratios; 0 for a
-            normalised one.
-        offset_: `decision_function` is `score_samples` less this.
-        n_iter_, loss_curve_, validation_scores_: of each network.
+        log_prob_ (n,): `log p(x)` of every row of `fit`, from the network that was not trained on it.
+        log_integrals_: log of the integral of each network's density, estimated from its own level ratios; 0
+            for a normalised density.
+        offset_: `decision_function` is `score_samples` minus this.
+        n_iter_, loss_curve_, validation_scores_: training history of each network.
 
     >>> X = np.random.default_rng(0).normal(3.0, 2.0, size=(200, 2))
     >>> density = CDMDensity(max_iter=20, random_state=0).fit(X)
@@ -132,10 +133,10 @@ class CDMDensity(OutlierMixin, DensityMixin, TableEstimator):
         self.contamination = contamination
 
     def fit(self, X: ArrayLike, y: None = None, sample_weight: ArrayLike | None = None) -> "CDMDensity":
-        """X (n, d): finite numbers, two rows or more. y is ignored. sample_weight (n,): at least 0; a row of
-        weight 2 counts as two rows, one of weight 0 is left out.
+        """X (n, d): finite numbers, at least two rows. y is ignored. sample_weight (n,): non-negative; a row
+        of weight 2 counts as two rows, a row of weight 0 is left out.
 
-        Warns of copies, of rows far from all others, and of a density that does not integrate to about one.
+        Warns about copies, rows far from all others, and a density that does not integrate to about one.
         """
         rows = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
         self._check_arguments()
@@ -179,7 +180,7 @@ class CDMDensity(OutlierMixin, DensityMixin, TableEstimator):
         return Parallel(n_jobs=self.n_jobs)(jobs)
 
     def _keep(self, found: list[_Fold], z: Tensor, weights: Array | None) -> None:
-        """The folds' figures, and the networks whose densities integrate to about one."""
+        """Stores the results of the folds, and the networks whose densities integrate to about one."""
         self.log_integrals_ = [fold.log_integral for fold in found]
         sound = [fold for fold in found if abs(fold.log_integral) <= LARGEST_LOG_INTEGRAL]
         if not sound:
@@ -208,8 +209,8 @@ class CDMDensity(OutlierMixin, DensityMixin, TableEstimator):
     def _log_prob(self, z: Tensor) -> Array:
         """`log p(z)` in nats of the mean of the networks' densities, (n,).
 
-        Beyond `REACH` times the longest training row no network knows anything: from there on it falls as
-        that of a normal distribution does, so that no row far out can look likely.
+        Beyond `REACH` times the norm of the longest training row the networks were not trained; from there on
+        the density falls like a Gaussian, so that distant rows never look likely.
         """
         length = z.norm(dim=1, keepdim=True).clamp(min=1e-300)
         beyond = length.clamp(max=1e150) > self._reach
@@ -224,12 +225,12 @@ class CDMDensity(OutlierMixin, DensityMixin, TableEstimator):
         return self._log_prob(self.columns_.standardise(rows)) + self.columns_.log_det
 
     def score(self, X: ArrayLike, y: None = None) -> float:
-        """Mean of `score_samples`; NaN for a fit whose density does not integrate to about one."""
+        """Mean of `score_samples`; NaN if the fitted density does not integrate to about one."""
         mean = float(self.score_samples(X).mean())
         return mean if self._sound else math.nan
 
     def decision_function(self, X: ArrayLike) -> Array:
-        """`score_samples` less `offset_`, (n,): negative for outliers."""
+        """`score_samples` minus `offset_`, (n,): negative for outliers."""
         return self.score_samples(X) - self.offset_
 
     def predict(self, X: ArrayLike) -> Index:
@@ -237,10 +238,10 @@ class CDMDensity(OutlierMixin, DensityMixin, TableEstimator):
         return np.where(self.decision_function(X) < 0, -1, 1)
 
     def p_values(self, X: ArrayLike) -> Array:
-        """Conformal p-values (n,): how many rows that training did not see are as unusual as this one.
+        """Conformal p-values (n,): the share of held-out rows that are at least as unusual as this one.
 
-        A row from the distribution of the training rows has a p-value below u with probability of about u or
-        less; few rows of `fit` mean coarse p-values, 1/(n+1) the least.
+        A row from the distribution of the training rows has a p-value below u with probability at most about
+        u. The smallest p-value is 1/(n+1), so few rows of `fit` give coarse p-values.
         """
         score = self.score_samples(X)
         as_low = self._kept_below[np.searchsorted(self._kept_scores, score, side="right")]
@@ -264,19 +265,19 @@ class CDMDensity(OutlierMixin, DensityMixin, TableEstimator):
 
 
 def density_folds(rows: int, cv: int | None) -> int:
-    """Networks of a density of so many different rows: from a few thousand on one is as good as several."""
+    """Number of folds for a density of `rows` distinct rows; from a few thousand on, one network suffices."""
     if cv is None and rows >= 5000:
         return 1
     return fold_count(rows, cv or (5 if rows < 1000 else 3)) if rows >= FEWEST_TO_SPLIT else 1
 
 
 def density_levels(columns: int) -> int:
-    """Noise levels by columns: neighbouring levels must overlap."""
+    """Number of noise levels for a number of columns, such that neighbouring levels overlap."""
     return min(102, 32 + columns)
 
 
 def density_noise(rows: int, columns: int) -> float:
-    """Smallest noise: a tenth of the width at which a kernel density would smooth so many rows."""
+    """Smallest noise: a tenth of the bandwidth of a kernel density estimate with this number of rows."""
     return float(np.clip(0.1 * rows ** (-1 / (columns + 4)), 0.01, 0.1))
 
 
@@ -293,7 +294,7 @@ def _fit_fold(
     early_stopping: bool,
     seed: int,
 ) -> _Fold:
-    """A network of `train_rows`, and what it says of the rows `kept`."""
+    """A network trained on `train_rows`, and its log-densities of the held-out rows `kept`."""
     generator, d = torch.Generator().manual_seed(seed), z.shape[1]
     schedule = even_in_log_noise(budget.num_levels, smallest_noise)
     model = new_model([d], schedule, budget.hidden, budget.depth, d, None, None, generator)
@@ -321,7 +322,7 @@ def _fit_fold(
 
 
 def _rows(z: Tensor, columns: Columns, weights: Array | None) -> Draw:
-    """Draws rows of z, dequantised."""
+    """A source of dequantised random rows of z."""
     choose = chooser(len(z), weights)
 
     def draw(num: int, generator: torch.Generator) -> tuple[Tensor, None]:
@@ -334,9 +335,9 @@ def _rows(z: Tensor, columns: Columns, weights: Array | None) -> Draw:
 def level_log_integral(model: CDM, draw: Draw, generator: torch.Generator) -> float:
     """log of the integral of `p_0`, in nats, from the ratios of neighbouring levels.
 
-    `int p_t = E[p_t(x) / p_{t+1}(x)]` over x of level t+1, if `p_{t+1}` is right and normalised, as pure
-    noise is; the product over all levels is the integral at level 0. Infinite for a network that is not
-    finite.
+    `int p_t = E[p_t(x) / p_{t+1}(x)]` over x at level t+1, if `p_{t+1}` is correct and normalised, as it is
+    for pure noise; the product over all levels is the integral at level 0. Infinite if the network's outputs
+    are not finite.
     """
     total, levels = 0.0, model.schedule.num_levels
     for t in reversed(range(levels - 1)):

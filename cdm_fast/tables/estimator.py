@@ -1,4 +1,4 @@
-"""What the estimators of tables share: their arguments, their bounds, sizes by rows and columns.
+"""The common base of the estimators: arguments, their bounds, and default sizes.
 
 # n rows, d columns
 """
@@ -23,7 +23,7 @@ from cdm_fast.tables.fit import Budget
 
 Array = NDArray[np.float64]
 
-# Whole numbers between these bounds, or None where the rows decide.
+# Arguments that are whole numbers within these bounds, or None for a default chosen from the rows.
 _WHOLE = {
     "max_iter": (1, 10**8),
     "batch_size": (2, 10**7),
@@ -108,7 +108,7 @@ class TableEstimator(BaseEstimator):
         self.verbose = verbose
 
     def _budget(self, rows: int, num_levels: int) -> Budget:
-        """Sizes for `rows` different rows; arguments out of bounds raise UserError."""
+        """Network and training sizes for `rows` distinct rows; UserError for arguments out of bounds."""
         self._check_arguments()
         hidden, depth = capacity(rows)
         return Budget(
@@ -159,7 +159,7 @@ def _inside(value: Any, lowest: float, highest: float, open_below: bool) -> bool
 
 
 def row_weights(sample_weight: ArrayLike | None, rows: Array) -> Array | None:
-    """(n,) weights of the rows, checked; None where all are alike."""
+    """(n,) validated weights of the rows; None if all are equal."""
     if sample_weight is None:
         return None
     weights = _check_sample_weight(sample_weight, rows, dtype=np.float64)
@@ -169,20 +169,20 @@ def row_weights(sample_weight: ArrayLike | None, rows: Array) -> Array | None:
 
 
 def capacity(rows: int) -> tuple[int, int]:
-    """(hidden, depth) for so many different rows: a wider network only overfits a few hundred."""
+    """(hidden, depth) for a number of distinct rows: a wider network overfits a few hundred rows."""
     if rows < 500:
         return 32, 1
     return (64, 1) if rows < 2000 else (128, 2)
 
 
 def fold_count(rows: int, cv: int | None) -> int:
-    """Folds for so many different rows: many where a tenth of them matters, few where time does."""
+    """Number of folds for a number of distinct rows: many for small tables, few for large ones."""
     wanted = cv if cv is not None else 5 if rows < 5000 else 3 if rows < 50_000 else 2
     return max(1, min(wanted, rows // 2))
 
 
 def warn_of_few_rows(rows: int, columns: int, enough: int, doing: str) -> None:
-    """Warns where there are fewer than `enough` different rows for each column."""
+    """Warns if there are fewer than `enough` distinct rows per column."""
     if rows < enough * columns:
         warnings.warn(
             f"{rows} different rows for {columns} columns are few: {doing}; give more rows, or fewer columns"
@@ -193,5 +193,5 @@ def warn_of_few_rows(rows: int, columns: int, enough: int, doing: str) -> None:
 
 @torch.no_grad()
 def in_chunks(function: Callable[[Tensor], Tensor], z: Tensor) -> Array:
-    """`function` of z (n, d), a few thousand rows at a time, (n, ...)."""
+    """`function(z)` (n, ...) for z (n, d), computed a few thousand rows at a time."""
     return torch.cat([function(part) for part in z.split(CHUNK)]).numpy()

@@ -1,9 +1,9 @@
-"""Log ratios of joint rows to independent ones that need no training: what a network of few rows misses.
+"""Experts: log ratios of joint rows to independent rows without a trained network, for small tables.
 
-A network is slow to find sharp edges, which neighbours show, and the common scale of heavy tails, which a
-Student's copula has. Stacking (`cdm_fast.tables.calibration`) weighs them.
+A network is slow to learn sharp edges, which nearest neighbours show, and the common scale of heavy tails,
+which a Student t copula describes. Stacking (`cdm_fast.tables.calibration`) weights them.
 
-# n rows, N rows that an expert is fitted to, d columns, the first `width` those of X
+# n rows, N rows to which an expert is fitted, d columns, of which the first `width` are those of X
 """
 
 import math
@@ -18,21 +18,21 @@ from sklearn.neighbors import KDTree
 from cdm_fast.tables.columns import Array
 from cdm_fast.tables.crossfit import canonical
 
-# Of more rows a network learns as well, and neighbours are many to count; in more columns all are far away.
+# With more rows a network does as well, and counting neighbours is slow; with more columns no row is near.
 MOST_ROWS, MOST_COLUMNS = 20_000, 20
-# Neighbours that a local ratio is counted from.
+# Number of neighbours k for the local ratio.
 NEIGHBOURS = 5
-# Degrees of freedom of a Student's copula, from about normal to a Cauchy's.
+# Degrees of freedom of a Student t copula, from about Gaussian to Cauchy.
 DEGREES = (40.0, 20.0, 12.0, 8.0, 6.0, 4.0, 3.0, 2.0, 1.5, 1.0)
-# Normal scores between which a Student's quantiles are tabulated, and how many.
+# Range and number of the normal scores at which quantiles of Student's t are tabulated.
 LARGEST_SCORE, TABULATED = 9.0, 4001
 
 
 class Neighbours:
-    """The local log ratio, counted (Kraskov, Stögbauer, Grassberger, 2004, eq. 8).
+    """The local log ratio by counting neighbours (Kraskov, Stögbauer, Grassberger, 2004, eq. 8).
 
-    `psi(k) + psi(N) - psi(n_x + 1) - psi(n_y + 1)`: within the distance of the k-th nearest row, columns by
-    their largest difference, lie n_x rows of X alone and n_y of Y alone.
+    `psi(k) + psi(N) - psi(n_x + 1) - psi(n_y + 1)`, where n_x and n_y rows lie within the distance of the
+    k-th nearest row (maximum norm) in the columns of X alone and of Y alone.
     """
 
     def __init__(self, rows: Array, width: int) -> None:
@@ -41,7 +41,7 @@ class Neighbours:
         self.num = len(rows)
 
     def __call__(self, z: Array, own: bool = False) -> Array:
-        """(n,) nats; own: z are among the rows themselves, and each is left out for itself."""
+        """(n,) nats. own: the z are the expert's own rows, and each is left out of its own count."""
         k = min(NEIGHBOURS, self.num - own)
         distance, _ = self.trees[0].query(z, k + own)
         within = np.nextafter(distance[:, -1], 0)
@@ -54,7 +54,7 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class _Student:
-    """A Student's density of some columns but for a constant that its parts of the copula share."""
+    """A multivariate Student t density, up to a constant that cancels in the copula."""
 
     precision: Array  # (m, m)
     constant: float
@@ -73,9 +73,9 @@ class _Student:
 
 
 class StudentCopula:
-    """The log ratio of a Student's copula of normal scores, its degrees of freedom by maximum likelihood.
+    """The log ratio of a Student t copula of normal scores; degrees of freedom by maximum likelihood.
 
-    The correlations are those of the scores, without canonical ones that chance makes.
+    The correlations are those of the scores, without canonical correlations explained by chance.
     """
 
     def __init__(self, scores: Array, width: int) -> None:
@@ -99,14 +99,14 @@ class StudentCopula:
         return float(_Student.of(self.correlation, degrees).log_prob(t).mean()) - marginals
 
     def __call__(self, z: Array, own: bool = False) -> Array:
-        """(n,) nats; a few parameters make no difference between own rows and others."""
+        """(n,) nats; `own` has no effect, since a few parameters do not overfit."""
         t = student_quantiles(z, self.degrees)
         joint, x, y = (student.log_prob(t[:, block]) for block, student in self.parts)
         return joint - x - y
 
 
 def student_quantiles(scores: Array, degrees: float) -> Array:
-    """The quantiles of a Student's distribution where `scores` are a normal one's; from a table."""
+    """Student t quantiles at the same probabilities as the normal quantiles `scores`; by interpolation."""
     grid = np.linspace(0, LARGEST_SCORE, TABULATED)
     size = np.arcsinh(-stdtrit(degrees, ndtr(-grid)))
     return np.sign(scores) * np.sinh(np.interp(np.abs(scores), grid, size))
@@ -116,7 +116,7 @@ Expert = Callable[[Array, bool], Array]
 
 
 def experts(rows: Array, width: int, all_rows: int) -> list[Expert]:
-    """The experts of `rows` (N, d) of normal scores; all_rows: the rows of the whole table."""
+    """The experts fitted to `rows` (N, d) of normal scores; all_rows: number of rows of the whole table."""
     if all_rows > MOST_ROWS or len(rows) < 2 * NEIGHBOURS:
         return []
     fitted: list[Expert] = [StudentCopula(rows, width)]

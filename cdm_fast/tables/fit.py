@@ -1,4 +1,4 @@
-"""Training of a small CDM on rows: two losses, early stopping on rows kept out, constants last.
+"""Training of a small CDM on rows: two losses, early stopping on held-out rows, refitted constants.
 
 # n rows, d columns, B batch, L = T+2 noise levels, K classes
 """
@@ -21,19 +21,19 @@ from cdm_fast.tables.columns import Array
 Loss = Callable[[CDM, torch.Generator], Tensor]
 Validate = Callable[[CDM], float]
 
-# Rows that fit the constants of the logits at the end, at most, and at most so often each.
+# Most rows for the final fit of the logits' constants, and how often each row is used at most.
 MOST_ROWS, MOST_VISITS = 2_000_000, 100
-# Steps until the learning rate is full, and the share of `max_iter` over which it falls to 0 at the end.
+# Warm-up steps of the learning rate, and the share of `max_iter` over which it decays to 0 at the end.
 WARM_UP, FALL = 50, 0.3
-# The weights that are judged are averages over about the last tenth of the steps.
+# Validation uses weights averaged over about the last tenth of the steps.
 AVERAGE = 0.1
-# Weights are judged about once an epoch, within these bounds.
+# Steps between two validations, about an epoch, within these bounds.
 FEWEST_STEPS, MOST_STEPS = 50, 100
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Network and training; the fields are the constructor's arguments of the estimators, sizes resolved."""
+    """Sizes of network and training: the estimators' arguments, with defaults resolved."""
 
     hidden: int
     depth: int
@@ -49,13 +49,13 @@ class Budget:
 
 @dataclass
 class History:
-    """What training went through.
+    """The history of one training.
 
     Fields:
         n_iter: steps taken.
-        best_iter: steps after which the kept weights stood, 0 for those it started from.
-        loss_curve: mean training loss between one judgement and the next.
-        validation_scores: minus the validation loss at every judgement, the first before any step; empty
+        best_iter: step of the weights that were kept; 0 for the initial weights.
+        loss_curve: mean training loss between two validations.
+        validation_scores: minus the validation loss at every validation, the first before any step; empty
             without validation.
     """
 
@@ -66,7 +66,7 @@ class History:
 
 
 def density_loss(draw: Draw, batch_size: int, level_weight: float, dim: int) -> Loss:
-    """Cross-entropy over levels, with weight `level_weight / d`, beside the denoising error (CDM Alg. 1)."""
+    """`level_weight / d` times the cross-entropy over levels, plus the denoising error (CDM Alg. 1)."""
 
     def loss(model: CDM, generator: torch.Generator) -> Tensor:
         x, label = draw(batch_size, generator)
@@ -76,10 +76,10 @@ def density_loss(draw: Draw, batch_size: int, level_weight: float, dim: int) -> 
 
 
 def ratio_loss(draw: Draw, batch_size: int) -> Loss:
-    """Cross-entropy over (level, class) pairs, plus that of the class where the level is known.
+    """Cross-entropy over (level, class) pairs, plus that over classes given the level.
 
-    No denoising error: the ratio of two classes needs no sampler, and a step without input gradients costs
-    half.
+    There is no denoising error: the ratio of two classes needs no sampler, and a step without input gradients
+    costs half as much.
     """
 
     def loss(model: CDM, generator: torch.Generator) -> Tensor:
@@ -104,9 +104,8 @@ def _noised(model: CDM, x: Tensor, level: Tensor, generator: torch.Generator) ->
 def level_validation(rows: Tensor, generator: torch.Generator, num: int = 4096) -> Validate:
     """Mean cross-entropy of the level over about `num` fixed noised copies of `rows` (m, d), in nats.
 
-    All levels weigh the same. It is smallest for the true densities, and counts their normalisation as well
-    as
-    their shape: a diverged network scores badly, however high its densities are.
+    All levels have equal weight. The minimum is at the true densities, and normalisation counts as well as
+    shape: a diverged network has a large loss, however high its densities are.
     """
     seed = int(torch.randint(2**62, (1,), generator=generator))
 
@@ -128,7 +127,7 @@ def class_validation(
     numerator_weights: Array | None = None,
     denominator_weights: Array | None = None,
 ) -> Validate:
-    """Logistic loss of the class at level 0, both sets (m, d) weighing the same, in nats."""
+    """Logistic loss of the class at level 0, in nats, with equal total weight for both sets (m, d)."""
 
     @torch.no_grad()
     def validate(model: CDM) -> float:
@@ -150,11 +149,11 @@ def train(
 ) -> History:
     """Adam on `loss`; leaves the best weights in `model`, in fp64.
 
-    The weights that count are running averages. With `validate` they are judged about once an epoch, the
-    first before any step, and training ends when `n_iter_no_change` judgements in a row were no better by
-    `tol`; the best are kept, which may be those it started from. Without, all of `max_iter` steps are taken.
-    A function of
-    its arguments: torch's global generator and grad mode play no part.
+    The result is a running average of the weights. With `validate` the average is validated about once an
+    epoch, first before any step, and training ends after `n_iter_no_change` validations without an
+    improvement by `tol`; the best weights are kept, which may be the initial ones. Without `validate`, all
+    `max_iter` steps are taken. The result depends only on the arguments, not on torch's global generator or
+    grad mode.
     """
     with torch.inference_mode(False), torch.enable_grad():
         history = _train(model, loss, validate, budget, generator, rows)
@@ -203,7 +202,7 @@ def _train(
 
 
 def _rate(step: int, max_iter: int) -> float:
-    """The share of the learning rate at a step, 1..max_iter."""
+    """The factor of the learning rate at a step, 1..max_iter."""
     fall = min(1.0, (max_iter - step + 1) / (FALL * max_iter))
     return min(1.0, step / WARM_UP) * fall
 
@@ -226,7 +225,7 @@ class _Average:
         torch._foreach_lerp_(self.mean, [p.detach() for p in self.parameters], 1 / (1 + AVERAGE * step))
 
     def in_place(self) -> "_Average":
-        """A block in which the parameters hold the averages."""
+        """A context in which the parameters are the averages."""
         return self
 
     @torch.no_grad()
@@ -246,7 +245,7 @@ class _Average:
 
 
 class _Judge:
-    """The weights of the lowest validation loss, and how many judgements in a row were no better by `tol`."""
+    """The weights with the lowest validation loss, and the number of validations without improvement."""
 
     def __init__(self, model: CDM, validate: Validate | None, budget: Budget) -> None:
         self.model, self.validate, self.budget = model, validate, budget
@@ -256,7 +255,7 @@ class _Judge:
         self.weights: list[Tensor] = []
 
     def __call__(self, step: int) -> None:
-        """Judges the weights that stand after `step` steps."""
+        """Validates the weights after `step` steps."""
         if self.validate is None:
             return
         loss = self.validate(self.model)
@@ -270,7 +269,7 @@ class _Judge:
 
     @property
     def finished(self) -> bool:
-        """Whether `n_iter_no_change` judgements in a row were no better."""
+        """True after `n_iter_no_change` validations without improvement."""
         return self.waited >= self.budget.n_iter_no_change
 
     @torch.no_grad()
@@ -282,9 +281,9 @@ class _Judge:
 def refit_constants(
     model: CDM, draw: Draw, history: History, budget: Budget, rows: int, generator: torch.Generator
 ) -> None:
-    """`fit_constants` to as many rows as training saw, unless training was left at its start.
+    """`fit_constants` on as many rows as training saw, unless the initial weights were kept.
 
-    A few rows are visited at most `MOST_VISITS` times each.
+    Each row of a small table is used at most `MOST_VISITS` times.
     """
     num = min(MOST_ROWS, history.best_iter * budget.batch_size, MOST_VISITS * rows)
     if num:

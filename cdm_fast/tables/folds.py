@@ -1,4 +1,4 @@
-"""Rows that belong together, splits that keep them together, and random rows by their weights.
+"""Groups of equal rows, splits that keep groups together, and weighted random rows.
 
 # n rows, K folds
 """
@@ -18,9 +18,9 @@ Choose = Callable[[int, torch.Generator], Tensor]
 
 
 def groups_of_copies(x: Array, name: str = "X") -> Index:
-    """(n,) a number for each row, the same for rows that are copies of each other; warns if there are any.
+    """(n,) group index of each row, equal for rows that are copies of each other; warns if there are any.
 
-    Where all columns are discrete, equal rows are to be expected, and each stands for itself.
+    If all columns are discrete, equal rows are to be expected, and each row is its own group.
     """
     if all_discrete(x):
         return np.arange(len(x))
@@ -39,7 +39,7 @@ def groups_of_copies(x: Array, name: str = "X") -> Index:
 
 
 def folds(groups: Index, K: int, rng: np.random.Generator, strata: Index | None = None) -> Index:
-    """(n,) the fold of each row, 0..K-1: groups stay whole, strata are spread evenly over the folds."""
+    """(n,) the fold of each row, 0..K-1: groups are not split, strata are spread evenly over the folds."""
     _, first, groups = np.unique(groups, return_index=True, return_inverse=True)
     stratum = np.zeros(len(first), dtype=np.int64) if strata is None else strata[first]
     fold_of_group = np.empty(len(first), dtype=np.int64)
@@ -54,7 +54,7 @@ def folds(groups: Index, K: int, rng: np.random.Generator, strata: Index | None 
 def hold_out(
     groups: Index, share: float, rng: np.random.Generator, strata: Index | None = None
 ) -> NDArray[np.bool_]:
-    """(n,) True for about `share` of the rows, whole groups, of each stratum at least one group."""
+    """(n,) bool: True for about `share` of the rows, in whole groups, at least one group per stratum."""
     _, first, groups = np.unique(groups, return_index=True, return_inverse=True)
     stratum = np.zeros(len(first), dtype=np.int64) if strata is None else strata[first]
     held = np.zeros(len(first), dtype=bool)
@@ -65,7 +65,7 @@ def hold_out(
 
 
 def chooser(rows: int, weights: Array | None = None) -> Choose:
-    """`choose(num, generator)`: (num,) random indices below `rows`, as likely as their weights say."""
+    """`choose(num, generator)`: (num,) random indices below `rows`, with probabilities from the weights."""
     if weights is None:
         return lambda num, generator: torch.randint(rows, (num,), generator=generator)
     below = torch.from_numpy(np.cumsum(weights) / np.sum(weights))

@@ -1,4 +1,4 @@
-"""Mutual information of the columns of two tables, an interval for it, and when not to believe it.
+"""Mutual information of the columns of two tables, a confidence interval, and warnings of unreliable values.
 
 # n rows, d columns (of X and Y together), K folds
 """
@@ -24,12 +24,11 @@ from cdm_fast.tables.estimator import TableEstimator, fold_count, warn_of_few_ro
 from cdm_fast.tables.folds import Index, folds, groups_of_copies, hold_out
 from cdm_fast.tables.pairs import FoldScores, score_fold
 
-# Fewer different rows for each column than these, and the value is not to be trusted.
+# With fewer distinct rows per column than this, the value is not reliable.
 ENOUGH_ROWS = 50
-# A gap between training rows and others is large from these nats on, and from this share of the value.
+# The gap between training rows and held-out rows is large above this many nats and this share of the value.
 LARGE_GAP, LARGE_GAP_SHARE = 0.1, 0.25
-# The largest mean of the ratio over shuffled rows, which is 1 for the true ratio, that goes without a
-# warning.
+# Warn if the mean of the ratio over shuffled rows, which is 1 for the true ratio, exceeds this.
 LARGEST_MEAN_RATIO = 2.0
 
 
@@ -46,13 +45,14 @@ class MutualInformation(TableEstimator):
     Columns are first transformed to normal scores by their ranks, which preserves mutual information and
     makes heavy tails harmless. Discrete columns are dequantised: ties are ordered at random, or, for few
     distinct values, each gets a narrow bell.
-    A network for each fold starts as the Gaussian that the fold's canonical correlations describe and learns
-    what that misses. Up to 20,000 rows, two experts without training join it: a Student t copula and nearest
-    neighbours (`cdm_fast.tables.experts`). Logistic regression on the other folds' rows combines them and
-    calibrates the log ratios of the fold's own rows (`cdm_fast.tables.calibration`).
+
+    A network for each fold starts as the Gaussian given by the fold's canonical correlations and learns the
+    remainder. Up to 20,000 rows, it is combined with two experts that need no training: a Student t copula
+    and nearest neighbours (`cdm_fast.tables.experts`). Logistic regression on the other folds' rows weights
+    them and calibrates the log ratios of the fold's own rows (`cdm_fast.tables.calibration`).
 
     The mean over held-out rows is biased low, by what was not learned; the mean over training rows is biased
-    high, by overfitting. For a regular model the two biases are equal, and `estimate_` is the midpoint.
+    high, by overfitting. For a regular model the two biases have equal size, and `estimate_` is the midpoint.
 
     Args:
         reference: "shuffled": nothing is assumed about the marginals; the network learns the ratio of joint
@@ -78,7 +78,7 @@ class MutualInformation(TableEstimator):
             row; 1 for the true ratio.
         networks_: the `RatioNetwork` of each fold; `calibrations_`: one for each fold of rows, whose alpha
             are the weights of the network, the Student t copula and the neighbours.
-        n_iter_, loss_curve_, validation_scores_: of each network.
+        n_iter_, loss_curve_, validation_scores_: training history of each network.
 
     >>> rng = np.random.default_rng(0)
     >>> X = rng.normal(size=(1000, 1))
@@ -132,9 +132,9 @@ class MutualInformation(TableEstimator):
         self.confidence = confidence
 
     def fit(self, X: ArrayLike, y: ArrayLike) -> "MutualInformation":
-        """X (n, d_x), y (n, d_y) or (n,): paired rows of finite numbers, five or more.
+        """X (n, d_x), y (n, d_y) or (n,): paired rows of finite numbers, at least five.
 
-        Warns where rows are copies or too few for the columns, and where the networks overfit.
+        Warns about copies, about too few rows for the columns, and about networks that overfit.
         """
         rows, other = validate_data(
             self, X, y, dtype=np.float64, multi_output=True, y_numeric=True, ensure_min_samples=5
@@ -143,7 +143,7 @@ class MutualInformation(TableEstimator):
         for name, table in (("X", rows), ("y", other)):
             constant = np.flatnonzero(np.max(table, axis=0) == np.min(table, axis=0))
             if len(constant):
-                raise UserError(f"column {constant[0]} of {name} is constant, so it tells nothing: drop it")
+                raise UserError(f"column {constant[0]} of {name} is constant and has no information: drop it")
         if self.reference not in ("shuffled", "normal"):
             raise UserError(f"unknown reference {self.reference!r}: choose 'shuffled' or 'normal'")
         self._check_arguments()
@@ -151,7 +151,7 @@ class MutualInformation(TableEstimator):
         groups = groups_of_copies(table, "X and y together")
         different = int(groups.max()) + 1
         if different < 5:
-            raise UserError(f"X and y have {different} different rows: five are the fewest")
+            raise UserError(f"X and y have {different} distinct rows: give at least five")
         warn_of_few_rows(different, table.shape[1], ENOUGH_ROWS, "expect a value that is too low")
         scored = self._score(self._scores(table, seed), width, groups, seed)
         self._summarise(scored, groups, width, seed)
@@ -165,7 +165,7 @@ class MutualInformation(TableEstimator):
         return separate_values(table, scores, rng) if self.reference == "shuffled" else scores
 
     def _score(self, scores: Tensor, width: int, groups: Index, seed: int) -> list[FoldScores]:
-        """A network for each fold of rows and what it says of them."""
+        """The scores of each fold of rows, by a network trained on the others."""
         rng, different = np.random.default_rng(seed), int(groups.max()) + 1
         if self.test_size is None:
             K = fold_count(different, self.cv)
@@ -233,9 +233,9 @@ class MutualInformation(TableEstimator):
 
 
 def _parts(scored: list[FoldScores], groups: Index, seed: int) -> list[FoldScores]:
-    """The folds; a single one in two halves, so that each is calibrated on the other.
+    """The folds; a single fold is split into halves, so that each is calibrated on the other.
 
-    With few rows one fold may have an expert that another lacks: what all have counts.
+    With few rows one fold may lack an expert that another has: only experts common to all are used.
     """
     if len(scored) > 1:
         E = min(len(part.joint) for part in scored)
@@ -254,7 +254,7 @@ def _parts(scored: list[FoldScores], groups: Index, seed: int) -> list[FoldScore
 
 
 def _networks_alone(parts: list[FoldScores]) -> float:
-    """The mean over rows kept out, in nats, without the other experts."""
+    """The mean over held-out rows, in nats, of the networks without the other experts."""
     alone = [replace(part, joint=part.joint[:1], shuffled=part.shuffled[:1]) for part in parts]
     value = [_calibrate(alone[:k] + alone[k + 1 :])(*part.joint) for k, part in enumerate(alone)]
     return float(np.concatenate(value).mean())
@@ -267,12 +267,11 @@ def _calibrate(parts: list[FoldScores]) -> Calibration:
 
 
 def _standard_error(value: Array, groups: Index, pairs: int) -> float:
-    """Of the mean of `value` (n,), copies counting as one, with the noise of a likelihood ratio added.
+    """Standard error of the mean of `value` (n,), counting copies once, plus that of a likelihood ratio.
 
-    Where nothing was learned the values hardly vary, and yet dependence between `pairs` pairs of columns
-    could
-    be as large as what chance makes of none: n times twice the Gaussian's mutual information varies like a
-    chi-squared variable of so many degrees of freedom.
+    If nothing was learned the values hardly vary, but a dependence between `pairs` pairs of columns as large
+    as chance alone produces cannot be excluded: 2 n times the mutual information of a fitted Gaussian follows
+    a chi-squared distribution with this number of degrees of freedom.
     """
     residual = np.bincount(np.unique(groups, return_inverse=True)[1], weights=value - value.mean())
     different = len(residual)

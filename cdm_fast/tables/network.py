@@ -1,4 +1,4 @@
-"""The network of a table's rows: an MLP that also sees what a plain one is slow to find.
+"""The network for rows of a table: an MLP with additional features that a plain MLP is slow to learn.
 
 # B batch, d columns, G groups of columns, W hidden width, S squared features, L = T+2 noise levels, K classes
 """
@@ -19,17 +19,17 @@ from cdm_fast.nn.network import AdjointNetwork
 
 
 class EvenFeatures(Layer):
-    """`x -> (x, size, length)`: the columns, their softened sizes, and the length of every group of columns.
+    """`x -> (x, size, length)`: the columns, smooth absolute values, and the norm of each group of columns.
 
-    `size_i = sqrt(1 + x_i^2) - 1` and `length_g = sqrt(1 + |x_g|^2) - sqrt(1 + d_g)`. Heavy tails, and
-    whatever else depends on how far out a row lies, are even functions of the columns; hidden units are slow
-    to build them.
+    `size_i = sqrt(1 + x_i^2) - 1` and `length_g = sqrt(1 + |x_g|^2) - sqrt(1 + d_g)`. Heavy tails and other
+    properties that depend on the distance from the centre are even functions of the columns, which hidden
+    units are slow to learn.
 
     Args:
-        groups: numbers of columns that belong together, d in all.
+        groups: number of columns in each group, d in total.
     """
 
-    member: Tensor  # (d, G), 1 where the column is of the group
+    member: Tensor  # (d, G), 1 if the column belongs to the group
 
     def __init__(self, groups: list[int]) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class EvenFeatures(Layer):
         self.register_buffer("member", torch.empty(sum(groups), len(groups)))
 
     def reset(self) -> None:
-        """Fills the buffer: networks are built without memory first (`new_model`)."""
+        """Fills the buffer: `new_model` first builds networks on the meta device."""
         group = torch.repeat_interleave(torch.arange(len(self.groups)), torch.tensor(self.groups))
         self.member.copy_(F.one_hot(group, len(self.groups)))
 
@@ -56,15 +56,15 @@ class EvenFeatures(Layer):
 
 
 class TableMLP(AdjointNetwork):
-    """A noise-level classifier of rows: learned features, squared linear ones, and the columns themselves.
+    """A noise-level classifier of rows: learned features, squared linear features, and the columns.
 
-    With the last two any Gaussian is exact, its mean included.
+    With the last two it can represent any Gaussian exactly, including its mean.
 
     Args:
         groups: see `EvenFeatures`.
         num_levels: L.
         hidden, depth: W and the number of residual blocks.
-        num_squares: S.
+        num_squares: S, the number of squared features.
         num_classes: K for joint (level, class) logits, else None.
     """
 
@@ -123,10 +123,10 @@ def new_model(
     level_prior: Tensor | None,
     generator: torch.Generator,
 ) -> CDM:
-    """A `CDM` of a new `TableMLP` in fp32, drawn from `generator`.
+    """A `CDM` with a new `TableMLP` in fp32, initialised from `generator`.
 
-    torch's default dtype, device and generator play no part: the network is built without memory, then
-    filled.
+    The result does not depend on torch's default dtype, device and generator: the network is built on the
+    meta device, then filled.
     """
     with torch.device("meta"):
         network = TableMLP(groups, schedule.num_levels, hidden, depth, num_squares, num_classes)
@@ -147,13 +147,12 @@ def start_at_gaussians(
     means: Tensor,  # (K, d) fp64
     covariances: Tensor,  # (K, d, d) fp64
 ) -> None:
-    """Sets the head so that the model is the exact CDM of Gaussian classes; S = K d squares, or more.
+    """Sets the head so that the model is the exact CDM of Gaussian classes; needs S >= K d squares.
 
-    With `x_t = a x_0 + s eps`, class c of level t is `N(a m, U (a^2 lam + s^2) U^T)`, so its log density less
-    that of `N(0, I)` is, in the coordinates `r = U^T x` and with `v = a^2 lam + s^2`,
+    With `x_t = a x_0 + s eps`, class c at level t is `N(a m, U (a^2 lam + s^2) U^T)`, so its log density
+    minus that of `N(0, I)` is, in the coordinates `r = U^T x` and with `v = a^2 lam + s^2`,
     `sum_i (1 - 1/v_i) r_i^2 / 2 + a m_i r_i / v_i - a^2 m_i^2 / (2 v_i) - log(v_i) / 2`.
-    Training then starts from there instead of from noise, and a few rows need not teach what a covariance
-    says.
+    Training starts from there, so a few rows need not teach the network what a covariance describes.
     """
     network = model.network
     assert isinstance(network, TableMLP)
@@ -178,7 +177,7 @@ def start_at_gaussians(
 
 
 def _set_head(head: nn.Linear, weight: Tensor, constant: Tensor) -> None:
-    """Parameters of a head whose logits are `weight` (L, K, D) times features plus `constant` (L, K)."""
+    """Sets a head such that its logits are `weight` (L, K, D) times features plus `constant` (L, K)."""
     if isinstance(head, JointHead):  # z[t] = z_N - sum_{u >= t} w[u]
         rows, biases = weight.diff(dim=0).flatten(0, 1), constant.diff(dim=0).flatten()
         head.weight.copy_(torch.cat([rows, weight[-1:, 0]]))

@@ -1,6 +1,6 @@
-"""Paired rows: the networks that tell them from shuffled ones, and what a fold of them says.
+"""Paired rows: networks that distinguish them from shuffled rows, and the scores of each fold.
 
-# n rows, d columns (of X and Y together, the first `width` those of X), E experts, the network's the first
+# n rows, d columns (X and Y together, the first `width` are those of X), E experts, the network first
 """
 
 from dataclasses import dataclass, replace
@@ -27,23 +27,23 @@ from cdm_fast.tables.fit import (
 from cdm_fast.tables.folds import Index, hold_out
 from cdm_fast.tables.network import new_model, start_at_gaussians
 
-# Shuffles of rows that stand for independent ones: of those kept out, and of those trained on.
+# Number of shuffles that represent independent rows: of the held-out rows, and of the training rows.
 SHUFFLES, OFFSET_SHUFFLES = 8, 3
-# Training rows that are scored to see how much a network overfits.
+# Number of training rows that are scored to measure overfitting.
 TRAIN_ROWS = 5000
-# Weight of the cross-entropy over levels, where the density of joint rows is learned.
+# Weight of the cross-entropy over levels when the density of joint rows is learned.
 CE_WEIGHT = 1.0
 
 
 @dataclass(frozen=True)
 class FoldScores:
-    """What one network says of the rows that it never saw, and of those it did."""
+    """The scores by one network of its held-out rows and of its training rows."""
 
     network: RatioNetwork
-    rows: Index  # (m,) the rows kept out
-    joint: Array  # (E, m) log ratios of them: the network's, then the other experts'
-    shuffled: Array  # (E, SHUFFLES, m) of their X with another's Y
-    trained: Array  # (E, l) of rows that the network was trained on
+    rows: Index  # (m,) the held-out rows
+    joint: Array  # (E, m) their log ratios: by the network, then by the other experts
+    shuffled: Array  # (E, SHUFFLES, m) log ratios of their X with the Y of another row
+    trained: Array  # (E, l) log ratios of rows that the network was trained on
 
 
 @torch.inference_mode(False)
@@ -57,7 +57,7 @@ def score_fold(
     validation_fraction: float,
     seed: int,
 ) -> FoldScores:
-    """Trains a network on the rows that are not kept out, and scores all."""
+    """Trains a network on the rows that are not held out, and scores all rows."""
     rng = np.random.default_rng(seed)
     train_rows, kept = np.flatnonzero(~kept_out), np.flatnonzero(kept_out)
     validation = np.zeros(len(train_rows), dtype=bool)
@@ -69,7 +69,7 @@ def score_fold(
     network = fit_network(fit, judge, width, budget, seed)
     different = fit_rows[
         np.unique(groups[fit_rows], return_index=True)[1]
-    ]  # of copies one: they are neighbours
+    ]  # one of each group of copies, since copies are neighbours
     some = scores[rng.permutation(different)[:TRAIN_ROWS]]
     apart = torch.cat([shuffle(some, width, rng) for _ in range(OFFSET_SHUFFLES)])
     trained = network.log_ratio(some)
@@ -87,7 +87,7 @@ def score_fold(
 
 
 def _fit_shuffled(fit: Tensor, judge: Tensor, width: int, budget: Budget, seed: int) -> RatioNetwork:
-    """The ratio of joint rows to shuffled ones, from Gaussians in canonical coordinates on."""
+    """The ratio of joint rows to shuffled rows; training starts from Gaussians in canonical coordinates."""
     coordinates, rng = canonical(fit, width), np.random.default_rng(seed)
     z, judge = fit @ coordinates.mix, judge @ coordinates.mix
     dim = z.shape[1]
@@ -110,7 +110,7 @@ def _fit_shuffled(fit: Tensor, judge: Tensor, width: int, budget: Budget, seed: 
 
 
 def _fit_normal(fit: Tensor, judge: Tensor, width: int, budget: Budget, seed: int) -> RatioNetwork:
-    """The density of joint rows, whose ratio to N(0, I) it is."""
+    """The ratio of the density of joint rows to N(0, I)."""
     coordinates, generator = canonical(fit, width, rotate_only=True), torch.Generator().manual_seed(seed)
     z, judge = fit @ coordinates.mix, judge @ coordinates.mix
     dim = z.shape[1]
@@ -126,7 +126,7 @@ def _fit_normal(fit: Tensor, judge: Tensor, width: int, budget: Budget, seed: in
 
 
 def _joint(z: Tensor) -> Draw:
-    """Draws rows as they are."""
+    """A source of random joint rows."""
 
     def draw(num: int, generator: torch.Generator) -> tuple[Tensor, None]:
         return z[torch.randint(len(z), (num,), generator=generator)].float(), None
@@ -135,7 +135,7 @@ def _joint(z: Tensor) -> Draw:
 
 
 def _joint_and_shuffled(z: Tensor, width: int) -> Draw:
-    """Draws label 1: rows as they are; label 0: `width` columns of one row, the others of another."""
+    """Draws joint rows (label 1), and rows with the X of one row and the Y of another (label 0)."""
 
     def draw(num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         row = torch.randint(len(z), (num,), generator=generator)
@@ -148,7 +148,7 @@ def _joint_and_shuffled(z: Tensor, width: int) -> Draw:
 
 
 def shuffle(z: Tensor, width: int, rng: np.random.Generator) -> Tensor:
-    """Rows of z with the last columns of another row, every row giving its own to one other."""
+    """Rows of z in which the Y columns are permuted among rows, none keeping its own."""
     order = torch.from_numpy(rng.permutation(len(z)))
     partner = torch.empty_like(order)
     partner[order] = order.roll(1)

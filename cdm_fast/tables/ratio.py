@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cdm_fast.errors import UserError
 from cdm_fast.model.constants import Draw
+from cdm_fast.statistics import auroc
 from cdm_fast.tables.calibration import Calibration, calibrate
 from cdm_fast.tables.columns import Array, Columns, measure, without_far_rows
 from cdm_fast.tables.crossfit import RatioNetwork, ratio_levels, shrunk_moments, train_ratio
@@ -28,14 +29,14 @@ from cdm_fast.tables.estimator import TableEstimator, fold_count, row_weights
 from cdm_fast.tables.fit import Budget, class_validation
 from cdm_fast.tables.folds import Index, chooser, folds, groups_of_copies, hold_out
 
-# A class with fewer different rows than these is not split any further.
+# A class with fewer distinct rows than this is not split.
 FEWEST_TO_SPLIT = 4
 
 
 class TwoSampleTest(NamedTuple):
-    """How often a random assignment of rows to the two sets separates them as well."""
+    """AUROC of the two sets, and how often a random assignment of rows reaches it."""
 
-    statistic: float  # probability that a numerator's row scores above a denominator's: AUROC
+    statistic: float  # AUROC: probability that a row of the numerator scores above one of the denominator
     p_value: float
 
 
@@ -47,21 +48,21 @@ class _Fold:
 
 
 class DensityRatio(ClassifierMixin, TableEstimator):
-    """`log p_1(x) / p_0(x)` of two sets of rows, told apart by networks with joint (level, class) logits.
+    """`log(p_1(x) / p_0(x))` of two sets of rows, by networks with joint (level, class) logits.
 
-    A network for each fold starts as the two sets' Gaussians and learns what they miss; logistic regression
-    on the rows that it never saw calibrates its log ratios (`cdm_fast.tables.calibration`). New rows are
+    A network for each fold starts as Gaussians fitted to the two sets and learns the remainder; logistic
+    regression on its held-out rows calibrates its log ratios (`cdm_fast.tables.calibration`). New rows are
     scored by the mean of the networks.
 
     The parameters are those of `TableEstimator`.
 
     Attributes:
-        columns_: the standardisation, that of all rows together.
+        columns_: the standardisation of all rows together.
         classes_ (2,): the two values of y, denominator first.
         networks_: the `RatioNetwork` of each fold; `calibration_`: their `alpha` and `c`.
-        log_ratio_ (n,): nats, of every row of `fit` by the network that never saw it; by the only one where
-            there are too few rows for two.
-        n_iter_, loss_curve_, validation_scores_: of each network.
+        log_ratio_ (n,): nats, of every row of `fit` by the network that was not trained on it; if there are
+            too few rows for two networks, by the only one.
+        n_iter_, loss_curve_, validation_scores_: training history of each network.
 
     >>> X = np.random.default_rng(0).normal(size=(400, 1))
     >>> y = np.arange(400) % 2
@@ -91,8 +92,8 @@ class DensityRatio(ClassifierMixin, TableEstimator):
             near &= weights > 0
         if len(np.unique(index[near])) < 2:
             raise UserError(
-                "one class of y lies out of proportion to the other, or has no weight: rescale the columns,"
-                " or give it some"
+                "one class of y lies extremely far from the other, or all its weights are 0: rescale the"
+                " columns, or give positive weights"
             )
         near_weights = None if weights is None else weights[near]
         self.columns_: Columns = measure(rows[near], labels=index[near], weights=near_weights)
@@ -151,24 +152,24 @@ class DensityRatio(ClassifierMixin, TableEstimator):
         return self.calibration_(np.mean([network.log_ratio(z) for network in self.networks_], axis=0))
 
     def decision_function(self, X: ArrayLike) -> Array:
-        """`log_ratio`, by the name that scikit-learn gives it."""
+        """`log_ratio`, under scikit-learn's name."""
         return self.log_ratio(X)
 
     def predict_proba(self, X: ArrayLike) -> Array:
-        """(n, 2): how likely each row is of the denominator and of the numerator, if half of all rows are."""
+        """(n, 2): probabilities of denominator and numerator for each row, if both are equally frequent."""
         half = np.tanh(self.log_ratio(X) / 2) / 2
         return np.stack([0.5 - half, 0.5 + half], axis=1)
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
-        """(n,) of `classes_`: the set in which each row is denser."""
+        """(n,) values of `classes_`: the set with the larger density at each row."""
         denser = (self.log_ratio(X) > 0).astype(int)
         return self.classes_[denser]
 
     def score(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
-        """`log 2` less the logistic loss of `log_ratio`, both sets weighing the same, in nats.
+        """`log 2` minus the logistic loss of `log_ratio`, in nats, with equal total weight for both sets.
 
-        0 for a ratio of 1 everywhere; on rows that `fit` did not see at most the Jensen-Shannon divergence of
-        the two sets on average, which the true ratio reaches. Comparable between settings.
+        It is 0 for a ratio of 1 everywhere. On new rows its expectation is at most the Jensen-Shannon
+        divergence of the two sets, which the true ratio reaches, so it can be compared between settings.
         """
         log_ratio, labels = self.log_ratio(X), np.asarray(y)
         unknown = np.setdiff1d(labels, self.classes_)
@@ -183,10 +184,10 @@ class DensityRatio(ClassifierMixin, TableEstimator):
         return math.log(2) - float(np.mean(of_set))
 
     def weights(self, X: ArrayLike, clip: float | None = None) -> Array:
-        """Weights (n,) that make rows of the denominator stand for the numerator: the ratio, of mean 1.
+        """Importance weights (n,) for rows of the denominator to represent the numerator: the ratio, mean 1.
 
-        clip: the largest weight, in units of the mean; a few rows of large weight make every weighted mean
-        noisy. `effective_sample_size` tells how noisy.
+        clip: the largest weight, in units of the mean. A few rows with large weights make every weighted mean
+        noisy; `effective_sample_size` measures this.
         """
         if clip is not None and not clip >= 1:
             raise UserError(f"clip is {clip!r}: give a number of at least 1, in units of the mean weight")
@@ -198,10 +199,10 @@ class DensityRatio(ClassifierMixin, TableEstimator):
     def two_sample_test(
         self, n_permutations: int = 999, random_state: int | np.random.RandomState | None = None
     ) -> TwoSampleTest:
-        """Are the two sets of `fit` from one distribution? Permutes their labels over `log_ratio_`.
+        """Permutation test of whether the two sets of `fit` come from one distribution, on `log_ratio_`.
 
-        Every row was scored by a network that did not see it, so under one distribution the scores know
-        nothing of the labels. Raises UserError where rows were too few for folds.
+        Every row was scored by a network that was not trained on it, so under one distribution the scores are
+        independent of the labels. Raises UserError if there were too few rows for folds.
         """
         check_is_fitted(self)
         if len(self.networks_) < 2:
@@ -211,13 +212,13 @@ class DensityRatio(ClassifierMixin, TableEstimator):
         if n_permutations < 1:
             raise UserError(f"n_permutations is {n_permutations}: give 1 or more")
         state = np.random.default_rng(self._seed() if random_state is None else random_state)
-        rank = rankdata(self.log_ratio_)
+        rank = rankdata(self.log_ratio_)  # mid-ranks, whose sum over a set rises with its AUROC
         numerator = self._index == 1
-        found = _auroc(rank, numerator)
-        as_high = sum(
-            _auroc(rank, state.permutation(numerator)) >= found - 1e-12 for _ in range(n_permutations)
-        )
-        return TwoSampleTest(found, (1 + as_high) / (1 + n_permutations))
+        found = rank[numerator].sum()
+        as_high = sum(rank[state.permutation(numerator)].sum() >= found for _ in range(n_permutations))
+        scores = torch.from_numpy(self.log_ratio_)
+        statistic = auroc(scores[numerator], scores[~numerator])
+        return TwoSampleTest(statistic, (1 + as_high) / (1 + n_permutations))
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
@@ -239,7 +240,7 @@ def _fit_fold(
     validation_fraction: float,
     seed: int,
 ) -> _Fold:
-    """A network of `train_rows`, and what it says of the rows `kept`."""
+    """A network trained on `train_rows`, and its log ratios of the held-out rows `kept`."""
     rng = np.random.default_rng(seed)
     validation = np.zeros(len(train_rows), dtype=bool)
     if validation_fraction:
@@ -266,7 +267,7 @@ def _fit_fold(
 
 
 def _balanced(of_class: list[Tensor], weights: list[Array | None], columns: Columns) -> Draw:
-    """Draws rows of the two sets (n_c, d) in turn, dequantised."""
+    """A source of dequantised random rows, alternating between the two sets (n_c, d)."""
     z = torch.cat(of_class)
     first = [0, len(of_class[0])]
     choose = [chooser(len(rows), w) for rows, w in zip(of_class, weights, strict=True)]
@@ -282,13 +283,13 @@ def _balanced(of_class: list[Tensor], weights: list[Array | None], columns: Colu
 
 
 def effective_sample_size(weights: ArrayLike) -> float:
-    """`(sum w)^2 / sum w^2`: as many rows of equal weight would give a mean as certain (Kish, 1965)."""
+    """`(sum w)^2 / sum w^2`: as many rows of equal weight give a mean of the same variance (Kish, 1965)."""
     w = np.asarray(weights, dtype=np.float64)
     return float(w.sum() ** 2 / (w**2).sum())
 
 
 def _clipped(weights: Array, clip: float) -> Array:
-    """Weights of mean 1, none above `clip`: what is cut off is spread over the others."""
+    """Weights of mean 1, none above `clip`; what is cut off is distributed over the other rows."""
     for _ in range(100):
         high = weights >= clip
         rest = weights[~high].sum()
@@ -301,11 +302,6 @@ def _clipped(weights: Array, clip: float) -> Array:
     return np.minimum(weights, clip)
 
 
-def _auroc(rank: Array, positive: NDArray[np.bool_]) -> float:
-    many = int(positive.sum())
-    return float((rank[positive].sum() - many * (many + 1) / 2) / (many * (len(rank) - many)))
-
-
 def log_density_ratio(
     X_numerator: ArrayLike,
     X_denominator: ArrayLike,
@@ -315,7 +311,7 @@ def log_density_ratio(
 
     If both tables have column names, columns are matched by name.
 
-    parameters: of `DensityRatio`.
+    parameters: those of `DensityRatio`.
 
     >>> rng = np.random.default_rng(0)
     >>> shifted, standard = rng.normal(1, 1, (300, 1)), rng.normal(0, 1, (300, 1))

@@ -1,1 +1,1 @@
-"""Training runs: `train.train` and `train.resume`, and what they consist of."""
+"""Training runs: `train.train` and `train.resume`, and their parts."""

@@ -1,4 +1,4 @@
-"""The best checkpoint of a run by a validation criterion, in RUN/best, which is a run directory of its own.
+"""The best checkpoint of a run by a validation criterion, in RUN/best, which is a run directory itself.
 
 RUN/best/config.json  checkpoints/step-NNNNNNNN/  score.json
 """
@@ -26,7 +26,8 @@ class BestCheckpoint:
 
     Args:
         run: the run directory.
-        config: of the run; `config.output.keep_best` is the criterion, a key of `validation.validate`.
+        config: the config of the run; `config.output.keep_best` is the criterion, a key of
+            `validation.validate`.
     """
 
     def __init__(self, run: Path, config: RunConfig) -> None:
@@ -40,7 +41,7 @@ class BestCheckpoint:
         Every process of a run must call it at the same step. A disk that is full causes a warning.
         """
         value = numbers.get(self._criterion, math.inf)
-        if not value < self.value:  # nor for NaN
+        if not value < self.value:  # NaN is not better either
             return False
         self.value = value
         checkpoint = copy()
@@ -56,7 +57,7 @@ class BestCheckpoint:
             self.folder.mkdir(exist_ok=True)
         write_config(self.folder, self._config)
         saved = save_checkpoint(self.folder, checkpoint, keep=1)
-        for other in checkpoint_folders(self.folder):  # a later one, of a part of the run that was repeated
+        for other in checkpoint_folders(self.folder):  # a later one, from a part of the run that was repeated
             if other != saved:
                 remove(other)
         score = {"criterion": self._criterion, "value": self.value, "step": checkpoint.step}

@@ -1,11 +1,12 @@
-"""The constants of a CDM's logits, refitted last to fresh noised training images, with all weights held.
+"""Refits the constants of a CDM's logits after training on newly noised training images, with fixed weights.
 
-The last batches of training leave their noise in the constant of every logit, and so in every likelihood and
-class. Given the weights, the mean log posterior is concave in the constants; at its maximum the posteriors of
-each logit, summed over the rows, are the number of rows that belong to it. These are the equations of MBAR
-(doi 10.1063/1.2978177), whose solution is the best estimate of normalisation from samples of all levels.
+The last batches of training leave noise in the constant of every logit, and so in every likelihood and class
+posterior. Given the weights, the mean log posterior is concave in the constants; at its maximum the
+posteriors of each logit, summed over the rows, equal the number of rows that belong to it. These are the
+equations of MBAR (doi 10.1063/1.2978177), whose solution is the best estimate of normalisation from samples
+of all levels.
 
-# n rows, L = T+2 noise levels, K classes, N = (L-1) K + 1 logits, P constants a level
+# n rows, L = T+2 noise levels, K classes, N = (L-1) K + 1 logits, P constants per level
 """
 
 import copy
@@ -31,12 +32,12 @@ from cdm_fast.training.levels import stratified_levels
 CHUNK = 512  # rows per forward pass
 STORED = 2**27  # logits that are kept in memory, 0.5 GiB; further rows are used for one last step
 MOST_CONSTANTS = 3000  # with more, all classes of a level share one: Newton's matrix is dense
-FEWEST_ROWS = 10  # for each constant
+FEWEST_ROWS = 10  # per constant
 NEWTON_STEPS, CONVERGED, LONGEST = 50, 1e-5, 1.0  # the last two in nats
 
 
 class Rows(NamedTuple):
-    """Noised images, and what the network is asked about them."""
+    """Logits of noised images, and the true logit of each."""
 
     logits: Tensor  # (n, N)
     own: Tensor  # (n,) int64, the logit that each row belongs to
@@ -47,7 +48,7 @@ Scored = Callable[[int], Iterator[Rows]]  # number of rows -> the rows, chunk by
 
 @dataclass(frozen=True)
 class Draw:
-    """Noised images of a data set: levels from p(t), stratified in each chunk, fresh noise for every row."""
+    """Noised images of a data set: levels from p(t), stratified in each chunk, new noise for every row."""
 
     model: CDM
     data: ImageData
@@ -79,19 +80,19 @@ def refit_constants(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Constants:
-    """The constants of the logits that fit `num_rows` noised images of `data` best; the model is not changed.
+    """The constants of the logits that best fit `num_rows` noised images of `data`; the model is not changed.
 
-    A head over levels gets one constant a level. A joint head gets one for every pair of level and class (a
-    low-rank one as far as its class vectors allow), or one a level where the pairs are more than
-    `MOST_CONSTANTS`. A class embedding gets one a level for each class, fitted to rows of that class.
+    A head over levels gets one constant per level. A joint head gets one for every (level, class) pair (for a
+    low-rank head as far as its class vectors allow), or one per level if there are more than `MOST_CONSTANTS`
+    pairs. A class embedding gets one per level for each class, fitted to rows of that class.
 
     Args:
-        model: uncalibrated, without refitted constants.
-        data: training images; on the CPU.
-        num_rows: images drawn with replacement.
-        flip: mirror half of them, as training did.
+        model: a model without calibration or refitted constants.
+        data: training images, on the CPU.
+        num_rows: number of images drawn with replacement.
+        flip: mirror half of them, as in training.
         null_class: also fit the null class of an embedding, which label dropout trains.
-        progress: called with a message now and then.
+        progress: called with one-line messages.
 
     Raises:
         UserError: a network without a head of this library; fewer than `FEWEST_ROWS` rows for each constant.
@@ -115,7 +116,7 @@ def refit_constants(
 
 
 def class_basis(head: CumulativeHead, model: CDM) -> Tensor:
-    """(K, P) float64: how much each constant of a level adds to the logits of its classes."""
+    """(K, P) float64: the contribution of each constant of a level to the logits of its classes."""
     levels = model.schedule.num_levels - 1
     common = torch.ones(model.joint_classes, 1, dtype=torch.float64)
     if not isinstance(head, JointHead) or levels * head.rows_per_level > MOST_CONSTANTS:
@@ -130,7 +131,7 @@ def shift_rows(
     head: CumulativeHead,
     shift: Tensor,  # (L-1, P) nats
 ) -> None:
-    """Adds the constants of `class_basis` to the logits of `head`, by its bias; pure noise keeps its own."""
+    """Adds the constants of `class_basis` to the logits of `head` through its bias, except for pure noise."""
     padded = torch.cat([shift, shift.new_zeros(1, shift.shape[1])])
     if shift.shape[1] == 1:
         head.shift(padded[:, 0])
@@ -146,7 +147,7 @@ def fit_shift(
 ) -> Tensor:
     """(L-1, P) constants at the maximum of the mean log posterior of `num` rows, by Newton's method.
 
-    As many rows as `STORED` allows are stored and iterated over; the others take part in one last step.
+    Up to `STORED` logits are kept and iterated over; further rows are used for one last step.
     """
     first = next(iter(score(1)))
     num_logits = first.logits.shape[1]
@@ -166,8 +167,8 @@ def fit_shift(
 def newton_step(rows: Iterable[Rows], shift: Tensor, basis: Tensor) -> Tensor:
     """The Newton step (L-1, P) at `shift`; the ratios of neighbouring levels change by at most `LONGEST`.
 
-    The gradient is `B^T (own - p)` and the curvature `B^T (diag p - p p^T) B`, summed over rows, with the
-    posteriors p of the logits but that of pure noise, whose constant is fixed, and B the basis of each level.
+    The gradient is `B^T (own - p)` and the curvature `B^T (diag p - p p^T) B`, summed over rows, where p are
+    the posteriors of all logits except pure noise, whose constant is fixed, and B is the basis of each level.
     """
     levels, size = shift.shape
     added = torch.cat([(shift @ basis.T).flatten(), shift.new_zeros(1)])
@@ -194,7 +195,9 @@ def _fit_classes(
     model, labels = draw.model, draw.data.labels
     classes, levels = model.num_classes or 0, model.schedule.num_levels
     if labels is None:
-        raise UserError(f"{draw.data.name} has no labels, to which the constants of a class could be fitted")
+        raise UserError(
+            f"{draw.data.name} has no labels, and constants by class need some: give labelled data"
+        )
     table, each = torch.zeros(classes + 1, levels, dtype=torch.float64), num // classes
     _require_rows(each, levels - 1)
     common = torch.ones(1, 1, dtype=torch.float64)
@@ -214,15 +217,15 @@ def _fit_classes(
 
 def _require_rows(num: int, constants: int) -> None:
     if num < FEWEST_ROWS * constants:
-        raise UserError(f"{num} rows for {constants} constants: give {FEWEST_ROWS} or more for each")
+        raise UserError(f"{num} rows for {constants} constants: give {FEWEST_ROWS} or more per constant")
 
 
 def _scored(
     draw: Draw, num: int, generator: torch.Generator, images: Tensor, label: int | None = None
 ) -> Iterator[Rows]:
-    """Logits of `num` fresh rows of the images with these indices, `CHUNK` at a time, in fp32 on the CPU.
+    """Logits of `num` new rows of the images with these indices, `CHUNK` at a time, in fp32 on the CPU.
 
-    label: what a class embedding is asked about; joint logits know each row's own class.
+    label: the label given to a class embedding; joint logits use each row's own class.
     """
     model, labels = draw.model, draw.data.labels
     for first in range(0, num, CHUNK):

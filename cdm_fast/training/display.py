@@ -13,7 +13,7 @@ from cdm_fast.training.log import Numbers
 class Display:
     """Progress on stderr: a bar with loss, CE, MSE, images/s and ETA on a terminal, plain lines elsewhere.
 
-    A context manager. The numbers cost a wait for the device: compute them when `due` is true.
+    A context manager. Computing the numbers waits for the device, so do it only when `due` is true.
     """
 
     _SECONDS_BETWEEN = 1.0
@@ -37,7 +37,7 @@ class Display:
             self._bar.stop()
 
     def due(self) -> bool:
-        """Whether the bar should be refreshed: once a second; never without a bar."""
+        """True if the bar should be refreshed: once per second; never without a bar."""
         return self._bar is not None and time.monotonic() - self._shown >= self._SECONDS_BETWEEN
 
     def advance(self, step: int) -> None:
@@ -46,18 +46,18 @@ class Display:
             self._bar.update(self._task, completed=step)
 
     def show(self, step: int, numbers: Numbers) -> None:
-        """Puts the numbers beside the bar."""
+        """Shows the numbers beside the bar."""
         self._shown = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=_text(numbers))
 
     def line(self, step: int, numbers: Numbers) -> None:
-        """Prints the numbers where there is no bar."""
+        """Prints the numbers if there is no bar."""
         if self._bar is None:
             self.say(f"step {step}/{self._total}  {_text(numbers)}")
 
     def say(self, message: str) -> None:
-        """Prints one line, above the bar if there is one; only one of several processes does."""
+        """Prints one line, above the bar if there is one; only on rank 0."""
         if self._bar is not None:
             self._bar.console.print(message, soft_wrap=True, markup=False)
         elif is_main():

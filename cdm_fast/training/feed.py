@@ -1,6 +1,6 @@
-"""Where training images lie, and how those of a step reach the device.
+"""Where training images are stored, and how the images of a step reach the device.
 
-The images of step n are a function of (seed, n) wherever they lie.
+The images of step n are a function of (seed, n), wherever they are stored.
 
 # N images, B batch, C channels, H W pixels
 """
@@ -15,13 +15,13 @@ from torch import Tensor
 from cdm_fast.data import ImageData
 from cdm_fast.host.device import upload
 
-SHARE_OF_DEVICE = 4  # a data set may take one part in so many of a device's free memory
+SHARE_OF_DEVICE = 4  # a data set may take a quarter of a device's free memory
 
 
 class HostFeed:
-    """Images in host memory, or mapped from a file, gathered by a thread one step ahead of the device.
+    """Images in host memory, or mapped from a file; a thread gathers each batch one step ahead of the device.
 
-    images: (N,C,H,W) uint8; pin: leave each batch in pinned memory, from which a GPU copies without a wait.
+    images: (N,C,H,W) uint8; pin: use pinned memory for batches, from which a GPU copies asynchronously.
     """
 
     def __init__(self, images: Tensor, pin: bool) -> None:
@@ -30,7 +30,7 @@ class HostFeed:
         self._ahead: tuple[list[int], Future[Tensor]] | None = None
 
     def take(self, index: Tensor, following: Callable[[], Tensor]) -> Tensor:
-        """The images of `index` (B,) in host memory; those of `following()` are gathered meanwhile."""
+        """The images of `index` (B,) in host memory; starts gathering those of `following()`."""
         wanted = index.tolist()
         ahead, self._ahead = self._ahead, None
         images = ahead[1].result() if ahead is not None and ahead[0] == wanted else self._gather(index)
@@ -44,9 +44,9 @@ class HostFeed:
 
 
 def on_device(data: ImageData, device: torch.device) -> ImageData:
-    """The data where training reads them: on the device as long as they take a quarter of its free memory.
+    """The data where training reads them: on the device, if they take at most a quarter of its free memory.
 
-    Larger ones stay in host memory or in their file, and a thread gathers each step's images.
+    Larger data stay in host memory or in their file, and a thread gathers each step's images.
     """
     labels = None if data.labels is None else data.labels.to(device)
     if device.type == "cpu":
@@ -60,8 +60,8 @@ def on_device(data: ImageData, device: torch.device) -> ImageData:
 def images_of(data: ImageData, on_host: Tensor, index: Tensor, following: Callable[[], Tensor]) -> Tensor:
     """The images of a step, (B,C,H,W) uint8 on the device of `index`.
 
-    on_host, index: (B,) which they are in `data`, on the host and on the device; following: gives
-    `on_host` of the step after.
+    on_host, index: (B,) their indices in `data`, on the host and on the device; following: returns `on_host`
+    of the next step.
     """
     if data.feed is not None:
         return upload(data.feed.take(on_host, following), index.device)

@@ -1,4 +1,4 @@
-"""Fine-tuning: a new run that starts from the averaged weights of another one, perhaps with other classes.
+"""Fine-tuning: a new run that starts from the averaged weights of another run, possibly with other classes.
 
 # K classes, L = T+2 noise levels, D features
 """
@@ -22,8 +22,9 @@ _NETWORK = "network."
 def begin_from_run(config: RunConfig, state: TrainingState) -> None:
     """Loads the averaged weights of the run `config.train.finetune`, if any, into the model and its average.
 
-    Where the number of classes differs, every new class starts as the mean of the old ones; the null class is
-    kept. Raises UserError if the run has other noise levels, or a network that differs in more than classes.
+    If the number of classes differs, every new class starts as the mean of the old ones; the null class is
+    kept. Raises UserError if the run has other noise levels, or a network that differs in more than its
+    classes.
     """
     if config.train.finetune is None:
         return
@@ -31,14 +32,14 @@ def begin_from_run(config: RunConfig, state: TrainingState) -> None:
     source = read_config(run)
     if _levels(source.schedule) != _levels(config.schedule):
         raise UserError(
-            f"--finetune {run} has the levels of {_levels(source.schedule)}, not"
+            f"--finetune {run} was trained with the levels of {_levels(source.schedule)}, not"
             f" {_levels(config.schedule)}; do not change the schedule"
         )
     averaged = load_checkpoint(run, parts=("ema",)).tensors["ema"]
     own = state.model.state_dict()
     wanted = {name: value for name, value in own.items() if name.startswith(_NETWORK)}
     weights = _fitted(averaged, wanted, source, config, run)
-    for model in (state.model, state.ema.model):  # the priors are those of the new data
+    for model in (state.model, state.ema.model):  # priors come from the new data
         restore_weights(model, {**own, **weights}, run)
 
 
@@ -87,7 +88,7 @@ def _fitted(
 
 
 def _other_classes(name: str, theirs: Tensor, source: RunConfig, before: int, now: int) -> Tensor:
-    """A tensor that depends on K, for `now` classes instead of `before`: each is the mean of the old ones."""
+    """A tensor that depends on K, for `now` classes instead of `before`; each is the mean of the old."""
     if name.endswith("label_emb.weight"):  # (K+1, C), the null class last
         return torch.cat([theirs[:-1].mean(0).expand(now, -1), theirs[-1:]])
     if name.endswith("linear_layer.classes"):  # (K, R)

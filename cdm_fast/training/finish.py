@@ -16,10 +16,10 @@ from cdm_fast.training.report import update_loss_curves, write_final
 def finish(session: Session, stopped: str | None) -> dict[str, Any]:
     """Writes the final pictures and test scores, unless a signal ended the run; returns the summary.
 
-    A signal that arrives meanwhile cuts them short: all checkpoints are on the disk already.
+    A signal that arrives during this interrupts it; all checkpoints are on the disk already.
 
     Args:
-        session: after its last step.
+        session: the session after its last step.
         stopped: as in `summary`.
     """
     model, run = session.state.ema.model, session.run
@@ -29,7 +29,7 @@ def finish(session: Session, stopped: str | None) -> dict[str, Any]:
             model = with_constants(session)
         score = {} if stopped == "signal" else write_final(model, session.config, session.validation, run)
     except (KeyboardInterrupt, RuntimeError) as error:
-        # Where a signal ends another process first, this one fails in its next collective operation.
+        # If a signal ends another process first, this one fails in its next collective operation.
         if isinstance(error, RuntimeError) and not lost_peer(error):
             raise
         score, stopped = {}, "signal"
@@ -37,7 +37,7 @@ def finish(session: Session, stopped: str | None) -> dict[str, Any]:
 
 
 def with_constants(session: Session) -> Any:
-    """A copy of the averaged model with constants refitted to training images; writes RUN/constants.json."""
+    """A copy of the averaged model with refitted constants; writes them to RUN/constants.json."""
     config, model = session.config, copy.deepcopy(session.state.ema.model)
     if not isinstance(model, CDM):
         return model

@@ -14,7 +14,7 @@ from cdm_fast.model.classifier import Classifier
 def draw_levels(
     model: CDM | DDM | Classifier, num: int, config: TrainConfig, generator: torch.Generator
 ) -> Tensor:
-    """(num,) int64 levels from the model's p(t), as `config.level_draws` says."""
+    """(num,) int64 levels from the model's p(t), drawn as `config.level_draws` specifies."""
     probability = level_probability(model) if config.level_draws == "stratified" else None
     if probability is None:
         return model.draw_levels(num, generator)
@@ -22,7 +22,7 @@ def draw_levels(
 
 
 def level_probability(model: CDM | DDM | Classifier) -> Tensor | None:
-    """p(t), (L,) float64, with which the model's levels are drawn; None for a classifier, which has one."""
+    """p(t), (L,) float64, from which levels are drawn; None for a classifier, which has a single level."""
     if isinstance(model, CDM):
         return model.log_level_prior.double().exp()
     if isinstance(model, DDM):  # evenly from 1..T
@@ -37,7 +37,7 @@ def stratified_levels(
     num: int,
     generator: torch.Generator,
 ) -> Tensor:  # (num,) int64
-    """Levels at one randomly shifted grid through the cumulated probability, in random order.
+    """Stratified levels: an even grid with one random shift, through the inverse CDF, in random order.
 
     `F^-1((i + u) / num)` for i = 0..num-1, with one u ~ U[0, 1) (arXiv 2107.00630, appendix), shuffled.
     Each position has the distribution `probability`; level t occurs `floor(num p_t)` or `ceil(num p_t)`

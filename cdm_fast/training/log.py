@@ -20,7 +20,7 @@ Numbers = Mapping[str, float | int | str | None]
 
 
 class Sink(Protocol):
-    """A log that takes the numbers of a step."""
+    """A log of numbers by step."""
 
     def write(self, step: int, numbers: Numbers) -> None:
         """Logs the numbers of one step."""
@@ -33,11 +33,11 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """RUN/log.jsonl: one JSON object a line; a number that is not finite is written as null.
+    """RUN/log.jsonl: one JSON object per line; a number that is not finite is written as null.
 
-    Lines of later steps than `last_step` are removed at the start, so that a resumed run repeats none.
-    A line that a full disk refuses is kept in memory, with a warning, and written before the next one.
-    Raises DiskError when the file cannot be opened.
+    Lines of steps after `last_step` are removed at the start, so a resumed run has no duplicates. If the disk
+    is full, a line is kept in memory, with a warning, and written before the next one. Raises DiskError when
+    the file cannot be opened.
     """
 
     def __init__(self, path: Path, last_step: int) -> None:
@@ -86,7 +86,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _step_of(line: str) -> float:
-    """The step of a log line; infinity for an incomplete one, which is thereby removed."""
+    """The step of a log line; infinity for an incomplete line, so that it is removed."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
@@ -94,7 +94,7 @@ def _step_of(line: str) -> float:
 
 
 class TensorBoard:
-    """TensorBoard event files in the run directory; events of later steps than `last_step` are hidden."""
+    """TensorBoard event files in the run directory; events of steps after `last_step` are hidden."""
 
     def __init__(self, run: Path, last_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -183,7 +183,7 @@ def read_log(
         lines = path.read_text().splitlines()
     except OSError as error:
         raise UserError(
-            f"cannot read {path}: {error.strerror}; give a run directory that was trained"
+            f"cannot read {path}: {error.strerror}; give the directory of a training run"
         ) from error
     records = []
     for number, line in enumerate(lines, start=1):

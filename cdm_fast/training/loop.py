@@ -66,7 +66,7 @@ class Session:
 
 
 def train_steps(session: Session, display: Display, stopper: Stopper) -> str | None:
-    """Trains to the last step, or until `stopper` has a reason to stop; returns that reason, or None.
+    """Trains to the last step, or until `stopper` reports a reason to stop; returns that reason, or None.
 
     Log lines, validation, pictures and checkpoints are made at the intervals of `config.output`.
     """
@@ -84,7 +84,7 @@ def train_steps(session: Session, display: Display, stopper: Stopper) -> str | N
         shows = at_log_line or display.due()
         if shows or _results_due(session):
             wait_for(state.sums.device)  # so that enqueued steps count as training time
-        if at_log_line or state.sums.device.type == "cpu":  # elsewhere reading the counters stalls the device
+        if at_log_line or state.sums.device.type == "cpu":  # on a GPU reading the counters stalls it
             _stop_when_diverged(session)
         seconds = time.perf_counter() - began
         state.seconds += seconds
@@ -121,8 +121,8 @@ def take_step(
     Args:
         state: changed in place.
         data: training images on the state's device.
-        loss_function: of `make_loss`.
-        wrapped: the model as DDP or FSDP2 trains it, in a run of several processes.
+        loss_function: from `make_loss`.
+        wrapped: the model wrapped by DDP or FSDP2, in a run of several processes.
     """
     train = config.train
     seed_step(train.seed, state.step)
@@ -158,7 +158,7 @@ def _stop_when_diverged(session: Session) -> None:
 
 
 def _tell_incidents(numbers: Mapping[str, float | int], session: Session, display: Display) -> None:
-    """Prints the last skipped step and the largest jump of the loss since the last log line."""
+    """Prints the last skipped step and the largest spike of the loss since the last log line."""
     if "skipped_step" in numbers:
         display.say(f"step {numbers['skipped_step']} skipped: its loss or gradient is not finite")
     if "spike_step" in numbers:
@@ -169,14 +169,14 @@ def _tell_incidents(numbers: Mapping[str, float | int], session: Session, displa
 
 
 def _results_due(session: Session) -> bool:
-    """Whether validation, pictures or a save may read the device after this step."""
+    """True if validation, pictures or a save may read from the device after this step."""
     output, step = session.config.output, session.state.step
     intervals = output.evaluate_every, output.sample_every, max(1, output.save_every // 2)
     return any(every and step % every == 0 for every in intervals)
 
 
 def _intermediate_results(session: Session, display: Display) -> None:
-    """Validation and pictures, where their intervals end."""
+    """Validation and pictures, if due at this step."""
     output, step = session.config.output, session.state.step
     if output.evaluate_every and step % output.evaluate_every == 0:
         _validate(session, display)

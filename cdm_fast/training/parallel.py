@@ -1,8 +1,8 @@
 """Data-parallel training with DDP or FSDP2: every process computes the gradient of its rows of the batch.
 
-DDP and FSDP2 hook into the `forward` of the module that they wrap, so the loss is computed inside one. The
-explicit adjoint uses every weight a second time there. DDP needs nothing for that; for FSDP2, `adjoint` is
-registered as a second forward method.
+DDP and FSDP2 hook into the `forward` of the module that they wrap, so the loss is computed inside a
+`forward`. The explicit adjoint uses every weight a second time there. DDP needs no change for that; for
+FSDP2, `adjoint` is registered as a second forward method.
 
 # B global batch, W processes, P parts whose gradients are accumulated (--accumulate)
 """
@@ -51,7 +51,7 @@ class _Loss(nn.Module):
 class Wrapped:
     """A model wrapped by DDP or FSDP2.
 
-    sharded: whether its weights are split over the processes (FSDP2).
+    sharded: True if its weights are split over the processes (FSDP2).
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -133,9 +133,9 @@ def _split_like(weight: Tensor, full: Tensor) -> DTensor:
 
 
 class ShardedEma(Ema[Model]):
-    """A moving average of weights that FSDP2 shards, sharded likewise.
+    """A moving average of weights sharded by FSDP2; it is sharded in the same way.
 
-    `model` is a collective operation: it gathers the average anew each time.
+    `model` is a collective operation: it gathers the average at each call.
     """
 
     def __init__(self, ema: Ema[Model], model: nn.Module) -> None:
@@ -164,24 +164,24 @@ class JointSaver:
 
     Args:
         saver: used in the process of rank 0 only.
-        together: the state is sharded, so that copying it is a collective operation.
+        together: True if the state is sharded, so that copying it is a collective operation.
     """
 
     def __init__(self, saver: Saver, together: bool) -> None:
         self._saver, self._together = saver, together
 
     def after_step(self, step: int, copy: Callable[[], Checkpoint]) -> None:
-        """As `Saver.after_step`, after the same step in every process."""
+        """As in `Saver.after_step`; called after the same step in every process."""
         self._jointly(partial(self._saver.after_step, step), copy)
 
     def finish(self, step: int, copy: Callable[[], Checkpoint]) -> None:
-        """As `Saver.finish`, at the same step in every process."""
+        """As in `Saver.finish`; called at the same step in every process."""
         self._jointly(partial(self._saver.finish, step), copy)
 
     def _jointly(
         self, save: Callable[[Callable[[], Checkpoint]], None], copy: Callable[[], Checkpoint]
     ) -> None:
-        """Rank 0 decides whether to copy now, and broadcasts that."""
+        """Rank 0 decides whether to copy now, and broadcasts its decision."""
         if not self._together:
             if is_main():
                 save(copy)

@@ -1,4 +1,4 @@
-"""What happens before the first step: settings are resolved and checked, data loaded, the state built.
+"""Preparation before the first step: resolves and checks settings, loads data, builds the state.
 
 # K classes
 """
@@ -32,8 +32,8 @@ class Prepared:
     """A run that is ready for its next step.
 
     Fields:
-        config: with everything resolved.
-        state: on its device.
+        config: the config with everything resolved.
+        state: the state, on its device.
         data: the training images, on the CPU.
         validation: the first `evaluate_images` of the validation split, on the CPU.
     """
@@ -45,9 +45,9 @@ class Prepared:
 
 
 def prepare_new(config: RunConfig, device: torch.device) -> Prepared:
-    """A new run on its data, its weights drawn from the config's seed or taken from `--finetune`.
+    """A new run, with weights drawn from the config's seed or taken from `--finetune`.
 
-    Raises UserError for data or settings that do not work. Writes nothing.
+    Raises UserError for invalid data or settings. Writes nothing.
     """
     data = run_data(config, "train")
     config = broadcast_from_main(resolve(config, data, device))
@@ -60,10 +60,10 @@ def prepare_new(config: RunConfig, device: torch.device) -> Prepared:
 
 
 def resumed_config(run: str | Path, config: RunConfig | None) -> tuple[RunConfig, RunConfig]:
-    """The config to resume a run with, by default its own, and the stored one.
+    """The config with which to resume a run, by default its own; and the stored config.
 
-    Raises UserError when `config` changes a setting that a resumed run must keep or asks for fewer steps than
-    it has taken, and for a run that was not trained here.
+    Raises UserError if `config` changes a setting that a resumed run must keep or has fewer steps than the
+    run has taken, and for a run that was not trained here.
     """
     stored = read_config(run)
     config = in_place(config or stored)
@@ -88,7 +88,7 @@ def prepare_resumed(run: Path, config: RunConfig, stored: RunConfig, device: tor
     """
     data = run_data(config, "train")
     if broadcast_from_main(resolve(config, data, device)).image != config.image:
-        raise UserError(f"--data {config.data.source} is not what {run} was trained on; give that data")
+        raise UserError(f"--data {config.data.source} is not what {run} was trained on; give the same data")
     validation = run_data(config, "validation").take(slice(config.output.evaluate_images))
     state = from_checkpoint(load_checkpoint(run), config, device, str(run))
     if state.data != data_digest(data):
@@ -103,9 +103,9 @@ def prepare_resumed(run: Path, config: RunConfig, stored: RunConfig, device: tor
 
 
 def config_to_resume(config: RunConfig, out: str | Path) -> RunConfig | None:
-    """The config with which to resume `out`, if it holds the beginning of the run of `config`; else None.
+    """The config with which to resume `out`, if it holds an unfinished run of `config`; else None.
 
-    torchrun starts its command again when a process has died, and a queue does when a machine has failed.
+    torchrun restarts its command when a process has died, and a queue when a machine has failed.
     """
     if not (Path(out) / "config.json").is_file():
         return None
@@ -143,17 +143,17 @@ def resolve(config: RunConfig, data: ImageData, device: torch.device) -> RunConf
 
 
 def check_parallel(config: RunConfig, parallel: Parallel) -> None:
-    """Raises UserError for a batch that cannot be divided over the processes, and settings without FSDP2."""
+    """Raises UserError for a batch that cannot be divided over the processes, or settings without FSDP2."""
     train, count = config.train, this_process().count
     if count > 1 and train.batch_size % (train.accumulate * count):
         parts = f" and {train.accumulate} parts each (--accumulate)" if train.accumulate > 1 else ""
         raise UserError(
-            f"--batch-size {train.batch_size} is that of all processes together, and {count}{parts} cannot"
+            f"--batch-size {train.batch_size} counts all processes together, and {count}{parts} cannot"
             f" share it evenly; give a multiple of {count * train.accumulate}"
         )
     if parallel == "fsdp" and launched() is None:
         raise UserError(
-            "--parallel fsdp splits a model over processes, and there is one; start with torchrun"
+            "--parallel fsdp splits a model over processes, and there is only one; start with torchrun"
         )
     if parallel == "fsdp" and train.checkpoint_blocks:
         raise UserError("--parallel fsdp does not go with --checkpoint-blocks; leave one of them out")

@@ -1,6 +1,6 @@
-"""Repeats one step of a run to show its batch, loss and gradient: why it was skipped, or the loss jumped.
+"""Repeats one step of a run to show its batch, loss and gradient, to explain a skipped step or a loss spike.
 
-Every draw of step n is a function of (seed, n), so any checkpoint of that step or an earlier one will do.
+Every draw of step n is a function of (seed, n), so any checkpoint of that step or an earlier one suffices.
 
 # B batch
 """
@@ -47,18 +47,18 @@ def replay(run: str | Path, step: int, *, device: str = "auto", out: Path | None
 
     Args:
         run: the run directory.
-        step: from 0.
-        device: as for `train`.
+        step: the step, counted from 0.
+        device: as in `train`.
         out: an .npz to write the batch to: x_t and eps (B, ...) float32, level, label and index (B,) int64,
             loss (B,) float32.
 
-    Returns JSON values: run, seed, step; from_step, of the checkpoint; loss, ce (nats; 0 for a DDM), mse and
-    grad_norm of the whole batch, as in training; finite, whether training takes the step; parameters, those
-    with the largest norms of the gradient, not finite ones first; images, those with the largest losses, each
+    Returns JSON values: run, seed, step; from_step: step of the checkpoint; loss, ce (nats; 0 for a DDM), mse
+    and grad_norm of the whole batch, as in training; finite: true if training takes the step; parameters:
+    those with the largest gradient norms, non-finite ones first; images: those with the largest losses, each
     with its index in the training split, level, label and loss, evaluated alone and without dropout.
 
     Raises:
-        UserError: no intact checkpoint at or before the step is left; `step` is negative; `out` is no .npz.
+        UserError: there is no intact checkpoint at or before the step; `step` is negative; `out` is no .npz.
     """
     if step < 0:
         raise UserError(f"--step is {step}; give 0 or more")

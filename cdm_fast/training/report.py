@@ -28,11 +28,11 @@ from cdm_fast.sampling import sample
 from cdm_fast.training.log import read_log
 from cdm_fast.training.validation import check_levels, num_rows
 
-MAX_ROWS = 20  # of a sheet with a class in each row; more would be too small to read
+MAX_ROWS = 20  # rows of a sheet with one class per row; more would be too small to read
 
 
 def write_samples(model: CDM | DDM, config: RunConfig, run: Path) -> None:
-    """RUN/samples.png: a sheet of samples, always from the same noise, so that they compare over steps."""
+    """RUN/samples.png: a sheet of samples, always from the same noise, so that steps can be compared."""
     output = config.output
     labels = class_labels(config, output.num_samples)
     guidance = 0.0 if labels is None else output.guidance
@@ -56,7 +56,7 @@ def write_sheet(
     path: Path,
     title: str,
 ) -> None:
-    """A PNG of samples: a row for each class where there are 2 to `MAX_ROWS` of them, else a plain sheet."""
+    """A PNG of samples: a row for each class if there are 2 to `MAX_ROWS` classes, else a plain sheet."""
     classes = [] if labels is None else labels.unique().tolist()
     if labels is None or not 2 <= len(classes) <= MAX_ROWS:
         write_grid(pixels, path)
@@ -66,7 +66,7 @@ def write_sheet(
 
 
 def write_loss_curves(run: Path) -> list[Path]:
-    """RUN/loss.png, once the log holds a line; returns its path in a list, or none."""
+    """RUN/loss.png, if the log is not empty; returns its path in a list, or an empty list."""
     records = read_log(run / "log.jsonl")
     return [write_losses(records, run / "loss.png")] if records else []
 
@@ -82,7 +82,7 @@ def write_level_pictures(model: CDM | DDM, data: ImageData, run: Path) -> list[P
 
 
 def write_level_checks(model: CDM | DDM | Classifier, data: ImageData, run: Path) -> list[Path]:
-    """RUN/calibration.png of a CDM: level posteriors against the prior, and ratios; its path in a list."""
+    """RUN/calibration.png for a CDM: level posteriors against the prior, and ratios; its path in a list."""
     if not isinstance(model, CDM):
         return []
     checks = check_levels(model, data, num_rows(data))
@@ -92,9 +92,10 @@ def write_level_checks(model: CDM | DDM | Classifier, data: ImageData, run: Path
 def write_final(
     model: CDM | DDM | Classifier, config: RunConfig, validation: ImageData, run: Path
 ) -> dict[str, Any]:
-    """Writes every picture of a finished run, scores its test split (not of a DDM), and returns the scores.
+    """Writes all pictures of a finished run, scores its test split (not for a DDM), and returns the scores.
 
-    A CDM writes RUN/nll.json, a model with classes RUN/classes.json, of which accuracy and ECE are returned.
+    A CDM also writes RUN/nll.json, a model with classes RUN/classes.json, whose accuracy and ECE are
+    returned.
     """
     to_stderr("drawing samples and scoring the test images")
     if isinstance(model, Classifier):
@@ -120,6 +121,6 @@ def _write_accuracy(model: CDM | Classifier, test: ImageData, draws: int, run: P
 
 
 def update_loss_curves(run: Path) -> None:
-    """`write_loss_curves` in the process of rank 0, which has the log."""
+    """`write_loss_curves` on rank 0, which has the log."""
     if is_main():
         write_loss_curves(run)

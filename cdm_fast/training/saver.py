@@ -20,21 +20,21 @@ class Saver:
     At most `every` steps are lost, however the process ends. A save starts every `every / 2` steps and has
     the next `every / 2` steps to reach the disk; on a slower disk training waits for it.
 
-    A context manager. Leaving it by KeyboardInterrupt abandons the save in progress; otherwise it is
+    A context manager. Leaving it by KeyboardInterrupt abandons the save in progress; otherwise the save is
     completed. A disk error is reported as a warning, and another save is tried a minute later. Any other
     error of the thread is raised by the next `after_step` or `finish`.
 
     Args:
         run: the run directory.
-        every: the largest number of steps that may be lost.
+        every: largest number of steps that may be lost.
         keep: number of checkpoints to keep.
         saved: step of the newest checkpoint on the disk.
         sinks: logs that are flushed to the disk before each checkpoint.
     """
 
-    _PATIENCE = 1.0  # seconds for tidying up after an interrupt
+    _PATIENCE = 1.0  # seconds for cleaning up after an interrupt
     _PAUSE = 60.0  # seconds between a disk error and the next attempt
-    _SLOW = 10.0  # seconds of waiting for the disk, in total, that cause a warning
+    _SLOW = 10.0  # total seconds of waiting for the disk that cause a warning
 
     def __init__(self, run: Path, every: int, keep: int, saved: int, sinks: Sequence[Sink] = ()) -> None:
         self.saved, self.waited = saved, 0.0
@@ -69,7 +69,7 @@ class Saver:
             self._make_sure(step)
 
     def _make_sure(self, step: int) -> None:
-        """Waits for the save in progress if the next step must not come before; collects a finished one."""
+        """Waits for the save in progress if the next step depends on it; collects a finished save."""
         if self._thread is None or (self._thread.is_alive() and step - self.saved < self._every):
             return
         began, warned = time.monotonic(), self.waited >= self._SLOW
@@ -94,7 +94,7 @@ class Saver:
 
     def _start(self, checkpoint: Checkpoint) -> None:
         self._due, self._error = False, None
-        # A daemon: the interpreter does not wait for it after a second Ctrl-C.
+        # A daemon thread: the interpreter does not wait for it after a second Ctrl-C.
         self._thread = threading.Thread(target=self._save, args=[checkpoint], name="saver", daemon=True)
         self._thread.start()
 

@@ -38,11 +38,11 @@ class TrainingState:
     ema: Ema
     optimizer: torch.optim.Optimizer
     sums: Tensor  # (5,) float64 since the last log line: sums of loss, ce, mse, grad_norm; good steps
-    bad: Tensor  # (3,) int64: number of bad steps; of those in a row at the end; the last one
-    recent: Tensor  # (RECENT,) float32: the last losses; infinite where there is none yet
-    spikes: Tensor  # (4,) float64: number; of the worst since the last log line: medians, loss, step
+    bad: Tensor  # (3,) int64: number of bad steps; number of the latest ones in a row; the last one
+    recent: Tensor  # (RECENT,) float32: the last losses; infinite if there is none yet
+    spikes: Tensor  # (4,) float64: count; for the worst since the last log line: medians, loss, step
     step: int = 0
-    seconds: float = 0.0  # of training, without pictures and scores
+    seconds: float = 0.0  # training time, without pictures and scores
     logged_step: int = 0
     logged_seconds: float = 0.0
     data: str = ""  # digest of the training images
@@ -58,7 +58,7 @@ class TrainingState:
         self.step += 1
 
     def _watch(self, loss: Tensor, bad: Tensor) -> None:
-        """Compares a good step's loss with the running median, once that has `RECENT / 2` losses."""
+        """Compares a good step's loss with the running median, once this has `RECENT / 2` losses."""
         height = loss / self.recent.median()  # 0 while the median is infinite
         spike = (height > SPIKE) & ~bad
         total, worst, *_ = self.spikes.unbind()
@@ -108,7 +108,7 @@ def _counter(value: Any, limit: float) -> Any:
 
 
 def _fill(target: Tensor, values: object, kind: type[int] | type[float]) -> None:
-    """Copies a list of numbers of a kind into `target`; ValueError for another length or kind."""
+    """Copies a list of numbers of type `kind` into `target`; ValueError for another length or type."""
     if not isinstance(values, list) or len(values) != len(target):
         raise ValueError(f"no list of {len(target)} numbers")
     if any(type(value) not in (kind, int) for value in values):
@@ -117,7 +117,7 @@ def _fill(target: Tensor, values: object, kind: type[int] | type[float]) -> None
 
 
 def ema_start(config: RunConfig) -> int | None:
-    """The `start` of the run's `Ema`; with a rising decay a fine-tuned run would forget its first weights."""
+    """`start` of the run's `Ema`; with a rising decay a fine-tuned run would forget its initial weights."""
     train = config.train
     return train.ema_start if train.ema_start or train.finetune is not None else None
 
@@ -134,13 +134,13 @@ def new_state(config: RunConfig, device: torch.device) -> TrainingState:
     recent = torch.full((RECENT,), math.inf, device=device)
     spikes = torch.zeros(4, dtype=torch.float64, device=device)
     ema = Ema(model, config.train.ema_decay, ema_start(config))
-    # After the average was copied: it is never differentiated.
+    # Only after the average was copied, which is never differentiated.
     cast(DownTrunk, model.network).recompute = config.train.checkpoint_blocks
     return TrainingState(model, ema, make_optimizer(config.train, model), sums, bad, recent, spikes)
 
 
 def to_checkpoint(state: TrainingState, config: RunConfig) -> Checkpoint:
-    """A copy of the state in host memory; a collective operation where the state is sharded."""
+    """A copy of the state in host memory; a collective operation if the state is sharded."""
     tensors = {
         "model": snapshot(state.model),
         "ema": snapshot(state.ema.model),
@@ -176,7 +176,7 @@ def require_trained_here(checkpoint: Checkpoint, where: str) -> None:
 def from_checkpoint(
     checkpoint: Checkpoint, config: RunConfig, device: torch.device, where: str
 ) -> TrainingState:
-    """The state that `to_checkpoint` copied; UserError when it does not fit `config`."""
+    """The state that `to_checkpoint` copied; UserError if it does not fit `config`."""
     facts = checkpoint.state
     require_trained_here(checkpoint, where)
     trained_with = from_json(RunConfig, facts["config"], f"{where}: state.json: config")

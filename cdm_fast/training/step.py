@@ -54,13 +54,13 @@ class StepResult(NamedTuple):
     loss: Tensor
     ce: Tensor  # nats; 0 for a DDM
     mse: Tensor
-    grad_norm: Tensor  # of the whole gradient, before clipping
-    bad: Tensor  # 1.0 where loss or gradient was not finite, and no weight changed; else 0.0
+    grad_norm: Tensor  # norm of the whole gradient, before clipping
+    bad: Tensor  # 1.0 if loss or gradient was not finite, and no weight changed; else 0.0
 
 
 def training_step(
     model: CDM | DDM | Classifier,
-    optimizer: torch.optim.Optimizer,  # fused: its `found_inf` holds the step back on the device
+    optimizer: torch.optim.Optimizer,  # fused: its `found_inf` skips the step on the device
     ema: Ema,
     batch: Noised,
     loss_function: LossFunction,
@@ -74,14 +74,14 @@ def training_step(
     """One optimizer step: loss, gradient, clipping, update, moving average. Does not wait for the device.
 
     Args:
-        batch: this rank's rows; it is split into `parts` equal parts whose gradients are accumulated.
+        batch: this rank's rows, split into `parts` equal parts whose gradients are accumulated.
         loss_function: see `make_loss`.
-        step: from 0; for the warm-up of the average.
+        step: step number from 0, for the warm-up of the average.
         clip_norm: largest norm of the whole gradient; 0 for no limit.
         precision: "bf16" runs the network under autocast.
         keep_local: entered around all parts but the last; see `parallel.Wrapped.keep_local`.
 
-    A step whose loss or gradient is not finite changes no weight and no moment; its result says `bad`.
+    A step whose loss or gradient is not finite changes no weight and no moment; its result has `bad` set.
     """
     optimizer.zero_grad()
     totals = accumulate_gradient(
@@ -140,8 +140,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def set_dropout(model: CDM | DDM | Classifier, config: RunConfig, step: int) -> None:
     """Sets dropout for step `step` (from 0): the config's rate, or 0 from `dropout_until` on.
 
-    Dropout to the end trains the likelihood of the noisy network; without the noise the normalisation of its
-    levels is off, by some 0.2 bits/dim on 8x8 digits (docs/explanation/likelihood.md).
+    With dropout to the end, training fits the likelihood of the network with dropout; without dropout the
+    normalisation of its levels is wrong by about 0.2 bits/dim on 8x8 digits (docs/explanation/likelihood.md).
     """
     on = step < config.train.dropout_until * config.train.steps
     cast(UNetTrunk, model.network).dropout = config.network.dropout if on else 0.0
@@ -175,15 +175,15 @@ def derived_seed(seed: int, step: int, purpose: str) -> int:
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Seeds the global generator, which dropout draws from, for one step."""
+    """Seeds the global generator, from which dropout draws, for one step."""
     torch.manual_seed(derived_seed(seed, step, "dropout"))
 
 
 def draw_batch(data: ImageData, model: CDM | DDM | Classifier, config: RunConfig, step: int) -> Noised:
     """The batch of a step (from 0), a function of (seed, step): images, dequantisation, flips, levels, noise.
 
-    Each of several processes draws the whole batch, which is cheap beside a step, and returns its own rows.
-    The labels must be on the model's device; the images may be in host memory.
+    Each of several processes draws the whole batch, which is cheap compared with a step, and returns its
+    rows. The labels must be on the model's device; the images may be in host memory.
     """
     train, device = config.train, model.a.device
     generator = torch.Generator(device).manual_seed(derived_seed(train.seed, step, "batch"))

@@ -1,7 +1,8 @@
-"""`train` begins a run, `resume` continues one; both leave everything in its run directory.
+"""`train` starts a run, `resume` continues one; both write everything to the run directory.
 
-`prepare` has what comes before the first step, `loop` the steps, `finish` what comes after the last. Every
-random draw of step n is a function of (seed, n), so a resumed run takes the steps of an uninterrupted one.
+`prepare` does what comes before the first step, `loop` the steps, `finish` what comes after the last. Every
+random draw of step n is a function of (seed, n), so a resumed run takes the same steps as an uninterrupted
+one.
 """
 
 import contextlib
@@ -44,17 +45,17 @@ def train(
 ) -> dict[str, Any]:
     """Trains a new run into the directory `out` and returns its summary (`finish.summary`).
 
-    Where the finished run is scored, the keys of its nll.json, and accuracy and ECE, are in the summary too.
+    If the finished run is scored, the summary also has the keys of its nll.json, accuracy and ECE.
 
     Args:
-        config: of the run; what depends on the data and the device is filled in (`prepare.resolve`).
+        config: config of the run; settings that depend on data and device are filled in (`prepare.resolve`).
         out: a directory that does not exist, or is empty.
-        max_time: seconds after which to stop, with everything saved; by default there is no limit.
+        max_time: seconds after which to stop, with everything saved; no limit by default.
         device: "auto", "cpu", "cuda", ...
         parallel: how the processes of a `distributed.process_group` train together.
 
     Raises:
-        UserError: bad data or settings, or `out` exists, before anything is written; the disk refuses;
+        UserError: invalid data or settings, or `out` exists (before anything is written); the disk is full;
             `max_bad_steps` steps in a row are not finite.
 
     Example:
@@ -100,16 +101,16 @@ def resume(
     device: str = "auto",
     parallel: Parallel = "ddp",
 ) -> dict[str, Any]:
-    """Continues a run from its newest intact checkpoint: bitwise the run that was never interrupted.
+    """Continues a run from its newest intact checkpoint, bitwise as if it had never been interrupted.
 
     Args:
         run: the run directory.
-        config: the run's own by default; another number of steps and other `output` settings are allowed.
-        max_time, device, parallel: as for `train`.
+        config: by default the run's own; another number of steps and other `output` settings are allowed.
+        max_time, device, parallel: as in `train`.
 
     Raises:
-        UserError: as for `train`; `config` changes anything else, or asks for fewer steps than the run has
-            taken; the data are not those of the run.
+        UserError: as in `train`; `config` changes anything else, or has fewer steps than the run has taken;
+            the data are not those of the run.
     """
     run = Path(run).expanduser()
     config, stored = resumed_config(run, config)

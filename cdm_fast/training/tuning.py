@@ -1,4 +1,4 @@
-"""Settings that depend on the machine and change numbers by rounding alone: precision and compilation.
+"""Settings that depend on the machine and change results only by rounding: precision and compilation.
 
 Legend: B batch, C channels.
 """
@@ -16,15 +16,15 @@ from cdm_fast.nn import AdjointNetwork
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_CHECK_IMAGES = 32  # in the measurement: a few milliseconds of work
+_CHECK_IMAGES = 32  # images in the measurement: a few milliseconds of work
 _CHECK_ROUNDS = 5
 
 
 def pick_precision(config: RunConfig, device: torch.device) -> Precision:
     """The run's precision, with "auto" resolved.
 
-    On a GPU: bf16 where the hardware multiplies bf16 matrices. On a CPU with bf16 instructions (AMX, AVX-512
-    BF16): bf16 where one convolution of the network, with its gradients, is measured to be faster.
+    On a GPU: bf16 if the hardware multiplies bf16 matrices. On a CPU with bf16 instructions (AMX, AVX-512
+    BF16): bf16 if a convolution of the network, with its gradients, is measured to be faster.
     """
     if config.train.precision != "auto":
         return config.train.precision
@@ -37,7 +37,7 @@ def pick_precision(config: RunConfig, device: torch.device) -> Precision:
 
 
 def convolution_seconds(config: RunConfig, dtype: torch.dtype, device: torch.device) -> float:
-    """Least seconds of a 3x3 convolution of base_channels at full resolution, forward and backward."""
+    """Shortest time in seconds of a 3x3 convolution at full resolution, forward and backward."""
     batch = min(config.train.batch_size, _CHECK_IMAGES)
     channels = config.network.base_channels
     x = torch.zeros(batch, channels, *config.image.sides, dtype=dtype, device=device)
@@ -56,7 +56,7 @@ def compiled(function: Function, mode: Compile, device: torch.device) -> Functio
     """`function` compiled by torch.compile as one graph; `function` itself for "off".
 
     mode: "auto" is "default" on a GPU and "off" on a CPU, where compiling takes minutes and gains little.
-            "reduce-overhead" also records CUDA graphs: for small batches, where launches take the time.
+            "reduce-overhead" also records CUDA graphs, for small batches whose time is spent on launches.
     """
     if mode == "auto":
         mode = "default" if device.type == "cuda" else "off"

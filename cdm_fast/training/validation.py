@@ -1,4 +1,4 @@
-"""Checks of a run on validation images, while it trains: likelihood, classes, normalisation of the levels.
+"""Validation during training: likelihood, classification, and normalisation of the levels.
 
 # n rows, B batch, L = T+2 noise levels, K classes
 """
@@ -20,24 +20,25 @@ from cdm_fast.model.classifier import Classifier
 from cdm_fast.model.denoiser import like_network
 from cdm_fast.training.levels import stratified_levels
 
-ROWS = 1024  # noised images of a check: less than one training step's work at batch 128
+ROWS = 1024  # noised images per check: less work than one training step at batch 128
 CHUNK = 256  # rows per forward pass
 BINS = 25  # ranges of neighbouring levels in which adjacent ratios are averaged
 
 
 @dataclass(frozen=True)
 class LevelChecks:
-    """How well the levels of a CDM are normalised, on validation images noised to levels drawn from p(t).
+    """Normalisation of the levels of a CDM, on validation images noised to levels drawn from p(t).
 
     Fields:
         cross_entropy: mean of `-log p(t | x_t)` in nats; a proper score of the densities of all levels.
         log_mean_posterior: (L,) `log(mean_x p(t | x) / p(t))` in nats; 0 for true densities.
-        log_mean_posterior_stderr: (L,) nats, of rows taken as independent.
+        log_mean_posterior_stderr: (L,) nats, assuming independent rows.
         bin_level: the middle level t of each bin.
         log_mean_ratio: `log E[p_t / p_{t+1}]` in nats, averaged over the t of each bin; 0 for true densities.
         log_mean_ratio_stderr: nats.
-        ratio_bits_per_dim: sum of the log mean ratios over all t in 0..T, in bits/dim: by how much bits/dim
-            at level 0 would rise if every level were rescaled to ratio 1. Positive means that it is too low.
+        ratio_bits_per_dim: sum of the log mean ratios over all t in 0..T, in bits/dim: the increase of
+            bits/dim at level 0 if every level were rescaled to ratio 1. A positive value means that bits/dim
+            is too low.
         ratio_bits_per_dim_stderr: its standard error.
     """
 
@@ -64,10 +65,10 @@ class LevelChecks:
 
 @evaluation_mode
 def check_levels(model: CDM, data: ImageData, num_rows: int = ROWS, seed: int = 0) -> LevelChecks:
-    """The level posteriors of noised images of `data` against p(t), and their adjacent ratios, in one pass.
+    """Compares level posteriors of noised images with p(t), and checks adjacent ratios, in one pass.
 
     Args:
-        num_rows: images drawn with replacement; their levels are stratified draws from p(t).
+        num_rows: number of images drawn with replacement; their levels are stratified draws from p(t).
 
     `mean_x p(t | x) = p(t)` holds for the true posteriors, and so does `E[p_t / p_{t+1}] = 1` under p_{t+1}.
     """
@@ -103,7 +104,7 @@ def _noised(model: CDM, x: Tensor, level: Tensor, generator: torch.Generator) ->
 
 
 def _mean_posterior(log_posterior: Tensor, log_prior: Tensor) -> tuple[Tensor, Tensor]:
-    """`log(mean p(t|x) / p(t))` (L,) and its standard error, of log posteriors (n, L)."""
+    """`log(mean p(t|x) / p(t))` (L,) and its standard error, from log posteriors (n, L)."""
     posterior = log_posterior.exp()
     mean = posterior.mean(0).clamp(min=torch.finfo(torch.float64).tiny)
     error = posterior.std(0) / (mean * math.sqrt(len(posterior)))
@@ -113,11 +114,11 @@ def _mean_posterior(log_posterior: Tensor, log_prior: Tensor) -> tuple[Tensor, T
 def _adjacent_ratios(
     log_density: Tensor,  # (n, L) log p_t(x) up to one constant per x
     level: Tensor,  # (n,) int64
-    log_prior: Tensor,  # (L,) of the draw of `level`
+    log_prior: Tensor,  # (L,) log p(t) from which `level` is drawn
 ) -> tuple[list[float], list[float], list[float], list[int]]:
-    """Middle level, log mean of `p_t / p_{t+1}`, its standard error, and number of levels t, of each bin.
+    """For each bin: middle level, log mean of `p_t / p_{t+1}`, its standard error, and number of levels t.
 
-    The levels of a bin weigh alike, whatever the prior. Bins without rows are merged with the next one.
+    The levels of a bin have equal weight, whatever the prior. Bins without rows are merged with the next one.
     """
     noisy = level > 0
     upper = level[noisy]
@@ -146,7 +147,7 @@ def _adjacent_ratios(
 def check_classes(model: CDM | Classifier, data: ImageData, seed: int = 0) -> tuple[float, float] | None:
     """(mean of `-log p(c | x)` in nats at level 0, accuracy) on images of `data`; None without classes.
 
-    A class embedding takes K passes an image and is given one K-th of the images.
+    A class embedding needs K passes per image, so it is tested on one K-th of the images.
     """
     if model.num_classes is None or data.labels is None:
         return None
@@ -167,10 +168,9 @@ def check_classes(model: CDM | Classifier, data: ImageData, seed: int = 0) -> tu
 def validate(model: CDM | DDM | Classifier, data: ImageData) -> dict[str, float]:
     """The numbers of a validation line in log.jsonl; none for a DDM.
 
-    Of a CDM: bits_per_dim (unaudited, one draw), level_ce (nats), ratio_bits_per_dim and its _stderr,
-    level_worst (nats), level_miscalibrated (a share): see `LevelChecks`. With classes: class_ce (nats) and
-    accuracy.
-    Always of the same images, levels and noise, so that the lines of a run compare.
+    For a CDM: bits_per_dim (unaudited, one draw), level_ce (nats), ratio_bits_per_dim and its _stderr,
+    level_worst (nats), level_miscalibrated (a share), see `LevelChecks`. With classes: class_ce (nats) and
+    accuracy. Images, levels and noise are always the same, so that the lines of a run can be compared.
     """
     numbers: dict[str, float] = {}
     if isinstance(model, CDM):
@@ -189,5 +189,5 @@ def validate(model: CDM | DDM | Classifier, data: ImageData) -> dict[str, float]
 
 
 def num_rows(data: ImageData) -> int:
-    """Noised rows of a check: 8 of each validation image, at most `ROWS`."""
+    """Number of noised rows per check: 8 per validation image, at most `ROWS`."""
     return min(ROWS, 8 * len(data.images))

@@ -21,7 +21,7 @@ from cdm_fast.training.train import train
 
 # %% [markdown]
 # A preset is a frozen dataclass that describes a whole run: data, noise levels, network, optimizer, output.
-# `replace` makes a changed copy. 300 steps are few, but enough to see that it works.
+# `replace` makes a modified copy. 300 steps are few, but enough to see that it works.
 
 # %%
 steps = int(os.environ.get("STEPS", 300))
@@ -68,4 +68,4 @@ print(f"{report.bits_per_dim:.3f} +- {report.bits_per_dim_stderr:.3f} bits/dim, 
 
 # %% [markdown]
 # A single pass may be wrong by a constant, because its normalisation is learned. `cdm-fast nll RUN --method
-# audit` measures that constant; the explanation of likelihoods says how.
+# audit` measures that constant; the page on likelihoods explains how.

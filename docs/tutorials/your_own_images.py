@@ -30,8 +30,8 @@ for number, (image, label) in enumerate(zip(digits.images, digits.labels, strict
         )
 
 # %% [markdown]
-# `load_data` tells what it finds. A source without a test split is cut into 70 % training, 10 % validation
-# and 20 % test images, with the same shares of each class; `split_seed` chooses which.
+# `load_data` reports what it finds. A source without a test split is divided into 70 % training, 10 %
+# validation and 20 % test images, stratified by class; `split_seed` is the seed of this split.
 
 # %%
 train_images = load_data(folder / "pictures", "train")

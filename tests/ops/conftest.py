@@ -1,4 +1,4 @@
-"""What the tests of the ops share: the backends that run on the tensors' device, one test each."""
+"""Shared by the tests of the ops: one test per backend that runs on the tensors' device."""
 
 import re
 from collections.abc import Callable, Iterator

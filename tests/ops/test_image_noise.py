@@ -1,4 +1,4 @@
-"""Noise of single images: the numbers that samplers have always drawn, the same from every backend."""
+"""Noise of single images: fixed reference numbers, and the same from every backend."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What the Triton launchers launch, recorded on fake tensors of a second GPU: the device, and the grid."""
+"""The launches of the Triton launchers, recorded on fake tensors of a second GPU: their device and grid."""
 
 import importlib
 import inspect

@@ -1,4 +1,4 @@
-"""noising: every backend gives the reference's bits; the law of what comes out; derivatives; bad input."""
+"""noising: every backend gives the reference's bits; distribution of the noise; derivatives; bad input."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Philox against its published vectors; the distributions drawn from it against their laws."""
+"""Philox against its published vectors; numbers drawn from it against their distributions."""
 
 import math
 
