@@ -11,9 +11,6 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 #include <initializer_list>
@@ -22,6 +19,8 @@
 #include <string>
 #include <utility>
 
+#include "tensors.h"
+
 // Shared memory is declared through these two, so that tests/cuda_on_cpu can give it bounds on a host.
 #ifndef CDM_SHARED_ARRAY
 #define CDM_SHARED_ARRAY(type, name, count) __shared__ type name[count]
@@ -29,9 +28,6 @@
 #endif
 
 namespace cdm {
-
-using Tensor = torch::stable::Tensor;
-using torch::headeronly::ScalarType;
 
 __device__ __forceinline__ float widen(float value) { return value; }
 __device__ __forceinline__ float widen(uint8_t value) { return static_cast<float>(value); }

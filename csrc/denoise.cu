@@ -132,11 +132,6 @@ __host__ __device__ __forceinline__ int64_t feature_tiles(const CotangentArgumen
     return (p.num_features + kFeatureThreads - 1) / kFeatureThreads;
 }
 
-__device__ __forceinline__ float share_of(const CotangentArguments& p, int64_t b, int64_t c) {
-    return p.class_weight == nullptr ? 1.0f
-                                     : static_cast<const float*>(p.class_weight)[b * p.num_classes + c];
-}
-
 // Blocks (b, tile of features), the tiles of one b side by side.
 template <typename T>
 __global__ void __launch_bounds__(kFeatureThreads) cotangent_kernel(const CotangentArguments p) {
@@ -149,7 +144,7 @@ __global__ void __launch_bounds__(kFeatureThreads) cotangent_kernel(const Cotang
     if (is_known(p, p.level[b]) && row != p.num_rows - 1) {
         sum = widen(weight[(p.num_rows - 1) * p.num_features + d]);
         for (int64_t c = 0; c < p.num_classes; ++c)
-            sum -= share_of(p, b, c) * widen(weight[(row + c) * p.num_features + d]);
+            sum -= class_share<float>(p, b, c) * widen(weight[(row + c) * p.num_features + d]);
     }
     narrow(sum, static_cast<T*>(p.out) + b * p.num_features + d);
 }
@@ -171,7 +166,7 @@ __global__ void __launch_bounds__(kFeatureThreads) cotangent_grad_weight_kernel(
         if (is_noise)
             sum += is_known(p, p.level[b]) ? g : nanf("");
         else
-            sum -= share_of(p, b, row - first) * g;
+            sum -= class_share<float>(p, b, row - first) * g;
     }
     static_cast<float*>(p.grad_weight)[row * p.num_features + d] = sum;
 }

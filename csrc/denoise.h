@@ -51,4 +51,11 @@ CDM_HD bool is_known(const CotangentArguments& p, int64_t level) {
     return level >= 0 && first_row(p, level) < p.num_rows;
 }
 
+// Weight of class c in the cotangent of example b.
+template <typename Compute>
+CDM_HD Compute class_share(const CotangentArguments& p, int64_t b, int64_t c) {
+    return p.class_weight == nullptr ? Compute(1)
+                                     : static_cast<const Compute*>(p.class_weight)[b * p.num_classes + c];
+}
+
 }  // namespace cdm

@@ -103,9 +103,7 @@ static void cotangent(const CotangentArguments& p, int64_t begin, int64_t end) {
                 for (int64_t d = 0; d < width; ++d) sum[d] = C(widen(noise[d]));
                 for (int64_t c = 0; c < p.num_classes; ++c) {
                     const T* of_class = weight + (row + c) * p.num_features + first;
-                    const C share = p.class_weight == nullptr
-                                        ? C(1)
-                                        : static_cast<const C*>(p.class_weight)[b * p.num_classes + c];
+                    const C share = class_share<C>(p, b, c);
 #pragma omp simd
                     for (int64_t d = 0; d < width; ++d) sum[d] -= share * C(widen(of_class[d]));
                 }
@@ -134,9 +132,7 @@ static void cotangent_grad_weight(const CotangentArguments& p, int64_t begin, in
         for (int64_t d = first; d < last; ++d) noise[d] += known * C(widen(g[d]));
         for (int64_t c = 0; known == 1 && c < p.num_classes; ++c) {
             C* of_class = out + (row + c) * p.num_features;
-            const C share = p.class_weight == nullptr
-                                ? C(1)
-                                : static_cast<const C*>(p.class_weight)[b * p.num_classes + c];
+            const C share = class_share<C>(p, b, c);
 #pragma omp simd
             for (int64_t d = first; d < last; ++d) of_class[d] -= share * C(widen(g[d]));
         }

@@ -7,10 +7,6 @@
 // The schemas are in cdm_fast/ops/group_norm_silu.py.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -18,11 +14,9 @@
 #include <vector>
 
 #include "group_norm_silu.h"
+#include "tensors.h"
 
 namespace cdm {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 template <class Launch>
 struct GroupNormSiluOps {
@@ -153,9 +147,7 @@ struct GroupNormSiluOps {
     }
 
     static Tensor empty_per_image(const Tensor& x, int64_t columns) {
-        const bool wide = x.scalar_type() == ScalarType::Double;
-        return torch::stable::new_empty(x, {x.size(0), columns},
-                                        wide ? ScalarType::Double : ScalarType::Float);
+        return torch::stable::new_empty(x, {x.size(0), columns}, compute_type(x.scalar_type()));
     }
 
     // The dtype and the layout of x, and the channels of both.

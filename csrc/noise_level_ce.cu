@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const LevelCEArgument
     CDM_SHARED_ARRAY(Running, shared, kThreads / 32);
     const int64_t b = blockIdx.x;
     const T* z = static_cast<const T*>(p.logits) + b * p.num_logits;
-    const LogitRange range = true_logits(p, p.level[b], p.label == nullptr ? -1 : p.label[b]);
+    const LogitRange range = true_logits(p, b);
     const bool known = range.end > range.begin;
     LogSum<float> all = log_sum_of(z, LogitRange{0, p.num_logits}, shared);
     const LogSum<float> noise = log_sum_of(z, noise_logits(p), shared);
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const LevelCEArgumen
     const T* z = static_cast<const T*>(p.logits) + b * p.num_logits;
     T* grad = static_cast<T*>(p.grad_logits) + b * p.num_logits;
     const float* sums = static_cast<const float*>(p.sums) + 6 * b;
-    const LogitRange truth = true_logits(p, p.level[b], p.label == nullptr ? -1 : p.label[b]);
+    const LogitRange truth = true_logits(p, b);
     const RowGradient row = {
         Softmax(LogitRange{0, p.num_logits}, sums), Softmax(truth, sums + 2),
         Softmax(noise_logits(p), sums + 4),

@@ -53,6 +53,11 @@ CDM_HD LogitRange true_logits(const LevelCEArguments& p, int64_t level, int64_t 
     return {begin, begin + p.num_classes};
 }
 
+// The logits of the level and label of example b.
+CDM_HD LogitRange true_logits(const LevelCEArguments& p, int64_t b) {
+    return true_logits(p, p.level[b], p.label == nullptr ? -1 : p.label[b]);
+}
+
 // logsumexp of a range of logits, as a pair so that nothing is lost when the maximum is large.
 template <typename Compute>
 struct LogSum {

@@ -105,7 +105,7 @@ static void level_ce_forward(const LevelCEArguments& p, int64_t first, int64_t l
     for (int64_t b = first; b < last; ++b) {
         const T* z = static_cast<const T*>(p.logits) + b * p.num_logits;
         Scalar* sums = static_cast<Scalar*>(p.sums) + 6 * b;
-        const LogitRange range = true_logits(p, p.level[b], p.label == nullptr ? -1 : p.label[b]);
+        const LogitRange range = true_logits(p, b);
         const Scalar nan = Scalar(__builtin_nan(""));
         LogSum<Scalar> all = log_sum_of(z, LogitRange{0, p.num_logits});
         LogSum<Scalar> truth = {nan, nan};
@@ -184,7 +184,7 @@ static void level_ce_backward(const LevelCEArguments& p, int64_t first, int64_t 
         const Term<Scalar> all{g_loss, above_infinity(sums[0], sums[1])};
         const Term<Scalar> truth{g_ratio - g_loss, above_infinity(sums[2], sums[3])};
         const Term<Scalar> noise{-g_ratio, above_infinity(sums[4], sums[5])};
-        const LogitRange range = true_logits(p, p.level[b], p.label == nullptr ? -1 : p.label[b]);
+        const LogitRange range = true_logits(p, b);
         const LogitRange noise_range = noise_logits(p);
         store_terms<T, 1>(z, grad, LogitRange{0, p.num_logits}, &all);
         const Term<Scalar> at_truth[2] = {all, truth}, at_noise[2] = {all, noise},

@@ -1,20 +1,14 @@
 // From tensors to pointers and back, for the CPU and the CUDA version of `noising`.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstdint>
 #include <optional>
 #include <tuple>
 
 #include "noising.h"
+#include "tensors.h"
 
 namespace cdm {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // Whether images (B, C, H, W) lie in memory as (B, H, W, C), and not as (B, C, H, W) as well.
 inline bool has_channels_last(const Tensor& x) {
