@@ -1,4 +1,5 @@
-// `attention` on the CPU: what lies between the matrix products, one pass over rows of the score matrix.
+// `attention` on the CPU: the computations between the matrix products, in passes over rows of the score
+// matrix.
 #include <cstdint>
 #include <memory>
 

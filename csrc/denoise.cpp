@@ -1,5 +1,5 @@
-// `denoise` on CPU: torch.ops.cdm_fast.{head_cotangent, denoise_epilogue, denoise_x0, denoise_loss}, backward
-// too.
+// `denoise` on the CPU: torch.ops.cdm_fast.{head_cotangent, denoise_epilogue, denoise_x0, denoise_loss} and
+// their backward.
 #include <cstdint>
 
 #include "cpu_types.h"
@@ -14,7 +14,7 @@ namespace {
 using cdm::ScalarType;
 using cdm::Tensor;
 
-constexpr int64_t kGrain = 16384;  // elements worth a thread
+constexpr int64_t kGrain = 16384;  // elements for which another thread pays
 
 // Calls CALL<type, type of the arithmetic>(arguments, begin, end) in parallel over [0, size).
 #define CDM_PARALLEL(TYPE, SIZE, GRAIN, CALL)                                         \

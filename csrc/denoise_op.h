@@ -1,4 +1,4 @@
-// From tensors to pointers and back, for the CPU and the CUDA version of `denoise`.
+// Entry points of `denoise`, for CPU and CUDA: they allocate results and pass pointers to the kernels.
 //
 // A backend gives a struct `Launch` with one static function per kernel: f(arguments, dtype of grad_x or of
 // the weight, a tensor on the device). The schemas are in cdm_fast/ops/denoise.py.

@@ -1,8 +1,7 @@
 // `group_norm_silu` on CUDA devices: forward, VJP, and the derivative of the VJP, in fp32, bf16 and fp16.
 //
-// A block takes a range of whole groups of one image. It goes over their elements for the sums of each
-// channel and once more for the result; the second reading comes from the cache. Sums are added in a fixed
-// order.
+// A block takes a range of whole groups of one image. It reads their elements once for the sums of each
+// channel and once more, from the cache, for the result. Sums are added in a fixed order.
 #include "cuda_common.cuh"
 #include "group_norm_silu_op.h"
 #include "philox.h"
@@ -18,8 +17,8 @@ using namespace cdm;
 
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kRows = 9;        // of numbers per channel, in shared memory
-constexpr int kLineBytes = 64;  // what neighbouring channels fill at least, when channels-last
+constexpr int kRows = 9;        // per-channel numbers in shared memory
+constexpr int kLineBytes = 64;  // filled at least by the channels of a range, if channels-last
 
 // Where a pack lies: in its image, among the range's channels, in channels-last order (for dropout), and in a
 // tensor of two pieces.
@@ -81,7 +80,7 @@ struct ChannelsFirst {
     }
 };
 
-// (pixels, channels): a thread takes `pack` channels, and every so-many-th pixel.
+// (pixels, channels): a thread takes `pack` channels, and pixels at a constant stride.
 template <int pack>
 struct ChannelsLast {
     static constexpr int kLanes = pack;
@@ -235,8 +234,8 @@ struct Worker {
         }
     }
 
-    // Calls f(first channel of the group within the range, index of the group in mean and rstd), a thread a
-    // group.
+    // Calls f(first channel of the group within the range, index of the group in mean and rstd); a thread
+    // takes a group.
     template <class F>
     __device__ __forceinline__ void for_each_group(F f) const {
         const int first = threadIdx.x * group_channels, step = kThreads * group_channels;

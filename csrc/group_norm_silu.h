@@ -1,5 +1,5 @@
-// GroupNorm + SiLU: what the kernels are given, and the arithmetic that CPU and CUDA share. The formulas are
-// derived in docs/explanation/group_norm_silu.md; cdm_fast/ops/group_norm_silu.py is the specification.
+// GroupNorm + SiLU: the arguments of the kernels, and the arithmetic that CPU and CUDA share. The formulas
+// are derived in docs/explanation/group_norm_silu.md; cdm_fast/ops/group_norm_silu.py is the specification.
 #ifndef CDM_GROUP_NORM_SILU_H
 #define CDM_GROUP_NORM_SILU_H
 

@@ -1,8 +1,8 @@
 // CPU kernels of `group_norm_silu`, compiled once per instruction set (for_each_isa.h).
 //
 // A work item is a range of groups of one image, small enough to stay in the cache between its passes.
-// Vectors lie along the pixels (images stored channel by channel) or across the channels (channels-last);
-// apart from how a vector is found in memory, and how it meets per-channel numbers, both are the same code.
+// Vectors lie along the pixels (images stored channel by channel) or across the channels (channels-last). The
+// layouts differ in how a vector is addressed and combined with per-channel numbers; all else is common code.
 
 #include "vec_body.h"
 
@@ -31,7 +31,7 @@ struct Run {
 // Runs are at most this long: the partial sums of a run are kept in the precision of the statistics.
 constexpr int64_t kRunLength = 64;
 
-// How the vectors of a run are read and written: filled with data, or only their first lanes. `kept` is 0 in
+// How the vectors of a run are read and written: whole, or only their first lanes. `kept` is 0 in
 // the lanes that hold no data.
 struct Whole {
     template <class T>
@@ -108,8 +108,8 @@ struct ChannelsFirst {
         if (rest) f(run(1, filled, rest), Part{});
     }
 
-    // The sums over the lanes of short channels would take as long as reading these, and are made for as many
-    // channels together as a vector has lanes. Those of long channels are added up run by run, in fp64.
+    // Summing the lanes of one short channel takes as long as reading it, so that is done for as many
+    // channels together as a vector has lanes. Sums of long channels are added run by run, in fp64.
     template <int num_sums, class F>
     static CDM_INLINE void reduce(const GroupNormSilu& a, const GroupRange& item, double* sums,
                                   int64_t row_length, F accumulate) {

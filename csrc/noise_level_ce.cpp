@@ -1,4 +1,4 @@
-// `noise_level_ce` on CPU: torch.ops.cdm_fast.noise_level_ce and its backward.
+// `noise_level_ce` on the CPU: torch.ops.cdm_fast.noise_level_ce and its backward.
 #include <cstdint>
 
 #include "cpu_types.h"

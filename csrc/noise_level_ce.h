@@ -1,4 +1,4 @@
-// Which logits a level and a label mean, for host and device. cdm_fast/ops/noise_level_ce.py is the
+// The logits that belong to a level and a label, for host and device. cdm_fast/ops/noise_level_ce.py is the
 // specification.
 #pragma once
 
@@ -25,7 +25,7 @@ struct LevelCEArguments {
     int64_t num_classes;
 };
 
-// Another call: the logits of the levels, whatever the class.
+// Arguments of `level_logits`, which sums over the classes of each level.
 struct LevelLogitsArguments {
     const void* logits;  // (B, N)
     void* level_logits;  // (B, L) Compute

@@ -1,4 +1,4 @@
-// From tensors to pointers and back, for the CPU and the CUDA version of `noise_level_ce`.
+// Entry points of `noise_level_ce`, for CPU and CUDA: they allocate results and pass pointers to the kernels.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// `noising` on CPU: torch.ops.cdm_fast.noising.
+// `noising` on the CPU: torch.ops.cdm_fast.noising.
 #include "contraction.h"
 
 #include <cstdint>

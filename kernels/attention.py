@@ -309,7 +309,7 @@ def _vjp_columns_kernel(
     result_v = tl.zeros((BLOCK, OUT_WIDTH), tl.float32)
     for start in range(0, num_tokens, STEP):
         rows = start + tl.arange(0, STEP)
-        # Rows that do not exist have no probability, because their lse is infinite.
+        # Rows beyond the last token have probability 0, because their lse is infinite.
         lse_rows = of_rows(lse, first_row, rows, num_tokens, float("inf"))[None, :]
         delta_rows = of_rows(delta, first_row, rows, num_tokens, 0.0)[None, :]
         scores = inner(k, q, columns, rows, num_tokens, stride, WIDTH, CHUNK)
@@ -345,8 +345,8 @@ def _out_dot_kernel(
 ) -> None:
     """mean and out_dot of one block of rows.
 
-    Two passes over the columns: `sum p scores_dot v - mean out` would need one, and cancel badly where the
-    scores move together.
+    It takes two passes over the columns: `sum p scores_dot v - mean out` would need only one, but cancels
+    badly where all scores change alike.
     """
     part, block, first_row, first = place(num_blocks, num_tokens, num_heads, WIDTH, OUT_WIDTH)
     u_q, u_k, u_v, q, k, v = u_q + first, u_k + first, u_v + first, q + first, k + first, v + first
@@ -463,7 +463,7 @@ def _vjp_backward_columns_kernel(
     result_v = tl.zeros((BLOCK, OUT_WIDTH), tl.float32)
     for start in range(0, num_tokens, STEP):
         rows = start + tl.arange(0, STEP)
-        # Rows that do not exist have no probability, because their lse is infinite.
+        # Rows beyond the last token have probability 0, because their lse is infinite.
         lse_rows = of_rows(lse, first_row, rows, num_tokens, float("inf"))[None, :]
         mean_rows = of_rows(mean, first_row, rows, num_tokens, 0.0)[None, :]
         delta_rows = of_rows(delta, first_row, rows, num_tokens, 0.0)[None, :]
