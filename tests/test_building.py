@@ -361,6 +361,7 @@ def test_every_source_gets_an_object_file_of_its_own():
         ("/usr/bin/ld: cannot find -lcudart: No such file or directory", "g++ -shared -o _C.so"),
         ("OSError: _C.so: undefined symbol: missing_kernel", "Traceback (most recent call last):"),
         ("ninja: error: multiple rules generate denoise.o", "ninja 1.13"),
+        ("nvcc fatal   : Unsupported gpu architecture 'compute_99'", "FAILED: [code=1] build/denoise.cu.o"),
     ],
 )
 def test_the_line_that_tells_what_went_wrong(line, noise):
