@@ -1,7 +1,7 @@
 """attention: forward, VJP and gradients of the VJP, against softmax(q k^T) v with autograd double backward.
 
-Peak memory of either is stored in `extra_info` as candidate_peak_mib and baseline_peak_mib; on the CPU it is
-the growth of the resident set of a process of its own. As a program, this file prints that figure:
+The peaks of memory of both are stored in `extra_info` as candidate_peak_mib and baseline_peak_mib; on the CPU
+each is the growth of the resident set of a separate process. Run as a program, this file prints that figure:
 
     python -m benchmarks.bench_attention candidate|baseline BATCH TOKENS CHANNELS DTYPE DEVICE THREADS
 """

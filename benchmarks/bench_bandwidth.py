@@ -1,9 +1,8 @@
 """Memory-bound kernels on a GPU: bytes/s against a measured copy; time against the compiled reference.
 
 A kernel's bytes are those it cannot avoid: each input read once, each output written once. The copy moves as
-many, half of them read. Figures of tensors that fit a cache mean nothing, so these are of 256 MB and
-more; the CPU's kernels are measured where they matter, in the benchmarks of the ops, and run here only with
---small.
+many, half of them read. Figures of tensors that fit a cache mean nothing, so the tensors have 256 MB and
+more. The CPU kernels are measured in the benchmarks of the ops, and run here only with --small.
 """
 
 from collections.abc import Callable

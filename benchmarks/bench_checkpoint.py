@@ -1,9 +1,9 @@
-"""Training with checkpoints written behind its back, against training without any.
+"""Training with checkpoints that another thread writes, against training without any.
 
 The digits preset on its own data, at batch 32, for 100 steps with `--save-every 100`, which writes at steps
 50 and 100, and the 33.4 M CIFAR-10 network, batch 8, for 10 steps with `--save-every 10`. The preset's batch
-is four times as large, and nobody saves every 10 steps: both make the cost of saving show. A call ends when
-its last checkpoint is on the disk.
+is four times as large, and nobody saves every 10 steps: these choices make the cost of saving visible. A call
+ends when its last checkpoint is on the disk.
 """
 
 from dataclasses import replace

@@ -1,7 +1,8 @@
 """The encoder presets against our own plain diffusion model (DDM) on the U-Net of the same preset.
 
-One evaluation (forward pass and adjoint) beside one forward pass of the DDM, and one training step beside the
-DDM's. `flops_ratio` holds the multiplications and additions of the evaluation over those of the DDM's.
+One evaluation (forward pass and adjoint) is timed against one forward pass of the DDM, and one training step
+against the DDM's. `flops_ratio` holds the multiplications and additions of the evaluation over those of the
+DDM's.
 """
 
 from dataclasses import replace

@@ -1,8 +1,8 @@
-"""Training from the data on: batches drawn, dequantised, flipped and noised, step, optimizer, average.
+"""Whole training steps with their data: batches drawn, dequantised, flipped and noised, optimizer, average.
 
-The baseline is the same step with its optimizer and average on one batch that lies ready, so the ratio is the
-share of the time that is not the data's. Fashion-MNIST's shape (28x28, grey) with the preset's network, and
-CIFAR-10's on a GPU; the images are random, their values change nothing here.
+The baseline is the same step with its optimizer and average on one prepared batch, so the ratio is the share
+of the time that data does not take. Fashion-MNIST's shape (28x28, grey) with the preset's network, and
+CIFAR-10's on a GPU; the images are random, as their values do not matter here.
 """
 
 from dataclasses import replace

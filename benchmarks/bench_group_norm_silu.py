@@ -3,7 +3,7 @@
 Timed: y, the adjoint <g, y> -> grad_x, and the gradients of both with respect to g, x, weight and bias. All
 parameters are fp32 for the op and of the images' dtype for PyTorch, as autocast would have them.
 
-Besides, the op on two pieces that lie apart against the op on their concatenation, the copy included.
+A second benchmark times the op on two separate pieces against the op on their concatenation, with its copy.
 """
 
 import pytest

@@ -1,9 +1,8 @@
 """What a joint head of 1,000 classes and 1,002 levels adds to the memory of training, by its low rank.
 
 Three whole steps (loss, gradients, clipping, fused Adam, moving average) of batch 128 in fp32, with the head
-and with one of levels alone, which is as good as none; each in a process of its own. The trunk is small in
-pixels, and its 256 features are those of the paper's CIFAR-10 network: the head does not know how large the
-images were.
+and with one of levels alone, whose memory is negligible; each in a separate process. The images are small,
+which makes no difference to the head; its 256 features are those of the paper's CIFAR-10 network.
 
     python -m benchmarks.bench_joint_head CLASSES [--small]  # peak MiB of one process; 0: levels alone
 """

@@ -23,7 +23,7 @@ def _per_image(table, level):
 
 
 def _check_law(candidate, baseline):
-    """Both results hold x_t, eps and x_0: their noise differs, its law does not."""
+    """Both results hold x_t, eps and x_0; the noise differs, but has the same distribution."""
     for eps in (candidate[1], baseline[1]):
         assert abs(float(eps.mean())) < 0.05 and abs(float(eps.std()) - 1) < 0.05
 
@@ -56,7 +56,7 @@ def test_uint8_images(benchmark, compare, small, device):
 
 
 def test_channels_last_images(benchmark, compare, small, device):
-    """Read and written where they lie, against the detour over contiguous order."""
+    """Channels-last images read and written in place, against copies to contiguous order and back."""
     x0, level, a, s, seed = _inputs(small, device, torch.float32)
     x0 = x0.contiguous(memory_format=torch.channels_last)
 

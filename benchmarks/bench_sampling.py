@@ -1,8 +1,8 @@
 """Sampling with the paper's 33.4 M CIFAR-10 network: single evaluations, guided ones, and whole runs of DDIM.
 
 Batch 8 on CPU, 128 on a GPU (DDIM: half). A CDM evaluation is a forward pass and its adjoint, so the limit of
-its ratio to our own plain diffusion model (DDM) on the same trunk is 0.5. Whole runs stand against plain
-denoising by `autograd.grad` in fp32.
+its ratio to our own plain diffusion model (DDM) on the same trunk is 0.5. The baseline of
+whole runs is plain denoising by `autograd.grad` in fp32.
 """
 
 import torch
@@ -13,7 +13,7 @@ from benchmarks.support.networks import CLASSES, without_gradients
 from benchmarks.support.train_steps import BATCH_SIZE, autocast
 from cdm_fast.sampling import sample
 
-# Of images from untrained weights, whose eps_hat is all but s x.
+# Of images from untrained weights, whose eps_hat is nearly s x.
 ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 
 

@@ -19,7 +19,7 @@ from cdm_fast.training.tuning import pick_precision
 
 BATCHES, RESOLUTIONS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512), (8, 16, 32, 64)
 CHANNELS = {"cpu": 32, "cuda": 128}
-MOST_PIXELS = {"cpu": 2**16, "cuda": 2**20}  # of a batch: beyond, a step takes long and tells nothing new
+MOST_PIXELS = {"cpu": 2**16, "cuda": 2**20}  # of a batch: a larger one takes long and shows nothing new
 
 
 @pytest.mark.parametrize("batch", BATCHES)

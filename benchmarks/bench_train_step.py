@@ -61,7 +61,7 @@ def test_compiled(benchmark, compare, steps, device, relative_error_below, mode)
 
 
 def test_recomputation(benchmark, compare, steps, relative_error_below):
-    """`--checkpoint-blocks` against none, in bf16: what the memory below costs in time."""
+    """`--checkpoint-blocks` against none, in bf16: the time that the saved memory costs."""
     candidate = steps.adjoint(torch.bfloat16, recompute=True)
     compare(benchmark, candidate, steps.adjoint(torch.bfloat16), relative_error_below(0.05), rounds=5)
     benchmark.extra_info["shape"] = list(steps.batch.x0.shape)

@@ -148,6 +148,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 def _command(config: pytest.Config) -> str:
-    """The command line without where its results went."""
+    """The command line without its --results option."""
     line = " ".join(["pytest", *config.invocation_params.args])
     return re.sub(r" --results[ =]\S+", "", line)

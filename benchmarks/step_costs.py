@@ -2,11 +2,11 @@
 
     python -m benchmarks.step_costs [--preset cifar10] [--batch-size 128] [--bandwidth 4.3] [--flops 790]
 
-The step runs on tensors that have shapes and no data, in place of a GPU's, and by the Triton kernels. Each op
-counts the bytes of what it reads and writes, and the FLOPs of its products; a fused op what its kernels read
-twice as well. An
-op's floor is the larger of bytes over bandwidth (TB/s) and FLOPs over rate (TFLOP/s): a lower bound, as if
-nothing stayed in a cache from one op to the next and nothing were lost between them.
+The step runs on tensors with shapes but no data, in the place of a GPU's, and by the Triton kernels. Each op
+counts the bytes that it reads and writes, and the FLOPs of its products; a fused op also counts what its
+kernels read a second time. An op's floor is the larger of bytes over bandwidth (TB/s) and FLOPs over rate
+(TFLOP/s): a lower bound, as if no data stayed in a cache from one op to the next and no time passed between
+them.
 """
 
 import argparse

@@ -15,7 +15,8 @@ except ImportError as error:
         "pip install 'setuptools>=77' wheel 'pybind11>=2.13' ninja"
     ) from error
 
-from building.kernels import compiler, switched_on
+from building.host_compiler import compiler
+from building.kernels import switched_on
 from building.target import find_torch, torch_requirement
 
 build_wheel = build_meta.build_wheel

@@ -10,6 +10,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError
 
 from building.errors import NotPossible
+from building.host_compiler import name_in_one_word
 from building.kernels import (
     EXTENSION,
     Plan,
@@ -18,7 +19,6 @@ from building.kernels import (
     make_extension,
     plan,
     switched_on,
-    unwrap_compiler,
 )
 from building.record import LOG, copied_output, first_complaint, write_record
 
@@ -54,7 +54,7 @@ class BuildKernels(build_ext):
     def _build_best(self, chosen: Plan) -> bool:
         """Builds the best variant that can be built; whether any attempt failed."""
         self.record |= {"torch": chosen.torch.__version__, "torch_cuda": chosen.torch.version.cuda}
-        unwrap_compiler(chosen.cpp_extension)
+        name_in_one_word(chosen.cpp_extension, Path(self.build_temp))
         variants = [False]
         if chosen.toolkit is not None:
             variants = [True, False]

@@ -1,7 +1,7 @@
 """What can be built on this machine, and how: the extension `cdm_fast._C` with or without CUDA kernels."""
 
 import os
-import shutil
+import shlex
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from building.errors import NotPossible
+from building.host_compiler import compiler, compiler_command
 from building.target import ROOT, find_torch, torch_requirement
 from building.toolkit import Toolkit, find_toolkit
 
@@ -47,16 +48,11 @@ def switched_on(name: str) -> bool:
     return os.environ.get(name, "0") not in ("", "0")
 
 
-def compiler() -> str | None:
-    """Path of the C++ compiler, the first word of CXX or c++; None if there is none."""
-    return shutil.which((os.environ.get("CXX") or "c++").split()[0])
-
-
 def plan() -> Plan:
     """What this machine can build; NotPossible, with the reason, if it can build no kernels at all."""
     if compiler() is None:
         raise NotPossible(
-            f"there is no C++ compiler ({os.environ.get('CXX') or 'c++'}): install one, or set CXX"
+            f"there is no C++ compiler ({shlex.join(compiler_command())}): install one, or set CXX"
         )
     found = find_torch()
     if found is None:
@@ -106,16 +102,6 @@ def choose_architectures(sees_gpu: bool) -> str:
         return "those of the GPUs that torch sees"
     os.environ["TORCH_CUDA_ARCH_LIST"] = ARCHITECTURES
     return f"{ARCHITECTURES} (no GPU in sight; TORCH_CUDA_ARCH_LIST=9.0 chooses one and compiles faster)"
-
-
-def unwrap_compiler(cpp_extension: Any) -> None:
-    """Takes ccache or sccache out of CXX where torch, from 2.13 on, puts it before the compiler itself.
-
-    Such a torch quotes CXX as one word, so that "ccache g++" would name no program.
-    """
-    words = (os.environ.get("CXX") or "").split()
-    if len(words) > 1 and words[0] in ("ccache", "sccache") and hasattr(cpp_extension, "_wrap_compiler"):
-        os.environ["CXX"] = " ".join(words[1:])
 
 
 def make_extension(chosen: Plan, cuda: bool) -> Any:

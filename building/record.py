@@ -14,7 +14,7 @@ RECORD, LOG = "_build.json", "_build.log"
 
 # From the particular to the general: a compiler's complaint, a linker's, that of any tool.
 _COMPLAINTS = (
-    re.compile(r"\b(?:fatal )?error\b ?[:#]|\): error\b"),
+    re.compile(r"\b(?:fatal )?error\b ?[:#]|\): error\b|\bfatal\s*:"),  # nvcc: "fatal   :"
     re.compile(r"undefined (?:reference|symbol)|cannot find -l|not found"),
     re.compile(r"\bFAILED\b|\b[Ee]rror\b"),
 )

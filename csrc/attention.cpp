@@ -1,13 +1,10 @@
-// `attention` on the CPU: what lies between the matrix products, one pass over rows of the score matrix.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
+// `attention` on the CPU: the computations between the matrix products, in passes over rows of the score
+// matrix.
 #include <cstdint>
 #include <memory>
 
 #include "attention.h"
-#include "bf16.h"
+#include "cpu_types.h"
 #include "dispatch.h"
 
 #define CDM_BODY "attention_body.h"
@@ -16,39 +13,19 @@
 namespace {
 
 using cdm::AttentionTile;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using cdm::Tensor;
 
 constexpr int64_t kMinElementsPerThread = 8 * 1024;
 constexpr int64_t kWidestVector = 16;  // elements that a loop may write past a row of scratch
 
-template <class Compute, class F>
-void for_rows(const AttentionTile& a, F f) {
+// Calls f(first row, last row, a row of scratch memory) for the rows of a tile, in parallel.
+template <class T, class F>
+void for_rows(const AttentionTile& a, const F& f) {
+    using Compute = cdm::Compute<T>;
     const int64_t grain = 1 + kMinElementsPerThread / a.columns;
     torch::stable::parallel_for(0, a.rows, grain, [&](int64_t first, int64_t last) {
         const std::unique_ptr<Compute[]> scratch(new Compute[a.columns + kWidestVector]);
         f(first, last, scratch.get());
-    });
-}
-
-template <class T, class Compute>
-void softmax_rows(const AttentionTile& a) {
-    for_rows<Compute>(a, [&](int64_t first, int64_t last, Compute* scratch) {
-        CDM_DISPATCH(attention_softmax<T>(a, first, last, scratch));
-    });
-}
-
-template <class T, class Compute>
-void vjp_rows(const AttentionTile& a) {
-    for_rows<Compute>(a, [&](int64_t first, int64_t last, Compute* scratch) {
-        CDM_DISPATCH(attention_vjp<T>(a, first, last, scratch));
-    });
-}
-
-template <class T, class Compute>
-void vjp_backward_rows(const AttentionTile& a) {
-    for_rows<Compute>(a, [&](int64_t first, int64_t last, Compute* scratch) {
-        CDM_DISPATCH(attention_vjp_backward<T>(a, first, last, scratch));
     });
 }
 
@@ -64,27 +41,23 @@ AttentionTile tile_of(const Tensor& scores, const Tensor& lse, double scale) {
 
 void softmax(Tensor scores, Tensor lse, double scale) {
     const AttentionTile a = tile_of(scores, lse, scale);
-    switch (scores.scalar_type()) {
-        case ScalarType::Double:
-            return softmax_rows<double, double>(a);
-        case ScalarType::BFloat16:
-            return softmax_rows<cdm::bf16, float>(a);
-        default:
-            return softmax_rows<float, float>(a);
-    }
+    cdm::with_cpu_type("attention", scores.scalar_type(), [&](auto sample) {
+        using T = decltype(sample);
+        for_rows<T>(a, [&](int64_t first, int64_t last, auto* scratch) {
+            CDM_DISPATCH(attention_softmax<T>(a, first, last, scratch));
+        });
+    });
 }
 
 void vjp(Tensor scores, Tensor grad_p, Tensor lse, double scale) {
     AttentionTile a = tile_of(scores, lse, scale);
     a.grad_p = grad_p.data_ptr();
-    switch (scores.scalar_type()) {
-        case ScalarType::Double:
-            return vjp_rows<double, double>(a);
-        case ScalarType::BFloat16:
-            return vjp_rows<cdm::bf16, float>(a);
-        default:
-            return vjp_rows<float, float>(a);
-    }
+    cdm::with_cpu_type("attention_vjp", scores.scalar_type(), [&](auto sample) {
+        using T = decltype(sample);
+        for_rows<T>(a, [&](int64_t first, int64_t last, auto* scratch) {
+            CDM_DISPATCH(attention_vjp<T>(a, first, last, scratch));
+        });
+    });
 }
 
 void vjp_backward(Tensor scores, Tensor scores_dot, Tensor grad_p, Tensor grad_p_dot, Tensor lse,
@@ -93,14 +66,12 @@ void vjp_backward(Tensor scores, Tensor scores_dot, Tensor grad_p, Tensor grad_p
     a.scores_dot = scores_dot.data_ptr();
     a.grad_p = grad_p.data_ptr();
     a.grad_p_dot = grad_p_dot.data_ptr();
-    switch (scores.scalar_type()) {
-        case ScalarType::Double:
-            return vjp_backward_rows<double, double>(a);
-        case ScalarType::BFloat16:
-            return vjp_backward_rows<cdm::bf16, float>(a);
-        default:
-            return vjp_backward_rows<float, float>(a);
-    }
+    cdm::with_cpu_type("attention_vjp_backward", scores.scalar_type(), [&](auto sample) {
+        using T = decltype(sample);
+        for_rows<T>(a, [&](int64_t first, int64_t last, auto* scratch) {
+            CDM_DISPATCH(attention_vjp_backward<T>(a, first, last, scratch));
+        });
+    });
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Rows of score matrices that the CPU kernels of `attention` work on, in place.
+// Arguments of the CPU kernels of `attention`, which work in place on rows of score matrices.
 // cdm_fast/ops/attention.py is the specification.
 #pragma once
 

@@ -25,7 +25,7 @@ CDM_INLINE void store_part(T* p, typename Math<T>::Vec v, int lanes) {
         store_some(p, v, lanes);
 }
 
-// Sets lanes from `lanes` on to 0, so that sums ignore them.
+// Sets the lanes from `lanes` on to 0, so that they do not count in sums.
 template <class T>
 CDM_INLINE typename Math<T>::Vec keep(typename Math<T>::Vec v, int lanes) {
     for (int lane = lanes; lane < lanes_of<T>(); ++lane) v[lane] = 0;
@@ -73,8 +73,8 @@ static void attention_softmax(const cdm::AttentionTile& a, int64_t first, int64_
 
 // scores -> p; grad_p -> grad_scores.
 //
-// Probabilities from lse alone miss a sum of one by an ulp of lse, and then grad_scores misses a sum of zero,
-// which shows where all keys share a large component. So a row's sum divides them again.
+// lse is rounded, so that probabilities computed from it do not quite sum to one, nor rows of grad_scores to
+// zero; the error shows where all keys share a large component. Dividing by the row's sum corrects it.
 template <class T>
 static void attention_vjp(const cdm::AttentionTile& a, int64_t first, int64_t last,
                           typename Math<T>::Scalar* scratch) {

@@ -1,4 +1,4 @@
-// What the CUDA kernels share: 16-byte packs, conversions to the arithmetic's fp32, streams, launches.
+// Functions that all CUDA kernels use: 16-byte packs, conversions to and from fp32, streams, launches.
 #pragma once
 
 #ifndef USE_CUDA
@@ -11,9 +11,6 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 #include <initializer_list>
@@ -22,16 +19,15 @@
 #include <string>
 #include <utility>
 
-// Shared memory is declared through these two, so that tests/cuda_on_cpu can give it bounds on a host.
+#include "tensors.h"
+
+// Shared memory is declared by these macros, so that tests/cuda_on_cpu can give it bounds on a host.
 #ifndef CDM_SHARED_ARRAY
 #define CDM_SHARED_ARRAY(type, name, count) __shared__ type name[count]
 #define CDM_DYNAMIC_SHARED(type, name) extern __shared__ __align__(16) type name[]
 #endif
 
 namespace cdm {
-
-using Tensor = torch::stable::Tensor;
-using torch::headeronly::ScalarType;
 
 __device__ __forceinline__ float widen(float value) { return value; }
 __device__ __forceinline__ float widen(uint8_t value) { return static_cast<float>(value); }
@@ -42,7 +38,7 @@ __device__ __forceinline__ void narrow(float value, float* out) { *out = value; 
 __device__ __forceinline__ void narrow(float value, __half* out) { *out = __float2half_rn(value); }
 __device__ __forceinline__ void narrow(float value, __nv_bfloat16* out) { *out = __float2bfloat16_rn(value); }
 
-// Consecutive elements that move together: at most 16 bytes in one access.
+// Consecutive elements that are loaded or stored together, at most 16 bytes in one access.
 template <typename T, int count>
 struct alignas(sizeof(T) * count < 16 ? sizeof(T) * count : 16) Pack {
     T at[count];
@@ -58,8 +54,7 @@ __device__ __forceinline__ void store_pack(T* p, const Pack<T, count>& pack) {
     *reinterpret_cast<Pack<T, count>*>(p) = pack;
 }
 
-// Sum over the threads of a block, in a fixed order; the result is right in thread 0. `shared` holds 32
-// floats.
+// Sum over the threads of a block, in a fixed order; only thread 0 gets it. `shared` holds 32 floats.
 __device__ __forceinline__ float block_sum(float value, float* shared) {
     for (int lane = 16; lane > 0; lane /= 2) value += __shfl_down_sync(~0u, value, lane);
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
@@ -80,15 +75,15 @@ inline bool are_aligned(std::initializer_list<const void*> pointers) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The stream that PyTorch uses now on the tensor's device.
+// PyTorch's current stream on the tensor's device.
 inline cudaStream_t stream_of(const Tensor& tensor) {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device(), &stream));
     return static_cast<cudaStream_t>(stream);
 }
 
-// Throws for a call that failed. The runtime would also hand the error to the next cudaGetLastError(), and so
-// to whoever calls it after a good call: it is taken back here.
+// Throws if a call failed. The runtime also keeps the error for the next cudaGetLastError(), which may follow
+// a call that succeeded; reading it here clears it.
 inline void check(cudaError_t error, const char* op) {
     if (error == cudaSuccess) return;
     cudaGetLastError();
@@ -104,7 +99,7 @@ bool allow_shared(void (*kernel)(Parameters...), int64_t bytes) {
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)) ==
         cudaSuccess)
         return true;
-    cudaGetLastError();  // answered for: it is not the next launch's
+    cudaGetLastError();  // clears the error, which the next launch would report
     return false;
 }
 

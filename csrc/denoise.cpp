@@ -1,8 +1,8 @@
-// `denoise` on CPU: torch.ops.cdm_fast.{head_cotangent, denoise_epilogue, denoise_x0, denoise_loss}, backward
-// too.
+// `denoise` on the CPU: torch.ops.cdm_fast.{head_cotangent, denoise_epilogue, denoise_x0, denoise_loss} and
+// their backward.
 #include <cstdint>
 
-#include "bf16.h"
+#include "cpu_types.h"
 #include "denoise_op.h"
 #include "dispatch.h"
 
@@ -11,23 +11,18 @@
 
 namespace {
 
-using cdm::bf16;
 using cdm::ScalarType;
 using cdm::Tensor;
 
-constexpr int64_t kGrain = 16384;  // elements worth a thread
+constexpr int64_t kGrain = 16384;  // elements for which another thread pays
 
 // Calls CALL<type, type of the arithmetic>(arguments, begin, end) in parallel over [0, size).
-#define CDM_PARALLEL(TYPE, SIZE, GRAIN, CALL)                                     \
-    torch::stable::parallel_for(0, SIZE, GRAIN, [&](int64_t begin, int64_t end) { \
-        switch (TYPE) {                                                           \
-            case ScalarType::Double:                                              \
-                CDM_DISPATCH(CALL<double, double>(arguments, begin, end)) break;  \
-            case ScalarType::BFloat16:                                            \
-                CDM_DISPATCH(CALL<bf16, float>(arguments, begin, end)) break;     \
-            default:                                                              \
-                CDM_DISPATCH(CALL<float, float>(arguments, begin, end))           \
-        }                                                                         \
+#define CDM_PARALLEL(TYPE, SIZE, GRAIN, CALL)                                         \
+    cdm::with_cpu_type("denoise", TYPE, [&](auto sample) {                            \
+        using T = decltype(sample);                                                   \
+        torch::stable::parallel_for(0, SIZE, GRAIN, [&](int64_t begin, int64_t end) { \
+            CDM_DISPATCH(CALL<T, cdm::Compute<T>>(arguments, begin, end));            \
+        });                                                                           \
     })
 
 struct Launch {

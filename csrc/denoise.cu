@@ -13,7 +13,7 @@ constexpr int kFeatureThreads = 128;
 
 enum class Kind { eps_hat, x0_hat, loss_backward };
 
-// What an element becomes, given its image's numbers.
+// The arithmetic of one element, with the coefficients of its image.
 template <Kind kind>
 struct Element {
     float a_t = 1.0f, s_t, factor = 0.0f;
@@ -31,7 +31,7 @@ struct Element {
     }
 };
 
-// Eight elements a thread; `packed`: all in one image and aligned.
+// A thread computes eight elements; `packed`: these lie in one image and are aligned.
 template <Kind kind, typename G, typename Out, bool packed>
 __global__ void __launch_bounds__(kThreads) elementwise(const DenoiseArguments p) {
     const int64_t size = p.batch * p.image_size;
@@ -70,7 +70,7 @@ void launch_elementwise(const DenoiseArguments& arguments, cudaStream_t stream) 
                   arguments);
 }
 
-// One tile of one image: its squared error goes to partial[image * tiles + tile].
+// A block writes the squared error of one tile of an image to partial[image * tiles + tile].
 template <typename G, bool packed>
 __global__ void __launch_bounds__(kThreads)
     loss_tiles(const DenoiseArguments p, float* partial, int64_t tiles) {
@@ -132,12 +132,7 @@ __host__ __device__ __forceinline__ int64_t feature_tiles(const CotangentArgumen
     return (p.num_features + kFeatureThreads - 1) / kFeatureThreads;
 }
 
-__device__ __forceinline__ float share_of(const CotangentArguments& p, int64_t b, int64_t c) {
-    return p.class_weight == nullptr ? 1.0f
-                                     : static_cast<const float*>(p.class_weight)[b * p.num_classes + c];
-}
-
-// Blocks (b, tile of features), the tiles of one b side by side.
+// A block computes a tile of features of one example; consecutive blocks compute the tiles of an example.
 template <typename T>
 __global__ void __launch_bounds__(kFeatureThreads) cotangent_kernel(const CotangentArguments p) {
     const int64_t tiles = feature_tiles(p), b = blockIdx.x / tiles;
@@ -149,12 +144,12 @@ __global__ void __launch_bounds__(kFeatureThreads) cotangent_kernel(const Cotang
     if (is_known(p, p.level[b]) && row != p.num_rows - 1) {
         sum = widen(weight[(p.num_rows - 1) * p.num_features + d]);
         for (int64_t c = 0; c < p.num_classes; ++c)
-            sum -= share_of(p, b, c) * widen(weight[(row + c) * p.num_features + d]);
+            sum -= class_share<float>(p, b, c) * widen(weight[(row + c) * p.num_features + d]);
     }
     narrow(sum, static_cast<T*>(p.out) + b * p.num_features + d);
 }
 
-// Blocks (row of the weight, tile of features): each adds the examples of that row in their order.
+// A block computes a tile of features of one row of the weight. It adds the examples of that row in order.
 template <typename T>
 __global__ void __launch_bounds__(kFeatureThreads) cotangent_grad_weight_kernel(const CotangentArguments p) {
     const int64_t tiles = feature_tiles(p), row = blockIdx.x / tiles;
@@ -171,12 +166,12 @@ __global__ void __launch_bounds__(kFeatureThreads) cotangent_grad_weight_kernel(
         if (is_noise)
             sum += is_known(p, p.level[b]) ? g : nanf("");
         else
-            sum -= share_of(p, b, row - first) * g;
+            sum -= class_share<float>(p, b, row - first) * g;
     }
     static_cast<float*>(p.grad_weight)[row * p.num_features + d] = sum;
 }
 
-// Blocks (b, class).
+// A block computes one class of one example.
 template <typename T>
 __global__ void __launch_bounds__(kFeatureThreads) cotangent_grad_class_kernel(const CotangentArguments p) {
     CDM_SHARED_ARRAY(float, shared, 32);

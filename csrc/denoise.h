@@ -18,7 +18,7 @@ CDM_HD Compute x0_hat(Compute grad_x, Compute x, Compute a_t, Compute s_t) {
     return (x - s_t * eps_hat(grad_x, x, s_t)) / a_t;
 }
 
-// Images: pointers to contiguous (B, ...) tensors, null where a thing is not used. "G" is the type of grad_x,
+// Images: pointers to contiguous (B, ...) tensors, null where unused. "G" is the type of grad_x,
 // "Compute" float, or double for doubles.
 struct DenoiseArguments {
     const void* grad_x;    // (B, ...) G
@@ -44,11 +44,18 @@ struct CotangentArguments {
     int64_t batch, num_rows, num_features, num_classes;
 };
 
-// Row of weight where the classes of a level begin; that of pure noise is N-1.
+// First row of the weight for the classes of a level; pure noise has row N-1.
 CDM_HD int64_t first_row(const CotangentArguments& p, int64_t level) { return level * p.num_classes; }
 
 CDM_HD bool is_known(const CotangentArguments& p, int64_t level) {
     return level >= 0 && first_row(p, level) < p.num_rows;
+}
+
+// Weight of class c in the cotangent of example b.
+template <typename Compute>
+CDM_HD Compute class_share(const CotangentArguments& p, int64_t b, int64_t c) {
+    return p.class_weight == nullptr ? Compute(1)
+                                     : static_cast<const Compute*>(p.class_weight)[b * p.num_classes + c];
 }
 
 }  // namespace cdm

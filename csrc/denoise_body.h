@@ -5,7 +5,7 @@ namespace CDM_ISA {
 
 using namespace cdm;
 
-// Elements [begin, end) of the batch lie in one image or several: element(image, first, last) for each.
+// Calls per_image(image, first, last) for each image in which elements [begin, end) of the batch lie.
 template <class PerImage>
 CDM_INLINE void for_each_image(int64_t begin, int64_t end, int64_t image_size, PerImage per_image) {
     while (begin < end) {
@@ -41,8 +41,8 @@ static void denoise_x0(const DenoiseArguments& p, int64_t begin, int64_t end) {
     });
 }
 
-// Images [begin, end). A stretch is summed in C and the stretches in double, in an order that does not depend
-// on the number of threads.
+// Images [begin, end). Stretches of an image are summed in C, and the sums of the stretches in double, in an
+// order that does not depend on the number of threads.
 template <class G, class C>
 static void denoise_loss(const DenoiseArguments& p, int64_t begin, int64_t end) {
     constexpr int64_t stretch = 1024;
@@ -82,7 +82,7 @@ static void denoise_loss_backward(const DenoiseArguments& p, int64_t begin, int6
     });
 }
 
-constexpr int64_t kColumns = 64;  // features handled together: their sums stay in registers or first cache
+constexpr int64_t kColumns = 64;  // features computed together: their sums fit registers or the L1 cache
 
 // Examples [begin, end).
 template <class T, class C>
@@ -103,9 +103,7 @@ static void cotangent(const CotangentArguments& p, int64_t begin, int64_t end) {
                 for (int64_t d = 0; d < width; ++d) sum[d] = C(widen(noise[d]));
                 for (int64_t c = 0; c < p.num_classes; ++c) {
                     const T* of_class = weight + (row + c) * p.num_features + first;
-                    const C share = p.class_weight == nullptr
-                                        ? C(1)
-                                        : static_cast<const C*>(p.class_weight)[b * p.num_classes + c];
+                    const C share = class_share<C>(p, b, c);
 #pragma omp simd
                     for (int64_t d = 0; d < width; ++d) sum[d] -= share * C(widen(of_class[d]));
                 }
@@ -134,9 +132,7 @@ static void cotangent_grad_weight(const CotangentArguments& p, int64_t begin, in
         for (int64_t d = first; d < last; ++d) noise[d] += known * C(widen(g[d]));
         for (int64_t c = 0; known == 1 && c < p.num_classes; ++c) {
             C* of_class = out + (row + c) * p.num_features;
-            const C share = p.class_weight == nullptr
-                                ? C(1)
-                                : static_cast<const C*>(p.class_weight)[b * p.num_classes + c];
+            const C share = class_share<C>(p, b, c);
 #pragma omp simd
             for (int64_t d = first; d < last; ++d) of_class[d] -= share * C(widen(g[d]));
         }

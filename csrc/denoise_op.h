@@ -1,23 +1,17 @@
-// From tensors to pointers and back, for the CPU and the CUDA version of `denoise`.
+// Entry points of `denoise`, for CPU and CUDA: they allocate results and pass pointers to the kernels.
 //
 // A backend gives a struct `Launch` with one static function per kernel: f(arguments, dtype of grad_x or of
 // the weight, a tensor on the device). The schemas are in cdm_fast/ops/denoise.py.
 #pragma once
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 #include <optional>
 #include <tuple>
 
 #include "denoise.h"
+#include "tensors.h"
 
 namespace cdm {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 inline DenoiseArguments denoise_arguments(const Tensor& grad_x, const Tensor& x, const Tensor& s_t,
                                           const Tensor& out) {
@@ -92,7 +86,7 @@ struct DenoiseOps {
                                                          const Tensor& grad) {
         CotangentArguments arguments = cotangent_arguments(weight_c, level, class_weight);
         const ScalarType type = weight_c.scalar_type();
-        const ScalarType compute = type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+        const ScalarType compute = compute_type(type);
         const int64_t num_weights = class_weight.has_value() ? arguments.num_classes : 0;
         const Tensor grad_weight =
             torch::stable::new_empty(weight_c, {arguments.num_rows, arguments.num_features}, compute);

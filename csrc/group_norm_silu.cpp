@@ -1,12 +1,10 @@
 // `group_norm_silu` on the CPU: registration, and how a call is cut into work for the threads.
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <numeric>
 
-#include "bf16.h"
+#include "cpu_types.h"
 #include "dispatch.h"
 #include "group_norm_silu.h"
 #include "group_norm_silu_op.h"
@@ -19,8 +17,8 @@ namespace {
 
 using cdm::GroupNormSilu;
 using cdm::GroupRange;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using cdm::ScalarType;
+using cdm::Tensor;
 
 constexpr int64_t kCacheBytes = 512 * 1024;  // what the tensors of one range may occupy
 constexpr int64_t kLineBytes = 64;
@@ -87,16 +85,7 @@ void add_rows(const Tensor& rows, const Tensor& total) {
 
 struct Launch {
     static void run(const GroupNormSilu& a, ScalarType dtype, const Tensor&) {
-        switch (dtype) {
-            case ScalarType::Double:
-                return run_ranges<double>(a);
-            case ScalarType::Float:
-                return run_ranges<float>(a);
-            case ScalarType::BFloat16:
-                return run_ranges<cdm::bf16>(a);
-            default:
-                STD_TORCH_CHECK(false, "group_norm_silu: the CPU kernels take float64, float32 and bfloat16");
-        }
+        cdm::with_cpu_type("group_norm_silu", dtype, [&](auto sample) { run_ranges<decltype(sample)>(a); });
     }
 
     static Tensor sum_over_images(const Tensor& per_image) {

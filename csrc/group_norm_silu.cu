@@ -1,8 +1,7 @@
 // `group_norm_silu` on CUDA devices: forward, VJP, and the derivative of the VJP, in fp32, bf16 and fp16.
 //
-// A block takes a range of whole groups of one image. It goes over their elements for the sums of each
-// channel and once more for the result; the second reading comes from the cache. Sums are added in a fixed
-// order.
+// A block takes a range of whole groups of one image. It reads their elements once for the sums of each
+// channel and once more, from the cache, for the result. Sums are added in a fixed order.
 #include "cuda_common.cuh"
 #include "group_norm_silu_op.h"
 #include "philox.h"
@@ -18,8 +17,8 @@ using namespace cdm;
 
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kRows = 9;        // of numbers per channel, in shared memory
-constexpr int kLineBytes = 64;  // what neighbouring channels fill at least, when channels-last
+constexpr int kRows = 9;        // per-channel numbers in shared memory
+constexpr int kLineBytes = 64;  // filled at least by the channels of a range, if channels-last
 
 // Where a pack lies: in its image, among the range's channels, in channels-last order (for dropout), and in a
 // tensor of two pieces.
@@ -81,7 +80,7 @@ struct ChannelsFirst {
     }
 };
 
-// (pixels, channels): a thread takes `pack` channels, and every so-many-th pixel.
+// (pixels, channels): a thread takes `pack` channels, and pixels at a constant stride.
 template <int pack>
 struct ChannelsLast {
     static constexpr int kLanes = pack;
@@ -235,8 +234,8 @@ struct Worker {
         }
     }
 
-    // Calls f(first channel of the group within the range, index of the group in mean and rstd), a thread a
-    // group.
+    // Calls f(first channel of the group within the range, index of the group in mean and rstd); a thread
+    // takes a group.
     template <class F>
     __device__ __forceinline__ void for_each_group(F f) const {
         const int first = threadIdx.x * group_channels, step = kThreads * group_channels;
@@ -249,17 +248,9 @@ struct Worker {
         for (int i = 0; i < group_channels; ++i) row(which)[channel + i] = value;
     }
 
-    __device__ __forceinline__ float group_mean(int which, int channel) const {
-        float total = 0;
-        for (int i = 0; i < group_channels; ++i) total += sums[which * row_length + channel + i];
-        return total / group_size();
-    }
-
-    __device__ __forceinline__ float weighted_group_mean(int which, int channel) const {
-        float total = 0;
-        for (int i = 0; i < group_channels; ++i)
-            total += row(kWeight)[channel + i] * sums[which * row_length + channel + i];
-        return total / group_size();
+    // The sums of the group that begins at this channel.
+    __device__ __forceinline__ GroupSums<float, float> group_at(int channel) const {
+        return {sums + channel, row_length, row(kWeight) + channel, group_channels, group_size()};
     }
 
     __device__ __forceinline__ void load_statistics() const {
@@ -304,7 +295,7 @@ struct Worker {
 #pragma unroll
             for (int i = 0; i < pack; ++i) partial[0][i % Layout::kLanes] += x.at[i];
         });
-        for_each_group([&](int channel, int64_t) { fill(kMean, channel, group_mean(0, channel)); });
+        for_each_group([&](int channel, int64_t) { fill(kMean, channel, group_at(channel).mean(0)); });
         reduce<1>([&](const Place& at, auto& partial) {
             const Values x = load(a.x, at), mean = per_channel(kMean, at.channel);
 #pragma unroll
@@ -314,7 +305,7 @@ struct Worker {
             }
         });
         for_each_group([&](int channel, int64_t group) {
-            const float rstd = rsqrtf(group_mean(0, channel) + static_cast<float>(a.eps));
+            const float rstd = rsqrtf(group_at(channel).mean(0) + static_cast<float>(a.eps));
             static_cast<float*>(a.mean)[group] = row(kMean)[channel];
             static_cast<float*>(a.rstd)[group] = rstd;
             fill(kRstd, channel, rstd);
@@ -354,8 +345,8 @@ struct Worker {
             }
         });
         for_each_group([&](int channel, int64_t) {
-            fill(kMeanP, channel, weighted_group_mean(kS1, channel));
-            fill(kMeanPX, channel, weighted_group_mean(kS1X, channel));
+            fill(kMeanP, channel, group_at(channel).weighted_mean(kS1));
+            fill(kMeanPX, channel, group_at(channel).weighted_mean(kS1X));
         });
         const int64_t first = range.image * a.channels + range.begin;
         const int channels = a.grad_weight == nullptr ? 0 : static_cast<int>(range.channels());
@@ -381,7 +372,7 @@ struct Worker {
     __device__ __forceinline__ void vjp_backward() const {
         load_statistics();
         reduce<kNumSums>([&](const Place& at, auto& partial) { add_to_sums(at, partial); });
-        for_each_group([&](int channel, int64_t) { finish_group(channel); });
+        for_each_group([&](int channel, int64_t) { finish_group_at(channel); });
         Layout::for_each_pack(a, range, [&](const Place& at) { write_gradients(at); });
     }
 
@@ -414,30 +405,19 @@ struct Worker {
         }
     }
 
-    __device__ __forceinline__ void finish_group(int channel) const {
-        const float rstd = row(kRstd)[channel];
-        const GroupMeans<float> mean = {weighted_group_mean(kS1, channel), weighted_group_mean(kS1X, channel),
-                                        group_mean(kV, channel), group_mean(kVX, channel),
-                                        weighted_group_mean(kVS1, channel)};
-        float mean_t = 0, mean_tx = 0;
-        for (int i = channel; i < channel + group_channels; ++i) {
-            float channel_sums[kNumSums];
-#pragma unroll
-            for (int which = 0; which < kNumSums; ++which) channel_sums[which] = sums[which * row_length + i];
-            const float weight = row(kWeight)[i];
-            const ChannelGrads<float> grads = channel_grads(channel_sums, weight, rstd, mean);
-            mean_t += weight * grads.bias / group_size();
-            mean_tx += weight * grads.weight_through_u / group_size();
-            const int64_t out = range.image * a.channels + range.begin + i;
-            static_cast<float*>(a.grad_weight)[out] = grads.weight_through_u + grads.weight_direct;
-            static_cast<float*>(a.grad_bias)[out] = grads.bias;
-        }
-        const GradXhat<float> grad_xhat = grad_xhat_means(mean_t, mean_tx, rstd, mean);
-        fill(kMeanPX, channel, mean.px);
-        fill(kMeanV, channel, mean.v);
-        fill(kMeanVX, channel, mean.vx);
-        fill(kConstant, channel, grad_xhat.constant);
-        fill(kSlope, channel, grad_xhat.slope);
+    // Stores the gradients of the parameters of a group, and what the last pass needs to know of it.
+    __device__ __forceinline__ void finish_group_at(int channel) const {
+        const int64_t first = range.image * a.channels + range.begin + channel;
+        const auto store_grads = [&](int64_t i, float grad_weight, float grad_bias) {
+            static_cast<float*>(a.grad_weight)[first + i] = grad_weight;
+            static_cast<float*>(a.grad_bias)[first + i] = grad_bias;
+        };
+        const FinishedGroup<float> group = finish_group(group_at(channel), row(kRstd)[channel], store_grads);
+        fill(kMeanPX, channel, group.mean.px);
+        fill(kMeanV, channel, group.mean.v);
+        fill(kMeanVX, channel, group.mean.vx);
+        fill(kConstant, channel, group.grad_xhat.constant);
+        fill(kSlope, channel, group.grad_xhat.slope);
     }
 
     __device__ __forceinline__ void write_gradients(const Place& at) const {

@@ -1,5 +1,5 @@
-// GroupNorm + SiLU: what the kernels are given, and the arithmetic that CPU and CUDA share. The formulas are
-// derived in docs/explanation/group_norm_silu.md; cdm_fast/ops/group_norm_silu.py is the specification.
+// GroupNorm + SiLU: the arguments of the kernels, and the arithmetic that CPU and CUDA share. The formulas
+// are derived in docs/explanation/group_norm_silu.md; cdm_fast/ops/group_norm_silu.py is the specification.
 #ifndef CDM_GROUP_NORM_SILU_H
 #define CDM_GROUP_NORM_SILU_H
 
@@ -81,6 +81,30 @@ CDM_SHARED V silu_second(V u, V sigmoid_u) {
 enum ChannelSum { kS1, kS1X, kV, kVX, kVS1, kS2, kS2X, kS2XX, kVS2, kVS2X, kNumSums };
 constexpr int kNumVjpSums = 2, kNumPlainSums = kS2;
 
+// The sums of the channels of one group, and the weights of these channels.
+template <class S, class Weight>
+struct GroupSums {
+    const S* sums;  // a row for each ChannelSum; starts at the first channel of the group
+    int64_t row_length;
+    const Weight* weight;
+    int64_t channels;
+    S size;  // elements of the group: channels times pixels
+
+    CDM_SHARED S at(int which, int64_t channel) const { return sums[which * row_length + channel]; }
+
+    CDM_SHARED S mean(int which) const {
+        S total = 0;
+        for (int64_t i = 0; i < channels; ++i) total += at(which, i);
+        return total / size;
+    }
+
+    CDM_SHARED S weighted_mean(int which) const {
+        S total = 0;
+        for (int64_t i = 0; i < channels; ++i) total += weight[i] * at(which, i);
+        return total / size;
+    }
+};
+
 // Means over a group, of p = weight s1, of v, and of products with xhat.
 template <class S>
 struct GroupMeans {
@@ -115,6 +139,32 @@ CDM_SHARED GradXhat<S> grad_xhat_means(S mean_t, S mean_tx, S rstd, const GroupM
     const S value = rstd * (mean.v_p - mean.p * mean.v - mean.px * mean.vx);
     return {mean_t - rstd * (mean.px * mean.v + mean.vx * mean.p),
             mean_tx - 2 * rstd * mean.px * mean.vx + value};
+}
+
+// What the last pass of the VJP's derivative needs to know of a group.
+template <class S>
+struct FinishedGroup {
+    GroupMeans<S> mean;
+    GradXhat<S> grad_xhat;
+};
+
+// Finishes the VJP's derivative for a group whose sums are complete: calls store(channel of the group,
+// gradient of its weight, gradient of its bias) for each of its channels.
+template <class S, class Weight, class Store>
+CDM_SHARED FinishedGroup<S> finish_group(const GroupSums<S, Weight>& group, S rstd, const Store& store) {
+    const GroupMeans<S> mean = {group.weighted_mean(kS1), group.weighted_mean(kS1X), group.mean(kV),
+                                group.mean(kVX), group.weighted_mean(kVS1)};
+    S mean_t = 0, mean_tx = 0;
+    for (int64_t i = 0; i < group.channels; ++i) {
+        S sum[kNumSums];
+        for (int which = 0; which < kNumSums; ++which) sum[which] = group.at(which, i);
+        const S weight = group.weight[i];
+        const ChannelGrads<S> grads = channel_grads(sum, weight, rstd, mean);
+        mean_t += weight * grads.bias / group.size;
+        mean_tx += weight * grads.weight_through_u / group.size;
+        store(i, grads.weight_through_u + grads.weight_direct, grads.bias);
+    }
+    return {mean, grad_xhat_means(mean_t, mean_tx, rstd, mean)};
 }
 
 }  // namespace CDM_ISA

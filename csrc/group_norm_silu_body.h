@@ -1,8 +1,8 @@
 // CPU kernels of `group_norm_silu`, compiled once per instruction set (for_each_isa.h).
 //
 // A work item is a range of groups of one image, small enough to stay in the cache between its passes.
-// Vectors lie along the pixels (images stored channel by channel) or across the channels (channels-last);
-// apart from how a vector is found in memory, and how it meets per-channel numbers, both are the same code.
+// Vectors lie along the pixels (images stored channel by channel) or across the channels (channels-last). The
+// layouts differ in how a vector is addressed and combined with per-channel numbers; all else is common code.
 
 #include "vec_body.h"
 
@@ -31,7 +31,7 @@ struct Run {
 // Runs are at most this long: the partial sums of a run are kept in the precision of the statistics.
 constexpr int64_t kRunLength = 64;
 
-// How the vectors of a run are read and written: filled with data, or only their first lanes. `kept` is 0 in
+// How the vectors of a run are read and written: whole, or only their first lanes. `kept` is 0 in
 // the lanes that hold no data.
 struct Whole {
     template <class T>
@@ -108,8 +108,8 @@ struct ChannelsFirst {
         if (rest) f(run(1, filled, rest), Part{});
     }
 
-    // The sums over the lanes of short channels would take as long as reading these, and are made for as many
-    // channels together as a vector has lanes. Those of long channels are added up run by run, in fp64.
+    // Summing the lanes of one short channel takes as long as reading it, so that is done for as many
+    // channels together as a vector has lanes. Sums of long channels are added run by run, in fp64.
     template <int num_sums, class F>
     static CDM_INLINE void reduce(const GroupNormSilu& a, const GroupRange& item, double* sums,
                                   int64_t row_length, F accumulate) {
@@ -339,8 +339,7 @@ struct Worker {
             for (int64_t i = 0; i < run.count; ++i)
                 total[0] += access.read(x + i * run.piece_step, run.lanes);
         });
-        for_each_group(
-            [&](int64_t channel, int64_t) { fill(kMean, channel, group_sum(0, channel) / group_size()); });
+        for_each_group([&](int64_t channel, int64_t) { fill(kMean, channel, group_at(channel).mean(0)); });
         reduce<1>([&](const Run& run, auto access, Vec(&total)[1]) __attribute__((always_inline)) {
             const Vec mean = Layout::per_channel(row(kMean), run);
             const T* x = start(a.x, run);
@@ -350,24 +349,16 @@ struct Worker {
             }
         });
         for_each_group([&](int64_t channel, int64_t group) {
-            const double rstd = 1 / __builtin_sqrt(group_sum(0, channel) / group_size() + a.eps);
+            const double rstd = 1 / __builtin_sqrt(group_at(channel).mean(0) + a.eps);
             static_cast<Scalar*>(a.mean)[group] = row(kMean)[channel];
             static_cast<Scalar*>(a.rstd)[group] = Scalar(rstd);
             fill(kRstd, channel, rstd);
         });
     }
 
-    double group_sum(int which, int64_t channel) const {
-        double total = 0;
-        for (int64_t i = 0; i < channels_per_group(); ++i) total += sum(which)[channel + i];
-        return total;
-    }
-
-    double weighted_group_mean(int which, int64_t channel) const {
-        double total = 0;
-        for (int64_t i = 0; i < channels_per_group(); ++i)
-            total += row(kWeight)[channel + i] * sum(which)[channel + i];
-        return total / group_size();
+    // The sums of the group that begins at this channel.
+    GroupSums<double, Scalar> group_at(int64_t channel) const {
+        return {sums + channel, row_length, row(kWeight) + channel, channels_per_group(), group_size()};
     }
 
     // ---- VJP: grad_x, grad_weight, grad_bias from g ----
@@ -376,8 +367,8 @@ struct Worker {
         load_statistics();
         sum_vjp();
         for_each_group([&](int64_t channel, int64_t) {
-            fill(kMeanP, channel, weighted_group_mean(kS1, channel));
-            fill(kMeanPX, channel, weighted_group_mean(kS1X, channel));
+            fill(kMeanP, channel, group_at(channel).weighted_mean(kS1));
+            fill(kMeanPX, channel, group_at(channel).weighted_mean(kS1X));
         });
         if (a.grad_weight) store_grads();
         Layout::for_each_run(a, item, [&](const Run& run, auto access) __attribute__((always_inline)) {
@@ -429,7 +420,7 @@ struct Worker {
     void vjp_backward() const {
         load_statistics();
         sum_vjp_backward();
-        for_each_group([&](int64_t channel, int64_t group) { finish_group(channel, group); });
+        for_each_group([&](int64_t channel, int64_t) { finish_group_at(channel); });
         Layout::for_each_run(a, item, [&](const Run& run, auto access) __attribute__((always_inline)) {
             const Vec mean = Layout::per_channel(row(kMean), run),
                       rstd = Layout::per_channel(row(kRstd), run);
@@ -497,32 +488,20 @@ struct Worker {
         for (int64_t i = num_sums * row_length; i < kNumSums * row_length; ++i) sums[i] = 0;
     }
 
-    // From the sums of a group's channels: its means, the gradients of its parameters, and what the last pass
-    // needs.
-    void finish_group(int64_t channel, int64_t group) const {
-        const double rstd = row(kRstd)[channel];
-        const GroupMeans<double> mean = {
-            weighted_group_mean(kS1, channel), weighted_group_mean(kS1X, channel),
-            group_sum(kV, channel) / group_size(), group_sum(kVX, channel) / group_size(),
-            weighted_group_mean(kVS1, channel)};
-        double mean_t = 0, mean_tx = 0;
-        for (int64_t i = channel; i < channel + channels_per_group(); ++i) {
-            double channel_sums[kNumSums];
-            for (int which = 0; which < kNumSums; ++which) channel_sums[which] = sum(which)[i];
-            const double weight = row(kWeight)[i];
-            const ChannelGrads<double> grads = channel_grads(channel_sums, weight, rstd, mean);
-            mean_t += weight * grads.bias / group_size();
-            mean_tx += weight * grads.weight_through_u / group_size();
-            const int64_t out = item.image * a.channels + item.begin + i;
-            static_cast<Scalar*>(a.grad_weight)[out] = Scalar(grads.weight_through_u + grads.weight_direct);
-            static_cast<Scalar*>(a.grad_bias)[out] = Scalar(grads.bias);
-        }
-        const GradXhat<double> grad_xhat = grad_xhat_means(mean_t, mean_tx, rstd, mean);
-        fill(kMeanPX, channel, mean.px);
-        fill(kMeanV, channel, mean.v);
-        fill(kMeanVX, channel, mean.vx);
-        fill(kConstant, channel, grad_xhat.constant);
-        fill(kSlope, channel, grad_xhat.slope);
+    // Stores the gradients of the parameters of a group, and what the last pass needs to know of it.
+    void finish_group_at(int64_t channel) const {
+        const int64_t first = item.image * a.channels + item.begin + channel;
+        const auto store_grads = [&](int64_t i, double grad_weight, double grad_bias) {
+            static_cast<Scalar*>(a.grad_weight)[first + i] = Scalar(grad_weight);
+            static_cast<Scalar*>(a.grad_bias)[first + i] = Scalar(grad_bias);
+        };
+        const FinishedGroup<double> group =
+            finish_group(group_at(channel), double(row(kRstd)[channel]), store_grads);
+        fill(kMeanPX, channel, group.mean.px);
+        fill(kMeanV, channel, group.mean.v);
+        fill(kMeanVX, channel, group.mean.vx);
+        fill(kConstant, channel, group.grad_xhat.constant);
+        fill(kSlope, channel, group.grad_xhat.slope);
     }
 };
 

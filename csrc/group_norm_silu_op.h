@@ -1,4 +1,5 @@
-// From tensors to pointers and back, for the CPU and the CUDA version of `group_norm_silu`.
+// Entry points of `group_norm_silu`, for CPU and CUDA: they allocate results and pass pointers to the
+// kernels.
 //
 // A backend gives a struct `Launch` with two static functions: run(arguments, dtype of x, x), and
 // sum_over_images(tensor (B, C)), which returns the sum (C). Image tensors are dense and of one layout, each
@@ -7,10 +8,6 @@
 // The schemas are in cdm_fast/ops/group_norm_silu.py.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -18,11 +15,9 @@
 #include <vector>
 
 #include "group_norm_silu.h"
+#include "tensors.h"
 
 namespace cdm {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 template <class Launch>
 struct GroupNormSiluOps {
@@ -103,7 +98,7 @@ struct GroupNormSiluOps {
         return {{first.data_ptr(), second ? second->data_ptr() : nullptr}};
     }
 
-    // What the entry points have in common.
+    // The arguments that all entry points set.
     static GroupNormSilu common(const Tensor& x, const OptionalTensor& skip, const Tensor& weight,
                                 const Tensor& bias, const Tensor& mean, const Tensor& rstd,
                                 const OptionalTensor& seed, int64_t num_groups, bool silu, double dropout) {
@@ -133,7 +128,7 @@ struct GroupNormSiluOps {
         return a;
     }
 
-    // Kernels find elements by number: a tensor with gaps or in the other order must not reach them.
+    // Kernels compute the addresses of elements: a tensor with gaps or of another layout must not reach them.
     static void check_layout(std::initializer_list<const Tensor*> images, bool channels_last) {
         for (const Tensor* image : images)
             STD_TORCH_CHECK(channels_last ? is_channels_last(*image) : image->is_contiguous(),
@@ -153,12 +148,10 @@ struct GroupNormSiluOps {
     }
 
     static Tensor empty_per_image(const Tensor& x, int64_t columns) {
-        const bool wide = x.scalar_type() == ScalarType::Double;
-        return torch::stable::new_empty(x, {x.size(0), columns},
-                                        wide ? ScalarType::Double : ScalarType::Float);
+        return torch::stable::new_empty(x, {x.size(0), columns}, compute_type(x.scalar_type()));
     }
 
-    // The dtype and the layout of x, and the channels of both.
+    // An empty tensor of x's dtype and layout, with the channels of x and of skip.
     static Tensor empty_whole(const Tensor& x, const OptionalTensor& skip) {
         if (!skip) return torch::stable::empty_like(x);
         std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());

@@ -1,7 +1,7 @@
-// `noise_level_ce` on CPU: torch.ops.cdm_fast.noise_level_ce and its backward.
+// `noise_level_ce` on the CPU: torch.ops.cdm_fast.noise_level_ce and its backward.
 #include <cstdint>
 
-#include "bf16.h"
+#include "cpu_types.h"
 #include "dispatch.h"
 #include "noise_level_ce_op.h"
 
@@ -13,42 +13,21 @@ namespace {
 using cdm::ScalarType;
 using cdm::Tensor;
 
-template <class T>
-void forward_rows(const cdm::LevelCEArguments& arguments) {
-    const int64_t grain = 1 + 8192 / arguments.num_logits;
-    torch::stable::parallel_for(0, arguments.batch, grain, [&](int64_t first, int64_t last) {
-        CDM_DISPATCH(level_ce_forward<T>(arguments, first, last));
-    });
-}
-
-template <class T>
-void backward_rows(const cdm::LevelCEArguments& arguments) {
-    const int64_t grain = 1 + 8192 / arguments.num_logits;
-    torch::stable::parallel_for(0, arguments.batch, grain, [&](int64_t first, int64_t last) {
-        CDM_DISPATCH(level_ce_backward<T>(arguments, first, last));
-    });
-}
-
-template <class T>
-void level_logits_rows(const cdm::LevelLogitsArguments& arguments) {
-    const int64_t grain = 1 + 8192 / arguments.num_logits;
-    torch::stable::parallel_for(0, arguments.batch, grain, [&](int64_t first, int64_t last) {
-        CDM_DISPATCH(level_logits<T>(arguments, first, last));
-    });
+// Calls f(first row, last row) for the rows of the logits, in parallel.
+template <class F>
+void for_rows(int64_t batch, int64_t num_logits, const F& f) {
+    torch::stable::parallel_for(0, batch, 1 + 8192 / num_logits, f);
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& level,
                                            const std::optional<Tensor>& label, int64_t num_levels,
                                            int64_t num_classes) {
     const auto launch = [](const cdm::LevelCEArguments& arguments, ScalarType type) {
-        switch (type) {
-            case ScalarType::Double:
-                return forward_rows<double>(arguments);
-            case ScalarType::BFloat16:
-                return forward_rows<cdm::bf16>(arguments);
-            default:
-                return forward_rows<float>(arguments);
-        }
+        cdm::with_cpu_type("noise_level_ce", type, [&](auto sample) {
+            for_rows(arguments.batch, arguments.num_logits, [&](int64_t first, int64_t last) {
+                CDM_DISPATCH(level_ce_forward<decltype(sample)>(arguments, first, last));
+            });
+        });
     };
     return cdm::level_ce_op(logits, level, label, num_levels, num_classes, launch);
 }
@@ -57,14 +36,11 @@ Tensor backward(const Tensor& logits, const Tensor& level, const std::optional<T
                 int64_t num_levels, int64_t num_classes, const Tensor& sums,
                 const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_log_ratio) {
     const auto launch = [](const cdm::LevelCEArguments& arguments, ScalarType type) {
-        switch (type) {
-            case ScalarType::Double:
-                return backward_rows<double>(arguments);
-            case ScalarType::BFloat16:
-                return backward_rows<cdm::bf16>(arguments);
-            default:
-                return backward_rows<float>(arguments);
-        }
+        cdm::with_cpu_type("noise_level_ce_backward", type, [&](auto sample) {
+            for_rows(arguments.batch, arguments.num_logits, [&](int64_t first, int64_t last) {
+                CDM_DISPATCH(level_ce_backward<decltype(sample)>(arguments, first, last));
+            });
+        });
     };
     return cdm::level_ce_backward_op(logits, level, label, num_levels, num_classes, sums, grad_loss,
                                      grad_log_ratio, launch);
@@ -72,14 +48,11 @@ Tensor backward(const Tensor& logits, const Tensor& level, const std::optional<T
 
 Tensor level_logits(const Tensor& logits, int64_t num_levels, int64_t num_classes) {
     const auto launch = [](const cdm::LevelLogitsArguments& arguments, ScalarType type) {
-        switch (type) {
-            case ScalarType::Double:
-                return level_logits_rows<double>(arguments);
-            case ScalarType::BFloat16:
-                return level_logits_rows<cdm::bf16>(arguments);
-            default:
-                return level_logits_rows<float>(arguments);
-        }
+        cdm::with_cpu_type("level_logits", type, [&](auto sample) {
+            for_rows(arguments.batch, arguments.num_logits, [&](int64_t first, int64_t last) {
+                CDM_DISPATCH(level_logits<decltype(sample)>(arguments, first, last));
+            });
+        });
     };
     return cdm::level_logits_op(logits, num_levels, num_classes, launch);
 }

@@ -1,5 +1,4 @@
-// `noise_level_ce` on CUDA devices: torch.ops.cdm_fast.noise_level_ce and its backward. A block works on one
-// row.
+// `noise_level_ce` on CUDA devices: torch.ops.cdm_fast.noise_level_ce and its backward. A block takes a row.
 #include "cuda_common.cuh"
 #include "noise_level_ce_op.h"
 
@@ -41,7 +40,7 @@ __device__ __forceinline__ int64_t unaligned_head(const T* p, int64_t size) {
     return head < size ? head : size;
 }
 
-// logsumexp of z[begin, end), in one read; every thread gets it.
+// logsumexp of z[begin, end), reading z once; every thread gets it.
 template <typename T>
 __device__ LogSum<float> log_sum_of(const T* row, LogitRange range, Running* shared) {
     constexpr int count = 16 / sizeof(T);
@@ -80,7 +79,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const LevelCEArgument
     CDM_SHARED_ARRAY(Running, shared, kThreads / 32);
     const int64_t b = blockIdx.x;
     const T* z = static_cast<const T*>(p.logits) + b * p.num_logits;
-    const LogitRange range = true_logits(p, p.level[b], p.label == nullptr ? -1 : p.label[b]);
+    const LogitRange range = true_logits(p, b);
     const bool known = range.end > range.begin;
     LogSum<float> all = log_sum_of(z, LogitRange{0, p.num_logits}, shared);
     const LogSum<float> noise = log_sum_of(z, noise_logits(p), shared);
@@ -134,14 +133,14 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const LevelCEArgumen
     const T* z = static_cast<const T*>(p.logits) + b * p.num_logits;
     T* grad = static_cast<T*>(p.grad_logits) + b * p.num_logits;
     const float* sums = static_cast<const float*>(p.sums) + 6 * b;
-    const LogitRange truth = true_logits(p, p.level[b], p.label == nullptr ? -1 : p.label[b]);
+    const LogitRange truth = true_logits(p, b);
     const RowGradient row = {
         Softmax(LogitRange{0, p.num_logits}, sums), Softmax(truth, sums + 2),
         Softmax(noise_logits(p), sums + 4),
         p.grad_loss == nullptr ? 0.0f : static_cast<const float*>(p.grad_loss)[b],
         p.grad_log_ratio == nullptr ? 0.0f : static_cast<const float*>(p.grad_log_ratio)[b]};
 
-    // The rows of both tensors begin at the same place within 16 bytes if the tensors do.
+    // Whether the rows of both tensors have the same offset from a multiple of 16 bytes.
     const bool together = reinterpret_cast<uintptr_t>(z) % 16 == reinterpret_cast<uintptr_t>(grad) % 16;
     const int64_t head = together ? unaligned_head(z, p.num_logits) : p.num_logits;
     const int64_t packs = (p.num_logits - head) / count;

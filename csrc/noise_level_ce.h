@@ -1,4 +1,4 @@
-// Which logits a level and a label mean, for host and device. cdm_fast/ops/noise_level_ce.py is the
+// The logits that belong to a level and a label, for host and device. cdm_fast/ops/noise_level_ce.py is the
 // specification.
 #pragma once
 
@@ -25,7 +25,7 @@ struct LevelCEArguments {
     int64_t num_classes;
 };
 
-// Another call: the logits of the levels, whatever the class.
+// Arguments of `level_logits`, which sums over the classes of each level.
 struct LevelLogitsArguments {
     const void* logits;  // (B, N)
     void* level_logits;  // (B, L) Compute
@@ -51,6 +51,11 @@ CDM_HD LogitRange true_logits(const LevelCEArguments& p, int64_t level, int64_t 
     const int64_t begin = level * p.num_classes;
     if (label >= 0) return {begin + label, begin + label + 1};
     return {begin, begin + p.num_classes};
+}
+
+// The logits of the level and label of example b.
+CDM_HD LogitRange true_logits(const LevelCEArguments& p, int64_t b) {
+    return true_logits(p, p.level[b], p.label == nullptr ? -1 : p.label[b]);
 }
 
 // logsumexp of a range of logits, as a pair so that nothing is lost when the maximum is large.

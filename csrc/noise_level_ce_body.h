@@ -5,7 +5,7 @@ namespace CDM_ISA {
 
 using namespace cdm;
 
-// The largest lane; any number if one is NaN, for then the sum of exponentials is NaN whatever the maximum.
+// The largest lane. It is arbitrary if a lane is NaN: the sum of exponentials is NaN for any maximum then.
 template <class Vec>
 CDM_INLINE auto largest_of(Vec v) {
     auto most = v[0];
@@ -51,8 +51,8 @@ CDM_INLINE VecF exp_falling(VecF x) {
 CDM_INLINE double largest_lane(VecD v) { return largest_of(v); }
 CDM_INLINE VecD exp_falling(VecD x) { return exp(x); }
 
-// The last `lanes` logits of a range that is no multiple of the vector: part of them was seen before. Returns
-// 0 for those and `value` for the `fresh` last ones.
+// For the last vector of a range whose size is not a multiple of the lanes, which overlaps the vector before.
+// Keeps the last `fresh` lanes and sets the others, which are counted already, to 0.
 template <class Vec>
 CDM_INLINE Vec keep_last(Vec value, int fresh) {
     constexpr int lanes = int(sizeof(Vec) / sizeof(value[0]));
@@ -88,7 +88,7 @@ static LogSum<typename Math<T>::Scalar> log_sum_of(const T* row, LogitRange rang
     const int64_t size = range.end - range.begin;
     if (size == 1) return {widen(z[0]), Scalar(0)};
     const Scalar maximum = maximum_of(z, size);
-    if (maximum == -Scalar(__builtin_inf())) return {Scalar(0), maximum};  // nothing is possible here
+    if (maximum == -Scalar(__builtin_inf())) return {Scalar(0), maximum};  // every logit is -inf
     Vec sum{};
     int64_t i = 0;
     for (; i + lanes <= size; i += lanes) sum += exp_falling(load(z + i) - maximum);
@@ -105,7 +105,7 @@ static void level_ce_forward(const LevelCEArguments& p, int64_t first, int64_t l
     for (int64_t b = first; b < last; ++b) {
         const T* z = static_cast<const T*>(p.logits) + b * p.num_logits;
         Scalar* sums = static_cast<Scalar*>(p.sums) + 6 * b;
-        const LogitRange range = true_logits(p, p.level[b], p.label == nullptr ? -1 : p.label[b]);
+        const LogitRange range = true_logits(p, b);
         const Scalar nan = Scalar(__builtin_nan(""));
         LogSum<Scalar> all = log_sum_of(z, LogitRange{0, p.num_logits});
         LogSum<Scalar> truth = {nan, nan};
@@ -122,7 +122,7 @@ static void level_ce_forward(const LevelCEArguments& p, int64_t first, int64_t l
     }
 }
 
-// weight * softmax over some range
+// The weight and the log-sum-exp of weight * softmax over a range.
 template <class Scalar>
 struct Term {
     Scalar weight;
@@ -155,7 +155,7 @@ static void store_terms(const T* row, T* row_grad, LogitRange range,
     store(grad + size - lanes, sum_of_terms(load(z + size - lanes), terms, num_terms));
 }
 
-// A single logit has softmax 1, even one of -inf, of which the exponentials above make 0.
+// A single logit has softmax 1. For a logit of -inf the exponentials above give 0, so it is stored here.
 template <class T>
 static void store_impossible(const T* row, T* row_grad, LogitRange range, typename Math<T>::Scalar weight) {
     using Scalar = typename Math<T>::Scalar;
@@ -164,7 +164,7 @@ static void store_impossible(const T* row, T* row_grad, LogitRange range, typena
         store_some(row_grad + range.begin, broadcast<Vec>(weight), 1);
 }
 
-// A log-sum-exp that z = -inf may be compared with.
+// A log-sum-exp whose maximum is finite, so that z - maximum is -inf and not NaN where z is -inf.
 template <class Scalar>
 static LogSum<Scalar> above_infinity(Scalar maximum, Scalar log_sum) {
     const Scalar lowest = Scalar(-3e38);
@@ -184,7 +184,7 @@ static void level_ce_backward(const LevelCEArguments& p, int64_t first, int64_t 
         const Term<Scalar> all{g_loss, above_infinity(sums[0], sums[1])};
         const Term<Scalar> truth{g_ratio - g_loss, above_infinity(sums[2], sums[3])};
         const Term<Scalar> noise{-g_ratio, above_infinity(sums[4], sums[5])};
-        const LogitRange range = true_logits(p, p.level[b], p.label == nullptr ? -1 : p.label[b]);
+        const LogitRange range = true_logits(p, b);
         const LogitRange noise_range = noise_logits(p);
         store_terms<T, 1>(z, grad, LogitRange{0, p.num_logits}, &all);
         const Term<Scalar> at_truth[2] = {all, truth}, at_noise[2] = {all, noise},
@@ -213,8 +213,8 @@ CDM_INLINE VecD log_of_sum(VecD sum) {
     return sum;
 }
 
-// logsumexp of the logits of as many levels as a vector has lanes, `levels` of which are wanted: a lane each,
-// so that few classes do not leave lanes idle. num_classes <= kFewClasses.
+// logsumexp of the logits of as many levels as a vector has lanes, of which `levels` are used. A level takes
+// a lane, so that few classes do not leave lanes idle. num_classes <= kFewClasses.
 constexpr int64_t kFewClasses = 32;
 
 template <class T>

@@ -1,20 +1,14 @@
-// From tensors to pointers and back, for the CPU and the CUDA version of `noise_level_ce`.
+// Entry points of `noise_level_ce`, for CPU and CUDA: they allocate results and pass pointers to the kernels.
 #pragma once
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 #include <optional>
 #include <tuple>
 
 #include "noise_level_ce.h"
+#include "tensors.h"
 
 namespace cdm {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 inline LevelCEArguments level_ce_arguments(const Tensor& logits, const Tensor& level,
                                            const std::optional<Tensor>& label, int64_t num_levels,
@@ -38,7 +32,7 @@ std::tuple<Tensor, Tensor, Tensor> level_ce_op(const Tensor& logits, const Tenso
                                                int64_t num_classes, const Launch& launch) {
     const int64_t batch = logits.size(0);
     const ScalarType type = logits.scalar_type();
-    const ScalarType compute = type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+    const ScalarType compute = compute_type(type);
     const Tensor loss = torch::stable::new_empty(logits, {batch}, compute);
     const Tensor log_ratio = torch::stable::new_empty(logits, {batch}, compute);
     const Tensor sums = torch::stable::new_empty(logits, {batch, 6}, compute);
@@ -68,7 +62,7 @@ Tensor level_ce_backward_op(const Tensor& logits, const Tensor& level, const std
 template <typename Launch>
 Tensor level_logits_op(const Tensor& logits, int64_t num_levels, int64_t num_classes, const Launch& launch) {
     const ScalarType type = logits.scalar_type();
-    const ScalarType compute = type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+    const ScalarType compute = compute_type(type);
     const Tensor result = torch::stable::new_empty(logits, {logits.size(0), num_levels}, compute);
     launch(LevelLogitsArguments{logits.data_ptr(), result.data_ptr(), logits.size(0), logits.size(1),
                                 num_levels, num_classes},

@@ -1,10 +1,11 @@
-// `noising` on CPU: torch.ops.cdm_fast.noising.
+// `noising` on the CPU: torch.ops.cdm_fast.noising.
 #include "contraction.h"
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
-#include "bf16.h"
+#include "cpu_types.h"
 #include "dispatch.h"
 #include "noising_op.h"
 
@@ -34,24 +35,19 @@ void run(const cdm::NoisingArguments& arguments) {
 }
 
 template <typename In>
-void run_float(const cdm::NoisingArguments& arguments, ScalarType out) {
-    if (out == ScalarType::BFloat16)
-        run<In, cdm::bf16, float>(arguments);
-    else
-        run<In, float, float>(arguments);
+void run_from(const cdm::NoisingArguments& arguments, ScalarType out) {
+    cdm::with_cpu_type("noising", out, [&](auto sample) {
+        using Out = decltype(sample);
+        if constexpr (std::is_same_v<In, double> == std::is_same_v<Out, double>)
+            run<In, Out, cdm::Compute<Out>>(arguments);
+        else
+            STD_TORCH_CHECK(false, "noising: x_t is float64 if x0 is, and only then");
+    });
 }
 
 void launch(const cdm::NoisingArguments& arguments, ScalarType in, ScalarType out) {
-    switch (in) {
-        case ScalarType::Byte:
-            return run_float<uint8_t>(arguments, out);
-        case ScalarType::BFloat16:
-            return run_float<cdm::bf16>(arguments, out);
-        case ScalarType::Double:
-            return run<double, double, double>(arguments);
-        default:
-            return run_float<float>(arguments, out);
-    }
+    if (in == ScalarType::Byte) return run_from<uint8_t>(arguments, out);
+    cdm::with_cpu_type("noising", in, [&](auto sample) { run_from<decltype(sample)>(arguments, out); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> noising(const Tensor& x0, const Tensor& level, const Tensor& a,

@@ -1,4 +1,5 @@
-// `noising` on CUDA devices: torch.ops.cdm_fast.noising. A thread makes eight elements, two Philox blocks.
+// `noising` on CUDA devices: torch.ops.cdm_fast.noising. A thread computes eight elements from two Philox
+// blocks.
 #include "cuda_common.cuh"
 #include "noising_op.h"
 
@@ -41,7 +42,7 @@ __device__ __forceinline__ Coefficients coefficients(const NoisingArguments& p, 
     return {static_cast<const float*>(p.a)[level], static_cast<const float*>(p.s)[level]};
 }
 
-// Where element `index` of the batch comes from when its image is mirrored.
+// Index of the element that a mirrored image has in the place of `index`.
 __device__ __forceinline__ int64_t mirror(int64_t index, int64_t row) {
     const int64_t column = index % row;
     return index + (row - 1 - 2 * column);
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(kThreads) noising_packed(const NoisingArgument
     if (p.x0_out != nullptr) store_pack<kElements>(static_cast<float*>(p.x0_out) + first, x0_out);
 }
 
-// Any image size and layout: eight elements that may lie in several images.
+// Eight elements that may lie in several images, of any size and layout.
 template <typename In, typename Out>
 __global__ void __launch_bounds__(kThreads) noising_ragged(const NoisingArguments p) {
     const int64_t first = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kElements;

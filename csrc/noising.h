@@ -1,4 +1,5 @@
-// What one element of `noising` is, for host and device. cdm_fast/ops/noising.py is the specification.
+// The arithmetic of one element of `noising`, for host and device. cdm_fast/ops/noising.py is the
+// specification.
 #pragma once
 
 #include "philox.h"
@@ -15,7 +16,7 @@ CDM_HD float noised(float a_t, float x0, float s_t, float eps) {
 }
 CDM_HD double noised(double a_t, double x0, double s_t, double eps) { return a_t * x0 + s_t * eps; }
 
-// One call: pointers, null where a thing is not asked for. "Compute" is float, or double for double images.
+// One call: pointers, null where not requested. "Compute" is float, or double for double images.
 // All images lie in memory alike: contiguous, or with their channels last (then channels > 1).
 struct NoisingArguments {
     const void* x0;         // (B, ...) unsigned char, float, bfloat16 or double
@@ -36,7 +37,7 @@ struct NoisingArguments {
     bool flip;
 };
 
-// Where element `index` of the batch, numbered in contiguous order, lies in memory.
+// Offset in memory of element `index` of the batch, counted in contiguous order.
 CDM_HD int64_t memory_offset(const NoisingArguments& p, int64_t index) {
     if (p.channels == 1) return index;
     const int64_t plane = p.image_size / p.channels, within = index % p.image_size;

@@ -3,7 +3,7 @@ namespace CDM_ISA {
 
 using namespace cdm;
 
-constexpr int64_t kChunk = 1024;  // elements whose random numbers are drawn at once: they stay in cache
+constexpr int64_t kChunk = 1024;  // elements whose random numbers are drawn at once; they fit the cache
 constexpr int64_t kPixels = 256;  // the same for images with channels last, per channel
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -52,7 +52,7 @@ static void load_image(const In* image, int64_t begin, int64_t end, int64_t row,
     }
 }
 
-// The entry of a table for an image's level; NaN for a level that there is not.
+// The entry of a table for the level of an image; NaN for a level out of range.
 template <typename Compute>
 static Compute at_level(const NoisingArguments& p, const void* table, int64_t image) {
     const int64_t level = p.level[image];
@@ -104,8 +104,8 @@ static void noising_range(const NoisingArguments& p, int64_t first_chunk, int64_
         noising_chunk<In, Out, Compute>(p, key, chunk * kChunk, smaller(p.size, (chunk + 1) * kChunk));
 }
 
-// Images with channels last: kPixels pixels of one image at a time, `group` channels of them. The random
-// numbers of one channel lie together in the draw, which is in contiguous order.
+// Images with channels last: kPixels pixels of one image at a time, `group` channels of them. Random
+// numbers are drawn in contiguous order, in which those of one channel are neighbours.
 
 static inline int64_t pixel_tiles(const NoisingArguments& p) {
     return (p.image_size / p.channels + kPixels - 1) / kPixels;
@@ -134,7 +134,7 @@ static void load_pixels(const In* image, int64_t channels, int64_t begin, int64_
     }
 }
 
-// The reverse: interleaves the channels in `values`.
+// The inverse of load_pixels: interleaves the channels in `values`.
 template <int group, typename T>
 static void store_pixels(const T* values, int64_t channels, int64_t size, T* out) {
     const int64_t step = group == 1 ? channels : group;

@@ -1,20 +1,14 @@
-// From tensors to pointers and back, for the CPU and the CUDA version of `noising`.
+// Entry points of `noising`, for CPU and CUDA: they allocate results and pass pointers to the kernels.
 #pragma once
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 #include <optional>
 #include <tuple>
 
 #include "noising.h"
+#include "tensors.h"
 
 namespace cdm {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // Whether images (B, C, H, W) lie in memory as (B, H, W, C), and not as (B, C, H, W) as well.
 inline bool has_channels_last(const Tensor& x) {
@@ -34,8 +28,8 @@ inline Tensor new_empty_like(const Tensor& x, ScalarType type) {
     return torch::stable::transpose(torch::stable::transpose(pixels, 2, 3), 1, 2);
 }
 
-// Allocates the results, fills them by launch(arguments, dtype of x0, dtype of x_t); what was not asked for
-// comes back empty. x0, and eps like it, are contiguous or have their channels last. The schema is in
+// Allocates the results, fills them by launch(arguments, dtype of x0, dtype of x_t); results that were not
+// requested are empty. x0, and eps like it, are contiguous or have their channels last. The schema is in
 // cdm_fast/ops/noising.py.
 template <typename Launch>
 std::tuple<Tensor, Tensor, Tensor> noising_op(const Tensor& x0, const Tensor& level, const Tensor& a,

@@ -1,9 +1,8 @@
 // Philox4x32-10 (Salmon, Moraes, Dror, Shaw, SC 2011) and Box-Muller, for host and device.
 //
-// cdm_fast/ops/philox.py says which counter and key an element takes, and is the specification. The words are
-// the same everywhere bit for bit. The floating-point part must not be contracted to fused multiply-adds:
-// device code uses the rounding intrinsics, and a host file that calls it begins with CDM_NO_CONTRACTION
-// (contraction.h).
+// cdm_fast/ops/philox.py is the specification; it defines the counter and key of an element. The words are
+// the same bits everywhere. The floating-point part must not be contracted to fused multiply-adds: device
+// code uses the rounding intrinsics, and a host file that calls it includes contraction.h first.
 #pragma once
 
 #include <cstdint>

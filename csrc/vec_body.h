@@ -1,9 +1,9 @@
 // Vectors of CDM_VECTOR_BYTES for the current instruction set: loads, stores, exp and sigmoid.
 //
 // Included inside a kernel's body (see dispatch.h), so without include guard of its own. Written with the
-// compiler's vector extensions, which GCC and Clang lower to any processor; AVX-512 has its own instructions
-// for what they would spell out. Nothing from the standard library's templates may be used in a body: an
-// instantiation made here could be linked elsewhere.
+// compiler's vector extensions, which GCC and Clang lower to any processor; AVX-512 has instructions of
+// its own for what takes several of these. A body may not use templates of the standard library: the linker
+// could take the instantiation of one instruction set for the others.
 
 #define CDM_INLINE inline __attribute__((always_inline))
 #if CDM_X86 && CDM_VECTOR_BYTES == 64

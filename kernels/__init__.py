@@ -1,4 +1,4 @@
-"""Triton kernels and their launchers, one file per op or two (installed as cdm_fast.kernels).
+"""Triton kernels and their launchers, one or two files per op (installed as cdm_fast.kernels).
 
 Two rules hold for every launcher. It is decorated with `on_its_device`. Its grid has one axis: the others
 end at 65,535 programs, the first only at 2^31 - 1; `tests/ops/test_launches.py` checks both.

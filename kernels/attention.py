@@ -18,11 +18,20 @@ import torch
 import triton
 import triton.language as tl
 from cdm_fast.kernels import on_its_device
+from cdm_fast.kernels.attention_tiles import (
+    LOG2_E,
+    add_product,
+    inner,
+    inner_dot,
+    load_tile,
+    of_rows,
+    place,
+    probabilities,
+    probabilities_of_rows,
+    store_tile,
+    tangents,
+)
 from torch import Tensor
-
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
 
 _LONG = 512  # tokens: a head of this many has four tiles of 128 rows
 
@@ -172,125 +181,6 @@ def _row_dot(x: Tensor, y: Tensor, sizes: tuple[int, int, int, int]) -> Tensor:
 
 
 @triton.jit
-def _load_tile(
-    pointer: tl.tensor,
-    tokens: tl.tensor,
-    channels: tl.tensor,
-    num_tokens: int,
-    stride: int,
-    WIDTH: tl.constexpr,
-) -> tl.tensor:
-    """pointer[tokens, channels], zero outside."""
-    inside = (tokens[:, None] < num_tokens) & (channels[None, :] < WIDTH)
-    return tl.load(pointer + tokens[:, None] * stride + channels[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def _store_tile(
-    pointer: tl.tensor,
-    tile: tl.tensor,
-    tokens: tl.tensor,
-    channels: tl.tensor,
-    num_tokens: int,
-    stride: int,
-    WIDTH: tl.constexpr,
-) -> None:
-    """pointer[tokens, channels] = tile, where inside."""
-    inside = (tokens[:, None] < num_tokens) & (channels[None, :] < WIDTH)
-    tl.store(
-        pointer + tokens[:, None] * stride + channels[None, :], tile.to(pointer.dtype.element_ty), mask=inside
-    )
-
-
-@triton.jit
-def _dot(x: tl.tensor, y: tl.tensor, tile: tl.tensor) -> tl.tensor:
-    """tile + x y, summed in fp32. Operands of fp32 are not rounded to tf32."""
-    if (
-        _INTERPRETED
-    ):  # Triton's interpreter multiplies the bit patterns of bf16; fp32 holds the same products.
-        x = x.to(tl.float32)
-        y = y.to(tl.float32)
-    return tl.dot(x, y, tile, input_precision="ieee")
-
-
-@triton.jit
-def _add_inner(
-    tile: tl.tensor,
-    x: tl.tensor,
-    y: tl.tensor,
-    x_tokens: tl.tensor,
-    y_tokens: tl.tensor,
-    num_tokens: int,
-    stride: int,
-    WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr,
-) -> tl.tensor:
-    """tile + x[x_tokens] y[y_tokens]^T"""
-    for start in range(0, WIDTH, CHUNK):
-        channels = start + tl.arange(0, CHUNK)
-        x_tile = _load_tile(x, x_tokens, channels, num_tokens, stride, WIDTH)
-        y_tile = _load_tile(y, y_tokens, channels, num_tokens, stride, WIDTH)
-        tile = _dot(x_tile, tl.trans(y_tile), tile)
-    return tile
-
-
-@triton.jit
-def _add_product(
-    result: tl.tensor,
-    tile: tl.tensor,
-    x: tl.tensor,
-    tokens: tl.tensor,
-    channels: tl.tensor,
-    num_tokens: int,
-    stride: int,
-    WIDTH: tl.constexpr,
-) -> tl.tensor:
-    """result + tile x[tokens, channels]"""
-    x_tile = _load_tile(x, tokens, channels, num_tokens, stride, WIDTH)
-    return _dot(tile.to(x_tile.dtype), x_tile, result)
-
-
-@triton.jit
-def _probabilities(scores: tl.tensor, lse: tl.tensor, scale: float) -> tl.tensor:
-    """exp(scale scores - lse), with scores rounded as the forward kernel rounds them.
-
-    Else a row of grad_scores misses its sum of zero by more than it need, which shows in grad_q where all
-    keys share a large component. The rounding of lse adds a factor common to a row, harmless there.
-    """
-    return tl.exp2(scores * (scale * _LOG2_E) - lse * _LOG2_E)
-
-
-@triton.jit
-def _tangents(
-    p: tl.tensor,
-    scores_dot: tl.tensor,
-    grad_p: tl.tensor,
-    grad_p_dot: tl.tensor,
-    mean: tl.tensor,
-    delta: tl.tensor,
-    delta_dot: tl.tensor,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """(p_dot, grad_scores, grad_scores_dot); statistics of rows come shaped for broadcasting."""
-    p_dot = p * (scores_dot - mean)
-    centred = grad_p - delta
-    return p_dot, p * centred, p_dot * centred + p * (grad_p_dot - delta_dot)
-
-
-@triton.jit
-def _place(
-    num_blocks: int, num_tokens: int, num_heads: int, WIDTH: tl.constexpr, OUT_WIDTH: tl.constexpr
-) -> tuple[int, int, int, int]:
-    """This program's part of the result's channels, its block of tokens, and its head's offsets into
-    (B, h, N) and (B, N, C)."""
-    parts: tl.constexpr = (WIDTH + OUT_WIDTH - 1) // OUT_WIDTH
-    part = tl.program_id(0) % parts
-    block = tl.program_id(0) // parts % num_blocks
-    head = (tl.program_id(0) // (parts * num_blocks)).to(tl.int64)
-    first_channel = (head // num_heads) * num_tokens * num_heads * WIDTH + (head % num_heads) * WIDTH
-    return part, block, head * num_tokens, first_channel
-
-
-@triton.jit
 def _row_dot_kernel(
     x: tl.tensor,
     y: tl.tensor,
@@ -302,12 +192,12 @@ def _row_dot_kernel(
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    _, block, first_row, first = _place(num_blocks, num_tokens, num_heads, WIDTH, WIDTH)
+    _, block, first_row, first = place(num_blocks, num_tokens, num_heads, WIDTH, WIDTH)
     rows = block * BLOCK + tl.arange(0, BLOCK)
     channels = tl.arange(0, PADDED)
     stride = num_heads * WIDTH
-    x_tile = _load_tile(x + first, rows, channels, num_tokens, stride, WIDTH).to(tl.float32)
-    y_tile = _load_tile(y + first, rows, channels, num_tokens, stride, WIDTH).to(tl.float32)
+    x_tile = load_tile(x + first, rows, channels, num_tokens, stride, WIDTH).to(tl.float32)
+    y_tile = load_tile(y + first, rows, channels, num_tokens, stride, WIDTH).to(tl.float32)
     tl.store(result + first_row + rows, tl.sum(x_tile * y_tile, 1), mask=rows < num_tokens)
 
 
@@ -329,7 +219,7 @@ def _forward_kernel(
     STEP: tl.constexpr,
 ) -> None:
     """Softmax with a running maximum and sum, so that each column is visited once."""
-    part, block, first_row, first = _place(num_blocks, num_tokens, num_heads, WIDTH, OUT_WIDTH)
+    part, block, first_row, first = place(num_blocks, num_tokens, num_heads, WIDTH, OUT_WIDTH)
     q, k, v, out = q + first, k + first, v + first, out + first
     stride = num_heads * WIDTH
     rows = block * BLOCK + tl.arange(0, BLOCK)
@@ -339,18 +229,17 @@ def _forward_kernel(
     result = tl.zeros((BLOCK, OUT_WIDTH), tl.float32)
     for start in range(0, num_tokens, STEP):
         columns = start + tl.arange(0, STEP)
-        scores = tl.zeros((BLOCK, STEP), tl.float32)
-        scores = _add_inner(scores, q, k, rows, columns, num_tokens, stride, WIDTH, CHUNK)
-        scores = tl.where(columns[None, :] < num_tokens, scores * (scale * _LOG2_E), float("-inf"))
+        scores = inner(q, k, rows, columns, num_tokens, stride, WIDTH, CHUNK)
+        scores = tl.where(columns[None, :] < num_tokens, scores * (scale * LOG2_E), float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         p = tl.exp2(scores - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(p, 1)
-        result = _add_product(result * shrink[:, None], p, v, columns, channels, num_tokens, stride, WIDTH)
+        result = add_product(result * shrink[:, None], p, v, columns, channels, num_tokens, stride, WIDTH)
         top = new_top
-    _store_tile(out, result / total[:, None], rows, channels, num_tokens, stride, WIDTH)
+    store_tile(out, result / total[:, None], rows, channels, num_tokens, stride, WIDTH)
     if part == 0:
-        tl.store(lse + first_row + rows, (top + tl.log2(total)) / _LOG2_E, mask=rows < num_tokens)
+        tl.store(lse + first_row + rows, (top + tl.log2(total)) / LOG2_E, mask=rows < num_tokens)
 
 
 @triton.jit
@@ -373,24 +262,21 @@ def _vjp_rows_kernel(
     STEP: tl.constexpr,
 ) -> None:
     """grad_q of one block of rows."""
-    part, block, first_row, first = _place(num_blocks, num_tokens, num_heads, WIDTH, OUT_WIDTH)
+    part, block, first_row, first = place(num_blocks, num_tokens, num_heads, WIDTH, OUT_WIDTH)
     g, q, k, v, grad_q = g + first, q + first, k + first, v + first, grad_q + first
     stride = num_heads * WIDTH
     rows = block * BLOCK + tl.arange(0, BLOCK)
     channels = part * OUT_WIDTH + tl.arange(0, OUT_WIDTH)
-    lse_rows = tl.load(lse + first_row + rows, mask=rows < num_tokens, other=float("inf"))[:, None]
-    delta_rows = tl.load(delta + first_row + rows, mask=rows < num_tokens, other=0.0)[:, None]
+    lse_rows = of_rows(lse, first_row, rows, num_tokens, float("inf"))[:, None]
+    delta_rows = of_rows(delta, first_row, rows, num_tokens, 0.0)[:, None]
     result = tl.zeros((BLOCK, OUT_WIDTH), tl.float32)
     for start in range(0, num_tokens, STEP):
         columns = start + tl.arange(0, STEP)
-        zeros = tl.zeros((BLOCK, STEP), tl.float32)
-        scores = _add_inner(zeros, q, k, rows, columns, num_tokens, stride, WIDTH, CHUNK)
-        p = _probabilities(scores, lse_rows, scale)
-        p = tl.where(columns[None, :] < num_tokens, p, 0.0)
-        grad_p = _add_inner(zeros, g, v, rows, columns, num_tokens, stride, WIDTH, CHUNK)
+        p = probabilities_of_rows(q, k, rows, columns, lse_rows, scale, num_tokens, stride, WIDTH, CHUNK)
+        grad_p = inner(g, v, rows, columns, num_tokens, stride, WIDTH, CHUNK)
         grad_scores = p * (grad_p - delta_rows)
-        result = _add_product(result, grad_scores, k, columns, channels, num_tokens, stride, WIDTH)
-    _store_tile(grad_q, result * scale, rows, channels, num_tokens, stride, WIDTH)
+        result = add_product(result, grad_scores, k, columns, channels, num_tokens, stride, WIDTH)
+    store_tile(grad_q, result * scale, rows, channels, num_tokens, stride, WIDTH)
 
 
 @triton.jit
@@ -414,7 +300,7 @@ def _vjp_columns_kernel(
     STEP: tl.constexpr,
 ) -> None:
     """grad_k and grad_v of one block of columns. Tiles are transposed: (columns, rows)."""
-    part, block, first_row, first = _place(num_blocks, num_tokens, num_heads, WIDTH, OUT_WIDTH)
+    part, block, first_row, first = place(num_blocks, num_tokens, num_heads, WIDTH, OUT_WIDTH)
     g, q, k, v = g + first, q + first, k + first, v + first
     stride = num_heads * WIDTH
     columns = block * BLOCK + tl.arange(0, BLOCK)
@@ -423,18 +309,17 @@ def _vjp_columns_kernel(
     result_v = tl.zeros((BLOCK, OUT_WIDTH), tl.float32)
     for start in range(0, num_tokens, STEP):
         rows = start + tl.arange(0, STEP)
-        # Rows that do not exist have no probability, because their lse is infinite.
-        lse_rows = tl.load(lse + first_row + rows, mask=rows < num_tokens, other=float("inf"))[None, :]
-        delta_rows = tl.load(delta + first_row + rows, mask=rows < num_tokens, other=0.0)[None, :]
-        zeros = tl.zeros((BLOCK, STEP), tl.float32)
-        scores = _add_inner(zeros, k, q, columns, rows, num_tokens, stride, WIDTH, CHUNK)
-        p = _probabilities(scores, lse_rows, scale)
-        result_v = _add_product(result_v, p, g, rows, channels, num_tokens, stride, WIDTH)
-        grad_p = _add_inner(zeros, v, g, columns, rows, num_tokens, stride, WIDTH, CHUNK)
+        # Rows beyond the last token have probability 0, because their lse is infinite.
+        lse_rows = of_rows(lse, first_row, rows, num_tokens, float("inf"))[None, :]
+        delta_rows = of_rows(delta, first_row, rows, num_tokens, 0.0)[None, :]
+        scores = inner(k, q, columns, rows, num_tokens, stride, WIDTH, CHUNK)
+        p = probabilities(scores, lse_rows, scale)
+        result_v = add_product(result_v, p, g, rows, channels, num_tokens, stride, WIDTH)
+        grad_p = inner(v, g, columns, rows, num_tokens, stride, WIDTH, CHUNK)
         grad_scores = p * (grad_p - delta_rows)
-        result_k = _add_product(result_k, grad_scores, q, rows, channels, num_tokens, stride, WIDTH)
-    _store_tile(grad_k + first, result_k * scale, columns, channels, num_tokens, stride, WIDTH)
-    _store_tile(grad_v + first, result_v, columns, channels, num_tokens, stride, WIDTH)
+        result_k = add_product(result_k, grad_scores, q, rows, channels, num_tokens, stride, WIDTH)
+    store_tile(grad_k + first, result_k * scale, columns, channels, num_tokens, stride, WIDTH)
+    store_tile(grad_v + first, result_v, columns, channels, num_tokens, stride, WIDTH)
 
 
 @triton.jit
@@ -460,25 +345,21 @@ def _out_dot_kernel(
 ) -> None:
     """mean and out_dot of one block of rows.
 
-    Two passes over the columns: `sum p scores_dot v - mean out` would need one, and cancel badly where the
-    scores move together.
+    It takes two passes over the columns: `sum p scores_dot v - mean out` would need only one, but cancels
+    badly where all scores change alike.
     """
-    part, block, first_row, first = _place(num_blocks, num_tokens, num_heads, WIDTH, OUT_WIDTH)
+    part, block, first_row, first = place(num_blocks, num_tokens, num_heads, WIDTH, OUT_WIDTH)
     u_q, u_k, u_v, q, k, v = u_q + first, u_k + first, u_v + first, q + first, k + first, v + first
     stride = num_heads * WIDTH
     rows = block * BLOCK + tl.arange(0, BLOCK)
     channels = part * OUT_WIDTH + tl.arange(0, OUT_WIDTH)
-    lse_rows = tl.load(lse + first_row + rows, mask=rows < num_tokens, other=float("inf"))[:, None]
+    lse_rows = of_rows(lse, first_row, rows, num_tokens, float("inf"))[:, None]
     mean_rows = tl.zeros((BLOCK,), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)  # 1, but for the rounding of lse
     for start in range(0, num_tokens, STEP):
         columns = start + tl.arange(0, STEP)
-        zeros = tl.zeros((BLOCK, STEP), tl.float32)
-        scores = _add_inner(zeros, q, k, rows, columns, num_tokens, stride, WIDTH, CHUNK)
-        p = _probabilities(scores, lse_rows, scale)
-        p = tl.where(columns[None, :] < num_tokens, p, 0.0)
-        scores_dot = _add_inner(zeros, u_q, k, rows, columns, num_tokens, stride, WIDTH, CHUNK)
-        scores_dot = _add_inner(scores_dot, q, u_k, rows, columns, num_tokens, stride, WIDTH, CHUNK)
+        p = probabilities_of_rows(q, k, rows, columns, lse_rows, scale, num_tokens, stride, WIDTH, CHUNK)
+        scores_dot = inner_dot(q, u_q, k, u_k, rows, columns, num_tokens, stride, WIDTH, CHUNK)
         mean_rows += tl.sum(p * scores_dot, 1)
         total += tl.sum(p, 1)
     total = tl.where(rows < num_tokens, total, 1.0)
@@ -486,16 +367,12 @@ def _out_dot_kernel(
     result = tl.zeros((BLOCK, OUT_WIDTH), tl.float32)
     for start in range(0, num_tokens, STEP):
         columns = start + tl.arange(0, STEP)
-        zeros = tl.zeros((BLOCK, STEP), tl.float32)
-        scores = _add_inner(zeros, q, k, rows, columns, num_tokens, stride, WIDTH, CHUNK)
-        p = _probabilities(scores, lse_rows, scale)
-        p = tl.where(columns[None, :] < num_tokens, p, 0.0)
-        scores_dot = _add_inner(zeros, u_q, k, rows, columns, num_tokens, stride, WIDTH, CHUNK)
-        scores_dot = _add_inner(scores_dot, q, u_k, rows, columns, num_tokens, stride, WIDTH, CHUNK) * scale
+        p = probabilities_of_rows(q, k, rows, columns, lse_rows, scale, num_tokens, stride, WIDTH, CHUNK)
+        scores_dot = inner_dot(q, u_q, k, u_k, rows, columns, num_tokens, stride, WIDTH, CHUNK) * scale
         p_dot = p * (scores_dot - mean_rows[:, None])
-        result = _add_product(result, p_dot, v, columns, channels, num_tokens, stride, WIDTH)
-        result = _add_product(result, p, u_v, columns, channels, num_tokens, stride, WIDTH)
-    _store_tile(out_dot + first, result / total[:, None], rows, channels, num_tokens, stride, WIDTH)
+        result = add_product(result, p_dot, v, columns, channels, num_tokens, stride, WIDTH)
+        result = add_product(result, p, u_v, columns, channels, num_tokens, stride, WIDTH)
+    store_tile(out_dot + first, result / total[:, None], rows, channels, num_tokens, stride, WIDTH)
     if part == 0:
         tl.store(mean + first_row + rows, mean_rows, mask=rows < num_tokens)
 
@@ -525,34 +402,29 @@ def _vjp_backward_rows_kernel(
     STEP: tl.constexpr,
 ) -> None:
     """The tangent of grad_q, one block of rows."""
-    part, block, first_row, first = _place(num_blocks, num_tokens, num_heads, WIDTH, OUT_WIDTH)
+    part, block, first_row, first = place(num_blocks, num_tokens, num_heads, WIDTH, OUT_WIDTH)
     u_q, u_k, u_v, g = u_q + first, u_k + first, u_v + first, g + first
     q, k, v = q + first, k + first, v + first
     stride = num_heads * WIDTH
     rows = block * BLOCK + tl.arange(0, BLOCK)
     channels = part * OUT_WIDTH + tl.arange(0, OUT_WIDTH)
-    exist = rows < num_tokens
-    lse_rows = tl.load(lse + first_row + rows, mask=exist, other=float("inf"))[:, None]
-    mean_rows = tl.load(mean + first_row + rows, mask=exist, other=0.0)[:, None]
-    delta_rows = tl.load(delta + first_row + rows, mask=exist, other=0.0)[:, None]
-    delta_dot_rows = tl.load(delta_dot + first_row + rows, mask=exist, other=0.0)[:, None]
+    lse_rows = of_rows(lse, first_row, rows, num_tokens, float("inf"))[:, None]
+    mean_rows = of_rows(mean, first_row, rows, num_tokens, 0.0)[:, None]
+    delta_rows = of_rows(delta, first_row, rows, num_tokens, 0.0)[:, None]
+    delta_dot_rows = of_rows(delta_dot, first_row, rows, num_tokens, 0.0)[:, None]
     result = tl.zeros((BLOCK, OUT_WIDTH), tl.float32)
     for start in range(0, num_tokens, STEP):
         columns = start + tl.arange(0, STEP)
-        zeros = tl.zeros((BLOCK, STEP), tl.float32)
-        scores = _add_inner(zeros, q, k, rows, columns, num_tokens, stride, WIDTH, CHUNK)
-        p = _probabilities(scores, lse_rows, scale)
-        p = tl.where(columns[None, :] < num_tokens, p, 0.0)
-        scores_dot = _add_inner(zeros, u_q, k, rows, columns, num_tokens, stride, WIDTH, CHUNK)
-        scores_dot = _add_inner(scores_dot, q, u_k, rows, columns, num_tokens, stride, WIDTH, CHUNK) * scale
-        grad_p = _add_inner(zeros, g, v, rows, columns, num_tokens, stride, WIDTH, CHUNK)
-        grad_p_dot = _add_inner(zeros, g, u_v, rows, columns, num_tokens, stride, WIDTH, CHUNK)
-        _, grad_scores, grad_scores_dot = _tangents(
+        p = probabilities_of_rows(q, k, rows, columns, lse_rows, scale, num_tokens, stride, WIDTH, CHUNK)
+        scores_dot = inner_dot(q, u_q, k, u_k, rows, columns, num_tokens, stride, WIDTH, CHUNK) * scale
+        grad_p = inner(g, v, rows, columns, num_tokens, stride, WIDTH, CHUNK)
+        grad_p_dot = inner(g, u_v, rows, columns, num_tokens, stride, WIDTH, CHUNK)
+        _, grad_scores, grad_scores_dot = tangents(
             p, scores_dot, grad_p, grad_p_dot, mean_rows, delta_rows, delta_dot_rows
         )
-        result = _add_product(result, grad_scores_dot, k, columns, channels, num_tokens, stride, WIDTH)
-        result = _add_product(result, grad_scores, u_k, columns, channels, num_tokens, stride, WIDTH)
-    _store_tile(grad_q + first, result * scale, rows, channels, num_tokens, stride, WIDTH)
+        result = add_product(result, grad_scores_dot, k, columns, channels, num_tokens, stride, WIDTH)
+        result = add_product(result, grad_scores, u_k, columns, channels, num_tokens, stride, WIDTH)
+    store_tile(grad_q + first, result * scale, rows, channels, num_tokens, stride, WIDTH)
 
 
 @triton.jit
@@ -581,7 +453,7 @@ def _vjp_backward_columns_kernel(
     STEP: tl.constexpr,
 ) -> None:
     """The tangents of grad_k and grad_v, one block of columns. Tiles are transposed: (columns, rows)."""
-    part, block, first_row, first = _place(num_blocks, num_tokens, num_heads, WIDTH, OUT_WIDTH)
+    part, block, first_row, first = place(num_blocks, num_tokens, num_heads, WIDTH, OUT_WIDTH)
     u_q, u_k, u_v, g = u_q + first, u_k + first, u_v + first, g + first
     q, k, v = q + first, k + first, v + first
     stride = num_heads * WIDTH
@@ -591,24 +463,21 @@ def _vjp_backward_columns_kernel(
     result_v = tl.zeros((BLOCK, OUT_WIDTH), tl.float32)
     for start in range(0, num_tokens, STEP):
         rows = start + tl.arange(0, STEP)
-        exist = rows < num_tokens
-        # Rows that do not exist have no probability, because their lse is infinite.
-        lse_rows = tl.load(lse + first_row + rows, mask=exist, other=float("inf"))[None, :]
-        mean_rows = tl.load(mean + first_row + rows, mask=exist, other=0.0)[None, :]
-        delta_rows = tl.load(delta + first_row + rows, mask=exist, other=0.0)[None, :]
-        delta_dot_rows = tl.load(delta_dot + first_row + rows, mask=exist, other=0.0)[None, :]
-        zeros = tl.zeros((BLOCK, STEP), tl.float32)
-        scores = _add_inner(zeros, k, q, columns, rows, num_tokens, stride, WIDTH, CHUNK)
-        p = _probabilities(scores, lse_rows, scale)
-        scores_dot = _add_inner(zeros, k, u_q, columns, rows, num_tokens, stride, WIDTH, CHUNK)
-        scores_dot = _add_inner(scores_dot, u_k, q, columns, rows, num_tokens, stride, WIDTH, CHUNK) * scale
-        grad_p = _add_inner(zeros, v, g, columns, rows, num_tokens, stride, WIDTH, CHUNK)
-        grad_p_dot = _add_inner(zeros, u_v, g, columns, rows, num_tokens, stride, WIDTH, CHUNK)
-        p_dot, grad_scores, grad_scores_dot = _tangents(
+        # Rows beyond the last token have probability 0, because their lse is infinite.
+        lse_rows = of_rows(lse, first_row, rows, num_tokens, float("inf"))[None, :]
+        mean_rows = of_rows(mean, first_row, rows, num_tokens, 0.0)[None, :]
+        delta_rows = of_rows(delta, first_row, rows, num_tokens, 0.0)[None, :]
+        delta_dot_rows = of_rows(delta_dot, first_row, rows, num_tokens, 0.0)[None, :]
+        scores = inner(k, q, columns, rows, num_tokens, stride, WIDTH, CHUNK)
+        p = probabilities(scores, lse_rows, scale)
+        scores_dot = inner_dot(k, u_k, q, u_q, columns, rows, num_tokens, stride, WIDTH, CHUNK) * scale
+        grad_p = inner(v, g, columns, rows, num_tokens, stride, WIDTH, CHUNK)
+        grad_p_dot = inner(u_v, g, columns, rows, num_tokens, stride, WIDTH, CHUNK)
+        p_dot, grad_scores, grad_scores_dot = tangents(
             p, scores_dot, grad_p, grad_p_dot, mean_rows, delta_rows, delta_dot_rows
         )
-        result_v = _add_product(result_v, p_dot, g, rows, channels, num_tokens, stride, WIDTH)
-        result_k = _add_product(result_k, grad_scores_dot, q, rows, channels, num_tokens, stride, WIDTH)
-        result_k = _add_product(result_k, grad_scores, u_q, rows, channels, num_tokens, stride, WIDTH)
-    _store_tile(grad_k + first, result_k * scale, columns, channels, num_tokens, stride, WIDTH)
-    _store_tile(grad_v + first, result_v, columns, channels, num_tokens, stride, WIDTH)
+        result_v = add_product(result_v, p_dot, g, rows, channels, num_tokens, stride, WIDTH)
+        result_k = add_product(result_k, grad_scores_dot, q, rows, channels, num_tokens, stride, WIDTH)
+        result_k = add_product(result_k, grad_scores, u_q, rows, channels, num_tokens, stride, WIDTH)
+    store_tile(grad_k + first, result_k * scale, columns, channels, num_tokens, stride, WIDTH)
+    store_tile(grad_v + first, result_v, columns, channels, num_tokens, stride, WIDTH)

@@ -139,7 +139,7 @@ def _vjp_backward_kernel(
     p = _probabilities(_load(scores_ptr + at, inside), lse_ptr + row, exists, inside, scale)
     p_dot = p * (scores_dot - tl.sum(p * scores_dot, 1)[:, None])
     centred = grad_p - tl.sum(p * grad_p, 1)[:, None]
-    # delta_dot, with the constant delta taken out of the first sum, in which it counts nothing.
+    # delta_dot. Its first sum has grad_p - delta for grad_p, which is the same, as p_dot sums to zero.
     delta_dot = tl.sum(p_dot * centred + p * grad_p_dot, 1)[:, None]
     _store(scores_ptr + at, p, inside)
     _store(scores_dot_ptr + at, p_dot, inside)

@@ -1,9 +1,9 @@
 """Triton kernels of GroupNorm + SiLU + dropout: forward, VJP, and the derivative of the VJP.
 
 `cdm_fast/ops/group_norm_silu.py` is the specification; docs/explanation/group_norm_silu.md derives it.
-Channels-last images go to `group_norm_silu_split.py`, but for small ones, where one launch is better than
-three. Here a program takes one or more whole groups of one image and goes over their pixels twice: once for
-the sums, once for the result. Its tile has three axes: group, channel of the group, pixel.
+Channels-last images go to `group_norm_silu_split.py`, except small ones, where one launch is better than
+three. Here a program takes one or more whole groups of one image and reads their pixels twice: once for the
+sums, once for the result. Its tile has three axes: group, channel of the group, pixel.
 """
 
 from __future__ import annotations

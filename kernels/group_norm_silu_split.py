@@ -141,7 +141,7 @@ def _geometry(x: Tensor, skip: Tensor | None, weight: Tensor, num_groups: int, e
     width = min(_WIDTH, triton.next_power_of_2(max(split, second)))
     rows = max(1, elements // width)
     tiles = triton.cdiv(split, width) + triton.cdiv(second, width)
-    # A program has two tiles of pixels or more, unless there are no more.
+    # A program takes two tiles of pixels or more, if the image has as many.
     chunks = max(1, min(triton.cdiv(_PROGRAMS, batch * tiles), pixels // (2 * rows)))
     span = triton.cdiv(triton.cdiv(pixels, chunks), rows) * rows
     chunks = triton.cdiv(pixels, span)

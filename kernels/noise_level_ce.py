@@ -196,7 +196,7 @@ def _level_logits_kernel(
     for first in range(0, num_classes, class_block):
         label = first + tl.arange(0, class_block)[None, :]
         index = level[:, None] * num_classes + label
-        inside = (label < num_classes) & (index < num_logits)  # pure noise may have one logit alone
+        inside = (label < num_classes) & (index < num_logits)  # pure noise may have a single logit
         z = tl.load(z_ptr + index, mask=inside, other=float("-inf")).to(compute)
         higher = tl.maximum(maximum, tl.max(z, 1))
         total = total * tl.exp(maximum - higher) + tl.sum(tl.exp(z - higher[:, None]), 1)

@@ -24,11 +24,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from building.host_compiler import compiler_command
+
 SOURCE = Path(__file__).with_suffix(".cpp")
 
 
 def stand_in(cache: Path) -> None:
-    """Makes a PyTorch without CUDA know the device, for this process; needs a C++ compiler (CXX, or g++)."""
+    """Makes a PyTorch without CUDA know the device, for this process; needs a C++ compiler (CXX, or c++)."""
     assert "torch" not in sys.modules, "call stand_in() before torch is imported"
     spec = importlib.util.find_spec("torch")
     assert spec is not None and spec.origin is not None
@@ -42,11 +44,10 @@ def stand_in(cache: Path) -> None:
 
 
 def _compile(torch_home: Path, library: Path) -> None:
-    compiler = os.environ.get("CXX", "g++").split()
     include, lib = torch_home / "include", torch_home / "lib"
     unfinished = library.with_suffix(f".{os.getpid()}")
     command = [
-        *compiler,
+        *compiler_command(),
         "-std=c++20",
         "-shared",
         "-fPIC",

@@ -218,3 +218,34 @@ def test_work_handed_to_another_thread_can_keep_the_selection():
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(function).result() == "reference"
         assert pool.submit(_backend.selected_backend).result() == "auto"
+
+
+_HALF, _LEVEL, _TABLE = (
+    torch.zeros(2, 4, 3, 3, dtype=torch.float16),
+    torch.zeros(2, dtype=torch.int64),
+    torch.ones(2),
+)
+_OF_HALF = {
+    "noising": lambda ops: ops.cdm_fast.noising(
+        _HALF, _LEVEL, _TABLE, _TABLE, None, _HALF.float(), 0, False, torch.float32
+    ),
+    "noising-result": lambda ops: ops.cdm_fast.noising(
+        _HALF.float(), _LEVEL, _TABLE, _TABLE, None, _HALF.float(), 0, False, torch.float16
+    ),
+    "noise_level_ce": lambda ops: ops.cdm_fast.noise_level_ce(_HALF[:, 0, 0], _LEVEL, None, 3, 1),
+    "level_logits": lambda ops: ops.cdm_fast.level_logits(_HALF[:, 0, 0], 3, 1),
+    "denoise": lambda ops: ops.cdm_fast.denoise_epilogue(_HALF, _HALF.float(), _TABLE),
+    "group_norm_silu": lambda ops: ops.cdm_fast.group_norm_silu(
+        _HALF, None, torch.ones(4), torch.ones(4), None, 2, True, 0.0, 1e-5
+    ),
+    "attention": lambda ops: ops.cdm_fast_cpp.attention_softmax(_HALF[0], torch.zeros(4, 3), 1.0),
+}
+
+
+@pytest.mark.cpu
+@pytest.mark.skipif(_backend.missing("cpp") is not None, reason="no C++ kernels")
+@pytest.mark.parametrize("call", _OF_HALF.values(), ids=_OF_HALF.keys())
+def test_cpp_kernels_refuse_a_dtype_that_they_do_not_have(call):
+    """They would read and write it as float32, which has twice the bytes."""
+    with pytest.raises(RuntimeError, match=r": the CPU kernels take float64, float32 and bfloat16"):
+        call(torch.ops)

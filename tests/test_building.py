@@ -11,16 +11,20 @@ from types import SimpleNamespace
 import pytest
 from setuptools import Distribution
 
-from building import backend, command, kernels, target, toolkit
+from building import backend, command, host_compiler, kernels, target, toolkit
 from building.errors import NotPossible
 from building.record import copied_output, first_complaint, write_record
 
-SWITCHES = ("CUDA_HOME", "CUDA_PATH", "CXX", "TORCH_CUDA_ARCH_LIST", "CDM_FAST_NO_EXT", "CDM_FAST_FORCE_CPU")
+SWITCHES = (
+    *("CUDA_HOME", "CUDA_PATH", "CXX", "CC", "NVCC_CCBIN", "TORCH_CUDA_ARCH_LIST"),
+    *("CDM_FAST_NO_EXT", "CDM_FAST_FORCE_CPU", "CDM_FAST_REQUIRE_EXT"),
+)
 
 
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch):
-    for name in (*SWITCHES, "CDM_FAST_REQUIRE_EXT"):
+    monkeypatch.setenv("PATH", os.environ["PATH"])
+    for name in SWITCHES:
         monkeypatch.setenv(name, "")  # so that what a test sets through os.environ is undone, too
         monkeypatch.delenv(name)
 
@@ -192,14 +196,128 @@ def test_without_torch_or_pybind11_it_says_so(monkeypatch):
         kernels.plan()
 
 
+# host compiler
+
+
+def old_torch():
+    """torch.utils.cpp_extension before 2.13, as far as it is asked."""
+    return SimpleNamespace()
+
+
+def new_torch(cache="ccache"):
+    """torch.utils.cpp_extension from 2.13 on, which puts a cache that is installed before the compiler."""
+    return SimpleNamespace(_wrap_compiler=lambda compiler: [cache, compiler])
+
+
+@pytest.fixture
+def tools(monkeypatch, tmp_path):
+    """A folder first on PATH with programs that print their own name and their arguments."""
+    folder = tmp_path / "tools"
+    for name in ("ccache", "sccache", "distcc", "g++", "gcc"):
+        script(folder / name, f'printf "%s" {name}; printf " <%s>" "$@"; echo')
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    return folder
+
+
+def printed_by(program):
+    """What a host compiler prints when it is called as torch and nvcc do it: by one word, found on PATH."""
+    assert " " not in program
+    return subprocess.run(
+        [program, "-c", "a b.cpp"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+@pytest.mark.parametrize("variable", ["CXX", "CC", "NVCC_CCBIN"])
 @pytest.mark.parametrize(
-    ("cxx", "wraps", "left"),
-    [("ccache g++", True, "g++"), ("ccache g++", False, "ccache g++"), ("g++", True, "g++")],
+    ("command", "runs"),
+    [
+        ("ccache g++", "ccache <g++> <-c> <a b.cpp>"),
+        ("distcc g++", "distcc <g++> <-c> <a b.cpp>"),
+        ("g++ -m64 '-DA=b c'", "g++ <-m64> <-DA=b c> <-c> <a b.cpp>"),
+        (" g++ ", "g++ <-c> <a b.cpp>"),
+    ],
 )
-def test_a_torch_that_adds_ccache_itself_is_given_the_bare_compiler(monkeypatch, cxx, wraps, left):
+def test_a_compiler_of_several_words_is_named_in_one(monkeypatch, tmp_path, tools, variable, command, runs):
+    monkeypatch.setenv(variable, command)
+    host_compiler.name_in_one_word(old_torch(), tmp_path / "a folder with spaces")
+    assert printed_by(os.environ[variable]) == runs
+
+
+@pytest.mark.parametrize("quote", ["", "'"], ids=["bare", "quoted"])
+def test_a_compiler_whose_path_has_spaces(monkeypatch, tmp_path, tools, quote):
+    path = script(tmp_path / "my tools" / "g++", 'echo mine "$@"')
+    monkeypatch.setenv("CXX", f"{quote}{path}{quote}")
+    assert host_compiler.compiler() == str(path)
+    host_compiler.name_in_one_word(old_torch(), tmp_path / "build")
+    assert printed_by(os.environ["CXX"]) == "mine -c a b.cpp"
+
+
+@pytest.mark.parametrize(
+    ("cxx", "torch", "runs"),
+    [
+        ("ccache g++", new_torch(), "g++"),
+        ("sccache g++", new_torch("sccache"), "g++"),
+        ("sccache g++", new_torch(), "sccache <g++>"),
+        ("ccache g++ -m64", new_torch(), "g++ <-m64>"),
+        ("ccache g++", SimpleNamespace(_wrap_compiler=lambda compiler: [compiler]), "ccache <g++>"),
+    ],
+    ids=["ccache", "sccache", "other-cache", "options", "switched-off"],
+)
+def test_a_cache_that_torch_adds_itself_is_not_called_twice(monkeypatch, tmp_path, tools, cxx, torch, runs):
     monkeypatch.setenv("CXX", cxx)
-    kernels.unwrap_compiler(SimpleNamespace(_wrap_compiler=None) if wraps else SimpleNamespace())
-    assert os.environ["CXX"] == left
+    host_compiler.name_in_one_word(torch, tmp_path)
+    assert printed_by(os.environ["CXX"]) == f"{runs} <-c> <a b.cpp>"
+
+
+@pytest.mark.parametrize("variable", ["CXX", "CC", "NVCC_CCBIN"])
+def test_an_empty_compiler_is_as_good_as_none(monkeypatch, tmp_path, variable):
+    monkeypatch.setenv(variable, " ")
+    host_compiler.name_in_one_word(old_torch(), tmp_path)
+    assert variable not in os.environ
+
+
+def test_the_folder_of_nvccs_compiler_stays_as_it_is(monkeypatch, tmp_path):
+    folder = tmp_path / "my tools"
+    folder.mkdir()
+    monkeypatch.setenv("NVCC_CCBIN", str(folder))
+    host_compiler.name_in_one_word(old_torch(), tmp_path / "build")
+    assert os.environ["NVCC_CCBIN"] == str(folder)
+
+
+def test_an_unchanged_script_is_not_written_again(monkeypatch, tmp_path, tools):
+    """ccache takes a compiler with another time for another compiler."""
+    for _ in range(2):
+        monkeypatch.setenv("CXX", "distcc g++")
+        host_compiler.name_in_one_word(new_torch(), tmp_path)
+        os.utime(tmp_path / "cdm-fast-cxx", (1, 1))
+    assert (tmp_path / "cdm-fast-cxx").stat().st_mtime == 1
+    assert os.environ["PATH"].split(os.pathsep).count(str(tmp_path)) == 1
+
+
+@pytest.mark.skipif(host_compiler.compiler() is None, reason="no C++ compiler")
+def test_torch_learns_the_version_of_a_wrapped_compiler(monkeypatch, tmp_path):
+    """torch before 2.13 takes the version of a wrapper for 0.0.0, which no CUDA toolkit accepts."""
+    from torch.utils import cpp_extension
+
+    script(tmp_path / "bin" / "wrapper", '[ $# -gt 1 ] && [ -x "$(command -v "$1")" ] && exec "$@"; exit 1')
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    monkeypatch.setenv("CXX", "wrapper c++")
+    host_compiler.name_in_one_word(cpp_extension, tmp_path / "build")
+    _, found = cpp_extension.get_compiler_abi_compatibility_and_version(os.environ["CXX"])
+    assert found > "1.0"
+
+
+@pytest.mark.parametrize(("cxx", "words"), [("ccache g++ -m64", ["ccache", "g++", "-m64"]), ("", ["c++"])])
+def test_scripts_ask_for_the_words_of_the_compiler(monkeypatch, tools, cxx, words):
+    script(tools / "c++", "exit 0")
+    monkeypatch.setenv("CXX", cxx)
+    ask = [sys.executable, "-m", "building.host_compiler"]
+    assert subprocess.check_output(ask, cwd=kernels.ROOT, text=True).splitlines() == words
+    monkeypatch.setenv("CXX", "no-such-compiler g++")
+    assert subprocess.run(ask, cwd=kernels.ROOT, capture_output=True).returncode == 1
+
+
+# architectures and objects
 
 
 @pytest.mark.parametrize(
@@ -243,6 +361,7 @@ def test_every_source_gets_an_object_file_of_its_own():
         ("/usr/bin/ld: cannot find -lcudart: No such file or directory", "g++ -shared -o _C.so"),
         ("OSError: _C.so: undefined symbol: missing_kernel", "Traceback (most recent call last):"),
         ("ninja: error: multiple rules generate denoise.o", "ninja 1.13"),
+        ("nvcc fatal   : Unsupported gpu architecture 'compute_99'", "FAILED: [code=1] build/denoise.cu.o"),
     ],
 )
 def test_the_line_that_tells_what_went_wrong(line, noise):

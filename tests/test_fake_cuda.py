@@ -8,7 +8,6 @@ alters them is seen here, and writes the new ones down.
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from building.host_compiler import compiler
+
 ROOT = Path(__file__).parents[1]
 pytestmark = [
     pytest.mark.cpu,
     pytest.mark.skipif(torch.version.cuda is not None, reason="a stand-in for a PyTorch without CUDA"),
-    pytest.mark.skipif(
-        shutil.which(os.environ.get("CXX", "g++").split()[0]) is None, reason="no C++ compiler"
-    ),
+    pytest.mark.skipif(compiler() is None, reason="no C++ compiler"),
 ]
 
 LAUNCHES = {

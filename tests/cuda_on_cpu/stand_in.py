@@ -10,8 +10,6 @@ import argparse
 import ctypes
 import os
 import platform
-import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -22,6 +20,7 @@ from typing import Any
 
 import torch
 
+from building.host_compiler import compiler, compiler_command
 from building.kernels import STABLE_ABI
 
 HERE = Path(__file__).parent
@@ -47,15 +46,10 @@ def num_launches() -> int:
     return 0
 
 
-def compiler() -> list[str]:
-    """The command of the host compiler: CXX, or c++."""
-    return shlex.split(os.environ.get("CXX", "c++"))
-
-
 def missing() -> str | None:
     """Why the stand-in cannot be built here, or None if it can."""
-    if shutil.which(compiler()[0]) is None:
-        return f"there is no C++ compiler {compiler()[0]!r} (set CXX)"
+    if compiler() is None:
+        return f"there is no C++ compiler {compiler_command()[0]!r} (set CXX)"
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return f"it switches stacks on Linux on x86-64 only, this is {platform.system()} {platform.machine()}"
     return None
@@ -65,9 +59,13 @@ def missing_sanitizer() -> str | None:
     """Why it cannot be built with AddressSanitizer, or None if it can."""
     if missing() is not None:
         return missing()
-    command = [*compiler(), "-print-file-name=libasan.so"]
+    command = [*compiler_command(), "-print-file-name=libasan.so"]
     found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    return None if os.path.isabs(found) else f"{compiler()[0]} has no AddressSanitizer runtime (libasan.so)"
+    return (
+        None
+        if os.path.isabs(found)
+        else f"{compiler_command()[0]} has no AddressSanitizer runtime (libasan.so)"
+    )
 
 
 def build_library(folder: Path, sanitize: bool = False) -> Path:
@@ -93,13 +91,24 @@ def _build(result: Path, sources: Iterable[Path], sanitize: bool, link: list[str
 
     def compile_one(source: Path) -> Path:
         out = result.parent / f"{source.name}.o"
-        command = [*compiler(), *FLAGS, *instrumentation, *includes, "-c", "-x", "c++", source, "-o", out]
+        command = [
+            *compiler_command(),
+            *FLAGS,
+            *instrumentation,
+            *includes,
+            "-c",
+            "-x",
+            "c++",
+            source,
+            "-o",
+            out,
+        ]
         subprocess.run(command, check=True)
         return out
 
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
         objects = list(pool.map(compile_one, sources))
-    subprocess.run([*compiler(), *instrumentation, *objects, *link, "-o", result], check=True)
+    subprocess.run([*compiler_command(), *instrumentation, *objects, *link, "-o", result], check=True)
     return result
 
 
