@@ -115,7 +115,7 @@ class Sample(WithCompile):
     """
 
     run: Positional[Path]
-    """Run directory; or diffusers:PATH or hf:OWNER/NAME, another program's model."""
+    """Run directory or hf:OWNER/NAME; or diffusers:PATH, another program's model."""
     num: int = 64
     """Number of images to draw."""
     sampler: Sampler | CorrectedSampler = "ddim"
@@ -155,7 +155,7 @@ class Nll(WithBatches, WithParticles, WithSolver, WithCompile):
     """Measure the likelihood of images under a trained model, in bits per dimension."""
 
     run: Positional[Path]
-    """Run directory; or diffusers:PATH, a folder written by `save_pretrained`, or hf:OWNER/NAME."""
+    """Run directory or hf:OWNER/NAME; or diffusers:PATH, a folder written by `save_pretrained`."""
     data: str | None = None
     """Data source; by default the data of the run."""
     split: Split = "test"
@@ -218,7 +218,7 @@ class Classify(WithBatches, WithSolver, WithDevice):
     """Classify images by the likelihood of each class: accuracy, calibration, bits/dim."""
 
     run: Positional[Path]
-    """Directory of a class-conditional run; or diffusers:PATH or hf:OWNER/NAME."""
+    """Directory of a class-conditional run, or hf:OWNER/NAME; or diffusers:PATH."""
     data: str | None = None
     """Data source with labels; by default the data of the run."""
     split: Split = "test"
@@ -313,7 +313,7 @@ class Denoise(WithDevice):
     """Estimate the noise in image files and remove it."""
 
     run: Positional[Path]
-    """Run directory; or diffusers:PATH or hf:OWNER/NAME, another program's model."""
+    """Run directory or hf:OWNER/NAME; or diffusers:PATH, another program's model."""
     images: Positional[tuple[Path, ...]]
     """Image files of the size that the model takes."""
     out: Path | None = None
@@ -386,6 +386,26 @@ class Convert(WithJson):
 
 
 @dataclass(frozen=True)
+class Push(WithJson):
+    """Publish a run on the Hugging Face hub: averaged weights, config, pictures, scores and a card.
+
+    `hf:OWNER/NAME` then stands for the run, here and in `load`. Pushing needs a token: HF_TOKEN, or
+    `hf auth login`.
+    """
+
+    run: Positional[Path]
+    """Run directory; RUN/best for its best checkpoint."""
+    repo: Positional[str]
+    """OWNER/NAME; made if there is none."""
+    private: Switch = False
+    """Make a new repository private."""
+    optimizer: Switch = False
+    """Also publish the raw weights and the optimizer state, with which others can continue the training."""
+    dry_run: Path | None = None
+    """Write what would be published into this folder, and upload nothing."""
+
+
+@dataclass(frozen=True)
 class Doctor(WithJson):
     """Show versions, devices, the backend of each op with the reason for it, and what is missing."""
 
@@ -447,6 +467,7 @@ Command = (
     | Restore
     | Plot
     | Convert
+    | Push
     | Doctor
     | Data
 )
