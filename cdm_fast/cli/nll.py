@@ -53,8 +53,8 @@ from cdm_fast.runs.calibration import apply_calibration, remove_calibration, wri
 from cdm_fast.runs.checkpoint import read_config, write_json
 from cdm_fast.runs.constants import put_constants, remove_constants, write_constants
 from cdm_fast.runs.data import run_data
-from cdm_fast.runs.reports import write_report
 from cdm_fast.runs.load import load
+from cdm_fast.runs.reports import write_report
 from cdm_fast.training.constants import refit_constants
 from cdm_fast.training.loop import describe_validation
 from cdm_fast.training.tuning import compile_network
