@@ -367,6 +367,26 @@ class Plot(WithDevice):
 
 
 @dataclass(frozen=True)
+class Report(WithDevice):
+    """Show runs side by side on one HTML page, which needs no server and no other file.
+
+    What a run keeps is read, what is cheap is computed, and of the rest the page names the command.
+    """
+
+    runs: Positional[tuple[Path, ...]]
+    """Run directories, or hf:OWNER/NAME."""
+    data: str | None = None
+    """Data source of the figures; by default the data of each run."""
+    out: Path | None = None
+    """The page, a name that ends in .html; by default report.html in the first run."""
+    playground: Switch = False
+    """Add the network of the first run, to try on drawings in the browser. Needs the extra onnx, and npm or
+    --onnxruntime-web."""
+    onnxruntime_web: Path | None = None
+    """Folder with the files of onnxruntime-web, instead of fetching them by npm."""
+
+
+@dataclass(frozen=True)
 class Convert(WithJson):
     """Convert a checkpoint of the paper's public code to a run directory."""
 
@@ -466,6 +486,7 @@ Command = (
     | Denoise
     | Restore
     | Plot
+    | Report
     | Convert
     | Push
     | Doctor

@@ -10,6 +10,7 @@ from cdm_fast.cli.hub_runs import with_local_runs
 from cdm_fast.cli.nll import calibrate_command, nll_command
 from cdm_fast.cli.outcome import Outcome
 from cdm_fast.cli.push import push_command
+from cdm_fast.cli.report import report_command
 from cdm_fast.cli.restore import denoise_command, restore_command
 from cdm_fast.cli.sample import sample_command
 from cdm_fast.cli.score import score_command
@@ -43,6 +44,7 @@ _COMMANDS: dict[type, Callable[[Any], Outcome]] = {
     arguments.Denoise: denoise_command,
     arguments.Restore: restore_command,
     arguments.Plot: plot_command,
+    arguments.Report: report_command,
     arguments.Replay: replay_command,
     arguments.Convert: convert_command,
     arguments.Push: push_command,
