@@ -61,6 +61,7 @@ def test_every_section_is_there_and_nothing_outside_of_the_file_is_named(run, wr
     out, told = written
     page = Page(out.read_text())
     assert set(SECTIONS) <= set(page.ids) and told["out"] == str(out)
+    assert len(page.ids) == len(set(page.ids))
     assert page.sources and all(source.startswith("data:") for source in page.sources)
     assert all(target.startswith(("#", "data:")) for target in page.targets)
     assert {target[1:] for target in page.targets if target.startswith("#")} <= set(page.ids)
@@ -121,8 +122,6 @@ def test_without_its_images_the_page_says_so(run, tmp_path):
 @pytest.mark.parametrize("changes", [{"objective": "ddm"}, {"objective": "classifier"}], ids=str)
 def test_other_kinds_of_models_have_a_page(tmp_path, changes):
     config = tiny_config(write_images(tmp_path / "images.npz"), **changes)
-    conditioning = "none" if changes["objective"] == "ddm" else "embedding"
-    config = replace(config, network=replace(config.network, conditioning=conditioning))
     train(config, tmp_path / "run", device="cpu")
     told = call_json("report", tmp_path / "run", "--device", "cpu")
     assert told["missing"] > 0 and (tmp_path / "run/report.html").is_file()
@@ -138,7 +137,7 @@ def test_names_of_data_and_runs_are_escaped(run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["report"], "runs"),
+        (["report"], "run"),
         (["report", "nowhere"], "no run directory nowhere"),
         (["report", "RUN", "--out", "page.pdf"], "ends in .html"),
         (["report", "RUN", "--onnxruntime-web", "."], "goes with --playground"),
@@ -214,6 +213,16 @@ SMALLEST = """Math.min(...[...document.querySelectorAll('body *')].filter(each =
     .map(each => parseFloat(getComputedStyle(each).fontSize)))"""
 
 
+def overlapping(page):
+    """Titles of blocks that reach beyond their section."""
+    found = """sections => sections.flatMap(section => {
+        const end = section.getBoundingClientRect().bottom + 1;
+        return [...section.querySelectorAll('.block')].filter(b => b.getBoundingClientRect().bottom > end)
+            .map(b => b.innerText);
+    })"""
+    return page.eval_on_selector_all("section", found)
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_browser_draws_the_page(browser, written, width):
     page, wrong, requested = opened(browser, written[0], width)
@@ -222,6 +231,7 @@ def test_a_browser_draws_the_page(browser, written, width):
     assert page.evaluate(OVERFLOW) <= 0 and page.evaluate(SMALLEST) >= 12
     assert wrong == []
     assert [url for url in requested if not url.startswith(("file:", "data:"))] == []
+    assert overlapping(page) == []
     shown = page.locator("img.plot").first.bounding_box()
     assert shown["width"] >= 300  # of 4.8 inches: text of 10 points is 9 pixels high or more
 
@@ -250,6 +260,11 @@ def playing(run, tmp_path_factory):
     return out
 
 
+def ready(page):
+    """Waits for the network's first pass."""
+    page.locator("#status", has_text="ms a pass").wait_for(timeout=60_000)
+
+
 RUN_NETWORK = """async x => {
     const found = await window.playground.inspect(Float32Array.from(x));
     return Object.fromEntries(Object.entries(found).map(([name, values]) => [name, [...values].map(Number)]));
@@ -259,7 +274,7 @@ RUN_NETWORK = """async x => {
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_network_in_the_page_gives_the_numbers_of_pytorch(browser, run, playing, width):
     page, wrong, requested = opened(browser, playing, width)
-    page.wait_for_function("window.playground")
+    ready(page)
     model = load(run)
     for level in (0, 3, 6):
         x = model.schedule.noise(torch.rand(1, 1, 8, 8) * 2 - 1, level)
@@ -269,23 +284,25 @@ def test_the_network_in_the_page_gives_the_numbers_of_pytorch(browser, run, play
         assert found.keys() == expected.keys() and len(found["log_prob"]) == CLASSES
         for name, values in expected.items():
             assert torch.allclose(torch.tensor(found[name]), values.flatten(), rtol=0, atol=1e-3), name
-    page.wait_for_function("document.getElementById('status').textContent.includes('ms')")
+    ready(page)
     assert page.evaluate(OVERFLOW) <= 0 and wrong == []
     assert [url for url in requested if not url.startswith(("file:", "data:", "blob:"))] == []
+    assert overlapping(page) == []
 
 
 def test_a_drawing_changes_the_bars(browser, playing):
     page, wrong, _ = opened(browser, playing, 1440)
-    page.wait_for_function("document.getElementById('status').textContent.includes('ms')")
+    ready(page)
     page.click("#clear")
-    before = page.locator("#classes").inner_text()
+    before = page.locator("#class-bars").inner_text()
     box = page.locator("#draw").bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 30)
     page.mouse.down()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] - 30, steps=5)
     page.mouse.up()
-    page.wait_for_function("old => document.getElementById('classes').innerText !== old", arg=before)
-    assert page.locator("#classes tr").count() == CLASSES and wrong == []
+    api = pytest.importorskip("playwright.sync_api")
+    api.expect(page.locator("#class-bars")).not_to_have_text(before, use_inner_text=True)
+    assert page.locator("#class-bars tr").count() == CLASSES and wrong == []
 
 
 # The network as a module

@@ -71,7 +71,7 @@
   }
 
   function showLevels(logLevel) {
-    const canvas = element("levels");
+    const canvas = element("level-curve");
     const context = canvas.getContext("2d");
     const { width, height } = canvas;
     const most = Math.exp(Math.max(...logLevel));
@@ -87,7 +87,7 @@
   }
 
   const rows = data.names.map((name) => {
-    const row = element("classes").insertRow();
+    const row = element("class-bars").insertRow();
     const head = document.createElement("th");
     head.textContent = name;
     row.append(head);
