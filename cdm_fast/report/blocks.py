@@ -15,7 +15,7 @@ from cdm_fast.plots.canvas import panels_in_a_column
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as a data URI. plot: drawn in black on white, which dark mode inverts."""
+    """A picture as a data URI. plot: lines on white, which dark mode inverts; not maps of colours."""
 
     title: str
     source: str

@@ -195,7 +195,7 @@ def _levels(source: Source) -> list[Block]:
         _, confusion = level_confusion(model, source.validation)
         levels = model.schedule.num_levels
         write = partial(write_confusion, confusion, num_levels=levels)
-        blocks.append(Picture("Confusion of noise levels", drawn(write)))
+        blocks.append(Picture("Confusion of noise levels", drawn(write), plot=False))
         checks = asdict(check_levels(model, source.validation, num_rows(source.validation)))
         blocks.append(Picture("Calibration of noise levels", drawn(partial(write_calibration, checks))))
     found = mse_per_level(source.model, source.validation)
@@ -224,7 +224,7 @@ def _classes(source: Source) -> list[Block]:
         for name, hit, total in zip(names, right, count, strict=True)
     ]
     told = f"{report['num_images']} {report['split']} images of {report['data']}, method {report['method']}"
-    plot = Picture("Confusion and reliability", drawn(partial(write_classes, _with_nan(report))))
+    plot = Picture("Confusion and reliability", drawn(partial(write_classes, _with_nan(report))), plot=False)
     return [plot, Bars("Accuracy by class", rows, told)]
 
 
