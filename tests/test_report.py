@@ -44,7 +44,7 @@ def run(tmp_path_factory):
     """A finished class-conditional run."""
     folder = tmp_path_factory.mktemp("report")
     config = tiny_config(write_images(folder / "images.npz"))
-    network = replace(config.network, conditioning="joint", attention_resolutions=(8,))
+    network = replace(config.network, conditioning="joint")
     train(replace(config, network=network), folder / "run", device="cpu")
     return folder / "run"
 
