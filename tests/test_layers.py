@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # From the lowest. `errors` and `statistics` are files beside the rooms.
 LAYERS = """
     errors config ops nn host statistics plots data model sampling likelihood tables evaluation runs interop
-    training cli
+    training report cli
 """.split()
 # The public names, which are imported on first use; `python -m cdm_fast`; what ops run on.
 FACE, PROGRAM, KERNELS = "cdm_fast", "cdm_fast.__main__", ("cdm_fast.kernels", "cdm_fast._C")

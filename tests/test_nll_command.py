@@ -38,6 +38,8 @@ def test_audit_prints_every_figure_and_draws_it(run, tmp_path):
     assert found["audited_bits_per_dim"] == pytest.approx(found["bits_per_dim"] + found["log_z_bits_per_dim"])
     assert found["picture"] == str(run / "audit.png")
     assert (run / "audit.png").read_bytes().startswith(b"\x89PNG")
+    kept = json.loads((run / "audit.json").read_text())
+    assert kept["audited_bits_per_dim"] == found["audited_bits_per_dim"] and kept["ode"]["levels"]
     with open(tmp_path / "images.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == found["num_images"]

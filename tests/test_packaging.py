@@ -56,6 +56,7 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel):
     }
     expected |= {f"cdm_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     expected |= {"cdm_fast/py.typed", "cdm_fast/ops/attention_methods.json"}
+    expected |= {f"cdm_fast/report/{name}" for name in ("page.html", "page.css", "playground.js")}
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         record = json.loads(archive.read("cdm_fast/_build.json")) if "none-any" not in wheel.name else None

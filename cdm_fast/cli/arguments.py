@@ -116,7 +116,7 @@ class Sample(WithCompile):
     """
 
     run: Positional[Path]
-    """Run directory; or diffusers:PATH or hf:OWNER/NAME, another program's model."""
+    """Run directory or hf:OWNER/NAME; or diffusers:PATH, another program's model."""
     num: int = 64
     """Number of images to draw."""
     sampler: Sampler | CorrectedSampler = "ddim"
@@ -156,7 +156,7 @@ class Nll(WithBatches, WithParticles, WithSolver, WithCompile):
     """Measure the likelihood of images under a trained model, in bits per dimension."""
 
     run: Positional[Path]
-    """Run directory; or diffusers:PATH, a folder written by `save_pretrained`, or hf:OWNER/NAME."""
+    """Run directory or hf:OWNER/NAME; or diffusers:PATH, a folder written by `save_pretrained`."""
     data: str | None = None
     """Data source; by default the data of the run."""
     split: Split = "test"
@@ -219,7 +219,7 @@ class Classify(WithBatches, WithSolver, WithDevice):
     """Classify images by the likelihood of each class: accuracy, calibration, bits/dim."""
 
     run: Positional[Path]
-    """Directory of a class-conditional run; or diffusers:PATH or hf:OWNER/NAME."""
+    """Directory of a class-conditional run, or hf:OWNER/NAME; or diffusers:PATH."""
     data: str | None = None
     """Data source with labels; by default the data of the run."""
     split: Split = "test"
@@ -314,7 +314,7 @@ class Denoise(WithDevice):
     """Estimate the noise in image files and remove it."""
 
     run: Positional[Path]
-    """Run directory; or diffusers:PATH or hf:OWNER/NAME, another program's model."""
+    """Run directory or hf:OWNER/NAME; or diffusers:PATH, another program's model."""
     images: Positional[tuple[Path, ...]]
     """Image files of the model's image size."""
     out: Path | None = None
@@ -368,6 +368,26 @@ class Plot(WithDevice):
 
 
 @dataclass(frozen=True)
+class Report(WithDevice):
+    """Show runs side by side on one HTML page, which needs no server and no other file.
+
+    What a run keeps is read, what is cheap is computed, and of the rest the page names the command.
+    """
+
+    runs: Positional[tuple[Path, ...]]
+    """Run directories, or hf:OWNER/NAME."""
+    data: str | None = None
+    """Data source of the figures; by default the data of each run."""
+    out: Path | None = None
+    """The page, a name that ends in .html; by default report.html in the first run."""
+    playground: Switch = False
+    """Add the network of the first run, to try on drawings in the browser. Needs the extra onnx, and npm or
+    --onnxruntime-web."""
+    onnxruntime_web: Path | None = None
+    """Folder with the files of onnxruntime-web, instead of fetching them by npm."""
+
+
+@dataclass(frozen=True)
 class Convert(WithJson):
     """Convert a checkpoint of the paper's public code to a run directory."""
 
@@ -385,6 +405,26 @@ class Convert(WithJson):
     image_size: ImageSizeFlag = None
     """Size of its images, 64 for a square or 48x64 for height by width; by default the square for which the
     attention is at 16x16."""
+
+
+@dataclass(frozen=True)
+class Push(WithJson):
+    """Publish a run on the Hugging Face hub: averaged weights, config, pictures, scores and a card.
+
+    `hf:OWNER/NAME` then stands for the run, here and in `load`. Pushing needs a token: HF_TOKEN, or
+    `hf auth login`.
+    """
+
+    run: Positional[Path]
+    """Run directory; RUN/best for its best checkpoint."""
+    repo: Positional[str]
+    """OWNER/NAME; made if there is none."""
+    private: Switch = False
+    """Make a new repository private."""
+    optimizer: Switch = False
+    """Also publish the raw weights and the optimizer state, with which others can continue the training."""
+    dry_run: Path | None = None
+    """Write what would be published into this folder, and upload nothing."""
 
 
 @dataclass(frozen=True)
@@ -448,7 +488,9 @@ Command = (
     | Denoise
     | Restore
     | Plot
+    | Report
     | Convert
+    | Push
     | Doctor
     | Data
 )

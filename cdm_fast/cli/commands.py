@@ -6,8 +6,11 @@ from typing import Any
 from cdm_fast.cli import arguments
 from cdm_fast.cli.classify import classify_command
 from cdm_fast.cli.data import data_command
+from cdm_fast.cli.hub_runs import with_local_runs
 from cdm_fast.cli.nll import calibrate_command, nll_command
 from cdm_fast.cli.outcome import Outcome
+from cdm_fast.cli.push import push_command
+from cdm_fast.cli.report import report_command
 from cdm_fast.cli.restore import denoise_command, restore_command
 from cdm_fast.cli.sample import sample_command
 from cdm_fast.cli.score import score_command
@@ -25,10 +28,10 @@ def run(command: arguments.Command) -> Outcome:
     """
     if isinstance(command, arguments.Shared):
         with process_group(command.device):
-            return _COMMANDS[type(command)](command)
+            return _COMMANDS[type(command)](with_local_runs(command))
     if launched() is not None:
         raise UserError(f"{type(command).__name__.lower()} runs in one process; start it without torchrun")
-    return _COMMANDS[type(command)](command)
+    return _COMMANDS[type(command)](with_local_runs(command))
 
 
 _COMMANDS: dict[type, Callable[[Any], Outcome]] = {
@@ -41,8 +44,10 @@ _COMMANDS: dict[type, Callable[[Any], Outcome]] = {
     arguments.Denoise: denoise_command,
     arguments.Restore: restore_command,
     arguments.Plot: plot_command,
+    arguments.Report: report_command,
     arguments.Replay: replay_command,
     arguments.Convert: convert_command,
+    arguments.Push: push_command,
     arguments.Doctor: doctor_command,
     arguments.Data: data_command,
 }

@@ -28,7 +28,9 @@ from cdm_fast.cli.arguments import (
     Doctor,
     Nll,
     Plot,
+    Push,
     Replay,
+    Report,
     Restore,
     Sample,
     Score,
@@ -60,8 +62,10 @@ def parse(arguments: Sequence[str]) -> Command:
         Annotated[Denoise, subcommand("denoise")],
         Annotated[Restore, subcommand("restore")],
         Annotated[Plot, subcommand("plot")],
+        Annotated[Report, subcommand("report")],
         Annotated[Replay, subcommand("replay")],
         Annotated[Convert, subcommand("convert")],
+        Annotated[Push, subcommand("push")],
         Annotated[Doctor, subcommand("doctor")],
         Annotated[Data, subcommand("data")],
     ]
@@ -115,18 +119,20 @@ def _train_defaults(arguments: Sequence[str]) -> Train:
     for flag in ("--preset", "--out", "--finetune"):
         if _value_of(flag, arguments) is not None:
             raise UserError(f"{flag} starts a new run and --resume {run} continues one; give only one")
-    from cdm_fast.runs.checkpoint import read_config  # imports torch
+    from cdm_fast.cli.hub_runs import resumable  # imports torch
+    from cdm_fast.runs.checkpoint import read_config
 
-    return Train(resume=Path(run), config=read_config(_home(run)))
+    return Train(resume=Path(run), config=read_config(resumable(_home(run))))
 
 
 def _finetune_defaults(name: str | None, source: str) -> Train:
     """`train --finetune`: the settings of that run, whose network and levels the new one keeps."""
     if name is not None:
         raise UserError(f"--preset {name}: network and settings come from --finetune {source}; leave it out")
-    from cdm_fast.runs.checkpoint import read_config  # imports torch
+    from cdm_fast.cli.hub_runs import local_run  # imports torch
+    from cdm_fast.runs.checkpoint import read_config
 
-    config = read_config(_home(source))
+    config = read_config(local_run(_home(source)))
     return Train(config=replace(config, train=replace(config.train, finetune=source)))
 
 

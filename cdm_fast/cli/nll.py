@@ -54,6 +54,7 @@ from cdm_fast.runs.checkpoint import read_config, write_json
 from cdm_fast.runs.constants import put_constants, remove_constants, write_constants
 from cdm_fast.runs.data import run_data
 from cdm_fast.runs.load import load
+from cdm_fast.runs.reports import write_report
 from cdm_fast.training.constants import refit_constants
 from cdm_fast.training.loop import describe_validation
 from cdm_fast.training.tuning import compile_network
@@ -157,6 +158,8 @@ def _score_audit(command: Nll, model: Denoiser, data: ImageData) -> Scored:
         progress=to_stderr,
     )
     result = report.to_json()
+    if command.data is None:
+        write_report(command.run, "audit.json", result)
     picture = write_audit(result, command.run / "audit.png")
     columns = {**_single_columns(report.single), **_denoiser_columns(report.denoiser)}
     return {**result, "picture": str(picture)}, [*describe_audit(result), str(picture)], columns

@@ -16,7 +16,7 @@ from cdm_fast.interop.denoisers import (
 )
 from cdm_fast.interop.diffusers import NoisePredictor, Prediction, Scheduler, build_scheduler
 from cdm_fast.interop.edm import read_edm
-from cdm_fast.interop.export import ClassPosterior, Likelihood, export, export_onnx
+from cdm_fast.interop.export import ClassPosterior, Inspection, Likelihood, export, export_onnx
 from cdm_fast.interop.from_diffusers import from_diffusers, load_diffusers
 from cdm_fast.interop.paths import sigma_path, straight_path, sub_vp_path, ve_path, vp_path
 
@@ -25,6 +25,7 @@ __all__ = [
     "FlowMatching",
     "Foreign",
     "LevelDenoiser",
+    "Inspection",
     "Likelihood",
     "NoisePredictor",
     "PathDenoiser",

@@ -16,6 +16,8 @@ from cdm_fast.ops import use_backend
 class Likelihood(nn.Module):
     """`log p_t(x)` in nats at every level, (B, L), as a plain module of one tensor."""
 
+    outputs = ("log_prob",)
+
     def __init__(self, model: CDM) -> None:
         super().__init__()
         self.model = model
@@ -31,6 +33,8 @@ class ClassPosterior(nn.Module):
     Raises UserError for a model without classes.
     """
 
+    outputs = ("log_prob",)
+
     def __init__(self, model: CDM, level: int = 0) -> None:
         super().__init__()
         if model.num_classes is None:
@@ -42,7 +46,34 @@ class ClassPosterior(nn.Module):
         return self.model.log_class_posterior(x, self.level)
 
 
-def export(module: Likelihood | ClassPosterior) -> torch.export.ExportedProgram:
+class Inspection(nn.Module):
+    """Log density, noise level and denoised version of noised images of unknown level, as a plain module.
+
+    Returns `log p(x|c)` in nats at level 0, (B, K), or `log p(x)`, (B, 1), of a model without classes; the
+    posterior `log p(t|x)` under equal levels, (B, L); and the denoised image at the most probable of the
+    levels 1..T, like x. The gradient is the network's explicit adjoint, so the graph holds no autograd.
+    """
+
+    outputs = ("log_prob", "log_level", "denoised")
+
+    def __init__(self, model: CDM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`x` (B, ...) in [-1, 1] -> (B, K), (B, L), (B, ...)."""
+        model = self.model
+        log_prob = model.log_prob_levels(x)[:, :1] if model.num_classes is None else model.log_prob_classes(x)
+        log_level = (model.log_posterior(x) - model.log_level_prior.to(x.dtype)).log_softmax(1)
+        level = log_level[:, 1:-1].argmax(1) + 1
+        column = (-1, *[1] * (x.dim() - 1))
+        a, s = (table.to(x.dtype)[level].view(column) for table in (model.a, model.s))
+        # x0_hat = (x - s eps_hat) / a with eps_hat = s (grad_x F + x), CDM Thm 3.1
+        denoised = (x - s * s * (model.ratio_gradient(x, level) + x)) / a
+        return log_prob, log_level, denoised
+
+
+def export(module: Likelihood | ClassPosterior | Inspection) -> torch.export.ExportedProgram:
     """The module as one graph of PyTorch operations, for any batch size, which `torch.export.save` can write.
 
     It runs without cdm_fast; dropout is off.
@@ -57,10 +88,10 @@ def export(module: Likelihood | ClassPosterior) -> torch.export.ExportedProgram:
 
 
 def export_onnx(
-    module: Likelihood | ClassPosterior,
+    module: Likelihood | ClassPosterior | Inspection,
     path: str | Path,  # ends in .onnx
 ) -> Path:
-    """The module as an ONNX file, input `x`, output `log_prob`, any batch size.
+    """The module as an ONNX file, input `x`, outputs `module.outputs`, any batch size.
 
     Raises UserError without the packages of the extra `onnx`.
     """
@@ -68,7 +99,9 @@ def export_onnx(
         import onnxscript  # noqa: F401  (needed by torch.onnx)
     except ImportError as error:
         raise UserError("ONNX needs onnx and onnxscript: pip install 'cdm_fast[onnx]'") from error
-    program = torch.onnx.export(export(module), input_names=["x"], output_names=["log_prob"], dynamo=True)
+    program = torch.onnx.export(
+        export(module), input_names=["x"], output_names=[*module.outputs], dynamo=True, verbose=False
+    )
     assert program is not None
     program.save(str(path))
     return Path(path)

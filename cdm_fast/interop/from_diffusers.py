@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cdm_fast.config.json import parse_json
 from cdm_fast.errors import UserError
+from cdm_fast.host import hub
 from cdm_fast.host.reading import bad, error_text, read_bytes, shown
 from cdm_fast.interop.denoisers import Foreign, LevelDenoiser, PathDenoiser, Predicts
 from cdm_fast.interop.paths import sigma_path, straight_path, ve_path
@@ -29,6 +30,7 @@ Conditions = Callable[[Tensor | None], dict[str, Any]]  # label (B,) or None -> 
 _PREDICTS: dict[str, Predicts] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 _NETWORKS = ("UNet2DModel", "DiTTransformer2DModel")  # supported in folders
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+FILES = ("*.json", *(f"*{name}" for name in _WEIGHTS))  # what of a repository is fetched
 MAX_JSON_BYTES = 2**20
 
 
@@ -236,20 +238,10 @@ def load_diffusers(folder: str | Path) -> Foreign:
 def fetch(repo: str) -> Path:
     """The folder of a model of the Hugging Face hub, downloaded once and cached by `huggingface_hub`.
 
-    repo: "OWNER/NAME". Raises UserError if the package is missing or the model cannot be downloaded.
+    repo: "OWNER/NAME" or "OWNER/NAME@REVISION". Raises UserError if the package is missing or the model
+    cannot be downloaded.
     """
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise UserError(
-            "hf: models need the package huggingface_hub; pip install 'cdm_fast[diffusers]'"
-        ) from None
-    try:
-        return Path(snapshot_download(repo, allow_patterns=["*.json", *(f"*{name}" for name in _WEIGHTS)]))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise bad(
-            f"hf:{repo}", f"cannot be fetched ({error_text(error)}); check the name and the network"
-        ) from None
+    return hub.fetch(hub.parse_hub_name(repo), FILES)
 
 
 def _parts(folder: Path) -> Folder:

@@ -3,8 +3,11 @@
 Figures are drawn by Agg, without pyplot: no display, no global state, and no memory leak in a long run.
 """
 
+import contextlib
 import gc
 import io
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,10 +44,24 @@ def square_root_colours(vmax: float | None = None) -> "PowerNorm":
     return need("matplotlib.colors", "drawing plots").PowerNorm(0.5, vmin=0, vmax=vmax)
 
 
+_in_a_column: ContextVar[bool] = ContextVar("panels in a column", default=False)
+
+
+@contextlib.contextmanager
+def panels_in_a_column() -> Iterator[None]:
+    """Inside the block the panels of new figures stand below each other, as narrow screens need them."""
+    token = _in_a_column.set(True)
+    try:
+        yield
+    finally:
+        _in_a_column.reset(token)
+
+
 def new_figure(num_panels: int, height: float = 3.2) -> "tuple[Figure, list[Axes]]":
-    """A figure `height` inches high, and its panels from left to right."""
-    figure = empty_figure(4.8 * num_panels, height)
-    return figure, list(figure.subplots(1, num_panels, squeeze=False)[0])
+    """A figure of panels, each 4.8 by `height` inches, from left to right; see `panels_in_a_column`."""
+    rows, columns = (num_panels, 1) if _in_a_column.get() else (1, num_panels)
+    figure = empty_figure(4.8 * columns, height * rows)
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 def label_axes(axes: "Axes", title: str, x: str, y: str | None = None) -> None:
@@ -58,10 +75,10 @@ def label_axes(axes: "Axes", title: str, x: str, y: str | None = None) -> None:
 
 
 def write_figure(figure: "Figure", path: str | Path) -> Path:
-    """Writes a figure as a PNG and returns its path."""
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=110)
+    """Writes a figure as a PNG, or under a name that ends in .svg as an SVG, and returns its path."""
+    content, kind = io.BytesIO(), "svg" if Path(path).suffix == ".svg" else "png"
+    figure.savefig(content, format=kind, dpi=110, metadata={"Date": None} if kind == "svg" else None)
     # A figure is a reference cycle of few objects and megabytes, which the collector is slow to free. This
     # frees earlier figures.
     gc.collect()
-    return write_atomically(path, png.getvalue())
+    return write_atomically(path, content.getvalue())

@@ -144,13 +144,9 @@ def write_outliers(
     figure, (sheet, histogram, *others) = new_figure(3 if curves or severities else 2, height=3.6)
     show_sheet(sheet, make_sheet(rows), [name.replace(" ", "\n") for name in rows], ())
     sheet.set_title(f"by likelihood at level {report['level']}", fontsize=10)
-    values = {name: np.asarray(each, dtype=np.float64) for name, each in bits.items()}
-    edges = np.histogram_bin_edges(np.concatenate(list(values.values())), 40).tolist()
-    for name, each in values.items():
-        histogram.hist(each, edges, weights=np.full(len(each), 1 / len(each)), alpha=0.6, label=name)
+    _draw_histogram(histogram, bits)
     histogram.axvline(typical, color="grey", linestyle="--", linewidth=0.8, label="typical")
     histogram.legend(fontsize=8)
-    label_axes(histogram, "share of the images", "bits/dim")
     for panel in others:
         if curves:
             _draw_curves(panel, curves, report["against"]["auroc"])
@@ -158,6 +154,26 @@ def write_outliers(
             _draw_severities(panel, severities)
         panel.set_ylim(-0.02, 1.02)
         panel.legend(fontsize=8)
+    return write_figure(figure, path)
+
+
+def _draw_histogram(panel: "Axes", bits: Mapping[str, ArrayLike]) -> None:
+    """bits/dim by name of a data set, each as shares of its images."""
+    values = {name: np.asarray(each, dtype=np.float64) for name, each in bits.items()}
+    edges = np.histogram_bin_edges(np.concatenate(list(values.values())), 40).tolist()
+    for name, each in values.items():
+        panel.hist(each, edges, weights=np.full(len(each), 1 / len(each)), alpha=0.6, label=name)
+    label_axes(panel, "share of the images", "bits/dim")
+
+
+def write_histogram(
+    bits: ArrayLike,  # (n,) bits/dim of images
+    path: str | Path,
+) -> Path:
+    """bits/dim over images, and their mean as a dashed line, as a picture under `path`."""
+    figure, (axes,) = new_figure(1)
+    _draw_histogram(axes, {"images": bits})
+    axes.axvline(float(np.mean(np.asarray(bits))), color="grey", linestyle="--", linewidth=0.8)
     return write_figure(figure, path)
 
 

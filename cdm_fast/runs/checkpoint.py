@@ -36,6 +36,7 @@ from cdm_fast.host.reading import read_bytes, shown
 from cdm_fast.runs.tensor_file import HashedFile, write_tensors
 
 PARTS = ("model", "ema", "optimizer")
+LEFT_OUT = "left_out"  # key of a manifest: the parts that a published checkpoint does not hold
 _MAX_JSON_BYTES = 1 << 20  # config, state and manifest have a few kilobytes; a larger file is not ours
 _FOLDER = re.compile(r"step-(\d{8,15})")
 
@@ -151,6 +152,8 @@ def load_checkpoint(run: str | Path, parts: Sequence[str] = PARTS, at_most: int 
         tried.add(folder)
         try:
             return _read_parts(folder, parts)
+        except _PartLeftOut as absent:
+            raise UserError(str(absent)) from None
         except (OSError, ValueError, SafetensorError) as error:
             if folder.exists():  # otherwise a training in progress has just removed it
                 warnings.warn(
@@ -219,6 +222,7 @@ def _write_parts(folder: Path, checkpoint: Checkpoint, run: Path, proceed: Calla
 def _read_parts(folder: Path, parts: Sequence[str]) -> Checkpoint:
     """Reads and verifies the named parts; raises ValueError, OSError or SafetensorError if it cannot."""
     manifest = _read_json(folder / "manifest.json")
+    _require_parts(folder, manifest, parts)
     state = parse_json(_read_verified(folder / "state.json", manifest))
     if not isinstance(state, dict) or type(state.get("step")) is not int or not 0 <= state["step"] < 2**53:
         raise ValueError("state.json names no step")
@@ -229,6 +233,21 @@ def _read_parts(folder: Path, parts: Sequence[str]) -> Checkpoint:
         for part in parts
     }
     return Checkpoint(tensors, state)
+
+
+def _require_parts(folder: Path, manifest: Any, parts: Sequence[str]) -> None:
+    """UserError for a part that was left out when the run was published, which is no damage."""
+    left_out = manifest.get(LEFT_OUT) if isinstance(manifest, dict) else None
+    missing = [part for part in parts if isinstance(left_out, list) and part in left_out]
+    if missing:
+        raise _PartLeftOut(
+            f"{folder} was published without {missing[0]}.safetensors, with the averaged weights alone: load"
+            " those, begin a new run from them by --finetune, or have it pushed with --optimizer"
+        )
+
+
+class _PartLeftOut(Exception):
+    """What a published checkpoint does not hold was asked for."""
 
 
 def _read_verified(path: Path, manifest: Any) -> bytes:

@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cdm_fast.errors import UserError
+from cdm_fast.host.hub import on_hub
 from cdm_fast.runs.build import build_model
 from cdm_fast.runs.calibration import apply_calibration
 from cdm_fast.runs.checkpoint import load_checkpoint, read_config
 from cdm_fast.runs.constants import apply_constants
+from cdm_fast.runs.hub import require_run
 from cdm_fast.runs.weights import require_network, restore_weights
 
 if TYPE_CHECKING:
@@ -24,14 +26,16 @@ def load(
     """The trained model of a run directory, in evaluation mode, on the CPU.
 
     Args:
-        run: a directory that `train` or `interop.convert` wrote.
+        run: a directory that `train` or `interop.convert` wrote; or `hf:OWNER/NAME` or
+            `hf:OWNER/NAME@REVISION`, a run that was pushed to the hub (extra: hub).
         weights: "ema", the moving average, for sampling and scoring; or "raw", the current weights.
         calibrated: apply the calibration, if the run has one (`cdm-fast calibrate`); ignored for "raw".
         constants: apply the refitted constants, if the run has them
             (`cdm-fast calibrate --method constants`); ignored for "raw".
 
     Raises:
-        UserError: `run` is not a run directory, or has no intact checkpoint of its architecture.
+        UserError: `run` is not a run directory, cannot be fetched, or has no intact checkpoint of its
+            architecture.
 
     Example, with an untrained run:
         >>> import tempfile
@@ -54,9 +58,9 @@ def load(
     """
     if weights not in ("ema", "raw"):
         raise UserError(f"weights is {weights!r}; give 'ema' or 'raw'")
-    run = Path(run).expanduser()
-    config = read_config(run)
     part = "ema" if weights == "ema" else "model"
+    run = require_run(run, (part,)) if on_hub(run) else Path(run).expanduser()
+    config = read_config(run)
     checkpoint = load_checkpoint(run, parts=(part,))
     require_network(config, checkpoint.tensors[part], str(run))
     model = build_model(config)

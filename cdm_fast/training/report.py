@@ -22,8 +22,8 @@ from cdm_fast.plots.evaluation import write_classes
 from cdm_fast.plots.sheet import write_rows
 from cdm_fast.plots.training import write_calibration, write_confusion, write_level_mse, write_losses
 from cdm_fast.runs.build import class_labels
-from cdm_fast.runs.checkpoint import write_json
 from cdm_fast.runs.data import run_data
+from cdm_fast.runs.reports import write_report
 from cdm_fast.sampling import sample
 from cdm_fast.training.log import read_log
 from cdm_fast.training.validation import check_levels, num_rows
@@ -106,7 +106,7 @@ def write_final(
         return {}
     test = run_data(config, "test")
     score = {"run": str(run), **evaluate(model, test, draws=config.output.draws).to_json()}
-    write_json(run / "nll.json", score)
+    write_report(run, "nll.json", score)
     return {**score, **_write_accuracy(model, test, config.output.draws, run)}
 
 
@@ -115,7 +115,7 @@ def _write_accuracy(model: CDM | Classifier, test: ImageData, draws: int, run: P
     if model.num_classes is None:
         return {}
     report = evaluate_classes(model, test, draws=draws).to_json()
-    write_json(run / "classes.json", {"run": str(run), **report})
+    write_report(run, "classes.json", report)
     write_classes(report, run / "classes.png")
     return {key: report[key] for key in ("accuracy", "accuracy_stderr", "ece")}
 

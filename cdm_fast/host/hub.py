@@ -1,0 +1,113 @@
+"""The Hugging Face hub, through `huggingface_hub`: names of models, fetching files, uploading a folder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cdm_fast.errors import UserError
+from cdm_fast.host.reading import bad, error_text
+
+PREFIX = "hf:"
+TOKEN = "set HF_TOKEN, or log in by `hf auth login`"
+
+
+class HubName(NamedTuple):
+    """A repository of the hub, "OWNER/NAME", and its branch, tag or commit, by default the newest."""
+
+    repo: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return PREFIX + self.repo + ("" if self.revision is None else f"@{self.revision}")
+
+
+def on_hub(run: str | Path) -> bool:
+    """Whether what stands for a run names a repository of the hub."""
+    return str(run).startswith(PREFIX)
+
+
+def parse_hub_name(name: str | Path) -> HubName:
+    """What `hf:OWNER/NAME` or `hf:OWNER/NAME@REVISION` names; UserError where it names no repository."""
+    repo, at, revision = str(name).removeprefix(PREFIX).partition("@")
+    if not repo.strip() or at and not revision.strip():
+        raise UserError(
+            f"{name} names no model; give hf:OWNER/NAME, hf:OWNER/NAME@REVISION or diffusers:PATH"
+        )
+    return HubName(repo, revision or None)
+
+
+def fetch(name: HubName, patterns: Sequence[str]) -> Path:
+    """The folder of a repository's files that match `patterns`, in the cache of `huggingface_hub`.
+
+    Files that are there already are not fetched again; without a network those of the last time are taken.
+    The folder is named after the commit. Raises UserError where the package or the repository cannot be had.
+    """
+    hub = _client("hf: models")
+    try:
+        found = hub.snapshot_download(name.repo, revision=name.revision, allow_patterns=list(patterns))
+    except (OSError, ValueError, RuntimeError, hub.errors.HTTPError) as error:
+        raise bad(name, _told(error, hub.errors, name.revision)) from None
+    return Path(found)
+
+
+def assets_folder(name: HubName, commit: str) -> Path:
+    """A folder for files made from a repository's, beside the cache of `huggingface_hub`; not created."""
+    hub = _client("hf: models")
+    place = hub.cached_assets_path("cdm_fast", namespace=name.repo, subfolder=commit)
+    return Path(place)
+
+
+def upload(folder: Path, name: HubName, *, private: bool, message: str) -> str:
+    """Uploads a folder as one commit to a repository, made where there is none; returns the commit's address.
+
+    Files of a checkpoint that the repository held before are deleted. private: of a new repository.
+    Raises UserError where the package, a token, the permission or the network is missing.
+    """
+    hub = _client("push")
+    api = hub.HfApi(library_name="cdm_fast")
+    try:
+        api.create_repo(name.repo, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=name.repo, folder_path=folder, commit_message=message, delete_patterns=["checkpoints/*"]
+        )
+    except (OSError, ValueError, RuntimeError, hub.errors.HTTPError) as error:
+        raise bad(name, _told(error, hub.errors, name.revision, writing=True)) from None
+    return str(commit.commit_url)
+
+
+def _client(purpose: str) -> Any:
+    try:
+        import huggingface_hub
+        import huggingface_hub.errors
+    except ImportError:
+        raise UserError(f"{purpose} needs the package huggingface_hub; pip install 'cdm_fast[hub]'") from None
+    return huggingface_hub
+
+
+def _told(error: BaseException, kinds: Any, revision: str | None, writing: bool = False) -> str:
+    """What went wrong and what to do, of an error that `huggingface_hub` raises."""
+    done = "pushed to" if writing else "fetched"
+    if isinstance(error, kinds.HFValidationError):
+        return "is no name of a repository; give OWNER/NAME"
+    if isinstance(error, kinds.GatedRepoError):
+        return f"is gated; accept its terms on its page, and {TOKEN}"
+    if isinstance(error, kinds.RevisionNotFoundError):
+        return f"has no revision {revision}; give a branch, a tag or a whole commit of it"
+    if isinstance(error, kinds.LocalTokenNotFoundError):
+        return f"needs a token, and there is none; {TOKEN}"
+    status = _status(error)
+    if status == 401 and writing:
+        return f"needs a token with the right to write; {TOKEN}"
+    if isinstance(error, kinds.RepositoryNotFoundError):
+        return f"is no repository that can be seen; check the name, and if it is private, {TOKEN}"
+    if status in (401, 403):
+        return f"is closed to this token; {TOKEN} of an account that may {'write' if writing else 'read'} it"
+    return f"cannot be {done} ({error_text(error)}); check the name and the network"
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status behind an error, or behind its cause."""
+    response = getattr(error, "response", None)
+    if response is None and error.__cause__ is not None:
+        return _status(error.__cause__)
+    return getattr(response, "status_code", None)

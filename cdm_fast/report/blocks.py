@@ -1,0 +1,105 @@
+"""What the page is made of: blocks of pictures, tables and words, which the template lays out."""
+
+import base64
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cdm_fast.data.pictures import encode_png
+from cdm_fast.plots.canvas import panels_in_a_column
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture as a data URI. plot: lines on white, which dark mode inverts; not maps of colours."""
+
+    title: str
+    source: str
+    plot: bool = True
+    kind: str = "picture"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One small image and a word below it."""
+
+    source: str
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows of small images with their names."""
+
+    title: str
+    rows: Sequence[tuple[str, Sequence[Tile]]]
+    note: str = ""
+    kind: str = "tiles"
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Shares from 0 to 1 by name, each with its text."""
+
+    title: str
+    rows: Sequence[tuple[str, float, str]]
+    note: str = ""
+    kind: str = "bars"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; `folded` hides it until it is opened."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    words: Sequence[str] = ()
+    folded: bool = False
+    kind: str = "table"
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What is not there, and the command that makes it."""
+
+    title: str
+    reason: str
+    command: str = ""
+    kind: str = "missing"
+
+
+Block = Picture | Tiles | Bars | Table | Missing
+
+
+@dataclass(frozen=True)
+class RunPage:
+    """Everything that the page shows of one run: figures for the top, and blocks by section."""
+
+    name: str
+    facts: Sequence[tuple[str, str]]
+    figures: dict[str, str]
+    sections: dict[str, list[Block]]
+    playground: dict[str, Any] | None = field(default=None)
+
+
+def png_source(content: bytes) -> str:
+    """A PNG file as a data URI."""
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+def tile_source(pixels: Tensor) -> str:
+    """An image (C,H,W) uint8 as a data URI."""
+    return png_source(encode_png(pixels.cpu()))
+
+
+def drawn(write: Callable[[Path], Any]) -> str:
+    """A picture of `cdm_fast.plots` as an SVG data URI, its panels below each other."""
+    with tempfile.TemporaryDirectory() as folder, panels_in_a_column():
+        path = Path(folder) / "plot.svg"
+        write(path)
+        return f"data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}"

@@ -1,0 +1,258 @@
+"""The card of a published run: README.md of its repository, made from the files that are published."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cdm_fast.config import RunConfig
+from cdm_fast.runs.build import build_model
+from cdm_fast.runs.checkpoint import checkpoint_folders
+from cdm_fast.runs.reports import read_report
+
+_PICTURES = {
+    "samples.png": "Samples",
+    "loss.png": "Loss curves",
+    "confusion.png": "Mean level posterior by true level",
+    "calibration.png": "Calibration of the level posteriors",
+    "classes.png": "Confusion of classes, and reliability",
+    "audit.png": "Audit of the likelihood",
+}
+_KINDS = {
+    "cdm": "A Classification Diffusion Model: a classifier of noise levels that draws images and gives"
+    " `log p(x)` from one forward pass (arXiv 2402.10095)",
+    "ddm": "A plain denoising diffusion model",
+    "classifier": "A classifier of images",
+}
+
+
+def write_card(
+    folder: Path,  # as `hub.stage_run` fills it
+    config: RunConfig,
+    repo: str,  # OWNER/NAME
+    title: str,
+) -> str:
+    """The text of the card: metadata, what it is, how to load it, training, figures, limits, files."""
+    sections = [
+        _metadata(config, folder, repo),
+        f"# {title}",
+        _what(config),
+        *([] if not (folder / "samples.png").is_file() else ["![Samples](samples.png)"]),
+        "## How to load it",
+        _loading(config, repo),
+        "## How it was trained",
+        _table(("setting", "value"), _training(config, folder)),
+        "## Figures",
+        _figures(folder),
+        "## Limits",
+        "\n".join(f"- {line}" for line in _limits(config, folder)),
+        "## Files",
+        "\n".join(f"- {line}" for line in _files(folder)),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _metadata(config: RunConfig, folder: Path, repo: str) -> str:
+    """YAML metadata of the hub: library, task, tags, data set, and the test figures."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    objective = config.train.objective
+    task = "image-classification" if objective == "classifier" else "unconditional-image-generation"
+    source = config.data.source
+    data = source.removeprefix("hf:") if source.startswith("hf:") and "/" in source else None
+    values = [
+        (kind, value, report)
+        for name, kind, key in (
+            ("nll.json", "bits_per_dim", "bits_per_dim"),
+            ("classes.json", "accuracy", "accuracy"),
+        )
+        if (report := read_report(folder, name)) is not None
+        if isinstance(value := report.get(key), int | float)
+    ]
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=data or source,
+            dataset_name=str(report.get("data", source)),
+            dataset_split=str(report.get("split", "test")),
+            metric_type=kind,
+            metric_value=value,
+        )
+        for kind, value, report in values
+    ]
+    card = ModelCardData(
+        library_name="cdm_fast",
+        pipeline_tag=task,
+        tags=[
+            "cdm_fast",
+            "diffusion",
+            "density-estimation",
+            *(["arxiv:2402.10095"] if objective == "cdm" else []),
+        ],
+        datasets=None if data is None else [data],
+        model_name=repo.partition("/")[2] if results else None,
+        eval_results=results or None,
+    )
+    return f"---\n{card.to_yaml()}\n---"
+
+
+def _what(config: RunConfig) -> str:
+    image, conditioning = config.image, config.network.conditioning
+    kind = (
+        f"{image.height}x{image.width} images of {_count(image.channels, 'channel')} and"
+        f" {image.num_grey_levels} grey levels"
+    )
+    classes = {
+        "none": "It was trained without classes.",
+        "embedding": f"Its network is given one of {image.num_classes} classes, or none.",
+        "joint": f"One pass gives the likelihood under each of {image.num_classes} classes: it classifies.",
+    }[conditioning if config.train.objective != "classifier" else "none"]
+    if config.train.objective == "classifier":
+        classes = f"It tells {image.num_classes} classes apart."
+    return f"{_KINDS[config.train.objective]}, of {kind} ({_source(config)}). {classes} Trained by cdm_fast."
+
+
+def _source(config: RunConfig) -> str:
+    return "scikit-learn's digits" if config.data.source == "digits" else f"data `{config.data.source}`"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def _loading(config: RunConfig, repo: str) -> str:
+    run, image = f"hf:{repo}", config.image
+    x = f"torch.rand(4, {image.channels}, {image.height}, {image.width}) * 2 - 1  # images in [-1, 1]"
+    if config.train.objective == "classifier":
+        uses = ["model.log_class_posterior(x)  # (4, K) nats"]
+        commands = [f"cdm-fast classify {run} --data DATA"]
+    else:
+        uses = ['images = sample(model, 16, sampler="ddim", steps=50)']
+        commands = [f"cdm-fast sample {run} --num 16 --out samples.png"]
+    if config.train.objective == "cdm":
+        uses.append("log_p = model.log_prob(x)  # (4,) nats, from one pass")
+        commands.append(f"cdm-fast nll {run} --data DATA")
+    if config.train.objective == "cdm" and config.network.conditioning == "joint":
+        uses.append("posterior = model.log_class_posterior(x).exp()  # (4, K)")
+    names = "load" if config.train.objective == "classifier" else "load, sample"
+    code = ["import torch", f"from cdm_fast import {names}", "", f'model = load("{run}")', f"x = {x}", *uses]
+    return (
+        "    pip install 'cdm_fast[hub]'\n\n"
+        f"```python\n{chr(10).join(code)}\n```\n\n"
+        "On the command line it stands for a run directory:\n\n    " + "\n    ".join(commands)
+    )
+
+
+def _training(config: RunConfig, folder: Path) -> Iterator[tuple[str, str]]:
+    network, train, schedule = config.network, config.train, config.schedule
+    (newest, *_) = checkpoint_folders(folder)
+    state = read_report(newest, "state.json") or {}
+    parameters = sum(weight.numel() for weight in build_model(config).parameters())
+    counts = config.image.class_counts
+    yield "data", _source(config) + ("" if counts is None else f", {sum(counts):,} training images")
+    yield (
+        "network",
+        f"{network.architecture}, {parameters:,} parameters, conditioning: {network.conditioning}",
+    )
+    yield "noise", f"{schedule.schedule} schedule, T = {schedule.T}, levels {schedule.level_distribution}"
+    yield "steps", f"{state.get('step', train.steps):,} of {train.steps:,}, batches of {train.batch_size}"
+    yield (
+        "optimizer",
+        f"{train.optimizer}, learning rate {train.lr:g}, decay of the average {train.ema_decay:g},"
+        f" {train.precision}",
+    )
+    if train.finetune is not None:
+        yield "began from", f"the run `{train.finetune}`"
+    if isinstance(seconds := state.get("seconds"), int | float):
+        yield "time", f"{seconds:,.0f} s of training, torch {state.get('torch', 'unknown')}"
+    yield "seed", f"{train.seed}"
+
+
+def _figures(folder: Path) -> str:
+    rows = [*_likelihoods(folder), *_accuracies(folder)]
+    if not rows:
+        return "This run keeps no scores; `cdm-fast nll` and `cdm-fast classify` measure them."
+    return _table(("figure", "value", "protocol", "file"), rows)
+
+
+def _likelihoods(folder: Path) -> Iterator[tuple[str, ...]]:
+    report = read_report(folder, "nll.json")
+    if report is not None and "bits_per_dim" in report:
+        protocol = (
+            f"{report.get('num_images')} {report.get('split')} images of {report.get('data')}, level"
+            f" {report.get('level')}, {report.get('draws')} draws, {report.get('protocol')}, single pass,"
+            " unaudited"
+        )
+        yield "bits/dim", _with_error(report, "bits_per_dim"), protocol, "[nll.json](nll.json)"
+    audit = read_report(folder, "audit.json")
+    for name, key in (("audited", "audited"), ("ODE", "ode"), ("variational bound", "elbo")):
+        if audit is not None and audit.get(f"{key}_bits_per_dim") is not None:
+            images = (audit.get(key) or audit).get("num_images")
+            protocol = f"{images} {audit.get('split')} images of {audit.get('data')}, {_AUDIT[key]}"
+            yield (
+                f"bits/dim, {name}",
+                _with_error(audit, f"{key}_bits_per_dim"),
+                protocol,
+                "[audit.json](audit.json)",
+            )
+
+
+_AUDIT = {
+    "audited": "single pass with its density normalised by log Z",
+    "ode": "probability-flow ODE",
+    "elbo": "bound over all levels",
+}
+
+
+def _accuracies(folder: Path) -> Iterator[tuple[str, ...]]:
+    report = read_report(folder, "classes.json")
+    if report is None or "accuracy" not in report:
+        return
+    protocol = (
+        f"{report.get('num_images')} {report.get('split')} images of {report.get('data')}, method"
+        f" {report.get('method')}, level {report.get('level')}, {report.get('draws')} draws"
+    )
+    file = "[classes.json](classes.json)"
+    yield "accuracy", _with_error(report, "accuracy", 100, " %"), protocol, file
+    yield "calibration error (ECE)", f"{100 * report['ece']:.2f} %", protocol, file
+
+
+def _with_error(report: Mapping[str, Any], key: str, scale: float = 1, unit: str = "") -> str:
+    digits = 2 if unit else 4
+    error = report.get(f"{key}_stderr")
+    value = f"{scale * report[key]:.{digits}f}"
+    return (value if error is None else f"{value} ± {scale * error:.{digits}f}") + unit
+
+
+def _limits(config: RunConfig, folder: Path) -> Iterator[str]:
+    image = config.image
+    yield f"It takes {image.height}x{image.width} images like those it was trained on; for others its numbers mean little."
+    if config.train.objective == "cdm":
+        if not (folder / "audit.json").is_file():
+            yield (
+                "Likelihoods of a single pass are those of a density that need not integrate to one, and no"
+                " audit stands beside them: `cdm-fast nll RUN --method audit` adds ODE, bound and log Z."
+            )
+        if (folder / "calibration.json").is_file():
+            yield "Its likelihoods are calibrated: `load` subtracts the log Z in calibration.json by level."
+        yield "A high likelihood does not make an image a usual one: smooth images score high."
+    yield "No licence is stated here, neither of the training data nor of the weights; ask the owner."
+
+
+def _files(folder: Path) -> Iterator[str]:
+    yield "[config.json](config.json): every setting"
+    (newest, *_) = checkpoint_folders(folder)
+    for path in sorted(newest.glob("*.safetensors")):
+        what = {"ema": "averaged weights", "model": "raw weights", "optimizer": "optimizer state"}[path.stem]
+        place = path.relative_to(folder).as_posix()
+        yield f"[{place}]({place}): {what}"
+    for name, title in _PICTURES.items():
+        if (folder / name).is_file():
+            yield f"[{name}]({name}): {title[0].lower()}{title[1:]}"
+    for path in sorted(folder.glob("*.json")):
+        if path.name != "config.json":
+            yield f"[{path.name}]({path.name})"
+
+
+def _table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]] | list[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', ' ') for cell in line)} |" for line in lines)
