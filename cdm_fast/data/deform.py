@@ -27,7 +27,9 @@ def deform(
     True
     """
     draws = torch.randn(6, len(images), generator=generator, device=images.device)
-    grid = F.affine_grid(_maps(draws, images.shape[3] / images.shape[2]), images.shape, align_corners=False)
+    grid = F.affine_grid(
+        _maps(draws, images.shape[3] / images.shape[2]), list(images.shape), align_corners=False
+    )
     moved = F.grid_sample(images.float(), grid, "bicubic", padding_mode="border", align_corners=False)
     rounding = torch.rand(moved.shape, generator=generator, device=images.device)
     return (moved + rounding).floor().clamp(0, num_grey_levels - 1).to(torch.uint8)
