@@ -7,6 +7,7 @@ from typing import get_args
 import pytest
 import torch
 
+from benchmarks.studies import likelihood_study
 from cdm_fast.config import PRESETS, Preset, RunConfig, Sampler, ScheduleConfig, check, preset
 from cdm_fast.config.choices import CorrectedSampler
 from cdm_fast.config.json import differences, fixed_part, from_json, to_json
@@ -220,3 +221,11 @@ def test_level_prior_of_the_model_is_the_sampling_distribution():
     torch.testing.assert_close(model.log_level_prior.exp(), p / p.sum())
     count = torch.bincount(model.draw_levels(20_000), minlength=62) / 20_000
     assert (count - p / p.sum()).abs().max() < 0.02
+
+
+def test_the_digits_preset_is_the_configuration_whose_figures_the_documents_show():
+    row = likelihood_study.configured(likelihood_study.VARIANTS["even, T 400, deformed"])
+    config = preset("digits-encoder")
+    assert (row.data, row.schedule, row.network, row.train) == (
+        config.data, config.schedule, config.network, config.train,
+    )  # fmt: skip

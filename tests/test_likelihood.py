@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from benchmarks.support.analytic import ExactImageNetwork, ExactNetwork, GaussianMixture, UniformPixels
-from cdm_fast import CDM, DDM, NoiseSchedule, UNet, UserError
+from cdm_fast import CDM, DDM, MLP, NoiseSchedule, UNet, UserError
 from cdm_fast.data import ImageData
 from cdm_fast.likelihood import (
     denoise_blind,
@@ -130,6 +130,17 @@ def test_ratio_check_on_some_levels_gives_no_sum():
     assert len(check.levels) == 5
     assert (check.levels[0], check.levels[-1]) == (0, 30)
     assert check.sum_bits_per_dim is None
+
+
+@pytest.mark.parametrize(("side", "complete"), [(4, True), (17, False)], ids=["small", "large"])
+def test_every_level_of_a_long_schedule_is_checked_on_small_images(side, complete):
+    schedule = NoiseSchedule.uniform(T=300)
+    network = nn.Sequential(nn.Flatten(), MLP(side * side, schedule.num_levels, hidden=2, depth=1))
+    images = torch.zeros(4, 1, side, side, dtype=torch.uint8)
+    data = ImageData(images, None, num_grey_levels=17, num_classes=None, name="black", split="test")
+    check = evaluate(CDM(network, schedule), data, draws=1).ratio_check
+    assert len(check.levels) == (301 if complete else 64)
+    assert (check.sum_bits_per_dim is not None) == complete
 
 
 @pytest.mark.parametrize("level", [2, 8, 20], ids=lambda level: f"level-{level}")

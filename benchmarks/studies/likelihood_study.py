@@ -5,6 +5,7 @@
     python -m benchmarks.studies.likelihood_study show            # the rows so far, as a Markdown table
     python -m benchmarks.studies.likelihood_study dropout RUN  # ratio check of a run with and without its
         dropout
+    python -m benchmarks.studies.likelihood_study bound RUN  # by all and by fewer levels, test and training
 
 Every configuration appends one JSON line to `--out`. Choices look at the validation images; the test images
 are there for the last line. `--log-z` adds the cheap setting of log Z, which takes longest.
@@ -26,9 +27,10 @@ from cdm_fast import CDM
 from cdm_fast.config import RunConfig, preset
 from cdm_fast.config.size import ImageSize
 from cdm_fast.data import ImageData
-from cdm_fast.data.draws import draw_images
+from cdm_fast.data.draws import choose_images, draw_images
 from cdm_fast.likelihood import evaluate, evaluate_elbo, measure_log_z, ratio_check
-from cdm_fast.likelihood.units import nats_per_bit_per_dim
+from cdm_fast.likelihood.elbo import variational_bound
+from cdm_fast.likelihood.units import bits_per_dim, nats_per_bit_per_dim
 from cdm_fast.model.losses import LossTerms, Noised
 from cdm_fast.nn import UNet
 from cdm_fast.nn.heads import CumulativeHead
@@ -36,15 +38,18 @@ from cdm_fast.nn.layers import Conv2d, full_precision
 from cdm_fast.runs.checkpoint import create_run, load_checkpoint, read_config
 from cdm_fast.runs.data import run_data
 from cdm_fast.runs.load import load
+from cdm_fast.statistics import standard_error
 from cdm_fast.training.ema import Ema
 from cdm_fast.training.loop import take_step
 from cdm_fast.training.prepare import resolve
 from cdm_fast.training.state import TrainingState, new_state, to_checkpoint
 from cdm_fast.training.step import derived_seed, make_loss, make_optimizer
+from cdm_fast.training.validation import check_classes, check_levels
 
 DEVICE = torch.device("cpu")
-ELBO_IMAGES = {"validation": 180, "test": 100}
+ELBO_IMAGES = {"validation": 180, "test": 359}
 RATIO_IMAGES = 128
+LEVEL_ROWS = 2872  # noised images for the calibration of levels, 8 of each test image
 CHEAP_LOG_Z = {"particles": 48, "runs": 3, "moves": 1}
 PAIRS = 64  # products of the image with a feature map, for `EnergyUNet`
 
@@ -54,11 +59,12 @@ class Variant:
     """How one configuration differs from `configured`.
 
     Fields:
-        schedule, network, train: settings that replace the preset's.
+        data, schedule, network, train: settings that replace the preset's.
         energy: features `<x, g_m(x)>` beside the pooled ones; see `EnergyUNet`.
         ratio_weight: of the penalty on adjacent-level ratios; see `with_ratio_penalty`.
     """
 
+    data: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
     network: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
@@ -187,11 +193,19 @@ def measured(model: CDM, config: RunConfig, log_z: bool) -> dict[str, Any]:
         elbo = evaluate_elbo(model, data, images)
         row |= {f"{split}_elbo": elbo.bits_per_dim, f"{split}_elbo_stderr": elbo.bits_per_dim_stderr}
     if normalised:
-        check = ratio_check(model, data, num_images=RATIO_IMAGES)  # of the test images
+        check = ratio_check(model, data, model.schedule.T + 1, RATIO_IMAGES)  # of the test images
+        row |= level_and_class_checks(model, data)
         row |= {"test_ratio": check.sum_bits_per_dim, "test_ratio_stderr": check.sum_bits_per_dim_stderr}
     if log_z and normalised:
         row |= cheap_log_z(model, run_data(config, "test"))
     return row
+
+
+def level_and_class_checks(model: CDM, data: ImageData) -> dict[str, Any]:
+    """The worst level in nats, the share of miscalibrated ones, and the accuracy where there are classes."""
+    checks, classes = check_levels(model, data, LEVEL_ROWS), check_classes(model, data)
+    row = {"test_level_worst": checks.worst, "test_level_miscalibrated": checks.miscalibrated}
+    return row if classes is None else {**row, "test_accuracy": classes[1]}
 
 
 def cheap_log_z(model: CDM, data: ImageData) -> dict[str, Any]:
@@ -231,8 +245,41 @@ def ratios_under_dropout(run: Path, num_images: int = 512) -> str:
     return "\n".join(lines)
 
 
+def bound_by_levels(run: Path, num_images: int = 160) -> str:
+    """The bound with every level, every second and every fourth, on test and on training images; a table.
+
+    Halving the levels doubles what the bound loses to their distance; training images show what is learned
+    by heart.
+    """
+    model, config = load(run, calibrated=False), read_config(run)
+    lines = ["| levels | test | train |", "|---|---|---|"]
+    images = {split: run_data(config, split) for split in ("test", "train")}
+    for stride in (1, 2, 4):
+        levels, cells = sorted({1, *range(stride, model.schedule.T + 1, stride)}), []
+        for data in images.values():
+            _, x = choose_images(data, num_images, torch.Generator().manual_seed(0))
+            bits = bits_per_dim(-variational_bound(model, x, levels=levels).nats, data)
+            cells.append(f"{float(bits.mean()):.3f} +- {standard_error(bits):.3f}")
+        lines.append(f"| {len(levels)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 JOINT = {"conditioning": "joint"}
 UNET = {"architecture": "unet"}
+REGULARISED: dict[str, Any] = {"weight_decay": 0.3, "dropout_until": 0.7}
+DEFORMED = {**REGULARISED, "deform": 0.5, "deform_until": 0.7}
+
+
+def even(T: int = 200, split_seed: int = 0, **train: Any) -> Variant:
+    """The joint head for 2500 steps, with levels even in log-SNR and stratified."""
+    return variant(
+        network=JOINT,
+        train={"steps": 2500, "level_draws": "stratified", **train},
+        schedule={"level_distribution": "log-snr", "T": T},
+        data={"split_seed": split_seed},
+    )
+
+
 VARIANTS: dict[str, Variant] = {
     "base": variant(),
     "dropout throughout": variant(train={"dropout_until": 1.0}),
@@ -253,6 +300,11 @@ VARIANTS: dict[str, Variant] = {
     "joint, label dropout 0.5": variant(network=JOINT, train={"label_dropout": 0.5}),
     "joint, 2000 steps": variant(network=JOINT, train={"steps": 2000}),
     "joint, 2500 steps": variant(network=JOINT, train={"steps": 2500}),
+    "even": even(),
+    "even, T 400, regularised": even(400, **REGULARISED),
+    "even, T 400, deformed": even(400, **DEFORMED),
+    "even, T 400, deformed, split 1, seed 1": even(400, 1, seed=1, **DEFORMED),
+    "even, T 400, deformed, split 2, seed 2": even(400, 2, seed=2, **DEFORMED),
     "U-Net": variant(network=UNET),
     "U-Net, dropout until 0.85": variant(network=UNET, train={"dropout_until": 0.85}),
     "U-Net, joint": variant(network={**UNET, **JOINT}),
@@ -268,6 +320,7 @@ def configured(change: Variant) -> RunConfig:
     config = preset("digits")
     return replace(
         config,
+        data=replace(config.data, **change.data),
         schedule=replace(config.schedule, **change.schedule),
         network=replace(
             config.network, **{"architecture": "encoder", "conditioning": "none", **change.network}
@@ -283,8 +336,9 @@ def show(rows: list[dict[str, Any]]) -> str:
         return f"{row[key]:{sign}.3f} +- {row[key + '_stderr']:.3f}" if key in row else "-"
 
     lines = [
-        "| configuration | validation bound | test bound | single pass | ratio check | log Z up | down | s |",
-        "|" + "---|" * 8,
+        "| configuration | validation bound | test bound | single pass | ratio check | log Z up | down"
+        " | worst level | accuracy | s |",
+        "|" + "---|" * 10,
     ]
     for row in sorted(rows, key=lambda row: row["validation_elbo"]):
         cells = [
@@ -293,6 +347,8 @@ def show(rows: list[dict[str, Any]]) -> str:
             figure(row, "test_elbo"),
             figure(row, "test_single"),
             *(figure(row, key, "+") for key in ("test_ratio", "log_z_up", "log_z_down")),
+            f"{row['test_level_worst']:.2f}" if "test_level_worst" in row else "-",
+            f"{100 * row['test_accuracy']:.2f}" if "test_accuracy" in row else "-",
             f"{row['seconds']:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -301,7 +357,7 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=("run", "show", "dropout"))
+    parser.add_argument("what", choices=("run", "show", "dropout", "bound"))
     parser.add_argument("names", nargs="*", help="configurations, all by default; or a run directory")
     parser.add_argument("--log-z", action="store_true")
     parser.add_argument("--runs", type=Path, help="keep the trained models as run directories in this folder")
@@ -309,8 +365,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/likelihood_study.jsonl"))
     arguments = parser.parse_intermixed_args()
     torch.set_num_threads(arguments.threads)
-    if arguments.what == "dropout":
-        print(ratios_under_dropout(Path(arguments.names[0])))
+    if arguments.what in ("dropout", "bound"):
+        table = ratios_under_dropout if arguments.what == "dropout" else bound_by_levels
+        print(table(Path(arguments.names[0])))
         return
     unknown = sorted(set(arguments.names) - VARIANTS.keys())
     if unknown:

@@ -196,6 +196,8 @@ def _unit_interval(config: RunConfig) -> list[tuple[str, float, bool]]:
     return [
         ("dropout", config.network.dropout, True),
         ("dropout-until", config.train.dropout_until, False),
+        ("deform", config.train.deform, False),
+        ("deform-until", config.train.deform_until, False),
         ("label-dropout", config.train.label_dropout, False),
         ("ema-decay", config.train.ema_decay, True),
         ("decay-factor", config.train.decay_factor, False),

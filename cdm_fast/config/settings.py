@@ -189,6 +189,12 @@ class TrainConfig:
     dropout_until: float = 1.0
     """Fraction of the steps, 0..1, that use dropout; the rest is trained without. Single-pass likelihoods are
     too good if dropout is on until the end."""
+    deform: float = 0.0
+    """Fraction of the training images, 0..1, that are rotated, sheared, scaled and shifted a little at
+    random: for training sets so small that the network learns them by heart."""
+    deform_until: float = 1.0
+    """Fraction of the steps, 0..1, that deform images; the rest is trained on the images as they are, whose
+    likelihood is to be learned."""
     label_dropout: float = 0.1
     """Fraction of the labels that are left out, 0..1 (class-conditional networks only)."""
     precision: Precision = "auto"

@@ -41,7 +41,9 @@ PUBLIC_SCORING = (
 )
 
 COST_IMAGES = 256  # images on which the cost of bf16 is measured
-CHECKED_LEVELS, ALL_LEVELS_UP_TO = 64, 256  # defaults of the ratio check
+# The ratio check takes this many levels by default, or all of a schedule with up to 256; for small images,
+# with up to 256 values, all of a schedule with up to 1024.
+CHECKED_LEVELS, ALL_LEVELS_UP_TO, SMALL, ALL_LEVELS_OF_SMALL = 64, 256, 256, 1024
 
 Batches = list[tuple[int, Tensor]]  # (index of the first image, x_t (B, ...)) of each
 LogProb = Callable[[Tensor, int], Tensor]  # (x_t (B, ...), index of its first image) -> log p (B,) in nats
@@ -118,7 +120,8 @@ def evaluate(
         batch_size: images per forward pass.
         seed: seed of all draws; the result is a deterministic function of it.
         check_levels: at most this many levels in `ratio_check`; 0 skips the check. By default every level of
-            a schedule with up to 256 levels, or 64 levels of a longer one.
+            a schedule with up to 256 levels (1024 for images of up to 256 values), or 64 levels of a longer
+            one.
         precision: "bf16" is faster on hardware that supports it; the report measures its cost.
         given: conditioning of a class-conditional model, see `LikelihoodReport`. "all" takes one pass per
             class.
@@ -163,7 +166,7 @@ def evaluate(
         exact = bits_per_dim(_score(model, log_prob, first_images, "fp32"), units)
         cost = float((bits[0, : len(exact)] - exact).mean())
     if check_levels is None:
-        check_levels = ALL_LEVELS_UP_TO if model.schedule.T < ALL_LEVELS_UP_TO else CHECKED_LEVELS
+        check_levels = _levels_to_check(model.schedule.T, data.images[0].numel())
     return LikelihoodReport(
         **_statistics(bits),
         level=level,
@@ -179,6 +182,12 @@ def evaluate(
         precision_cost=cost,
         given=given,
     )
+
+
+def _levels_to_check(T: int, values: int) -> int:
+    """How many levels a ratio check looks at by default, for images of so many values."""
+    most = ALL_LEVELS_OF_SMALL if values <= SMALL else ALL_LEVELS_UP_TO
+    return most if T < most else CHECKED_LEVELS
 
 
 def _score(

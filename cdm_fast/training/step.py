@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cdm_fast.config import RunConfig, TrainConfig
 from cdm_fast.data import ImageData, batch_indices
+from cdm_fast.data.deform import deform_some
 from cdm_fast.data.pixels import to_points
 from cdm_fast.host.device import upload
 from cdm_fast.host.distributed import all_reduce_mean, gather_full, rank_rows
@@ -195,6 +196,7 @@ def draw_batch(data: ImageData, model: CDM | DDM | Classifier, config: RunConfig
     level = draw_levels(model, train.batch_size, train, generator)
     index, grey = upload(on_host, device), data.num_grey_levels
     images = images_of(data, on_host, index, lambda: indices(step + 1))
+    images = _deformed(images, config, grey, step)
     points = config.data.pixels == "points"
     x_t, eps, _ = noising(
         to_points(images, grey) if points else images,
@@ -210,6 +212,15 @@ def draw_batch(data: ImageData, model: CDM | DDM | Classifier, config: RunConfig
     if train.channels_last:
         x_t, eps = (x.contiguous(memory_format=torch.channels_last) for x in (x_t, eps))
     return Noised(x_t, eps, level, label if label is None else rank_rows(label, train.accumulate))
+
+
+def _deformed(images: Tensor, config: RunConfig, num_grey_levels: int, step: int) -> Tensor:
+    """The images of a step, a share of them deformed as the config says; by draws of their own."""
+    train = config.train
+    if not train.deform or step >= train.deform_until * train.steps:
+        return images
+    generator = torch.Generator(images.device).manual_seed(derived_seed(train.seed, step, "deform"))
+    return deform_some(images, train.deform, num_grey_levels, generator)
 
 
 def _draw_labels(
