@@ -226,8 +226,8 @@ def _with_error(report: Mapping[str, Any], key: str, scale: float = 1, unit: str
 def _limits(config: RunConfig, folder: Path) -> Iterator[str]:
     image = config.image
     yield (
-        f"It takes {image.height}x{image.width} images like those it was trained on; for others its numbers mean"
-        " little."
+        f"It takes {image.height}x{image.width} images like those it was trained on; for others its numbers"
+        " mean little."
     )
     if config.train.objective == "cdm":
         if not (folder / "audit.json").is_file():
