@@ -224,7 +224,7 @@ def test_level_prior_of_the_model_is_the_sampling_distribution():
 
 
 def test_the_digits_preset_is_the_configuration_whose_figures_the_documents_show():
-    row = likelihood_study.configured(likelihood_study.VARIANTS["even, T 400, deformed"])
+    row = likelihood_study.configured(likelihood_study.VARIANTS["even, T 400, regularised"])
     config = preset("digits-encoder")
     assert (row.data, row.schedule, row.network, row.train) == (
         config.data, config.schedule, config.network, config.train,
