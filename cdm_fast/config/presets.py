@@ -100,8 +100,8 @@ for _name in ("digits", "fashion-mnist", "cifar10"):
     PRESETS[f"{_name}-encoder"] = replace(PRESETS[_name], network=_network)
 
 
-# 2500 steps take as long as the 1000 of the U-Net. The other settings reduce overfitting to 1259 training images
-# and keep the single pass close to the bound (docs/measurements/likelihood.md).
+# 2500 steps take as long as the 1000 of the U-Net. The other settings reduce overfitting to 1259 training
+# images and keep the single pass close to the bound (docs/measurements/likelihood.md).
 PRESETS["digits-encoder"] = replace(
     PRESETS["digits-encoder"],
     schedule=ScheduleConfig(T=400, level_distribution="log-snr"),
