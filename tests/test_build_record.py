@@ -128,7 +128,8 @@ def test_fake_tensors_on_a_machine_without_a_gpu_do_not_warn(record, monkeypatch
         ("2.13.0", None, "2.4.6", None),
         ("2.11.0", "3.6.0", "2.4.0", "does not interpret"),
         ("2.13.0", "3.7.1", "2.4.6", "triton 3.7.1 was not tested with torch 2.13.0: triton 3.8 was"),
-        ("2.15.0", "3.9.0", "2.4.6", "torch 2.15.0 was not tested: 2.11 to 2.14 were"),
+        ("2.15.0", "3.9.0", "2.4.6", "torch 2.15.0 was not tested: 2.10, 2.11, 2.13, 2.14 were"),
+        ("2.12.1", "3.7.0", "2.4.6", "torch 2.12.1 was not tested: 2.10, 2.11, 2.13, 2.14 were"),
     ],
     ids=str,
 )

@@ -17,7 +17,7 @@ from cdm_fast.ops import build_record
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "pillow", "matplotlib", "scikit-learn", "tyro", "rich")
 
 # The torch releases with which the kernels were built and tested, and the triton version of each.
-TESTED_TORCH = ((2, 11), (2, 14))
+TESTED_TORCH = ((2, 10), (2, 11), (2, 13), (2, 14))
 TESTED_TRITON = {(2, 11): (3, 6), (2, 13): (3, 8), (2, 14): (3, 8)}
 
 # Up to this triton version, its interpreter fails with this numpy version or newer.
@@ -25,6 +25,11 @@ OLD_INTERPRETER = ((3, 6), (2, 4))
 
 # Optional features: extra of the package -> (module that it installs, purpose).
 EXTRAS = {
+    "audit": ("torchdiffeq", "nll --method ode and audit"),
+    "attacks": ("foolbox", "classify --attack"),
+    "onnx": ("onnxscript", "ONNX files and report --playground"),
+    "hub": ("huggingface_hub", "push and runs named hf:OWNER/NAME"),
+    "diffusers": ("diffusers", "models named diffusers:PATH"),
     "huggingface": ("datasets", "--data hf:NAME"),
     "tensorboard": ("tensorboard", "--tensorboard"),
     "wandb": ("wandb", "--wandb"),
@@ -95,8 +100,8 @@ def combination_warnings(torch_: str | None, triton: str | None, numpy: str | No
     """A line for every version, or pair of versions, that is known to fail or was not tested."""
     lines = []
     release = _release(torch_)
-    if release and not TESTED_TORCH[0] <= release <= TESTED_TORCH[1]:
-        tested = " to ".join(".".join(map(str, end)) for end in TESTED_TORCH)
+    if release and release not in TESTED_TORCH:
+        tested = ", ".join(".".join(map(str, end)) for end in TESTED_TORCH)
         lines.append(f"torch {torch_} was not tested: {tested} were")
     pair = _release(triton)
     if pair and release in TESTED_TRITON and pair != TESTED_TRITON[release]:

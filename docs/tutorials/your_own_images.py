@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Your own images
 #
-# Training reads images from a folder, a zip, an `.npz`, or the files of MNIST and CIFAR-10. This tutorial
-# writes a small folder of pictures with one subfolder for each class, trains on it, and ranks pictures by how
-# likely the model finds them. Replace the folder with your own.
+# Training reads images from a folder, a zip, an `.npz`, the files of MNIST and CIFAR, and other sources. This
+# tutorial writes a small folder of pictures with one subfolder for each class, trains on it, and ranks
+# pictures by how likely the model finds them. Replace the folder with your own.
 
 # %%
 import os
@@ -30,8 +30,9 @@ for number, (image, label) in enumerate(zip(digits.images, digits.labels, strict
         )
 
 # %% [markdown]
-# `load_data` reports what it finds. A source without a test split is divided into 70 % training, 10 %
-# validation and 20 % test images, stratified by class; `split_seed` is the seed of this split.
+# `load_data` returns the images of one split; a warning names what it has not read. A source without a test
+# split is divided into 70 % training, 10 % validation and 20 % test images, stratified by class; `split_seed`
+# is the seed of this split.
 
 # %%
 train_images = load_data(folder / "pictures", "train")
