@@ -21,7 +21,7 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from cdm_fast import UserError, load, sample
 from cdm_fast.config.json import parse_json
 from cdm_fast.runs.checkpoint import load_checkpoint, read_config
-from cdm_fast.runs.hub import fetch_run
+from cdm_fast.runs.hub import fetch_run, published_config
 from cdm_fast.training.train import train
 from tests import workers
 from tests.hub_server import OTHER, WRITE_TOKEN, serving
@@ -116,6 +116,41 @@ def test_no_optimizer_state_unless_asked(hub, run):
     assert all(
         torch.equal(value, state[name]) for name, value in load(run, weights="raw").state_dict().items()
     )
+
+
+def test_parts_that_were_not_fetched_are_not_called_damaged(hub, run):
+    call_json("push", run, REPO, "--optimizer")
+    call_json("sample", RUN, "--num", "1", "--steps", "4", "--out", "a.npz")  # fetches the averaged weights
+    status, _, error = call("push", RUN, "me/again", "--optimizer")
+    assert status == 2 and "without model.safetensors" in error and "damaged" not in error
+
+
+def test_constants_that_were_undone_are_not_left_on_the_hub(hub, run, tmp_path):
+    fitted, data = shutil.copytree(run, tmp_path / "fitted"), ["--data", run.parent / "images.npz"]
+    call_json("calibrate", fitted, "--method", "constants", "--rows", "400", *data, "--device", "cpu")
+    call_json("push", fitted, REPO)
+    assert "constants.json" in held(hub)
+    call_json("calibrate", fitted, "--method", "constants", "--undo", "--device", "cpu")
+    call_json("push", fitted, REPO)
+    assert "constants.json" not in held(hub) and "config.json" in held(hub)
+
+
+def test_scores_without_a_number_are_left_out_of_the_card(run, tmp_path):
+    kept = shutil.copytree(run, tmp_path / "kept")
+    for name in ("nll.json", "classes.json"):
+        (kept / name).write_text('{"bits_per_dim": null, "accuracy": null, "ece": null}')
+    (kept / "list.json").write_text("[1, 2]")
+    call_json("push", kept, REPO, "--dry-run", tmp_path / "card")
+    assert "| bits/dim" not in (tmp_path / "card" / "README.md").read_text()
+    assert json.loads((tmp_path / "card" / "list.json").read_text()) == [1, 2]
+
+
+def test_relative_paths_are_cut_to_their_last_part(run):
+    config = read_config(run)
+    names = ("../private/x", "x"), ("hf:owner/name", "hf:owner/name"), ("digits", "digits")
+    for source, published in names:
+        given = replace(config, data=replace(config.data, source=source, given=source))
+        assert published_config(given).data.source == published
 
 
 def test_a_run_that_is_pushed_again_has_one_checkpoint(hub, run, tmp_path):

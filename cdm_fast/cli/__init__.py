@@ -6,7 +6,7 @@ from collections.abc import Sequence
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status; see `entry.main`, which is imported here.
 
-    argv: the arguments, by default those of the process. Only then Ctrl-C ends the process during imports.
+    argv: the arguments; None takes those of the process, and then Ctrl-C during imports ends the process.
     """
     if argv is not None:
         from cdm_fast.cli.entry import main

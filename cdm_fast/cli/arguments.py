@@ -57,8 +57,8 @@ class WithSolver:
     tolerance: float = 1e-5
     """Relative and absolute tolerance of the ODE solver."""
     probes: int | None = None
-    """Random probes that estimate the divergence in the ODE; 0 computes it exactly, with one probe per
-    dimension. By default 4, or exact up to 16 dimensions."""
+    """Random probes that estimate the divergence in the ODE, 2 or more; 0 computes it exactly, with one probe
+    per dimension. By default 4, or exact up to 16 dimensions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +200,7 @@ class Calibrate(WithBatches, WithParticles, WithDevice):
     """
 
     run: Positional[Path]
-    """Run directory."""
+    """Run directory or hf:OWNER/NAME."""
     method: Literal["particles", "constants"] = "particles"
     """`particles` measures log Z by annealing; `constants` refits the constants of the logits, including
     those of classes, to noised training images."""
@@ -211,7 +211,7 @@ class Calibrate(WithBatches, WithParticles, WithDevice):
     data: str | None = None
     """Data source; by default the data of the run."""
     split: Split = "validation"
-    """Images to score before and after, and from which the walks from data to noise start."""
+    """Part of the data to score before and after; the walks from data to noise start from its images."""
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ class Score(WithBatches, WithDevice):
     """
 
     run: Positional[Path]
-    """Run directory."""
+    """Run directory or hf:OWNER/NAME."""
     data: str | None = None
     """Data source; by default the data of the run."""
     split: Split = "test"
@@ -329,7 +329,7 @@ class Restore(WithDevice):
     """
 
     run: Positional[Path]
-    """Run directory."""
+    """Run directory or hf:OWNER/NAME."""
     image: Positional[Path]
     """Image file of the model's image size, or smaller by --factor for super-resolution."""
     task: RestoreTask
@@ -362,7 +362,7 @@ class Plot(WithDevice):
     """Draw loss curves, confusion of noise levels and denoising error per level into the run directory."""
 
     run: Positional[Path]
-    """Run directory."""
+    """Run directory or hf:OWNER/NAME."""
     split: Split = "validation"
     """Part of the data on which to measure confusion and error."""
 
@@ -371,18 +371,18 @@ class Plot(WithDevice):
 class Report(WithDevice):
     """Show runs side by side on one HTML page, which needs no server and no other file.
 
-    What a run keeps is read, what is cheap is computed, and of the rest the page names the command.
+    The page shows the files that a run keeps, computes what is cheap, and names the command for the rest.
     """
 
     runs: Positional[tuple[Path, ...]]
     """Run directories, or hf:OWNER/NAME."""
     data: str | None = None
-    """Data source of the figures; by default the data of each run."""
+    """Data source of what is computed; by default the data of each run. Kept scores are shown as they are."""
     out: Path | None = None
-    """The page, a name that ends in .html; by default report.html in the first run."""
+    """File to write, which ends in .html; by default report.html in the directory of the first run."""
     playground: Switch = False
-    """Add the network of the first run, to try on drawings in the browser. Needs the extra onnx, and npm or
-    --onnxruntime-web."""
+    """Add the network of the first run, which the browser applies to your drawings. Needs the extra onnx, and
+    npm or --onnxruntime-web."""
     onnxruntime_web: Path | None = None
     """Folder with the files of onnxruntime-web, instead of fetching them by npm."""
 
@@ -418,11 +418,12 @@ class Push(WithJson):
     run: Positional[Path]
     """Run directory; RUN/best for its best checkpoint."""
     repo: Positional[str]
-    """OWNER/NAME; made if there is none."""
+    """Repository OWNER/NAME; created if it does not exist."""
     private: Switch = False
     """Make a new repository private."""
     optimizer: Switch = False
-    """Also publish the raw weights and the optimizer state, with which others can continue the training."""
+    """Also publish the raw weights and the optimizer state. Others can then download the folder and continue
+    the training with `train --resume FOLDER`."""
     dry_run: Path | None = None
     """Write what would be published into this folder, and upload nothing."""
 

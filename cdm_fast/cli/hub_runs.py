@@ -1,4 +1,4 @@
-"""Runs of the hub on the command line: `hf:OWNER/NAME` wherever a run directory can stand."""
+"""Runs of the hub on the command line: `hf:OWNER/NAME` in place of a run directory."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +19,8 @@ FOREIGN = arguments.Sample | arguments.Nll | arguments.Classify | arguments.Scor
 def with_local_runs(command: arguments.Command) -> arguments.Command:
     """The command with each run of the hub replaced by its run directory, runs/hf-OWNER-NAME-COMMIT.
 
-    What a command writes into its run goes there. Of several processes the one of rank 0 fetches. Raises
-    UserError for a repository that cannot be had, or holds no run where one is needed.
+    Commands write their results into that directory. Among several processes rank 0 fetches. Raises UserError
+    for a repository that cannot be fetched, or that holds no run where one is needed.
     """
     if not _named_on_hub(command):
         return command
@@ -28,12 +28,12 @@ def with_local_runs(command: arguments.Command) -> arguments.Command:
 
 
 def local_run(run: str | Path) -> Path:
-    """The run directory itself, or the one that a run of the hub becomes."""
+    """`run` as a local run directory; a run of the hub is fetched first."""
     return require_run(run, folder=_folder(run)) if on_hub(run) else Path(run)
 
 
 def resumable(run: Path) -> Path:
-    """The run directory itself; UserError for one of the hub, which is not ours to continue."""
+    """`run` unchanged; UserError for a run of the hub, which cannot be resumed."""
     if on_hub(run):
         raise UserError(
             f"--resume {run} is a run of the hub; give --finetune {run} to begin a new run from its weights"

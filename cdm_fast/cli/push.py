@@ -1,4 +1,4 @@
-"""`cdm-fast push`: a run to the Hugging Face hub, with its card."""
+"""`cdm-fast push`: uploads a run with its card to the Hugging Face hub."""
 
 import tempfile
 from pathlib import Path
@@ -12,7 +12,7 @@ from cdm_fast.host.files import atomic_directory, saving, write_atomically
 from cdm_fast.host.optional import need
 from cdm_fast.runs.card import write_card
 from cdm_fast.runs.checkpoint import read_config
-from cdm_fast.runs.hub import require_repository, stage_run
+from cdm_fast.runs.hub import REPLACED, require_repository, stage_run
 
 
 def push_command(command: arguments.Push) -> Outcome:
@@ -29,7 +29,7 @@ def push_command(command: arguments.Push) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         outcome = _prepared(command, name, Path(folder))
         title = f"{command.run.resolve().name}, by cdm-fast push"
-        address = hub.upload(Path(folder), name, private=command.private, message=title)
+        address = hub.upload(Path(folder), name, private=command.private, message=title, replaced=REPLACED)
     result = {**outcome.result, "commit": address}
     return Outcome(result, [*outcome.lines[:-1], address, f'load it by cdm_fast.load("{name}")'])
 

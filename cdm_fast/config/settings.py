@@ -28,10 +28,10 @@ class DataConfig:
     """`digits`, a folder or zip of pictures, a .csv or .jsonl of file names, an .npz, a folder of MNIST,
     CIFAR, parquet or arrow files, or hf:NAME."""
     image_size: ImageSizeFlag = None
-    """Resample what --crop leaves to this size, 64 for a square or 48x64 for height by width; by default the
-    images stay as they are."""
+    """Resample the cropped images to this size: 64 for a square, 48x64 for height by width. By default they
+    keep their size."""
     crop: str = "centre"
-    """`centre`, the largest central box of the proportions of --image-size; `none`, the whole picture; or
+    """`centre`, the largest central box with the proportions of --image-size; `none`, the whole picture; or
     LEFT,TOP,WIDTH,HEIGHT in pixels."""
     resample: Resample = "bicubic"
     """Filter of --image-size, antialiased."""
@@ -175,7 +175,7 @@ class TrainConfig:
     """Steps during which the average is a copy of the weights, after which its decay is constant; with 0 its
     decay rises gradually from the first step."""
     finetune: str | None = None
-    """Run directory, trained or converted, from whose averaged weights the new run starts."""
+    """Run directory, trained or converted, or hf:OWNER/NAME, whose averaged weights start the new run."""
     ce_weight: float = CE_WEIGHT
     """Weight of the cross-entropy over noise levels (cdm only)."""
     mse_weight: float = 1.0
@@ -185,16 +185,16 @@ class TrainConfig:
     only)."""
     classifier_noise: float = 0.0
     """Standard deviation of the Gaussian noise under which a classifier is trained, for pixels from 0 (black)
-    to 1 (white); the nearest level of the schedule (--objective classifier only)."""
+    to 1 (white), rounded to the nearest level of the schedule (--objective classifier only)."""
     dropout_until: float = 1.0
-    """Fraction of the steps, 0..1, that use dropout; the rest is trained without. Single-pass likelihoods are
-    too good if dropout is on until the end."""
+    """Fraction of the steps, 0..1, after which dropout is turned off. Single-pass likelihoods are too good if
+    it stays on until the end."""
     deform: float = 0.0
     """Fraction of the training images, 0..1, that are rotated, sheared, scaled and shifted a little at
-    random: for training sets so small that the network learns them by heart."""
+    random: for training sets so small that the network memorises them."""
     deform_until: float = 1.0
-    """Fraction of the steps, 0..1, that deform images; the rest is trained on the images as they are, whose
-    likelihood is to be learned."""
+    """Fraction of the steps, 0..1, after which images are no longer deformed, so that the likelihood learned
+    last is that of the original images."""
     label_dropout: float = 0.1
     """Fraction of the labels that are left out, 0..1 (class-conditional networks only)."""
     precision: Precision = "auto"

@@ -15,7 +15,7 @@ _SIZE = re.compile(r"(\d{1,9})(?:[xX](\d{1,9}))?")
 
 
 def parse_image_size(text: str) -> ImageSize:
-    """`64`, a square, or `48x64`, height by width; UserError for anything else.
+    """Parses `64` (a square) or `48x64` (height by width); UserError for anything else.
 
     >>> parse_image_size("64"), parse_image_size("48x64")
     (64, (48, 64))
@@ -49,7 +49,7 @@ def size_text(size: ImageSize) -> str:
 
 
 def halved(sides: Sides) -> Sides | None:
-    """Both sides halved, but a side of 1 as it is; None where that is not exact, or there is nothing left."""
+    """Both sides halved, except a side of 1; None if a side above 1 is odd, or both sides are 1 already."""
     if sides == (1, 1) or any(side > 1 and side % 2 for side in sides):
         return None
     return max(sides[0] // 2, 1), max(sides[1] // 2, 1)
@@ -67,7 +67,7 @@ def resolutions(sides: Sides, halvings: int) -> list[Sides] | None:
 
 
 def nearest_divisible(sides: Sides, halvings: int) -> Sides:
-    """The largest size, no larger than this one where there is any, whose sides are halved exactly.
+    """A size near this one that can be halved exactly: the largest below it, else the smallest possible.
 
     >>> nearest_divisible((50, 70), 3), nearest_divisible((1, 70), 3)
     ((48, 64), (1, 64))
@@ -92,6 +92,6 @@ def attended(sizes: Sequence[Sides], wanted: Sequence[int | float]) -> list[bool
 
 
 def attention_lengths(sizes: Sequence[Sides]) -> list[int]:
-    """What attention calls each resolution: its height, or its width where images have one row."""
+    """The number that names each resolution for attention: its height, or its width for images of one row."""
     flat = sizes[0][0] == 1
     return [width if flat else height for height, width in sizes]

@@ -17,10 +17,10 @@ def deform(
     num_grey_levels: int,
     generator: torch.Generator,  # on the device of the images
 ) -> Tensor:
-    """Every image rotated, sheared, scaled and shifted a little, by normal draws of its own.
+    """Rotates, shears, scales and shifts every image a little, by its own normally distributed amounts.
 
-    Pixels are interpolated (bicubic) and rounded up or down at random, so that their mean is kept; beyond the
-    edge the outermost pixels go on. Returns (B, C, H, W) uint8 in 0..N-1.
+    Pixels are interpolated (bicubic) and rounded up or down at random, which keeps their mean. Beyond the
+    edge the outermost pixels are repeated. Returns (B, C, H, W) uint8 in 0..N-1.
 
     >>> black = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
     >>> bool((deform(black, 17, torch.Generator().manual_seed(0)) == 0).all())
@@ -36,7 +36,7 @@ def deform(
 
 
 def deform_some(images: Tensor, share: float, num_grey_levels: int, generator: torch.Generator) -> Tensor:
-    """As `deform`, of a random `share` (0..1) of the images; the others stay as they are."""
+    """`deform` applied to a random `share` (0..1) of the images (B, C, H, W); the others do not change."""
     chosen = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < share
     return torch.where(chosen, deform(images, num_grey_levels, generator), images)
 

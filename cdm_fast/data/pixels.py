@@ -24,7 +24,7 @@ def dequantize(
         num_grey_levels: N, 2..256.
         noise: noise in [0,1) with the shape of `images`, or a generator on their device.
 
-    Returns: float32 like `images`, in [-1, 1].
+    Returns: float32 like `images`, in [-1, 1); for "points" up to half a grey level beyond both ends.
     Raises UserError if images are not uint8, hold a level above N-1, or the noise has another shape.
     Source: Theis et al., arXiv 1511.01844, section 3.1.
     """
@@ -57,7 +57,8 @@ def bits_of_interval(num_grey_levels: int, pixels: PixelMap = "intervals") -> fl
 def quantize(x: Tensor, num_grey_levels: int, pixels: PixelMap = "intervals") -> Tensor:
     """The grey level whose interval holds x, clamped to the range: floor(N (x+1)/2); inverse of `dequantize`.
 
-    Args: x: float, in [-1, 1] up to overshoot of a sampler; num_grey_levels: N, 2..256. Returns uint8 like x.
+    Args: x: float, in [-1, 1] or slightly beyond; num_grey_levels: N, 2..256; pixels: with "points" the level
+    of the nearest point 2u/(N-1) - 1. Returns uint8 like x.
     Raises UserError if x holds NaN.
     """
     if torch.isnan(x).any():

@@ -22,12 +22,12 @@ class HubName(NamedTuple):
 
 
 def on_hub(run: str | Path) -> bool:
-    """Whether what stands for a run names a repository of the hub."""
+    """True if `run` names a repository of the hub, `hf:...`, and not a folder."""
     return str(run).startswith(PREFIX)
 
 
 def parse_hub_name(name: str | Path) -> HubName:
-    """What `hf:OWNER/NAME` or `hf:OWNER/NAME@REVISION` names; UserError where it names no repository."""
+    """Parses `hf:OWNER/NAME` or `hf:OWNER/NAME@REVISION`; UserError if it names no repository."""
     repo, at, revision = str(name).removeprefix(PREFIX).partition("@")
     if not repo.strip() or at and not revision.strip():
         raise UserError(
@@ -39,8 +39,8 @@ def parse_hub_name(name: str | Path) -> HubName:
 def fetch(name: HubName, patterns: Sequence[str]) -> Path:
     """The folder of a repository's files that match `patterns`, in the cache of `huggingface_hub`.
 
-    Files that are there already are not fetched again; without a network those of the last time are taken.
-    The folder is named after the commit. Raises UserError where the package or the repository cannot be had.
+    Files in the cache are not fetched again; without a network the cached ones are used. The folder is named
+    after the commit. Raises UserError if the package is missing or the repository cannot be fetched.
     """
     hub = _client("hf: models")
     try:
@@ -51,24 +51,30 @@ def fetch(name: HubName, patterns: Sequence[str]) -> Path:
 
 
 def assets_folder(name: HubName, commit: str) -> Path:
-    """A folder for files made from a repository's, beside the cache of `huggingface_hub`; not created."""
+    """A folder for files derived from a repository, created beside the cache of `huggingface_hub`."""
     hub = _client("hf: models")
-    place = hub.cached_assets_path("cdm_fast", namespace=name.repo, subfolder=commit)
-    return Path(place)
+    try:
+        return Path(hub.cached_assets_path("cdm_fast", namespace=name.repo, subfolder=commit))
+    except (OSError, ValueError) as error:
+        raise bad(name, f"has no place in the cache ({error_text(error)}); set HF_HOME") from None
 
 
-def upload(folder: Path, name: HubName, *, private: bool, message: str) -> str:
-    """Uploads a folder as one commit to a repository, made where there is none; returns the commit's address.
+def upload(folder: Path, name: HubName, *, private: bool, message: str, replaced: Sequence[str]) -> str:
+    """Uploads a folder as one commit, creating the repository if needed; returns the URL of the commit.
 
-    Files of a checkpoint that the repository held before are deleted. private: of a new repository.
-    Raises UserError where the package, a token, the permission or the network is missing.
+    replaced: patterns of files that are deleted unless they are uploaded again. private: whether a new
+    repository is private; an existing one does not change. Raises UserError if the package, a token,
+    permission or the network is missing.
     """
     hub = _client("push")
     api = hub.HfApi(library_name="cdm_fast")
     try:
         api.create_repo(name.repo, private=private, exist_ok=True)
         commit = api.upload_folder(
-            repo_id=name.repo, folder_path=folder, commit_message=message, delete_patterns=["checkpoints/*"]
+            repo_id=name.repo,
+            folder_path=folder,
+            commit_message=message,
+            delete_patterns=list(replaced),
         )
     except (OSError, ValueError, RuntimeError, hub.errors.HTTPError) as error:
         raise bad(name, _told(error, hub.errors, name.revision, writing=True)) from None

@@ -48,7 +48,7 @@ class _Function(nn.Module):
 
 
 class Foreign(Denoiser):
-    """The base of all wrappers here: the call of the network, its labels, and what it predicts.
+    """The base of all wrappers here; it calls the network, converts labels, and knows what it predicts.
 
     Subclasses define how levels are converted to the network's own amplitudes and condition.
     """
@@ -116,7 +116,7 @@ class Foreign(Denoiser):
 class LevelDenoiser(Foreign):
     """Any callable on levels: `f(x, condition, label)` at `x_t = a[t] x_0 + s[t] eps` of `schedule`.
 
-    Without a path in continuous time, its ODE interpolates eps_hat between levels.
+    It has no path in continuous time, so the ODE likelihood interpolates eps_hat between levels.
 
     Args:
         network: a module or a function.

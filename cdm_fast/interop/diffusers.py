@@ -38,7 +38,7 @@ class Prediction(NamedTuple):
 class NoisePredictor(nn.Module):
     """A model with the call interface of diffusers' networks: `predictor(x, timestep).sample` is eps_hat.
 
-    For schedulers from `build_scheduler(kind, model.schedule, steps)`, in your own loop or in a pipeline.
+    Use it with a scheduler from `build_scheduler(kind, model.schedule, steps)`, in a loop or in a pipeline.
 
     Args:
         model: a CDM, a DDM, a composition, or `sampling.Guided(model, w)`.

@@ -14,7 +14,7 @@ from cdm_fast.ops import use_backend
 
 
 class Likelihood(nn.Module):
-    """`log p_t(x)` in nats at every level, (B, L), as a plain module of one tensor."""
+    """`log p_t(x)` in nats at every level, (B, L), as a module with one input."""
 
     outputs = ("log_prob",)
 
@@ -28,7 +28,7 @@ class Likelihood(nn.Module):
 
 
 class ClassPosterior(nn.Module):
-    """`log p(c | x)` in nats at a level, (B, K), as a plain module of one tensor.
+    """`log p(c | x)` in nats at one level under the training class prior, (B, K), as a module with one input.
 
     Raises UserError for a model without classes.
     """
@@ -47,11 +47,12 @@ class ClassPosterior(nn.Module):
 
 
 class Inspection(nn.Module):
-    """Log density, noise level and denoised version of noised images of unknown level, as a plain module.
+    """Log-density, level posterior and denoised version of images with unknown noise, as a module.
 
-    Returns `log p(x|c)` in nats at level 0, (B, K), or `log p(x)`, (B, 1), of a model without classes; the
-    posterior `log p(t|x)` under equal levels, (B, L); and the denoised image at the most probable of the
-    levels 1..T, like x. The gradient is the network's explicit adjoint, so the graph holds no autograd.
+    Returns `log p(x|c)` in nats at level 0, (B, K), or `log p(x)`, (B, 1), for a model without classes;
+    the posterior `log p(t|x)` under a uniform prior over levels, (B, L); and the denoised image at the most
+    probable of the levels 1..T, like x. The gradient is the network's explicit adjoint, so the graph holds no
+    autograd.
     """
 
     outputs = ("log_prob", "log_level", "denoised")
@@ -76,7 +77,8 @@ class Inspection(nn.Module):
 def export(module: Likelihood | ClassPosterior | Inspection) -> torch.export.ExportedProgram:
     """The module as one graph of PyTorch operations, for any batch size, which `torch.export.save` can write.
 
-    It runs without cdm_fast; dropout is off.
+    It runs without cdm_fast. The module is left in evaluation mode. Raises UserError if the model does not
+    know the shape of one image.
     """
     module = module.eval()
     model = module.model
@@ -93,7 +95,7 @@ def export_onnx(
 ) -> Path:
     """The module as an ONNX file, input `x`, outputs `module.outputs`, any batch size.
 
-    Raises UserError without the packages of the extra `onnx`.
+    Raises UserError without the packages of the extra `onnx`, and as `export`.
     """
     try:
         import onnxscript  # noqa: F401  (needed by torch.onnx)

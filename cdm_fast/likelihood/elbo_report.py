@@ -30,7 +30,8 @@ class ElboReport:
     Fields:
         bits_per_dim, bits_per_dim_stderr: mean over images and its standard error.
         prior, reconstruction: these terms, bits/dim; the second includes the offset of the grey levels.
-        levels, steps: the cost in bits/dim of the step that ends at each level except the noisiest.
+        levels: the m levels of the chain, lowest first.
+        steps: (m-1,) bits/dim of each step `levels[i+1] -> levels[i]`.
         given: "label", each image given its label; "none", without a label.
         num_images, seconds: how it was measured.
         index, per_image: (n,) which images of the split, and the bits/dim of each.

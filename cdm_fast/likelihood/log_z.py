@@ -49,7 +49,7 @@ class Normalisation:
         log_z_up, log_z_up_stderr: the same for the walks up.
         log_z_bits_per_dim, log_z_bits_per_dim_stderr: `log2 Z / d` at level 0, by the walks down; adding it
             to bits/dim normalises the density.
-        smallest_ess: smallest effective sample size over N of all reweightings of the walks down.
+        smallest_ess: smallest effective sample size of the walks down over all reweightings, as a share of N.
         acceptance: mean acceptance rate of the moves.
         particles, runs, moves: N, R and the moves at each rung.
     """

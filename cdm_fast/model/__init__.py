@@ -1,4 +1,4 @@
-"""Models on a noise schedule: CDM, DDM, and what is made of them."""
+"""Models on a noise schedule: CDM, DDM, and models built from them."""
 
 from cdm_fast.model.cdm import CDM
 from cdm_fast.model.composition import Mixture, Product, negation

@@ -173,7 +173,8 @@ class CDM(Energy):
     def cross_entropy_and_ratio_gradient(
         self, x: Tensor, level: Tensor, label: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """What training needs, from one evaluation: cross-entropy, logits of the level, and gradient.
+        """The terms of the training loss from one evaluation: cross-entropy, logits of the level, and
+        gradient.
 
         Returns `-log p(level, label | x)` (B,) in nats, `z[level]` (B, K) and `grad_x F(x, level)` like `x`.
         The second is None if the logits do not depend on classes, and is meaningless at pure noise.

@@ -144,8 +144,8 @@ class Product(Composition):
 class Mixture(Composition):
     """The mixture of densities, `q_t(x) = sum_i w_i p_i,t(x)`.
 
-    Its density at each level is the noised mixture, which holds for no other composition. The normalisation
-    of the parts matters: a model whose density integrates to 2 gets twice its weight.
+    Its density at each level is exactly that of the noised mixture; no other composition has this property.
+    The normalisation of the parts matters: a model whose density integrates to 2 gets twice its weight.
 
     Args:
         parts: the densities.

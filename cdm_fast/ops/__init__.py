@@ -1,4 +1,4 @@
-"""The fused ops. Each exists as a plain-PyTorch reference and as kernels for several backends."""
+"""The ops: each has a plain-PyTorch reference, and most have kernels for several backends."""
 
 from cdm_fast.ops.attention import attention, attention_vjp
 from cdm_fast.ops.backend import set_backend, use_attention_method, use_backend

@@ -56,8 +56,8 @@ def group_norm_silu(
         seed: seed of the dropout mask, which is a function of (seed, offset) and of the element's index in
             channels-last order. The third number is the number of images before the first, so that a part of
             a batch has the same mask as in the whole batch.
-        skip: normalises cat((x, skip), 1) with C + C2 channels, like weight, bias and y; a group may contain
-            channels of both. Kernels read both in place; the reference concatenates, with the same result.
+        skip: if given, cat((x, skip), 1) is normalised, and weight, bias and y have C + C2 channels. A group
+            may contain channels of both. Kernels read both in place; the reference concatenates.
 
     Returns:
         (y, mean, rstd): y like x; mean and rstd (B, G) in fp32 (fp64 for fp64), constants to autograd.

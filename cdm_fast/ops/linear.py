@@ -49,7 +49,7 @@ def _dense(matrix: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x W^T + b`: x (..., K), weight (N, K), bias (N,) -> (..., N). As `torch.nn.functional.linear`.
 
-    Differentiable to any order; under `torch.func` on the reference backend.
+    Differentiable to any order; `torch.func` needs the reference backend.
     """
     plain = torch.compiler.is_compiling() or backend.selected_backend() == "reference"
     if plain or torch.is_autocast_enabled(x.device.type):

@@ -1,4 +1,4 @@
-"""What the page is made of: blocks of pictures, tables and words, which the template lays out."""
+"""The blocks of the page (pictures, tables, text), which the template lays out."""
 
 import base64
 import tempfile
@@ -15,7 +15,7 @@ from cdm_fast.plots.canvas import panels_in_a_column
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as a data URI. plot: lines on white, which dark mode inverts; not maps of colours."""
+    """A picture as a data URI. plot: True for lines on white, which dark mode inverts; False for images."""
 
     title: str
     source: str
@@ -43,7 +43,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Bars:
-    """Shares from 0 to 1 by name, each with its text."""
+    """A bar chart: rows of (name, share from 0 to 1, text beside the bar)."""
 
     title: str
     rows: Sequence[tuple[str, float, str]]
@@ -65,7 +65,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Missing:
-    """What is not there, and the command that makes it."""
+    """Stands for a missing part: the reason, and the command that creates it."""
 
     title: str
     reason: str
@@ -78,7 +78,7 @@ Block = Picture | Tiles | Bars | Table | Missing
 
 @dataclass(frozen=True)
 class RunPage:
-    """Everything that the page shows of one run: figures for the top, and blocks by section."""
+    """The content of the page for one run: facts and figures for the top, and the blocks of each section."""
 
     name: str
     facts: Sequence[tuple[str, str]]
@@ -98,7 +98,7 @@ def tile_source(pixels: Tensor) -> str:
 
 
 def drawn(write: Callable[[Path], Any]) -> str:
-    """A picture of `cdm_fast.plots` as an SVG data URI, its panels below each other."""
+    """The plot that `write(path)` draws, as an SVG data URI, with its panels below each other."""
     with tempfile.TemporaryDirectory() as folder, panels_in_a_column():
         path = Path(folder) / "plot.svg"
         write(path)

@@ -1,4 +1,4 @@
-"""What the page shows of a run: read where the run keeps it, computed where that is cheap, else named.
+"""The content of the page for a run: read from the run, computed if cheap, or shown as missing.
 
 # n images, C channels, H W pixels, L = T+2 noise levels
 """
@@ -93,7 +93,7 @@ class Source:
         return self.model if isinstance(self.model, CDM) else None
 
     def no_data(self, title: str) -> Missing:
-        """The block that stands for what needs the images."""
+        """The block shown in place of a part that needs the images."""
         return Missing(title, self.why, f"cdm-fast report {self.run} --data DATA")
 
     def pixels(self, images: Tensor) -> Tensor:
@@ -336,7 +336,7 @@ def _denoised(source: Source) -> Tiles:
             ],
         ),
     ]
-    told = f"Noise of σ {NOISE} is added and removed again by cdm-fast denoise's method, which estimates σ."
+    told = f"Noise with σ = {NOISE} is added, then removed as by cdm-fast denoise, which estimates σ."
     return Tiles("Denoising without knowing the noise", rows, told)
 
 

@@ -1,6 +1,6 @@
-"""The part of the page that runs the network: the ONNX file and onnxruntime-web, packed into it.
+"""The playground: the page contains the network as ONNX, and onnxruntime-web to run it.
 
-WebAssembly, single-threaded, from memory: a page that was opened as a file makes no request.
+WebAssembly is loaded from the page itself and uses one thread, so the page makes no request.
 """
 
 import base64
@@ -35,7 +35,7 @@ EXAMPLES = 10
 def content(
     model: CDM, name: str, config: RunConfig, data: ImageData | None, runtime: dict[str, bytes]
 ) -> dict[str, Any]:
-    """What the template's playground shows of a model; `runtime` as `runtime_files` returns it.
+    """The values that the template needs to show the playground of a model; runtime: from `runtime_files`.
 
     Raises UserError without the packages that write ONNX.
     """
@@ -78,9 +78,10 @@ def content(
 
 
 def runtime_files(folder: Path | None = None) -> dict[str, bytes]:
-    """The files of onnxruntime-web: of a folder, its `dist` or the package; or fetched by npm and verified.
+    """The files of onnxruntime-web, {name: content}: fetched by npm and verified, or read from `folder`.
 
-    Raises UserError where they are not in the folder, or npm or the network is missing.
+    folder: the package or its `dist` folder; its files are not verified.
+    Raises UserError if a file is not in the folder, npm cannot fetch the package, or its checksum is wrong.
     """
     if folder is None:
         return _fetched()

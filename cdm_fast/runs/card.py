@@ -31,7 +31,7 @@ def write_card(
     repo: str,  # OWNER/NAME
     title: str,
 ) -> str:
-    """The text of the card: metadata, what it is, how to load it, training, figures, limits, files."""
+    """The text of the card: metadata, description, how to load the run, training, figures, limits, files."""
     sections = [
         _metadata(config, folder, repo),
         f"# {title}",
@@ -108,7 +108,7 @@ def _what(config: RunConfig) -> str:
     }[conditioning if config.train.objective != "classifier" else "none"]
     if config.train.objective == "classifier":
         classes = f"It tells {image.num_classes} classes apart."
-    return f"{_KINDS[config.train.objective]}, of {kind} ({_source(config)}). {classes} Trained by cdm_fast."
+    return f"{_KINDS[config.train.objective]} for {kind} ({_source(config)}). {classes} Trained by cdm_fast."
 
 
 def _source(config: RunConfig) -> str:
@@ -176,7 +176,7 @@ def _figures(folder: Path) -> str:
 
 def _likelihoods(folder: Path) -> Iterator[tuple[str, ...]]:
     report = read_report(folder, "nll.json")
-    if report is not None and "bits_per_dim" in report:
+    if report is not None and report.get("bits_per_dim") is not None:
         protocol = (
             f"{report.get('num_images')} {report.get('split')} images of {report.get('data')}, level"
             f" {report.get('level')}, {report.get('draws')} draws, {report.get('protocol')}, single pass,"
@@ -205,7 +205,7 @@ _AUDIT = {
 
 def _accuracies(folder: Path) -> Iterator[tuple[str, ...]]:
     report = read_report(folder, "classes.json")
-    if report is None or "accuracy" not in report:
+    if report is None or report.get("accuracy") is None:
         return
     protocol = (
         f"{report.get('num_images')} {report.get('split')} images of {report.get('data')}, method"
@@ -213,7 +213,8 @@ def _accuracies(folder: Path) -> Iterator[tuple[str, ...]]:
     )
     file = "[classes.json](classes.json)"
     yield "accuracy", _with_error(report, "accuracy", 100, " %"), protocol, file
-    yield "calibration error (ECE)", f"{100 * report['ece']:.2f} %", protocol, file
+    if report.get("ece") is not None:
+        yield "calibration error (ECE)", f"{100 * report['ece']:.2f} %", protocol, file
 
 
 def _with_error(report: Mapping[str, Any], key: str, scale: float = 1, unit: str = "") -> str:
@@ -237,8 +238,8 @@ def _limits(config: RunConfig, folder: Path) -> Iterator[str]:
             )
         if (folder / "calibration.json").is_file():
             yield "Its likelihoods are calibrated: `load` subtracts the log Z in calibration.json by level."
-        yield "A high likelihood does not make an image a usual one: smooth images score high."
-    yield "No licence is stated here, neither of the training data nor of the weights; ask the owner."
+        yield "A high likelihood does not mean that an image is typical: smooth images score high."
+    yield "This card states no licence for the training data or the weights; ask the owner."
 
 
 def _files(folder: Path) -> Iterator[str]:

@@ -241,8 +241,9 @@ def _require_parts(folder: Path, manifest: Any, parts: Sequence[str]) -> None:
     missing = [part for part in parts if isinstance(left_out, list) and part in left_out]
     if missing:
         raise _PartLeftOut(
-            f"{folder} was published without {missing[0]}.safetensors, with the averaged weights alone: load"
-            " those, begin a new run from them by --finetune, or have it pushed with --optimizer"
+            f"{folder} was published or fetched without {missing[0]}.safetensors, with the averaged weights"
+            " alone: load those, begin a new run from them by --finetune, or download all files of a run"
+            " that was pushed with --optimizer"
         )
 
 

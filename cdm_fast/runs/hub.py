@@ -1,7 +1,7 @@
-"""Runs on the Hugging Face hub: a repository holds a run directory, with a card beside it.
+"""Runs on the Hugging Face hub: a repository holds a run directory and a model card.
 
-What is pushed is the newest intact checkpoint with its averaged weights, the config, the calibration, the
-log, and the pictures and scores that the run keeps. What is fetched becomes a run directory again.
+A push uploads the averaged weights of the newest intact checkpoint, the config, the calibration, the log,
+and the pictures and scores of the run. A fetch makes a run directory of them again.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from cdm_fast.config.json import parse_json
 from cdm_fast.errors import UserError
 from cdm_fast.host import hub
 from cdm_fast.host.files import saving, write_atomically
-from cdm_fast.host.reading import bad, read_bytes
+from cdm_fast.host.reading import bad, error_text, read_bytes
 from cdm_fast.runs.checkpoint import (
     LEFT_OUT,
     PARTS,
@@ -29,9 +29,12 @@ from cdm_fast.runs.checkpoint import (
     write_config,
     write_json,
 )
-from cdm_fast.runs.reports import read_report
 
 KEPT = ("*.json", "*.png", "log.jsonl")  # of the top folder of a run, what is pushed beside the checkpoint
+REPLACED = (  # by the next push: what would not fit other weights
+    "checkpoints/*",
+    *(f"{name}.json" for name in ("calibration", "constants", "nll", "classes", "audit")),
+)
 FILE_LIMIT = 2**26  # bytes of a picture or log that a run keeps
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -40,12 +43,12 @@ def fetch_run(run: str | Path, parts: Sequence[str] = ("ema",), folder: Path | N
     """The run that `hf:OWNER/NAME[@REVISION]` names, as a run directory on this machine.
 
     Args:
-        parts: of `checkpoint.PARTS`, those to fetch.
-        folder: where the run directory goes, with the commit in its name; by default beside the cache of
-            `huggingface_hub`. What is in it already stays.
+        parts: the parts of the checkpoint to fetch, from `checkpoint.PARTS`.
+        folder: the run directory to create; the commit is appended to its name. By default a folder beside
+            the cache of `huggingface_hub`. Existing files are kept.
 
-    Returns None where the repository holds something else, such as a model of diffusers. Raises UserError
-    where it cannot be had.
+    Returns None if the repository holds something else, such as a model of diffusers. Raises UserError if it
+    cannot be fetched.
     """
     name = hub.parse_hub_name(run)
     found = hub.fetch(name, ["*.json"])
@@ -59,38 +62,62 @@ def fetch_run(run: str | Path, parts: Sequence[str] = ("ema",), folder: Path | N
         hub.assets_folder(name, commit) if folder is None else folder.with_name(f"{folder.name}-{commit[:8]}")
     )
     with saving(target):
-        _copy_into(snapshot, target)
+        _copy_into(snapshot, target, parts)
     return target
 
 
 def require_run(run: str | Path, parts: Sequence[str] = ("ema",), folder: Path | None = None) -> Path:
-    """As `fetch_run`; UserError where the repository holds no run."""
+    """The same as `fetch_run`, but raises UserError if the repository holds no run."""
     found = fetch_run(run, parts, folder)
     if found is None:
         raise bad(run, "holds no run of cdm_fast; give a repository that cdm-fast push wrote")
     return found
 
 
-def _copy_into(snapshot: Path, target: Path) -> None:
-    """Copies the files of a snapshot that are not there yet; weights are hard links where possible."""
-    for path in sorted(snapshot.rglob("*")):
-        copy = target / path.relative_to(snapshot)
-        if path.is_dir() or copy.exists():
-            continue
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".safetensors":
-            _link(path.resolve(), copy)
-        else:
-            write_atomically(copy, path.read_bytes())
+def _copy_into(snapshot: Path, target: Path, parts: Sequence[str]) -> None:
+    """Copies the files of a run that are not there yet; weights are hard links where possible.
+
+    A snapshot is shared with other programs, which may have fetched more. Every process may do this at once.
+    """
+    weights = [f"checkpoints/*/{part}.safetensors" for part in parts]
+    for pattern in (*KEPT, "checkpoints/*/*.json", *weights):
+        for path in sorted(snapshot.glob(pattern)):
+            copy = target / path.relative_to(snapshot)
+            if path.name == "manifest.json":
+                continue
+            if path.suffix != ".safetensors" and path.stat().st_size > FILE_LIMIT:
+                raise bad(path, f"has {path.stat().st_size} bytes, above the limit of {FILE_LIMIT}")
+            if not copy.exists():
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                _link(path.resolve(), copy) if path.suffix == ".safetensors" else _copy(path, copy)
+    for path in snapshot.glob("checkpoints/*/manifest.json"):
+        _copy_manifest(path, target / path.relative_to(snapshot))
+
+
+def _copy_manifest(source: Path, target: Path) -> None:
+    """Copies a manifest, with the parts that were not fetched among those left out."""
+    manifest = parse_json(read_bytes(source.resolve(), FILE_LIMIT))
+    if isinstance(manifest, dict):
+        absent = [part for part in PARTS if not (target.parent / f"{part}.safetensors").exists()]
+        manifest = {**manifest, LEFT_OUT: absent}
+    unfinished = target.with_name(f".{target.name}.unfinished-{os.getpid()}")
+    unfinished.write_text(json.dumps(manifest, indent=2))
+    os.replace(unfinished, target)
 
 
 def _link(source: Path, target: Path) -> None:
+    """A hard link; a copy on another file system."""
     try:
         os.link(source, target)
-    except OSError:  # another file system
-        unfinished = target.with_name(f".{target.name}.unfinished-{os.getpid()}")
-        shutil.copyfile(source, unfinished)
-        os.replace(unfinished, target)
+    except OSError:
+        if not target.exists():  # else another process was faster
+            _copy(source, target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    unfinished = target.with_name(f".{target.name}.unfinished-{os.getpid()}")
+    shutil.copyfile(source, unfinished)
+    os.replace(unfinished, target)
 
 
 def require_repository(name: str) -> hub.HubName:
@@ -104,11 +131,11 @@ def require_repository(name: str) -> hub.HubName:
 
 
 def stage_run(run: Path, folder: Path, *, optimizer: bool = False) -> RunConfig:
-    """Copies into `folder` what of a run is published; returns the published config.
+    """Copies the files of a run that are to be published into `folder`; returns the published config.
 
     The newest intact checkpoint is verified first. Paths of this machine are cut to their last part.
 
-    optimizer: also the raw weights and the optimizer state, with which training can be continued.
+    optimizer: also copy the raw weights and the optimizer state, which are needed to continue training.
     Raises UserError for a folder that is no run, or holds no intact checkpoint.
     """
     config = published_config(read_config(run))
@@ -127,7 +154,7 @@ def stage_run(run: Path, folder: Path, *, optimizer: bool = False) -> RunConfig:
 
 
 def published_config(config: RunConfig) -> RunConfig:
-    """The config without paths of this machine: the data by the name that was given, or a last part."""
+    """The config with paths cut to their last part; the data have the name that was given."""
     source = config.data.given or config.data.source
     data = replace(config.data, source=_last_part(source), given=None)
     finetune = config.train.finetune
@@ -136,13 +163,20 @@ def published_config(config: RunConfig) -> RunConfig:
 
 
 def _last_part(source: str) -> str:
-    return PurePath(source).name if source.startswith(("/", "~", "hf:/", "hf:~")) else source
+    """The last component of a path; the name of a data set on the hub as it is."""
+    name = source.removeprefix(hub.PREFIX)
+    is_path = name.startswith(("/", "~", ".")) or Path(name).exists()
+    return source if hub.on_hub(source) and not is_path else PurePath(name).name
 
 
 def _publish(path: Path, target: Path, run: Path) -> None:
     """Copies a picture, log or report of a run; a report without paths of this machine."""
     if path.suffix == ".json":
-        write_json(target, _without_paths(read_report(run, path.name), str(run)))
+        try:
+            found = json.loads(read_bytes(path, FILE_LIMIT, run), parse_constant=lambda _: None)
+        except (ValueError, RecursionError) as error:
+            raise bad(path, f"cannot be read as JSON ({error_text(error)}); write it again or remove it") from None
+        write_json(target, _without_paths(found, str(run)))
     else:
         write_atomically(target, read_bytes(path, FILE_LIMIT, run))
 

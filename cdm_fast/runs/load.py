@@ -34,8 +34,8 @@ def load(
             (`cdm-fast calibrate --method constants`); ignored for "raw".
 
     Raises:
-        UserError: `run` is not a run directory, cannot be fetched, or has no intact checkpoint of its
-            architecture.
+        UserError: `run` is not a run directory, cannot be fetched, or has no intact checkpoint that fits
+            its config.
 
     Example, with an untrained run:
         >>> import tempfile

@@ -41,11 +41,11 @@ class Cells:
 
     @property
     def shift(self) -> Array:
-        """(m,) from a value to the middle of its interval."""
+        """(m,) offset from each value to the middle of its interval."""
         return (self.low + self.high) / 2 - self.values
 
     def variance(self, x: Array) -> float:
-        """What spreading adds to the variance of a column x (n,), about."""
+        """Approximate increase of the variance of a column x (n,) when its values are spread."""
         index, inside = self.nearest(x)
         return float(np.mean(inside * ((self.high - self.low) ** 2 / 12 + self.shift**2)[index]))
 
@@ -168,7 +168,7 @@ def measure(
 
 
 def without_far_rows(x: Array, name: str = "X") -> NDArray[np.bool_]:
-    """(n,) bool: False for rows extremely far from all others, about which it warns.
+    """(n,) bool: False for rows extremely far from all others; warns if there are any.
 
     One entry that is wrong by orders of magnitude would determine the scale of a whole column.
     """

@@ -77,7 +77,8 @@ class CDMDensity(OutlierMixin, DensityMixin, TableEstimator):
     Attributes:
         models_: the `CDM` of each fold, for standardised rows; `model_` is the first.
         columns_: the standardisation.
-        log_prob_ (n,): `log p(x)` of every row of `fit`, from the network that was not trained on it.
+        log_prob_ (n,): `log p(x)` in nats of every row of `fit`, from the network that was not trained on it;
+            a single network also scores its own training rows.
         log_integrals_: log of the integral of each network's density, estimated from its own level ratios; 0
             for a normalised density.
         offset_: `decision_function` is `score_samples` minus this.
@@ -241,7 +242,8 @@ class CDMDensity(OutlierMixin, DensityMixin, TableEstimator):
         """Conformal p-values (n,): the share of held-out rows that are at least as unusual as this one.
 
         A row from the distribution of the training rows has a p-value below u with probability at most about
-        u. The smallest p-value is 1/(n+1), so few rows of `fit` give coarse p-values.
+        u. The smallest p-value is 1/(m+1) for m held-out rows, so few rows of `fit` give coarse
+        p-values.
         """
         score = self.score_samples(X)
         as_low = self._kept_below[np.searchsorted(self._kept_scores, score, side="right")]

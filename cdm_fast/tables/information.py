@@ -43,8 +43,8 @@ class MutualInformation(TableEstimator):
     """Mutual information of X and Y: the mean of `log(p(x, y) / (p(x) p(y)))`, estimated by cross-fitting.
 
     Columns are first transformed to normal scores by their ranks, which preserves mutual information and
-    makes heavy tails harmless. Discrete columns are dequantised: ties are ordered at random, or, for few
-    distinct values, each gets a narrow bell.
+    makes heavy tails harmless. Discrete columns are dequantised: ties are ordered at random; in columns
+    with few distinct values each value becomes a narrow Gaussian.
 
     A network for each fold starts as the Gaussian given by the fold's canonical correlations and learns the
     remainder. Up to 20,000 rows, it is combined with two experts that need no training: a Student t copula

@@ -59,7 +59,8 @@ class DensityRatio(ClassifierMixin, TableEstimator):
     Attributes:
         columns_: the standardisation of all rows together.
         classes_ (2,): the two values of y, denominator first.
-        networks_: the `RatioNetwork` of each fold; `calibration_`: their `alpha` and `c`.
+        networks_: the `RatioNetwork` of each fold.
+        calibration_: `alpha` and `c` (nats) of the calibrated log ratio, `alpha log_ratio + c`.
         log_ratio_ (n,): nats, of every row of `fit` by the network that was not trained on it; if there are
             too few rows for two networks, by the only one.
         n_iter_, loss_curve_, validation_scores_: training history of each network.
@@ -184,7 +185,7 @@ class DensityRatio(ClassifierMixin, TableEstimator):
         return math.log(2) - float(np.mean(of_set))
 
     def weights(self, X: ArrayLike, clip: float | None = None) -> Array:
-        """Importance weights (n,) for rows of the denominator to represent the numerator: the ratio, mean 1.
+        """Importance weights (n,) that make rows of the denominator represent the numerator; their mean is 1.
 
         clip: the largest weight, in units of the mean. A few rows with large weights make every weighted mean
         noisy; `effective_sample_size` measures this.
