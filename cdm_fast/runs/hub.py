@@ -175,7 +175,7 @@ def _publish(path: Path, target: Path, run: Path) -> None:
         try:
             found = json.loads(read_bytes(path, FILE_LIMIT, run), parse_constant=lambda _: None)
         except (ValueError, RecursionError) as error:
-            raise bad(path, f"cannot be read as JSON ({error_text(error)}); write it again or remove it") from None
+            raise bad(path, f"cannot be read ({error_text(error)}); write it again or remove it") from None
         write_json(target, _without_paths(found, str(run)))
     else:
         write_atomically(target, read_bytes(path, FILE_LIMIT, run))
