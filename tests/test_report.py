@@ -6,16 +6,19 @@ import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import torch
 
 from cdm_fast import load
 from cdm_fast.interop import Inspection
 from cdm_fast.report import playground as module
+from cdm_fast.report.blocks import Missing, RunPage
 from cdm_fast.report.gather import SECTIONS
+from cdm_fast.report.page import _rows
 from cdm_fast.training.train import train
 from tests.test_cli import call, call_json
-from tests.tiny_run import CLASSES, tiny_config, write_images
+from tests.tiny_run import CLASSES, FLAGS, GREY_LEVELS, tiny_config, write_images
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 WIDTHS = (390, 1440)
@@ -125,6 +128,54 @@ def test_other_kinds_of_models_have_a_page(tmp_path, changes):
     train(config, tmp_path / "run", device="cpu")
     told = call_json("report", tmp_path / "run", "--device", "cpu")
     assert told["missing"] > 0 and (tmp_path / "run/report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("nll.json", "{"),
+        ("classes.json", '{"accuracy": 0.5}'),
+        ("classes.json", '{"accuracy": 1e999, "confusion": null}'),
+        ("audit.json", '{"audited_bits_per_dim": null}'),
+        ("log.jsonl", '{"step": 1, "ce": 1.0}\n{"ce": 2.0}\n'),
+    ],
+)
+def test_a_kept_file_that_does_not_fit_is_named_and_the_page_is_written(run, tmp_path, name, content):
+    odd = shutil.copytree(run, tmp_path / "odd")
+    (odd / name).write_text(content)
+    call_json("report", odd, "--device", "cpu")
+    text = (odd / "report.html").read_text()
+    assert name == "nll.json" or f"{name} does not fit" in text
+
+
+def test_classes_of_other_data_do_not_name_kept_scores(run, tmp_path):
+    images = np.random.default_rng(0).integers(0, GREY_LEVELS, size=(40, 8, 8), dtype=np.uint8)
+    np.savez(
+        tmp_path / "other.npz", images=images, labels=np.arange(40) % 2, num_grey_levels=np.array(GREY_LEVELS)
+    )
+    other = shutil.copytree(run, tmp_path / "other")
+    call_json("report", other, "--data", tmp_path / "other.npz", "--device", "cpu")
+    assert "class 2" in (other / "report.html").read_text()
+    (other / "classes.json").unlink()
+    np.savez(tmp_path / "bare.npz", images=images, num_grey_levels=np.array(GREY_LEVELS))
+    call_json("report", other, "--data", tmp_path / "bare.npz", "--device", "cpu")
+    assert "the images have no labels" in (other / "report.html").read_text()
+
+
+def test_blocks_of_runs_are_paired_by_title():
+    first = RunPage("a", [], {}, {key: [Missing("x", ""), Missing("y", "")] for key in SECTIONS})
+    second = RunPage("b", [], {}, {key: [Missing("y", ""), Missing("z", "")] for key in SECTIONS})
+    rows = [[block and block.title for _, block in row] for row in _rows([first, second], "samples")]
+    assert rows == [["x", None], ["y", "y"], [None, "z"]]
+
+
+def test_a_signal_has_its_right_half_filled_in(tmp_path):
+    values = np.random.default_rng(0).integers(0, GREY_LEVELS, size=(60, 1, 8), dtype=np.uint8)
+    np.savez(tmp_path / "signals.npz", images=values, num_grey_levels=np.array(GREY_LEVELS))
+    words = ["--data", tmp_path / "signals.npz", "--out", tmp_path / "run", *FLAGS, "--device", "cpu"]
+    call_json("train", *words, "--conditioning", "none", "--attention-resolutions", "1.0")
+    call_json("report", tmp_path / "run", "--device", "cpu")
+    assert "Filling in the right half" in (tmp_path / "run/report.html").read_text()
 
 
 def test_names_of_data_and_runs_are_escaped(run, tmp_path):

@@ -158,7 +158,7 @@ def _score_audit(command: Nll, model: Denoiser, data: ImageData) -> Scored:
         progress=to_stderr,
     )
     result = report.to_json()
-    if command.data is None:
+    if command.data is None and command.level == 0 and command.split == "test":
         write_report(command.run, "audit.json", result)
     picture = write_audit(result, command.run / "audit.png")
     columns = {**_single_columns(report.single), **_denoiser_columns(report.denoiser)}

@@ -3,7 +3,7 @@
 import base64
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,6 @@ class RunPage:
     facts: Sequence[tuple[str, str]]
     figures: dict[str, str]
     sections: dict[str, list[Block]]
-    playground: dict[str, Any] | None = field(default=None)
 
 
 def png_source(content: bytes) -> str:

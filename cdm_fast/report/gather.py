@@ -3,7 +3,10 @@
 # n images, C channels, H W pixels, L = T+2 noise levels
 """
 
-from collections.abc import Callable, Mapping
+import math
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -76,7 +79,8 @@ Words = Callable[[Mapping[str, Any]], list[str]]
 class Source:
     """A run that is open: its folder, settings and model, and the images of a split, at most `MOST_IMAGES`.
 
-    data: None where they cannot be read, and `why` says the reason.
+    data, validation: test and validation images; None if they cannot be read, and `why` gives the reason.
+    own_data: whether they are the images that the run was trained with, whose scores it keeps.
     """
 
     run: Path
@@ -86,6 +90,7 @@ class Source:
     validation: ImageData | None
     why: str
     audit_words: Words
+    own_data: bool = True
 
     @property
     def likelihood(self) -> CDM | None:
@@ -94,7 +99,11 @@ class Source:
 
     def no_data(self, title: str) -> Missing:
         """The block shown in place of a part that needs the images."""
-        return Missing(title, self.why, f"cdm-fast report {self.run} --data DATA")
+        return Missing(title, self.why, self.command("report", "--data DATA"))
+
+    def command(self, name: str, options: str = "") -> str:
+        """A command line for this run."""
+        return f"cdm-fast {name} {shlex.quote(str(self.run))} {options}".rstrip()
 
     def pixels(self, images: Tensor) -> Tensor:
         """Grey levels (n,C,H,W) as uint8 0..255."""
@@ -106,7 +115,7 @@ class Source:
 
 
 def gather(source: Source, progress: Progress = silent) -> RunPage:
-    """Every section of one run. What fails with a UserError is shown as missing, with its message."""
+    """The page of one run. A section that raises UserError is shown as missing, with its message."""
     sections: dict[str, list[Block]] = {}
     for key, make in _MAKERS.items():
         progress(f"{source.run}: {SECTIONS[key].lower()}")
@@ -143,7 +152,7 @@ def _facts(source: Source) -> list[tuple[str, str]]:
 
 def _figures(run: Path) -> dict[str, str]:
     """The figures that the run keeps, by name."""
-    nll, audit, classes = (read_report(run, f"{name}.json") or {} for name in ("nll", "audit", "classes"))
+    nll, audit, classes = (_kept_or_empty(run, f"{name}.json") for name in ("nll", "audit", "classes"))
     found = {
         "bits/dim, unaudited": _value(nll, "bits_per_dim"),
         "bits/dim, audited": _value(audit, "audited_bits_per_dim"),
@@ -151,6 +160,25 @@ def _figures(run: Path) -> dict[str, str]:
         "calibration error": _value(classes, "ece", 100, " %"),
     }
     return {name: value for name, value in found.items() if value}
+
+
+def _kept_or_empty(run: Path, name: str) -> dict[str, Any]:
+    """A kept report; empty without the file, or if it is damaged, of which its section tells."""
+    try:
+        return read_report(run, name) or {}
+    except UserError:
+        return {}
+
+
+@contextmanager
+def _as_kept(path: Path) -> Iterator[None]:
+    """UserError for a kept file that is JSON, but not what this version writes."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} does not fit ({type(error).__name__}: {error}); write it again or remove it"
+        ) from None
 
 
 def _value(report: Mapping[str, Any], key: str, scale: float = 1, unit: str = "") -> str:
@@ -167,7 +195,8 @@ def _samples(source: Source) -> list[Block]:
     if isinstance(source.model, Classifier):
         return [Missing("Samples", "a classifier draws none")]
     if not path.is_file():
-        return [Missing("Samples", "the run keeps no samples", f"cdm-fast sample {source.run} --out {path}")]
+        options = f"--out {shlex.quote(str(path))}"
+        return [Missing("Samples", "the run keeps no samples", source.command("sample", options))]
     content = read_bytes(path, _LIMIT, source.run)
     return [Picture(f"Samples, {source.config.output.sampler}", png_source(content), plot=False)]
 
@@ -179,8 +208,9 @@ def _training(source: Source) -> list[Block]:
     blocks: list[Block] = []
     for key, (title, _) in LOSS_PANELS.items():
         if series(records, key)[0]:
-            lines = [{"step": each["step"], key: each[key]} for each in records if key in each]
-            blocks.append(Picture(title.capitalize(), drawn(partial(write_losses, lines))))
+            with _as_kept(source.run / "log.jsonl"):
+                lines = [{"step": each["step"], key: each[key]} for each in records if key in each]
+                blocks.append(Picture(title.capitalize(), drawn(partial(write_losses, lines))))
     return blocks or [Missing("Loss curves", "the log holds no line yet")]
 
 
@@ -208,12 +238,22 @@ def _classes(source: Source) -> list[Block]:
     if isinstance(model, DDM) or model.num_classes is None:
         return [Missing("Classes", "the run was trained without classes")]
     report = read_report(source.run, "classes.json")
-    if report is None and source.data is not None and source.data.labels is not None:
-        report = evaluate_classes(model, source.data, draws=1).to_json()
-    if report is None:
+    if report is not None:
+        with _as_kept(source.run / "classes.json"):
+            return _class_blocks(report, source.data if source.own_data else None)
+    if source.data is None:
         return [source.no_data("Classes")]
+    if source.data.labels is None:
+        return [Missing("Classes", "the images have no labels", source.command("report", "--data DATA"))]
+    return _class_blocks(evaluate_classes(model, source.data, draws=1).to_json(), source.data)
+
+
+def _class_blocks(report: dict[str, Any], data: ImageData | None) -> list[Block]:
+    """Confusion, reliability and accuracies; data: the images that were scored, whose names are shown."""
     matrix = torch.tensor(report["confusion"], dtype=torch.float64)
-    names = (source.data and source.data.class_names) or [f"class {c}" for c in range(len(matrix))]
+    names: list[Any] = list((data and data.class_names) or [])
+    if len(names) != len(matrix):
+        names = [f"class {c}" for c in range(len(matrix))]
     right, count = matrix.diagonal().tolist(), matrix.sum(1).tolist()
     rows = [
         (
@@ -228,24 +268,18 @@ def _classes(source: Source) -> list[Block]:
     return [plot, Bars("Accuracy by class", rows, told)]
 
 
-def _with_nan(report: dict[str, Any]) -> dict[str, Any]:
-    """The report with NaN, which JSON lacks, back in the empty bins of its reliability."""
-    bins = {
-        key: [float("nan") if each is None else each for each in values]
-        if isinstance(values, list)
-        else values
-        for key, values in report["reliability"].items()
-    }
-    return {**report, "reliability": bins}
+def _with_nan(report: Any) -> Any:
+    """The report with NaN, which JSON lacks, back in its lists of numbers, such as empty bins."""
+    if isinstance(report, dict):
+        return {key: _with_nan(value) for key, value in report.items()}
+    if isinstance(report, list):
+        return [math.nan if each is None else _with_nan(each) for each in report]
+    return report
 
 
 def _likelihood(source: Source) -> list[Block]:
     if source.likelihood is None:
-        return [
-            Missing(
-                "Likelihood", "this model has none in one pass", f"cdm-fast nll {source.run} --method ode"
-            )
-        ]
+        return [Missing("Likelihood", "this model has none in one pass")]
     if source.data is None:
         return [source.no_data("Likelihood")]
     found = evaluate(source.likelihood, source.data, draws=1, check_levels=0)
@@ -277,7 +311,14 @@ def _audit(source: Source) -> list[Block]:
         return [Missing("Audit", "this model has no likelihood in one pass")]
     report = read_report(source.run, "audit.json")
     if report is None:
-        return [Missing("Audit", "not measured", f"cdm-fast nll {source.run} --method audit")]
+        if source.own_data and source.data is not None:
+            return [Missing("Audit", "not measured", source.command("nll", "--method audit"))]
+        return [Missing("Audit", "the run keeps none; it is measured on the run's own images")]
+    with _as_kept(source.run / "audit.json"):
+        return _audit_blocks(report, source.audit_words)
+
+
+def _audit_blocks(report: dict[str, Any], words: Words) -> list[Block]:
     rows = [
         (name, _value(report, key), told)
         for name, key, told in (
@@ -289,8 +330,8 @@ def _audit(source: Source) -> list[Block]:
         )
         if _value(report, key)
     ]
-    plot = Picture("Audit by level", drawn(partial(write_audit, report)))
-    return [Table("Audit", ("figure", "bits/dim", "from"), rows, source.audit_words(report)), plot]
+    plot = Picture("Audit by level", drawn(partial(write_audit, _with_nan(report))))
+    return [Table("Audit", ("figure", "bits/dim", "from"), rows, words(report)), plot]
 
 
 def _restoration(source: Source) -> list[Block]:
@@ -306,9 +347,15 @@ def _restoration(source: Source) -> list[Block]:
         return [Missing("Restoration", "a classifier restores nothing")]
     if source.data is None:
         return [*kept, source.no_data("Restoration")]
-    made: list[Block] = [_denoised(source)]
-    if source.likelihood is not None:
-        made.append(_filled_in(source, source.likelihood))
+    makers: dict[str, Callable[[], Block]] = {"Denoising": lambda: _denoised(source)}
+    if (model := source.likelihood) is not None:
+        makers["Filling in"] = lambda: _filled_in(source, model)
+    made: list[Block] = []
+    for title, make in makers.items():
+        try:
+            made.append(make())
+        except UserError as error:
+            made.append(Missing(title, str(error)))
     return [*made, *kept]
 
 
@@ -344,21 +391,24 @@ def _filled_in(source: Source, model: CDM) -> Tiles:
     assert source.data is not None
     pixels, x = _some_images(source, source.data, RESTORED)
     known = torch.ones_like(x[0], dtype=torch.bool)
-    known[:, known.shape[1] // 2 :] = False
+    if known.shape[1] > 1:
+        half, known[:, known.shape[1] // 2 :] = "lower", False
+    else:  # a signal
+        half, known[:, :, known.shape[2] // 2 :] = "right", False
     sigma = 1 / (source.config.image.num_grey_levels * 3**0.5)  # of rounding to grey levels
     steps = min(RESTORE_STEPS, model.schedule.T)
     rows = []
     for image, each in zip(pixels, x, strict=True):
         found = restore(model, Known(each, sigma, known), CANDIDATES, steps, sampler=MALA(moves=4))
-        half = torch.where(known.cpu(), source.shown(each[None])[0].int(), 128).to(torch.uint8)
-        tiles = [Tile(tile_source(image), "image"), Tile(tile_source(half), "known")]
+        kept = torch.where(known.cpu(), source.shown(each[None])[0].int(), 128).to(torch.uint8)
+        tiles = [Tile(tile_source(image), "image"), Tile(tile_source(kept), "known")]
         words = [f"{value:.0f} nats" for value in found.log_prob.tolist()]
         tiles += [
             Tile(tile_source(one), word) for one, word in zip(source.shown(found.images), words, strict=True)
         ]
         rows.append(("", tiles))
-    told = f"The lower half is drawn {CANDIDATES} times and ranked by log p; {steps} levels, 4 moves each."
-    return Tiles("Filling in the lower half", rows, told)
+    told = f"The {half} half is drawn {CANDIDATES} times and ranked by log p; {steps} levels, 4 moves each."
+    return Tiles(f"Filling in the {half} half", rows, told)
 
 
 def _configuration(source: Source) -> list[Block]:

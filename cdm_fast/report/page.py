@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from importlib.resources import files
-from itertools import zip_longest
 from typing import Any
 
 from cdm_fast.host.optional import need
@@ -15,25 +14,27 @@ FILES = files("cdm_fast.report")
 def render(pages: Sequence[RunPage], playground: dict[str, Any] | None = None) -> str:
     """The HTML of the runs side by side.
 
-    playground: of `playground.content`, what the part that runs in the browser needs.
+    playground: the result of `playground.content`; None for a page without the network.
+    Raises UserError without jinja2.
     """
     jinja2 = need("jinja2", "the report page")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((FILES / "page.html").read_text())
+    template = environment.from_string((FILES / "page.html").read_text(encoding="utf-8"))
     names = list(dict.fromkeys(name for page in pages for name in page.figures))
     return template.render(
         pages=pages,
         names=names,
         sections=[(key, title, _rows(pages, key)) for key, title in SECTIONS.items()],
-        style=(FILES / "page.css").read_text(),
+        style=(FILES / "page.css").read_text(encoding="utf-8"),
         playground=playground,
-        script=(FILES / "playground.js").read_text(),
+        script=(FILES / "playground.js").read_text(encoding="utf-8"),
     )
 
 
-def _rows(pages: Sequence[RunPage], key: str) -> list[list[tuple[str, Block]]]:
-    """The blocks of a section, each with its run: those that belong together in a row."""
-    columns = [[(page.name, block) for block in page.sections[key]] for page in pages]
+def _rows(pages: Sequence[RunPage], key: str) -> list[list[tuple[str, Block | None]]]:
+    """Rows of (run, block) of a section. With several runs a row holds their blocks of one title, or None."""
     if len(pages) == 1:
-        return columns
-    return [[pair for pair in row if pair is not None] for row in zip_longest(*columns)]
+        return [[(pages[0].name, block) for block in pages[0].sections[key]]]
+    titles = dict.fromkeys(block.title for page in pages for block in page.sections[key])
+    by_title = [(page.name, {block.title: block for block in page.sections[key]}) for page in pages]
+    return [[(name, blocks.get(title)) for name, blocks in by_title] for title in titles]

@@ -27,7 +27,7 @@
 
   const pen = element("draw").getContext("2d", { willReadFrequently: true });
   const { width, height } = element("draw");
-  const cell = width / data.width;
+  const { cell } = data;
   const plane = data.height * data.width;
   const values = data.channels * plane;
 
@@ -115,6 +115,21 @@
       return;
     }
     busy = true;
+    try {
+      await pass();
+    } catch (error) {
+      status.textContent = `the network failed: ${error}`;
+      console.error(error);
+    } finally {
+      busy = false;
+    }
+    if (waiting) {
+      waiting = false;
+      update();
+    }
+  }
+
+  async function pass() {
     const level = Number(element("noise").value);
     const clean = drawing();
     const x = clean.map((value, i) => data.a[level] * value + data.s[level] * noise[i]);
@@ -128,11 +143,6 @@
     showLevels(Array.from(found.log_level));
     showClasses(Array.from(found.log_prob));
     status.textContent = `${Math.round(performance.now() - began)} ms a pass`;
-    busy = false;
-    if (waiting) {
-      waiting = false;
-      update();
-    }
   }
 
   function clear() {

@@ -28,6 +28,7 @@ from cdm_fast.model import CDM
 PACKAGE = "onnxruntime-web@1.30.0"
 # Of the archive that npm fetches, as npm itself writes it.
 INTEGRITY = "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
+DRAWING = 512  # pixels of the longer side of the canvas, about
 SCRIPT, GLUE, WASM = "ort.wasm.min.js", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"
 EXAMPLES = 10
 
@@ -51,6 +52,7 @@ def content(
     facts = {
         "height": image.height,
         "width": image.width,
+        "cell": max(1, min(32, DRAWING // max(image.height, image.width))),
         "channels": image.channels,
         "names": names,
         "scale": white - black,
@@ -137,7 +139,8 @@ def _packed(content: bytes) -> str:
 
 def _examples(data: ImageData, num_grey_levels: int) -> list[list[int]]:
     """Some images as brightness 0..255, channels first."""
-    pixels: Tensor = levels_to_display(data.images[:EXAMPLES], num_grey_levels)
+    spread = torch.linspace(0, len(data) - 1, min(EXAMPLES, len(data))).long()  # files are sorted by class
+    pixels: Tensor = levels_to_display(data.images[spread], num_grey_levels)
     return [each.flatten().tolist() for each in pixels]
 
 

@@ -1,6 +1,7 @@
 """The scores that a run keeps beside its weights, as JSON objects: nll.json, classes.json, audit.json."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def read_report(run: Path, name: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        found = json.loads(read_bytes(path, _LIMIT, run), parse_constant=lambda _: None)
+        found = json.loads(read_bytes(path, _LIMIT, run), parse_constant=lambda _: None, parse_float=_finite)
     except UserError:
         raise
     except (ValueError, RecursionError) as error:
@@ -31,7 +32,12 @@ def read_report(run: Path, name: str) -> dict[str, Any] | None:
     return found
 
 
+def _finite(text: str) -> float | None:
+    number = float(text)  # 1e999 is infinite
+    return number if math.isfinite(number) else None
+
+
 def write_report(run: Path, name: str, report: dict[str, Any]) -> Path:
-    """Writes RUN/name, a number that is not finite as null; returns its path."""
+    """Writes RUN/name and returns its path; numbers that are not finite become null. Raises DiskError."""
     write_json(run / name, finite({"run": str(run), **report}))
     return run / name

@@ -180,11 +180,13 @@ def read_log(
     """
     path = Path(path)
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(
             f"cannot read {path}: {error.strerror}; give the directory of a training run"
         ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path}: {error.reason} at byte {error.start}; restore it") from error
     records = []
     for number, line in enumerate(lines, start=1):
         try:
