@@ -31,6 +31,7 @@ def report_command(command: arguments.Report) -> Outcome:
     out = command.out or command.runs[0] / "report.html"
     if out.suffix != ".html":
         raise UserError(f"--out {out}: give a name that ends in .html")
+    need("jinja2", "the report page")
     configs = [read_config(run) for run in command.runs]  # refused before anything is computed
     sources = [_open(command, run, config) for run, config in zip(command.runs, configs, strict=True)]
     runtime = _runtime(command, sources[0])
@@ -74,7 +75,10 @@ def _open(command: arguments.Report, run: Path, config: RunConfig) -> Source:
         if command.data is not None:
             raise
         why = f"the images of the run cannot be read: {error}"
-    return Source(run, config, model, images.get("test"), images.get("validation"), why, describe_audit)
+    given = command.data is not None
+    return Source(
+        run, config, model, images.get("test"), images.get("validation"), why, describe_audit, given
+    )
 
 
 def _images(command: arguments.Report, run: Path, config: RunConfig, split: str) -> ImageData:

@@ -3,7 +3,7 @@
 import base64
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ class Picture:
     title: str
     source: str
     plot: bool = True
+    note: str = ""
     kind: str = "picture"
 
 
@@ -84,7 +85,7 @@ class RunPage:
     facts: Sequence[tuple[str, str]]
     figures: dict[str, str]
     sections: dict[str, list[Block]]
-    playground: dict[str, Any] | None = field(default=None)
+    kind: str = ""  # of model
 
 
 def png_source(content: bytes) -> str:

@@ -3,11 +3,14 @@
 # n images, C channels, H W pixels, L = T+2 noise levels
 """
 
-from collections.abc import Callable, Mapping
+import math
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -20,7 +23,7 @@ from cdm_fast.data.pixels import dequantize, displayable, levels_to_display
 from cdm_fast.errors import UserError
 from cdm_fast.evaluation.classification import evaluate_classes
 from cdm_fast.host.progress import Progress, silent
-from cdm_fast.host.reading import read_bytes
+from cdm_fast.host.reading import bad, error_text, read_bytes, require_inside
 from cdm_fast.likelihood import denoise_blind, evaluate, level_confusion, mse_per_level
 from cdm_fast.model import CDM, DDM
 from cdm_fast.model.classifier import Classifier
@@ -77,6 +80,7 @@ class Source:
     """A run that is open: its folder, settings and model, and the images of a split, at most `MOST_IMAGES`.
 
     data: None where they cannot be read, and `why` says the reason.
+    given: the images are not those that the run names.
     """
 
     run: Path
@@ -86,6 +90,7 @@ class Source:
     validation: ImageData | None
     why: str
     audit_words: Words
+    given: bool = False
 
     @property
     def likelihood(self) -> CDM | None:
@@ -94,7 +99,13 @@ class Source:
 
     def no_data(self, title: str) -> Missing:
         """The block that stands for what needs the images."""
-        return Missing(title, self.why, f"cdm-fast report {self.run} --data DATA")
+        return Missing(
+            title, self.why or "the images have no labels", self.command("report", "--data", "DATA")
+        )
+
+    def command(self, name: str, *words: str) -> str:
+        """A command on the run, quoted for a shell."""
+        return shlex.join(["cdm-fast", name, str(self.run), *words])
 
     def pixels(self, images: Tensor) -> Tensor:
         """Grey levels (n,C,H,W) as uint8 0..255."""
@@ -114,19 +125,23 @@ def gather(source: Source, progress: Progress = silent) -> RunPage:
             sections[key] = make(source)
         except UserError as error:
             sections[key] = [Missing(SECTIONS[key], str(error))]
-    return RunPage(_name(source.run), _facts(source), _figures(source.run), sections)
+    figures = _figures(source.run, sections)
+    return RunPage(_name(source.run), _facts(source), figures, sections, _kind(source.model))
 
 
 def _name(run: Path) -> str:
     return run.resolve().name
 
 
+def _kind(model: CDM | DDM | Classifier) -> str:
+    if isinstance(model, Classifier):
+        return "Classifier of images"
+    return "Classification Diffusion Model" if isinstance(model, CDM) else "Denoising Diffusion Model"
+
+
 def _facts(source: Source) -> list[tuple[str, str]]:
-    config, state = source.config, load_checkpoint(source.run, parts=()).state
-    image = config.image
+    config, image = source.config, source.config.image
     parameters = sum(weight.numel() for weight in source.model.parameters())
-    seconds = state.get("seconds")
-    time = f", {seconds:,.0f} s of training" if isinstance(seconds, int | float) else ""
     return [
         (
             "data",
@@ -137,13 +152,34 @@ def _facts(source: Source) -> list[tuple[str, str]]:
             f"{config.network.architecture}, {parameters:,} parameters, {config.network.conditioning}",
         ),
         ("noise", f"{config.schedule.schedule}, T = {config.schedule.T}"),
-        ("steps", f"{state['step']:,} of {config.train.steps:,}{time}"),
+        ("steps", _steps(source)),
     ]
 
 
-def _figures(run: Path) -> dict[str, str]:
-    """The figures that the run keeps, by name."""
-    nll, audit, classes = (read_report(run, f"{name}.json") or {} for name in ("nll", "audit", "classes"))
+def _steps(source: Source) -> str:
+    """How long the run was trained, or why that is not known."""
+    try:
+        state = load_checkpoint(source.run, parts=()).state
+        seconds = state.get("seconds")
+        time = f", {seconds:,.0f} s of training" if isinstance(seconds, int | float) else ""
+        return f"{state['step']:,} of {source.config.train.steps:,}{time}"
+    except UserError as error:
+        return str(error)
+
+
+def _figures(run: Path, sections: dict[str, list[Block]]) -> dict[str, str]:
+    """The figures that the run keeps, by name; a file that cannot be read is added to its section."""
+    reports: dict[str, dict[str, Any]] = {}
+    for name, key in (("nll", "likelihood"), ("audit", "audit"), ("classes", "classes")):
+        try:
+            reports[name] = read_report(run, f"{name}.json") or {}
+        except UserError as error:
+            reports[name] = {}
+            if not any(isinstance(each, Missing) and each.reason == str(error) for each in sections[key]):
+                sections[key].insert(0, Missing(f"{name}.json", str(error)))
+    nll, audit, classes = reports["nll"], reports["audit"], reports["classes"]
+    if (audit.get("level"), audit.get("split")) != (0, "test"):
+        audit = {}  # not the run's figure
     found = {
         "bits/dim, unaudited": _value(nll, "bits_per_dim"),
         "bits/dim, audited": _value(audit, "audited_bits_per_dim"),
@@ -155,11 +191,47 @@ def _figures(run: Path) -> dict[str, str]:
 
 def _value(report: Mapping[str, Any], key: str, scale: float = 1, unit: str = "") -> str:
     value, error = report.get(key), report.get(f"{key}_stderr")
-    if not isinstance(value, int | float):
+    if not _is_number(value):
         return ""
     digits = 2 if unit else 4
-    spread = f" ± {scale * error:.{digits}f}" if isinstance(error, int | float) else ""
+    spread = f" ± {scale * error:.{digits}f}" if _is_number(error) else ""
     return f"{scale * value:.{digits}f}{spread}{unit}"
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns the errors of a kept file with other content than expected into a UserError that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        told = f"{type(error).__name__}: {error_text(error)}"
+        raise bad(path, f"the kept file does not fit ({told}); write it again or remove it") from error
+
+
+# Fields of reports that are null by design; elsewhere null stands for a number that is not finite.
+_OPTIONAL = {
+    *("elbo", "elbo_bits_per_dim", "elbo_bits_per_dim_stderr", "gap_bits_per_dim", "gap_bits_per_dim_stderr"),
+    *("gap", "gap_stderr", "difference", "difference_stderr", "median_difference", "probes", "probe_stderr"),
+    *("ratio_check", "sum_bits_per_dim", "sum_bits_per_dim_stderr", "precision_cost", "warning"),
+    *("trials", "tolerance"),
+}
+
+
+def _with_nan(value: Any) -> Any:
+    """A kept report with NaN, which JSON lacks, in place of null where a number is expected."""
+    if isinstance(value, dict):
+        return {
+            key: None if each is None and key in _OPTIONAL else _with_nan(each) for key, each in value.items()
+        }
+    if isinstance(value, list):
+        return [_with_nan(each) for each in value]
+    return math.nan if value is None else value
 
 
 def _samples(source: Source) -> list[Block]:
@@ -167,19 +239,23 @@ def _samples(source: Source) -> list[Block]:
     if isinstance(source.model, Classifier):
         return [Missing("Samples", "a classifier draws none")]
     if not path.is_file():
-        return [Missing("Samples", "the run keeps no samples", f"cdm-fast sample {source.run} --out {path}")]
+        return [Missing("Samples", "the run keeps no samples", source.command("sample", "--out", str(path)))]
     content = read_bytes(path, _LIMIT, source.run)
-    return [Picture(f"Samples, {source.config.output.sampler}", png_source(content), plot=False)]
+    return [Picture("Samples", png_source(content), plot=False, note=source.config.output.sampler)]
 
 
 def _training(source: Source) -> list[Block]:
     if not (source.run / "log.jsonl").exists():
         return [Missing("Loss curves", "the run keeps no log")]
-    records = read_log(source.run / "log.jsonl")
+    path = source.run / "log.jsonl"
+    require_inside(path, source.run)
+    records = read_log(path)
     blocks: list[Block] = []
     for key, (title, _) in LOSS_PANELS.items():
-        if series(records, key)[0]:
-            lines = [{"step": each["step"], key: each[key]} for each in records if key in each]
+        with _reading(path):
+            points = zip(*series(records, key), strict=True)
+            lines = [{"step": step, key: value} for step, value in points]
+        if lines:
             blocks.append(Picture(title.capitalize(), drawn(partial(write_losses, lines))))
     return blocks or [Missing("Loss curves", "the log holds no line yet")]
 
@@ -208,12 +284,23 @@ def _classes(source: Source) -> list[Block]:
     if isinstance(model, DDM) or model.num_classes is None:
         return [Missing("Classes", "the run was trained without classes")]
     report = read_report(source.run, "classes.json")
+    computed = report is None
     if report is None and source.data is not None and source.data.labels is not None:
         report = evaluate_classes(model, source.data, draws=1).to_json()
     if report is None:
         return [source.no_data("Classes")]
+    with _reading(source.run / "classes.json"):
+        return _class_blocks(_with_nan(report), source.data, computed or not source.given)
+
+
+def _class_blocks(report: dict[str, Any], data: ImageData | None, of_data: bool) -> list[Block]:
+    """of_data: the report is of the same source as the data, whose class names it takes."""
     matrix = torch.tensor(report["confusion"], dtype=torch.float64)
-    names = (source.data and source.data.class_names) or [f"class {c}" for c in range(len(matrix))]
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError("the confusion matrix is not square")
+    names: Sequence[object] = [f"class {c}" for c in range(len(matrix))]
+    if of_data and data is not None and len(data.class_names or ()) == len(matrix):
+        names = data.class_names or ()
     right, count = matrix.diagonal().tolist(), matrix.sum(1).tolist()
     rows = [
         (
@@ -224,31 +311,19 @@ def _classes(source: Source) -> list[Block]:
         for name, hit, total in zip(names, right, count, strict=True)
     ]
     told = f"{report['num_images']} {report['split']} images of {report['data']}, method {report['method']}"
-    plot = Picture("Confusion and reliability", drawn(partial(write_classes, _with_nan(report))), plot=False)
+    plot = Picture("Confusion and reliability", drawn(partial(write_classes, report)), plot=False)
     return [plot, Bars("Accuracy by class", rows, told)]
-
-
-def _with_nan(report: dict[str, Any]) -> dict[str, Any]:
-    """The report with NaN, which JSON lacks, back in the empty bins of its reliability."""
-    bins = {
-        key: [float("nan") if each is None else each for each in values]
-        if isinstance(values, list)
-        else values
-        for key, values in report["reliability"].items()
-    }
-    return {**report, "reliability": bins}
 
 
 def _likelihood(source: Source) -> list[Block]:
     if source.likelihood is None:
-        return [
-            Missing(
-                "Likelihood", "this model has none in one pass", f"cdm-fast nll {source.run} --method ode"
-            )
-        ]
+        return [Missing("Likelihood", "this model has none in one pass")]
     if source.data is None:
         return [source.no_data("Likelihood")]
     found = evaluate(source.likelihood, source.data, draws=1, check_levels=0)
+    finite = found.per_image[found.per_image.isfinite()]
+    if not len(finite):
+        return [Missing("Likelihood", "bits/dim is not finite for any image")]
     order = found.per_image.argsort()
     picked = {"most likely": order[:SHOWN], "least likely": order.flip(0)[:SHOWN]}
     rows = [
@@ -267,7 +342,7 @@ def _likelihood(source: Source) -> list[Block]:
         f" {found.split} images of {found.data}, one draw, single pass"
     )
     return [
-        Picture("bits/dim over the images", drawn(partial(write_histogram, found.per_image))),
+        Picture("bits/dim over the images", drawn(partial(write_histogram, finite))),
         Tiles("Most and least likely images, bits/dim", rows, told),
     ]
 
@@ -277,7 +352,15 @@ def _audit(source: Source) -> list[Block]:
         return [Missing("Audit", "this model has no likelihood in one pass")]
     report = read_report(source.run, "audit.json")
     if report is None:
-        return [Missing("Audit", "not measured", f"cdm-fast nll {source.run} --method audit")]
+        if source.why:
+            return [Missing("Audit", f"not measured; it needs the run's own images: {source.why}")]
+        told = "not measured on the run's own images" if source.given else "not measured"
+        return [Missing("Audit", told, source.command("nll", "--method", "audit"))]
+    with _reading(source.run / "audit.json"):
+        return _audit_blocks(_with_nan(report), source.audit_words)
+
+
+def _audit_blocks(report: dict[str, Any], words: Words) -> list[Block]:
     rows = [
         (name, _value(report, key), told)
         for name, key, told in (
@@ -290,26 +373,35 @@ def _audit(source: Source) -> list[Block]:
         if _value(report, key)
     ]
     plot = Picture("Audit by level", drawn(partial(write_audit, report)))
-    return [Table("Audit", ("figure", "bits/dim", "from"), rows, source.audit_words(report)), plot]
+    return [Table("Audit", ("figure", "bits/dim", "from"), rows, words(report)), plot]
 
 
 def _restoration(source: Source) -> list[Block]:
     kept = [
-        Picture(
-            f"Restored: {path.stem.removeprefix('restored-')}",
-            png_source(read_bytes(path, _LIMIT, source.run)),
-            plot=False,
-        )
+        _made(f"Restored: {path.stem.removeprefix('restored-')}", partial(_kept_picture, source.run, path))
         for path in sorted(source.run.glob("restored-*.png"))
     ]
     if isinstance(source.model, Classifier):
         return [Missing("Restoration", "a classifier restores nothing")]
     if source.data is None:
         return [*kept, source.no_data("Restoration")]
-    made: list[Block] = [_denoised(source)]
+    made = [_made("Denoising without knowing the noise", partial(_denoised, source))]
     if source.likelihood is not None:
-        made.append(_filled_in(source, source.likelihood))
+        half = "lower" if source.config.image.height > 1 else "right"
+        made.append(_made(f"Filling in the {half} half", partial(_filled_in, source, source.likelihood)))
     return [*made, *kept]
+
+
+def _kept_picture(run: Path, path: Path, title: str) -> Picture:
+    return Picture(title, png_source(read_bytes(path, _LIMIT, run)), plot=False)
+
+
+def _made(title: str, make: Callable[[str], Block]) -> Block:
+    """The block, or what stands for it where it fails."""
+    try:
+        return make(title)
+    except UserError as error:
+        return Missing(title, str(error))
 
 
 def _some_images(source: Source, data: ImageData, count: int) -> tuple[Tensor, Tensor]:
@@ -320,7 +412,7 @@ def _some_images(source: Source, data: ImageData, count: int) -> tuple[Tensor, T
     return source.pixels(images), x.to(source.model.a.device)
 
 
-def _denoised(source: Source) -> Tiles:
+def _denoised(source: Source, title: str) -> Tiles:
     assert source.data is not None and not isinstance(source.model, Classifier)
     pixels, x = _some_images(source, source.data, 2 * RESTORED)
     noise = torch.randn(x.shape, generator=draw_generator(0, 1)).to(x)
@@ -337,14 +429,13 @@ def _denoised(source: Source) -> Tiles:
         ),
     ]
     told = f"Noise of σ {NOISE} is added and removed again by cdm-fast denoise's method, which estimates σ."
-    return Tiles("Denoising without knowing the noise", rows, told)
+    return Tiles(title, rows, told)
 
 
-def _filled_in(source: Source, model: CDM) -> Tiles:
+def _filled_in(source: Source, model: CDM, title: str) -> Tiles:
     assert source.data is not None
     pixels, x = _some_images(source, source.data, RESTORED)
-    known = torch.ones_like(x[0], dtype=torch.bool)
-    known[:, known.shape[1] // 2 :] = False
+    known = _known_half(x[0])
     sigma = 1 / (source.config.image.num_grey_levels * 3**0.5)  # of rounding to grey levels
     steps = min(RESTORE_STEPS, model.schedule.T)
     rows = []
@@ -357,8 +448,17 @@ def _filled_in(source: Source, model: CDM) -> Tiles:
             Tile(tile_source(one), word) for one, word in zip(source.shown(found.images), words, strict=True)
         ]
         rows.append(("", tiles))
-    told = f"The lower half is drawn {CANDIDATES} times and ranked by log p; {steps} levels, 4 moves each."
-    return Tiles("Filling in the lower half", rows, told)
+    told = f"The other half is drawn {CANDIDATES} times and ranked by log p; {steps} levels, 4 moves each."
+    return Tiles(title, rows, told)
+
+
+def _known_half(image: Tensor) -> Tensor:
+    """(C,H,W) bool: True in the upper half, or in the left half of an image of one row."""
+    known = torch.ones_like(image, dtype=torch.bool)
+    axis = 1 if image.shape[1] > 1 else 2
+    size = image.shape[axis]
+    known.narrow(axis, size // 2, size - size // 2).fill_(False)
+    return known
 
 
 def _configuration(source: Source) -> list[Block]:

@@ -27,7 +27,7 @@
 
   const pen = element("draw").getContext("2d", { willReadFrequently: true });
   const { width, height } = element("draw");
-  const cell = width / data.width;
+  const cell = data.cell;
   const plane = data.height * data.width;
   const values = data.channels * plane;
 
@@ -101,20 +101,14 @@
     const most = Math.max(...logProb);
     const total = logProb.reduce((sum, value) => sum + Math.exp(value - most), 0);
     rows.forEach((row, index) => {
-      const share = Math.exp(logProb[index] - most) / total;
+      const share = rows.length > 1 ? Math.exp(logProb[index] - most) / total : 0; // without classes no bar
       row.querySelector("i").style.width = `${100 * share}%`;
       row.cells[2].textContent = logProb[index].toFixed(1);
     });
   }
 
-  let busy = false;
-  let waiting = false;
-  async function update() {
-    if (busy) {
-      waiting = true;
-      return;
-    }
-    busy = true;
+  // One pass of the network on the drawing with noise, and what it shows.
+  async function pass() {
     const level = Number(element("noise").value);
     const clean = drawing();
     const x = clean.map((value, i) => data.a[level] * value + data.s[level] * noise[i]);
@@ -128,7 +122,24 @@
     showLevels(Array.from(found.log_level));
     showClasses(Array.from(found.log_prob));
     status.textContent = `${Math.round(performance.now() - began)} ms a pass`;
-    busy = false;
+  }
+
+  let busy = false;
+  let waiting = false;
+  async function update() {
+    if (busy) {
+      waiting = true;
+      return;
+    }
+    busy = true;
+    try {
+      await pass();
+    } catch (error) {
+      status.textContent = `the network failed: ${error}`;
+      console.error(error);
+    } finally {
+      busy = false;
+    }
     if (waiting) {
       waiting = false;
       update();

@@ -30,6 +30,7 @@ PACKAGE = "onnxruntime-web@1.30.0"
 INTEGRITY = "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 SCRIPT, GLUE, WASM = "ort.wasm.min.js", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"
 EXAMPLES = 10
+DRAWING, LARGEST_CELL = 512, 32  # pixels: of the drawing's longer side, and of an image's pixel on it
 
 
 def content(
@@ -48,7 +49,9 @@ def content(
     if data is not None and data.class_names and classes == len(data.class_names):
         names = [str(each) for each in data.class_names]
     black, white = (_brightness(config, value) for value in (0.0, 1.0))
+    cell = _cell(image.height, image.width)
     facts = {
+        "cell": cell,
         "height": image.height,
         "width": image.width,
         "channels": image.channels,
@@ -62,6 +65,7 @@ def content(
     script = runtime[SCRIPT].decode().replace("</script", "<\\/script")
     return {
         "name": name,
+        "cell": cell,
         "height": image.height,
         "width": image.width,
         "levels": model.schedule.num_levels,
@@ -134,9 +138,15 @@ def _packed(content: bytes) -> str:
     return base64.b64encode(gzip.compress(content, 6, mtime=0)).decode()
 
 
+def _cell(height: int, width: int) -> int:
+    """Side in pixels of the square that stands for one pixel of the image in the drawing."""
+    return min(LARGEST_CELL, max(1, DRAWING // max(height, width)))
+
+
 def _examples(data: ImageData, num_grey_levels: int) -> list[list[int]]:
-    """Some images as brightness 0..255, channels first."""
-    pixels: Tensor = levels_to_display(data.images[:EXAMPLES], num_grey_levels)
+    """Some images as brightness 0..255, channels first; evenly spread, since data may be sorted by class."""
+    index = torch.linspace(0, len(data) - 1, min(EXAMPLES, len(data))).round().long()
+    pixels: Tensor = levels_to_display(data.images[index], num_grey_levels)
     return [each.flatten().tolist() for each in pixels]
 
 

@@ -1,6 +1,8 @@
 """The scores that a run keeps beside its weights, as JSON objects: nll.json, classes.json, audit.json."""
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,12 @@ def read_report(run: Path, name: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        found = json.loads(read_bytes(path, _LIMIT, run), parse_constant=lambda _: None)
+        found = json.loads(
+            read_bytes(path, _LIMIT, run),
+            parse_constant=lambda _: None,
+            parse_float=_finite_number(float),
+            parse_int=_finite_number(int),
+        )
     except UserError:
         raise
     except (ValueError, RecursionError) as error:
@@ -29,6 +36,11 @@ def read_report(run: Path, name: str) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         raise bad(path, "is no JSON object; write it again or remove it")
     return found
+
+
+def _finite_number(kind: type[int] | type[float]) -> Callable[[str], int | float | None]:
+    """Reads a number of JSON; None for one beyond the range of a float, such as 1e999."""
+    return lambda text: kind(text) if math.isfinite(float(text)) else None
 
 
 def write_report(run: Path, name: str, report: dict[str, Any]) -> Path:
