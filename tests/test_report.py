@@ -1,24 +1,34 @@
 """The report page: what it shows, what it names as missing, and how a browser draws it."""
 
 import json
+import math
 import re
+import shlex
 import shutil
+import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
 import torch
 
 from cdm_fast import load
+from cdm_fast.cli import nll, report
+from cdm_fast.cli.arguments import Nll
+from cdm_fast.data import load_data
+from cdm_fast.errors import UserError
 from cdm_fast.interop import Inspection
+from cdm_fast.report import gather as gathered
 from cdm_fast.report import playground as module
-from cdm_fast.report.blocks import Missing, RunPage
-from cdm_fast.report.gather import SECTIONS
-from cdm_fast.report.page import _rows
+from cdm_fast.report.blocks import Picture, RunPage
+from cdm_fast.report.gather import SECTIONS, Source
+from cdm_fast.report.page import FILES, _rows, render
+from cdm_fast.runs.checkpoint import read_config
+from cdm_fast.runs.reports import read_report
+from cdm_fast.training.log import read_log
 from cdm_fast.training.train import train
 from tests.test_cli import call, call_json
-from tests.tiny_run import CLASSES, FLAGS, GREY_LEVELS, tiny_config, write_images
+from tests.tiny_run import CLASSES, tiny_config, write_images
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 WIDTHS = (390, 1440)
@@ -130,54 +140,6 @@ def test_other_kinds_of_models_have_a_page(tmp_path, changes):
     assert told["missing"] > 0 and (tmp_path / "run/report.html").is_file()
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("nll.json", "{"),
-        ("classes.json", '{"accuracy": 0.5}'),
-        ("classes.json", '{"accuracy": 1e999, "confusion": null}'),
-        ("audit.json", '{"audited_bits_per_dim": null}'),
-        ("log.jsonl", '{"step": 1, "ce": 1.0}\n{"ce": 2.0}\n'),
-    ],
-)
-def test_a_kept_file_that_does_not_fit_is_named_and_the_page_is_written(run, tmp_path, name, content):
-    odd = shutil.copytree(run, tmp_path / "odd")
-    (odd / name).write_text(content)
-    call_json("report", odd, "--device", "cpu")
-    text = (odd / "report.html").read_text()
-    assert name == "nll.json" or f"{name} does not fit" in text
-
-
-def test_classes_of_other_data_do_not_name_kept_scores(run, tmp_path):
-    images = np.random.default_rng(0).integers(0, GREY_LEVELS, size=(40, 8, 8), dtype=np.uint8)
-    np.savez(
-        tmp_path / "other.npz", images=images, labels=np.arange(40) % 2, num_grey_levels=np.array(GREY_LEVELS)
-    )
-    other = shutil.copytree(run, tmp_path / "other")
-    call_json("report", other, "--data", tmp_path / "other.npz", "--device", "cpu")
-    assert "class 2" in (other / "report.html").read_text()
-    (other / "classes.json").unlink()
-    np.savez(tmp_path / "bare.npz", images=images, num_grey_levels=np.array(GREY_LEVELS))
-    call_json("report", other, "--data", tmp_path / "bare.npz", "--device", "cpu")
-    assert "the images have no labels" in (other / "report.html").read_text()
-
-
-def test_blocks_of_runs_are_paired_by_title():
-    first = RunPage("a", [], {}, {key: [Missing("x", ""), Missing("y", "")] for key in SECTIONS})
-    second = RunPage("b", [], {}, {key: [Missing("y", ""), Missing("z", "")] for key in SECTIONS})
-    rows = [[block and block.title for _, block in row] for row in _rows([first, second], "samples")]
-    assert rows == [["x", None], ["y", "y"], [None, "z"]]
-
-
-def test_a_signal_has_its_right_half_filled_in(tmp_path):
-    values = np.random.default_rng(0).integers(0, GREY_LEVELS, size=(60, 1, 8), dtype=np.uint8)
-    np.savez(tmp_path / "signals.npz", images=values, num_grey_levels=np.array(GREY_LEVELS))
-    words = ["--data", tmp_path / "signals.npz", "--out", tmp_path / "run", *FLAGS, "--device", "cpu"]
-    call_json("train", *words, "--conditioning", "none", "--attention-resolutions", "1.0")
-    call_json("report", tmp_path / "run", "--device", "cpu")
-    assert "Filling in the right half" in (tmp_path / "run/report.html").read_text()
-
-
 def test_names_of_data_and_runs_are_escaped(run, tmp_path):
     odd = shutil.copytree(run, tmp_path / "<script>alert(1)<&script>")
     call_json("report", odd, "--out", tmp_path / "odd.html", "--device", "cpu")
@@ -205,6 +167,221 @@ def test_wrong_input_is_told_in_one_line(run, tmp_path, monkeypatch, words, told
     assert status == 2 and out == "" and error.strip().count("\n") == 0
     assert told in error
     assert not list(tmp_path.iterdir())
+
+
+# Single parts of the page
+
+
+@pytest.fixture
+def source(run, tmp_path):
+    """A copy of the run with its test images."""
+    again = shutil.copytree(run, tmp_path / "it's")
+    data = load_data(str(run.parent / "images.npz"))
+    return Source(again, read_config(again), load(again), data, data, "", lambda _: [])
+
+
+def bars(blocks):
+    """The names of the classes in their bars."""
+    return [name for name, _, _ in blocks[1].rows]
+
+
+def test_kept_classes_take_the_names_of_their_own_data_only(source):
+    numbers = [f"class {c}" for c in range(CLASSES)]
+    named = replace(source, data=replace(source.data, class_names=("a", "b", "c")))
+    assert bars(gathered._classes(named)) == ["a", "b", "c"]
+    assert bars(gathered._classes(replace(named, given=True))) == numbers
+    other = replace(named, data=replace(source.data, class_names=("a", "b")))
+    assert bars(gathered._classes(other)) == numbers
+
+
+def test_images_without_labels_are_told(source):
+    (source.run / "classes.json").unlink()
+    (block,) = gathered._classes(replace(source, data=replace(source.data, labels=None)))
+    assert block.reason == "the images have no labels"
+    assert shlex.split(block.command) == ["cdm-fast", "report", str(source.run), "--data", "DATA"]
+
+
+@pytest.mark.parametrize(("shape", "known"), [((1, 1, 8), 4), ((2, 5, 3), 12), ((1, 4, 4), 8)], ids=str)
+def test_half_of_an_image_is_known_and_the_whole_width_of_a_signal_is_not(shape, known):
+    found = gathered._known_half(torch.zeros(shape))
+    assert found.sum() == known and found.flatten()[0] and not found.flatten()[-1]
+
+
+def test_a_restoration_that_fails_leaves_the_others(source, monkeypatch):
+    def fail(*_):
+        raise UserError("no")
+
+    monkeypatch.setattr(gathered, "_filled_in", fail)
+    blocks = gathered._restoration(source)
+    assert [block.kind for block in blocks] == ["tiles", "missing"] and blocks[1].reason == "no"
+
+
+def test_no_command_is_named_that_cannot_help(source):
+    (block,) = gathered._likelihood(replace(source, model=torch.nn.Linear(1, 1)))
+    assert block.kind == "missing" and block.command == ""
+    assert gathered._audit(source)[0].command
+    assert gathered._audit(replace(source, data=None, why="gone"))[0].command == ""
+
+
+def test_only_the_audit_of_clean_test_images_is_kept():
+    command = Nll(run="run", method="audit")
+    assert nll._describes_run(command)
+    for change in ({"level": 3}, {"split": "train"}, {"data": "x.npz"}, {"pixels": "points"}):
+        assert not nll._describes_run(replace(command, **change))
+
+
+@pytest.mark.parametrize(("level", "split"), [(3, "test"), (0, "train")])
+def test_the_head_shows_no_audit_of_another_level_or_split(tmp_path, level, split):
+    figures = {"audited_bits_per_dim": 1.0, "level": 0, "split": "test"}
+    (tmp_path / "audit.json").write_text(json.dumps(figures))
+    assert gathered._figures(tmp_path, {}) == {"bits/dim, audited": "1.0000"}
+    (tmp_path / "audit.json").write_text(json.dumps({**figures, "level": level, "split": split}))
+    assert gathered._figures(tmp_path, {}) == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        '{"confusion": null}',
+        '{"confusion": [[1, 2]]}',
+        '{"confusion": [["a"]]}',
+        '{"confusion": [[null]]}',
+    ],
+)
+@pytest.mark.parametrize("name", ["audit", "classes"])
+def test_a_kept_file_that_does_not_fit_is_told(source, name, text):
+    (source.run / f"{name}.json").write_text(text)
+    with pytest.raises(UserError, match=rf"{name}\.json: the kept file does not fit"):
+        gathered._MAKERS[name](source)
+
+
+def test_null_is_nan_where_a_number_is_expected():
+    found = gathered._with_nan({"elbo": None, "ece": None, "log_z": {"log_z": [1.0, None]}})
+    assert found["elbo"] is None and math.isnan(found["ece"]) and math.isnan(found["log_z"]["log_z"][1])
+    assert gathered._value({"x": math.nan}, "x") == ""
+
+
+def test_a_damaged_score_is_shown_as_missing(tmp_path):
+    (tmp_path / "nll.json").write_text("{")
+    sections = {"likelihood": []}
+    assert gathered._figures(tmp_path, sections) == {}
+    assert "cannot be read" in sections["likelihood"][0].reason
+
+
+def test_a_number_beyond_the_range_of_floats_is_none(tmp_path):
+    (tmp_path / "nll.json").write_text('{"a": 1e999, "b": -1e999, "c": %s, "d": 2, "e": 0.5}' % ("1" * 400))
+    assert read_report(tmp_path, "nll.json") == {"a": None, "b": None, "c": None, "d": 2, "e": 0.5}
+
+
+def test_a_log_that_is_no_text_or_too_large_is_told(tmp_path, monkeypatch):
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(b"\xff\xfe\n")
+    with pytest.raises(UserError, match="is no text"):
+        read_log(log)
+    log.write_text("[" * 100_000 + "\n{}\n")
+    with pytest.raises(UserError, match="line 1: not JSON"):
+        read_log(log)
+    monkeypatch.setattr("cdm_fast.training.log._LIMIT", 10)
+    with pytest.raises(UserError, match="above the limit"):
+        read_log(log)
+
+
+def test_a_record_without_a_step_is_left_out(source):
+    log = source.run / "log.jsonl"
+    log.write_text('{"loss": 1.0}\n' + log.read_text())
+    assert all(block.kind == "picture" for block in gathered._training(source))
+    log.write_text('{"step": "x", "loss": 1.0}\n')
+    with pytest.raises(UserError, match="does not fit"):
+        gathered._training(source)
+
+
+def page_of(name, *titles, kind=""):
+    """A page whose training section holds pictures of these titles."""
+    sections = {key: [] for key in SECTIONS}
+    return RunPage(name, [], {}, {**sections, "training": [Picture(each, "data:,") for each in titles]}, kind)
+
+
+def test_blocks_of_a_title_stand_side_by_side():
+    rows = _rows([page_of("a", "Confusion", "Error", "Error"), page_of("b", "Error")], "training")
+    titles = [[block and block.title for _, block in row] for row in rows]
+    assert titles == [["Confusion", None], ["Error", "Error"], ["Error", None]]
+
+
+def test_the_page_names_the_kinds_of_its_models():
+    text = render([page_of("a", "Error", kind="Classifier of images"), page_of("b", kind="Other")])
+    assert "Classifier of images, Other" in text and "<div></div>" in text
+    assert "Classification Diffusion Model" not in text
+
+
+def test_the_parts_of_the_page_are_read_as_utf8(monkeypatch):
+    read = type(FILES).read_text
+    found = []
+    monkeypatch.setattr(
+        type(FILES), "read_text", lambda path, encoding=None: found.append(encoding) or read(path, encoding)
+    )
+    render([page_of("a")])
+    assert found == ["utf-8"] * 3
+
+
+@pytest.mark.parametrize(("height", "width", "cell"), [(8, 8, 32), (28, 28, 18), (256, 256, 2), (1, 4096, 1)])
+def test_the_drawing_has_a_bounded_size(height, width, cell):
+    assert module._cell(height, width) == cell
+    assert "cell = data.cell" in (FILES / "playground.js").read_text(encoding="utf-8")
+
+
+FAILING_NETWORK = """
+const context = new Proxy({}, { get: (_, name) => name === "getImageData"
+  ? () => ({ data: new Uint8ClampedArray(4) }) : () => {}, set: () => true });
+const elements = {};
+const made = () => ({ width: 1, height: 1, value: "0", getContext: () => context, addEventListener() {},
+  insertRow: made, insertCell: made, append() {}, textContent: "" });
+globalThis.document = { getElementById: (id) => (elements[id] ??= made()), createElement: made };
+globalThis.window = globalThis;
+const run = async () => { throw new Error("out of memory"); };
+const create = async () => ({ run });
+globalThis.ort = { env: { wasm: {} }, InferenceSession: { create }, Tensor: class {} };
+const data = { cell: 1, width: 1, height: 1, channels: 1, names: ["all"], a: [1], s: [0], scale: 2,
+  shift: -1, examples: [] };
+document.getElementById("playground-data").textContent = JSON.stringify(data);
+for (const id of ["ort-glue", "ort-wasm", "network"])
+  document.getElementById(id).textContent = require("zlib").gzipSync("").toString("base64");
+console.error = () => {};
+eval(require("fs").readFileSync(process.argv[1], "utf-8"));
+setTimeout(async () => {
+  const first = elements.status.textContent;
+  elements.status.textContent = "";
+  await globalThis.playground.update();
+  console.log(first + "|" + elements.status.textContent);
+}, 300);
+"""
+
+
+def test_a_network_that_fails_in_the_page_is_told_each_time():
+    if shutil.which("node") is None:
+        pytest.skip("there is no node")
+    command = ["node", "-e", FAILING_NETWORK, str(FILES / "playground.js")]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    told = "the network failed: Error: out of memory"
+    assert found.stdout.strip() == f"{told}|{told}", found.stderr
+
+
+def test_the_examples_of_sorted_data_are_of_every_class(source):
+    order = source.data.labels.argsort(stable=True)
+    data = source.data.take(order)
+    found = torch.tensor(module._examples(data, data.num_grey_levels)).reshape(-1, 8, 8)
+    brightest = found[:, :, 2:6].float().mean(2)
+    assert len({int(each[:7].unfold(0, 3, 2).mean(1).argmax()) for each in brightest}) == CLASSES
+
+
+def test_a_missing_jinja2_is_told_before_anything_is_computed(run, monkeypatch):
+    def absent(name, purpose):
+        raise UserError(f"{purpose} needs {name}")
+
+    monkeypatch.setattr(report, "need", absent)
+    monkeypatch.setattr(report, "_open", lambda *_: pytest.fail("a run was opened"))
+    status, _, error = call("report", run)
+    assert status == 2 and "the report page needs jinja2" in error
 
 
 def fake_npm(folder, body):

@@ -158,11 +158,16 @@ def _score_audit(command: Nll, model: Denoiser, data: ImageData) -> Scored:
         progress=to_stderr,
     )
     result = report.to_json()
-    if command.data is None and command.level == 0 and command.split == "test":
+    if _describes_run(command):
         write_report(command.run, "audit.json", result)
     picture = write_audit(result, command.run / "audit.png")
     columns = {**_single_columns(report.single), **_denoiser_columns(report.denoiser)}
     return {**result, "picture": str(picture)}, [*describe_audit(result), str(picture)], columns
+
+
+def _describes_run(command: Nll) -> bool:
+    """Whether an audit is the run's own figure, which RUN/audit.json holds: clean test images of its data."""
+    return (command.data, command.pixels, command.level, command.split) == (None, None, 0, "test")
 
 
 def _score_denoiser(command: Nll, model: Denoiser, data: ImageData) -> Scored:

@@ -66,7 +66,7 @@ def _runtime(command: arguments.Report, first: Source) -> dict[str, bytes] | Non
 
 def _open(command: arguments.Report, run: Path, config: RunConfig) -> Source:
     model = load_on(run, command.device)
-    why, own = "", command.data is None
+    why = ""
     images: dict[str, ImageData] = {}
     try:
         for split in ("test", "validation"):
@@ -75,7 +75,10 @@ def _open(command: arguments.Report, run: Path, config: RunConfig) -> Source:
         if command.data is not None:
             raise
         why = f"the images of the run cannot be read: {error}"
-    return Source(run, config, model, images.get("test"), images.get("validation"), why, describe_audit, own)
+    given = command.data is not None
+    return Source(
+        run, config, model, images.get("test"), images.get("validation"), why, describe_audit, given
+    )
 
 
 def _images(command: arguments.Report, run: Path, config: RunConfig, split: str) -> ImageData:

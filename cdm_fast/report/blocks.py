@@ -20,6 +20,7 @@ class Picture:
     title: str
     source: str
     plot: bool = True
+    note: str = ""
     kind: str = "picture"
 
 
@@ -84,6 +85,7 @@ class RunPage:
     facts: Sequence[tuple[str, str]]
     figures: dict[str, str]
     sections: dict[str, list[Block]]
+    kind: str = ""  # of model
 
 
 def png_source(content: bytes) -> str:

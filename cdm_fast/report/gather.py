@@ -5,12 +5,12 @@
 
 import math
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from cdm_fast.data.pixels import dequantize, displayable, levels_to_display
 from cdm_fast.errors import UserError
 from cdm_fast.evaluation.classification import evaluate_classes
 from cdm_fast.host.progress import Progress, silent
-from cdm_fast.host.reading import read_bytes
+from cdm_fast.host.reading import bad, error_text, read_bytes, require_inside
 from cdm_fast.likelihood import denoise_blind, evaluate, level_confusion, mse_per_level
 from cdm_fast.model import CDM, DDM
 from cdm_fast.model.classifier import Classifier
@@ -79,8 +79,8 @@ Words = Callable[[Mapping[str, Any]], list[str]]
 class Source:
     """A run that is open: its folder, settings and model, and the images of a split, at most `MOST_IMAGES`.
 
-    data, validation: test and validation images; None if they cannot be read, and `why` gives the reason.
-    own_data: whether they are the images that the run was trained with, whose scores it keeps.
+    data: None where they cannot be read, and `why` says the reason.
+    given: the images are not those that the run names.
     """
 
     run: Path
@@ -90,7 +90,7 @@ class Source:
     validation: ImageData | None
     why: str
     audit_words: Words
-    own_data: bool = True
+    given: bool = False
 
     @property
     def likelihood(self) -> CDM | None:
@@ -99,11 +99,13 @@ class Source:
 
     def no_data(self, title: str) -> Missing:
         """The block shown in place of a part that needs the images."""
-        return Missing(title, self.why, self.command("report", "--data DATA"))
+        return Missing(
+            title, self.why or "the images have no labels", self.command("report", "--data", "DATA")
+        )
 
-    def command(self, name: str, options: str = "") -> str:
-        """A command line for this run."""
-        return f"cdm-fast {name} {shlex.quote(str(self.run))} {options}".rstrip()
+    def command(self, name: str, *words: str) -> str:
+        """A command on the run, quoted for a shell."""
+        return shlex.join(["cdm-fast", name, str(self.run), *words])
 
     def pixels(self, images: Tensor) -> Tensor:
         """Grey levels (n,C,H,W) as uint8 0..255."""
@@ -115,7 +117,7 @@ class Source:
 
 
 def gather(source: Source, progress: Progress = silent) -> RunPage:
-    """The page of one run. A section that raises UserError is shown as missing, with its message."""
+    """Every section of one run. What fails with a UserError is shown as missing, with its message."""
     sections: dict[str, list[Block]] = {}
     for key, make in _MAKERS.items():
         progress(f"{source.run}: {SECTIONS[key].lower()}")
@@ -123,19 +125,23 @@ def gather(source: Source, progress: Progress = silent) -> RunPage:
             sections[key] = make(source)
         except UserError as error:
             sections[key] = [Missing(SECTIONS[key], str(error))]
-    return RunPage(_name(source.run), _facts(source), _figures(source.run), sections)
+    figures = _figures(source.run, sections)
+    return RunPage(_name(source.run), _facts(source), figures, sections, _kind(source.model))
 
 
 def _name(run: Path) -> str:
     return run.resolve().name
 
 
+def _kind(model: CDM | DDM | Classifier) -> str:
+    if isinstance(model, Classifier):
+        return "Classifier of images"
+    return "Classification Diffusion Model" if isinstance(model, CDM) else "Denoising Diffusion Model"
+
+
 def _facts(source: Source) -> list[tuple[str, str]]:
-    config, state = source.config, load_checkpoint(source.run, parts=()).state
-    image = config.image
+    config, image = source.config, source.config.image
     parameters = sum(weight.numel() for weight in source.model.parameters())
-    seconds = state.get("seconds")
-    time = f", {seconds:,.0f} s of training" if isinstance(seconds, int | float) else ""
     return [
         (
             "data",
@@ -146,13 +152,34 @@ def _facts(source: Source) -> list[tuple[str, str]]:
             f"{config.network.architecture}, {parameters:,} parameters, {config.network.conditioning}",
         ),
         ("noise", f"{config.schedule.schedule}, T = {config.schedule.T}"),
-        ("steps", f"{state['step']:,} of {config.train.steps:,}{time}"),
+        ("steps", _steps(source)),
     ]
 
 
-def _figures(run: Path) -> dict[str, str]:
-    """The figures that the run keeps, by name."""
-    nll, audit, classes = (_kept_or_empty(run, f"{name}.json") for name in ("nll", "audit", "classes"))
+def _steps(source: Source) -> str:
+    """How long the run was trained, or why that is not known."""
+    try:
+        state = load_checkpoint(source.run, parts=()).state
+        seconds = state.get("seconds")
+        time = f", {seconds:,.0f} s of training" if isinstance(seconds, int | float) else ""
+        return f"{state['step']:,} of {source.config.train.steps:,}{time}"
+    except UserError as error:
+        return str(error)
+
+
+def _figures(run: Path, sections: dict[str, list[Block]]) -> dict[str, str]:
+    """The figures that the run keeps, by name; a file that cannot be read is added to its section."""
+    reports: dict[str, dict[str, Any]] = {}
+    for name, key in (("nll", "likelihood"), ("audit", "audit"), ("classes", "classes")):
+        try:
+            reports[name] = read_report(run, f"{name}.json") or {}
+        except UserError as error:
+            reports[name] = {}
+            if not any(isinstance(each, Missing) and each.reason == str(error) for each in sections[key]):
+                sections[key].insert(0, Missing(f"{name}.json", str(error)))
+    nll, audit, classes = reports["nll"], reports["audit"], reports["classes"]
+    if (audit.get("level"), audit.get("split")) != (0, "test"):
+        audit = {}  # not the run's figure
     found = {
         "bits/dim, unaudited": _value(nll, "bits_per_dim"),
         "bits/dim, audited": _value(audit, "audited_bits_per_dim"),
@@ -162,32 +189,49 @@ def _figures(run: Path) -> dict[str, str]:
     return {name: value for name, value in found.items() if value}
 
 
-def _kept_or_empty(run: Path, name: str) -> dict[str, Any]:
-    """A kept report; empty without the file, or if it is damaged, of which its section tells."""
-    try:
-        return read_report(run, name) or {}
-    except UserError:
-        return {}
+def _value(report: Mapping[str, Any], key: str, scale: float = 1, unit: str = "") -> str:
+    value, error = report.get(key), report.get(f"{key}_stderr")
+    if not _is_number(value):
+        return ""
+    digits = 2 if unit else 4
+    spread = f" ± {scale * error:.{digits}f}" if _is_number(error) else ""
+    return f"{scale * value:.{digits}f}{spread}{unit}"
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 @contextmanager
-def _as_kept(path: Path) -> Iterator[None]:
-    """UserError for a kept file that is JSON, but not what this version writes."""
+def _reading(path: Path) -> Iterator[None]:
+    """Turns the errors of a kept file with other content than expected into a UserError that names it."""
     try:
         yield
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path} does not fit ({type(error).__name__}: {error}); write it again or remove it"
-        ) from None
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        told = f"{type(error).__name__}: {error_text(error)}"
+        raise bad(path, f"the kept file does not fit ({told}); write it again or remove it") from error
 
 
-def _value(report: Mapping[str, Any], key: str, scale: float = 1, unit: str = "") -> str:
-    value, error = report.get(key), report.get(f"{key}_stderr")
-    if not isinstance(value, int | float):
-        return ""
-    digits = 2 if unit else 4
-    spread = f" ± {scale * error:.{digits}f}" if isinstance(error, int | float) else ""
-    return f"{scale * value:.{digits}f}{spread}{unit}"
+# Fields of reports that are null by design; elsewhere null stands for a number that is not finite.
+_OPTIONAL = {
+    *("elbo", "elbo_bits_per_dim", "elbo_bits_per_dim_stderr", "gap_bits_per_dim", "gap_bits_per_dim_stderr"),
+    *("gap", "gap_stderr", "difference", "difference_stderr", "median_difference", "probes", "probe_stderr"),
+    *("ratio_check", "sum_bits_per_dim", "sum_bits_per_dim_stderr", "precision_cost", "warning"),
+    *("trials", "tolerance"),
+}
+
+
+def _with_nan(value: Any) -> Any:
+    """A kept report with NaN, which JSON lacks, in place of null where a number is expected."""
+    if isinstance(value, dict):
+        return {
+            key: None if each is None and key in _OPTIONAL else _with_nan(each) for key, each in value.items()
+        }
+    if isinstance(value, list):
+        return [_with_nan(each) for each in value]
+    return math.nan if value is None else value
 
 
 def _samples(source: Source) -> list[Block]:
@@ -195,22 +239,24 @@ def _samples(source: Source) -> list[Block]:
     if isinstance(source.model, Classifier):
         return [Missing("Samples", "a classifier draws none")]
     if not path.is_file():
-        options = f"--out {shlex.quote(str(path))}"
-        return [Missing("Samples", "the run keeps no samples", source.command("sample", options))]
+        return [Missing("Samples", "the run keeps no samples", source.command("sample", "--out", str(path)))]
     content = read_bytes(path, _LIMIT, source.run)
-    return [Picture(f"Samples, {source.config.output.sampler}", png_source(content), plot=False)]
+    return [Picture("Samples", png_source(content), plot=False, note=source.config.output.sampler)]
 
 
 def _training(source: Source) -> list[Block]:
     if not (source.run / "log.jsonl").exists():
         return [Missing("Loss curves", "the run keeps no log")]
-    records = read_log(source.run / "log.jsonl")
+    path = source.run / "log.jsonl"
+    require_inside(path, source.run)
+    records = read_log(path)
     blocks: list[Block] = []
     for key, (title, _) in LOSS_PANELS.items():
-        if series(records, key)[0]:
-            with _as_kept(source.run / "log.jsonl"):
-                lines = [{"step": each["step"], key: each[key]} for each in records if key in each]
-                blocks.append(Picture(title.capitalize(), drawn(partial(write_losses, lines))))
+        with _reading(path):
+            points = zip(*series(records, key), strict=True)
+            lines = [{"step": step, key: value} for step, value in points]
+        if lines:
+            blocks.append(Picture(title.capitalize(), drawn(partial(write_losses, lines))))
     return blocks or [Missing("Loss curves", "the log holds no line yet")]
 
 
@@ -238,22 +284,23 @@ def _classes(source: Source) -> list[Block]:
     if isinstance(model, DDM) or model.num_classes is None:
         return [Missing("Classes", "the run was trained without classes")]
     report = read_report(source.run, "classes.json")
-    if report is not None:
-        with _as_kept(source.run / "classes.json"):
-            return _class_blocks(report, source.data if source.own_data else None)
-    if source.data is None:
+    computed = report is None
+    if report is None and source.data is not None and source.data.labels is not None:
+        report = evaluate_classes(model, source.data, draws=1).to_json()
+    if report is None:
         return [source.no_data("Classes")]
-    if source.data.labels is None:
-        return [Missing("Classes", "the images have no labels", source.command("report", "--data DATA"))]
-    return _class_blocks(evaluate_classes(model, source.data, draws=1).to_json(), source.data)
+    with _reading(source.run / "classes.json"):
+        return _class_blocks(_with_nan(report), source.data, computed or not source.given)
 
 
-def _class_blocks(report: dict[str, Any], data: ImageData | None) -> list[Block]:
-    """Confusion, reliability and accuracies; data: the images that were scored, whose names are shown."""
+def _class_blocks(report: dict[str, Any], data: ImageData | None, of_data: bool) -> list[Block]:
+    """of_data: the report is of the same source as the data, whose class names it takes."""
     matrix = torch.tensor(report["confusion"], dtype=torch.float64)
-    names: list[Any] = list((data and data.class_names) or [])
-    if len(names) != len(matrix):
-        names = [f"class {c}" for c in range(len(matrix))]
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError("the confusion matrix is not square")
+    names: Sequence[object] = [f"class {c}" for c in range(len(matrix))]
+    if of_data and data is not None and len(data.class_names or ()) == len(matrix):
+        names = data.class_names or ()
     right, count = matrix.diagonal().tolist(), matrix.sum(1).tolist()
     rows = [
         (
@@ -264,17 +311,8 @@ def _class_blocks(report: dict[str, Any], data: ImageData | None) -> list[Block]
         for name, hit, total in zip(names, right, count, strict=True)
     ]
     told = f"{report['num_images']} {report['split']} images of {report['data']}, method {report['method']}"
-    plot = Picture("Confusion and reliability", drawn(partial(write_classes, _with_nan(report))), plot=False)
+    plot = Picture("Confusion and reliability", drawn(partial(write_classes, report)), plot=False)
     return [plot, Bars("Accuracy by class", rows, told)]
-
-
-def _with_nan(report: Any) -> Any:
-    """The report with NaN, which JSON lacks, back in its lists of numbers, such as empty bins."""
-    if isinstance(report, dict):
-        return {key: _with_nan(value) for key, value in report.items()}
-    if isinstance(report, list):
-        return [math.nan if each is None else _with_nan(each) for each in report]
-    return report
 
 
 def _likelihood(source: Source) -> list[Block]:
@@ -283,6 +321,9 @@ def _likelihood(source: Source) -> list[Block]:
     if source.data is None:
         return [source.no_data("Likelihood")]
     found = evaluate(source.likelihood, source.data, draws=1, check_levels=0)
+    finite = found.per_image[found.per_image.isfinite()]
+    if not len(finite):
+        return [Missing("Likelihood", "bits/dim is not finite for any image")]
     order = found.per_image.argsort()
     picked = {"most likely": order[:SHOWN], "least likely": order.flip(0)[:SHOWN]}
     rows = [
@@ -301,7 +342,7 @@ def _likelihood(source: Source) -> list[Block]:
         f" {found.split} images of {found.data}, one draw, single pass"
     )
     return [
-        Picture("bits/dim over the images", drawn(partial(write_histogram, found.per_image))),
+        Picture("bits/dim over the images", drawn(partial(write_histogram, finite))),
         Tiles("Most and least likely images, bits/dim", rows, told),
     ]
 
@@ -311,11 +352,12 @@ def _audit(source: Source) -> list[Block]:
         return [Missing("Audit", "this model has no likelihood in one pass")]
     report = read_report(source.run, "audit.json")
     if report is None:
-        if source.own_data and source.data is not None:
-            return [Missing("Audit", "not measured", source.command("nll", "--method audit"))]
-        return [Missing("Audit", "the run keeps none; it is measured on the run's own images")]
-    with _as_kept(source.run / "audit.json"):
-        return _audit_blocks(report, source.audit_words)
+        if source.why:
+            return [Missing("Audit", f"not measured; it needs the run's own images: {source.why}")]
+        told = "not measured on the run's own images" if source.given else "not measured"
+        return [Missing("Audit", told, source.command("nll", "--method", "audit"))]
+    with _reading(source.run / "audit.json"):
+        return _audit_blocks(_with_nan(report), source.audit_words)
 
 
 def _audit_blocks(report: dict[str, Any], words: Words) -> list[Block]:
@@ -330,33 +372,36 @@ def _audit_blocks(report: dict[str, Any], words: Words) -> list[Block]:
         )
         if _value(report, key)
     ]
-    plot = Picture("Audit by level", drawn(partial(write_audit, _with_nan(report))))
+    plot = Picture("Audit by level", drawn(partial(write_audit, report)))
     return [Table("Audit", ("figure", "bits/dim", "from"), rows, words(report)), plot]
 
 
 def _restoration(source: Source) -> list[Block]:
     kept = [
-        Picture(
-            f"Restored: {path.stem.removeprefix('restored-')}",
-            png_source(read_bytes(path, _LIMIT, source.run)),
-            plot=False,
-        )
+        _made(f"Restored: {path.stem.removeprefix('restored-')}", partial(_kept_picture, source.run, path))
         for path in sorted(source.run.glob("restored-*.png"))
     ]
     if isinstance(source.model, Classifier):
         return [Missing("Restoration", "a classifier restores nothing")]
     if source.data is None:
         return [*kept, source.no_data("Restoration")]
-    makers: dict[str, Callable[[], Block]] = {"Denoising": lambda: _denoised(source)}
-    if (model := source.likelihood) is not None:
-        makers["Filling in"] = lambda: _filled_in(source, model)
-    made: list[Block] = []
-    for title, make in makers.items():
-        try:
-            made.append(make())
-        except UserError as error:
-            made.append(Missing(title, str(error)))
+    made = [_made("Denoising without knowing the noise", partial(_denoised, source))]
+    if source.likelihood is not None:
+        half = "lower" if source.config.image.height > 1 else "right"
+        made.append(_made(f"Filling in the {half} half", partial(_filled_in, source, source.likelihood)))
     return [*made, *kept]
+
+
+def _kept_picture(run: Path, path: Path, title: str) -> Picture:
+    return Picture(title, png_source(read_bytes(path, _LIMIT, run)), plot=False)
+
+
+def _made(title: str, make: Callable[[str], Block]) -> Block:
+    """The block, or what stands for it where it fails."""
+    try:
+        return make(title)
+    except UserError as error:
+        return Missing(title, str(error))
 
 
 def _some_images(source: Source, data: ImageData, count: int) -> tuple[Tensor, Tensor]:
@@ -367,7 +412,7 @@ def _some_images(source: Source, data: ImageData, count: int) -> tuple[Tensor, T
     return source.pixels(images), x.to(source.model.a.device)
 
 
-def _denoised(source: Source) -> Tiles:
+def _denoised(source: Source, title: str) -> Tiles:
     assert source.data is not None and not isinstance(source.model, Classifier)
     pixels, x = _some_images(source, source.data, 2 * RESTORED)
     noise = torch.randn(x.shape, generator=draw_generator(0, 1)).to(x)
@@ -384,31 +429,36 @@ def _denoised(source: Source) -> Tiles:
         ),
     ]
     told = f"Noise with σ = {NOISE} is added, then removed as by cdm-fast denoise, which estimates σ."
-    return Tiles("Denoising without knowing the noise", rows, told)
+    return Tiles(title, rows, told)
 
 
-def _filled_in(source: Source, model: CDM) -> Tiles:
+def _filled_in(source: Source, model: CDM, title: str) -> Tiles:
     assert source.data is not None
     pixels, x = _some_images(source, source.data, RESTORED)
-    known = torch.ones_like(x[0], dtype=torch.bool)
-    if known.shape[1] > 1:
-        half, known[:, known.shape[1] // 2 :] = "lower", False
-    else:  # a signal
-        half, known[:, :, known.shape[2] // 2 :] = "right", False
+    known = _known_half(x[0])
     sigma = 1 / (source.config.image.num_grey_levels * 3**0.5)  # of rounding to grey levels
     steps = min(RESTORE_STEPS, model.schedule.T)
     rows = []
     for image, each in zip(pixels, x, strict=True):
         found = restore(model, Known(each, sigma, known), CANDIDATES, steps, sampler=MALA(moves=4))
-        kept = torch.where(known.cpu(), source.shown(each[None])[0].int(), 128).to(torch.uint8)
-        tiles = [Tile(tile_source(image), "image"), Tile(tile_source(kept), "known")]
+        half = torch.where(known.cpu(), source.shown(each[None])[0].int(), 128).to(torch.uint8)
+        tiles = [Tile(tile_source(image), "image"), Tile(tile_source(half), "known")]
         words = [f"{value:.0f} nats" for value in found.log_prob.tolist()]
         tiles += [
             Tile(tile_source(one), word) for one, word in zip(source.shown(found.images), words, strict=True)
         ]
         rows.append(("", tiles))
-    told = f"The {half} half is drawn {CANDIDATES} times and ranked by log p; {steps} levels, 4 moves each."
-    return Tiles(f"Filling in the {half} half", rows, told)
+    told = f"The other half is drawn {CANDIDATES} times and ranked by log p; {steps} levels, 4 moves each."
+    return Tiles(title, rows, told)
+
+
+def _known_half(image: Tensor) -> Tensor:
+    """(C,H,W) bool: True in the upper half, or in the left half of an image of one row."""
+    known = torch.ones_like(image, dtype=torch.bool)
+    axis = 1 if image.shape[1] > 1 else 2
+    size = image.shape[axis]
+    known.narrow(axis, size // 2, size - size // 2).fill_(False)
+    return known
 
 
 def _configuration(source: Source) -> list[Block]:

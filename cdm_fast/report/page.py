@@ -14,8 +14,7 @@ FILES = files("cdm_fast.report")
 def render(pages: Sequence[RunPage], playground: dict[str, Any] | None = None) -> str:
     """The HTML of the runs side by side.
 
-    playground: the result of `playground.content`; None for a page without the network.
-    Raises UserError without jinja2.
+    playground: of `playground.content`, what the part that runs in the browser needs.
     """
     jinja2 = need("jinja2", "the report page")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -32,9 +31,21 @@ def render(pages: Sequence[RunPage], playground: dict[str, Any] | None = None) -
 
 
 def _rows(pages: Sequence[RunPage], key: str) -> list[list[tuple[str, Block | None]]]:
-    """Rows of (run, block) of a section. With several runs a row holds their blocks of one title, or None."""
+    """The blocks of a section, each with its run: those of one title in a row, None where a run has none."""
     if len(pages) == 1:
-        return [[(pages[0].name, block) for block in pages[0].sections[key]]]
-    titles = dict.fromkeys(block.title for page in pages for block in page.sections[key])
-    by_title = [(page.name, {block.title: block for block in page.sections[key]}) for page in pages]
-    return [[(name, blocks.get(title)) for name, blocks in by_title] for title in titles]
+        return [[(page.name, block) for block in page.sections[key]] for page in pages]
+    columns = [_by_title(page.sections[key]) for page in pages]
+    titles = dict.fromkeys(title for column in columns for title in column)
+    return [
+        [(page.name, column.get(title)) for page, column in zip(pages, columns, strict=True)]
+        for title in titles
+    ]
+
+
+def _by_title(blocks: Sequence[Block]) -> dict[tuple[str, int], Block]:
+    """Blocks by title, and by number among those of the same title."""
+    found: dict[tuple[str, int], Block] = {}
+    for block in blocks:
+        number = sum(title == block.title for title, _ in found)
+        found[block.title, number] = block
+    return found

@@ -27,7 +27,7 @@
 
   const pen = element("draw").getContext("2d", { willReadFrequently: true });
   const { width, height } = element("draw");
-  const { cell } = data;
+  const cell = data.cell;
   const plane = data.height * data.width;
   const values = data.channels * plane;
 
@@ -101,10 +101,27 @@
     const most = Math.max(...logProb);
     const total = logProb.reduce((sum, value) => sum + Math.exp(value - most), 0);
     rows.forEach((row, index) => {
-      const share = Math.exp(logProb[index] - most) / total;
+      const share = rows.length > 1 ? Math.exp(logProb[index] - most) / total : 0; // without classes no bar
       row.querySelector("i").style.width = `${100 * share}%`;
       row.cells[2].textContent = logProb[index].toFixed(1);
     });
+  }
+
+  // One pass of the network on the drawing with noise, and what it shows.
+  async function pass() {
+    const level = Number(element("noise").value);
+    const clean = drawing();
+    const x = clean.map((value, i) => data.a[level] * value + data.s[level] * noise[i]);
+    const began = performance.now();
+    const found = await inspect(x);
+    const best = found.log_level.indexOf(Math.max(...found.log_level));
+    element("noise-word").textContent = level;
+    element("level").textContent = best;
+    show(element("seen"), x);
+    show(element("denoised"), found.denoised);
+    showLevels(Array.from(found.log_level));
+    showClasses(Array.from(found.log_prob));
+    status.textContent = `${Math.round(performance.now() - began)} ms a pass`;
   }
 
   let busy = false;
@@ -127,22 +144,6 @@
       waiting = false;
       update();
     }
-  }
-
-  async function pass() {
-    const level = Number(element("noise").value);
-    const clean = drawing();
-    const x = clean.map((value, i) => data.a[level] * value + data.s[level] * noise[i]);
-    const began = performance.now();
-    const found = await inspect(x);
-    const best = found.log_level.indexOf(Math.max(...found.log_level));
-    element("noise-word").textContent = level;
-    element("level").textContent = best;
-    show(element("seen"), x);
-    show(element("denoised"), found.denoised);
-    showLevels(Array.from(found.log_level));
-    showClasses(Array.from(found.log_prob));
-    status.textContent = `${Math.round(performance.now() - began)} ms a pass`;
   }
 
   function clear() {

@@ -28,9 +28,9 @@ from cdm_fast.model import CDM
 PACKAGE = "onnxruntime-web@1.30.0"
 # Of the archive that npm fetches, as npm itself writes it.
 INTEGRITY = "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
-DRAWING = 512  # pixels of the longer side of the canvas, about
 SCRIPT, GLUE, WASM = "ort.wasm.min.js", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"
 EXAMPLES = 10
+DRAWING, LARGEST_CELL = 512, 32  # pixels: of the drawing's longer side, and of an image's pixel on it
 
 
 def content(
@@ -49,10 +49,11 @@ def content(
     if data is not None and data.class_names and classes == len(data.class_names):
         names = [str(each) for each in data.class_names]
     black, white = (_brightness(config, value) for value in (0.0, 1.0))
+    cell = _cell(image.height, image.width)
     facts = {
+        "cell": cell,
         "height": image.height,
         "width": image.width,
-        "cell": max(1, min(32, DRAWING // max(image.height, image.width))),
         "channels": image.channels,
         "names": names,
         "scale": white - black,
@@ -64,6 +65,7 @@ def content(
     script = runtime[SCRIPT].decode().replace("</script", "<\\/script")
     return {
         "name": name,
+        "cell": cell,
         "height": image.height,
         "width": image.width,
         "levels": model.schedule.num_levels,
@@ -137,10 +139,15 @@ def _packed(content: bytes) -> str:
     return base64.b64encode(gzip.compress(content, 6, mtime=0)).decode()
 
 
+def _cell(height: int, width: int) -> int:
+    """Side in pixels of the square that stands for one pixel of the image in the drawing."""
+    return min(LARGEST_CELL, max(1, DRAWING // max(height, width)))
+
+
 def _examples(data: ImageData, num_grey_levels: int) -> list[list[int]]:
-    """Some images as brightness 0..255, channels first."""
-    spread = torch.linspace(0, len(data) - 1, min(EXAMPLES, len(data))).long()  # files are sorted by class
-    pixels: Tensor = levels_to_display(data.images[spread], num_grey_levels)
+    """Some images as brightness 0..255, channels first; evenly spread, since data may be sorted by class."""
+    index = torch.linspace(0, len(data) - 1, min(EXAMPLES, len(data))).round().long()
+    pixels: Tensor = levels_to_display(data.images[index], num_grey_levels)
     return [each.flatten().tolist() for each in pixels]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,12 @@ def read_report(run: Path, name: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        found = json.loads(read_bytes(path, _LIMIT, run), parse_constant=lambda _: None, parse_float=_finite)
+        found = json.loads(
+            read_bytes(path, _LIMIT, run),
+            parse_constant=lambda _: None,
+            parse_float=_finite_number(float),
+            parse_int=_finite_number(int),
+        )
     except UserError:
         raise
     except (ValueError, RecursionError) as error:
@@ -32,12 +38,12 @@ def read_report(run: Path, name: str) -> dict[str, Any] | None:
     return found
 
 
-def _finite(text: str) -> float | None:
-    number = float(text)  # 1e999 is infinite
-    return number if math.isfinite(number) else None
+def _finite_number(kind: type[int] | type[float]) -> Callable[[str], int | float | None]:
+    """Reads a number of JSON; None for one beyond the range of a float, such as 1e999."""
+    return lambda text: kind(text) if math.isfinite(float(text)) else None
 
 
 def write_report(run: Path, name: str, report: dict[str, Any]) -> Path:
-    """Writes RUN/name and returns its path; numbers that are not finite become null. Raises DiskError."""
+    """Writes RUN/name, a number that is not finite as null; returns its path."""
     write_json(run / name, finite({"run": str(run), **report}))
     return run / name

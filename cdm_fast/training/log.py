@@ -15,6 +15,9 @@ from cdm_fast.config.json import to_json
 from cdm_fast.errors import DiskError, UserError
 from cdm_fast.host.files import write_atomically
 from cdm_fast.host.processes import is_main
+from cdm_fast.host.reading import bad, error_text, read_bytes
+
+_LIMIT = 2**30  # bytes of a log that is read: some 5 million lines
 
 Numbers = Mapping[str, float | int | str | None]
 
@@ -176,25 +179,25 @@ def read_log(
 ) -> list[dict[str, Any]]:
     """The records of a JSON-lines log, oldest first; an incomplete last line (of a killed run) is left out.
 
-    Raises UserError when the file is missing, or names the first line that is not a JSON object.
+    Raises UserError when the file is missing, too large or no text, or names the first line that is not a
+    JSON object.
     """
     path = Path(path)
+    if not path.exists():
+        raise UserError(f"cannot read {path}: no such file; give the directory of a training run")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror}; give the directory of a training run"
-        ) from error
+        lines = read_bytes(path, _LIMIT).decode().splitlines()
     except UnicodeDecodeError as error:
-        raise UserError(f"cannot read {path}: {error.reason} at byte {error.start}; restore it") from error
+        raise bad(path, f"is no text ({error_text(error)}); give the log of a training run") from None
     records = []
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
-            raise UserError(f"{path}, line {number}: not JSON ({error.msg}); delete that line") from error
+            told = error.msg if isinstance(error, json.JSONDecodeError) else error_text(error)
+            raise UserError(f"{path}, line {number}: not JSON ({told}); delete that line") from error
         if not isinstance(record, dict):
             raise UserError(f"{path}, line {number}: not a JSON object; delete that line")
         records.append(record)
