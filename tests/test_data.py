@@ -356,7 +356,7 @@ def test_hugging_face_data(monkeypatch):
             self.decode = decode
 
     class ClassLabel:
-        num_classes = 3
+        num_classes, names = 3, ["a", "b", "c"]
 
     class Table(list):
         features = {"img": Image_(), "label": ClassLabel(), "id": None}

@@ -404,7 +404,7 @@ def test_run_enlarges_what_its_sides_divide(trained, tmp_path):
     flags = ["restore", run, tmp_path / "a.png", "--task", "super-resolution", "--factor", 2]
     status, _, err = call(*flags, "--candidates", 2, "--steps", 2, "--out", tmp_path / "b.png")
     if height == 1:
-        assert status == 2 and "divides the run's 1x16 pixels" in err
+        assert status == 2 and "give a divisor of the run's 1x16 pixels" in err
     else:
         assert status == 0, err
 
