@@ -24,7 +24,7 @@ from cdm_fast.report.blocks import Picture, RunPage
 from cdm_fast.report.gather import SECTIONS, Source
 from cdm_fast.report.page import FILES, _rows, render
 from cdm_fast.runs.checkpoint import read_config
-from cdm_fast.runs.reports import read_report
+from cdm_fast.runs.reports import figure_text, read_report
 from cdm_fast.training.log import read_log
 from cdm_fast.training.train import train
 from tests.test_cli import call, call_json
@@ -259,7 +259,7 @@ def test_a_kept_file_that_does_not_fit_is_told(source, name, text):
 def test_null_is_nan_where_a_number_is_expected():
     found = gathered._with_nan({"elbo": None, "ece": None, "log_z": {"log_z": [1.0, None]}})
     assert found["elbo"] is None and math.isnan(found["ece"]) and math.isnan(found["log_z"]["log_z"][1])
-    assert gathered._value({"x": math.nan}, "x") == ""
+    assert figure_text({"x": math.nan}, "x") == ""
 
 
 def test_a_damaged_score_is_shown_as_missing(tmp_path):

@@ -39,18 +39,18 @@ def report_command(command: arguments.Report) -> Outcome:
     playground = runtime and content(
         require_likelihood(sources[0].model), pages[0].name, configs[0], sources[0].data, runtime
     )
-    html = render(pages, playground)
-    write_atomically(out, html.encode())
+    html = render(pages, playground).encode()
+    write_atomically(out, html)
     missing = sum(
         block.kind == "missing" for page in pages for blocks in page.sections.values() for block in blocks
     )
     result = {
         "runs": [str(run) for run in command.runs],
         "out": str(out),
-        "bytes": len(html.encode()),
+        "bytes": len(html),
         "missing": missing,
     }
-    return Outcome(result, [f"{out}: {len(html.encode()) / 1e6:.1f} MB, {missing} parts missing"])
+    return Outcome(result, [f"{out}: {len(html) / 1e6:.1f} MB, {missing} parts missing"])
 
 
 def _runtime(command: arguments.Report, first: Source) -> dict[str, bytes] | None:

@@ -23,6 +23,7 @@ from cdm_fast.data import quantize
 from cdm_fast.data.pictures import encode_png
 from cdm_fast.data.pixels import displayable
 from cdm_fast.errors import DiskError, UserError
+from cdm_fast.host.files import replacing
 from cdm_fast.host.processes import is_main
 from cdm_fast.training.report import write_sheet
 
@@ -106,19 +107,17 @@ class _Npz:
     def close(self) -> None:
         if not is_main():
             return
-        unfinished = self._path.with_name(f".{self._path.name}.unfinished-{os.getpid()}")
-        with _disk(self._path):
-            try:
-                with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_DEFLATED) as archive:
-                    for name, column in self._columns.items():
-                        with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                            column.write(member)
-                    with archive.open("num_grey_levels.npy", "w") as member:
-                        grey = np.array(self._config.image.num_grey_levels)
-                        np.lib.format.write_array(member, grey)
-                os.replace(unfinished, self._path)
-            finally:
-                unfinished.unlink(missing_ok=True)
+        with (
+            _disk(self._path),
+            replacing(self._path) as unfinished,
+            zipfile.ZipFile(unfinished, "w", zipfile.ZIP_DEFLATED) as archive,
+        ):
+            for name, column in self._columns.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    column.write(member)
+            with archive.open("num_grey_levels.npy", "w") as member:
+                grey = np.array(self._config.image.num_grey_levels)
+                np.lib.format.write_array(member, grey)
 
 
 class _Column:
@@ -164,9 +163,8 @@ class _Folder:
             for folder in set(folders):
                 folder.mkdir(parents=True, exist_ok=True)
             for picture, folder, name in zip(pixels, folders, names, strict=True):
-                unfinished = folder / f".{name}.unfinished-{os.getpid()}"
-                unfinished.write_bytes(encode_png(picture))
-                os.replace(unfinished, folder / name)
+                with replacing(folder / name) as unfinished:
+                    unfinished.write_bytes(encode_png(picture))
 
     def close(self) -> None:
         """Every file is complete already."""

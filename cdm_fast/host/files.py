@@ -11,6 +11,20 @@ from cdm_fast.errors import DiskError, UserError
 from cdm_fast.host.processes import is_main
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to; renamed to `path` when the block ends without an error.
+
+    Any process may use it; the temporary file is removed when the block raises.
+    """
+    unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def write_atomically(path: str | Path, data: bytes) -> Path:
     """Writes a file atomically: it appears under its name only when complete and flushed; returns its path.
 
@@ -21,17 +35,12 @@ def write_atomically(path: str | Path, data: bytes) -> Path:
     path = Path(path)
     if not is_main():
         return path
-    unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(unfinished, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with replacing(path) as unfinished, open(unfinished, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         reason = error.strerror or str(error)
         raise DiskError(f"cannot write {path}: {reason}; make room there or name another path") from error

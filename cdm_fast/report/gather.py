@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ from cdm_fast.report.blocks import (
     tile_source,
 )
 from cdm_fast.runs.checkpoint import load_checkpoint
-from cdm_fast.runs.reports import read_report
+from cdm_fast.runs.reports import KEPT_LIMIT, figure_text, read_report
 from cdm_fast.sampling.corrected import MALA
 from cdm_fast.sampling.restoration import Known, restore
 from cdm_fast.training.log import read_log
@@ -70,7 +70,6 @@ MOST_IMAGES = 1000  # that are scored
 SHOWN = 10  # most and least likely images
 RESTORED, CANDIDATES, RESTORE_STEPS = 3, 3, 20
 NOISE = 0.5  # standard deviation of the noise that is removed again, in units of [-1, 1]
-_LIMIT = 2**26  # bytes of a picture that a run keeps
 
 Words = Callable[[Mapping[str, Any]], list[str]]
 
@@ -181,25 +180,12 @@ def _figures(run: Path, sections: dict[str, list[Block]]) -> dict[str, str]:
     if (audit.get("level"), audit.get("split")) != (0, "test"):
         audit = {}  # not the run's figure
     found = {
-        "bits/dim, unaudited": _value(nll, "bits_per_dim"),
-        "bits/dim, audited": _value(audit, "audited_bits_per_dim"),
-        "accuracy": _value(classes, "accuracy", 100, " %"),
-        "calibration error": _value(classes, "ece", 100, " %"),
+        "bits/dim, unaudited": figure_text(nll, "bits_per_dim"),
+        "bits/dim, audited": figure_text(audit, "audited_bits_per_dim"),
+        "accuracy": figure_text(classes, "accuracy", 100, " %"),
+        "calibration error": figure_text(classes, "ece", 100, " %"),
     }
     return {name: value for name, value in found.items() if value}
-
-
-def _value(report: Mapping[str, Any], key: str, scale: float = 1, unit: str = "") -> str:
-    value, error = report.get(key), report.get(f"{key}_stderr")
-    if not _is_number(value):
-        return ""
-    digits = 2 if unit else 4
-    spread = f" ± {scale * error:.{digits}f}" if _is_number(error) else ""
-    return f"{scale * value:.{digits}f}{spread}{unit}"
-
-
-def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 @contextmanager
@@ -240,14 +226,14 @@ def _samples(source: Source) -> list[Block]:
         return [Missing("Samples", "a classifier draws none")]
     if not path.is_file():
         return [Missing("Samples", "the run keeps no samples", source.command("sample", "--out", str(path)))]
-    content = read_bytes(path, _LIMIT, source.run)
+    content = read_bytes(path, KEPT_LIMIT, source.run)
     return [Picture("Samples", png_source(content), plot=False, note=source.config.output.sampler)]
 
 
 def _training(source: Source) -> list[Block]:
-    if not (source.run / "log.jsonl").exists():
-        return [Missing("Loss curves", "the run keeps no log")]
     path = source.run / "log.jsonl"
+    if not path.exists():
+        return [Missing("Loss curves", "the run keeps no log")]
     require_inside(path, source.run)
     records = read_log(path)
     blocks: list[Block] = []
@@ -362,7 +348,7 @@ def _audit(source: Source) -> list[Block]:
 
 def _audit_blocks(report: dict[str, Any], words: Words) -> list[Block]:
     rows = [
-        (name, _value(report, key), told)
+        (name, figure_text(report, key), told)
         for name, key, told in (
             ("single pass", "bits_per_dim", "unaudited"),
             ("single pass, normalised", "audited_bits_per_dim", "audited by log Z"),
@@ -370,7 +356,7 @@ def _audit_blocks(report: dict[str, Any], words: Words) -> list[Block]:
             ("variational bound", "elbo_bits_per_dim", f"{(report['elbo'] or {}).get('num_images')} images"),
             ("log2 Z / d", "log_z_bits_per_dim", f"{report['log_z']['particles']} particles"),
         )
-        if _value(report, key)
+        if figure_text(report, key)
     ]
     plot = Picture("Audit by level", drawn(partial(write_audit, report)))
     return [Table("Audit", ("figure", "bits/dim", "from"), rows, words(report)), plot]
@@ -393,7 +379,7 @@ def _restoration(source: Source) -> list[Block]:
 
 
 def _kept_picture(run: Path, path: Path, title: str) -> Picture:
-    return Picture(title, png_source(read_bytes(path, _LIMIT, run)), plot=False)
+    return Picture(title, png_source(read_bytes(path, KEPT_LIMIT, run)), plot=False)
 
 
 def _made(title: str, make: Callable[[str], Block]) -> Block:

@@ -1,13 +1,12 @@
 """The card of a published run: README.md of its repository, made from the files that are published."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from cdm_fast.config import RunConfig
 from cdm_fast.runs.build import build_model
 from cdm_fast.runs.checkpoint import checkpoint_folders
-from cdm_fast.runs.reports import read_report
+from cdm_fast.runs.reports import figure_text, read_report
 
 _PICTURES = {
     "samples.png": "Samples",
@@ -182,7 +181,7 @@ def _likelihoods(folder: Path) -> Iterator[tuple[str, ...]]:
             f" {report.get('level')}, {report.get('draws')} draws, {report.get('protocol')}, single pass,"
             " unaudited"
         )
-        yield "bits/dim", _with_error(report, "bits_per_dim"), protocol, "[nll.json](nll.json)"
+        yield "bits/dim", figure_text(report, "bits_per_dim"), protocol, "[nll.json](nll.json)"
     audit = read_report(folder, "audit.json")
     for name, key in (("audited", "audited"), ("ODE", "ode"), ("variational bound", "elbo")):
         if audit is not None and audit.get(f"{key}_bits_per_dim") is not None:
@@ -190,7 +189,7 @@ def _likelihoods(folder: Path) -> Iterator[tuple[str, ...]]:
             protocol = f"{images} {audit.get('split')} images of {audit.get('data')}, {_AUDIT[key]}"
             yield (
                 f"bits/dim, {name}",
-                _with_error(audit, f"{key}_bits_per_dim"),
+                figure_text(audit, f"{key}_bits_per_dim"),
                 protocol,
                 "[audit.json](audit.json)",
             )
@@ -212,16 +211,9 @@ def _accuracies(folder: Path) -> Iterator[tuple[str, ...]]:
         f" {report.get('method')}, level {report.get('level')}, {report.get('draws')} draws"
     )
     file = "[classes.json](classes.json)"
-    yield "accuracy", _with_error(report, "accuracy", 100, " %"), protocol, file
-    if report.get("ece") is not None:
-        yield "calibration error (ECE)", f"{100 * report['ece']:.2f} %", protocol, file
-
-
-def _with_error(report: Mapping[str, Any], key: str, scale: float = 1, unit: str = "") -> str:
-    digits = 2 if unit else 4
-    error = report.get(f"{key}_stderr")
-    value = f"{scale * report[key]:.{digits}f}"
-    return (value if error is None else f"{value} ± {scale * error:.{digits}f}") + unit
+    yield "accuracy", figure_text(report, "accuracy", 100, " %"), protocol, file
+    if error := figure_text(report, "ece", 100, " %"):
+        yield "calibration error (ECE)", error, protocol, file
 
 
 def _limits(config: RunConfig, folder: Path) -> Iterator[str]:

@@ -18,8 +18,8 @@ from cdm_fast.config import RunConfig
 from cdm_fast.config.json import parse_json
 from cdm_fast.errors import UserError
 from cdm_fast.host import hub
-from cdm_fast.host.files import saving, write_atomically
-from cdm_fast.host.reading import bad, error_text, read_bytes
+from cdm_fast.host.files import replacing, saving, write_atomically
+from cdm_fast.host.reading import bad, read_bytes
 from cdm_fast.runs.checkpoint import (
     LEFT_OUT,
     PARTS,
@@ -29,13 +29,13 @@ from cdm_fast.runs.checkpoint import (
     write_config,
     write_json,
 )
+from cdm_fast.runs.reports import KEPT_LIMIT, read_kept_json
 
 KEPT = ("*.json", "*.png", "log.jsonl")  # of the top folder of a run, what is pushed beside the checkpoint
 REPLACED = (  # by the next push: what would not fit other weights
     "checkpoints/*",
     *(f"{name}.json" for name in ("calibration", "constants", "nll", "classes", "audit")),
 )
-FILE_LIMIT = 2**26  # bytes of a picture or log that a run keeps
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -56,13 +56,13 @@ def fetch_run(run: str | Path, parts: Sequence[str] = ("ema",), folder: Path | N
         return None
     commit = found.name
     pinned = hub.HubName(name.repo, commit)
-    weights = [f"checkpoints/*/{part}.safetensors" for part in parts]
-    snapshot = hub.fetch(pinned, [*KEPT, "checkpoints/*.json", *weights])
+    files = [*KEPT, "checkpoints/*/*.json", *(f"checkpoints/*/{part}.safetensors" for part in parts)]
+    snapshot = hub.fetch(pinned, files)
     target = (
         hub.assets_folder(name, commit) if folder is None else folder.with_name(f"{folder.name}-{commit[:8]}")
     )
     with saving(target):
-        _copy_into(snapshot, target, parts)
+        _copy_into(snapshot, target, files)
     return target
 
 
@@ -74,35 +74,30 @@ def require_run(run: str | Path, parts: Sequence[str] = ("ema",), folder: Path |
     return found
 
 
-def _copy_into(snapshot: Path, target: Path, parts: Sequence[str]) -> None:
+def _copy_into(snapshot: Path, target: Path, patterns: Sequence[str]) -> None:
     """Copies the files of a run that are not there yet; weights are hard links where possible.
 
     A snapshot is shared with other programs, which may have fetched more. Every process may do this at once.
     """
-    weights = [f"checkpoints/*/{part}.safetensors" for part in parts]
-    for pattern in (*KEPT, "checkpoints/*/*.json", *weights):
-        for path in sorted(snapshot.glob(pattern)):
-            copy = target / path.relative_to(snapshot)
-            if path.name == "manifest.json":
-                continue
-            if path.suffix != ".safetensors" and path.stat().st_size > FILE_LIMIT:
-                raise bad(path, f"has {path.stat().st_size} bytes, above the limit of {FILE_LIMIT}")
-            if not copy.exists():
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                _link(path.resolve(), copy) if path.suffix == ".safetensors" else _copy(path, copy)
+    for path in (path for pattern in patterns for path in sorted(snapshot.glob(pattern))):
+        copy = target / path.relative_to(snapshot)
+        if path.suffix != ".safetensors" and path.stat().st_size > KEPT_LIMIT:
+            raise bad(path, f"has {path.stat().st_size} bytes, above the limit of {KEPT_LIMIT}")
+        if not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            _link(path.resolve(), copy) if path.suffix == ".safetensors" else _copy(path, copy)
     for path in snapshot.glob("checkpoints/*/manifest.json"):
-        _copy_manifest(path, target / path.relative_to(snapshot))
+        _name_absent_parts(path, target / path.relative_to(snapshot))
 
 
-def _copy_manifest(source: Path, target: Path) -> None:
-    """Copies a manifest, with the parts that were not fetched among those left out."""
-    manifest = parse_json(read_bytes(source.resolve(), FILE_LIMIT))
+def _name_absent_parts(source: Path, target: Path) -> None:
+    """Writes a manifest with the parts that were not fetched among those left out."""
+    manifest = parse_json(read_bytes(source.resolve(), KEPT_LIMIT))
     if isinstance(manifest, dict):
         absent = [part for part in PARTS if not (target.parent / f"{part}.safetensors").exists()]
         manifest = {**manifest, LEFT_OUT: absent}
-    unfinished = target.with_name(f".{target.name}.unfinished-{os.getpid()}")
-    unfinished.write_text(json.dumps(manifest, indent=2))
-    os.replace(unfinished, target)
+    with replacing(target) as unfinished:
+        unfinished.write_text(json.dumps(manifest, indent=2))
 
 
 def _link(source: Path, target: Path) -> None:
@@ -115,9 +110,8 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    unfinished = target.with_name(f".{target.name}.unfinished-{os.getpid()}")
-    shutil.copyfile(source, unfinished)
-    os.replace(unfinished, target)
+    with replacing(target) as unfinished:
+        shutil.copyfile(source, unfinished)
 
 
 def require_repository(name: str) -> hub.HubName:
@@ -172,13 +166,9 @@ def _last_part(source: str) -> str:
 def _publish(path: Path, target: Path, run: Path) -> None:
     """Copies a picture, log or report of a run; a report without paths of this machine."""
     if path.suffix == ".json":
-        try:
-            found = json.loads(read_bytes(path, FILE_LIMIT, run), parse_constant=lambda _: None)
-        except (ValueError, RecursionError) as error:
-            raise bad(path, f"cannot be read ({error_text(error)}); write it again or remove it") from None
-        write_json(target, _without_paths(found, str(run)))
+        write_json(target, _without_paths(read_kept_json(path, run), str(run)))
     else:
-        write_atomically(target, read_bytes(path, FILE_LIMIT, run))
+        write_atomically(target, read_bytes(path, KEPT_LIMIT, run))
 
 
 def _without_paths(value: Any, run: str) -> Any:
