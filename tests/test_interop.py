@@ -6,7 +6,15 @@ from torch import nn
 
 from benchmarks.support.analytic import ExactNetwork, random_mixture
 from cdm_fast import CDM, MLP, NoiseSchedule, UNet, UserError
-from cdm_fast.interop import ClassPosterior, Likelihood, NoisePredictor, build_scheduler, export, export_onnx
+from cdm_fast.interop import (
+    ClassPosterior,
+    Inspection,
+    Likelihood,
+    NoisePredictor,
+    build_scheduler,
+    export,
+    export_onnx,
+)
 from cdm_fast.model.conditioned import Guided
 from cdm_fast.sampling import ddim, dpm_solver_pp_2m
 
@@ -109,6 +117,23 @@ def test_exported_graphs_agree(kind, model, tmp_path):
     loaded = torch.export.load(tmp_path / "model.pt2").module()
     with torch.no_grad():
         torch.testing.assert_close(loaded(x), module(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "classes", [{}, {"num_classes": 3}, {"num_classes": 3, "conditioning": "joint"}], ids=str
+)
+def test_an_inspection_tells_what_the_methods_of_the_model_tell(classes):
+    schedule = NoiseSchedule.uniform(T=10)
+    model = CDM(MLP(4, schedule.num_levels, hidden=8, **classes), schedule).double().eval()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    with torch.no_grad():
+        log_prob, log_level, denoised = Inspection(model)(x)
+        wanted = model.log_prob_classes(x) if classes else model.log_prob(x)[:, None]
+        torch.testing.assert_close(log_prob, wanted)
+        posterior = (model.log_posterior(x) - model.log_level_prior).log_softmax(1)
+        torch.testing.assert_close(log_level, posterior)
+        level = log_level[:, 1:-1].argmax(1) + 1
+        torch.testing.assert_close(denoised, model.predict_x0(x, level))
 
 
 def test_onnx_agrees(tmp_path):

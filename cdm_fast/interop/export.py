@@ -3,6 +3,7 @@
 # B batch, L = T+2 noise levels, K classes
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -64,14 +65,27 @@ class Inspection(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`x` (B, ...) in [-1, 1] -> (B, K), (B, L), (B, ...)."""
         model = self.model
-        log_prob = model.log_prob_levels(x)[:, :1] if model.num_classes is None else model.log_prob_classes(x)
-        log_level = (model.log_posterior(x) - model.log_level_prior.to(x.dtype)).log_softmax(1)
+        log_prob, of_levels, score = self._evaluate(x)
+        log_level = of_levels.log_softmax(1)
         level = log_level[:, 1:-1].argmax(1) + 1
         column = (-1, *[1] * (x.dim() - 1))
         a, s = (table.to(x.dtype)[level].view(column) for table in (model.a, model.s))
-        # x0_hat = (x - s eps_hat) / a with eps_hat = s (grad_x F + x), CDM Thm 3.1
-        denoised = (x - s * s * (model.ratio_gradient(x, level) + x)) / a
-        return log_prob, log_level, denoised
+        return log_prob, log_level, (x + s * s * score(level)) / a  # Tweedie's formula
+
+    def _evaluate(self, x: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+        """The first output, `log p_t(x)` at every level (B, L), and the score at levels (B,), like x.
+
+        With joint logits one evaluation of the network gives all of them.
+        """
+        model = self.model
+        if model.conditioning == "joint":
+            each, pull = model.log_prob_levels_each_and_pullback(x)
+            marginal = torch.zeros_like(each[:, 0], dtype=x.dtype)
+            marginal[:, -1] = 1
+            return each[:, 0, :-1], each[:, :, -1], lambda level: pull(level, marginal)
+        of_levels = model.log_prob_levels(x)
+        log_prob = of_levels[:, :1] if model.num_classes is None else model.log_prob_classes(x)
+        return log_prob, of_levels, lambda level: model.score(x, level)
 
 
 def export(module: Likelihood | ClassPosterior | Inspection) -> torch.export.ExportedProgram:

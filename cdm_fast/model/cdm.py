@@ -257,19 +257,18 @@ class CDM(Energy):
     def log_prob_levels_each_and_pullback(
         self,
         x: Tensor,  # (B, ...)
-        level: Tensor,  # (B,) int64
-    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    ) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
         """Log-densities of every class and of the marginal, and a function that combines their scores.
 
         Returns `log p_t(x|c)` in nats at every level, (B, L, K + 1), with `log p_t(x)` last; and a function
-        from weights (B, K + 1) to the weighted sum of the scores at `level`, like `x`. Both come from one
-        evaluation. For joint logits only.
+        from levels (B,) int64 and weights (B, K + 1) to the weighted sum of the scores, like `x`. Both come
+        from one evaluation. For joint logits only.
         """
         logits, pull = self._adjoint_network.logits_and_pullback(x)
         classes = self.joint_classes
         each = torch.cat([self._per_class(logits), level_logits(logits, classes)[:, :, None]], dim=2)
 
-        def weighted_score(weight: Tensor) -> Tensor:
+        def weighted_score(level: Tensor, weight: Tensor) -> Tensor:
             share = logits_at(logits, level, classes).softmax(1)  # of the classes in all data
             gradient = pull(level, weight[:, :-1] + weight[:, -1:] * share)
             return -(gradient + weight.sum(1).view(-1, *[1] * (x.dim() - 1)) * x)

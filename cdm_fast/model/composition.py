@@ -214,14 +214,14 @@ def _read_source(
 ) -> tuple[Tensor, WeightedScore]:
     """`_read` of leaves with the same source."""
     if isinstance(source, CDM) and source.conditioning == "joint":
-        at = torch.zeros(len(x), dtype=torch.int64, device=x.device) if level is None else level
-        each, pull = source.log_prob_levels_each_and_pullback(x, at)
+        each, pull = source.log_prob_levels_each_and_pullback(x)
         marginal = source.joint_classes  # the column after those of the classes
         columns = [leaf.label if isinstance(leaf, OfClass) else marginal for leaf in leaves]
 
         def of_classes(weight: Tensor) -> Tensor:
+            assert level is not None
             of_columns = weight.new_zeros(len(x), marginal + 1)
-            return pull(of_columns.index_add(1, upload(torch.tensor(columns), x.device), weight))
+            return pull(level, of_columns.index_add(1, upload(torch.tensor(columns), x.device), weight))
 
         return each[:, :, columns], of_classes
     if level is None:
