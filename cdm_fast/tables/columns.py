@@ -5,6 +5,7 @@
 
 import warnings
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 import torch
@@ -137,8 +138,7 @@ def measure(
     labels = np.zeros(len(x), dtype=np.int64) if labels is None else labels
     grids = [_grid(x, j, name) for j in range(x.shape[1])]
     origin, step = (np.array(values) for values in zip(*grids, strict=True))
-    found = {int(j): _cells(x, int(j), labels) for j in np.flatnonzero(step == 0)}
-    cells = {j: of_column for j, of_column in found.items() if of_column is not None}
+    cells = _all_cells(x, np.flatnonzero(step == 0), labels)
     if cells:
         _warn_of_cells(x, cells, name)
     centre, unit = np.median(x, axis=0), _units(x)
@@ -235,27 +235,31 @@ def all_discrete(x: Array) -> bool:
     return True
 
 
-def _cells(x: Array, column: int, labels: NDArray[np.int64]) -> Cells | None:
-    """The `Cells` of the values that a column repeats within a set of rows; None for a continuous column."""
+def _all_cells(x: Array, columns: NDArray[np.int64], labels: NDArray[np.int64]) -> dict[int, Cells]:
+    """The `Cells` of those columns that repeat values within a set of rows, not because rows are copies."""
     sets = [x[labels == label] for label in np.unique(labels)]
-    if not any(_repeats(rows, column) for rows in sets):
-        return None
-    repeated = []
-    for rows in sets:
-        found, counts = np.unique(rows[:, column], return_counts=True)
-        repeated.append(found[counts > 1])
-    values = np.unique(x[:, column])
+    different = cache(lambda k: len(np.unique(sets[k], axis=0)))  # rows of a set; sorts the whole table
+    cells = {}
+    for j in map(int, columns):
+        counted = [np.unique(rows[:, j], return_counts=True) for rows in sets]
+        if any(_has_atom(counts) and len(counts) < different(k) for k, (_, counts) in enumerate(counted)):
+            repeated = np.concatenate([values[counts > 1] for values, counts in counted])
+            cells[j] = _between_neighbours(np.unique(x[:, j]), repeated)
+    return cells
+
+
+def _has_atom(counts: NDArray[np.int64]) -> bool:
+    """Whether values that occur so often are too frequent, or too few, for a continuous column."""
+    rows = counts.sum()
+    return bool(counts.max() >= max(5, LARGEST_ATOM * rows) or len(counts) <= FEWEST_DISTINCT * rows)
+
+
+def _between_neighbours(values: Array, chosen: Array) -> Cells:
+    """The intervals of the chosen ones of the values (ascending), halfway to their neighbours."""
     middles = (values[:-1] + values[1:]) / 2
     edges = np.r_[2 * values[0] - middles[0], middles, 2 * values[-1] - middles[-1]]
-    index = np.flatnonzero(np.isin(values, np.concatenate(repeated)))
+    index = np.flatnonzero(np.isin(values, chosen))
     return Cells(values[index], edges[index], edges[index + 1])
-
-
-def _repeats(x: Array, column: int) -> bool:
-    """Whether a column repeats values, not because whole rows are copies."""
-    values, counts = np.unique(x[:, column], return_counts=True)
-    atom = counts.max() >= max(5, LARGEST_ATOM * len(x)) or len(values) <= FEWEST_DISTINCT * len(x)
-    return bool(atom and len(values) < len(np.unique(x, axis=0)))
 
 
 def _warn_of_cells(x: Array, cells: dict[int, Cells], name: str) -> None:
