@@ -1,4 +1,4 @@
-"""Configs as JSON, and the part of a config that a resumed run must keep."""
+"""Configs and reports as JSON, and the part of a config that a resumed run must keep."""
 
 import dataclasses
 import json
@@ -41,6 +41,11 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
 def to_json(config: Any) -> dict[str, Any]:
     """A config (or any part of one) as nested dicts of JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def fields_without(report: Any, *names: str) -> dict[str, Any]:
+    """The fields of a report without those named, such as values of single images; dataclasses as dicts."""
+    return {name: value for name, value in dataclasses.asdict(report).items() if name not in names}
 
 
 def from_json(kind: type[Config], value: Any, where: str = "config") -> Config:

@@ -6,12 +6,13 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cdm_fast.config.json import fields_without
 from cdm_fast.data import ImageData
 from cdm_fast.data.draws import choose
 from cdm_fast.errors import UserError
@@ -64,9 +65,7 @@ class CertificationReport:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the values of single images, ready for `json.dumps`."""
-        fields = asdict(self)
-        del fields["index"], fields["votes"], fields["mean"]
-        return fields
+        return fields_without(self, "index", "votes", "mean")
 
     def columns(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Smoothed class (-1: abstained) and radius of each image, for `write_per_image`."""

@@ -13,7 +13,7 @@ Four methods score the classes with a denoising network; the fifth is a baseline
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cdm_fast.config.choices import ClassifyMethod
+from cdm_fast.config.json import fields_without
 from cdm_fast.data import ImageData
 from cdm_fast.data.draws import choose, draw_generator
 from cdm_fast.errors import UserError, require_at_least
@@ -99,10 +100,7 @@ class ClassReport:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the values of single images, ready for `json.dumps`."""
-        fields = asdict(self)
-        for of_images in ("index", "class_scores", "log_joint", "posterior"):
-            del fields[of_images]
-        return fields
+        return fields_without(self, "index", "class_scores", "log_joint", "posterior")
 
     def columns(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Columns of the per-image file, name -> (images, values): `predicted`, and a score per class."""

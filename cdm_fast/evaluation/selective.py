@@ -4,12 +4,13 @@
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cdm_fast.config.json import fields_without
 from cdm_fast.errors import UserError
 from cdm_fast.statistics import standard_error
 
@@ -96,9 +97,7 @@ class SelectiveReport:
 
     def to_json(self) -> dict[str, Any]:
         """All fields but the curves, ready for `json.dumps`."""
-        fields = asdict(self)
-        del fields["risk_by_posterior"], fields["risk_by_likelihood"]
-        return fields
+        return fields_without(self, "risk_by_posterior", "risk_by_likelihood")
 
 
 def evaluate_selection(

@@ -4,13 +4,14 @@
 """
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cdm_fast.config.choices import Given
+from cdm_fast.config.json import fields_without
 from cdm_fast.data import ImageData, bits_of_interval
 from cdm_fast.data.draws import choose_images
 from cdm_fast.errors import UserError, require_at_least
@@ -51,9 +52,7 @@ class ElboReport:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the per-image values, ready for `json.dumps`."""
-        fields = asdict(self)
-        del fields["index"], fields["per_image"]
-        return fields
+        return fields_without(self, "index", "per_image")
 
 
 @evaluation_mode

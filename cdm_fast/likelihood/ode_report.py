@@ -5,7 +5,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cdm_fast.config.choices import Given
+from cdm_fast.config.json import fields_without
 from cdm_fast.data import ImageData
 from cdm_fast.data.draws import choose_images
 from cdm_fast.errors import require_at_least
@@ -85,9 +86,7 @@ class OdeReport:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the per-image values, ready for `json.dumps`."""
-        fields = asdict(self)
-        del fields["index"], fields["per_image"]
-        return fields
+        return fields_without(self, "index", "per_image")
 
 
 @evaluation_mode

@@ -7,7 +7,7 @@ Such a figure is *unaudited*: it is correct only if the classifier's densities i
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cdm_fast.config.choices import Given
+from cdm_fast.config.json import fields_without
 from cdm_fast.data import ImageData
 from cdm_fast.data.draws import Protocol, draw_generator
 from cdm_fast.errors import UserError, require_at_least
@@ -88,9 +89,7 @@ class LikelihoodReport:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the per-image values, ready for `json.dumps`."""
-        fields = asdict(self)
-        del fields["per_image"]
-        return fields
+        return fields_without(self, "per_image")
 
 
 @evaluation_mode
