@@ -475,7 +475,7 @@ def test_dark_mode_is_dark(browser, written):
 
 @pytest.fixture(scope="module")
 def playing(run, tmp_path_factory):
-    """The page of the run with its playground; without restored images, which `written` has and which take long."""
+    """The page of the run with its playground; `written` has the restored images, which take long."""
     pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
     if shutil.which("npm") is None:
         pytest.skip("there is no npm, from which onnxruntime-web comes")

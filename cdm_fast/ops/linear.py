@@ -1,7 +1,9 @@
 """`linear`, the product with a matrix of weights.
 
 For fp32 on a CPU PyTorch uses MKL, which runs at half speed on processors other than Intel's. oneDNN, which
-PyTorch also contains and uses for convolutions, does not have this problem, so large fp32 products use it.
+PyTorch also contains and uses for convolutions, does not have this problem, so large fp32 products use it
+there. On Intel's own processors the two are equally fast, and MKL multiplies batches of matrices without
+copies (attention with its second gradient: 39 ms instead of 60 for 8 heads of 256 tokens and 256 channels).
 All other devices and dtypes, small products, compiled graphs and the reference backend use PyTorch's own
 function.
 
@@ -10,6 +12,8 @@ function.
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,10 +33,20 @@ _MIN_WEIGHTS = 1 << 14
 
 def onednn_pays(x: Tensor, weight: Tensor) -> bool:
     """True if `onednn_linear` is faster for the product of matrices with the last two sizes of these."""
-    if _ONEDNN_LINEAR is None or x.dtype != torch.float32 or x.device.type != "cpu":
+    if _ONEDNN_LINEAR is None or x.dtype != torch.float32 or x.device.type != "cpu" or _intel_processor():
         return False
     weights = weight.shape[-2] * weight.shape[-1]
     return weights >= _MIN_WEIGHTS and x.shape[-2] * weights >= _MIN_MULTIPLICATIONS
+
+
+@cache
+def _intel_processor() -> bool:
+    """Whether Linux names Intel as the vendor of the CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return False
+    return any(line.startswith("vendor_id") and line.endswith("GenuineIntel") for line in lines)
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

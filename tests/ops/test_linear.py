@@ -10,8 +10,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cdm_fast.ops import linear, use_backend
 from tests.accuracy import assert_kernel_accurate
 
+module = import_module("cdm_fast.ops.linear")
 LARGE = (300, 128, 160)  # rows, features in, features out: enough for oneDNN
 NAMES = ("y", "grad_x", "grad_weight", "grad_bias", "grad_grad_x", "grad_grad_weight")
+
+
+@pytest.fixture(autouse=True)
+def other_vendor(monkeypatch):
+    """Pretends a processor on which PyTorch's own fp32 products are slow."""
+    monkeypatch.setattr(module, "_intel_processor", lambda: False)
 
 
 class Calls(TorchDispatchMode):
@@ -75,7 +82,7 @@ def test_onednn_never_sees_a_matrix_that_only_its_plain_loop_can_read(monkeypatc
         dense.extend(matrix.is_contiguous() or matrix.t().is_contiguous() for matrix in (x, weight))
         return F.linear(x, weight)
 
-    monkeypatch.setattr(import_module("cdm_fast.ops.linear"), "_ONEDNN_LINEAR", spy)
+    monkeypatch.setattr(module, "_ONEDNN_LINEAR", spy)
     x, weight = (
         torch.randn(300, 256)[:, :128].requires_grad_(),
         torch.randn(160, 256)[:, 128:].requires_grad_(),
@@ -96,6 +103,9 @@ def test_everything_else_is_pytorchs_own():
     assert not _used_onednn(linear, x.double(), weight.double())
     assert not _used_onednn(linear, x[:2], weight)
     with use_backend("reference"):
+        assert not _used_onednn(linear, x, weight)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_intel_processor", lambda: True)
         assert not _used_onednn(linear, x, weight)
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight).dtype == torch.bfloat16
