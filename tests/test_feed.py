@@ -1,11 +1,15 @@
 """The images of a step, wherever the data lie: the same batch, gathered ahead of the step."""
 
+import re
+import resource
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from cdm_fast.data import batch_indices, load_data
+from cdm_fast.data.copies import map_file
 from cdm_fast.training.feed import HostFeed, images_of, on_device
 from cdm_fast.training.state import new_state
 from cdm_fast.training.step import draw_batch
@@ -73,3 +77,26 @@ def test_on_a_cpu_nothing_is_copied(data):
     assert placed.feed is None and placed.images.data_ptr() == data.images.data_ptr()
     index = torch.tensor([3, 1])
     assert torch.equal(images_of(placed, index, index, lambda: index), data.images[index])
+
+
+def flags_of(images):
+    """The kernel's flags of the mapping that holds the first image."""
+    address, inside = images.data_ptr(), False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    return []
+
+
+def test_training_reads_a_mapped_file_without_readahead(tmp_path, data):
+    page = resource.getpagesize()
+    (tmp_path / "rows").write_bytes(data.images.numpy().tobytes().ljust(4 * page, b"\0"))
+    rows = map_file(tmp_path / "rows").view(-1, 1, 8, 8)
+    mapped = replace(data, images=rows[2 * page // 64 :])
+    assert "rr" not in flags_of(mapped.images)
+    on_device(mapped, CPU)
+    assert "rr" in flags_of(mapped.images)
+    assert "rr" not in flags_of(rows)  # another split, which is read in order
+    on_device(replace(data, images=rows.clone()), CPU)  # in memory: nothing to tell

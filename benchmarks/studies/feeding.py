@@ -31,6 +31,7 @@ from benchmarks.studies.rows import add_row, read_rows
 from benchmarks.support.train_steps import WholeStep
 from cdm_fast.config import PRESETS, RunConfig
 from cdm_fast.data.copies import map_file
+from cdm_fast.training.feed import on_device
 
 RESULTS = Path(__file__).parents[1] / "results" / "feeding.jsonl"
 SIDES = (8, 16, 28, 32, 64)
@@ -44,8 +45,10 @@ def configured(side: int) -> RunConfig:
     base = PRESETS["fashion-mnist-encoder"]
     channels = 1 if side < 32 else 3
     image = replace(base.image, height=side, width=side, channels=channels)
-    multipliers = base.network.multipliers if side % 4 == 0 and side > 8 else (1, 2)
-    network = replace(base.network, multipliers=multipliers, attention_resolutions=(side // 4,))
+    sizes: dict[str, Any] = {"attention_resolutions": (side // 4,)}
+    if side == 8:
+        sizes = {"multipliers": (1, 2), "attention_resolutions": (4,)}
+    network = replace(base.network, **sizes)
     return replace(base, image=image, network=network)
 
 
@@ -76,7 +79,7 @@ def forget(path: Path) -> None:
 def feed(whole: WholeStep, images: Tensor) -> None:
     """Lets the steps of `whole` draw from these images, (N, C, H, W)."""
     labels = torch.arange(len(images)) % 10
-    whole.data = replace(whole.data, images=images, labels=labels)
+    whole.data = on_device(replace(whole.data, images=images, labels=labels), torch.device("cpu"))
 
 
 def images_per_second(whole: WholeStep, seconds: float = ROUND_SECONDS) -> float:

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ _MAX_ABOUT_BYTES = 2**26
 # Without it Linux refuses to map more than the available memory. Python 3.13 has a name for this flag.
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
+_maps: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()  # by address
 _chosen: ContextVar[str | None] = ContextVar("cache", default=None)
 
 
@@ -131,7 +133,22 @@ def map_file(path: Path) -> Tensor:
     with open(path, "rb") as file:
         flags = mmap.MAP_PRIVATE | _NO_RESERVE
         mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    return torch.frombuffer(mapped, dtype=torch.uint8)
+    tensor = torch.frombuffer(mapped, dtype=torch.uint8)
+    _maps[tensor.data_ptr()] = mapped
+    return tensor
+
+
+def expect_random_reads(images: Tensor) -> None:
+    """Tells the kernel that rows of `images` are read in random order; does nothing if they are not mapped.
+
+    Otherwise each row that is not in memory brings 128 KiB of its neighbours along, which is slow where the
+    file is larger than the memory: 270 instead of 6 ms for 64 rows of 784 bytes.
+    """
+    mapped = _maps.get(images.untyped_storage().data_ptr()) if images.device.type == "cpu" else None
+    if mapped is not None and images.numel():
+        first = int(images.storage_offset())
+        start = first // mmap.PAGESIZE * mmap.PAGESIZE
+        mapped.madvise(mmap.MADV_RANDOM, start, first + images.numel() - start)
 
 
 def key_of(mark: str, fit: Fit, split_seed: int, encoded_by: str) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cdm_fast.data import ImageData
+from cdm_fast.data.copies import expect_random_reads
 from cdm_fast.host.device import upload
 
 SHARE_OF_DEVICE = 4  # a data set may take a quarter of a device's free memory
@@ -50,9 +51,11 @@ def on_device(data: ImageData, device: torch.device) -> ImageData:
     """
     labels = None if data.labels is None else data.labels.to(device)
     if device.type == "cpu":
+        expect_random_reads(data.images)
         return replace(data, labels=labels)
     free, _ = torch.cuda.mem_get_info(device)
     if data.images.numel() * SHARE_OF_DEVICE > free:
+        expect_random_reads(data.images)
         return replace(data, labels=labels, feed=HostFeed(data.images, pin=device.type == "cuda"))
     return replace(data, images=data.images.to(device), labels=labels)
 
