@@ -36,7 +36,7 @@ from cdm_fast.training.feed import on_device
 RESULTS = Path(__file__).parents[1] / "results" / "feeding.jsonl"
 SIDES = (8, 16, 28, 32, 64)
 SMALL_MIB = 64
-ROUNDS, ROUND_SECONDS = 9, 4.0
+ROUNDS, ROUND_SECONDS = 5, 4.0
 CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -117,6 +117,7 @@ def measure_side(side: int, folder: Path) -> dict[str, Any]:
         "ratio": {kind: statistics.median(values) for kind, values in ratios.items()},
         "ratio_quartiles": {kind: statistics.quantiles(values, n=4)[::2] for kind, values in ratios.items()},
         "file_mib": SMALL_MIB,
+        "threads": torch.get_num_threads(),
     }
 
 
@@ -146,7 +147,8 @@ def measure_limited(options: argparse.Namespace, folder: Path) -> dict[str, Any]
     forget(large)
     limit = large.stat().st_size // 3
     with memory_limit(limit) as enter:
-        command = [sys.executable, "-m", "benchmarks.studies.feeding", "child", "--side", str(options.side)]
+        command = [sys.executable, "-m", "benchmarks.studies.feeding", "child"]
+        command += ["--side", str(options.side), "--threads", str(options.threads)]
         done = subprocess.run(
             [*command, "--folder", str(folder)],
             preexec_fn=enter,
@@ -163,6 +165,7 @@ def measure_limited(options: argparse.Namespace, folder: Path) -> dict[str, Any]
         "ratio": ratio,
         "ratio_quartiles": [lower, upper],
         "anonymous_mib": anonymous,
+        "threads": options.threads,
     }
 
 
@@ -216,7 +219,9 @@ def main() -> None:
     )
     parser.add_argument("--side", type=int, default=28, help="of the images of `limited`")
     parser.add_argument("--gib", type=int, default=6, help="size of the large file of `limited`")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     if options.what in ("show", "child"):
         show() if options.what == "show" else child(options)
         return
