@@ -136,11 +136,13 @@ def test_an_inspection_tells_what_the_methods_of_the_model_tell(classes):
         torch.testing.assert_close(denoised, model.predict_x0(x, level))
 
 
-def test_onnx_agrees(tmp_path):
+def test_onnx_agrees_and_the_exporter_keeps_its_notes_to_itself(tmp_path, capfd, recwarn):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
     module, x = ClassPosterior(joint_unet()), torch.randn(5, 1, 8, 8)
+    capfd.readouterr(), recwarn.clear()
     path = export_onnx(module, tmp_path / "model.onnx")
+    assert not recwarn.list and not capfd.readouterr().err
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (found,) = session.run(["log_prob"], {"x": x.numpy()})
     with torch.no_grad():

@@ -217,6 +217,7 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="where files are written; by default the temporary folder"
     )
+    parser.add_argument("--sides", type=int, nargs="+", default=SIDES)
     parser.add_argument("--side", type=int, default=28, help="of the images of `limited`")
     parser.add_argument("--gib", type=int, default=6, help="size of the large file of `limited`")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -231,7 +232,7 @@ def main() -> None:
             row = {"kind": "limited", "figures": measure_limited(options, folder)}
             print(add_row(RESULTS, row)["figures"])
             return
-        for side in SIDES:
+        for side in options.sides:
             print(add_row(RESULTS, {"kind": "sizes", "figures": measure_side(side, folder)})["figures"])
 
 

@@ -50,7 +50,7 @@ def report_command(command: arguments.Report) -> Outcome:
         "bytes": len(html),
         "missing": missing,
     }
-    return Outcome(result, [f"{out}: {len(html) / 1e6:.1f} MB, {missing} parts missing"])
+    return Outcome(result, [f"{out}: {len(html) / 1e6:.1f} MB, {missing} part{'s' * (missing != 1)} missing"])
 
 
 def _runtime(command: arguments.Report, first: Source) -> dict[str, bytes] | None:

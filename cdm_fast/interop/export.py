@@ -3,7 +3,10 @@
 # B batch, L = T+2 noise levels, K classes
 """
 
-from collections.abc import Callable
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -115,9 +118,24 @@ def export_onnx(
         import onnxscript  # noqa: F401  (needed by torch.onnx)
     except ImportError as error:
         raise UserError("ONNX needs onnx and onnxscript: pip install 'cdm_fast[onnx]'") from error
-    program = torch.onnx.export(
-        export(module), input_names=["x"], output_names=[*module.outputs], dynamo=True, verbose=False
-    )
+    with _quiet():
+        program = torch.onnx.export(
+            export(module), input_names=["x"], output_names=[*module.outputs], dynamo=True, verbose=False
+        )
     assert program is not None
     program.save(str(path))
     return Path(path)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the exporter's notes about itself: missing torchvision, deprecated calls in its own code."""
+    notes = logging.getLogger("torch.onnx")
+    level = notes.level
+    notes.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        notes.setLevel(level)
