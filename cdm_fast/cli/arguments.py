@@ -254,11 +254,11 @@ class Classify(WithBatches, WithSolver, WithDevice):
     """Images to attack, drawn at random from the split."""
     selective: Switch = False
     """Report what abstaining gains: accuracy on the most certain images, conformal prediction sets, rejection
-    by log p(x). Draws RUN/selective.png."""
+    of the images that `score` flags as unusual. Draws RUN/selective.png."""
     set_coverage: float = 0.9
     """Fraction of images whose conformal prediction set holds their class (--selective)."""
     false_alarms: float = 0.05
-    """Fraction of normal images that a threshold on log p(x) may reject (--selective)."""
+    """Fraction of images like the validation split that may be rejected as unusual (--selective)."""
     certify: Switch = False
     """Certify the classes against every perturbation up to an L2 radius, by randomized smoothing. Draws
     RUN/certified.png. For joint, embedding and discriminative."""

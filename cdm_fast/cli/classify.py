@@ -54,7 +54,7 @@ def score_classes(command: Classify, config: RunConfig, model: Denoiser, data: I
         lines += attack_lines
     columns = report.columns()
     for scored in (
-        *([select_images(command, model, data, report)] if command.selective else ()),
+        *([select_images(command, config, model, data, report)] if command.selective else ()),
         *([certify_images(command, model, data)] if command.certify else ()),
     ):
         result |= scored[0]
