@@ -152,7 +152,7 @@ def configured(name: str, kind: str, seed: int, source: Path, options: argparse.
         data=replace(base.data, source=str(source)),
         network=network,
         train=train,
-        output=replace(base.output, constants_rows=rows),
+        output=replace(base.output, constants_rows=rows, num_samples=1, sampling_steps=2, draws=1),
     )
 
 
