@@ -115,21 +115,24 @@ def test_the_loss_adds_the_cross_entropy_of_the_attacked(images, rank):
     assert 0 < int(known.sum()) < len(known)
     log_posterior = model.log_class_posterior(batch.attacked)
     ce = -log_posterior.gather(1, batch.label.clamp(min=0)[:, None])[known].sum() / len(known)
-    plain, weighted = (
-        make_loss(replace(config.train, adversarial_weight=weight))(model, batch) for weight in (0.0, 0.7)
+    plain, weighted, default = (
+        make_loss(replace(config.train, adversarial_weight=weight))(model, batch)
+        for weight in (0.0, 0.7, None)
     )
     assert float(ce.detach()) > 0.1
     torch.testing.assert_close(weighted.loss - plain.loss, 0.7 * ce, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(default.loss - plain.loss, 0.01 * ce, rtol=1e-3, atol=1e-6)
     assert torch.equal(weighted.ce, plain.ce) and torch.equal(weighted.mse, plain.mse)
 
 
 def test_a_classifier_learns_from_the_attacked_too(images):
-    config = attacking(images, "none", objective="classifier", adversarial_weight=0.5)
+    config = attacking(images, "none", objective="classifier")
     model = new_state(config, CPU).model.eval()
     batch = draw_batch(load_data(config.data.source), model, config, 0)
-    terms = make_loss(config.train)(model, batch)
     ce = torch.nn.functional.cross_entropy(model.logits(batch.attacked), batch.label)
-    torch.testing.assert_close(terms.loss, terms.ce + 0.5 * ce)
+    for given, weight in ((0.5, 0.5), (None, 1.0)):
+        terms = make_loss(replace(config.train, adversarial_weight=given))(model, batch)
+        torch.testing.assert_close(terms.loss, terms.ce + weight * ce)
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -154,6 +157,7 @@ def test_class_logits_are_the_posterior_up_to_a_constant(own):
         ({"adversarial": "none"}, "--budget 0.2 belongs to --adversarial"),
         ({"adversarial_steps": 0}, "--adversarial-steps is 0"),
         ({"budget": float("nan")}, "--budget is nan"),
+        ({"adversarial_weight": -1.0}, "--adversarial-weight is -1.0"),
         (
             {"objective": "classifier", "classifier_noise": 0.5, "conditioning": "none"},
             "perturbs clean images",

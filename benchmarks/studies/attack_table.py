@@ -62,7 +62,7 @@ def configured(kind: str, options: argparse.Namespace) -> RunConfig:
         objective="classifier" if kind == "discriminative" else "cdm",
         adversarial="linf" if attacked else "none",
         budget=BUDGETS[options.data]["linf"][1] if attacked else 0.0,
-        adversarial_weight=options.weight if attacked else base.train.adversarial_weight,
+        adversarial_weight=options.weight if attacked else None,
         steps=options.steps or base.train.steps,
     )
     source = options.source or base.data.source
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--source", help="data source in place of the preset's")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--steps", type=int, help="training steps in place of the preset's")
-    parser.add_argument("--weight", type=float, default=0.1, help="--adversarial-weight of the kind linf")
+    parser.add_argument("--weight", type=float, default=0.01, help="--adversarial-weight of the kind linf")
     parser.add_argument("--only", nargs="+", default=(), help="such as accuracy, bound, pgd, auto")
     options = parser.parse_args()
     if options.data == "show":

@@ -233,10 +233,14 @@ def _nonnegative(config: RunConfig) -> list[tuple[str, float]]:
     """(flag, value) of every finite number of at least 0."""
     names = (
         "lr", "weight_decay", "clip_norm", "ce_weight", "mse_weight", "class_weight", "classifier_noise",
-        "budget", "adversarial_weight",
+        "budget",
     )  # fmt: skip
     weights = [(name.replace("_", "-"), getattr(config.train, name)) for name in names]
-    return [*weights, ("guidance", config.output.guidance)]
+    return [
+        *weights,
+        ("adversarial-weight", config.train.adversarial_weight or 0.0),
+        ("guidance", config.output.guidance),
+    ]
 
 
 def _check_resolutions(config: RunConfig) -> None:

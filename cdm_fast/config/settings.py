@@ -193,8 +193,9 @@ class TrainConfig:
     """Largest norm of these perturbations, for pixels from 0 (black) to 1 (white) (--adversarial only)."""
     adversarial_steps: int = 3
     """Gradient steps that find each perturbation, 1 or more; each costs a forward and a backward pass."""
-    adversarial_weight: float = 0.1
-    """Weight of the cross-entropy over the classes of perturbed images."""
+    adversarial_weight: float | None = None
+    """Weight of the cross-entropy over the classes of perturbed images; by default 0.01 for a CDM, where a
+    larger one costs likelihood, and 1 for a classifier."""
     dropout_until: float = 1.0
     """Fraction of the steps, 0..1, after which dropout is turned off. Single-pass likelihoods are too good if
     it stays on until the end."""

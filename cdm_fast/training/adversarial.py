@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cdm_fast.config import RunConfig
+from cdm_fast.config import RunConfig, TrainConfig
 from cdm_fast.data.pixels import noise_of_inputs
 from cdm_fast.evaluation.apgd import log_odds_against
 from cdm_fast.evaluation.attack_methods import PGD_LENGTH, frozen
@@ -16,6 +16,17 @@ from cdm_fast.evaluation.norms import project, random_step, steepest
 from cdm_fast.host.distributed import rank_rows
 from cdm_fast.model import CDM, DDM, evaluation_mode
 from cdm_fast.model.classifier import Classifier
+
+# Default weights of the cross-entropy over the classes of perturbed images. Beside a CDM's denoising error,
+# which is below 1, a weight of 0.1 costs much more likelihood (docs/measurements/attacks.md).
+OF_CDM, OF_CLASSIFIER = 0.01, 1.0
+
+
+def adversarial_weight(config: TrainConfig) -> float:
+    """The weight of the cross-entropy over the classes of perturbed images: the config's, or the default."""
+    if config.adversarial_weight is not None:
+        return config.adversarial_weight
+    return OF_CLASSIFIER if config.objective == "classifier" else OF_CDM
 
 
 def perturbed(

@@ -36,7 +36,7 @@ from cdm_fast.nn.unet import UNetTrunk
 from cdm_fast.nn.working import is_compiled, working_weights
 from cdm_fast.ops import noising
 from cdm_fast.ops.precision import ieee_fp32
-from cdm_fast.training.adversarial import perturbed
+from cdm_fast.training.adversarial import adversarial_weight, perturbed
 from cdm_fast.training.ema import Ema
 from cdm_fast.training.feed import images_of
 from cdm_fast.training.levels import draw_levels
@@ -161,13 +161,13 @@ def make_loss(config: TrainConfig) -> LossFunction:
     if config.objective == "ddm":
         return noised_ddm_loss
     if config.objective == "classifier":
-        return partial(noised_classifier_loss, adversarial_weight=config.adversarial_weight)
+        return partial(noised_classifier_loss, adversarial_weight=adversarial_weight(config))
     return partial(
         noised_cdm_loss,
         ce_weight=config.ce_weight,
         mse_weight=config.mse_weight,
         class_weight=config.class_weight,
-        adversarial_weight=config.adversarial_weight,
+        adversarial_weight=adversarial_weight(config),
     )
 
 
