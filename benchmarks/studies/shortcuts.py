@@ -132,7 +132,7 @@ def write_set(name: str, cue: str, seed: int, options: argparse.Namespace) -> tu
     return path, groups
 
 
-def configured(name: str, kind: str, seed: int, source: Path, options: argparse.Namespace) -> RunConfig:
+def configured(name: str, kind: str, seed: int, source: Path, steps: int) -> RunConfig:
     """The encoder preset of a data set with what the kind changes."""
     base = preset(f"{name}-encoder")
     discriminative = kind == "discriminative"
@@ -142,7 +142,7 @@ def configured(name: str, kind: str, seed: int, source: Path, options: argparse.
     train = replace(
         base.train,
         objective="classifier" if discriminative else "cdm",
-        steps=options.steps or STEPS[name][kind],
+        steps=steps,
         seed=seed,
         precision="bf16",
     )
@@ -181,15 +181,17 @@ def class_counts(run: Path) -> Tensor:
 
 def measurements(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row for each cue, kind and seed that the file does not hold yet."""
-    have = {(row["data"], row["cue"], row["kind"], row["seed"]) for row in read_rows(RESULTS)}
+    key = ("data", "cue", "kind", "seed", "train_steps")
+    have = {tuple(row[name] for name in key) for row in read_rows(RESULTS)}
     for seed in options.seeds:
         for cue in options.cues:
             for kind in options.kinds:
-                if (name, cue, kind, seed) in have:
+                steps = options.steps or STEPS[name][kind]
+                if (name, cue, kind, seed, steps) in have:
                     continue
                 source, group = write_set(name, cue, seed, options)
-                config = configured(name, kind, seed, source, options)
-                run = trained(config, options.runs / f"{name}-{cue}-{kind}-{seed}")
+                config = configured(name, kind, seed, source, steps)
+                run = trained(config, options.runs / f"{name}-{cue}-{kind}-{seed}-{steps}")
                 test = load_data(str(source), "test")
                 figures = {"own_prior": accuracies(run, test, group, balanced=False)}
                 if cue == "imbalance":
@@ -200,7 +202,7 @@ def measurements(name: str, options: argparse.Namespace) -> Iterator[dict[str, A
                     "kind": kind,
                     "seed": seed,
                     "figures": figures,
-                    "train_steps": config.train.steps,
+                    "train_steps": steps,
                     "train_seconds": load_checkpoint(run, ()).state["seconds"],
                 }
 
@@ -208,22 +210,21 @@ def measurements(name: str, options: argparse.Namespace) -> Iterator[dict[str, A
 def show() -> str:
     """Mean and standard error over seeds as a table in Markdown; percentages."""
     rows = read_rows(RESULTS)
-    lines = [
-        "| data | cue | classifier | all, % | aligned or common | conflicting or rare | worst group | s |"
-    ]
-    lines.append("|---" * 8 + "|")
-    keys = dict.fromkeys(
-        (row["data"], row["cue"], row["kind"], prior) for row in rows for prior in row["figures"]
-    )
-    for data, cue, kind, prior in keys:
-        same = [row for row in rows if (row["data"], row["cue"], row["kind"]) == (data, cue, kind)]
+    lines = ["| data | cue | classifier, steps | seeds | all, % | aligned or common | conflicting or rare |"]
+    lines[0] += " worst group | training, s |"
+    lines.append("|---" * 9 + "|")
+    key = ("data", "cue", "kind", "train_steps")
+    keys = dict.fromkeys((*(row[name] for name in key), prior) for row in rows for prior in row["figures"])
+    for *names, prior in keys:
+        data, cue, kind, steps = names
+        same = [row for row in rows if [row[name] for name in key] == names]
         figures = [row["figures"][prior] for row in same]
         cells = [
             _mean([100 * each[key] for each in figures]) for key in ("all", "easy", "hard", "worst_group")
         ]
         seconds = sum(row["train_seconds"] for row in same) / len(same)
-        name = kind + (", equal prior" if prior == "equal_prior" else "")
-        lines.append(f"| {data} | {cue} | {name} | {' | '.join(cells)} | {seconds:.0f} |")
+        name = f"{kind}, {steps}" + (", equal prior" if prior == "equal_prior" else "")
+        lines.append(f"| {data} | {cue} | {name} | {len(same)} | {' | '.join(cells)} | {seconds:.0f} |")
     return "\n".join(lines)
 
 
