@@ -82,6 +82,11 @@ def test_gradients_of_a_network_are_those_of_finite_differences(conditioning):
         ("deepfool", "l2"),
         ("cw", "l2"),
         ("square", "linf"),
+        ("apgd-ce", "linf"),
+        ("apgd-ce", "l2"),
+        ("apgd-t", "linf"),
+        ("apgd-t", "l2"),
+        ("auto", "linf"),
     ],
 )
 def test_accuracy_falls_as_the_margins_say(attack, norm):
@@ -95,7 +100,7 @@ def test_accuracy_falls_as_the_margins_say(attack, norm):
         norm,
         budgets,
         num_images=60,
-        steps={"cw": 40, "square": 60}.get(attack),
+        steps={"cw": 40, "square": 60, "auto": 20}.get(attack),
     )
     reach = torch.tensor(budgets) * (2**0.5 if norm == "linf" else 1)
     wanted = (margins(data) > reach[:, None]).double().mean(1)
@@ -175,7 +180,7 @@ def test_log_p_tells_images_pushed_off_the_data():
     )
     assert abs(report.detection_auroc[0] - 0.5) < 0.05 and report.detection_auroc[1] > 0.8
     told = describe_attack(report)
-    assert "fgsm in linf" in told[0] and "AUROC" in told[1] and len(told) == 3
+    assert "fgsm in linf" in told[0] and "AUROC" in told[1] and "5 % of the clean" in told[3]
 
 
 def test_json_of_an_attacked_run(joint):
@@ -193,6 +198,8 @@ def test_json_of_an_attacked_run(joint):
     ("flags", "told"),
     [
         (["--attack", "cw"], "--attack-norm l2"),
+        (["--attack", "square", "--attack-norm", "l2"], "--attack-norm linf"),
+        (["--attack", "auto", "--attack-draws", "-1"], "--attack-draws is -1"),
         (["--attack", "pgd", "--budgets", "0"], "budget 0.0"),
         (["--attack", "pgd", "--attack-steps", "0"], "attack steps is 0"),
         (["--attack", "pgd", "--attack-images", "1"], "1 images to attack"),
@@ -208,6 +215,9 @@ def test_missing_foolbox_is_one_line(joint, monkeypatch):
     monkeypatch.setitem(sys.modules, "foolbox", None)
     status, _, err = call("classify", joint, "--attack", "pgd")
     assert status == 2 and 'pip install "cdm_fast[attacks]"' in err and err.count("\n") == 1
+    # Those written here need nothing.
+    found = call_json("classify", joint, "--attack", "auto", "--attack-images", "4", "--attack-steps", "2")
+    assert list(found["attack"]["accuracy_after"]) == ["apgd-ce", "apgd-t", "square"]
 
 
 @pytest.mark.parametrize(("attack", "norm"), [("guess", "linf"), ("pgd", "l1")])

@@ -4,10 +4,12 @@ Pixels (n, 1, H, W), white being 1.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from benchmarks.studies.certificates import attack_inside
 from cdm_fast import NoiseSchedule, UserError, load
 from cdm_fast.data.pixels import from_brightness, noise_of_inputs, to_brightness
 from cdm_fast.evaluation.certification import (
@@ -19,13 +21,18 @@ from cdm_fast.evaluation.certification import (
     hoeffding,
 )
 from cdm_fast.evaluation.certification_report import evaluate_certificates
-from cdm_fast.evaluation.selective import conformal_threshold, evaluate_selection, risk_coverage
+from cdm_fast.evaluation.outliers import evaluate_outliers
+from cdm_fast.evaluation.selective import (
+    conformal_threshold,
+    evaluate_selection,
+    reject_unusual,
+    risk_coverage,
+)
 from tests.test_classify import classes, draw, joint_model
 from tests.test_cli import call, call_json
 from tests.tiny_run import FLAGS, write_images
 
 SIGMA = 0.5
-AT_ONE_PERCENT = {"draws": 200, "selection_draws": 20, "failure_probability": 0.01, "batch_size": 100_000}
 
 
 def normal_cdf(value):
@@ -197,12 +204,70 @@ def test_conformal_sets_cover_at_their_rate_in_two_models_one_of_them_wrong():
     label = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
     for scale in (1.0, 3.0):  # the second is too sure of itself: sets hold all the same
         report = evaluate_selection(logits * scale, label, has_likelihood=False, set_coverage=0.8)
-        assert abs(report.set_coverage_found - 0.8) < 0.015
+        assert report.splits == 10
+        assert abs(report.set_coverage_found - 0.8) < 2 * report.set_coverage_stderr < 0.02
         assert report.aurc_oracle < report.aurc_by_posterior < 0.6
         assert report.accuracy_by_posterior[-1] > report.accuracy_by_posterior[0]
-        assert report.aurc_by_likelihood is None and report.false_alarms_found is None
+        assert report.aurc_by_likelihood is None
     assert conformal_threshold(torch.tensor([1.0, 2.0, 3.0]), 0.75) == 3
     assert conformal_threshold(torch.tensor([1.0, 2.0, 3.0]), 0.76) == math.inf
+
+
+def test_the_error_bar_of_the_coverage_is_that_of_ten_splits():
+    """Over other splits the coverage scatters by its own standard error around ceil((m+1) q) / (m+1)."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(200, 4, dtype=torch.float64, generator=generator)
+    label = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+    expected = math.ceil(101 * 0.8) / 101
+    scaled = []
+    for seed in range(60):
+        report = evaluate_selection(logits, label, has_likelihood=False, set_coverage=0.8, seed=seed)
+        scaled.append((report.set_coverage_found - expected) / report.set_coverage_stderr)
+    scaled = torch.tensor(scaled)
+    assert abs(float(scaled.mean())) < 3 * math.sqrt(9 / 7 / 60)  # Student's t with 9 degrees of freedom
+    assert 0.8 < float(scaled.std()) < 1.6
+
+
+def test_unusual_images_are_rejected_at_the_rate_of_false_alarms():
+    density = classes()
+    model, usual, reference = joint_model(density), draw(density, 400), draw(density, 400, seed=5)
+    odd = replace(usual, images=torch.full_like(usual.images, 255))
+    both = replace(usual, images=torch.cat([usual.images, odd.images]))
+    outliers = evaluate_outliers(model, both, reference, false_alarms=0.1)
+    right = torch.cat([torch.ones(400), torch.zeros(400)]).bool()
+    rejection = reject_unusual(outliers, right)
+    assert bool((outliers.p_value[400:] <= 0.1).all())
+    kept = 2 * (1 - rejection.rejected)  # share of the usual ones
+    assert abs(kept - 0.9) < 3 * math.sqrt(2 * 0.09 / 400)
+    assert rejection.accuracy == 1.0
+    assert rejection.accuracy_of_rejected == pytest.approx((1 - kept) / (2 - kept))
+
+
+def test_no_attack_inside_the_certified_radius_changes_the_class():
+    """200 images at a failure probability of 1e-5, near the curved boundary of an untrained network."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(6, 64), torch.nn.Tanh(), torch.nn.Linear(64, 3)
+    )
+    with torch.no_grad():
+        network[1].weight *= 4
+        network[3].weight *= 10
+    network.requires_grad_(False)
+    pixels = images(600)
+    before, _ = certify(network, pixels, SIGMA, failure_probability=1e-5, batch_size=100_000)
+    chosen = (before.predicted != ABSTAIN).nonzero()[:200, 0]
+    assert len(chosen) == 200
+    predicted, radius = before.predicted[chosen], before.radius[chosen]
+    moved = attack_inside(network, pixels[chosen], predicted, radius, SIGMA)
+    assert bool(((moved - pixels[chosen]).flatten(1).norm(dim=1) < radius).all())
+    after, _ = certify(network, moved, SIGMA, failure_probability=0.01, batch_size=100_000, seed=1)
+    changed = (after.predicted != predicted) & (after.predicted != ABSTAIN)
+    assert int(changed.sum()) == 0
+    assert bool((after.lower_bound < before.lower_bound[chosen]).double().mean() > 0.8)  # it does attack
+    # Three times as far the same attack changes many: the radius is what protects.
+    far = attack_inside(network, pixels[chosen], predicted, 3 * radius, SIGMA)
+    beyond, _ = certify(network, far, SIGMA, failure_probability=0.01, batch_size=100_000, seed=1)
+    assert int(((beyond.predicted != predicted) & (beyond.predicted != ABSTAIN)).sum()) > 20
 
 
 def test_classify_certifies_and_abstains_on_a_tiny_run(tmp_path):
@@ -213,7 +278,10 @@ def test_classify_certifies_and_abstains_on_a_tiny_run(tmp_path):
     assert [row["sigma"] for row in result["certified"]["by_sigma"]] == [0.25, 0.5]
     assert (run / "certified.png").exists() and (run / "selective.png").exists()
     assert result["selective"]["splits"] == 10
-    assert "certified_radius_sigma_0.25" in out.read_text().splitlines()[0]
+    rejection = result["selective"]["rejection"]
+    assert rejection["false_alarms"] == 0.05 and rejection["reference"].endswith("validation")
+    header = out.read_text().splitlines()[0]
+    assert "certified_radius_sigma_0.25" in header and "p_value" in header
     for wrong in (["--denoiser", run], ["--certify", "--method", "denoising"], ["--certify", "--sigma"]):
         status, _, err = call("classify", run, *wrong)
         assert status == 2 and len(err.splitlines()) == 1

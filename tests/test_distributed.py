@@ -1,5 +1,6 @@
 """Several processes give the results of one, and they stop, fail and restart together."""
 
+import contextlib
 import json
 import os
 import signal
@@ -40,13 +41,19 @@ def config(tmp_path_factory):
     return replace(config, data=replace(config.data, flip=True), network=network)
 
 
+@contextlib.contextmanager
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def alone(config):
     """What one process computes, with one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield workers.steps_taken(config, None, LOSSES)
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield workers.steps_taken(config, None, LOSSES)
 
 
 @pytest.fixture
@@ -67,6 +74,16 @@ def test_processes_take_the_steps_of_one(tmp_path, config, alone, count, paralle
     many, expected = found[0]["losses"], alone["losses"]
     assert (many["loss"] - expected["loss"][:steps]).abs().max() < 1e-4
     assert all(torch.equal(other["losses"]["ema"], many["ema"]) for other in found)
+
+
+def test_processes_attack_the_images_that_one_attacks(tmp_path, config):
+    train = replace(config.train, adversarial="l2", budget=0.5)
+    network = replace(config.network, conditioning="joint", head_rank=0)
+    attacking = replace(config, network=network, train=train)
+    with one_thread():
+        expected = workers.many_steps(attacking, None, 4)
+    for found in workers.start(2, workers.joint_losses, tmp_path, attacking, "ddp", 4):
+        torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

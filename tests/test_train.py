@@ -195,7 +195,8 @@ def test_batch_is_a_function_of_seed_and_step(config):
     first = draw_batch(data, model, config, 3)
     torch.rand(7)
     again = draw_batch(data, model, config, 3)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert first.attacked is again.attacked is None
+    assert all(torch.equal(a, b) for a, b in zip(first[:4], again[:4], strict=True))
     other_step = draw_batch(data, model, config, 4)
     other_seed = draw_batch(data, model, replace(config, train=replace(config.train, seed=1)), 3)
     assert not torch.equal(first.eps, other_step.eps)
@@ -256,8 +257,11 @@ def stop_after(monkeypatch, steps):
 
 
 def resumable(images, precision, conditioning):
-    """A run with everything that could break exactness: dropout, flips, classes, parts, mid-epoch stops."""
+    """A run with everything that could break exactness: dropout, flips, classes, parts, mid-epoch stops, and
+    attacks on joint logits."""
     settings = {"accumulate": 2, "clip_norm": 0.5, "optimizer": "adamw", "weight_decay": 0.01}
+    if conditioning == "joint":
+        settings |= {"adversarial": "linf", "budget": 0.2, "adversarial_steps": 2}
     config = tiny_config(images, precision=precision, **settings)
     return replace(
         config,

@@ -71,6 +71,14 @@ def test_compiled_training_takes_the_same_steps(one_graph, config, objective):
     torch.testing.assert_close(losses(compiled), losses(eager), rtol=1e-5, atol=1e-6)
 
 
+def test_compiled_adversarial_training_takes_the_same_steps(one_graph, config):
+    network = replace(config.network, conditioning="joint", head_rank=0)
+    train = replace(config.train, adversarial="l2", budget=0.5, adversarial_steps=2)
+    eager = replace(config, network=network, train=train)
+    compiled = replace(eager, train=replace(train, compile="default"))
+    torch.testing.assert_close(losses(compiled), losses(eager), rtol=1e-5, atol=1e-6)
+
+
 def test_recomputing_training_takes_the_same_steps(config):
     recomputing = replace(config, train=replace(config.train, checkpoint_blocks=True))
     torch.testing.assert_close(losses(recomputing), losses(config), rtol=1e-6, atol=1e-7)

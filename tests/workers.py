@@ -108,6 +108,12 @@ def many_steps(
     return {"loss": torch.stack(losses), "bad": state.bad, "ema": _flat([*state.ema.model.parameters()])}
 
 
+def joint_losses(config: RunConfig, parallel: str, steps: int) -> dict[str, Any]:
+    """`many_steps` of processes that share each step."""
+    with process_group("cpu"):
+        return many_steps(config, parallel, steps)
+
+
 def joint_bad_step(config: RunConfig, parallel: str) -> dict[str, Any]:
     """`many_steps` with a NaN in step 2 of one process."""
     with process_group("cpu"):

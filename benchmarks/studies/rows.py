@@ -29,7 +29,7 @@ def add_row(path: Path, row: dict[str, Any]) -> dict[str, Any]:
 def trained(config: RunConfig, run: Path) -> Path:
     """The run directory, trained first if it is missing or unfinished; nothing is drawn on the way.
 
-    Raises UserError for a directory that holds another run.
+    Raises UserError for a directory that holds another run, and if the training is stopped by a signal.
     """
     if not run.exists():
         train(replace(config, output=replace(config.output, sample_every=0, evaluate_every=0)), run)
@@ -37,4 +37,6 @@ def trained(config: RunConfig, run: Path) -> Path:
         raise UserError(f"{run} holds a run of other settings; give another --runs")
     elif load_checkpoint(run, ()).step < config.train.steps:
         resume(run)
+    if load_checkpoint(run, ()).step < config.train.steps:
+        raise UserError(f"the training of {run} was stopped; start the study again to continue it")
     return run

@@ -240,8 +240,9 @@ class Classify(WithBatches, WithSolver, WithDevice):
     corruptions: Switch = False
     """Also classify under 15 standard corruptions at 5 severities; draws RUN/corruptions.png."""
     attack: AttackName | None = None
-    """Also attack the classifier, with foolbox (extra: attacks), or with `square`, a random search without
-    gradients; draws RUN/attack.png. For joint, embedding and discriminative."""
+    """Also attack the classifier; draws RUN/attack.png. `auto` is the strongest: apgd-ce, apgd-t and square
+    in turn. `apgd-undetected` also keeps log p(x) high; `square` uses no gradients; fgsm, pgd, deepfool and
+    cw are foolbox's (extra: attacks). For joint, embedding and discriminative."""
     attack_norm: AttackNorm = "linf"
     """Norm of the perturbation; cw needs l2, square needs linf."""
     attack_from: Path | None = None
@@ -249,16 +250,21 @@ class Classify(WithBatches, WithSolver, WithDevice):
     budgets: tuple[float, ...] = ()
     """Maximum norms of the perturbation, for pixels in [0, 1]; by default the usual ones."""
     attack_steps: int | None = None
-    """Steps of the attack; by default 40 for pgd, 50 for deepfool, 200 for cw, 1000 for square."""
+    """Steps of the attack; by default 40 for pgd, 50 for deepfool, 200 for cw, 1000 for square, 100 for apgd
+    and auto, whose square takes 50 times as many."""
+    attack_draws: int = 0
+    """Dequantisation draws over which the attacked classifier averages; 0 takes the centre of each grey
+    level."""
     attack_images: int = 100
     """Images to attack, drawn at random from the split."""
     selective: Switch = False
     """Report what abstaining gains: accuracy on the most certain images, conformal prediction sets, rejection
-    by log p(x). Draws RUN/selective.png."""
+    of the images that `score` flags as unusual. Draws RUN/selective.png."""
     set_coverage: float = 0.9
     """Fraction of images whose conformal prediction set holds their class (--selective)."""
     false_alarms: float = 0.05
-    """Fraction of normal images that a threshold on log p(x) may reject (--selective)."""
+    """Fraction of images like the validation split that --selective may reject as unusual, and of the clean
+    images that a detector by log p(x) rejects (--attack)."""
     certify: Switch = False
     """Certify the classes against every perturbation up to an L2 radius, by randomized smoothing. Draws
     RUN/certified.png. For joint, embedding and discriminative."""

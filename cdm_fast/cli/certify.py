@@ -1,9 +1,15 @@
 """`cdm-fast classify --certify` and `--selective`."""
 
+from dataclasses import asdict
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from cdm_fast.cli.arguments import Classify
 from cdm_fast.cli.outcome import Scored, load_on, require_fit
+from cdm_fast.cli.score import reference_images
+from cdm_fast.config import RunConfig
 from cdm_fast.data import ImageData
 from cdm_fast.errors import UserError
 from cdm_fast.evaluation.attacks import ClassLogLikelihoods
@@ -14,7 +20,8 @@ from cdm_fast.evaluation.certification import (
 from cdm_fast.evaluation.certification_report import CertificationReport, evaluate_certificates
 from cdm_fast.evaluation.class_scores import fitting_method, require_classes
 from cdm_fast.evaluation.classification import ClassReport, labels_for
-from cdm_fast.evaluation.selective import SelectiveReport, evaluate_selection
+from cdm_fast.evaluation.outliers import evaluate_outliers
+from cdm_fast.evaluation.selective import Rejection, SelectiveReport, evaluate_selection, reject_unusual
 from cdm_fast.host.progress import to_stderr
 from cdm_fast.model import CDM, Denoiser
 from cdm_fast.model.classifier import Classifier
@@ -98,26 +105,60 @@ def describe_certificates(reports: list[CertificationReport]) -> list[str]:
     return lines
 
 
-def select_images(command: Classify, model: Denoiser, data: ImageData, report: ClassReport) -> Scored:
-    """Risk against coverage and conformal sets of a classification; draws RUN/selective.png."""
+def select_images(
+    command: Classify, config: RunConfig, model: Denoiser, data: ImageData, report: ClassReport
+) -> Scored:
+    """Risk against coverage, conformal sets and rejection of unusual images; draws RUN/selective.png.
+
+    A model with a single-pass likelihood rejects the images that `cdm-fast score` flags.
+    """
+    label = labels_for(data, require_classes(model))[report.index]
     selective = evaluate_selection(
         report.log_joint,
-        labels_for(data, require_classes(model))[report.index],
+        label,
         has_likelihood=report.bits_per_dim is not None,
         set_coverage=command.set_coverage,
-        false_alarms=command.false_alarms,
         seed=command.seed,
     )
     curves = {"by posterior": selective.risk_by_posterior}
     if selective.risk_by_likelihood is not None:
         curves["by log p(x)"] = selective.risk_by_likelihood
     picture = write_selective(curves, command.run / "selective.png")
-    values = {**selective.to_json(), "picture": str(picture)}
-    return {"selective": values}, [*describe_selection(selective), str(picture)], {}
+    rejection, columns = _reject(command, config, model, data, report, label)
+    values = {
+        **selective.to_json(),
+        "rejection": None if rejection is None else asdict(rejection),
+        "picture": str(picture),
+    }
+    return {"selective": values}, [*describe_selection(selective, rejection), str(picture)], columns
 
 
-def describe_selection(report: SelectiveReport) -> list[str]:
-    """The report as lines of text."""
+def _reject(
+    command: Classify,
+    config: RunConfig,
+    model: Denoiser,
+    data: ImageData,
+    report: ClassReport,
+    label: Tensor,  # (n,) of the classified images
+) -> tuple[Rejection | None, dict[str, tuple[Tensor, Tensor]]]:
+    """The rejection of unusual images, and its column; None and {} without a single-pass likelihood."""
+    if not isinstance(model, CDM):
+        return None, {}
+    outliers = evaluate_outliers(
+        model,
+        data.take(report.index),
+        reference_images(config, torch.Generator().manual_seed(command.seed)),
+        level=command.level,
+        false_alarms=command.false_alarms,
+        batch_size=command.batch_size,
+        seed=command.seed,
+    )
+    rejection = reject_unusual(outliers, report.posterior.argmax(1) == label)
+    return rejection, {"p_value": (report.index, outliers.p_value)}
+
+
+def describe_selection(report: SelectiveReport, rejection: Rejection | None) -> list[str]:
+    """The reports as lines of text."""
     names = {"posterior": report.accuracy_by_posterior, "likelihood": report.accuracy_by_likelihood}
     areas = {"posterior": report.aurc_by_posterior, "likelihood": report.aurc_by_likelihood}
     lines = [
@@ -133,9 +174,11 @@ def describe_selection(report: SelectiveReport) -> list[str]:
         f" {100 * report.set_coverage_found:.2f} +- {100 * report.set_coverage_stderr:.2f} %, mean size"
         f" {report.set_size:.2f}, empty {100 * report.empty_sets:.1f} % ({report.splits} random halves)"
     )
-    if report.false_alarms_found is not None:
+    if rejection is not None:
         lines.append(
-            f"rejecting small log p(x) at {100 * report.false_alarms:g} % false alarms rejects"
-            f" {100 * report.false_alarms_found:.2f} % of the other half"
+            f"rejecting unusual images at {100 * rejection.false_alarms:g} % false alarms"
+            f" ({rejection.reference_images} images of {rejection.reference}) rejects"
+            f" {100 * rejection.rejected:.2f} +- {100 * rejection.rejected_stderr:.2f} %; accuracy on the"
+            f" rest {100 * rejection.accuracy:.2f} +- {100 * rejection.accuracy_stderr:.2f} %"
         )
     return lines

@@ -12,8 +12,9 @@ from cdm_fast.cli.outcome import Outcome, Scored, scored_by
 from cdm_fast.config import RunConfig
 from cdm_fast.config.choices import AttackName
 from cdm_fast.data import ImageData
-from cdm_fast.errors import UserError
-from cdm_fast.evaluation.attacks import check_attack, evaluate_attack, load_foolbox
+from cdm_fast.errors import UserError, require_at_least
+from cdm_fast.evaluation.attack_methods import check_attack, load_foolbox, needs_foolbox
+from cdm_fast.evaluation.attacks import evaluate_attack
 from cdm_fast.evaluation.class_scores import fitting_method, require_classes
 from cdm_fast.evaluation.classification import ClassReport, evaluate_classes
 from cdm_fast.evaluation.robustness import evaluate_corruptions
@@ -54,7 +55,7 @@ def score_classes(command: Classify, config: RunConfig, model: Denoiser, data: I
         lines += attack_lines
     columns = report.columns()
     for scored in (
-        *([select_images(command, model, data, report)] if command.selective else ()),
+        *([select_images(command, config, model, data, report)] if command.selective else ()),
         *([certify_images(command, model, data)] if command.certify else ()),
     ):
         result |= scored[0]
@@ -72,9 +73,11 @@ def _check_attack(command: Classify, attack: AttackName, config: RunConfig, mode
             "--attack needs the gradient of logits: a run and --method joint, embedding or discriminative"
         )
     check_attack(attack, command.attack_norm, command.budgets, command.attack_steps)
+    require_at_least("--attack-draws", command.attack_draws, 0)
     if command.attack_from is not None:
         _require_same_kind(command.attack_from, config)
-    load_foolbox()
+    if needs_foolbox(attack):
+        load_foolbox()
 
 
 def _attack(
@@ -89,7 +92,9 @@ def _attack(
         command.attack_norm,
         command.budgets,
         steps=command.attack_steps,
+        draws=command.attack_draws,
         surrogate=None if command.attack_from is None else _surrogate(command.attack_from, logits),
+        false_alarms=command.false_alarms,
         num_images=command.attack_images,
         batch_size=command.batch_size,
         seed=command.seed,

@@ -1,6 +1,6 @@
 """Reports as lines of text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from cdm_fast.data.corruptions import SEVERITIES
@@ -120,11 +120,19 @@ def describe_attack(report: AttackReport) -> list[str]:
         f" {report.steps} steps, {report.num_images} images: accuracy"
         f" {100 * report.clean_accuracy:.1f} % without attack"
     ]
-    areas: Sequence[float | None] = report.detection_auroc or [None] * len(report.budgets)
-    for row in zip(report.budgets, report.accuracy, report.accuracy_stderr, areas, strict=True):
-        budget, accuracy, error, area = row
-        detected = "" if area is None else f", detected by log p(x) with AUROC {area:.3f}"
-        lines.append(f"  budget {budget:.4f}: {100 * accuracy:5.1f} +- {100 * error:.1f} %{detected}")
+    for i, budget in enumerate(report.budgets):
+        detected = ""
+        if report.detection_auroc is not None and report.undetected is not None:
+            detected = (
+                f", detected by log p(x) with AUROC {report.detection_auroc[i]:.3f}; wrong and undetected"
+                f" {100 * report.undetected[i]:.1f} %"
+            )
+        accuracy = f"{100 * report.accuracy[i]:5.1f} +- {100 * report.accuracy_stderr[i]:.1f} %"
+        lines.append(f"  budget {budget:.4f}: {accuracy}{detected}")
+    for part, accuracies in (report.accuracy_after or {}).items():
+        lines.append(f"  after {part:8} " + " ".join(f"{100 * value:6.1f}" for value in accuracies))
+    if report.false_alarms is not None:
+        lines.append(f"  (the detector rejects {100 * report.false_alarms:g} % of the clean images)")
     return lines
 
 

@@ -90,7 +90,8 @@ def scored_by(
     require_at_least("--batch-size", command.batch_size, 1)
     if command.out is not None:
         check_name(command.out)
-    own_too = isinstance(command, arguments.Score)  # its reference is the validation split
+    # Unusual images are told by comparison with the run's own validation split.
+    own_too = isinstance(command, arguments.Score) or (command.selective and foreign is None)
     data = data_for(command.run, config, command.split, command.data, own_too)
     model = load_on(command.run, command.device) if foreign is None else foreign.model
     into = command if foreign is None else replace(command, run=foreign.folder)

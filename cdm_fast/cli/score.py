@@ -103,9 +103,13 @@ def _choose_images(command: Score, config: RunConfig, data: ImageData) -> Compar
     if command.against is not None and command.against != CORRUPTED:
         other = other_data(command.against, command.split, config)
         other = other.take(choose(len(other), command.images, generator))
+    return Compared(data.take(index), index, other, reference_images(config, generator))
+
+
+def reference_images(config: RunConfig, generator: torch.Generator) -> ImageData:
+    """At most `REFERENCE_IMAGES` of the run's validation split: held-out images like those of training."""
     reference = run_data(config, "validation")
-    reference = reference.take(choose(len(reference), REFERENCE_IMAGES, generator))
-    return Compared(data.take(index), index, other, reference)
+    return reference.take(choose(len(reference), REFERENCE_IMAGES, generator))
 
 
 def _draw_report(

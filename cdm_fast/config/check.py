@@ -17,6 +17,7 @@ def check(config: RunConfig) -> None:
     _check_ranges(config)
     _check_objective(config)
     _check_labels(config)
+    _check_adversarial(config)
     _check_schedule(config.schedule)
     _check_sampler(config)
     _check_keep_best(config)
@@ -92,6 +93,29 @@ def _check_labels(config: RunConfig) -> None:
         )
 
 
+def _check_adversarial(config: RunConfig) -> None:
+    """Adversarial training needs a budget, and class logits of clean images."""
+    train, conditioning = config.train, config.network.conditioning
+    if train.adversarial == "none":
+        if train.budget:
+            raise UserError(
+                f"--budget {train.budget:g} belongs to --adversarial: give linf or l2, or leave it out"
+            )
+        return
+    if not train.budget:
+        raise UserError(f"--adversarial {train.adversarial} needs --budget, such as 0.1; white is 1")
+    if train.objective == "ddm" or (train.objective == "cdm" and conditioning != "joint"):
+        raise UserError(
+            f"--adversarial {train.adversarial} needs the classes of an image from one pass: give"
+            " --conditioning joint or --objective classifier"
+        )
+    if train.classifier_noise:
+        raise UserError(
+            f"--adversarial {train.adversarial} perturbs clean images, and --classifier-noise"
+            f" {train.classifier_noise:g} trains on noisy ones: leave one of them out"
+        )
+
+
 def _check_sampler(config: RunConfig) -> None:
     """The sampler of the sample grid must suit the schedule."""
     output, schedule = config.output, config.schedule
@@ -159,6 +183,7 @@ def _lower_bounds(config: RunConfig) -> list[tuple[str, int, int]]:
         ("warmup", train.warmup, 0),
         ("ema-start", train.ema_start, 0),
         ("decay-every", train.decay_every, 1),
+        ("adversarial-steps", train.adversarial_steps, 1),
         ("seed", train.seed, 0),
         ("split-seed", config.data.split_seed, 0),
         ("max-bad-steps", train.max_bad_steps, 1),
@@ -208,9 +233,14 @@ def _nonnegative(config: RunConfig) -> list[tuple[str, float]]:
     """(flag, value) of every finite number of at least 0."""
     names = (
         "lr", "weight_decay", "clip_norm", "ce_weight", "mse_weight", "class_weight", "classifier_noise",
+        "budget",
     )  # fmt: skip
     weights = [(name.replace("_", "-"), getattr(config.train, name)) for name in names]
-    return [*weights, ("guidance", config.output.guidance)]
+    return [
+        *weights,
+        ("adversarial-weight", config.train.adversarial_weight or 0.0),
+        ("guidance", config.output.guidance),
+    ]
 
 
 def _check_resolutions(config: RunConfig) -> None:

@@ -5,7 +5,9 @@ from typing import Literal
 CorrectedSampler = Literal["mala", "smc"]
 Split = Literal["train", "validation", "test"]
 Parallel = Literal["ddp", "fsdp"]
-AttackName = Literal["fgsm", "pgd", "deepfool", "cw", "square"]
+AttackName = Literal[
+    "fgsm", "pgd", "deepfool", "cw", "square", "apgd-ce", "apgd-t", "apgd-undetected", "auto"
+]
 AttackNorm = Literal["linf", "l2"]
 RestoreTask = Literal["inpaint", "denoise", "super-resolution"]
 ClassifyMethod = Literal["joint", "embedding", "denoising", "ode", "discriminative"]

@@ -186,6 +186,16 @@ class TrainConfig:
     classifier_noise: float = 0.0
     """Standard deviation of the Gaussian noise under which a classifier is trained, for pixels from 0 (black)
     to 1 (white), rounded to the nearest level of the schedule (--objective classifier only)."""
+    adversarial: Literal["none", "linf", "l2"] = "none"
+    """Also train the classes of images that a few gradient steps have perturbed so that they are
+    misclassified, up to --budget in this norm (--conditioning joint, or --objective classifier)."""
+    budget: float = 0.0
+    """Largest norm of these perturbations, for pixels from 0 (black) to 1 (white) (--adversarial only)."""
+    adversarial_steps: int = 3
+    """Gradient steps that find each perturbation, 1 or more; each costs a forward and a backward pass."""
+    adversarial_weight: float | None = None
+    """Weight of the cross-entropy over the classes of perturbed images; by default 0.01 for a CDM, where a
+    larger one costs likelihood, and 1 for a classifier."""
     dropout_until: float = 1.0
     """Fraction of the steps, 0..1, after which dropout is turned off. Single-pass likelihoods are too good if
     it stays on until the end."""

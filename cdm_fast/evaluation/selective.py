@@ -1,4 +1,4 @@
-"""Selective classification: risk against coverage, and conformal prediction sets.
+"""Selective classification: risk against coverage, conformal prediction sets, rejection of unusual images.
 
 # n images, K classes
 """
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cdm_fast.config.json import fields_without
 from cdm_fast.errors import UserError
+from cdm_fast.evaluation.outliers import OutlierReport
 from cdm_fast.statistics import standard_error
 
 COVERAGES = (1.0, 0.95, 0.9, 0.8, 0.5)
@@ -71,11 +72,9 @@ class SelectiveReport:
         risk_by_posterior, risk_by_likelihood: the curves, at 1/n, 2/n, ..., 1.
         set_coverage: nominal coverage of the conformal prediction sets.
         set_coverage_found, set_coverage_stderr: measured coverage, mean over `splits` random splits into a
-            calibration half and a test half. The error bar is the spread over splits divided by the square
-            root of half their number, because splits share images.
+            calibration half and a test half, and its standard error. Given the images, random splits are
+            independent, and each has the nominal coverage in expectation.
         set_size: mean number of classes in a set; empty_sets: share of images with an empty set.
-        false_alarms: nominal share of normal images that a threshold on log p(x) rejects;
-            false_alarms_found: measured on the test halves.
     """
 
     coverages: list[float]
@@ -91,8 +90,6 @@ class SelectiveReport:
     set_coverage_stderr: float
     set_size: float
     empty_sets: float
-    false_alarms: float
-    false_alarms_found: float | None
     splits: int
 
     def to_json(self) -> dict[str, Any]:
@@ -106,26 +103,23 @@ def evaluate_selection(
     *,
     has_likelihood: bool = True,
     set_coverage: float = 0.9,
-    false_alarms: float = 0.05,
     splits: int = SPLITS,
     seed: int = 0,
 ) -> SelectiveReport:
-    """Risk against coverage, conformal sets and rejection by likelihood; see `SelectiveReport`.
+    """Risk against coverage and conformal sets; see `SelectiveReport`.
 
     Args:
         has_likelihood: True if `log_joint` holds densities, whose logsumexp is log p(x).
         set_coverage: wanted share of images whose prediction set contains their class, 0..1.
-        false_alarms: wanted share of normal images that are rejected for a small log p(x), 0..1.
         splits, seed: number and seed of the random splits.
 
     Raises:
-        UserError: fewer than 4 images, or a share that is not between 0 and 1.
+        UserError: fewer than 4 images, or a coverage that is not between 0 and 1.
     """
     if len(label) < 4:
         raise UserError(f"{len(label)} images: at least 4 are needed to calibrate on a half of them")
-    for what, share in (("coverage of sets", set_coverage), ("false alarms", false_alarms)):
-        if not 0 < share < 1:
-            raise UserError(f"{what} is {share}: give a share between 0 and 1")
+    if not 0 < set_coverage < 1:
+        raise UserError(f"coverage of sets is {set_coverage}: give a share between 0 and 1")
     log_joint = log_joint.double()
     wrong = log_joint.argmax(1) != label
     log_odds = class_nonconformity(log_joint)
@@ -136,7 +130,6 @@ def evaluate_selection(
     halves = _halves(len(label), splits, seed)
     sets = [_conformal_split(log_odds, label, set_coverage, *half) for half in halves]
     found, size, empty = torch.tensor(sets, dtype=torch.float64).T
-    rejected = [] if log_prob is None else [_rejected(log_prob, false_alarms, *half) for half in halves]
     return SelectiveReport(
         coverages=list(COVERAGES),
         accuracy_by_posterior=[1 - float(by_posterior[i]) for i in answered],
@@ -150,11 +143,9 @@ def evaluate_selection(
         risk_by_likelihood=None if by_likelihood is None else by_likelihood.tolist(),
         set_coverage=set_coverage,
         set_coverage_found=float(found.mean()),
-        set_coverage_stderr=math.sqrt(2) * standard_error(found) if splits > 1 else math.nan,
+        set_coverage_stderr=standard_error(found),
         set_size=float(size.mean()),
         empty_sets=float(empty.mean()),
-        false_alarms=false_alarms,
-        false_alarms_found=sum(rejected) / len(rejected) if rejected else None,
         splits=splits,
     )
 
@@ -176,7 +167,45 @@ def _conformal_split(
     return float(covered), float(in_set.sum(1).double().mean()), float((~in_set.any(1)).double().mean())
 
 
-def _rejected(log_prob: Tensor, false_alarms: float, calibration: Tensor, test: Tensor) -> float:
-    """Share of `test` whose log p(x) lies below the conformal threshold of `calibration`."""
-    threshold = conformal_threshold(-log_prob[calibration], 1 - false_alarms)
-    return float((-log_prob[test] > threshold).double().mean())
+@dataclass(frozen=True)
+class Rejection:
+    """A classifier that gives no answer for unusual images.
+
+    Fields:
+        false_alarms: share of images like the reference that may be rejected: those with a conformal p-value
+            of the typicality of at most this (`evaluate_outliers`).
+        reference, reference_images: held-out images that define what is usual, and their number.
+        rejected, rejected_stderr: share of the images that is rejected, and its standard error.
+        accuracy, accuracy_stderr: accuracy on the images that are answered; NaN if there are none.
+        accuracy_of_rejected: accuracy that the rejected images would have had; NaN if there are none.
+        num_images: number of images, answered or not.
+    """
+
+    false_alarms: float
+    reference: str
+    reference_images: int
+    rejected: float
+    rejected_stderr: float
+    accuracy: float
+    accuracy_stderr: float
+    accuracy_of_rejected: float
+    num_images: int
+
+
+def reject_unusual(
+    outliers: OutlierReport,
+    right: Tensor,  # (n,) bool, of the same images
+) -> Rejection:
+    """The accuracy of a classifier that rejects the images that `outliers` flags; see `Rejection`."""
+    flagged, right = outliers.p_value <= outliers.false_alarms, right.double()
+    return Rejection(
+        false_alarms=outliers.false_alarms,
+        reference=outliers.reference,
+        reference_images=outliers.reference_images,
+        rejected=outliers.flagged,
+        rejected_stderr=standard_error(flagged.double()),
+        accuracy=float(right[~flagged].mean()),
+        accuracy_stderr=standard_error(right[~flagged]),
+        accuracy_of_rejected=float(right[flagged].mean()),
+        num_images=len(right),
+    )

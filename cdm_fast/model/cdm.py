@@ -188,6 +188,14 @@ class CDM(Energy):
         at_level = logits_at(logits, level, classes)
         return noise_level_ce(logits, level, label, classes).loss, at_level, grad_x
 
+    def class_logits(self, x: Tensor, level: Tensor) -> Tensor:
+        """`log p(c | x_t = x)` up to one constant per x, (B, K), in training; for joint logits only.
+
+        `level` is (B,) int64, 0..T. Differentiable in the weights and in x, and cheaper than
+        `log_class_posterior`, which computes the logits of all levels.
+        """
+        return self._adjoint_network.class_logits(x, level)
+
     def denoise(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
         """`eps_hat = s (grad_x F + x)` (Thm 3.1), like `x`; arguments and errors as in `Denoiser.denoise`."""
         return self._eps_hat(x, level, label)

@@ -26,12 +26,13 @@ class LossTerms(NamedTuple):
 
 
 class Noised(NamedTuple):
-    """A batch of noised inputs, with their noise, levels and labels."""
+    """A batch of noised inputs, with their noise, levels and labels; and attacked clean images, if any."""
 
     x_t: Tensor  # (B, ...)
     eps: Tensor  # like x_t
     level: Tensor  # (B,) int64
     label: Tensor | None = None  # (B,) int64, -1 for none
+    attacked: Tensor | None = None  # like x_t, at level 0
 
 
 def cdm_loss(
@@ -86,15 +87,23 @@ def noised_cdm_loss(
     ce_weight: float = CE_WEIGHT,
     mse_weight: float = 1.0,
     class_weight: float = 0.0,
+    adversarial_weight: float = 0.0,
 ) -> LossTerms:
-    """`cdm_loss` of a batch that has been noised already."""
-    x_t, eps, level, label = batch
+    """`cdm_loss` of a batch that has been noised already.
+
+    Adds `adversarial_weight` times the cross-entropy over the classes of `batch.attacked`, if there are any.
+    """
+    x_t, eps, level, label, attacked = batch
     cross_entropy, at_level, grad_x = model.cross_entropy_and_ratio_gradient(x_t, level, label)
     ce = cross_entropy.mean()
     mse = denoise_loss(grad_x, x_t, model.s[level].to(x_t.dtype), eps).sum() / x_t.numel()
     loss = ce_weight * ce + mse_weight * mse
     if class_weight and at_level is not None and label is not None:
         loss = loss + class_weight * _class_cross_entropy(at_level, level, label, model.schedule.T)
+    if attacked is not None and label is not None:
+        clean = torch.zeros_like(level)
+        of_attacked = model.class_logits(attacked, clean)
+        loss = loss + adversarial_weight * _class_cross_entropy(of_attacked, clean, label, model.schedule.T)
     return LossTerms(loss, mse, ce)
 
 
@@ -127,16 +136,21 @@ def ddm_loss(
 
 def noised_ddm_loss(model: DDM, batch: Noised) -> LossTerms:
     """`ddm_loss` of a batch that has been noised already."""
-    x_t, eps, level, label = batch
+    x_t, eps, level, label, _ = batch
     mse = (model.denoise(x_t, level, label) - eps).square().mean()
     return LossTerms(mse, mse, None)
 
 
-def noised_classifier_loss(model: Classifier, batch: Noised) -> LossTerms:
-    """Mean of `-log p(label | x)` in nats over a batch at the classifier's level."""
+def noised_classifier_loss(model: Classifier, batch: Noised, adversarial_weight: float = 0.0) -> LossTerms:
+    """Mean of `-log p(label | x)` in nats over a batch at the classifier's level.
+
+    Adds `adversarial_weight` times the same over `batch.attacked`, if there are any.
+    """
     assert batch.label is not None
-    ce = F.cross_entropy(model.logits(batch.x_t), batch.label)
-    return LossTerms(ce, torch.zeros_like(ce), ce)
+    ce = loss = F.cross_entropy(model.logits(batch.x_t), batch.label)
+    if batch.attacked is not None:
+        loss = loss + adversarial_weight * F.cross_entropy(model.logits(batch.attacked), batch.label)
+    return LossTerms(loss, torch.zeros_like(ce), ce)
 
 
 def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:

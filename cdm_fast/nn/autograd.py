@@ -65,6 +65,10 @@ class AutogradNetwork:
         at_level = logits_at(logits, level, classes)
         return noise_level_ce(logits, level, label, classes).loss, at_level, grad_x
 
+    def class_logits(self, x: Tensor, level: Tensor) -> Tensor:
+        """As in `AdjointNetwork.class_logits`, from all joint logits."""
+        return logits_at(self.logits(x, None), level, self.joint_classes or 1)
+
     def _noise_ratio(
         self, x: Tensor, level: Tensor, label: Tensor | None, guidance: float
     ) -> tuple[Tensor, Tensor]:

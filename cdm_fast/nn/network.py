@@ -90,6 +90,14 @@ class AdjointNetwork(nn.Module):
         cotangent = head.cotangent(h, cumulated, level, label, at_level=at_level)
         return loss, at_level, self.adjoint(residuals, cotangent)
 
+    def class_logits(self, x: Tensor, level: Tensor) -> Tensor:
+        """`z(x)[level]` (B, K), without the logits of other levels; `level` (B,) int64, 0..T.
+
+        For heads over classes only.
+        """
+        head = self._class_head()
+        return head.at_level(self.features(x, keep_residuals=False)[0], head.cumulated(), level)
+
     def _features(self, x: Tensor, label: Tensor | None) -> tuple[Tensor, Any]:
         """`features` of `x`, and of the label if it enters the trunk."""
         return self.features(x, None if self.linear_layer.takes_label else label)

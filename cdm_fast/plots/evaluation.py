@@ -78,13 +78,20 @@ def write_attack(
     report: Mapping[str, Any],  # `AttackReport.to_json()`
     path: str | Path,
 ) -> Path:
-    """Accuracy against budget, and the AUROC of detection by log p(x), as a PNG under `path`."""
+    """Accuracy against budget, and the AUROC of detection by log p(x), as a PNG under `path`.
+
+    The dashed curve is the share of images that keep their class or are rejected by log p(x).
+    """
     areas = report["detection_auroc"]  # None for a `Classifier`
     figure, (accuracy, *others) = new_figure(1 if areas is None else 2)
     budgets = [0.0, *report["budgets"]]
     errors = [0.0, *report["accuracy_stderr"]]
     values = [report["clean_accuracy"], *report["accuracy"]]
     accuracy.errorbar(budgets, values, yerr=errors, marker=".", linewidth=1.2, capsize=3)
+    if report["undetected"] is not None:
+        handled = 1 - np.asarray(report["undetected"])
+        accuracy.plot(report["budgets"], handled, linestyle="--", marker=".", label="right, or rejected")
+        accuracy.legend(fontsize=8)
     accuracy.set_ylim(-0.02, 1.02)
     where = f"budget, {report['norm']}, white is 1"
     label_axes(accuracy, f"accuracy under {report['attack']}, {report['steps']} steps", where)

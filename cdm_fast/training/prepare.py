@@ -157,6 +157,11 @@ def check_parallel(config: RunConfig, parallel: Parallel) -> None:
         )
     if parallel == "fsdp" and train.checkpoint_blocks:
         raise UserError("--parallel fsdp does not go with --checkpoint-blocks; leave one of them out")
+    if parallel == "fsdp" and train.adversarial != "none":
+        raise UserError(
+            f"--parallel fsdp does not go with --adversarial {train.adversarial}, whose attack needs all"
+            " weights; give ddp"
+        )
     if parallel == "fsdp" and train.compile not in ("auto", "off"):
         raise UserError(f"--parallel fsdp does not go with --compile {train.compile}; give off")
 

@@ -36,6 +36,7 @@ from cdm_fast.nn.unet import UNetTrunk
 from cdm_fast.nn.working import is_compiled, working_weights
 from cdm_fast.ops import noising
 from cdm_fast.ops.precision import ieee_fp32
+from cdm_fast.training.adversarial import adversarial_weight, perturbed
 from cdm_fast.training.ema import Ema
 from cdm_fast.training.feed import images_of
 from cdm_fast.training.levels import draw_levels
@@ -160,12 +161,13 @@ def make_loss(config: TrainConfig) -> LossFunction:
     if config.objective == "ddm":
         return noised_ddm_loss
     if config.objective == "classifier":
-        return noised_classifier_loss
+        return partial(noised_classifier_loss, adversarial_weight=adversarial_weight(config))
     return partial(
         noised_cdm_loss,
         ce_weight=config.ce_weight,
         mse_weight=config.mse_weight,
         class_weight=config.class_weight,
+        adversarial_weight=adversarial_weight(config),
     )
 
 
@@ -183,6 +185,8 @@ def seed_step(seed: int, step: int) -> None:
 def draw_batch(data: ImageData, model: CDM | DDM | Classifier, config: RunConfig, step: int) -> Noised:
     """The batch of a step (from 0), a function of (seed, step): images, dequantisation, flips, levels, noise.
 
+    With `--adversarial` it has attacked images too, which depend on the model's weights as well.
+
     Each of several processes draws the whole batch, which is cheap compared with a step, and returns its
     rows. The labels must be on the model's device; the images may be in host memory.
     """
@@ -198,7 +202,7 @@ def draw_batch(data: ImageData, model: CDM | DDM | Classifier, config: RunConfig
     images = images_of(data, on_host, index, lambda: indices(step + 1))
     images = _deformed(images, config, grey, step)
     points = config.data.pixels == "points"
-    x_t, eps, _ = noising(
+    x_t, eps, x0 = noising(
         to_points(images, grey) if points else images,
         level,
         model.a,
@@ -208,10 +212,15 @@ def draw_batch(data: ImageData, model: CDM | DDM | Classifier, config: RunConfig
         flip=config.data.flip,
     )
     label = _draw_labels(data, config, index, generator)
-    x_t, eps, level = (rank_rows(drawn, train.accumulate) for drawn in (x_t, eps, level))
+    x_t, eps, x0, level = (rank_rows(drawn, train.accumulate) for drawn in (x_t, eps, x0, level))
     if train.channels_last:
-        x_t, eps = (x.contiguous(memory_format=torch.channels_last) for x in (x_t, eps))
-    return Noised(x_t, eps, level, label if label is None else rank_rows(label, train.accumulate))
+        x_t, eps, x0 = (x.contiguous(memory_format=torch.channels_last) for x in (x_t, eps, x0))
+    label = label if label is None else rank_rows(label, train.accumulate)
+    attacked = None
+    if train.adversarial != "none" and label is not None:
+        generator = torch.Generator(device).manual_seed(derived_seed(train.seed, step, "adversarial"))
+        attacked = perturbed(model, x0, label, config, generator)
+    return Noised(x_t, eps, level, label, attacked)
 
 
 def _deformed(images: Tensor, config: RunConfig, num_grey_levels: int, step: int) -> Tensor:
