@@ -70,6 +70,7 @@ struct TokenWorker {
         });
     }
 
+    template <bool of_weight>
     __device__ __forceinline__ void vjp(int64_t token) const {
         const int64_t start = token * a.channels;
         const float rstd = static_cast<const float*>(a.rstd)[token];
@@ -86,7 +87,7 @@ struct TokenWorker {
 #pragma unroll
             for (int i = 0; i < pack; ++i) {
                 const float xhat = x.at[i] * rstd;
-                if (partial != nullptr) partial[channel + i] += g.at[i] * xhat;
+                if constexpr (of_weight) partial[channel + i] += g.at[i] * xhat;
                 grad_x.at[i] = rstd * (g.at[i] * weight[channel + i] - xhat * mean_px);
             }
             write(a.grad_x, start + channel, grad_x);
@@ -147,7 +148,7 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(const RmsNorm a, int
         });
     for (int64_t token = image * a.tokens + first + warp; token < image * a.tokens + last; token += kWarps) {
         if constexpr (task == Task::forward) worker.forward(token);
-        if constexpr (task == Task::vjp) worker.vjp(token);
+        if constexpr (task == Task::vjp) worker.template vjp<of_weight>(token);
         if constexpr (task == Task::vjp_backward) worker.vjp_backward(token);
     }
     if constexpr (of_weight) {

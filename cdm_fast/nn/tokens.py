@@ -93,7 +93,7 @@ class RMSNorm(Layer):
 
 
 def rotary_table(grid: Sides, head_width: int) -> Tensor:
-    """(2, N, D/2h): cosines and sines of the angles by which pairs of a head's channels are turned.
+    """(2, N, D/h): cosines and signed sines of the angles by which pairs of a head's channels are turned.
 
     Half of the pairs turn with the token's row, half with its column, at geometric frequencies; so products
     of queries and keys depend on the tokens' distances, on a grid of any size (Su et al. 2021, eq. 15).
@@ -103,18 +103,37 @@ def rotary_table(grid: Sides, head_width: int) -> Tensor:
     by_row, by_column = (torch.arange(side)[:, None] * frequency for side in grid)
     shape = *grid, quarter
     angle = torch.cat([by_row[:, None].expand(shape), by_column[None].expand(shape)], -1).flatten(0, 1)
-    return torch.stack([angle.cos(), angle.sin()]).float()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)]).float()
 
 
-def turned(x: Tensor, table: Tensor, sign: int = 1) -> Tensor:
+def turned(x: Tensor, table: Tensor, sign: float = 1.0) -> Tensor:
     """The pairs (i, i + D/2h) of the last dimension of (..., N, D/h) turned by the table's angles, or back.
 
     sign: 1, or -1 for the inverse, which is the adjoint.
     """
-    cos, sin = table.to(x.dtype).unbind()
-    first, second = x.chunk(2, -1)
-    sin = sign * sin
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    return _Turn.apply(x, table.to(x.dtype), sign)
+
+
+class _Turn(torch.autograd.Function):
+    """`turned`, whose derivative turns back; autograd would add one gradient for each of its uses of x."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, table: Tensor, sign: float) -> Tensor:
+        cos, sin = table.unbind()
+        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin, value=sign)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, table, ctx.sign = inputs
+        ctx.save_for_backward(table)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        (table,) = ctx.saved_tensors
+        return _Turn.apply(g, table, -ctx.sign), None, None
 
 
 def matrix(in_features: int, out_features: int, std: float) -> Linear:
@@ -188,8 +207,9 @@ class SelfAttention(Layer):
         return torch.add(g, self.norm.adjoint(norm_residuals, g_normed), alpha=self.multiplier)
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, N, 3 D) -> queries and keys, turned, and values, (B h, N, D/h) each; one copy of each."""
+        """(B, N, 3 D) -> queries and keys, turned, and values, (B h, N, D/h) each; one copy of all."""
         heads = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, h, N, D/h)
+        heads = heads.contiguous()
         q, k = turned(heads[:2], self.table).flatten(1, 2).unbind()
         return q, k, heads[2].flatten(0, 1)
 

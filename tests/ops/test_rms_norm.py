@@ -107,6 +107,7 @@ def test_triton_interpreted(kernels, poison_empty, shape, dtype, per_image):
         assert relative_error(ours, exact) < TOLERANCE[dtype], name
 
 
+@pytest.mark.cpu
 @settings(max_examples=25, deadline=None)
 @given(shape=st.tuples(*(st.integers(1, high) for high in (3, 40, 70))), per_image=st.booleans())
 def test_cpp_on_random_shapes(shape, per_image):

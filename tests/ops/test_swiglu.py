@@ -100,6 +100,7 @@ def test_triton_interpreted(kernels, poison_empty, shape, dtype, options):
         assert relative_error(ours, exact) < TOLERANCE[dtype], name
 
 
+@pytest.mark.cpu
 @settings(max_examples=25, deadline=None)
 @given(shape=st.tuples(*(st.integers(1, high) for high in (3, 9, 70))), dropout=st.sampled_from([0.0, 0.4]))
 def test_cpp_on_random_shapes(shape, dropout):
