@@ -1,12 +1,12 @@
 """Several processes give the results of one, and they stop, fail and restart together."""
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def config(tmp_path_factory):
     return replace(config, data=replace(config.data, flip=True), network=network)
 
 
-@contextlib.contextmanager
+@contextmanager
 def one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -84,6 +84,17 @@ def test_processes_attack_the_images_that_one_attacks(tmp_path, config):
         expected = workers.many_steps(attacking, None, 4)
     for found in workers.start(2, workers.joint_losses, tmp_path, attacking, "ddp", 4):
         torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_processes_with_a_transformer_take_the_steps_of_one(tmp_path, config, parallel):
+    config = replace(config, network=replace(config.network, architecture="transformer"))
+    with one_thread():
+        alone = workers.steps_taken(config, None, 3)
+    found = workers.start(2, workers.joint_steps, tmp_path, config, parallel, 3)
+    for name, expected in alone["torch.float64"].items():
+        assert relative_error(found[0]["torch.float64"][name], expected) < 1e-10, name
+    assert (found[0]["losses"]["loss"] - alone["losses"]["loss"]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

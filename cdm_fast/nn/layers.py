@@ -82,7 +82,10 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias), None
 
     def adjoint(self, residuals: None, g: Tensor) -> Tensor:
-        return linear(g, self.weight.t())
+        weight = for_adjoint(self, "weight")
+        if torch.is_autocast_enabled(g.device.type):
+            return g @ weight  # autocast keeps its cast of a whole weight, but not that of a view
+        return linear(g, weight.t())
 
 
 class SiLU(Layer):
