@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from cdm_fast.nn import MLP as MLP
     from cdm_fast.nn import Encoder as Encoder
     from cdm_fast.nn import MLPDenoiser as MLPDenoiser
+    from cdm_fast.nn import Transformer as Transformer
     from cdm_fast.nn import UNet as UNet
     from cdm_fast.nn import UNetDenoiser as UNetDenoiser
     from cdm_fast.ops import use_backend as use_backend
@@ -47,6 +48,7 @@ _HOME = {
     "MutualInformation": "cdm_fast.tables",
     "NoiseSchedule": "cdm_fast.model.schedule",
     "Encoder": "cdm_fast.nn",
+    "Transformer": "cdm_fast.nn",
     "UNet": "cdm_fast.nn",
     "UNetDenoiser": "cdm_fast.nn",
     "UserError": "cdm_fast.errors",

@@ -9,6 +9,7 @@
 #include "group_norm_silu.h"
 #include "group_norm_silu_op.h"
 #include "philox.h"
+#include "sum_rows.h"
 
 #define CDM_BODY "group_norm_silu_body.h"
 #include "for_each_isa.h"
@@ -73,30 +74,12 @@ void run_ranges(const GroupNormSilu& a) {
     });
 }
 
-template <class Scalar>
-void add_rows(const Tensor& rows, const Tensor& total) {
-    const int64_t count = rows.size(0), width = rows.size(1);
-    const Scalar* from = static_cast<const Scalar*>(rows.data_ptr());
-    Scalar* to = static_cast<Scalar*>(total.data_ptr());
-    std::copy(from, from + width, to);
-    for (int64_t row = 1; row < count; ++row)
-        for (int64_t column = 0; column < width; ++column) to[column] += from[row * width + column];
-}
-
 struct Launch {
     static void run(const GroupNormSilu& a, ScalarType dtype, const Tensor&) {
         cdm::with_cpu_type("group_norm_silu", dtype, [&](auto sample) { run_ranges<decltype(sample)>(a); });
     }
 
-    static Tensor sum_over_images(const Tensor& per_image) {
-        const Tensor total = torch::stable::new_empty(per_image, {per_image.size(1)});
-        if (per_image.scalar_type() == ScalarType::Double) {
-            add_rows<double>(per_image, total);
-        } else {
-            add_rows<float>(per_image, total);
-        }
-        return total;
-    }
+    static Tensor sum_over_images(const Tensor& per_image) { return cdm::sum_rows(per_image); }
 };
 
 }  // namespace

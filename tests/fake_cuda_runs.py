@@ -20,12 +20,19 @@ IMAGES = 16  # drawn by a sampler, scored by a likelihood
 
 
 class Scene:
-    """The CIFAR-10 preset's model, optimizer and training images, all fake, in bf16.
+    """A CIFAR-10 preset's model, optimizer and training images, all fake, in bf16.
 
     small: with a network of fewer blocks. conditioning: of a model of ten classes.
     """
 
-    def __init__(self, device: Any, batch_size: int, small: bool = False, conditioning: str = "none") -> None:
+    def __init__(
+        self,
+        device: Any,
+        batch_size: int,
+        small: bool = False,
+        conditioning: str = "none",
+        preset: str = "cifar10",
+    ) -> None:
         import torch
 
         from cdm_fast.config import PRESETS
@@ -34,7 +41,7 @@ class Scene:
         from cdm_fast.training.state import new_state
         from cdm_fast.training.step import make_optimizer
 
-        config = PRESETS["cifar10"]
+        config = PRESETS[preset]
         network = replace(config.network, conditioning=conditioning)
         if small:
             network = replace(network, base_channels=32, multipliers=(1, 2), blocks_per_level=1)
@@ -144,6 +151,7 @@ SMALL = ("ddpm", "dpm_solver_pp_2m", "heun", "mala", "smc")
 RUNS: dict[str, Callable[[Any], dict[str, dict[str, int]]]] = {
     "step": partial(_step, batch_size=128),
     "step of a joint head": partial(_step, batch_size=8, small=True, conditioning="joint"),
+    "step of a transformer": partial(_step, batch_size=128, preset="cifar10-transformer"),
     "record": partial(_evaluation, _record, small=True),
     "ddim": partial(_evaluation, partial(_sample, "ddim")),
     **{sampler: partial(_evaluation, partial(_sample, sampler), small=True) for sampler in SMALL},

@@ -1,12 +1,14 @@
 """Every layer's adjoint against autograd, and the whole loss's parameter gradient against double backward."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 from benchmarks.support.plain_unet import PlainUNet, double_backward_loss
-from cdm_fast import CDM, MLP, Encoder, NoiseSchedule, UNet, UserError, cdm_loss, use_backend
-from cdm_fast.nn import blocks, layers, resample
+from cdm_fast import CDM, MLP, Encoder, NoiseSchedule, Transformer, UNet, UserError, cdm_loss, use_backend
+from cdm_fast.nn import blocks, layers, resample, tokens
 from cdm_fast.nn.mlp import MLPBlock
 from cdm_fast.nn.pool import ConvMeanPool, EnergyPool
 from tests.accuracy import TOLERANCE, relative_error
@@ -19,6 +21,19 @@ def embedded_block() -> nn.Module:
     block = blocks.ResnetBlock(8, 16, num_groups=4, embedding_width=5)
     block.forward_with = {"embedding": torch.randn(3, 5, dtype=torch.float64)}
     return block
+
+
+def embedded_transformer_block() -> nn.Module:
+    block = tokens.TransformerBlock(16, 8, (3, 5), branches=2, dropout=0.3, embedding_width=5)
+    embedding = torch.randn(3, 5, dtype=torch.float64)
+    block.forward_with = {"embedding": embedding, "seed": torch.tensor([7, 11])}
+    return block
+
+
+def modulated_norm() -> nn.Module:
+    norm = tokens.RMSNorm(8, multiplier=0.5)
+    norm.forward_with = {"scale": torch.randn(3, 8, dtype=torch.float64)}
+    return norm
 
 
 def with_dropout(layer: nn.Module) -> nn.Module:
@@ -53,6 +68,17 @@ LAYERS = {
     "linear": (lambda: layers.Linear(7, 5), (4, 7)),
     "silu": (layers.SiLU, (4, 7)),
     "mlp-block": (lambda: MLPBlock(7), (4, 7)),
+    "patches": (lambda: tokens.PatchEmbedding(8, 12, (2, 5)), SHAPE),
+    "patches-exact": (lambda: tokens.PatchEmbedding(8, 12, (2, 2), exact=True), SHAPE),
+    "rms-norm": (lambda: tokens.RMSNorm(8), (3, 7, 8)),
+    "rms-norm-modulated": (modulated_norm, (3, 7, 8)),
+    "self-attention": (lambda: tokens.SelfAttention(16, 8, (3, 5), branches=2), (3, 15, 16)),
+    "gated-mlp": (lambda: tokens.GatedMLP(16, branches=2), (3, 7, 16)),
+    "gated-mlp-dropout": (lambda: with_dropout(tokens.GatedMLP(16, 2, dropout=0.3)), (3, 7, 16)),
+    "transformer-block": (lambda: tokens.TransformerBlock(16, 8, (3, 5), branches=2), (3, 16, 3, 5)),
+    "transformer-block-embedding": (embedded_transformer_block, (3, 16, 3, 5)),
+    "token-pool": (lambda: tokens.TokenPool(16, num_groups=4), (3, 16, 3, 5)),
+    "squares-pool": (lambda: tokens.SquaresPool(8, 0.5), SHAPE),
 }
 
 
@@ -130,26 +156,35 @@ def test_a_skip_connection_counts_as_further_channels(channels_last):
         assert relative_error(got, expected) < 1e-12
 
 
-@pytest.mark.parametrize(("build", "shrinks"), [(UNet, 3.0), (Encoder, 2.5)])
+SMALL_TRUNK = {
+    "base_channels": 8,
+    "multipliers": (1, 2),
+    "blocks_per_level": 1,
+    "attention_resolutions": (8,),
+    "num_groups": 4,
+}
+SMALL_TRANSFORMER = {
+    "patch_size": 4,
+    "width": 16,
+    "depth": 3,
+    "head_width": 8,
+    "stem_channels": 8,
+    "num_groups": 4,
+}
+RECOMPUTED = {
+    "unet": (partial(UNet, **SMALL_TRUNK), 3.0),
+    "encoder": (partial(Encoder, **SMALL_TRUNK), 2.5),
+    "transformer": (partial(Transformer, **SMALL_TRANSFORMER | {"depth": 5}), 2.0),
+}
+
+
+@pytest.mark.parametrize(("build", "shrinks"), RECOMPUTED.values(), ids=RECOMPUTED.keys())
 def test_recomputation_changes_memory_and_nothing_else(build, shrinks):
     """Loss and gradient, dropout included; and what autograd keeps of a step shrinks.
 
-    The encoder's pools are no stages: they keep what they read.
+    Pools of energies are no stages: they keep what they read.
     """
-    network = randomise(
-        build(
-            16,
-            3,
-            22,
-            base_channels=8,
-            multipliers=(1, 2),
-            blocks_per_level=1,
-            attention_resolutions=(8,),
-            dropout=0.3,
-            num_groups=4,
-            num_classes=3,
-        )
-    ).train()
+    network = randomise(build(16, 3, 22, dropout=0.3, num_classes=3)).train()
     model = CDM(network, NoiseSchedule.uniform(T=20))
     x0, eps = torch.rand(4, 3, 16, 16, dtype=torch.float64), torch.randn(4, 3, 16, 16, dtype=torch.float64)
     level, label = torch.tensor([0, 4, 13, 21]), torch.tensor([0, 1, 2, 0])
@@ -173,6 +208,12 @@ def of_size(build, image_size, **trunk):
     """A builder of networks for images of this size, with three resolutions."""
     options = {"base_channels": 8, "multipliers": (1, 2, 2), "blocks_per_level": 1, "num_groups": 4, **trunk}
     return lambda classes=None: build(image_size, 3, 22, num_classes=classes, **options)
+
+
+def transformer_of_size(image_size, **sizes):
+    """A builder of transformers for images of this size."""
+    options = SMALL_TRANSFORMER | sizes
+    return lambda classes=None: Transformer(image_size, 3, 22, num_classes=classes, **options)
 
 
 NETWORKS = {
@@ -217,6 +258,11 @@ NETWORKS = {
         num_groups=4,
         num_classes=classes,
     ),
+    "transformer": transformer_of_size(16),
+    "transformer-oblong": transformer_of_size((12, 16)),
+    "transformer-signal": transformer_of_size((1, 16)),
+    "transformer-thin": transformer_of_size((4, 8), depth=1, patch_size=2),
+    "transformer-without-stem": transformer_of_size(16, stem_channels=0),
     "mlp": lambda classes=None: MLP(5, 22, hidden=16, depth=2, num_classes=classes),
 }
 
@@ -300,7 +346,7 @@ def test_loss_never_calls_autograd(monkeypatch):
         assert model.denoise(torch.zeros(2, 1, 8, 8), 3).shape == (2, 1, 8, 8)
 
 
-@pytest.mark.parametrize("name", ["unet", "encoder"])
+@pytest.mark.parametrize("name", ["unet", "encoder", "transformer"])
 def test_general_path_agrees_with_the_fast_one(name):
     network = randomise(NETWORKS[name]())
     schedule = NoiseSchedule.linear(T=20)
@@ -343,12 +389,19 @@ def test_the_papers_cifar10_network_has_its_size_and_names():
         assert name in network.state_dict()
 
 
-@pytest.mark.parametrize("kind", [UNet, Encoder])
+ONE_RESOLUTION = SMALL_TRUNK | {"multipliers": (1,), "attention_resolutions": ()}
+WITH_DROPOUT = {
+    "unet": partial(UNet, **ONE_RESOLUTION),
+    "encoder": partial(Encoder, **ONE_RESOLUTION),
+    "transformer": partial(Transformer, **SMALL_TRANSFORMER),
+}
+
+
+@pytest.mark.parametrize("kind", WITH_DROPOUT.values(), ids=WITH_DROPOUT.keys())
 def test_the_rate_of_dropout_can_be_changed(kind):
     """A new rate reaches every block: the same masks and outputs as in a network built with it."""
-    sizes = {"base_channels": 8, "multipliers": (1,), "blocks_per_level": 1, "num_groups": 4}
     torch.manual_seed(0)
-    network = randomise(kind(4, 1, 12, **sizes, dropout=0.5)).train()
+    network = randomise(kind(4, 1, 12, dropout=0.5)).train()
     x = torch.randn(3, 1, 4, 4, dtype=torch.float64)
 
     def logits(network):
@@ -357,7 +410,7 @@ def test_the_rate_of_dropout_can_be_changed(kind):
 
     outputs = {}
     for rate in (0.0, 0.1, 0.9):
-        other = kind(4, 1, 12, **sizes, dropout=rate).double()
+        other = kind(4, 1, 12, dropout=rate).double()
         other.load_state_dict(network.state_dict())
         network.dropout = rate
         outputs[rate] = logits(network)

@@ -238,6 +238,8 @@ _OF_HALF = {
     "group_norm_silu": lambda ops: ops.cdm_fast.group_norm_silu(
         _HALF, None, torch.ones(4), torch.ones(4), None, 2, True, 0.0, 1e-5
     ),
+    "rms_norm": lambda ops: ops.cdm_fast.rms_norm(_HALF[0], torch.ones(3), 1e-5),
+    "swiglu": lambda ops: ops.cdm_fast.swiglu(_HALF[0], None, 0.0),
     "attention": lambda ops: ops.cdm_fast_cpp.attention_softmax(_HALF[0], torch.zeros(4, 3), 1.0),
 }
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cdm_fast import CDM, MLP, NoiseSchedule, UNet, cdm_loss
+from cdm_fast import CDM, MLP, NoiseSchedule, Transformer, UNet, cdm_loss
 from tests.accuracy import TOLERANCE, relative_error
 from tests.opaque import Opaque
 
@@ -17,6 +17,17 @@ NETWORKS = {
         multipliers=(1, 2),
         blocks_per_level=1,
         attention_resolutions=(4,),
+        num_groups=4,
+    ),
+    "transformer": lambda: Transformer(
+        8,
+        1,
+        SCHEDULE.num_levels,
+        patch_size=2,
+        width=16,
+        depth=2,
+        head_width=8,
+        stem_channels=8,
         num_groups=4,
     ),
     "mlp": lambda: MLP(6, SCHEDULE.num_levels, hidden=16, depth=1),

@@ -13,7 +13,7 @@ from cdm_fast.config.choices import CorrectedSampler
 from cdm_fast.config.json import differences, fixed_part, from_json, to_json
 from cdm_fast.errors import UserError
 from cdm_fast.model.schedule import SCHEDULES, NoiseSchedule
-from cdm_fast.runs.build import build_model, build_schedule, level_distribution
+from cdm_fast.runs.build import build_model, build_network, build_schedule, level_distribution
 from cdm_fast.sampling import SAMPLERS
 from cdm_fast.sampling.corrected import CORRECTED
 from cdm_fast.training.step import learning_rate
@@ -24,6 +24,10 @@ SECTIONS = ("data", "schedule", "network", "train", "output")
 def changed(section: str, **values: object) -> RunConfig:
     config = RunConfig()
     return replace(config, **{section: replace(getattr(config, section), **values)})
+
+
+def transformer(**sizes: object) -> RunConfig:
+    return changed("network", architecture="transformer", **sizes)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -52,6 +56,12 @@ def test_unknown_preset_names_the_known_ones():
 def test_cifar10_preset_is_the_papers_network():
     model = build_model(PRESETS["cifar10"])
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(33.4e6, rel=2e-3)
+
+
+def test_cifar10_transformer_is_as_large_as_the_papers_network():
+    with torch.device("meta"):
+        network = build_network(PRESETS["cifar10-transformer"])
+    assert sum(p.numel() for p in network.parameters()) == pytest.approx(34e6, rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["cifar10-paper", "celeba64-paper"])
@@ -89,6 +99,17 @@ def test_the_papers_presets_are_the_public_configuration(name):
         (changed("network", attention_resolutions=(16,)), "--attention-resolutions 16: .*8, 4"),
         (changed("network", dropout=1.0), "--dropout is 1.0"),
         (changed("network", dropout=float("nan")), "--dropout is nan"),
+        (
+            transformer(patch_size=3),
+            "image size 8 does not consist of whole patches of side 3; use a size such as 6",
+        ),
+        (transformer(patch_size=0), "--patch-size is 0"),
+        (transformer(width=2), "--width is 2"),
+        (transformer(width=96, head_width=64), "--width is 96; give a multiple of --head-width 64"),
+        (transformer(width=96, num_groups=64), "--width is 96; give a multiple of --num-groups 64"),
+        (transformer(head_width=6), "--head-width is 6; give a multiple of 4"),
+        (transformer(stem_channels=40), "--stem-channels is 40; give a multiple of --num-groups 32"),
+        (transformer(depth=0), "--depth is 0"),
         (changed("train", steps=0), "--steps is 0"),
         (changed("train", batch_size=0), "--batch-size is 0"),
         (changed("train", lr=-1.0), "--lr is -1.0"),

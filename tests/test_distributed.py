@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,13 +41,19 @@ def config(tmp_path_factory):
     return replace(config, data=replace(config.data, flip=True), network=network)
 
 
+@contextmanager
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def alone(config):
     """What one process computes, with one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield workers.steps_taken(config, None, LOSSES)
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield workers.steps_taken(config, None, LOSSES)
 
 
 @pytest.fixture
@@ -67,6 +74,17 @@ def test_processes_take_the_steps_of_one(tmp_path, config, alone, count, paralle
     many, expected = found[0]["losses"], alone["losses"]
     assert (many["loss"] - expected["loss"][:steps]).abs().max() < 1e-4
     assert all(torch.equal(other["losses"]["ema"], many["ema"]) for other in found)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_processes_with_a_transformer_take_the_steps_of_one(tmp_path, config, parallel):
+    config = replace(config, network=replace(config.network, architecture="transformer"))
+    with one_thread():
+        alone = workers.steps_taken(config, None, 3)
+    found = workers.start(2, workers.joint_steps, tmp_path, config, parallel, 3)
+    for name, expected in alone["torch.float64"].items():
+        assert relative_error(found[0]["torch.float64"][name], expected) < 1e-10, name
+    assert (found[0]["losses"]["loss"] - alone["losses"]["loss"]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

@@ -30,7 +30,8 @@ def test_the_package_is_collected_without_optional_packages(missing):
 
 # What people call first: each has an example that runs.
 FIRST_CALLED = """
-    cdm_fast.CDM cdm_fast.DDM cdm_fast.NoiseSchedule cdm_fast.UNet cdm_fast.Encoder cdm_fast.MLP
+    cdm_fast.CDM cdm_fast.DDM cdm_fast.NoiseSchedule
+    cdm_fast.UNet cdm_fast.Encoder cdm_fast.Transformer cdm_fast.MLP
     cdm_fast.cdm_loss cdm_fast.ddm_loss cdm_fast.sample cdm_fast.load cdm_fast.use_backend
     cdm_fast.CDMDensity cdm_fast.DensityRatio cdm_fast.MutualInformation cdm_fast.log_density_ratio
     cdm_fast.config.preset cdm_fast.data.load_data cdm_fast.likelihood.evaluate cdm_fast.likelihood.audit

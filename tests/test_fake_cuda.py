@@ -122,6 +122,8 @@ def test_every_op_runs_on_its_kernel(runs):
         "attention_vjp_backward",
     }
     assert kernels <= set(runs["step"]["ops"])
+    of_tokens = {f"{op}{kind}" for op in ("rms_norm", "swiglu") for kind in ("", "_vjp", "_vjp_backward")}
+    assert of_tokens | {"rms_norm_backward", "attention"} <= set(runs["step of a transformer"]["ops"])
 
 
 def test_noise_is_one_launch_a_draw(runs):

@@ -6,6 +6,7 @@ The adjoints of networks on such images are in `test_adjoint.py`.
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as nnf
 from PIL import Image
 
-from cdm_fast import Encoder, UNet, UserError, load, sample
+from cdm_fast import Encoder, Transformer, UNet, UserError, load, sample
 from cdm_fast.config import DataConfig, ImageShape, RunConfig, check, preset
 from cdm_fast.config.json import differences, from_json, to_json
 from cdm_fast.config.size import attended, halved, nearest_divisible, parse_image_size, resolutions
@@ -92,11 +93,22 @@ def test_settings_that_do_not_fit_the_shape(sides, network, told):
         check(replace(config, image=image, network=network))
 
 
-@pytest.mark.parametrize("build", [UNet, Encoder])
+THREE_RESOLUTIONS = {"base_channels": 8, "multipliers": (1, 2, 2), "attention_resolutions": ()}
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        partial(UNet, **THREE_RESOLUTIONS),
+        partial(Encoder, **THREE_RESOLUTIONS),
+        partial(Transformer, width=64),
+    ],
+    ids=["unet", "encoder", "transformer"],
+)
 @pytest.mark.parametrize("size", [(12, 18), (0, 8), (8, -4), (8,), (8, 8, 3), "8x8", (8.0, 8)])
 def test_networks_refuse_a_size(build, size):
     with pytest.raises(UserError, match="image size"):
-        build(size, 1, 22, base_channels=8, multipliers=(1, 2, 2), attention_resolutions=(), num_groups=4)
+        build(size, 1, 22, num_groups=4)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +305,11 @@ def signal_source(folder):
     return path, []
 
 
-SHAPES = {"oblong": (oblong_source, (1, 12, 16), "encoder"), "signal": (signal_source, (1, 1, 16), "unet")}
+SHAPES = {
+    "oblong": (oblong_source, (1, 12, 16), "encoder"),
+    "signal": (signal_source, (1, 1, 16), "unet"),
+    "patches": (oblong_source, (1, 12, 16), "transformer"),
+}
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -470,7 +486,13 @@ def test_run_of_square_images_from_before_there_were_two_sides(tmp_path):
     assert read_config(tmp_path / "again").image.sides == (8, 8)
 
 
-KINDS_OF_NETWORK = [("cdm", "unet"), ("cdm", "encoder"), ("ddm", "unet"), ("classifier", "unet")]
+KINDS_OF_NETWORK = [
+    ("cdm", "unet"),
+    ("cdm", "encoder"),
+    ("cdm", "transformer"),
+    ("ddm", "unet"),
+    ("classifier", "unet"),
+]
 
 
 def test_model_of_any_shape_is_built():

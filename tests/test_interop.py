@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from benchmarks.support.analytic import ExactNetwork, random_mixture
-from cdm_fast import CDM, MLP, NoiseSchedule, UNet, UserError
+from cdm_fast import CDM, MLP, NoiseSchedule, Transformer, UNet, UserError
 from cdm_fast.interop import (
     ClassPosterior,
     Inspection,
@@ -81,6 +81,15 @@ def joint_unet():
     return CDM(network, schedule, class_prior=torch.tensor([1.0, 2.0, 3.0]))
 
 
+def joint_transformer():
+    torch.manual_seed(0)
+    schedule = NoiseSchedule.uniform(6)
+    sizes = {"patch_size": 2, "width": 32, "depth": 1, "head_width": 16, "stem_channels": 32}
+    network = Transformer(8, 1, schedule.num_levels, num_classes=3, conditioning="joint", **sizes)
+    torch.nn.init.normal_(network.linear_layer.weight, std=0.3)
+    return CDM(network, schedule, class_prior=torch.tensor([1.0, 2.0, 3.0]))
+
+
 def test_the_predictor_is_the_denoiser():
     model = joint_unet()
     x, label = torch.randn(4, 1, 8, 8), torch.tensor([0, 2, 1, -1])
@@ -104,8 +113,8 @@ def joint_mlp():
 
 @pytest.mark.parametrize(
     ("kind", "model"),
-    [("likelihood", joint_unet), ("classifier", joint_mlp)],
-    ids=["likelihood", "classifier"],
+    [("likelihood", joint_unet), ("classifier", joint_mlp), ("likelihood", joint_transformer)],
+    ids=["likelihood", "classifier", "likelihood-of-patches"],
 )
 def test_exported_graphs_agree(kind, model, tmp_path):
     """At another batch size, after a round trip through a file, without an operation of our own."""

@@ -5,7 +5,7 @@ from dataclasses import MISSING, fields
 import pytest
 import torch
 
-from cdm_fast import MLP, MLPDenoiser, UNet, UNetDenoiser, UserError
+from cdm_fast import MLP, MLPDenoiser, Transformer, UNet, UNetDenoiser, UserError
 from cdm_fast.data import dequantize
 from cdm_fast.data.pixels import displayable, from_display
 from cdm_fast.nn.trunk import TrunkOptions, TrunkShape
@@ -42,6 +42,21 @@ NETWORKS = {
             num_groups=2,
         ),
         lambda network, x, label: network(x, LEVEL, label),
+        torch.ones(2, 1, 8, 8),
+    ),
+    "transformer": (
+        lambda k: Transformer(
+            8,
+            1,
+            12,
+            width=16,
+            depth=1,
+            head_width=8,
+            stem_channels=4,
+            num_classes=k,
+            num_groups=2,
+        ),
+        lambda network, x, label: network(x, label),
         torch.ones(2, 1, 8, 8),
     ),
     "mlp": (

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from cdm_fast import CDM, Encoder, NoiseSchedule, UNet, UNetDenoiser, cdm_loss, ddm_loss, sample
+from cdm_fast import CDM, Encoder, NoiseSchedule, Transformer, UNet, UNetDenoiser, cdm_loss, ddm_loss, sample
 from cdm_fast.model import DDM
 from cdm_fast.nn.layers import GroupNorm
 from cdm_fast.nn.working import cast_weights, working_weights
@@ -16,11 +16,20 @@ from cdm_fast.ops import use_backend
 SCHEDULE = NoiseSchedule.uniform(T=8)
 SIZES = {"image_size": 16, "channels": 3, "base_channels": 32, "multipliers": (1, 2), "blocks_per_level": 1}
 OPTIONS = {**SIZES, "attention_resolutions": (8,)}
+PATCHES = {
+    "image_size": 16,
+    "channels": 3,
+    "width": 64,
+    "depth": 2,
+    "head_width": 16,
+    "stem_channels": 32,
+}
 NETWORKS = {
     "unet": partial(UNet, num_levels=10, **OPTIONS),
     "embedding": partial(UNet, num_levels=10, num_classes=3, **OPTIONS),
     "joint": partial(UNet, num_levels=10, num_classes=3, conditioning="joint", **OPTIONS),
     "encoder": partial(Encoder, num_levels=10, **OPTIONS),
+    "transformer": partial(Transformer, num_levels=10, num_classes=3, **PATCHES),
     "denoiser": partial(UNetDenoiser, **OPTIONS),
 }
 

@@ -1,4 +1,4 @@
-"""A run that trains in a second: 48 made-up 8x8 images, the smallest U-Net, 8 noise levels."""
+"""A run that trains in a second: 48 made-up 8x8 images, the smallest networks, 8 noise levels."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "multipliers": (1,),
         "blocks_per_level": 1,
         "attention_resolutions": (),
+        "patch_size": 2,
+        "width": 32,
+        "depth": 2,
+        "head_width": 8,
         "conditioning": "none",
     },
     "train": {"steps": 6, "batch_size": 8, "warmup": 2, "precision": "fp32"},

@@ -16,6 +16,10 @@ from cdm_fast.ops import (
     attention_vjp,
     group_norm_silu,
     group_norm_silu_vjp,
+    rms_norm,
+    rms_norm_vjp,
+    swiglu,
+    swiglu_vjp,
     use_attention_method,
     use_backend,
 )
@@ -87,7 +91,34 @@ def run_attention(dtype: torch.dtype) -> None:
                 _differentiate((out, *vjp), (g, q, k, v))
 
 
-ALL = (run_noising, run_noise_level_ce, run_denoise, run_group_norm_silu, run_attention)
+def run_rms_norm(dtype: torch.dtype) -> None:
+    """Forward, VJP and the gradients of both, with one weight and one of each image."""
+    for shape in ((2, 35, 33), (3, 64, 512)):
+        for parameters in (shape[2:], (shape[0], shape[2])):
+            x, g = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(2))
+            weight = torch.randn(parameters).requires_grad_()
+            y, rstd = rms_norm(x, weight)
+            _differentiate((y, rms_norm_vjp(g, x, weight, rstd)), (g, x, weight))
+
+
+def run_swiglu(dtype: torch.dtype) -> None:
+    """Forward, VJP and the gradients of both, with dropout."""
+    for batch, tokens, hidden in ((2, 35, 33), (3, 64, 1376)):
+        h = torch.randn(batch, tokens, 2 * hidden).to(dtype).requires_grad_()
+        g = torch.randn(batch, tokens, hidden).to(dtype).requires_grad_()
+        options = {"dropout": 0.1, "seed": torch.tensor(SEED)}
+        _differentiate((swiglu(h, **options), swiglu_vjp(g, h, **options)), (g, h))
+
+
+ALL = (
+    run_noising,
+    run_noise_level_ce,
+    run_denoise,
+    run_group_norm_silu,
+    run_rms_norm,
+    run_swiglu,
+    run_attention,
+)
 # attention has no kernel in CUDA C++.
 OPS: dict[str, tuple[Callable[[torch.dtype], None], ...]] = {
     "cpp": ALL,

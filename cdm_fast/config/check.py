@@ -5,6 +5,7 @@ from cdm_fast.config.size import (
     attended,
     attention_lengths,
     nearest_divisible,
+    patch_grid,
     plain_size,
     resolutions,
     size_text,
@@ -20,7 +21,10 @@ def check(config: RunConfig) -> None:
     _check_schedule(config.schedule)
     _check_sampler(config)
     _check_keep_best(config)
-    _check_resolutions(config)
+    if config.network.architecture == "transformer":
+        _check_patches(config)
+    else:
+        _check_resolutions(config)
 
 
 def _check_ranges(config: RunConfig) -> None:
@@ -52,10 +56,10 @@ def _check_objective(config: RunConfig) -> None:
         raise UserError(
             "--ce-weight and --mse-weight are both 0, so neither levels nor denoiser are trained; raise one"
         )
-    if network.architecture == "encoder" and train.objective != "cdm":
+    if network.architecture != "unet" and train.objective != "cdm":
         raise UserError(
-            f"--architecture encoder classifies noise levels, which --objective {train.objective} does not;"
-            " give --architecture unet"
+            f"--architecture {network.architecture} classifies noise levels, which --objective"
+            f" {train.objective} does not; give --architecture unet"
         )
 
 
@@ -151,6 +155,11 @@ def _lower_bounds(config: RunConfig) -> list[tuple[str, int, int]]:
         *(("class-counts", count, 0) for count in config.image.class_counts or ()),
         ("base-channels", network.base_channels, 1),
         ("blocks-per-level", network.blocks_per_level, 1),
+        ("patch-size", network.patch_size, 1),
+        ("width", network.width, 4),
+        ("depth", network.depth, 1),
+        ("head-width", network.head_width, 4),
+        ("stem-channels", network.stem_channels, 0),
         ("num-groups", network.num_groups, 1),
         *(("multipliers", multiplier, 1) for multiplier in network.multipliers or (0,)),
         ("steps", train.steps, 1),
@@ -186,6 +195,11 @@ def _upper_bounds(config: RunConfig) -> list[tuple[str, int, int]]:
         ("num-classes", image.num_classes or 1, 2**16),
         ("base-channels", network.base_channels, 2**14),
         ("blocks-per-level", network.blocks_per_level, 64),
+        ("patch-size", network.patch_size, 64),
+        ("width", network.width, 2**14),
+        ("depth", network.depth, 256),
+        ("head-width", network.head_width, 1024),
+        ("stem-channels", network.stem_channels, 2**14),
         ("head-rank", network.head_rank or 0, 2**14),
         *(("multipliers", multiplier, 64) for multiplier in network.multipliers),
     ]
@@ -231,3 +245,19 @@ def _check_resolutions(config: RunConfig) -> None:
                 f"--attention-resolutions {wanted}: this network works at {known}, or by their share of the"
                 f" full size {shares}; choose among these, or give none"
             )
+
+
+def _check_patches(config: RunConfig) -> None:
+    """An image consists of whole patches, a token of whole heads and groups."""
+    network = config.network
+    patch_grid(config.image.sides, network.patch_size)
+    for flag, value, unit_flag, unit in (
+        ("head-width", network.head_width, None, 4),
+        ("width", network.width, None, 4),
+        ("width", network.width, "head-width", network.head_width),
+        ("width", network.width, "num-groups", network.num_groups),
+        ("stem-channels", network.stem_channels, "num-groups", network.num_groups),
+    ):
+        if value % unit:
+            of = unit if unit_flag is None else f"--{unit_flag} {unit}"
+            raise UserError(f"--{flag} is {value}; give a multiple of {of}")

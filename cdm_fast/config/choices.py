@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+Architecture = Literal["unet", "encoder", "transformer"]
 CorrectedSampler = Literal["mala", "smc"]
 Split = Literal["train", "validation", "test"]
 Parallel = Literal["ddp", "fsdp"]

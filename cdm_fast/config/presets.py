@@ -1,7 +1,7 @@
 """The presets: named runs, with all their settings, such as the crop box of `celeba64`."""
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from cdm_fast.config.settings import (
     DataConfig,
@@ -22,13 +22,16 @@ Preset = Literal[
     "digits-encoder",
     "fashion-mnist-encoder",
     "cifar10-encoder",
+    "digits-transformer",
+    "fashion-mnist-transformer",
+    "cifar10-transformer",
     "cifar10-paper",
     "celeba64-paper",
 ]
 
 
-# Runs by name. Without a suffix the network is the paper's U-Net, with `-encoder` the encoder; `-paper`
-# has all settings of the paper's public code.
+# Runs by name. Without a suffix the network is the paper's U-Net, with `-encoder` the encoder, with
+# `-transformer` the transformer; `-paper` has all settings of the paper's public code.
 PRESETS: dict[str, RunConfig] = {
     "digits": RunConfig(
         network=NetworkConfig(num_groups=8, dropout=0.2, conditioning="joint"),
@@ -113,6 +116,19 @@ PRESETS["digits-encoder"] = replace(
         dropout_until=0.7,
     ),
 )
+
+
+# The transformers train as the encoders do, but for the optimizer of matrices: a higher learning rate with a
+# longer warm-up, which holds for every width (docs/explanation/transformer.md).
+_TRANSFORMERS: dict[str, dict[str, Any]] = {
+    "digits": {"patch_size": 2, "width": 128, "depth": 4, "head_width": 32, "stem_channels": 32},
+    "fashion-mnist": {"patch_size": 4, "width": 128, "depth": 6, "head_width": 32, "stem_channels": 16},
+    "cifar10": {"patch_size": 4, "width": 512, "depth": 9, "head_width": 64, "stem_channels": 64},
+}
+for _name, _sizes in _TRANSFORMERS.items():
+    _encoder = PRESETS[f"{_name}-encoder"]
+    _network = replace(_encoder.network, architecture="transformer", **_sizes)
+    PRESETS[f"{_name}-transformer"] = replace(_encoder, network=_network)
 
 
 # The paper's own settings, from its public code, github.com/shaharYadin/CDM:

@@ -8,7 +8,7 @@ torch.
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from cdm_fast.config.choices import Compile, Objective, Precision, Resample, Sampler
+from cdm_fast.config.choices import Architecture, Compile, Objective, Precision, Resample, Sampler
 from cdm_fast.config.flags import ImageSizeFlag, Suppress, arg
 from cdm_fast.config.size import Sides, plain_size
 
@@ -109,9 +109,10 @@ class ScheduleConfig:
 class NetworkConfig:
     """The network."""
 
-    architecture: Literal["unet", "encoder"] = "unet"
+    architecture: Architecture = "unet"
     """`unet` is the network of the paper; `encoder` is its downsampling path, whose gradient serves as
-    the decoder."""
+    the decoder; `transformer` reads patches, and has the sizes from --patch-size to --stem-channels in
+    place of those from --base-channels to --attention-resolutions."""
     base_channels: int = 32
     """Channels at full resolution, 1..16384; a multiple of --num-groups."""
     multipliers: tuple[int, ...] = (1, 2)
@@ -123,6 +124,17 @@ class NetworkConfig:
     """Resolutions at which self-attention follows each block; the middle always has it. Whole numbers are
     heights in pixels (widths, if images are one pixel high); numbers with a decimal point are shares of the
     full size: 1.0, 0.5, 0.25, ..."""
+    patch_size: int = 4
+    """Side of a transformer's patch in pixels, 1..64; a divisor of height and width."""
+    width: int = 128
+    """Channels of a transformer's tokens, 4..16384; a multiple of 4, of --head-width and of --num-groups."""
+    depth: int = 6
+    """Blocks of a transformer, 1..256."""
+    head_width: int = 32
+    """Channels of a transformer's attention head, 4..1024; a multiple of 4."""
+    stem_channels: int = 32
+    """Channels of a transformer's convolutions at full resolution, up to 16384; 0 for patches of the image
+    itself."""
     num_groups: int = 32
     """Groups of each GroupNorm, 1 or more."""
     dropout: float = 0.1

@@ -77,6 +77,31 @@ def nearest_divisible(sides: Sides, halvings: int) -> Sides:
     return (unit, unit) if (height, width) == (1, 1) else (height, width)
 
 
+def patch_sides(sides: Sides, patch_size: int) -> Sides:
+    """Height and width of a square patch; along a side of 1 it is 1, so signals have patches too."""
+    height, width = (1 if side == 1 else patch_size for side in sides)
+    return height, width
+
+
+def patch_grid(sides: Sides, patch_size: int) -> Sides:
+    """Rows and columns of the patches of an image; UserError for a size that they do not fill.
+
+    >>> patch_grid((28, 32), 4), patch_grid((1, 64), 4)
+    ((7, 8), (1, 16))
+    """
+    if patch_size < 1:
+        raise UserError(f"patch size {patch_size}: it must be at least 1")
+    (height, width), (of_height, of_width) = sides, patch_sides(sides, patch_size)
+    rows, columns = height // of_height, width // of_width
+    if min(sides) < 1 or (rows * of_height, columns * of_width) != sides:
+        fits = plain_size((max(rows, 1) * of_height, max(columns, 1) * of_width))
+        raise UserError(
+            f"image size {size_text(plain_size(sides))} does not consist of whole patches of side"
+            f" {patch_size}; use a size such as {size_text(fits)}, or another patch size"
+        )
+    return rows, columns
+
+
 def attended(sizes: Sequence[Sides], wanted: Sequence[int | float]) -> list[bool]:
     """Whether each resolution is one of those that `wanted` names: see `NetworkConfig.attention_resolutions`.
 

@@ -3,6 +3,16 @@
 from cdm_fast.nn.encoder import Encoder
 from cdm_fast.nn.mlp import MLP, MLPDenoiser
 from cdm_fast.nn.network import AdjointNetwork
+from cdm_fast.nn.transformer import Transformer
 from cdm_fast.nn.unet import UNet, UNetClassifier, UNetDenoiser
 
-__all__ = ["MLP", "AdjointNetwork", "Encoder", "MLPDenoiser", "UNet", "UNetClassifier", "UNetDenoiser"]
+__all__ = [
+    "MLP",
+    "AdjointNetwork",
+    "Encoder",
+    "MLPDenoiser",
+    "Transformer",
+    "UNet",
+    "UNetClassifier",
+    "UNetDenoiser",
+]

@@ -12,6 +12,14 @@ from cdm_fast.nn.layers import Conv2d, GroupNorm, Layer, Residuals, pixels, toke
 from cdm_fast.ops import attention, attention_vjp
 
 
+class Block(Layer):
+    """A residual layer that may read the embedding, and may drop activations by a seed."""
+
+    def set_dropout(self, rate: float) -> None:
+        """Sets the probability of zeroing an activation."""
+        raise NotImplementedError
+
+
 class AttentionBlock(Layer):
     """Single-head self-attention over all pixels, with a residual connection; 1x1 q, k, v and output."""
 
@@ -43,7 +51,7 @@ class AttentionBlock(Layer):
         return g + self.norm.adjoint(norm_residuals, g_q + g_k + g_v)
 
 
-class ResnetBlock(Layer):
+class ResnetBlock(Block):
     """norm-SiLU-conv3x3-(+ embedding)-norm-SiLU-dropout-conv3x3, plus the input (through 1x1 if C changes).
 
     Args:
@@ -72,6 +80,9 @@ class ResnetBlock(Layer):
         if in_channels != out_channels:
             self.nin_shortcut = Conv2d(in_channels, out_channels, kernel_size=1)
         self.has_shortcut = in_channels != out_channels
+
+    def set_dropout(self, rate: float) -> None:
+        self.norm2.dropout = rate
 
     def forward(
         self,

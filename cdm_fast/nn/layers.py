@@ -82,7 +82,7 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias), None
 
     def adjoint(self, residuals: None, g: Tensor) -> Tensor:
-        return linear(g, self.weight.t())
+        return linear(g, for_adjoint(self, "weight").t())
 
 
 class SiLU(Layer):

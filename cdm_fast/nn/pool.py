@@ -78,6 +78,7 @@ class EnergyPool(Layer):
         self.norm = GroupNorm(channels, num_groups)
         self.means = ConvMeanPool(channels, num_means)
         self.squares = Conv2d(channels, num_squares, kernel_size=1)
+        self.out_features = num_means + num_squares
 
     def forward(self, x: Tensor) -> tuple[Tensor, Any]:
         h, norm_residuals = self.norm(x)

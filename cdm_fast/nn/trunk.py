@@ -26,7 +26,7 @@ from cdm_fast.config.size import (
     size_text,
 )
 from cdm_fast.errors import UserError
-from cdm_fast.nn.blocks import AttentionBlock, ResnetBlock
+from cdm_fast.nn.blocks import AttentionBlock, Block, ResnetBlock
 from cdm_fast.nn.embedding import Embedding, class_index, sinusoids
 from cdm_fast.nn.layers import Conv2d, Layer, run_adjoint
 from cdm_fast.nn.resample import Downsample, Upsample
@@ -70,9 +70,9 @@ class StageInputs(NamedTuple):
     """The inputs of one stage."""
 
     x: Tensor  # (B, C, H, W)
-    embedding: Tensor | None  # (B, E), for the residual blocks
+    embedding: Tensor | None  # (B, E), for the blocks
     skip: Tensor | None  # (B, C2, H, W), for the first layer of a stage of the upsampling path
-    seeds: Tensor | None  # (residual blocks, 3) int64, of the dropout masks
+    seeds: Tensor | None  # (blocks, 3) int64, of the dropout masks
 
 
 class Stage:
@@ -85,7 +85,7 @@ class Stage:
 
     def __init__(self, layers: Sequence[Layer], recompute: bool = False) -> None:
         self.layers = layers
-        self.num_blocks = sum(isinstance(layer, ResnetBlock) for layer in layers)
+        self.num_blocks = sum(isinstance(layer, Block) for layer in layers)
         self.recompute = recompute and self.num_blocks > 0
 
     def run(self, inputs: StageInputs) -> tuple[Tensor, Any]:
@@ -109,8 +109,9 @@ class Stage:
         seed = iter(() if seeds is None else seeds)
         residuals = []
         for layer in self.layers:
-            if isinstance(layer, ResnetBlock):
-                x, kept = layer(x, embedding, skip, next(seed, None))
+            if isinstance(layer, Block):
+                joined = {} if skip is None else {"skip": skip}
+                x, kept = layer(x, embedding, seed=next(seed, None), **joined)
                 skip = None
             else:
                 x, kept = layer(x)
@@ -214,16 +215,18 @@ class TrunkShape:
         return [self.base_channels * multiplier for multiplier in self.multipliers]
 
 
-class DownTrunk(nn.Module):
-    """Downsampling path and middle: image (B, C, H, W) -> feature map at the lowest resolution.
+class Trunk(nn.Module):
+    """What the trunks share: the class embedding, dropout, and stages whose activations can be recomputed.
 
     Args:
-        shape: the sizes.
+        input_shape: (C, H, W) of one image.
+        dropout: probability of zeroing an activation in every block, in [0, 1).
         num_classes: K if the label enters every block (with one extra null class), else None.
+        embedding_base: channels of the class table; the embedding is four times as wide.
         timed: True if the noise level enters every block.
 
     Attributes:
-        dropout: the rate in all residual blocks; it can be set at any time, 0 switches dropout off.
+        dropout: the rate in all blocks; it can be set at any time, 0 switches dropout off.
         recompute: keep only the input of every stage, and recompute the rest in the adjoint and in the
             backward pass: less memory, more time, the same numbers.
         first_image: if the batch is part of a larger one, the number of images before it, so that dropout
@@ -233,31 +236,25 @@ class DownTrunk(nn.Module):
     recompute = False
     first_image = 0
 
-    def __init__(self, shape: TrunkShape, num_classes: int | None, timed: bool = False) -> None:
+    def __init__(
+        self,
+        input_shape: tuple[int, int, int],
+        dropout: float,
+        num_classes: int | None,
+        embedding_base: int,
+        timed: bool = False,
+    ) -> None:
         super().__init__()
-        self.shape = shape
-        self.input_shape: tuple[int, ...] = shape.input_shape
-        self._dropout = shape.dropout
+        self.input_shape: tuple[int, ...] = input_shape
+        self._dropout = dropout
         self.num_classes = self.embedded_classes = num_classes
-        base_channels = shape.base_channels
         embedded = timed or num_classes is not None
-        self.embedding_width = 4 * base_channels if embedded else None
+        self.embedding_base = embedding_base
+        self.embedding_width = 4 * embedding_base if embedded else None
         if embedded:
-            self.temb = Embedding(base_channels)
+            self.temb = Embedding(embedding_base)
         if num_classes is not None:
-            self.label_emb = nn.Embedding(num_classes + 1, base_channels)
-
-        self.conv_in = Conv2d(shape.channels, base_channels, exact=True)
-        width = base_channels
-        self.down = nn.ModuleList()
-        for i, after in enumerate(shape.widths):
-            befores = ([width] + [after] * shape.blocks_per_level)[: shape.blocks_per_level]
-            down = self._resolution(i, [(before, after) for before in befores])
-            if i < len(shape.widths) - 1:
-                down.downsample = Downsample(after, shape.halves(i))
-            self.down.append(down)
-            width = after
-        self.mid = Middle(width, shape.num_groups, shape.dropout, self.embedding_width)
+            self.label_emb = nn.Embedding(num_classes + 1, embedding_base)
 
     @property
     def dropout(self) -> float:
@@ -269,8 +266,57 @@ class DownTrunk(nn.Module):
             raise UserError(f"dropout is {rate}: it must be at least 0 and less than 1")
         self._dropout = rate
         for block in self.modules():
-            if isinstance(block, ResnetBlock):
-                block.norm2.dropout = rate
+            if isinstance(block, Block):
+                block.set_dropout(rate)
+
+    def stages(self) -> Iterable[Stage]:
+        """All stages, in the order in which they run."""
+        raise NotImplementedError
+
+    def embedding(self, label: Tensor | None, time: Tensor | None, batch: int) -> Tensor | None:
+        """(B, E) from time and class (the null class where there is no label); None without either."""
+        weight = cast(nn.Conv2d, self.conv_in).weight
+        index = class_index(label, self.embedded_classes, batch, weight.device)
+        terms = []
+        if time is not None:
+            terms.append(sinusoids(time, self.embedding_base).to(weight.dtype))
+        if index is not None:
+            terms.append(self.label_emb(index))
+        return self.temb(sum(terms[1:], start=terms[0])) if terms else None
+
+    def dropout_seeds(self, device: torch.device) -> Iterator[Tensor | None]:
+        """`StageInputs.seeds` of each stage, in running order, from torch's global generator."""
+        if not (self.training and self.dropout > 0):
+            return repeat(None)
+        counts = [stage.num_blocks for stage in self.stages()]
+        seeds = torch.randint(2**62, (sum(counts), 2), device=device)
+        return iter(F.pad(seeds, (0, 1), value=self.first_image).split(counts))
+
+
+class DownTrunk(Trunk):
+    """Downsampling path and middle: image (B, C, H, W) -> feature map at the lowest resolution.
+
+    Args:
+        shape: the sizes.
+        num_classes: K if the label enters every block (with one extra null class), else None.
+        timed: True if the noise level enters every block.
+    """
+
+    def __init__(self, shape: TrunkShape, num_classes: int | None, timed: bool = False) -> None:
+        base_channels = shape.base_channels
+        super().__init__(shape.input_shape, shape.dropout, num_classes, base_channels, timed)
+        self.shape = shape
+        self.conv_in = Conv2d(shape.channels, base_channels, exact=True)
+        width = base_channels
+        self.down = nn.ModuleList()
+        for i, after in enumerate(shape.widths):
+            befores = ([width] + [after] * shape.blocks_per_level)[: shape.blocks_per_level]
+            down = self._resolution(i, [(before, after) for before in befores])
+            if i < len(shape.widths) - 1:
+                down.downsample = Downsample(after, shape.halves(i))
+            self.down.append(down)
+            width = after
+        self.mid = Middle(width, shape.num_groups, shape.dropout, self.embedding_width)
 
     def _resolution(self, index: int, widths: list[tuple[int, int]]) -> Resolution:
         """Blocks from and to these widths, with attention if this resolution has it."""
@@ -298,25 +344,6 @@ class DownTrunk(nn.Module):
     def stages(self) -> list[Stage]:
         """All stages after `conv_in`, in the order in which they run."""
         return [*self.down_stages(), self.middle()]
-
-    def embedding(self, label: Tensor | None, time: Tensor | None, batch: int) -> Tensor | None:
-        """(B, E) from time and class (the null class where there is no label); None without either."""
-        weight = self.conv_in.weight
-        index = class_index(label, self.embedded_classes, batch, weight.device)
-        terms = []
-        if time is not None:
-            terms.append(sinusoids(time, self.shape.base_channels).to(weight.dtype))
-        if index is not None:
-            terms.append(self.label_emb(index))
-        return self.temb(sum(terms[1:], start=terms[0])) if terms else None
-
-    def dropout_seeds(self, device: torch.device) -> Iterator[Tensor | None]:
-        """`StageInputs.seeds` of each stage, in running order, from torch's global generator."""
-        if not (self.training and self.dropout > 0):
-            return repeat(None)
-        counts = [stage.num_blocks for stage in self.stages()]
-        seeds = torch.randint(2**62, (sum(counts), 2), device=device)
-        return iter(F.pad(seeds, (0, 1), value=self.first_image).split(counts))
 
 
 def check_input(x: Tensor, shape: tuple[int, ...]) -> None:

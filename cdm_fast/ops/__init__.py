@@ -8,6 +8,8 @@ from cdm_fast.ops.head_noise_level_ce import head_noise_level_ce
 from cdm_fast.ops.linear import linear
 from cdm_fast.ops.noise_level_ce import level_logits, noise_level_ce
 from cdm_fast.ops.noising import noising
+from cdm_fast.ops.rms_norm import rms_norm, rms_norm_vjp
+from cdm_fast.ops.swiglu import swiglu, swiglu_vjp
 
 __all__ = [
     "attention",
@@ -23,7 +25,11 @@ __all__ = [
     "linear",
     "noise_level_ce",
     "noising",
+    "rms_norm",
+    "rms_norm_vjp",
     "set_backend",
+    "swiglu",
+    "swiglu_vjp",
     "use_attention_method",
     "use_backend",
 ]

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cdm_fast.ops.backend import Coverage, declare, resolve
+from cdm_fast.ops.dropout import check_dropout, dropout_mask, with_first_image
 from cdm_fast.ops.group_norm_silu_op import dense, laid_out_as, parameters, whole_shape
-from cdm_fast.ops.philox import Stream, check_seed, drop_threshold, philox_words
 from cdm_fast.ops.precision import compute_dtype
 from cdm_fast.ops.registry import overload
 
@@ -86,7 +86,7 @@ def group_norm_silu(
     x, skip = dense(x, skip)
     weight, bias = parameters(weight, bias, x, backend)
     op = overload("group_norm_silu", backend)
-    return op(x, skip, weight, bias, _with_first_image(seed), num_groups, silu, dropout, eps)
+    return op(x, skip, weight, bias, with_first_image(seed), num_groups, silu, dropout, eps)
 
 
 @typed
@@ -152,7 +152,7 @@ def group_norm_silu_vjp(
         return grad if skip is None else (grad[:, : x.shape[1]], grad[:, x.shape[1] :])
     x, skip = dense(x, skip)
     weight, bias = parameters(weight, bias, x, backend)
-    saved = mean.contiguous(), rstd.contiguous(), _with_first_image(seed)
+    saved = mean.contiguous(), rstd.contiguous(), with_first_image(seed)
     op = overload("group_norm_silu_vjp", backend)
     grad_x, grad_skip = op(laid_out_as(x, g), x, skip, weight, bias, *saved, num_groups, silu, dropout)
     return grad_x if skip is None else (grad_x, grad_skip)
@@ -214,20 +214,6 @@ def group_norm_silu_vjp_reference(
     return grad.flatten(1, 2).to(x.dtype)
 
 
-def dropout_mask(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
-    """The factors of dropout, 0 or 1/(1 - dropout), of x's shape, in the precision of the statistics.
-
-    Element i is kept if word i of the DROPOUT stream is at least `drop_threshold(dropout)`. Elements are
-    counted in channels-last order; the images before the first, which `seed` may name, count too.
-    """
-    if seed is None:
-        raise ValueError("seed: dropout > 0 needs a (2,) int64 tensor (seed, offset), got None")
-    before = None if len(seed) == 2 else seed[2] * (x.numel() // len(x))
-    words = philox_words(seed[:2], x.numel(), Stream.DROPOUT, before)
-    kept = (words >= drop_threshold(dropout)).to(compute_dtype(x.dtype)) / (1 - dropout)
-    return kept.reshape(x.movedim(1, -1).shape).movedim(-1, 1)
-
-
 def _groups(x: Tensor, num_groups: int) -> Tensor:
     """(B, C, *spatial) -> (B, G, C/G, *spatial), in the precision of the statistics."""
     return x.to(compute_dtype(x.dtype)).unflatten(1, (num_groups, -1))
@@ -270,17 +256,7 @@ def _check(
             raise TypeError(f"{name}: expected a floating-point tensor, got {parameter.dtype}")
         if parameter.device != x.device:
             raise ValueError(f"{name}: expected it on x's device {x.device}, got {parameter.device}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
-    if dropout > 0 and seed is None:
-        raise ValueError("seed: dropout > 0 needs a (2,) int64 tensor (seed, offset), got None")
-    if seed is not None:
-        check_seed(seed[:2] if isinstance(seed, Tensor) and seed.shape == (3,) else seed, x.device)
-
-
-def _with_first_image(seed: Tensor | None) -> Tensor | None:
-    """(3,) int64, as the kernels read it, with 0 as the default number of the first image."""
-    return seed if seed is None or len(seed) == 3 else F.pad(seed, (0, 1))
+    check_dropout(dropout, seed, x.device)
 
 
 def _check_skip(skip: Tensor, x: Tensor) -> None:

@@ -9,14 +9,29 @@ import torch
 from torch import Tensor
 
 from cdm_fast.config import RunConfig, ScheduleConfig, check
+from cdm_fast.config.choices import Architecture
 from cdm_fast.data.pixels import noise_of_inputs
 from cdm_fast.model import CDM, DDM
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.model.schedule import NoiseSchedule
-from cdm_fast.nn import Encoder, UNet, UNetClassifier, UNetDenoiser
+from cdm_fast.nn import Encoder, Transformer, UNet, UNetClassifier, UNetDenoiser
+from cdm_fast.nn.transformer import TransformerOptions
+from cdm_fast.nn.trunk import TrunkOptions
 
 # A full joint head has L K D weights; training holds eight tensors of that size: 1 GiB at 2^25.
 FULL_HEAD_WEIGHTS, DEFAULT_RANK = 2**25, 32
+
+# The networks that classify noise levels, and the settings that are their sizes.
+_CLASSIFIERS: dict[Architecture, type[UNet | Encoder | Transformer]] = {
+    "unet": UNet,
+    "encoder": Encoder,
+    "transformer": Transformer,
+}
+_SIZES: dict[Architecture, tuple[str, ...]] = {
+    "unet": tuple(TrunkOptions.__annotations__),
+    "encoder": tuple(TrunkOptions.__annotations__),
+    "transformer": tuple(TransformerOptions.__annotations__),
+}
 
 
 def build_schedule(config: ScheduleConfig) -> NoiseSchedule:
@@ -44,7 +59,7 @@ def level_distribution(config: ScheduleConfig, schedule: NoiseSchedule) -> Tenso
     return even if config.level_distribution == "log-snr" else uniform / len(uniform) + even / even.sum()
 
 
-def build_network(config: RunConfig) -> UNet | Encoder | UNetDenoiser | UNetClassifier:
+def build_network(config: RunConfig) -> UNet | Encoder | Transformer | UNetDenoiser | UNetClassifier:
     """The untrained network of a run, with weights drawn from torch's global generator.
 
     Raises UserError for an inconsistent config.
@@ -54,13 +69,8 @@ def build_network(config: RunConfig) -> UNet | Encoder | UNetDenoiser | UNetClas
     shape: dict[str, Any] = {
         "image_size": config.image.sides,
         "channels": config.image.channels,
-        "base_channels": network.base_channels,
-        "multipliers": network.multipliers,
-        "blocks_per_level": network.blocks_per_level,
-        "attention_resolutions": network.attention_resolutions,
-        "dropout": network.dropout,
-        "num_groups": network.num_groups,
         "num_classes": config.image.num_classes if network.conditioning != "none" else None,
+        **{name: getattr(network, name) for name in _SIZES[network.architecture]},
     }
     if config.train.objective == "classifier":
         return UNetClassifier(**{**shape, "num_classes": config.image.num_classes})
@@ -68,8 +78,7 @@ def build_network(config: RunConfig) -> UNet | Encoder | UNetDenoiser | UNetClas
         return UNetDenoiser(**shape)
     if network.conditioning == "joint":
         shape |= {"conditioning": "joint", "head_rank": head_rank(config)}
-    build = Encoder if network.architecture == "encoder" else UNet
-    return build(num_levels=config.schedule.T + 2, **shape)
+    return _CLASSIFIERS[network.architecture](num_levels=config.schedule.T + 2, **shape)
 
 
 def build_model(config: RunConfig) -> CDM | DDM | Classifier:
@@ -100,7 +109,8 @@ def head_rank(config: RunConfig) -> int:
     """The rank of a joint head, 0 for a full head: from the config, or the default for its size."""
     if config.network.head_rank is not None:
         return config.network.head_rank
-    features = 2 * config.network.base_channels
+    network = config.network
+    features = 2 * (network.width if network.architecture == "transformer" else network.base_channels)
     weights = (config.schedule.T + 1) * (config.image.num_classes or 1) * features
     return 0 if weights <= FULL_HEAD_WEIGHTS else DEFAULT_RANK
 

@@ -28,8 +28,8 @@ from cdm_fast.host.processes import is_main, this_process
 from cdm_fast.model import CDM, DDM
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.model.losses import LossTerms, Noised
-from cdm_fast.nn.blocks import AttentionBlock, ResnetBlock
-from cdm_fast.nn.trunk import DownTrunk
+from cdm_fast.nn.blocks import AttentionBlock, Block
+from cdm_fast.nn.trunk import Trunk
 from cdm_fast.runs.checkpoint import Checkpoint
 from cdm_fast.training.ema import Ema, Model
 from cdm_fast.training.saver import Saver
@@ -82,7 +82,7 @@ def wrap(state: TrainingState, config: RunConfig, parallel: Parallel) -> Wrapped
     With "fsdp" the weights, optimizer moments and moving average in `state` are replaced by sharded ones.
     """
     network, count = state.model.network, this_process().count
-    if isinstance(network, DownTrunk):
+    if isinstance(network, Trunk):
         part = config.train.batch_size // (config.train.accumulate * count)
         network.first_image = this_process().rank * part
     if parallel == "fsdp":
@@ -98,7 +98,7 @@ def wrap(state: TrainingState, config: RunConfig, parallel: Parallel) -> Wrapped
 
 
 def _shard(state: TrainingState, config: RunConfig) -> nn.Module:
-    """Shards weights, moments and average of `state`, one unit for each residual or attention block."""
+    """Shards weights, moments and average of `state`, one unit for each block."""
     device = state.sums.device.type
     model = state.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     before = {name: (weight, state.optimizer.state[weight]) for name, weight in model.named_parameters()}
@@ -106,7 +106,7 @@ def _shard(state: TrainingState, config: RunConfig) -> nn.Module:
     module = _Loss(model)
     # The warning concerns in-place writes to outputs that are views; there are none.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-    blocks = [block for block in model.modules() if isinstance(block, ResnetBlock | AttentionBlock)]
+    blocks = [block for block in model.modules() if isinstance(block, Block | AttentionBlock)]
     for block in blocks:
         fully_shard(block, mesh=mesh)
         register_fsdp_forward_method(block, "adjoint")

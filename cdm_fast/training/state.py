@@ -13,7 +13,7 @@ from cdm_fast.config.json import differences, fixed_part, from_json
 from cdm_fast.errors import UserError
 from cdm_fast.model import CDM, DDM
 from cdm_fast.model.classifier import Classifier
-from cdm_fast.nn.trunk import DownTrunk
+from cdm_fast.nn.trunk import Trunk
 from cdm_fast.runs.build import build_model
 from cdm_fast.runs.checkpoint import Checkpoint
 from cdm_fast.runs.weights import (
@@ -135,7 +135,7 @@ def new_state(config: RunConfig, device: torch.device) -> TrainingState:
     spikes = torch.zeros(4, dtype=torch.float64, device=device)
     ema = Ema(model, config.train.ema_decay, ema_start(config))
     # Only after the average was copied, which is never differentiated.
-    cast(DownTrunk, model.network).recompute = config.train.checkpoint_blocks
+    cast(Trunk, model.network).recompute = config.train.checkpoint_blocks
     return TrainingState(model, ema, make_optimizer(config.train, model), sums, bad, recent, spikes)
 
 

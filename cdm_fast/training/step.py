@@ -32,7 +32,7 @@ from cdm_fast.model.losses import (
     noised_classifier_loss,
     noised_ddm_loss,
 )
-from cdm_fast.nn.unet import UNetTrunk
+from cdm_fast.nn.trunk import Trunk
 from cdm_fast.nn.working import is_compiled, working_weights
 from cdm_fast.ops import noising
 from cdm_fast.ops.precision import ieee_fp32
@@ -145,7 +145,7 @@ def set_dropout(model: CDM | DDM | Classifier, config: RunConfig, step: int) -> 
     normalisation of its levels is wrong by about 0.2 bits/dim on 8x8 digits (docs/explanation/likelihood.md).
     """
     on = step < config.train.dropout_until * config.train.steps
-    cast(UNetTrunk, model.network).dropout = config.network.dropout if on else 0.0
+    cast(Trunk, model.network).dropout = config.network.dropout if on else 0.0
 
 
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:

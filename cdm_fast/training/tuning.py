@@ -5,14 +5,18 @@ Legend: B batch, C channels.
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from cdm_fast.config import Compile, Precision, RunConfig
+from cdm_fast.config.size import patch_grid
 from cdm_fast.model import Denoiser
 from cdm_fast.nn import AdjointNetwork
+from cdm_fast.ops import linear
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -24,7 +28,7 @@ def pick_precision(config: RunConfig, device: torch.device) -> Precision:
     """The run's precision, with "auto" resolved.
 
     On a GPU: bf16 if the hardware multiplies bf16 matrices. On a CPU with bf16 instructions (AMX, AVX-512
-    BF16): bf16 if a convolution of the network, with its gradients, is measured to be faster.
+    BF16): bf16 if a product of the network, with its gradients, is measured to be faster.
     """
     if config.train.precision != "auto":
         return config.train.precision
@@ -32,24 +36,40 @@ def pick_precision(config: RunConfig, device: torch.device) -> Precision:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
         return "fp32"
-    seconds = {dtype: convolution_seconds(config, dtype, device) for dtype in (torch.bfloat16, torch.float32)}
+    seconds = {dtype: product_seconds(config, dtype, device) for dtype in (torch.bfloat16, torch.float32)}
     return "bf16" if seconds[torch.bfloat16] < seconds[torch.float32] else "fp32"
 
 
-def convolution_seconds(config: RunConfig, dtype: torch.dtype, device: torch.device) -> float:
-    """Shortest time in seconds of a 3x3 convolution at full resolution, forward and backward."""
-    batch = min(config.train.batch_size, _CHECK_IMAGES)
-    channels = config.network.base_channels
-    x = torch.zeros(batch, channels, *config.image.sides, dtype=dtype, device=device)
-    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
-    weight = torch.zeros(channels, channels, 3, 3, dtype=dtype, device=device, requires_grad=True)
-    g = torch.zeros_like(x)
+def product_seconds(config: RunConfig, dtype: torch.dtype, device: torch.device) -> float:
+    """Shortest time in seconds of the network's most frequent product, forward and backward.
+
+    It is a 3x3 convolution at full resolution, or in a transformer a matrix that all tokens pass.
+    """
+    product, x, weight = _product(config, dtype, device)
+    g = torch.zeros_like(product(x, weight))
     best = float("inf")
     for _ in range(_CHECK_ROUNDS):
         began = time.perf_counter()
-        torch.autograd.grad(F.conv2d(x, weight, padding=1), (x, weight), g)
+        torch.autograd.grad(product(x, weight), (x, weight), g)
         best = min(best, time.perf_counter() - began)
     return best
+
+
+def _product(
+    config: RunConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]:
+    """The product, and an input and a weight of zeros."""
+    network, batch = config.network, min(config.train.batch_size, _CHECK_IMAGES)
+    zeros = partial(torch.zeros, dtype=dtype, device=device)
+    if network.architecture == "transformer":
+        rows, columns = patch_grid(config.image.sides, network.patch_size)
+        width = network.width
+        x, weight = zeros(batch, rows * columns, width), zeros(width, width)
+        return linear, x.requires_grad_(), weight.requires_grad_()
+    channels = network.base_channels
+    image = zeros(batch, channels, *config.image.sides).contiguous(memory_format=torch.channels_last)
+    kernel = zeros(channels, channels, 3, 3)
+    return partial(F.conv2d, padding=1), image.requires_grad_(), kernel.requires_grad_()
 
 
 def compiled(function: Function, mode: Compile, device: torch.device) -> Function:

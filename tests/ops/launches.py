@@ -186,6 +186,49 @@ def _attention_rows(kernels: Any, empty: Empty, shape: tuple[int, ...], dtype: t
     kernels.vjp_backward(x, x, x, x, lse, 0.1)
 
 
+def rms_norm(kernels: Any, empty: Empty) -> None:
+    for channels, dtype in ((512, BF16), (384, BF16), (128, torch.float32)):
+        _rms_norm(kernels, empty, (4, 64, channels), dtype)
+
+
+def large_rms_norm(kernels: Any, empty: Empty) -> None:
+    _rms_norm(kernels, empty, (2**17, 256, 512), BF16)
+    _rms_norm(kernels, empty, (1, 2**22, 1024), BF16)
+
+
+def _rms_norm(kernels: Any, empty: Empty, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    x, weight = empty(*shape, dtype=dtype), empty(shape[2])
+    rstd, of_images = empty(*shape[:2]), empty(shape[0], shape[2])
+    kernels.forward(x, weight, x, rstd, 1e-6)
+    kernels.vjp(x, x, of_images, rstd, x, None)
+    kernels.vjp(x, x, weight, rstd, x, of_images)
+    kernels.vjp_backward(x, x, x, weight, rstd, x, x, of_images)
+
+
+def swiglu(kernels: Any, empty: Empty) -> None:
+    seed = empty(3, dtype=INT64)
+    for hidden, dropout, dtype in ((1376, 0.1, BF16), (1376, 0.0, BF16), (352, 0.0, torch.float32)):
+        _swiglu(kernels, empty, (4, 64, hidden), seed if dropout else None, dropout, dtype)
+
+
+def large_swiglu(kernels: Any, empty: Empty) -> None:
+    _swiglu(kernels, empty, (2**17, 256, 1376), empty(3, dtype=INT64), 0.1, BF16)
+
+
+def _swiglu(
+    kernels: Any,
+    empty: Empty,
+    shape: tuple[int, int, int],
+    seed: torch.Tensor | None,
+    dropout: float,
+    dtype: torch.dtype,
+) -> None:
+    h, y = empty(*shape[:2], 2 * shape[2], dtype=dtype), empty(*shape, dtype=dtype)
+    kernels.forward(h, seed, y, dropout)
+    kernels.vjp(y, h, seed, h, dropout)
+    kernels.vjp_backward(h, y, h, seed, y, h, dropout)
+
+
 LAUNCHES: dict[str, Callable[[Any, Empty], None]] = {
     "noising": noising,
     "image_noise": image_noise,
@@ -195,6 +238,8 @@ LAUNCHES: dict[str, Callable[[Any, Empty], None]] = {
     "group_norm_silu_split": group_norm_silu_split,
     "attention": attention,
     "attention_rows": attention_rows,
+    "rms_norm": rms_norm,
+    "swiglu": swiglu,
 }
 LARGE: dict[str, Callable[[Any, Empty], None]] = {
     "noising": large_noising,
@@ -205,4 +250,6 @@ LARGE: dict[str, Callable[[Any, Empty], None]] = {
     "group_norm_silu_split": large_group_norm_silu_split,
     "attention": large_attention,
     "attention_rows": large_attention_rows,
+    "rms_norm": large_rms_norm,
+    "swiglu": large_swiglu,
 }

@@ -26,6 +26,8 @@ TRITON_MODULES = (
     "group_norm_silu",
     "group_norm_silu_split",
     "attention_rows",
+    "rms_norm",
+    "swiglu",
 )
 CUDA_SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
 CUDA_ARCHS = (80, 90)

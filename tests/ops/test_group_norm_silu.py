@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 
 from cdm_fast.ops import backend as _backend
 from cdm_fast.ops import group_norm_silu, group_norm_silu_vjp, use_backend
-from cdm_fast.ops.group_norm_silu import dropout_mask
+from cdm_fast.ops.dropout import dropout_mask
 from cdm_fast.ops.philox import Stream, philox_words
 from tests.accuracy import TOLERANCE, assert_kernel_accurate, relative_error
 

@@ -1,0 +1,241 @@
+"""Transformers of several sizes beside encoder and U-Net on Fashion-MNIST: docs/measurements/transformer.md.
+
+    python -m benchmarks.studies.transformer_study grid --data DIR --runs RUNS [NAME ...]  # all, or these
+    python -m benchmarks.studies.transformer_study equal-time --data DIR --runs RUNS [--threads 2]
+    python -m benchmarks.studies.transformer_study show      # the tables, and the arithmetic of a GPU-day
+    python -m benchmarks.studies.transformer_study plot      # docs/pictures/transformer_scaling.png
+
+The grid trains every size for the same number of images, and counts the FLOPs of the convolutions and matrix
+products of a training step. `equal-time` measures a step of both presets in turns, and trains the transformer
+for as many steps as fit the time of the encoder's. A run that is missing is trained into RUNS; a row that
+stands in the file is not measured again.
+"""
+
+import argparse
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.studies.rows import add_row, read_rows, trained
+from benchmarks.support.pairs import flops
+from benchmarks.support.timing import seconds_per_call
+from cdm_fast import CDM, load
+from cdm_fast.config import RunConfig, preset
+from cdm_fast.evaluation.classification import evaluate_classes
+from cdm_fast.likelihood import evaluate, evaluate_elbo
+from cdm_fast.model.losses import Noised
+from cdm_fast.runs.build import build_model
+from cdm_fast.runs.checkpoint import read_config
+from cdm_fast.runs.data import run_data
+from cdm_fast.training.step import accumulate_gradient, make_loss
+from cdm_fast.training.tuning import pick_precision
+
+RESULTS = Path(__file__).parents[1] / "results" / "transformer_study.jsonl"
+PICTURE = Path(__file__).parents[2] / "docs" / "pictures" / "transformer_scaling.png"
+WIDTHS, DEPTHS = (64, 128, 256), (2, 4, 8)
+GRID_STEPS = 2000
+BOUND_IMAGES = 1000
+FROM_PRESET: dict[str, dict[str, Any]] = {"unet": {"architecture": "unet"}, "encoder": {}}
+NETWORKS: dict[str, dict[str, Any]] = FROM_PRESET | {
+    f"transformer {width}x{depth}": {"architecture": "transformer", "width": width, "depth": depth}
+    for width in WIDTHS
+    for depth in DEPTHS
+}
+# A GPU-day in FLOPs: a day, the measured bf16 product of an H200 (790 TFLOP/s), and the share of it that
+# trainings of transformers reach.
+GPU_DAY = 86_400 * 790e12 * 0.4
+
+
+def configured(name: str, data: str, steps: int = GRID_STEPS) -> RunConfig:
+    """The transformer's or the encoder's preset with the network called `name`, for so many steps."""
+    kind = "transformer" if name.startswith("transformer") else "encoder"
+    base = preset(f"fashion-mnist-{kind}")
+    return replace(
+        base,
+        data=replace(base.data, source=data),
+        network=replace(base.network, **NETWORKS[name]),
+        train=replace(base.train, steps=steps),
+    )
+
+
+def one_step(config: RunConfig, batch_size: int | None = None) -> Any:
+    """A call that computes loss and gradient of one batch of noise."""
+    torch.manual_seed(0)
+    model = build_model(config).to(memory_format=torch.channels_last)
+    precision, size = pick_precision(config, torch.device("cpu")), batch_size or config.train.batch_size
+    x = torch.randn(size, *config.image.shape).contiguous(memory_format=torch.channels_last)
+    level = torch.arange(size) % model.schedule.num_levels
+    label = level % config.image.num_classes if config.image.num_classes else None
+    batch, loss = Noised(x, torch.randn_like(x), level, label), make_loss(config.train)
+
+    def step() -> torch.Tensor:
+        model.zero_grad()
+        return accumulate_gradient(model, batch, loss, precision=precision)
+
+    return step
+
+
+def step_flops(config: RunConfig) -> float:
+    """FLOPs of the products of one training step."""
+    train = replace(config.train, precision="fp32")
+    return flops(one_step(replace(config, train=train), batch_size=2)) / 2 * config.train.batch_size
+
+
+def measured(run: Path) -> dict[str, Any]:
+    """Size, training cost, likelihood and accuracy of a run, on test images."""
+    model, config = load(run), read_config(run)
+    assert isinstance(model, CDM)
+    test = run_data(config, "test")
+    bound, single = evaluate_elbo(model, test, BOUND_IMAGES), evaluate(model, test, draws=1)
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "steps": config.train.steps,
+        "flops": step_flops(config) * config.train.steps,
+        "bound": [bound.bits_per_dim, bound.bits_per_dim_stderr],
+        "single": [single.bits_per_dim, single.bits_per_dim_stderr],
+        "accuracy": evaluate_classes(model, test, "joint").accuracy,
+    }
+
+
+def run_grid(data: str, runs: Path, names: list[str]) -> None:
+    """Trains and measures what has no row yet."""
+    done = {row["name"] for row in read_rows(RESULTS) if row["part"] == "grid"}
+    for name in names or NETWORKS:
+        if name not in done:
+            run = trained(configured(name, data), runs / name.replace(" ", "-"))
+            row = add_row(RESULTS, {"part": "grid", "name": name, **measured(run)})
+            print(name, row["bound"], flush=True)
+
+
+def run_equal_time(data: str, runs: Path) -> None:
+    """Both presets, the transformer for the time of the encoder's steps."""
+    presets = {name: preset(f"fashion-mnist-{name}") for name in ("encoder", "transformer")}
+    steps = {name: one_step(config) for name, config in presets.items()}
+    rounds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(15):
+        for name, step in steps.items():
+            rounds[name].append(seconds_per_call(step, 3, torch.device("cpu")))
+    seconds = {name: sorted(times)[len(times) // 2] for name, times in rounds.items()}
+    budget = presets["encoder"].train.steps * seconds["encoder"]
+    for name, config in presets.items():
+        train = replace(config.train, steps=round(budget / seconds[name]))
+        config = replace(config, data=replace(config.data, source=data), train=train)
+        run = trained(config, runs / f"equal-time-{name}")
+        row = {"part": "equal-time", "name": name, "seconds_per_step": seconds[name], **measured(run)}
+        print(name, add_row(RESULTS, row)["bound"], flush=True)
+
+
+def line_of_best_bounds(rows: list[dict[str, Any]]) -> tuple[float, float]:
+    """(intercept, slope) of the bound against log10(FLOPs), through rows that no cheaper one beats.
+
+    The slope is in bits/dim for ten times the FLOPs.
+    """
+    front: list[dict[str, Any]] = []
+    for row in sorted(rows, key=lambda row: row["flops"]):
+        if not front or row["bound"][0] < front[-1]["bound"][0]:
+            front.append(row)
+    points = [(math.log10(row["flops"]), row["bound"][0]) for row in front]
+    mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
+    spread = sum((x - mean_x) ** 2 for x, _ in points)
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else 0.0
+    return mean_y - slope * mean_x, slope
+
+
+def gpu_day() -> str:
+    """What a GPU-day trains of the CIFAR-10 preset, and how far that is from the grid."""
+    config = preset("cifar10-transformer")
+    each = step_flops(config)
+    steps = GPU_DAY / each
+    grid = [row for row in read_rows(RESULTS) if row["part"] == "grid" and "transformer" in row["name"]]
+    lines = [
+        f"A step of cifar10-transformer, {config.train.batch_size} images: {each / 1e12:.2f} TFLOP.",
+        f"A GPU-day of {GPU_DAY:.2e} FLOP: {steps:,.0f} steps, {steps * config.train.batch_size / 5e4:,.0f}"
+        " passes over CIFAR-10.",
+    ]
+    if len(grid) > 1:
+        _, slope = line_of_best_bounds(grid)
+        most = max(row["flops"] for row in grid)
+        lines.append(
+            f"On Fashion-MNIST ten times the FLOPs change the best bound by {slope:+.3f} bits/dim; the"
+            f" GPU-day is {math.log10(GPU_DAY / most):.1f} powers of ten beyond the grid."
+        )
+    return "\n".join(lines)
+
+
+def show() -> str:
+    """The rows in Markdown, and the arithmetic."""
+    titles = (
+        "part",
+        "network",
+        "parameters",
+        "steps",
+        "training PFLOP",
+        "bound",
+        "single pass",
+        "accuracy, %",
+    )
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for row in read_rows(RESULTS):
+        cells = [
+            row["part"],
+            row["name"],
+            f"{row['parameters'] / 1e6:.2f} M",
+            str(row["steps"]),
+            f"{row['flops'] / 1e15:.2f}",
+            "{:.3f} +- {:.3f}".format(*row["bound"]),
+            "{:.3f} +- {:.3f}".format(*row["single"]),
+            f"{100 * row['accuracy']:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", gpu_day()])
+
+
+def plot() -> None:
+    """The bound against training FLOPs: a line for each width, a point for each other network."""
+    from matplotlib.figure import Figure
+
+    rows = {row["name"]: row for row in read_rows(RESULTS) if row["part"] == "grid"}
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for width in WIDTHS:
+        found = [rows[name] for depth in DEPTHS if (name := f"transformer {width}x{depth}") in rows]
+        points = [(row["flops"], row["bound"][0]) for row in found]
+        axes.plot(*zip(*points, strict=True), marker="o", label=f"transformer, width {width}")
+    for name in FROM_PRESET:
+        if name in rows:
+            axes.plot(rows[name]["flops"], rows[name]["bound"][0], "s", label=name)
+    axes.set(xscale="log", xlabel="training FLOPs", ylabel="bound, bits/dim")
+    axes.legend()
+    figure.savefig(PICTURE, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("what", choices=("grid", "equal-time", "show", "plot"))
+    parser.add_argument("names", nargs="*", help=f"among {', '.join(NETWORKS)}")
+    parser.add_argument("--data", help="folder with the IDX files of Fashion-MNIST")
+    parser.add_argument("--runs", type=Path, default=Path("runs/transformer-study"))
+    parser.add_argument("--threads", type=int, help="of the CPU; by default torch's own choice")
+    arguments = parser.parse_intermixed_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    unknown = sorted(set(arguments.names) - NETWORKS.keys())
+    if unknown:
+        parser.error(f"unknown: {', '.join(unknown)}; choose among {', '.join(NETWORKS)}")
+    if arguments.what in ("grid", "equal-time") and arguments.data is None:
+        parser.error("give --data, the folder of Fashion-MNIST")
+    if arguments.what == "grid":
+        run_grid(arguments.data, arguments.runs, arguments.names)
+    elif arguments.what == "equal-time":
+        run_equal_time(arguments.data, arguments.runs)
+    elif arguments.what == "plot":
+        plot()
+    else:
+        print(show())
+
+
+if __name__ == "__main__":
+    main()
