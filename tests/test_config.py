@@ -217,21 +217,11 @@ def test_length_and_output_alone_may_change():
     assert differences(config, changed("train", lr=0.5)) == ["lr: 0.001 -> 0.5"]
 
 
-KINDS = ("uniform", "log-snr", "mixed")
-
-
 def test_uniform_level_distribution():
     schedule = NoiseSchedule.uniform(10)
     assert torch.equal(
         level_distribution(ScheduleConfig(T=10), schedule), torch.ones(12, dtype=torch.float64)
     )
-
-
-def test_mixed_level_distribution_is_half_of_each():
-    schedule = NoiseSchedule.uniform(20)
-    parts = [level_distribution(ScheduleConfig(T=20, level_distribution=name), schedule) for name in KINDS]
-    uniform, even, mixed = (p / p.sum() for p in parts)
-    torch.testing.assert_close(mixed, (uniform + even) / 2)
 
 
 def test_log_snr_level_distribution_follows_its_steps():

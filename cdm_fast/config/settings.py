@@ -94,9 +94,8 @@ class ScheduleConfig:
     T: int = 200
     """Number of noise levels between clean data and pure noise, 2..10^6; the network tells T+2 levels
     apart."""
-    level_distribution: Literal["uniform", "log-snr", "mixed"] = "uniform"
-    """Distribution of the levels in training: uniform over levels, over the log signal-to-noise ratio, or
-    `mixed`: half of the levels from each."""
+    level_distribution: Literal["uniform", "log-snr"] = "uniform"
+    """Distribution of the levels in training: uniform over levels, or over the log signal-to-noise ratio."""
     beta_start: float | None = None
     """First beta of `--schedule linear`, above 0; by default 1e-4 times 1000/T."""
     beta_end: float | None = None

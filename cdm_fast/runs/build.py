@@ -47,16 +47,13 @@ def level_distribution(config: ScheduleConfig, schedule: NoiseSchedule) -> Tenso
     """p(t), (L,) float64, up to a factor: the distribution of levels in training.
 
     `uniform`: all equal. `log-snr`: proportional to the step in log-SNR around the level; the first and the
-    last level, whose log-SNR is infinite, and their neighbours use the nearest finite step. `mixed`: half of
-    the levels from each of the two.
+    last level, whose log-SNR is infinite, and their neighbours use the nearest finite step.
     """
-    uniform = torch.ones(schedule.num_levels, dtype=torch.float64)
     if config.level_distribution == "uniform":
-        return uniform
+        return torch.ones(schedule.num_levels, dtype=torch.float64)
     steps = -schedule.log_snr[1:-1].diff()  # between levels 1..T
     around = torch.cat([steps[:1], (steps[:-1] + steps[1:]) / 2, steps[-1:]])
-    even = torch.cat([around[:1], around, around[-1:]])
-    return even if config.level_distribution == "log-snr" else uniform / len(uniform) + even / even.sum()
+    return torch.cat([around[:1], around, around[-1:]])
 
 
 def build_network(config: RunConfig) -> UNet | Encoder | Transformer | UNetDenoiser | UNetClassifier:
