@@ -2,6 +2,7 @@
 
     python -m benchmarks.studies.transformer_study grid --data DIR --runs RUNS [NAME ...]  # all, or these
     python -m benchmarks.studies.transformer_study equal-time --data DIR --runs RUNS [--threads 2]
+    python -m benchmarks.studies.transformer_study steps [digits|fashion-mnist]  # times of a step, in turns
     python -m benchmarks.studies.transformer_study show      # the tables, and the arithmetic of a GPU-day
     python -m benchmarks.studies.transformer_study plot      # docs/pictures/transformer_scaling.png
 
@@ -68,7 +69,8 @@ def one_step(config: RunConfig, batch_size: int | None = None) -> Any:
     precision, size = pick_precision(config, torch.device("cpu")), batch_size or config.train.batch_size
     x = torch.randn(size, *config.image.shape).contiguous(memory_format=torch.channels_last)
     level = torch.arange(size) % model.schedule.num_levels
-    label = level % config.image.num_classes if config.image.num_classes else None
+    classes = None if config.network.conditioning == "none" else config.image.num_classes
+    label = None if classes is None else level % classes
     batch, loss = Noised(x, torch.randn_like(x), level, label), make_loss(config.train)
 
     def step() -> torch.Tensor:
@@ -110,15 +112,27 @@ def run_grid(data: str, runs: Path, names: list[str]) -> None:
             print(name, row["bound"], flush=True)
 
 
+def step_seconds(presets: dict[str, RunConfig], rounds: int = 9) -> dict[str, float]:
+    """Median seconds of a training step of each preset, timed in turns."""
+    steps = {name: one_step(config) for name, config in presets.items()}
+    for step in steps.values():
+        step()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times[name].append(seconds_per_call(step, 1, torch.device("cpu")))
+    return {name: sorted(found)[rounds // 2] for name, found in times.items()}
+
+
+def pair_of(data: str) -> dict[str, RunConfig]:
+    """The encoder's and the transformer's preset for `digits`, `fashion-mnist` or `cifar10`."""
+    return {name: preset(f"{data}-{name}") for name in ("encoder", "transformer")}
+
+
 def run_equal_time(data: str, runs: Path) -> None:
     """Both presets, the transformer for the time of the encoder's steps."""
-    presets = {name: preset(f"fashion-mnist-{name}") for name in ("encoder", "transformer")}
-    steps = {name: one_step(config) for name, config in presets.items()}
-    rounds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(15):
-        for name, step in steps.items():
-            rounds[name].append(seconds_per_call(step, 3, torch.device("cpu")))
-    seconds = {name: sorted(times)[len(times) // 2] for name, times in rounds.items()}
+    presets = pair_of("fashion-mnist")
+    seconds = step_seconds(presets)
     budget = presets["encoder"].train.steps * seconds["encoder"]
     for name, config in presets.items():
         train = replace(config.train, steps=round(budget / seconds[name]))
@@ -172,7 +186,7 @@ def show() -> str:
         "network",
         "parameters",
         "steps",
-        "training PFLOP",
+        "training TFLOP",
         "bound",
         "single pass",
         "accuracy, %",
@@ -184,7 +198,7 @@ def show() -> str:
             row["name"],
             f"{row['parameters'] / 1e6:.2f} M",
             str(row["steps"]),
-            f"{row['flops'] / 1e15:.2f}",
+            f"{row['flops'] / 1e12:.0f}",
             "{:.3f} +- {:.3f}".format(*row["bound"]),
             "{:.3f} +- {:.3f}".format(*row["single"]),
             f"{100 * row['accuracy']:.2f}",
@@ -214,7 +228,7 @@ def plot() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=("grid", "equal-time", "show", "plot"))
+    parser.add_argument("what", choices=("grid", "equal-time", "steps", "show", "plot"))
     parser.add_argument("names", nargs="*", help=f"among {', '.join(NETWORKS)}")
     parser.add_argument("--data", help="folder with the IDX files of Fashion-MNIST")
     parser.add_argument("--runs", type=Path, default=Path("runs/transformer-study"))
@@ -222,15 +236,20 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    unknown = sorted(set(arguments.names) - NETWORKS.keys())
+    known = ("digits", "fashion-mnist") if arguments.what == "steps" else tuple(NETWORKS)
+    unknown = sorted(set(arguments.names) - set(known))
     if unknown:
-        parser.error(f"unknown: {', '.join(unknown)}; choose among {', '.join(NETWORKS)}")
+        parser.error(f"unknown: {', '.join(unknown)}; choose among {', '.join(known)}")
     if arguments.what in ("grid", "equal-time") and arguments.data is None:
         parser.error("give --data, the folder of Fashion-MNIST")
     if arguments.what == "grid":
         run_grid(arguments.data, arguments.runs, arguments.names)
     elif arguments.what == "equal-time":
         run_equal_time(arguments.data, arguments.runs)
+    elif arguments.what == "steps":
+        for name in arguments.names or known:
+            seconds = step_seconds(pair_of(name))
+            print(name, seconds, f"ratio {seconds['transformer'] / seconds['encoder']:.2f}", flush=True)
     elif arguments.what == "plot":
         plot()
     else:
