@@ -132,6 +132,9 @@ __host__ __device__ __forceinline__ int64_t feature_tiles(const CotangentArgumen
     return (p.num_features + kFeatureThreads - 1) / kFeatureThreads;
 }
 
+// Classes that are added before the rest: the error of a sum in fp32 grows with the number of its terms.
+constexpr int64_t kClassesOfPart = 256;
+
 // A block computes a tile of features of one example; consecutive blocks compute the tiles of an example.
 template <typename T>
 __global__ void __launch_bounds__(kFeatureThreads) cotangent_kernel(const CotangentArguments p) {
@@ -143,8 +146,13 @@ __global__ void __launch_bounds__(kFeatureThreads) cotangent_kernel(const Cotang
     float sum = is_known(p, p.level[b]) ? 0.0f : nanf("");
     if (is_known(p, p.level[b]) && row != p.num_rows - 1) {
         sum = widen(weight[(p.num_rows - 1) * p.num_features + d]);
-        for (int64_t c = 0; c < p.num_classes; ++c)
-            sum -= class_share<float>(p, b, c) * widen(weight[(row + c) * p.num_features + d]);
+        for (int64_t first = 0; first < p.num_classes; first += kClassesOfPart) {
+            const int64_t end = min(first + kClassesOfPart, p.num_classes);
+            float part = 0.0f;
+            for (int64_t c = first; c < end; ++c)
+                part += class_share<float>(p, b, c) * widen(weight[(row + c) * p.num_features + d]);
+            sum -= part;
+        }
     }
     narrow(sum, static_cast<T*>(p.out) + b * p.num_features + d);
 }
