@@ -40,8 +40,11 @@ def test_audit_prints_every_figure_and_draws_it(run, tmp_path):
     assert (run / "audit.png").read_bytes().startswith(b"\x89PNG")
     kept = json.loads((run / "audit.json").read_text())
     assert kept["audited_bits_per_dim"] == found["audited_bits_per_dim"] and kept["ode"]["levels"]
-    call_json("nll", run, "--method", "audit", *AUDIT, "--level", "3")
+    drawn = (run / "audit.png").read_bytes()
+    other = call_json("nll", run, "--method", "audit", *AUDIT, "--level", "3")
+    assert other["picture"] == str(run / "audit-other.png")
     assert json.loads((run / "audit.json").read_text()) == kept  # the audit of the data alone
+    assert (run / "audit.png").read_bytes() == drawn
     with open(tmp_path / "images.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == found["num_images"]

@@ -163,8 +163,9 @@ class Nll(WithBatches, WithParticles, WithSolver, WithCompile):
     """Part of the data to score."""
     method: Literal["single", "ode", "elbo", "audit"] = "single"
     """`single` is one forward pass, unaudited; `ode` the probability-flow ODE; `elbo` the variational bound.
-    `audit` runs all three, measures log Z of the single pass, and draws RUN/audit.png; for a model that only
-    denoises it runs the ODE and the bound."""
+    `audit` runs all three, measures log Z of the single pass, and draws RUN/audit.png (of other data, or of
+    another split or level, RUN/audit-other.png); for a model that only denoises it runs the ODE and the
+    bound."""
     given: Given | None = None
     """Likelihood of a class-conditional model: `label` conditions each image on its label, `all` averages
     over the classes, `none` uses no label. By default none; label where the model has no unconditional part

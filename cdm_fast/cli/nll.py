@@ -158,15 +158,18 @@ def _score_audit(command: Nll, model: Denoiser, data: ImageData) -> Scored:
         progress=to_stderr,
     )
     result = report.to_json()
+    name = "audit-other"
     if _describes_run(command):
+        name = "audit"
         write_report(command.run, "audit.json", result)
-    picture = write_audit(result, command.run / "audit.png")
+    picture = write_audit(result, command.run / f"{name}.png")
     columns = {**_single_columns(report.single), **_denoiser_columns(report.denoiser)}
     return {**result, "picture": str(picture)}, [*describe_audit(result), str(picture)], columns
 
 
 def _describes_run(command: Nll) -> bool:
-    """Whether an audit is the run's own figure, which RUN/audit.json holds: clean test images of its data."""
+    """Whether an audit is the run's own figure, which RUN/audit.json and RUN/audit.png hold: clean test images of
+    its data."""
     return (command.data, command.pixels, command.level, command.split) == (None, None, 0, "test")
 
 
