@@ -168,7 +168,7 @@ def _score_audit(command: Nll, model: Denoiser, data: ImageData) -> Scored:
 
 
 def _describes_run(command: Nll) -> bool:
-    """Whether an audit is the run's own figure, which RUN/audit.json and RUN/audit.png hold: clean test images of
+    """Whether an audit is the run's own, which RUN/audit.json and RUN/audit.png hold: clean test images of
     its data."""
     return (command.data, command.pixels, command.level, command.split) == (None, None, 0, "test")
 
