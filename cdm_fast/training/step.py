@@ -212,14 +212,17 @@ def draw_batch(data: ImageData, model: CDM | DDM | Classifier, config: RunConfig
         flip=config.data.flip,
     )
     label = _draw_labels(data, config, index, generator)
-    x_t, eps, x0, level = (rank_rows(drawn, train.accumulate) for drawn in (x_t, eps, x0, level))
+    x_t, eps, level = (rank_rows(drawn, train.accumulate) for drawn in (x_t, eps, level))
     if train.channels_last:
-        x_t, eps, x0 = (x.contiguous(memory_format=torch.channels_last) for x in (x_t, eps, x0))
+        x_t, eps = (x.contiguous(memory_format=torch.channels_last) for x in (x_t, eps))
     label = label if label is None else rank_rows(label, train.accumulate)
     attacked = None
     if train.adversarial != "none" and label is not None:
         generator = torch.Generator(device).manual_seed(derived_seed(train.seed, step, "adversarial"))
-        attacked = perturbed(model, x0, label, config, generator)
+        clean = rank_rows(x0, train.accumulate)
+        if train.channels_last:
+            clean = clean.contiguous(memory_format=torch.channels_last)
+        attacked = perturbed(model, clean, label, config, generator)
     return Noised(x_t, eps, level, label, attacked)
 
 
