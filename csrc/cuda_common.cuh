@@ -54,6 +54,31 @@ __device__ __forceinline__ void store_pack(T* p, const Pack<T, count>& pack) {
     *reinterpret_cast<Pack<T, count>*>(p) = pack;
 }
 
+// Elements that are computed in fp32, whatever their type in memory.
+template <int count, typename T>
+__device__ __forceinline__ Pack<float, count> load_widened(const T* from) {
+    const Pack<T, count> stored = load_pack<count>(from);
+    Pack<float, count> values;
+#pragma unroll
+    for (int i = 0; i < count; ++i) values.at[i] = widen(stored.at[i]);
+    return values;
+}
+
+template <int count, typename T>
+__device__ __forceinline__ void store_narrowed(T* to, const Pack<float, count>& values) {
+    Pack<T, count> stored;
+#pragma unroll
+    for (int i = 0; i < count; ++i) narrow(values.at[i], &stored.at[i]);
+    store_pack<count>(to, stored);
+}
+
+// Sum over the threads of a warp, in a fixed order; all of them get it.
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+    for (int lane = 16; lane > 0; lane /= 2) value += __shfl_xor_sync(~0u, value, lane);
+    return value;
+}
+
 // Sum over the threads of a block, in a fixed order; only thread 0 gets it. `shared` holds 32 floats.
 __device__ __forceinline__ float block_sum(float value, float* shared) {
     for (int lane = 16; lane > 0; lane /= 2) value += __shfl_down_sync(~0u, value, lane);

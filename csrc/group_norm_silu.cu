@@ -3,8 +3,8 @@
 // A block takes a range of whole groups of one image. It reads their elements once for the sums of each
 // channel and once more, from the cache, for the result. Sums are added in a fixed order.
 #include "cuda_common.cuh"
+#include "dropout.cuh"
 #include "group_norm_silu_op.h"
-#include "philox.h"
 
 #define CDM_ISA cuda_device
 #define CDM_SHARED __device__ __forceinline__
@@ -44,9 +44,7 @@ struct ChannelsFirst {
                 accumulate(place(a, range, channel, pixel), partial);
 #pragma unroll
             for (int i = 0; i < num_sums; ++i) {
-                float total = partial[i][0];
-#pragma unroll
-                for (int lane = 16; lane > 0; lane /= 2) total += __shfl_xor_sync(~0u, total, lane);
+                const float total = warp_sum(partial[i][0]);
                 if (threadIdx.x % 32 == 0) sums[i * row_length + channel] = total;
             }
         }
@@ -182,56 +180,29 @@ struct Worker {
     }
 
     __device__ __forceinline__ Values load(const void* tensor, const Place& at) const {
-        return widened(static_cast<const T*>(tensor) + in_whole(at));
+        return load_widened<pack>(static_cast<const T*>(tensor) + in_whole(at));
     }
 
     __device__ __forceinline__ Values load(const Pieces& tensor, const Place& at) const {
-        return widened(static_cast<const T*>(of_two(tensor, at)) + at.piece_offset);
+        return load_widened<pack>(static_cast<const T*>(of_two(tensor, at)) + at.piece_offset);
     }
 
     __device__ __forceinline__ void store(void* tensor, const Place& at, const Values& values) const {
-        narrowed(values, static_cast<T*>(tensor) + in_whole(at));
+        store_narrowed<pack>(static_cast<T*>(tensor) + in_whole(at), values);
     }
 
     __device__ __forceinline__ void store(const Pieces& tensor, const Place& at, const Values& values) const {
-        narrowed(values, static_cast<T*>(of_two(tensor, at)) + at.piece_offset);
+        store_narrowed<pack>(static_cast<T*>(of_two(tensor, at)) + at.piece_offset, values);
     }
 
     static __device__ __forceinline__ void* of_two(const Pieces& tensor, const Place& at) {
         return at.in_second ? tensor.at[1] : tensor.at[0];
     }
 
-    static __device__ __forceinline__ Values widened(const T* from) {
-        const Pack<T, pack> stored = load_pack<pack>(from);
-        Values values;
-#pragma unroll
-        for (int i = 0; i < pack; ++i) values.at[i] = widen(stored.at[i]);
-        return values;
-    }
-
-    static __device__ __forceinline__ void narrowed(const Values& values, T* to) {
-        Pack<T, pack> stored;
-#pragma unroll
-        for (int i = 0; i < pack; ++i) narrow(values.at[i], &stored.at[i]);
-        store_pack<pack>(to, stored);
-    }
-
     __device__ __forceinline__ void drop(Values& values, const Place& at) const {
         if (a.seed == nullptr) return;
-        const PhiloxKey key = philox_key(a.seed[0], a.seed[1]);
         const int64_t image = (a.seed[2] + range.image) * a.channels * a.pixels;
-        int64_t drawn_block = -1;
-        Philox4 words = {};
-#pragma unroll
-        for (int i = 0; i < pack; ++i) {
-            const int64_t index = image + at.drawn + i * at.drawn_step;
-            if (index / 4 != drawn_block) {
-                drawn_block = index / 4;
-                words = philox_block(key, kDropout, static_cast<uint32_t>(drawn_block));
-            }
-            const bool kept = philox_word(words, static_cast<int>(index % 4)) >= a.drop_threshold;
-            values.at[i] *= kept ? static_cast<float>(a.keep_scale) : 0.0f;
-        }
+        drop_words(a, image + at.drawn, at.drawn_step, values);
     }
 
     // Calls f(first channel of the group within the range, index of the group in mean and rstd); a thread

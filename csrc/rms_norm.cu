@@ -12,12 +12,6 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 
-__device__ __forceinline__ float warp_sum(float value) {
-#pragma unroll
-    for (int lane = 16; lane > 0; lane /= 2) value += __shfl_xor_sync(~0u, value, lane);
-    return value;
-}
-
 template <typename T, int pack>
 struct TokenWorker {
     using Values = Pack<float, pack>;
@@ -27,18 +21,11 @@ struct TokenWorker {
     float* const partial;  // (C), this warp's share of the weight's gradient; null where it is not wanted
 
     static __device__ __forceinline__ Values read(const void* tensor, int64_t at) {
-        const Pack<T, pack> stored = load_pack<pack>(static_cast<const T*>(tensor) + at);
-        Values values;
-#pragma unroll
-        for (int i = 0; i < pack; ++i) values.at[i] = widen(stored.at[i]);
-        return values;
+        return load_widened<pack>(static_cast<const T*>(tensor) + at);
     }
 
     static __device__ __forceinline__ void write(void* tensor, int64_t at, const Values& values) {
-        Pack<T, pack> stored;
-#pragma unroll
-        for (int i = 0; i < pack; ++i) narrow(values.at[i], &stored.at[i]);
-        store_pack<pack>(static_cast<T*>(tensor) + at, stored);
+        store_narrowed<pack>(static_cast<T*>(tensor) + at, values);
     }
 
     // Calls f(first channel) for each pack of this lane.

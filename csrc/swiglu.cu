@@ -1,7 +1,7 @@
 // `swiglu` on CUDA devices: forward, VJP, and the derivative of the VJP, in fp32, bf16 and fp16. A thread
 // takes neighbouring channels of a token.
 #include "cuda_common.cuh"
-#include "philox.h"
+#include "dropout.cuh"
 #include "swiglu_op.h"
 
 namespace cdm {
@@ -18,36 +18,16 @@ struct Gate {
     const int64_t wide;   // that of the gate in the wide ones; the value is H further
 
     static __device__ __forceinline__ Values read(const void* tensor, int64_t at) {
-        const Pack<T, pack> stored = load_pack<pack>(static_cast<const T*>(tensor) + at);
-        Values values;
-#pragma unroll
-        for (int i = 0; i < pack; ++i) values.at[i] = widen(stored.at[i]);
-        return values;
+        return load_widened<pack>(static_cast<const T*>(tensor) + at);
     }
 
     static __device__ __forceinline__ void write(void* tensor, int64_t at, const Values& values) {
-        Pack<T, pack> stored;
-#pragma unroll
-        for (int i = 0; i < pack; ++i) narrow(values.at[i], &stored.at[i]);
-        store_pack<pack>(static_cast<T*>(tensor) + at, stored);
+        store_narrowed<pack>(static_cast<T*>(tensor) + at, values);
     }
 
     __device__ __forceinline__ void drop(Values& values) const {
         if (a.seed == nullptr) return;
-        const PhiloxKey key = philox_key(a.seed[0], a.seed[1]);
-        const int64_t start = a.seed[2] * a.image_tokens * a.hidden + first;
-        int64_t drawn_block = -1;
-        Philox4 words = {};
-#pragma unroll
-        for (int i = 0; i < pack; ++i) {
-            const int64_t index = start + i;
-            if (index / 4 != drawn_block) {
-                drawn_block = index / 4;
-                words = philox_block(key, kDropout, static_cast<uint32_t>(drawn_block));
-            }
-            const bool kept = philox_word(words, static_cast<int>(index % 4)) >= a.drop_threshold;
-            values.at[i] *= kept ? static_cast<float>(a.keep_scale) : 0.0f;
-        }
+        drop_words(a, a.seed[2] * a.image_tokens * a.hidden + first, 1, values);
     }
 
     __device__ __forceinline__ void run() const {
