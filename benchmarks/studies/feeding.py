@@ -2,11 +2,13 @@
 
     python -m benchmarks.studies.feeding sizes   # 8x8 to 64x64, against the same images in memory
     python -m benchmarks.studies.feeding limited # a file three times as large as the memory of the process
+    python -m benchmarks.studies.feeding readahead # a batch of such a file, with and without readahead
     python -m benchmarks.studies.feeding show    # results/feeding.jsonl as tables
 
 The network is the preset `fashion-mnist-encoder`'s at every size, with three channels from 32x32 on. Images
 are random, as their values do not matter here. *Cold*: the kernel's cache of the file is dropped before each
-round. `limited` needs root: it makes a memory cgroup whose limit, page cache included, is a third of a file.
+round. `limited` and `readahead` need root: they make a memory cgroup whose limit, page cache included, is a
+third of a file.
 """
 
 import argparse
@@ -16,8 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -28,14 +29,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.studies.rows import add_row, read_rows
+from benchmarks.support.memory import anonymous_mib
 from benchmarks.support.train_steps import WholeStep
 from cdm_fast.config import PRESETS, RunConfig
-from cdm_fast.data.copies import map_file
+from cdm_fast.data.copies import expect_random_reads, map_file
 from cdm_fast.training.feed import on_device
 
 RESULTS = Path(__file__).parents[1] / "results" / "feeding.jsonl"
 SIDES = (8, 16, 28, 32, 64)
 SMALL_MIB = 64
+GATHERED, BATCHES = 64, 200  # rows of a batch, and batches, of `readahead`
 ROUNDS, ROUND_SECONDS = 5, 4.0
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -121,42 +124,68 @@ def measure_side(side: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def _enter(group: Path) -> None:
-    (group / "cgroup.procs").write_text("0")
-
-
-@contextmanager
-def memory_limit(limit: int) -> Iterator[Callable[[], None]]:
-    """A cgroup (version 1 or 2) with this limit in bytes; yields what puts the calling process into it."""
+def limited_output(part: str, limit: int, folder: Path, options: argparse.Namespace) -> str:
+    """What a part of this program prints in a memory cgroup (version 1 or 2) with this limit in bytes."""
     second = (CGROUPS / "cgroup.controllers").exists()
     group = (CGROUPS if second else CGROUPS / "memory") / f"cdm-fast-{os.getpid()}"
     group.mkdir()
     try:
         (group / ("memory.max" if second else "memory.limit_in_bytes")).write_text(str(limit))
-        yield partial(_enter, group)
+        command = [sys.executable, "-m", "benchmarks.studies.feeding", part, "--folder", str(folder)]
+        command += ["--side", str(options.side), "--threads", str(options.threads)]
+        enter = partial((group / "cgroup.procs").write_text, "0")
+        return subprocess.run(command, preexec_fn=enter, stdout=subprocess.PIPE, text=True, check=True).stdout
     finally:
         group.rmdir()
 
 
+def measure_readahead(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Milliseconds to gather random rows of a file, in a cgroup with a third of its size as the limit."""
+    shape = configured(options.side).image.shape
+    path = folder / "large"
+    write_rows(path, shape, options.gib * 2**10)
+    limit = path.stat().st_size // 3
+    default, training = map(float, limited_output("gathers", limit, folder, options).split())
+    return {
+        "shape": list(shape),
+        "file_gib": options.gib,
+        "limit_mib": limit // 2**20,
+        "rows": GATHERED,
+        "milliseconds": {"default": default, "training": training},
+    }
+
+
+def gathers(options: argparse.Namespace) -> None:
+    """Gathers rows of the large file as mapped by default, and as training maps it; prints both medians."""
+    path = options.folder / "large"
+    for expect in (False, True):
+        forget(path)
+        rows = map_file(path)
+        size = prod(configured(options.side).image.shape)
+        rows = rows[: len(rows) // size * size].view(-1, size)
+        if expect:
+            expect_random_reads(rows)
+        generator, seconds = torch.Generator().manual_seed(0), []
+        for _ in range(BATCHES):
+            index = torch.randint(len(rows), (GATHERED,), generator=generator)
+            time.sleep(0.05)  # a step, during which the kernel may read ahead or reclaim memory
+            began = time.perf_counter()
+            rows[index]
+            seconds.append(time.perf_counter() - began)
+        print(1e3 * statistics.median(seconds))
+        del rows
+
+
 def measure_limited(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The figures of `child`, which runs in a cgroup with a third of the large file's size as its limit."""
+    """The figures of `steps`, which runs in a cgroup with a third of the large file's size as its limit."""
     shape = configured(options.side).image.shape
     small, large = folder / "small", folder / "large"
     write_rows(small, shape, SMALL_MIB)
     write_rows(large, shape, options.gib * 2**10)
     forget(large)
     limit = large.stat().st_size // 3
-    with memory_limit(limit) as enter:
-        command = [sys.executable, "-m", "benchmarks.studies.feeding", "child"]
-        command += ["--side", str(options.side), "--threads", str(options.threads)]
-        done = subprocess.run(
-            [*command, "--folder", str(folder)],
-            preexec_fn=enter,
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-    small_rate, large_rate, ratio, lower, upper, anonymous = map(float, done.stdout.split())
+    found = limited_output("steps", limit, folder, options)
+    small_rate, large_rate, ratio, lower, upper, anonymous = map(float, found.split())
     return {
         "shape": list(shape),
         "file_gib": options.gib,
@@ -169,7 +198,7 @@ def measure_limited(options: argparse.Namespace, folder: Path) -> dict[str, Any]
     }
 
 
-def child(options: argparse.Namespace) -> None:
+def steps(options: argparse.Namespace) -> None:
     """Steps from the small and the large file in turns; prints their rates, ratio and anonymous memory."""
     config = configured(options.side)
     whole = WholeStep(False, torch.device("cpu"), config=config)
@@ -182,13 +211,8 @@ def child(options: argparse.Namespace) -> None:
             feed(whole, images)
             found.append(images_per_second(whole, 2 * ROUND_SECONDS))
     ratios = [large / small for small, large in zip(*rates, strict=True)]
-    anonymous = next(
-        int(line.split()[1]) / 2**10
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith("RssAnon:")
-    )
     middle = [statistics.median(each) for each in (*rates, ratios)]
-    print(*middle, *statistics.quantiles(ratios, n=4)[::2], anonymous)
+    print(*middle, *statistics.quantiles(ratios, n=4)[::2], anonymous_mib())
 
 
 def spread(ratio: float, quartiles: list[float]) -> str:
@@ -199,7 +223,13 @@ def show() -> None:
     """The rows as tables in Markdown."""
     for row in read_rows(RESULTS):
         values = row["figures"]
-        size, rates = "x".join(map(str, values["shape"])), values["images_per_second"]
+        size = "x".join(map(str, values["shape"]))
+        if row["kind"] == "readahead":
+            print(
+                f"| {size} |", *(f"{values['milliseconds'][kind]:.1f} |" for kind in ("default", "training"))
+            )
+            continue
+        rates = values["images_per_second"]
         if row["kind"] == "sizes":
             told = (
                 spread(values["ratio"][kind], values["ratio_quartiles"][kind]) for kind in ("warm", "cold")
@@ -211,29 +241,38 @@ def show() -> None:
             print("|", *(f"{cell} |" for cell in cells), f"{values['anonymous_mib']:.0f} |")
 
 
+def measurements(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The rows that a command measures."""
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        if options.what == "sizes":
+            for side in options.sides:
+                yield {"kind": "sizes", "figures": measure_side(side, folder)}
+            return
+        measure = measure_limited if options.what == "limited" else measure_readahead
+        yield {"kind": options.what, "figures": measure(options, folder)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=("sizes", "limited", "child", "show"))
+    parser.add_argument("what", choices=("sizes", "limited", "readahead", "steps", "gathers", "show"))
     parser.add_argument(
         "--folder", type=Path, help="where files are written; by default the temporary folder"
     )
-    parser.add_argument("--sides", type=int, nargs="+", default=SIDES)
-    parser.add_argument("--side", type=int, default=28, help="of the images of `limited`")
-    parser.add_argument("--gib", type=int, default=6, help="size of the large file of `limited`")
+    parser.add_argument("--sides", type=int, nargs="+", default=SIDES, help="of the images of `sizes`")
+    parser.add_argument("--side", type=int, default=28, help="of the images of `limited` and `readahead`")
+    parser.add_argument("--gib", type=int, default=6, help="size of the large file")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.what in ("show", "child"):
-        show() if options.what == "show" else child(options)
-        return
-    with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        folder = Path(name)
-        if options.what == "limited":
-            row = {"kind": "limited", "figures": measure_limited(options, folder)}
+    parts = {"steps": steps, "gathers": gathers}  # of `limited` and `readahead`
+    if options.what in parts:
+        parts[options.what](options)
+    elif options.what == "show":
+        show()
+    else:
+        for row in measurements(options):
             print(add_row(RESULTS, row)["figures"])
-            return
-        for side in options.sides:
-            print(add_row(RESULTS, {"kind": "sizes", "figures": measure_side(side, folder)})["figures"])
 
 
 if __name__ == "__main__":
