@@ -28,6 +28,7 @@ from cdm_fast import load
 from cdm_fast.config import RunConfig, preset
 from cdm_fast.data import ImageData
 from cdm_fast.data.draws import choose
+from cdm_fast.evaluation.attack_methods import PGD_LENGTH
 from cdm_fast.evaluation.attacks import ClassLogLikelihoods
 from cdm_fast.evaluation.certification import (
     ABSTAIN,
@@ -36,6 +37,7 @@ from cdm_fast.evaluation.certification import (
     certify,
 )
 from cdm_fast.evaluation.certification_report import evaluate_certificates
+from cdm_fast.evaluation.norms import per_image, steepest
 from cdm_fast.host.progress import to_stderr
 from cdm_fast.runs.checkpoint import read_config
 from cdm_fast.runs.data import run_data
@@ -91,7 +93,7 @@ def attack_inside(
     Normalised gradient ascent on the mean cross-entropy over fresh noise draws (arXiv 1906.04584, SmoothAdv).
     """
     generator = torch.Generator().manual_seed(seed)
-    limit = (0.999 * radius).to(pixels.dtype).view(-1, 1, 1, 1)
+    limit = per_image((0.999 * radius).to(pixels.dtype), pixels)
     delta = torch.zeros_like(pixels)
     for _ in range(ATTACK_STEPS):
         delta.requires_grad_(True)
@@ -99,9 +101,8 @@ def attack_inside(
         outputs = classifier((pixels + delta + sigma * noise).flatten(0, 1)).unflatten(0, (ATTACK_DRAWS, -1))
         mean = outputs.softmax(2).mean(0).gather(1, predicted[:, None])
         (gradient,) = torch.autograd.grad(-mean.clamp(min=1e-12).log().sum(), delta)
-        norm = gradient.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
-        delta = delta.detach() + 2.5 / ATTACK_STEPS * limit * gradient / norm
-        length = delta.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
+        delta = delta.detach() + PGD_LENGTH / ATTACK_STEPS * limit * steepest(gradient, "l2")
+        length = per_image(delta.flatten(1).norm(dim=1).clamp(min=1e-30), delta)
         delta = delta * (limit / length).clamp(max=1)
     return pixels + delta
 

@@ -158,11 +158,10 @@ def _score_audit(command: Nll, model: Denoiser, data: ImageData) -> Scored:
         progress=to_stderr,
     )
     result = report.to_json()
-    name = "audit-other"
-    if _describes_run(command):
-        name = "audit"
+    own = _describes_run(command)
+    if own:
         write_report(command.run, "audit.json", result)
-    picture = write_audit(result, command.run / f"{name}.png")
+    picture = write_audit(result, command.run / ("audit.png" if own else "audit-other.png"))
     columns = {**_single_columns(report.single), **_denoiser_columns(report.denoiser)}
     return {**result, "picture": str(picture)}, [*describe_audit(result), str(picture)], columns
 

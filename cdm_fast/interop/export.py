@@ -134,8 +134,7 @@ def _quiet() -> Iterator[None]:
     level = notes.level
     notes.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         notes.setLevel(level)
