@@ -63,6 +63,19 @@ def test_the_bound_depends_on_the_seed_alone():
     assert not torch.equal(first.nats, variational_bound(model, x, seed=2).nats)
 
 
+def test_levels_measured_on_a_part_of_the_images_give_the_same_bound():
+    schedule = even_in_log_snr(T=60, smallest=0.05)
+    model, x = ExactDenoiser(MIXTURE, schedule), MIXTURE.sample(2000, torch.Generator().manual_seed(0))
+    whole, part = variational_bound(model, x), variational_bound(model, x, every=7, seed=1)
+    assert part.nats.shape == whole.nats.shape and len(part.steps) == len(whole.steps)
+    error = math.hypot(stderr(whole.nats), stderr(part.nats))
+    assert stderr(whole.nats) < stderr(part.nats) < 3 * stderr(whole.nats)
+    assert float(part.nats.mean()) == pytest.approx(float(whole.nats.mean()), abs=3 * error)
+    assert sum(part.steps) == pytest.approx(sum(whole.steps), abs=3 * error)
+    with pytest.raises(UserError, match="13 images: .* give 14"):
+        variational_bound(model, x[:13], every=7)
+
+
 @pytest.mark.parametrize(
     ("num", "levels", "told"),
     [(1, None, "1 image"), (4, [0, 3], "1 to T = 10"), (4, [3, 11], "1 to T = 10"), (4, [], "1 to T = 10")],

@@ -187,6 +187,9 @@ class Nll(WithBatches, WithParticles, WithSolver, WithCompile):
     """Images to score by the ODE, drawn at random from the split."""
     elbo_images: int = 256
     """Images to score by the variational bound, drawn at random from the split."""
+    elbo_every: int = 1
+    """Measure each noise level of the variational bound on every so many of the images: so many times as
+    fast, with a larger standard error."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the single pass: fp32 is IEEE single precision, not TF32; for bf16 the difference from
     fp32 in bits/dim is printed too."""

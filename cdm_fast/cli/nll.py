@@ -120,6 +120,7 @@ def _score_elbo(command: Nll, model: Denoiser, data: ImageData) -> Scored:
         seed=command.seed,
         progress=to_stderr,
         given=command.given or "none",
+        every=command.elbo_every,
     )
     fields = report.to_json()
     result = {"method": "elbo", "data": data.name, "split": data.split, **_prefixed("elbo", fields)}
@@ -151,6 +152,7 @@ def _score_audit(command: Nll, model: Denoiser, data: ImageData) -> Scored:
         tolerance=command.tolerance,
         probes=command.probes,
         elbo_images=command.elbo_images,
+        elbo_every=command.elbo_every,
         particles=command.particles,
         runs=command.runs,
         moves=command.moves,
@@ -184,6 +186,7 @@ def _score_denoiser(command: Nll, model: Denoiser, data: ImageData) -> Scored:
         tolerance=command.tolerance,
         probes=command.probes,
         elbo_images=command.elbo_images,
+        elbo_every=command.elbo_every,
         progress=to_stderr,
         given=command.given or "none",
     )

@@ -109,6 +109,7 @@ def audit_denoiser(
     tolerance: float = 1e-5,
     probes: int | None = None,
     elbo_images: int = 256,
+    elbo_every: int = 1,
     progress: Progress = silent,
     given: Given = "none",
 ) -> DenoiserAudit:
@@ -117,7 +118,7 @@ def audit_denoiser(
     Args:
         batch_size: images per evaluation, capped at `LARGEST_ELBO_BATCH` and `LARGEST_ODE_BATCH`.
         ode_images, tolerance, probes: passed to `evaluate_ode`.
-        elbo_images: passed to `evaluate_elbo`.
+        elbo_images, elbo_every: passed to `evaluate_elbo`.
         seed, progress, given: passed to both.
 
     Raises:
@@ -134,6 +135,7 @@ def audit_denoiser(
             seed=seed,
             progress=progress,
             given=given,
+            every=elbo_every,
         )
     ode = evaluate_ode(
         model,
@@ -166,6 +168,7 @@ def audit(
     tolerance: float = 1e-5,
     probes: int | None = None,
     elbo_images: int = 256,
+    elbo_every: int = 1,
     particles: int = PARTICLES,
     runs: int = 3,
     moves: int = 1,
@@ -176,7 +179,7 @@ def audit(
 
     Args:
         draws: passed to `evaluate`.
-        ode_images, tolerance, probes, elbo_images: passed to `audit_denoiser`.
+        ode_images, tolerance, probes, elbo_images, elbo_every: passed to `audit_denoiser`.
         particles, runs, moves, rungs: passed to `measure_log_z`.
         batch_size, seed, progress: passed to all of them.
 
@@ -223,6 +226,7 @@ def audit(
         tolerance=tolerance,
         probes=probes,
         elbo_images=elbo_images,
+        elbo_every=elbo_every,
         progress=progress,
     )
     log_z, error = (value / nats_per_bit_per_dim(data) for value in normalisation.at(level))

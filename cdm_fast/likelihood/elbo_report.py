@@ -65,6 +65,7 @@ def evaluate_elbo(
     seed: int = 0,
     progress: Progress = silent,
     given: Given = "none",
+    every: int = 1,
 ) -> ElboReport:
     """bits/dim of `num_images` images of `data` by `variational_bound`: an upper bound on their code length.
 
@@ -73,10 +74,12 @@ def evaluate_elbo(
         batch_size: images per evaluation of the network.
         seed: seed of the choice of images, dequantisation and noise.
         given: "label" or "none"; see `ElboReport`.
+        every: measure a level on every so many images only, as in `variational_bound`.
 
     Raises:
-        UserError: a classifier, fewer than 2 images, batch_size below 1, as in `labels_given`; and for given
-            "all", because averaging over noise inside the logarithm of a sum over classes gives no bound.
+        UserError: a classifier, fewer than 2 `every` images, batch_size below 1, as in `labels_given`; and
+            for given "all", since averaging over noise inside the logarithm of a sum over classes gives no
+            bound.
 
     >>> from cdm_fast import DDM, NoiseSchedule
     >>> class StandardNormal(DDM):
@@ -108,6 +111,7 @@ def evaluate_elbo(
         seed=seed,
         batch_size=batch_size,
         label=None if labels is None else labels[index],
+        every=every,
     )
     unit = nats_per_bit_per_dim(data)
     per_image = bits_per_dim(-bound.nats, data)
