@@ -37,6 +37,21 @@ def test_positions_reach_the_logits():
     assert float(difference.detach().abs().max()) > 1e-6
 
 
+@pytest.mark.parametrize(("channels", "patch"), [(8, 8), (16, 4), (24, 4), (16, 6)])
+def test_patches_in_bf16_are_those_in_fp32(channels, patch):
+    """oneDNN's bf16 convolution of these sizes is wrong by more than its values on processors with AMX."""
+    torch.manual_seed(0)
+    embedding = tokens.PatchEmbedding(channels, 32, (patch, patch))
+    x = torch.randn(2, channels, 4 * patch, 4 * patch).contiguous(memory_format=torch.channels_last)
+    g = torch.randn(2, 32, 4, 4)
+    expected = embedding(x)[0], embedding.adjoint(None, g)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = embedding(x.bfloat16())[0], embedding.adjoint(None, g.bfloat16())
+    for value, truth in zip(found, expected, strict=True):
+        assert value.dtype == torch.bfloat16 and value.is_contiguous(memory_format=torch.channels_last)
+        assert float((value - truth).norm() / truth.norm()) < 0.01
+
+
 def test_weights_fit_other_sizes_of_image():
     torch.manual_seed(0)
     small, large = (Transformer(size, 1, 12, width=32, **SIZES) for size in (8, (12, 16)))

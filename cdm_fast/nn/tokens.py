@@ -33,9 +33,11 @@ ROTARY_BASE = 100.0  # wavelengths from 2 pi to nearly 200 pi tokens: images hav
 
 
 class PatchEmbedding(nn.Conv2d):
-    """A convolution whose stride is its kernel: (B, C, H, W) -> channels-last (B, D, H/P, W/P).
+    """A convolution whose stride is its kernel, as one matrix product: (B, C, H, W) -> (B, D, H/P, W/P).
 
-    The adjoint is the transposed convolution, in which patches do not overlap either.
+    The result is channels-last. The adjoint is the transposed convolution, in which patches do not overlap
+    either. Products avoid a fault of oneDNN: its bf16 convolutions of few channels with an even kernel are
+    wrong on processors with AMX (torch 2.13.0, `tests/test_transformer.py`).
 
     Args:
         in_channels, out_channels: C and D.
@@ -45,22 +47,39 @@ class PatchEmbedding(nn.Conv2d):
 
     def __init__(self, in_channels: int, out_channels: int, patch: Sides, exact: bool = False) -> None:
         super().__init__(in_channels, out_channels, patch, stride=patch)
+        self.patch = patch
         self.exact = exact
         self.casts = not exact
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        if self.exact:
-            with full_precision(x):
-                y = super().forward(x.to(self.weight.dtype))
-            return to_trunk_dtype(y, torch.channels_last), None
-        return super().forward(x).contiguous(memory_format=torch.channels_last), None
+        if not self.exact:
+            return self._embed(x), None
+        with full_precision(x):
+            y = self._embed(x.to(self.weight.dtype))
+        return to_trunk_dtype(y), None
 
     def adjoint(self, residuals: None, g: Tensor) -> Tensor:
         weight = for_adjoint(self, "weight")
         if not self.exact:
-            return F.conv_transpose2d(g, weight, stride=self.stride)
+            return self._image(g, weight)
         with full_precision(g):
-            return F.conv_transpose2d(g.to(weight.dtype), weight, stride=self.stride)
+            return self._image(g.to(weight.dtype), weight)
+
+    def _embed(self, x: Tensor) -> Tensor:
+        (p, q), C = self.patch, self.in_channels
+        cut = x.permute(0, 2, 3, 1).unflatten(2, (-1, q)).unflatten(1, (-1, p))  # (B, H/P, p, W/P, q, C)
+        patches = cut.transpose(2, 3).reshape(*cut.shape[:2], cut.shape[3], p * q * C)
+        return F.linear(patches, self._matrix(self.weight), self.bias).permute(0, 3, 1, 2)
+
+    def _image(self, g: Tensor, weight: Tensor) -> Tensor:
+        (p, q), C = self.patch, self.in_channels
+        patches = (g.permute(0, 2, 3, 1) @ self._matrix(weight)).unflatten(-1, (p, q, C))
+        return patches.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def _matrix(weight: Tensor) -> Tensor:
+        """(D, C, p, q) -> (D, p q C), a view of a channels-last weight."""
+        return weight.permute(0, 2, 3, 1).flatten(1)
 
 
 class RMSNorm(Layer):
