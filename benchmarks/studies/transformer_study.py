@@ -1,15 +1,15 @@
 """Transformers of several sizes beside encoder and U-Net on Fashion-MNIST: docs/measurements/transformer.md.
 
     python -m benchmarks.studies.transformer_study grid --data DIR --runs RUNS [NAME ...]  # all, or these
-    python -m benchmarks.studies.transformer_study equal-time --data DIR --runs RUNS [--threads 2]
+    python -m benchmarks.studies.transformer_study equal-time --data DIR --runs RUNS [encoder|transformer]
     python -m benchmarks.studies.transformer_study steps [digits|fashion-mnist]  # times of a step, in turns
     python -m benchmarks.studies.transformer_study show      # the tables, and the arithmetic of a GPU-day
     python -m benchmarks.studies.transformer_study plot      # docs/pictures/transformer_scaling.png
 
 The grid trains every size for the same number of images, and counts the FLOPs of the convolutions and matrix
-products of a training step. `equal-time` measures a step of both presets in turns, and trains the transformer
-for as many steps as fit the time of the encoder's. A run that is missing is trained into RUNS; a row that
-stands in the file is not measured again.
+products of a training step. `equal-time` trains the presets of encoder and transformer, whose steps take
+about as long (`steps`). A run that is missing is trained into RUNS; a row that stands in the file is not
+measured again.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from cdm_fast.evaluation.classification import evaluate_classes
 from cdm_fast.likelihood import evaluate, evaluate_elbo
 from cdm_fast.model.losses import Noised
 from cdm_fast.runs.build import build_model
-from cdm_fast.runs.checkpoint import read_config
+from cdm_fast.runs.checkpoint import load_checkpoint, read_config
 from cdm_fast.runs.data import run_data
 from cdm_fast.training.step import accumulate_gradient, make_loss
 from cdm_fast.training.tuning import pick_precision
@@ -38,7 +38,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "transformer_study.jsonl"
 PICTURE = Path(__file__).parents[2] / "docs" / "pictures" / "transformer_scaling.png"
 WIDTHS, DEPTHS = (64, 128, 256), (2, 4, 8)
 GRID_STEPS = 2000
-BOUND_IMAGES = 1000
+BOUND_IMAGES, BOUND_EVERY = 1000, 10
 FROM_PRESET: dict[str, dict[str, Any]] = {"unet": {"architecture": "unet"}, "encoder": {}}
 NETWORKS: dict[str, dict[str, Any]] = FROM_PRESET | {
     f"transformer {width}x{depth}": {"architecture": "transformer", "width": width, "depth": depth}
@@ -91,7 +91,8 @@ def measured(run: Path) -> dict[str, Any]:
     model, config = load(run), read_config(run)
     assert isinstance(model, CDM)
     test = run_data(config, "test")
-    bound, single = evaluate_elbo(model, test, BOUND_IMAGES), evaluate(model, test, draws=1)
+    bound = evaluate_elbo(model, test, BOUND_IMAGES, every=BOUND_EVERY)
+    single = evaluate(model, test, draws=1)
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "steps": config.train.steps,
@@ -129,16 +130,16 @@ def pair_of(data: str) -> dict[str, RunConfig]:
     return {name: preset(f"{data}-{name}") for name in ("encoder", "transformer")}
 
 
-def run_equal_time(data: str, runs: Path) -> None:
-    """Both presets, the transformer for the time of the encoder's steps."""
-    presets = pair_of("fashion-mnist")
-    seconds = step_seconds(presets)
-    budget = presets["encoder"].train.steps * seconds["encoder"]
-    for name, config in presets.items():
-        train = replace(config.train, steps=round(budget / seconds[name]))
-        config = replace(config, data=replace(config.data, source=data), train=train)
+def run_equal_time(data: str, runs: Path, names: list[str]) -> None:
+    """Trains and measures both presets, whose steps take about the same time."""
+    done = {row["name"] for row in read_rows(RESULTS) if row["part"] == "equal-time"}
+    for name, config in pair_of("fashion-mnist").items():
+        if name in done or (names and name not in names):
+            continue
+        config = replace(config, data=replace(config.data, source=data))
         run = trained(config, runs / f"equal-time-{name}")
-        row = {"part": "equal-time", "name": name, "seconds_per_step": seconds[name], **measured(run)}
+        seconds = load_checkpoint(run, ()).state["seconds"]
+        row = {"part": "equal-time", "name": name, "train_seconds": seconds, **measured(run)}
         print(name, add_row(RESULTS, row)["bound"], flush=True)
 
 
@@ -236,7 +237,8 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    known = ("digits", "fashion-mnist") if arguments.what == "steps" else tuple(NETWORKS)
+    of_part = {"steps": ("digits", "fashion-mnist"), "equal-time": ("encoder", "transformer")}
+    known = of_part.get(arguments.what, tuple(NETWORKS))
     unknown = sorted(set(arguments.names) - set(known))
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; choose among {', '.join(known)}")
@@ -245,7 +247,7 @@ def main() -> None:
     if arguments.what == "grid":
         run_grid(arguments.data, arguments.runs, arguments.names)
     elif arguments.what == "equal-time":
-        run_equal_time(arguments.data, arguments.runs)
+        run_equal_time(arguments.data, arguments.runs, arguments.names)
     elif arguments.what == "steps":
         for name in arguments.names or known:
             seconds = step_seconds(pair_of(name))

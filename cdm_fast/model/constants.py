@@ -39,6 +39,7 @@ def fit_constants(model: CDM, draw: Draw, num: int, generator: torch.Generator) 
     Args:
         model: with an `AdjointNetwork`; changed in place.
         draw: returns fresh rows, (B, d) and their labels (B,) or None, for a batch size and a generator.
+            Without labels the logits of a level share one constant, whatever the head.
         num: rows to draw.
         generator: of rows, levels and noise.
     """
@@ -48,7 +49,7 @@ def fit_constants(model: CDM, draw: Draw, num: int, generator: torch.Generator) 
         return
     first = min(num, STORED_ROWS)
     stored = list(_scored(model, draw, first, generator))
-    constants = torch.zeros(head.out_features, dtype=torch.float64)
+    constants = torch.zeros(stored[0][0].shape[1], dtype=torch.float64)
     for _ in range(NEWTON_STEPS):
         step = _newton_step(stored, constants)
         constants += step
@@ -56,7 +57,10 @@ def fit_constants(model: CDM, draw: Draw, num: int, generator: torch.Generator) 
             break
     if num > first:
         constants += _newton_step(chain(stored, _scored(model, draw, num - first, generator)), constants)
-    head.shift_each(constants)
+    if len(constants) == model.schedule.num_levels:
+        head.shift(constants)
+    else:
+        head.shift_each(constants)
 
 
 def _scored(model: CDM, draw: Draw, num: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
@@ -64,9 +68,12 @@ def _scored(model: CDM, draw: Draw, num: int, generator: torch.Generator) -> Ite
     for first in range(0, num, CHUNK):
         x, label = draw(min(CHUNK, num - first), generator)
         level = torch.randperm(len(x), generator=generator) % model.schedule.num_levels
-        logits = model.logits(like_network(model, model.schedule.noise(x, level, generator=generator)))
-        entry = level if label is None else level * model.joint_classes + label
-        yield logits, entry.clamp(max=logits.shape[1] - 1)
+        noised = like_network(model, model.schedule.noise(x, level, generator=generator))
+        if label is None:
+            yield model.level_logits(noised), level
+            continue
+        logits = model.logits(noised)
+        yield logits, (level * model.joint_classes + label).clamp(max=logits.shape[1] - 1)
 
 
 def _newton_step(scored: Iterable[tuple[Tensor, Tensor]], constants: Tensor) -> Tensor:

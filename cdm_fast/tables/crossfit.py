@@ -17,12 +17,11 @@ from cdm_fast.model.constants import Draw
 from cdm_fast.model.schedule import NoiseSchedule, even_in_log_noise
 from cdm_fast.tables.columns import Array
 from cdm_fast.tables.estimator import in_chunks
-from cdm_fast.tables.fit import Budget, History, Validate, ratio_loss, train
+from cdm_fast.tables.fit import LEVEL_0_SHARE, Budget, History, Validate, ratio_loss, train
 from cdm_fast.tables.network import new_model, start_at_gaussians
 
-# Noise of level 1 of a ratio's networks, and the share of a batch that stays at level 0, where the ratio is
-# read.
-RATIO_NOISE, LEVEL_0_SHARE = 0.03, 0.3
+# Noise of level 1 of a ratio's networks.
+RATIO_NOISE = 0.03
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch import Tensor
 from cdm_fast.errors import UserError
 from cdm_fast.model import CDM
 from cdm_fast.model.constants import Draw
+from cdm_fast.model.denoiser import like_network
 from cdm_fast.model.schedule import even_in_log_noise
 from cdm_fast.sampling import sample
 from cdm_fast.tables.columns import Array, Columns, measure, without_far_rows
@@ -26,20 +27,30 @@ from cdm_fast.tables.estimator import TableEstimator, fold_count, in_chunks, row
 from cdm_fast.tables.fit import (
     Budget,
     History,
+    Validate,
     density_loss,
     level_validation,
     refit_constants,
     train,
+    with_contrast,
 )
 from cdm_fast.tables.folds import Index, chooser, folds, groups_of_copies, hold_out
-from cdm_fast.tables.network import new_model, start_at_gaussians
+from cdm_fast.tables.mixture import (
+    Mixture,
+    choose_components,
+    fit_mixture,
+    held_out_scores,
+)
+from cdm_fast.tables.network import new_model, start_at_mixture, table_network
 
 # Beyond this multiple of the norm of the longest training row, the density falls like a Gaussian.
 REACH = 1.5
 # The largest |log integral| of a density that counts as one.
 LARGEST_LOG_INTEGRAL = 1.0
-# Number of rows at each level for the check of the integral.
-ROWS_PER_LEVEL = 512
+# The largest log integral of weights that are kept in training.
+LARGEST_EXCESS = 0.3
+# Number of rows for the checks of the integral: from the mixture, and of the table at each level.
+MIXTURE_ROWS, ROWS_PER_LEVEL = 20_000, 512
 # With fewer distinct rows than this, no rows are held out.
 FEWEST_TO_SPLIT = 10
 # Approximate number of noised copies of the held-out rows on which weights are validated.
@@ -58,8 +69,9 @@ class _Fold:
 class CDMDensity(OutlierMixin, DensityMixin, TableEstimator):
     """Density of the rows of a table, from one forward pass; also new rows (`sample`) and outlier detection.
 
-    A network for each fold starts as a Gaussian fitted to the table and learns the remainder; the held-out
-    rows of the fold decide when to stop. The density is the mean over the folds. Discrete columns on an even
+    A network for each fold starts as a Gaussian or a mixture of Gaussians fitted to the table and learns a
+    factor; the held-out rows of the folds decide how many components the mixture has and when to stop. The
+    density is the mean over the folds. Discrete columns on an even
     grid (whole numbers, decimals) are dequantised, and so are, with a warning, other repeated values; a table
     without a density is refused, see `cdm_fast.tables.columns.measure`. The density is only as good as the
     normalisation that the networks have learned: see `log_integrals_`.
@@ -69,18 +81,23 @@ class CDMDensity(OutlierMixin, DensityMixin, TableEstimator):
             numbers of rows and columns.
         level_weight: weight of the cross-entropy over levels, relative to the denoising error summed over
             dimensions: d times the `ce_weight` of `cdm_loss`, where the error is a mean.
+        num_components: components of the mixture of Gaussians at the start; 1 for a single Gaussian. By
+            default chosen, up to 10, by BIC among the numbers that held-out rows do not reject.
         contamination: share of the training rows that `predict` calls outliers (-1).
 
     The other parameters are those of `TableEstimator`. With 5,000 distinct rows or more there is a single
     network, and a share `validation_fraction` of the rows decides when to stop.
 
     Attributes:
-        models_: the `CDM` of each fold, for standardised rows; `model_` is the first.
+        models_: the `CDM` of each fold, for standardised rows; `model_` is the first. Its classes are the
+            components of the mixture, if there are several.
+        num_components_: components of the mixture at the start.
         columns_: the standardisation.
         log_prob_ (n,): `log p(x)` in nats of every row of `fit`, from the network that was not trained on it;
             a single network also scores its own training rows.
-        log_integrals_: log of the integral of each network's density, estimated from its own level ratios; 0
-            for a normalised density.
+        log_integrals_: log of the integral of each network's density, 0 for a normalised one. Estimated by
+            importance sampling from the mixture at the start, or from the ratios of neighbouring levels where
+            the mixture misses the density.
         offset_: `decision_function` is `score_samples` minus this.
         n_iter_, loss_curve_, validation_scores_: training history of each network.
 
@@ -95,6 +112,7 @@ class CDMDensity(OutlierMixin, DensityMixin, TableEstimator):
         *,
         smallest_noise: float | None = None,
         level_weight: float = 1.0,
+        num_components: int | None = None,
         contamination: float = 0.1,
         max_iter: int = 3000,
         early_stopping: bool = True,
@@ -131,6 +149,7 @@ class CDMDensity(OutlierMixin, DensityMixin, TableEstimator):
         )
         self.smallest_noise = smallest_noise
         self.level_weight = level_weight
+        self.num_components = num_components
         self.contamination = contamination
 
     def fit(self, X: ArrayLike, y: None = None, sample_weight: ArrayLike | None = None) -> "CDMDensity":
@@ -171,14 +190,21 @@ class CDMDensity(OutlierMixin, DensityMixin, TableEstimator):
         if K == 1 and different >= FEWEST_TO_SPLIT:
             held = hold_out(groups[near], self.validation_fraction, np.random.default_rng(seed))
             fold[near] = np.where(held, 0, 1)
-        noise = self.smallest_noise or density_noise(different, d)
-        options = (budget, self.level_weight, noise, self.early_stopping)
-        jobs = []
+        parts = []
         for k in range(K):
-            kept = np.flatnonzero(fold == k)
             train_rows = near if different < FEWEST_TO_SPLIT else near[fold[near] != k]
-            jobs.append(delayed(_fit_fold)(z, self.columns_, weights, train_rows, kept, *options, seed + k))
-        return Parallel(n_jobs=self.n_jobs)(jobs)
+            parts.append((z, self.columns_, weights, train_rows, np.flatnonzero(fold == k), seed + k))
+        parallel = Parallel(n_jobs=self.n_jobs)
+        if self.num_components is None:
+            generator = torch.Generator().manual_seed(seed)
+            scores = parallel(delayed(_held_out_scores)(*part) for part in parts if len(part[4]))
+            rows = _each_once(z[near], self.columns_, None if weights is None else weights[near], generator)
+            self.num_components_ = choose_components(rows, np.hstack(scores), seed) if scores else 1
+        else:
+            self.num_components_ = min(self.num_components, max(1, different // 2))
+        noise = self.smallest_noise or density_noise(different, d)
+        options = (budget, self.level_weight, noise, self.early_stopping, self.num_components_)
+        return parallel(delayed(_fit_fold)(*part, *options) for part in parts)
 
     def _keep(self, found: list[_Fold], z: Tensor, weights: Array | None) -> None:
         """Stores the results of the folds, and the networks whose densities integrate to about one."""
@@ -284,23 +310,43 @@ def density_noise(rows: int, columns: int) -> float:
 
 
 @torch.inference_mode(False)
+def _held_out_scores(
+    z: Tensor, columns: Columns, weights: Array | None, train_rows: Index, kept: Index, seed: int
+) -> Array:
+    """Log-densities of the held-out rows `kept` under mixtures fitted to `train_rows`."""
+    generator = torch.Generator().manual_seed(seed)
+    fitted, judged = (
+        _each_once(z[rows], columns, None if weights is None else weights[rows], generator)
+        for rows in (train_rows, kept)
+    )
+    return held_out_scores(fitted, judged, seed)
+
+
+@torch.inference_mode(False)
 def _fit_fold(
     z: Tensor,
     columns: Columns,
     weights: Array | None,
     train_rows: Index,
     kept: Index,
+    seed: int,
     budget: Budget,
     level_weight: float,
     smallest_noise: float,
     early_stopping: bool,
-    seed: int,
+    num_components: int,
 ) -> _Fold:
     """A network trained on `train_rows`, and its log-densities of the held-out rows `kept`."""
     generator, d = torch.Generator().manual_seed(seed), z.shape[1]
     schedule = even_in_log_noise(budget.num_levels, smallest_noise)
-    model = new_model([d], schedule, budget.hidden, budget.depth, d, None, None, generator)
-    start_at_gaussians(model, torch.zeros(1, d, dtype=torch.float64), torch.eye(d, dtype=torch.float64)[None])
+    model = new_model(
+        [d], schedule, budget.hidden, budget.depth, d, None, None, generator, components=num_components
+    )
+    each_once = _each_once(
+        z[train_rows], columns, None if weights is None else weights[train_rows], generator
+    )
+    mixture = fit_mixture(each_once, num_components, seed)
+    start_at_mixture(model, mixture)
     judged = kept if len(kept) else train_rows
     draw, noisy = (
         _rows(z[rows], columns, None if weights is None else weights[rows]) for rows in (train_rows, judged)
@@ -313,11 +359,14 @@ def _fit_fold(
             copies = columns.draw(z[judged], index, generator)
         else:
             copies, _ = noisy(repeats * len(judged), generator)
-        validate = level_validation(copies, generator)
+        validate = _unless_overflowing(level_validation(copies, generator), mixture, generator)
     loss = density_loss(draw, budget.batch_size, level_weight, d)
+    loss = with_contrast(loss, draw, mixture, budget.batch_size)
     history = train(model, loss, validate, budget, generator, len(train_rows))
-    refit_constants(model, draw, history, budget, len(train_rows), generator)
-    log_integral = level_log_integral(model, noisy, generator)
+    _refit_constants(model, validate, draw, history, budget, len(train_rows), generator)
+    log_integral = mixture_log_integral(model, mixture.draw(MIXTURE_ROWS, generator))
+    if log_integral < -LARGEST_LOG_INTEGRAL:
+        log_integral = level_log_integral(model, noisy, generator)
     return _Fold(
         model, history, kept, in_chunks(model.log_prob, z[kept]) if len(kept) else np.empty(0), log_integral
     )
@@ -331,6 +380,56 @@ def _rows(z: Tensor, columns: Columns, weights: Array | None) -> Draw:
         return columns.draw(z, choose(num, generator), generator), None
 
     return draw
+
+
+def _each_once(z: Tensor, columns: Columns, weights: Array | None, generator: torch.Generator) -> Tensor:
+    """The rows of z in random order, dequantised; with weights, as many random rows. fp64."""
+    if weights is None:
+        index = torch.randperm(len(z), generator=generator)
+    else:
+        index = chooser(len(z), weights)(len(z), generator)
+    return columns.draw(z, index, generator).double()
+
+
+def _refit_constants(
+    model: CDM,
+    validate: Validate | None,
+    draw: Draw,
+    history: History,
+    budget: Budget,
+    rows: int,
+    generator: torch.Generator,
+) -> None:
+    """`refit_constants`, undone if that makes the validation loss worse."""
+    bias = table_network(model).linear_layer.bias
+    before, loss = bias.detach().clone(), validate(model) if validate else math.inf
+    refit_constants(model, draw, history, budget, rows, generator)
+    if validate and validate(model) > loss:
+        with torch.no_grad():
+            bias.copy_(before)
+
+
+def _unless_overflowing(validate: Validate, mixture: Mixture, generator: torch.Generator) -> Validate:
+    """`validate`, but infinite for a density whose integral exceeds 1 by more than `LARGEST_EXCESS` nats."""
+    drawn = mixture.draw(MIXTURE_ROWS, generator).float()
+
+    def checked(model: CDM) -> float:
+        return math.inf if mixture_log_integral(model, drawn) > LARGEST_EXCESS else validate(model)
+
+    return checked
+
+
+def mixture_log_integral(model: CDM, drawn: Tensor) -> float:
+    """log of the integral of `p_0`, in nats, by importance sampling from rows `drawn` of the mixture.
+
+    An estimate far above 0 is evidence of mass where there are no rows, which `level_log_integral` does not
+    see. One far below 0 is no evidence: the mixture may miss a density that is concentrated elsewhere.
+    Infinite if the network's outputs are not finite.
+    """
+    network = table_network(model)
+    correction = in_chunks(lambda part: network.correction(part)[:, 0], like_network(model, drawn))
+    total = float(np.logaddexp.reduce(correction, dtype=np.float64)) - math.log(len(drawn))
+    return total if math.isfinite(total) else math.inf
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ _WHOLE = {
     "hidden": (1, 8192),
     "depth": (1, 64),
     "num_levels": (3, 10_000),
+    "num_components": (1, 1000),
     "n_iter_no_change": (1, 10**8),
     "cv": (2, 100),
     "n_jobs": (-(10**4), 10**4),

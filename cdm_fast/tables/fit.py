@@ -15,14 +15,20 @@ from torch import Tensor
 
 from cdm_fast.model import CDM
 from cdm_fast.model.constants import Draw, fit_constants
+from cdm_fast.model.denoiser import like_network
 from cdm_fast.model.losses import cdm_loss
 from cdm_fast.tables.columns import Array
+from cdm_fast.tables.mixture import Mixture
+from cdm_fast.tables.network import table_network
 
 Loss = Callable[[CDM, torch.Generator], Tensor]
 Validate = Callable[[CDM], float]
 
 # Most rows for the final fit of the logits' constants, and how often each row is used at most.
 MOST_ROWS, MOST_VISITS = 2_000_000, 100
+# The share of level 0 where two sets of rows are told apart, because that is where their ratio is read, and
+# the weight of the contrast between rows and mixture.
+LEVEL_0_SHARE, CONTRAST = 0.3, 0.3
 # Warm-up steps of the learning rate, and the share of `max_iter` over which it decays to 0 at the end.
 WARM_UP, FALL = 50, 0.3
 # Validation uses weights averaged over about the last tenth of the steps.
@@ -75,6 +81,27 @@ def density_loss(draw: Draw, batch_size: int, level_weight: float, dim: int) -> 
     return loss
 
 
+def with_contrast(loss: Loss, draw: Draw, mixture: Mixture, batch_size: int) -> Loss:
+    """`loss` plus `CONTRAST` times that of telling rows from draws of the mixture by the learned correction.
+
+    It is the logistic loss at random levels (Gutmann and Hyvarinen, 2010), for a network with a
+    `MixtureHead`. Between the rows the loss of a CDM says little, and a correction that grows there makes
+    mass where there is none.
+    """
+
+    def contrasted(model: CDM, generator: torch.Generator) -> Tensor:
+        value = loss(model, generator)
+        both = torch.cat([draw(batch_size, generator)[0], mixture.draw(batch_size, generator).float()])
+        level = torch.randint(model.schedule.num_levels - 1, (len(both),), generator=generator)
+        at_data = torch.rand(len(both), generator=generator) < LEVEL_0_SHARE
+        level = torch.where(at_data, 0, level)
+        correction = table_network(model).correction(_noised(model, both, level, generator))
+        of_rows, of_mixture = correction.gather(1, level[:, None])[:, 0].split(batch_size)
+        return value + CONTRAST * (F.softplus(-of_rows).mean() + F.softplus(of_mixture).mean()) / 2
+
+    return contrasted
+
+
 def ratio_loss(draw: Draw, batch_size: int) -> Loss:
     """Cross-entropy over (level, class) pairs, plus that over classes given the level.
 
@@ -115,7 +142,7 @@ def level_validation(rows: Tensor, generator: torch.Generator, num: int = 4096) 
         repeats = max(1, num // len(rows))
         x = rows.float().repeat(repeats, 1)
         level = torch.randperm(len(x), generator=draws) % model.schedule.num_levels
-        logits = model.network(_noised(model, x, level, draws))
+        logits = model.level_logits(like_network(model, _noised(model, x, level, draws)))
         return float(F.cross_entropy(logits, level))
 
     return validate

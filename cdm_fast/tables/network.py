@@ -1,21 +1,24 @@
 """The network for rows of a table: an MLP with additional features that a plain MLP is slow to learn.
 
 # B batch, d columns, G groups of columns, W hidden width, S squared features, L = T+2 noise levels, K classes
+# or components
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cdm_fast.errors import UserError
 from cdm_fast.model import CDM
 from cdm_fast.model.schedule import NoiseSchedule
-from cdm_fast.nn.heads import JointHead, noise_head
+from cdm_fast.nn.heads import CumulativeHead, JointHead, noise_head
 from cdm_fast.nn.layers import Layer, Linear, SiLU, run_adjoint
 from cdm_fast.nn.mlp import MLPBlock
 from cdm_fast.nn.network import AdjointNetwork
+from cdm_fast.tables.mixture import Mixture
 
 
 class EvenFeatures(Layer):
@@ -66,7 +69,10 @@ class TableMLP(AdjointNetwork):
         hidden, depth: W and the number of residual blocks.
         num_squares: S, the number of squared features.
         num_classes: K for joint (level, class) logits, else None.
+        components: K of a `MixtureHead`, whose components are the classes; 0 for another head.
     """
+
+    axes: Tensor  # (K d, d), the scaled axes of the components
 
     def __init__(
         self,
@@ -76,23 +82,30 @@ class TableMLP(AdjointNetwork):
         depth: int,
         num_squares: int,
         num_classes: int | None = None,
+        components: int = 0,
     ) -> None:
         super().__init__()
         dim = sum(groups)
         self.input_shape = (dim,)
-        self.num_classes = num_classes
+        self.num_classes = num_classes = components or num_classes
         self.conditioning = "embedding" if num_classes is None else "joint"
         self.even = EvenFeatures(groups)
         self.linear_in = Linear(self.even.out_features, hidden)
         self.blocks = nn.ModuleList([MLPBlock(hidden) for _ in range(depth)])
         self.act_out = SiLU()
         self.square = Linear(dim, num_squares)
-        self.linear_layer = noise_head(hidden + num_squares + dim, num_levels, num_classes, self.conditioning)
+        self.register_buffer("axes", torch.empty(components * dim, dim))
+        learned = hidden + num_squares + dim
+        self.linear_layer = (
+            MixtureHead(learned, num_levels, components, dim)
+            if components
+            else noise_head(learned, num_levels, num_classes, self.conditioning)
+        )
 
     def features(
         self, x: Tensor, label: Tensor | None = None, keep_residuals: bool = True
     ) -> tuple[Tensor, Any]:
-        """`x` (B, d) -> (B, W + S + d) and residuals."""
+        """`x` (B, d) -> (B, W + S + d), with components (B, W + S + d + K d), and residuals."""
         expanded, even_residuals = self.even(x)
         h, _ = self.linear_in(expanded)
         residuals = []
@@ -101,16 +114,72 @@ class TableMLP(AdjointNetwork):
             residuals.append(kept)
         h, act_residuals = self.act_out(h)
         root, _ = self.square(x)
-        return torch.cat([h, root.square(), x], dim=1), (even_residuals, residuals, act_residuals, root)
+        of_component = x @ self.axes.t()
+        features = torch.cat([h, root.square(), x, of_component.square()], dim=1)
+        return features, (even_residuals, residuals, act_residuals, root, of_component)
 
     def adjoint(self, residuals: Any, g: Tensor) -> Tensor:
-        even_residuals, block_residuals, act_residuals, root = residuals
-        widths = [self.linear_in.out_features, root.shape[1], self.input_shape[0]]
-        g_learned, g_squares, g_x = g.split_with_sizes(widths, dim=1)
+        even_residuals, block_residuals, act_residuals, root, of_component = residuals
+        widths = [self.linear_in.out_features, root.shape[1], self.input_shape[0], of_component.shape[1]]
+        g_learned, g_squares, g_x, g_components = g.split_with_sizes(widths, dim=1)
         h = self.act_out.adjoint(act_residuals, g_learned)
         h = run_adjoint(list(self.blocks), block_residuals, h)  # type: ignore[arg-type]
         from_learned = self.even.adjoint(even_residuals, self.linear_in.adjoint(None, h))
-        return from_learned + self.square.adjoint(None, 2 * root * g_squares) + g_x
+        from_squares = self.square.adjoint(None, 2 * root * g_squares)
+        return from_learned + from_squares + g_x + (2 * of_component * g_components) @ self.axes
+
+    def correction(self, x: Tensor) -> Tensor:
+        """`f(x)[t] - f(x)[T+1]` of a `MixtureHead`, (B, L): log of density over mixture at every level."""
+        head = self.linear_layer
+        assert isinstance(head, MixtureHead)
+        return head.correction(self.features(x, keep_residuals=False)[0])
+
+
+class MixtureHead(JointHead):
+    """Logits `z[t, c] = log w_c N_c,t(x) + f[t]`: components of a fixed mixture, and a learned correction.
+
+    The correction is that of a `CumulativeHead` and the same for all components, so the marginal is the
+    noised mixture's density times `exp f[t]`. Trained components would be unstable: a step that changes a
+    narrow Gaussian little near its centre changes it by many nats further away.
+
+    Args:
+        in_features: D, the number of features of the correction; those of the components follow.
+        num_levels: L.
+        num_components: K.
+        dim: d, the number of columns and of features of a component.
+    """
+
+    component_weight: Tensor  # (L-1, K, D + K d)
+    component_bias: Tensor  # (L-1, K)
+
+    def __init__(self, in_features: int, num_levels: int, num_components: int, dim: int) -> None:
+        CumulativeHead.__init__(self, in_features, num_levels)
+        self.num_classes = self.rows_per_level = num_components
+        shape = num_levels - 1, num_components
+        self.register_buffer("component_weight", torch.empty(*shape, in_features + num_components * dim))
+        self.register_buffer("component_bias", torch.empty(shape))
+
+    def cumulated(self) -> tuple[Tensor, Tensor]:
+        weight, bias = CumulativeHead.cumulated(self)
+        weight = F.pad(weight, (0, self.component_weight.shape[2] - weight.shape[1]))
+        below_noise = weight[:-1, None] + self.component_weight, bias[:-1, None] + self.component_bias
+        return tuple(  # type: ignore[return-value]
+            torch.cat([joint.flatten(0, 1), common[-1:]])
+            for joint, common in zip(below_noise, (weight, bias), strict=True)
+        )
+
+    def correction(self, h: Tensor) -> Tensor:
+        """`f[t] - f[T+1]`, (B, L), of features (B, D + K d)."""
+        weight, bias = CumulativeHead.cumulated(self)
+        f = F.linear(h[:, : self.in_features], weight, bias)
+        return f - f[:, -1:]
+
+    def shift(self, by: Tensor) -> None:
+        CumulativeHead.shift(self, by)
+
+    def shift_each(self, by: Tensor) -> None:
+        """Not possible: the components are fixed. Raises UserError."""
+        raise UserError("the components of a mixture have no constants of their own")
 
 
 def new_model(
@@ -122,6 +191,7 @@ def new_model(
     num_classes: int | None,
     level_prior: Tensor | None,
     generator: torch.Generator,
+    components: int = 0,
 ) -> CDM:
     """A `CDM` with a new `TableMLP` in fp32, initialised from `generator`.
 
@@ -129,7 +199,7 @@ def new_model(
     meta device, then filled.
     """
     with torch.device("meta"):
-        network = TableMLP(groups, schedule.num_levels, hidden, depth, num_squares, num_classes)
+        network = TableMLP(groups, schedule.num_levels, hidden, depth, num_squares, num_classes, components)
     network = network.to(torch.float32).to_empty(device="cpu")
     network.even.reset()
     with torch.no_grad():
@@ -141,39 +211,95 @@ def new_model(
     return CDM(network, schedule, level_prior=level_prior)
 
 
+class Gaussians(NamedTuple):
+    """The logits of Gaussian classes at every noise level, as functions of a row x.
+
+    `z[t, c] = squares[t, c] . (axes[c]^T x)^2 + linear[t, c] . x + constants[t, c]`, and 0 at pure noise.
+
+    Fields:
+        axes (K, d, d): the eigenvectors of each covariance, one per column.
+        variances (K, d): its eigenvalues.
+        squares, linear (L-1, K, d) and constants (L-1, K): the weights. All fp64.
+    """
+
+    axes: Tensor
+    variances: Tensor
+    squares: Tensor
+    linear: Tensor
+    constants: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        model: CDM,
+        means: Tensor,  # (K, d) fp64
+        covariances: Tensor,  # (K, d, d) fp64
+        log_weights: Tensor,  # (K,) fp64, log p(c)
+    ) -> "Gaussians":
+        """Of a model's levels and their prior.
+
+        With `x_t = a x_0 + s eps`, class c at level t is `N(a m, U (a^2 lam + s^2) U^T)`, so its log density
+        minus that of `N(0, I)` is, in the coordinates `r = U^T x` and with `v = a^2 lam + s^2`,
+        `sum_i (1 - 1/v_i) r_i^2 / 2 + a m_i r_i / v_i - a^2 m_i^2 / (2 v_i) - log(v_i) / 2`.
+        """
+        a, s = model.schedule.a[:-1, None, None], model.schedule.s[:-1, None, None]
+        variances, axes = torch.linalg.eigh(covariances)
+        variances = variances.clamp(min=1e-10)
+        m = torch.einsum("kdi,kd->ki", axes, means)
+        v = a**2 * variances + s**2  # (L-1, K, d)
+        linear = torch.einsum("kdi,lki->lkd", axes, a * m / v)
+        prior = model.log_level_prior
+        constants = log_weights - (a**2 * m**2 / v + v.log()).sum(2) / 2 + (prior[:-1] - prior[-1])[:, None]
+        return cls(axes, variances, (1 - 1 / v) / 2, linear, constants)
+
+
 @torch.no_grad()
 def start_at_gaussians(
     model: CDM,
     means: Tensor,  # (K, d) fp64
     covariances: Tensor,  # (K, d, d) fp64
 ) -> None:
-    """Sets the head so that the model is the exact CDM of Gaussian classes; needs S >= K d squares.
+    """Sets the head so that the model is the exact CDM of equally likely Gaussian classes; needs S >= K d.
 
-    With `x_t = a x_0 + s eps`, class c at level t is `N(a m, U (a^2 lam + s^2) U^T)`, so its log density
-    minus that of `N(0, I)` is, in the coordinates `r = U^T x` and with `v = a^2 lam + s^2`,
-    `sum_i (1 - 1/v_i) r_i^2 / 2 + a m_i r_i / v_i - a^2 m_i^2 / (2 v_i) - log(v_i) / 2`.
     Training starts from there, so a few rows need not teach the network what a covariance describes.
     """
-    network = model.network
-    assert isinstance(network, TableMLP)
+    network, (K, dim) = table_network(model), means.shape
     head = network.linear_layer
-    K, dim = means.shape
-    a, s = model.schedule.a[:-1, None, None], model.schedule.s[:-1, None, None]
-    variances, axes = torch.linalg.eigh(covariances)  # (K, d), (K, d, d)
-    m = torch.einsum("kdi,kd->ki", axes, means)
-    v = a**2 * variances.clamp(min=1e-10) + s**2  # (L-1, K, d)
+    classes = Gaussians.of(model, means, covariances, means.new_full((K,), -math.log(K)))
     learned = network.linear_in.out_features
-    weight = torch.zeros(len(a) + 1, K, head.in_features, dtype=torch.float64)
+    weight = torch.zeros(model.schedule.num_levels, K, head.in_features, dtype=torch.float64)
     for c in range(K):
         squares = slice(learned + c * dim, learned + (c + 1) * dim)
-        weight[:-1, c, squares] = (1 - 1 / v[:, c]) / 2
-        weight[:-1, c, -dim:] = (a[:, 0] * m[c] / v[:, c]) @ axes[c].T
-        network.square.weight[c * dim : (c + 1) * dim] = axes[c].T.float()
+        weight[:-1, c, squares] = classes.squares[:, c]
+        weight[:-1, c, -dim:] = classes.linear[:, c]
+        network.square.weight[c * dim : (c + 1) * dim] = classes.axes[c].T.float()
     network.square.bias.zero_()
-    constant = -(a**2 * m**2 / v + v.log()).sum(2) / 2 - math.log(K)
-    prior = model.log_level_prior
-    constant = constant + (prior[:-1] - prior[-1])[:, None]
-    _set_head(head, weight, torch.cat([constant, constant.new_zeros(1, K)]))
+    _set_head(head, weight, F.pad(classes.constants, (0, 0, 0, 1)))
+
+
+@torch.no_grad()
+def start_at_mixture(model: CDM, mixture: Mixture) -> None:
+    """Sets the components of a `MixtureHead` and no correction: the model is the exact CDM of the mixture."""
+    network, (K, dim) = table_network(model), mixture.means.shape
+    head = network.linear_layer
+    assert isinstance(head, MixtureHead)
+    components = Gaussians.of(model, *mixture)
+    head.weight.zero_()
+    head.bias.zero_()
+    head.component_weight.zero_()
+    head.component_weight[..., head.in_features - dim : head.in_features] = components.linear
+    scale = components.variances.sqrt()  # the features have about unit variance under their component
+    for c in range(K):
+        squares = slice(head.in_features + c * dim, head.in_features + (c + 1) * dim)
+        head.component_weight[:, c, squares] = components.squares[:, c] * components.variances[c]
+        network.axes[c * dim : (c + 1) * dim] = (components.axes[c] / scale[c]).T
+    head.component_bias.copy_(components.constants)
+
+
+def table_network(model: CDM) -> TableMLP:
+    """The model's network."""
+    assert isinstance(model.network, TableMLP)
+    return model.network
 
 
 def _set_head(head: nn.Linear, weight: Tensor, constant: Tensor) -> None:
