@@ -27,7 +27,7 @@ pytestmark = [
 LAUNCHES = {
     "step": 1497,
     "step of a joint head": 866,
-    "step of a transformer": 1568,
+    "step of a transformer": 1575,
     "record": 35,
     "ddim": 2638,
     "ddpm": 1318,

@@ -130,3 +130,17 @@ def test_one_component_on_request_and_bad_numbers_are_refused():
     assert density.num_components_ == 1
     with pytest.raises(UserError, match="num_components is 0"):
         CDMDensity(num_components=0).fit(x)
+
+
+def test_scores_with_noise_are_those_of_the_noised_density():
+    x = np.random.default_rng(1).normal(3.0, 2.0, size=(400, 1))
+    density = CDMDensity(num_components=1, max_iter=20, score_noise=0.5, random_state=0).fit(x)
+    z = np.linspace(-3, 9, 7)
+    variance = x.var() * 1.25
+    expected = -((z - x.mean()) ** 2) / (2 * variance) - math.log(2 * math.pi * variance) / 2
+    np.testing.assert_allclose(density.score_samples(z[:, None]), expected, atol=0.1)
+    np.testing.assert_allclose(
+        density.decision_function(x), density.score_samples(x) - density.offset_, atol=1e-12
+    )
+    with pytest.raises(UserError, match="score_noise is -1"):
+        CDMDensity(score_noise=-1).fit(x)

@@ -28,7 +28,7 @@ from cdm_fast.statistics import auroc
 from cdm_fast.tables import CDMDensity
 
 DETECTORS: dict[str, Any] = {
-    "CDMDensity": lambda: CDMDensity(random_state=0),
+    "CDMDensity": lambda: CDMDensity(score_noise=0.5, random_state=0),
     "isolation forest": lambda: make_pipeline(StandardScaler(), IsolationForest(random_state=0)),
     "local outlier factor": lambda: make_pipeline(StandardScaler(), LocalOutlierFactor(novelty=True)),
     "one-class SVM": lambda: make_pipeline(StandardScaler(), OneClassSVM()),

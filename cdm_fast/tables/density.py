@@ -83,6 +83,10 @@ class CDMDensity(OutlierMixin, DensityMixin, TableEstimator):
             dimensions: d times the `ce_weight` of `cdm_loss`, where the error is a mean.
         num_components: components of the mixture of Gaussians at the start; 1 for a single Gaussian. By
             default chosen, up to 10, by BIC among the numbers that held-out rows do not reject.
+        score_noise: standard deviation of noise, in units of the standardised data; `score_samples` and all
+            that follows from it then score a row under the density of rows with this noise. 0 scores the
+            density itself. For outliers 0.5 is better: narrow modes, such as a value that many rows share, do
+            not decide.
         contamination: share of the training rows that `predict` calls outliers (-1).
 
     The other parameters are those of `TableEstimator`. With 5,000 distinct rows or more there is a single
@@ -113,6 +117,7 @@ class CDMDensity(OutlierMixin, DensityMixin, TableEstimator):
         smallest_noise: float | None = None,
         level_weight: float = 1.0,
         num_components: int | None = None,
+        score_noise: float = 0.0,
         contamination: float = 0.1,
         max_iter: int = 3000,
         early_stopping: bool = True,
@@ -150,6 +155,7 @@ class CDMDensity(OutlierMixin, DensityMixin, TableEstimator):
         self.smallest_noise = smallest_noise
         self.level_weight = level_weight
         self.num_components = num_components
+        self.score_noise = score_noise
         self.contamination = contamination
 
     def fit(self, X: ArrayLike, y: None = None, sample_weight: ArrayLike | None = None) -> "CDMDensity":
@@ -203,7 +209,14 @@ class CDMDensity(OutlierMixin, DensityMixin, TableEstimator):
         else:
             self.num_components_ = min(self.num_components, max(1, different // 2))
         noise = self.smallest_noise or density_noise(different, d)
-        options = (budget, self.level_weight, noise, self.early_stopping, self.num_components_)
+        options = (
+            budget,
+            self.level_weight,
+            noise,
+            self.early_stopping,
+            self.num_components_,
+            self.score_noise,
+        )
         return parallel(delayed(_fit_fold)(*part, *options) for part in parts)
 
     def _keep(self, found: list[_Fold], z: Tensor, weights: Array | None) -> None:
@@ -234,7 +247,7 @@ class CDMDensity(OutlierMixin, DensityMixin, TableEstimator):
         self.validation_scores_ = [history.validation_scores for history in histories]
 
     def _log_prob(self, z: Tensor) -> Array:
-        """`log p(z)` in nats of the mean of the networks' densities, (n,).
+        """`log p(z)` in nats of the mean of the networks' densities, (n,), with `score_noise`.
 
         Beyond `REACH` times the norm of the longest training row the networks were not trained; from there on
         the density falls like a Gaussian, so that distant rows never look likely.
@@ -242,12 +255,12 @@ class CDMDensity(OutlierMixin, DensityMixin, TableEstimator):
         length = z.norm(dim=1, keepdim=True).clamp(min=1e-300)
         beyond = length.clamp(max=1e150) > self._reach
         inside = torch.where(beyond, z * (self._reach / length), z).nan_to_num()
-        log_prob = np.stack([in_chunks(model.log_prob, inside) for model in self.models_])
+        log_prob = np.stack([_scores(model, inside, self.score_noise) for model in self.models_])
         fall = (length.clamp(max=1e150).square() - self._reach**2).clamp(min=0)[:, 0] / 2
         return np.logaddexp.reduce(log_prob, axis=0) - math.log(len(log_prob)) - fall.numpy()
 
     def score_samples(self, X: ArrayLike) -> Array:
-        """`log p(x)` in nats of each row, (n,)."""
+        """`log p(x)` in nats of each row, (n,), or that of the density with `score_noise`."""
         rows = self._new_rows(X)
         return self._log_prob(self.columns_.standardise(rows)) + self.columns_.log_det
 
@@ -290,6 +303,16 @@ class CDMDensity(OutlierMixin, DensityMixin, TableEstimator):
         ]
         rows = self.columns_.restore(torch.cat(drawn))
         return rows[np.random.default_rng(seed).permutation(n_samples)]
+
+
+def _scores(model: CDM, z: Tensor, noise: float) -> Array:
+    """log of the density of z + `noise` eps in nats, (n,), from the level nearest to this noise."""
+    if not noise:
+        return in_chunks(model.log_prob, z)
+    schedule, dim = model.schedule, z.shape[1]
+    level = int((schedule.s[:-1] / schedule.a[:-1] - noise).abs().argmin())
+    a = schedule.a[level].item()
+    return dim * math.log(a) + in_chunks(lambda part: model.log_prob_levels(a * part)[:, level], z)
 
 
 def density_folds(rows: int, cv: int | None) -> int:
@@ -335,6 +358,7 @@ def _fit_fold(
     smallest_noise: float,
     early_stopping: bool,
     num_components: int,
+    score_noise: float,
 ) -> _Fold:
     """A network trained on `train_rows`, and its log-densities of the held-out rows `kept`."""
     generator, d = torch.Generator().manual_seed(seed), z.shape[1]
@@ -367,9 +391,8 @@ def _fit_fold(
     log_integral = mixture_log_integral(model, mixture.draw(MIXTURE_ROWS, generator))
     if log_integral < -LARGEST_LOG_INTEGRAL:
         log_integral = level_log_integral(model, noisy, generator)
-    return _Fold(
-        model, history, kept, in_chunks(model.log_prob, z[kept]) if len(kept) else np.empty(0), log_integral
-    )
+    scores = _scores(model, z[kept], score_noise) if len(kept) else np.empty(0)
+    return _Fold(model, history, kept, scores, log_integral)
 
 
 def _rows(z: Tensor, columns: Columns, weights: Array | None) -> Draw:

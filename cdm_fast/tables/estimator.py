@@ -46,6 +46,7 @@ _REAL: dict[str, tuple[float, float, bool]] = {
     "test_size": (0.0, 1.0, True),
     "confidence": (0.0, 1.0, True),
     "smallest_noise": (0.0, 1.0, True),
+    "score_noise": (0.0, 100.0, False),
     "contamination": (0.0, 0.5 + 1e-12, True),
 }
 
