@@ -130,6 +130,8 @@ def test_one_component_on_request_and_bad_numbers_are_refused():
     assert density.num_components_ == 1
     with pytest.raises(UserError, match="num_components is 0"):
         CDMDensity(num_components=0).fit(x)
+    with pytest.raises(UserError, match="31 for 60 different rows: give at most 30"):
+        CDMDensity(num_components=31).fit(x)
 
 
 def test_scores_with_noise_are_those_of_the_noised_density():

@@ -6,6 +6,7 @@
 import math
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -200,14 +201,7 @@ class CDMDensity(OutlierMixin, DensityMixin, TableEstimator):
         for k in range(K):
             train_rows = near if different < FEWEST_TO_SPLIT else near[fold[near] != k]
             parts.append((z, self.columns_, weights, train_rows, np.flatnonzero(fold == k), seed + k))
-        parallel = Parallel(n_jobs=self.n_jobs)
-        if self.num_components is None:
-            generator = torch.Generator().manual_seed(seed)
-            scores = parallel(delayed(_held_out_scores)(*part) for part in parts if len(part[4]))
-            rows = _each_once(z[near], self.columns_, None if weights is None else weights[near], generator)
-            self.num_components_ = choose_components(rows, np.hstack(scores), seed) if scores else 1
-        else:
-            self.num_components_ = min(self.num_components, max(1, different // 2))
+        self.num_components_ = self._components(parts, near, different, seed)
         noise = self.smallest_noise or density_noise(different, d)
         options = (
             budget,
@@ -217,7 +211,26 @@ class CDMDensity(OutlierMixin, DensityMixin, TableEstimator):
             self.num_components_,
             self.score_noise,
         )
-        return parallel(delayed(_fit_fold)(*part, *options) for part in parts)
+        return Parallel(n_jobs=self.n_jobs)(delayed(_fit_fold)(*part, *options) for part in parts)
+
+    def _components(self, parts: list[Any], near: Index, different: int, seed: int) -> int:
+        """The number of components: the argument, or one chosen from the folds' `parts`."""
+        most = max(1, different // 2)
+        if self.num_components is not None:
+            if self.num_components > most:
+                raise UserError(
+                    f"num_components is {self.num_components} for {different} different rows: give at most"
+                    f" {most}, or None"
+                )
+            return self.num_components
+        parallel = Parallel(n_jobs=self.n_jobs)
+        scores = parallel(delayed(_held_out_scores)(*part) for part in parts if len(part[4]))
+        if not scores:
+            return 1
+        z, columns, weights = parts[0][:3]
+        of_rows, generator = None if weights is None else weights[near], torch.Generator().manual_seed(seed)
+        rows = _each_once(z[near], columns, of_rows, generator)
+        return choose_components(rows, np.hstack(scores), seed)
 
     def _keep(self, found: list[_Fold], z: Tensor, weights: Array | None) -> None:
         """Stores the results of the folds, and the networks whose densities integrate to about one."""
@@ -451,8 +464,9 @@ def mixture_log_integral(model: CDM, drawn: Tensor) -> float:
     """
     network = table_network(model)
     correction = in_chunks(lambda part: network.correction(part)[:, 0], like_network(model, drawn))
-    total = float(np.logaddexp.reduce(correction, dtype=np.float64)) - math.log(len(drawn))
-    return total if math.isfinite(total) else math.inf
+    if not np.isfinite(correction).all():
+        return math.inf
+    return float(np.logaddexp.reduce(correction, dtype=np.float64)) - math.log(len(drawn))
 
 
 @torch.no_grad()
