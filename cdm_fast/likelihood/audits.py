@@ -6,7 +6,7 @@ from typing import Any
 
 from cdm_fast.config.choices import PARTICLES, Given
 from cdm_fast.data import ImageData
-from cdm_fast.errors import UserError
+from cdm_fast.errors import UserError, require_at_least
 from cdm_fast.host.progress import Progress, silent
 from cdm_fast.likelihood.elbo_report import ElboReport, evaluate_elbo
 from cdm_fast.likelihood.log_z import Normalisation, measure_log_z
@@ -124,7 +124,7 @@ def audit_denoiser(
     Raises:
         UserError: as in `evaluate_ode` and `evaluate_elbo`.
     """
-    _require_denoiser_audit(ode_images, elbo_images)
+    _require_denoiser_audit(ode_images, elbo_images, elbo_every)
     elbo = gap = error = None
     if level == 0:
         elbo = evaluate_elbo(
@@ -202,7 +202,7 @@ def audit(
     require_likelihood(model)
     if not 0 <= level <= model.schedule.T:
         raise UserError(f"level {level}: give a level from 0 to T = {model.schedule.T}")
-    _require_denoiser_audit(ode_images, elbo_images)
+    _require_denoiser_audit(ode_images, elbo_images, elbo_every)
     progress(f"single pass: {len(data.images)} images, {draws} draws")
     single = evaluate(model, data, level, draws=draws, batch_size=batch_size, seed=seed)
     normalisation = measure_log_z(
@@ -241,8 +241,10 @@ def audit(
     )
 
 
-def _require_denoiser_audit(ode_images: int, elbo_images: int) -> None:
+def _require_denoiser_audit(ode_images: int, elbo_images: int, elbo_every: int) -> None:
     """Raises UserError if the solver is missing, or there are too few images for an error bar."""
     load_solver()
     require_error_bar(ode_images, "ODE images")
     require_error_bar(elbo_images, "ELBO images")
+    require_at_least("elbo_every", elbo_every, 1)
+    require_at_least("elbo_images", elbo_images, 2 * elbo_every)

@@ -228,8 +228,7 @@ class CDMDensity(OutlierMixin, DensityMixin, TableEstimator):
         if not scores:
             return 1
         z, columns, weights = parts[0][:3]
-        of_rows, generator = None if weights is None else weights[near], torch.Generator().manual_seed(seed)
-        rows = _each_once(z[near], columns, of_rows, generator)
+        rows = _each_once(z, columns, weights, near, torch.Generator().manual_seed(seed))
         return choose_components(rows, np.hstack(scores), seed)
 
     def _keep(self, found: list[_Fold], z: Tensor, weights: Array | None) -> None:
@@ -351,10 +350,7 @@ def _held_out_scores(
 ) -> Array:
     """Log-densities of the held-out rows `kept` under mixtures fitted to `train_rows`."""
     generator = torch.Generator().manual_seed(seed)
-    fitted, judged = (
-        _each_once(z[rows], columns, None if weights is None else weights[rows], generator)
-        for rows in (train_rows, kept)
-    )
+    fitted, judged = (_each_once(z, columns, weights, rows, generator) for rows in (train_rows, kept))
     return held_out_scores(fitted, judged, seed)
 
 
@@ -379,15 +375,10 @@ def _fit_fold(
     model = new_model(
         [d], schedule, budget.hidden, budget.depth, d, None, None, generator, components=num_components
     )
-    each_once = _each_once(
-        z[train_rows], columns, None if weights is None else weights[train_rows], generator
-    )
-    mixture = fit_mixture(each_once, num_components, seed)
+    mixture = fit_mixture(_each_once(z, columns, weights, train_rows, generator), num_components, seed)
     start_at_mixture(model, mixture)
     judged = kept if len(kept) else train_rows
-    draw, noisy = (
-        _rows(z[rows], columns, None if weights is None else weights[rows]) for rows in (train_rows, judged)
-    )
+    draw, noisy = (_rows(z, columns, weights, rows) for rows in (train_rows, judged))
     validate = None
     if early_stopping and len(train_rows) + len(kept) >= FEWEST_TO_SPLIT:
         repeats = max(1, VALIDATION_ROWS // len(judged))
@@ -408,9 +399,9 @@ def _fit_fold(
     return _Fold(model, history, kept, scores, log_integral)
 
 
-def _rows(z: Tensor, columns: Columns, weights: Array | None) -> Draw:
-    """A source of dequantised random rows of z."""
-    choose = chooser(len(z), weights)
+def _rows(z: Tensor, columns: Columns, weights: Array | None, rows: Index) -> Draw:
+    """A source of dequantised random ones of these rows of z."""
+    z, choose = z[rows], chooser(len(rows), None if weights is None else weights[rows])
 
     def draw(num: int, generator: torch.Generator) -> tuple[Tensor, None]:
         return columns.draw(z, choose(num, generator), generator), None
@@ -418,13 +409,14 @@ def _rows(z: Tensor, columns: Columns, weights: Array | None) -> Draw:
     return draw
 
 
-def _each_once(z: Tensor, columns: Columns, weights: Array | None, generator: torch.Generator) -> Tensor:
-    """The rows of z in random order, dequantised; with weights, as many random rows. fp64."""
+def _each_once(
+    z: Tensor, columns: Columns, weights: Array | None, rows: Index, generator: torch.Generator
+) -> Tensor:
+    """These rows of z in random order, dequantised; with weights, as many random ones of them. fp64."""
     if weights is None:
-        index = torch.randperm(len(z), generator=generator)
-    else:
-        index = chooser(len(z), weights)(len(z), generator)
-    return columns.draw(z, index, generator).double()
+        index = torch.randperm(len(rows), generator=generator)
+        return columns.draw(z[rows], index, generator).double()
+    return _rows(z, columns, weights, rows)(len(rows), generator)[0].double()
 
 
 def _refit_constants(
