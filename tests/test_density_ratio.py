@@ -22,7 +22,7 @@ from cdm_fast.tables import (
     effective_sample_size,
     log_density_ratio,
 )
-from cdm_fast.tables.columns import measure, normal_scores
+from cdm_fast.tables.columns import copies, measure, normal_scores
 
 SMALL = {"max_iter": 3, "hidden": 8, "depth": 1, "num_levels": 6, "batch_size": 16, "cv": 2}
 QUICK = {
@@ -241,9 +241,11 @@ def test_values_repeated_off_any_grid_are_spread_halfway_to_their_neighbours():
         assert low <= of_value.min() < low + 0.05 and high - 0.05 < of_value.max() <= high
 
 
-def test_a_value_repeated_among_continuous_ones_is_all_that_is_spread():
+@pytest.mark.parametrize("beside", [True, False], ids=["beside a normal column", "the only column"])
+def test_a_value_repeated_among_continuous_ones_is_all_that_is_spread(beside):
     rng = np.random.default_rng(0)
     x = np.c_[np.where(rng.random(400) < 0.3, 0.0, rng.normal(5.0, 1.0, 400)), rng.normal(size=400)]
+    x = x[:, : 1 + beside]
     with pytest.warns(UserWarning, match="column 0 of X repeats values"):
         columns = measure(x)
     assert columns.cells[0].values.tolist() == [0.0]
@@ -251,15 +253,21 @@ def test_a_value_repeated_among_continuous_ones_is_all_that_is_spread():
     assert ((spread == x).all(1) == (x[:, 0] != 0)).all()
 
 
-def test_the_density_of_a_repeated_value_is_its_probability_over_its_width():
+@pytest.mark.parametrize("beside", [True, False], ids=["beside a normal column", "the only column"])
+def test_the_density_over_the_interval_of_a_repeated_value_is_its_probability(beside):
     rng = np.random.default_rng(0)
     values, shares = np.array([0.0, 1.0, math.pi]), np.array([0.2, 0.5, 0.3])
-    x = np.c_[rng.choice(values, 2000, p=shares), rng.normal(size=2000)]
+    x = rng.permutation(np.repeat(values, [400, 1000, 600]))[:, None]
+    x = np.c_[x, rng.normal(size=2000)] if beside else x
     with pytest.warns(UserWarning, match="column 0 of X repeats"):
-        density = CDMDensity(random_state=0).fit(x)
-    widths = np.array([1.0, (1 + math.pi) / 2 - 0.5, math.pi - 1])
-    truth = np.log(shares / widths) - math.log(2 * math.pi) / 2
-    np.testing.assert_allclose(density.score_samples(np.c_[values, np.zeros(3)]), truth, atol=0.15)
+        density = CDMDensity(max_iter=300, cv=2, random_state=0).fit(x)
+    edges = np.array([-0.5, 0.5, (1 + math.pi) / 2, (3 * math.pi - 1) / 2])
+    across = (np.arange(20) + 0.5) / 20
+    y = np.linspace(-4, 4, 33) if beside else np.zeros(1)
+    for low, high, share in zip(edges[:-1], edges[1:], shares, strict=True):
+        points = np.array([(low + (high - low) * u, v) for u in across for v in y])
+        mean = np.exp(density.score_samples(points[:, : x.shape[1]])).mean()
+        assert mean * (high - low) * (8 * 33 / 32 if beside else 1) == pytest.approx(share, rel=0.1)
 
 
 RNG = np.random.default_rng(0)
@@ -308,6 +316,18 @@ def test_importing_the_package_does_not_import_scikit_learn():
         "assert 'sklearn' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_copies_are_rows_that_are_equal_without_a_reason():
+    rng = np.random.default_rng(0)
+    continuous = rng.normal(size=(50, 2))
+    assert (copies(continuous) < 50).all() and copies(continuous).max() == 49
+    twice = np.concatenate([continuous, continuous])
+    assert copies(twice).max() == 49 and (copies(twice)[:50] == copies(twice)[50:]).all()
+    dry = np.concatenate([twice, np.zeros((20, 2))])  # as 20 days without rain, of 120
+    assert copies(dry).max() == 69 and len(np.unique(copies(dry)[100:])) == 20
+    assert copies(rng.integers(0, 3, (100, 2)).astype(float)).max() == 99
+    assert copies(rng.choice([0, 1, math.pi], (100, 1))).max() == 99
 
 
 def test_copies_stay_on_one_side_of_a_split_and_make_no_information():

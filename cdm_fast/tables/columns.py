@@ -235,10 +235,28 @@ def all_discrete(x: Array) -> bool:
     return True
 
 
+def copies(x: Array) -> NDArray[np.int64]:
+    """(n,) index of a group for each row, 0, 1, ...; the same for rows that are copies of each other.
+
+    Equal rows are no copies if all columns are discrete, or if a large share of the table is equal to them,
+    such as days without rain.
+    """
+    if all_discrete(x):
+        return np.arange(len(x))
+    order = np.lexsort(x.T[::-1])
+    new = np.r_[True, (np.diff(x[order], axis=0) != 0).any(1)]
+    first = np.flatnonzero(new)
+    counts = np.diff(first, append=len(x))
+    new |= np.repeat(counts >= _least_atom(len(x)), counts)
+    groups = np.empty(len(x), dtype=np.int64)
+    groups[order] = np.cumsum(new) - 1
+    return groups
+
+
 def _all_cells(x: Array, columns: NDArray[np.int64], labels: NDArray[np.int64]) -> dict[int, Cells]:
     """The `Cells` of those columns that repeat values within a set of rows, not because rows are copies."""
     sets = [x[labels == label] for label in np.unique(labels)]
-    different = cache(lambda k: len(np.unique(sets[k], axis=0)))  # rows of a set; sorts the whole table
+    different = cache(lambda k: 1 + copies(sets[k]).max())  # sorts the whole table
     cells = {}
     for j in map(int, columns):
         counted = [np.unique(rows[:, j], return_counts=True) for rows in sets]
@@ -248,10 +266,15 @@ def _all_cells(x: Array, columns: NDArray[np.int64], labels: NDArray[np.int64]) 
     return cells
 
 
+def _least_atom(rows: int) -> float:
+    """So many rows with one value are too many for a continuous column."""
+    return max(5, LARGEST_ATOM * rows)
+
+
 def _has_atom(counts: NDArray[np.int64]) -> bool:
     """Whether values that occur so often are too frequent, or too few, for a continuous column."""
     rows = counts.sum()
-    return bool(counts.max() >= max(5, LARGEST_ATOM * rows) or len(counts) <= FEWEST_DISTINCT * rows)
+    return bool(counts.max() >= _least_atom(rows) or len(counts) <= FEWEST_DISTINCT * rows)
 
 
 def _between_neighbours(values: Array, chosen: Array) -> Cells:

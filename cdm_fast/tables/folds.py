@@ -11,27 +11,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cdm_fast.tables.columns import Array, all_discrete
+from cdm_fast.tables.columns import Array, copies
 
 Index = NDArray[np.int64]
 Choose = Callable[[int, torch.Generator], Tensor]
 
 
 def groups_of_copies(x: Array, name: str = "X") -> Index:
-    """(n,) group index of each row, equal for rows that are copies of each other; warns if there are any.
-
-    If all columns are discrete, equal rows are to be expected, and each row is its own group.
-    """
-    if all_discrete(x):
-        return np.arange(len(x))
-    order = np.lexsort(x.T[::-1])
-    new = np.r_[True, (np.diff(x[order], axis=0) != 0).any(1)]
-    groups = np.empty(len(x), dtype=np.int64)
-    groups[order] = np.cumsum(new) - 1
-    copies = len(x) - int(new.sum())
-    if copies:
+    """`columns.copies`, (n,) index of a group for each row, with a warning if there are any."""
+    groups = copies(x)
+    num = len(x) - 1 - int(groups.max())
+    if num:
         warnings.warn(
-            f"{copies} of the {len(x)} rows of {name} are copies of others: each counts in full, and copies"
+            f"{num} of the {len(x)} rows of {name} are copies of others: each counts in full, and copies"
             " stay on one side of every split",
             stacklevel=3,
         )
