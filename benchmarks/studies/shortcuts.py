@@ -144,7 +144,6 @@ def configured(name: str, kind: str, seed: int, source: Path, steps: int) -> Run
         objective="classifier" if discriminative else "cdm",
         steps=steps,
         seed=seed,
-        precision="bf16",
     )
     rows = CONSTANTS_ROWS if kind == "embedding" else 0
     return replace(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cdm_fast.nn.layers import FOR_IMAGES, GroupNorm, for_adjoint_name
+from cdm_fast.ops.precision import warn_of_emulation
 
 Slot = tuple[nn.Module, str]
 
@@ -57,10 +58,12 @@ def cast_weights(
 
     Autocast caches only the casts of whole trainable weights; averaged weights and parts of weights are cast
     again at every use. Here all weights are cast once, unless the network is compiled. The results are equal.
+    Warns if the hardware has no bf16 instructions.
     """
     if precision != "bf16":
         yield
         return
+    warn_of_emulation(device, precision)
     copies = not any(is_compiled(module.__dict__.get("forward")) for module in model.modules())
     with (
         torch.autocast(device.type, torch.bfloat16),

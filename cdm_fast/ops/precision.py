@@ -1,5 +1,6 @@
-"""The precision in which the ops accumulate, and IEEE fp32 on GPUs."""
+"""The precision in which the ops accumulate, bf16 hardware, and IEEE fp32 on GPUs."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,23 @@ _OPERATIONS = (("cuda", "conv"), ("cuda", "rnn"), ("cuda", "matmul"))
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which the ops compute with and accumulate values of `dtype`: fp32, or fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the hardware has instructions for products of bf16: on a CPU AMX or AVX-512 BF16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def warn_of_emulation(device: torch.device, precision: str) -> None:
+    """Warns if the precision asked for is bf16 and the hardware has no instructions for it."""
+    if precision == "bf16" and not multiplies_bf16(device):
+        warnings.warn(
+            f"this {'GPU' if device.type == 'cuda' else 'CPU'} has no bf16 instructions: products in bf16 are"
+            " emulated, which can take over ten times as long as fp32; leave the precision to its default",
+            stacklevel=3,
+        )
 
 
 @contextmanager

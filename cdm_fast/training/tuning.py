@@ -17,6 +17,7 @@ from cdm_fast.config.size import patch_grid
 from cdm_fast.model import Denoiser
 from cdm_fast.nn import AdjointNetwork
 from cdm_fast.ops import linear
+from cdm_fast.ops.precision import multiplies_bf16, warn_of_emulation
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -27,15 +28,16 @@ _CHECK_ROUNDS = 5
 def pick_precision(config: RunConfig, device: torch.device) -> Precision:
     """The run's precision, with "auto" resolved.
 
-    On a GPU: bf16 if the hardware multiplies bf16 matrices. On a CPU with bf16 instructions (AMX, AVX-512
-    BF16): bf16 if a product of the network, with its gradients, is measured to be faster.
+    Hardware without bf16 instructions: fp32. A GPU with them: bf16. A CPU with them: bf16 if a product of the
+    network, with its gradients, is measured to be faster. Warns where the run asks for bf16 all the same.
     """
     if config.train.precision != "auto":
+        warn_of_emulation(device, config.train.precision)
         return config.train.precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
+    if not multiplies_bf16(device):
         return "fp32"
+    if device.type == "cuda":
+        return "bf16"
     seconds = {dtype: product_seconds(config, dtype, device) for dtype in (torch.bfloat16, torch.float32)}
     return "bf16" if seconds[torch.bfloat16] < seconds[torch.float32] else "fp32"
 
