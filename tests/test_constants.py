@@ -8,11 +8,12 @@ import torch
 
 from cdm_fast import CDM, UserError
 from cdm_fast.data import ImageData
+from cdm_fast.model.constants import Rows, fit_shift, newton_step
 from cdm_fast.nn.heads import CumulativeHead, JointHead, LowRankHead, noise_head
 from cdm_fast.runs.constants import put_constants
 from cdm_fast.runs.load import load
 from cdm_fast.training import constants as module
-from cdm_fast.training.constants import Rows, class_basis, fit_shift, newton_step, refit_constants, shift_rows
+from cdm_fast.training.constants import class_basis, refit_constants, shift_rows
 from tests.test_calibration import CLASSES, DIM, SCHEDULE, GaussianPixels, T, exact, pixels
 from tests.test_cli import call_json
 from tests.tiny_run import FLAGS, write_images
@@ -115,7 +116,7 @@ def test_the_equations_hold_after_the_fit(head):
 
     basis, h = class_basis(head, Model), torch.randn(4000, 5, generator=GENERATOR)
     own = torch.distributions.Categorical(logits=0.3 * head(h).detach()).sample()
-    shift = fit_shift(lambda num: iter([Rows(head(h).detach()[:num], own[:num])]), 4000, basis)
+    shift = fit_shift(lambda num: iter([Rows(head(h).detach()[:num], own[:num])]), 4000, basis, 4000)
     before = head(h).detach()
     shift_rows(head, shift)
     added = torch.cat([(shift @ basis.T).flatten(), torch.zeros(1)])

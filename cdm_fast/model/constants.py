@@ -1,10 +1,16 @@
-"""The additive constants of a CDM's logits, fitted after training with all weights fixed.
+"""The additive constants of a CDM's logits, fitted to noised rows with all weights fixed.
 
-# B batch, L = T+2 noise levels, K classes
+The last batches of training leave noise in the constant of every logit, and so in every density and ratio.
+Given the weights, the mean log posterior is concave in the constants; at its maximum the posteriors of each
+logit, summed over the rows, equal the number of rows that belong to it. These are the equations of MBAR
+(doi 10.1063/1.2978177), the maximum-likelihood estimate of normalisation from samples of all levels.
+
+# n rows, L = T+2 noise levels, K classes, N = (L-1) K + 1 logits, P constants per level
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,32 +19,33 @@ from cdm_fast.model.cdm import CDM
 from cdm_fast.model.denoiser import like_network
 from cdm_fast.nn import AdjointNetwork
 
-Draw = Callable[[int, torch.Generator], tuple[Tensor, Tensor | None]]  # B -> x (B, d), label (B,) or None
+Draw = Callable[[int, torch.Generator], tuple[Tensor, Tensor | None]]  # n -> x (n, d), label (n,) or None
+
+
+class Rows(NamedTuple):
+    """Logits of noised rows, and the true logit of each."""
+
+    logits: Tensor  # (n, N)
+    own: Tensor  # (n,) int64, the logit that each row belongs to
+
+
+Scored = Callable[[int], Iterator[Rows]]  # number of rows -> the rows, chunk by chunk
 
 # Rows whose logits are stored, rows evaluated at a time, and the fewest rows per logit.
 STORED_ROWS, CHUNK, FEWEST_ROWS = 100_000, 4096, 10
-NEWTON_STEPS = 20
+NEWTON_STEPS, CONVERGED, LONGEST = 50, 1e-6, 1.0  # the last two in nats
 
 
 @torch.no_grad()
 def fit_constants(model: CDM, draw: Draw, num: int, generator: torch.Generator) -> None:
-    """Refits only the biases of the head, by maximising the mean log posterior of `num` fresh rows.
+    """Refits only the biases of the head to `num` fresh rows, all levels equally often.
 
-    The last batches of training leave noise in the constant of every logit, and so in every density and
-    ratio. With the weights fixed the problem is concave, and Newton's method solves it over many rows at
-    once. At the solution each logit's posteriors, summed over all rows, equal the number of rows drawn from
-    it. These are the equations of MBAR (doi 10.1063/1.2978177), the maximum-likelihood estimate of the
-    levels' normalisation from samples of all levels.
-
-    Newton's method runs to convergence on up to `STORED_ROWS` rows, followed by one step on all rows, each
-    evaluated once; from so close a start one step reaches the maximum. Distant densities are compared through
-    the levels between them, whose errors add up, so many rows are needed.
-
-    Does nothing if a logit would have fewer than `FEWEST_ROWS` rows on average.
+    Distant densities are compared through the levels between them, whose errors add up, so many rows are
+    needed. Does nothing if a logit would have fewer than `FEWEST_ROWS` rows on average.
 
     Args:
         model: with an `AdjointNetwork`; changed in place.
-        draw: returns fresh rows, (B, d) and their labels (B,) or None, for a batch size and a generator.
+        draw: returns fresh rows, (n, d) and their labels (n,) or None, for a batch size and a generator.
             Without labels the logits of a level share one constant, whatever the head.
         num: rows to draw.
         generator: of rows, levels and noise.
@@ -47,42 +54,73 @@ def fit_constants(model: CDM, draw: Draw, num: int, generator: torch.Generator) 
     head = model.network.linear_layer
     if num < FEWEST_ROWS * head.out_features:
         return
-    first = min(num, STORED_ROWS)
-    stored = list(_scored(model, draw, first, generator))
-    constants = torch.zeros(stored[0][0].shape[1], dtype=torch.float64)
-    for _ in range(NEWTON_STEPS):
-        step = _newton_step(stored, constants)
-        constants += step
-        if bool(step.abs().max() < 1e-6):
-            break
-    if num > first:
-        constants += _newton_step(chain(stored, _scored(model, draw, num - first, generator)), constants)
+    each = torch.ones(1, 1, dtype=torch.float64)
+    shift = fit_shift(lambda n: _scored(model, draw, n, generator), num, each, STORED_ROWS)
+    constants = torch.cat([shift[:, 0], shift.new_zeros(1)])
     if len(constants) == model.schedule.num_levels:
         head.shift(constants)
     else:
         head.shift_each(constants)
 
 
-def _scored(model: CDM, draw: Draw, num: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """(logits, index of the true logit) for `num` fresh rows, `CHUNK` at a time, all levels equally often."""
+def fit_shift(
+    score: Scored,
+    num: int,
+    basis: Tensor,  # (K, P); (1, 1) for a constant of each logit
+    stored_rows: int,
+) -> Tensor:
+    """(L-1, P) float64, constants at the maximum of the mean log posterior of `num` rows, by Newton's method.
+
+    The logits of up to `stored_rows` rows are kept and iterated over until convergence; further rows are
+    evaluated once, for one last step over all rows, which from so close a start reaches the maximum.
+    """
+    first = min(num, stored_rows)
+    stored = list(score(first))
+    levels = (stored[0].logits.shape[1] - 1) // len(basis)
+    shift = torch.zeros(levels, basis.shape[1], dtype=torch.float64)
+    for _ in range(NEWTON_STEPS):
+        step = newton_step(stored, shift, basis)
+        shift += step
+        if bool((step @ basis.T).abs().max() < CONVERGED):
+            break
+    if num > first:
+        shift += newton_step(chain(stored, score(num - first)), shift, basis)
+    return shift
+
+
+def newton_step(rows: Iterable[Rows], shift: Tensor, basis: Tensor) -> Tensor:
+    """The Newton step (L-1, P) at `shift`; the ratios of neighbouring levels change by at most `LONGEST`.
+
+    The gradient is `B^T (own - p)` and the curvature `B^T (diag p - p p^T) B`, summed over rows, where p are
+    the posteriors of all logits except pure noise, whose constant is fixed, and B is the basis of each level.
+    """
+    levels, size = shift.shape
+    added = torch.cat([(shift @ basis.T).flatten(), shift.new_zeros(1)])
+    count, expected = torch.zeros(2, len(added), dtype=torch.float64).unbind()
+    square = torch.zeros(levels * size, levels * size, dtype=torch.float64)
+    for logits, own in rows:
+        posterior = (logits + added.to(logits)).softmax(1)
+        count += torch.bincount(own, minlength=len(added))
+        expected += posterior.sum(0, dtype=torch.float64)
+        mean = (posterior[:, :-1].unflatten(1, (levels, len(basis))) @ basis.to(posterior)).flatten(1)
+        square += (mean.T @ mean).double()
+    gradient = (count - expected)[:-1].view(levels, len(basis)) @ basis
+    blocks = torch.einsum("tc,ci,cj->tij", expected[:-1].view(levels, len(basis)), basis, basis)
+    curvature = torch.block_diag(*blocks) - square
+    solution = torch.linalg.lstsq(curvature, gradient.flatten(), driver="gelsd").solution.view(levels, size)
+    longest = float((solution @ basis.T).diff(dim=0, append=shift.new_zeros(1, len(basis))).abs().max())
+    return solution * min(1.0, LONGEST / longest) if longest > 0 else solution
+
+
+def _scored(model: CDM, draw: Draw, num: int, generator: torch.Generator) -> Iterator[Rows]:
+    """`num` fresh rows, `CHUNK` at a time, all levels equally often."""
     for first in range(0, num, CHUNK):
         x, label = draw(min(CHUNK, num - first), generator)
         level = torch.randperm(len(x), generator=generator) % model.schedule.num_levels
         noised = like_network(model, model.schedule.noise(x, level, generator=generator))
         if label is None:
-            yield model.level_logits(noised), level
+            yield Rows(model.level_logits(noised), level)
             continue
         logits = model.logits(noised)
-        yield logits, (level * model.joint_classes + label).clamp(max=logits.shape[1] - 1)
-
-
-def _newton_step(scored: Iterable[tuple[Tensor, Tensor]], constants: Tensor) -> Tensor:
-    """The step of every constant, (outputs,), clipped to [-1, 1]; that of pure noise is fixed at 0."""
-    gradient, curvature = torch.zeros_like(constants), constants.new_zeros(2 * [len(constants)])
-    for logits, own in scored:
-        posterior = (logits + constants.to(logits.dtype)).softmax(1)
-        expected = posterior.sum(0).double()
-        gradient += torch.bincount(own, minlength=len(constants)) - expected
-        curvature += expected.diag() - (posterior.T @ posterior).double()
-    step = torch.linalg.lstsq(curvature[:-1, :-1], gradient[:-1], driver="gelsd").solution
-    return torch.cat([step.clamp(-1, 1), step.new_zeros(1)])
+        own = level * model.joint_classes + label
+        yield Rows(logits, own.clamp(max=logits.shape[1] - 1))

@@ -1,19 +1,13 @@
 """Refits the constants of a CDM's logits after training on newly noised training images, with fixed weights.
 
-The last batches of training leave noise in the constant of every logit, and so in every likelihood and class
-posterior. Given the weights, the mean log posterior is concave in the constants; at its maximum the
-posteriors of each logit, summed over the rows, equal the number of rows that belong to it. These are the
-equations of MBAR (doi 10.1063/1.2978177), whose solution is the best estimate of normalisation from samples
-of all levels.
+`cdm_fast.model.constants` has the equations and their solution.
 
 # n rows, L = T+2 noise levels, K classes, N = (L-1) K + 1 logits, P constants per level
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +17,7 @@ from cdm_fast.data.pixels import dequantize
 from cdm_fast.errors import UserError
 from cdm_fast.host.progress import Progress, silent
 from cdm_fast.model import CDM, evaluation_mode
+from cdm_fast.model.constants import FEWEST_ROWS, Rows, fit_shift
 from cdm_fast.model.denoiser import like_network
 from cdm_fast.nn.heads import CumulativeHead, JointHead, LowRankHead
 from cdm_fast.runs.calibration import fingerprint, require_head
@@ -32,18 +27,6 @@ from cdm_fast.training.levels import stratified_levels
 CHUNK = 512  # rows per forward pass
 STORED = 2**27  # logits that are kept in memory, 0.5 GiB; further rows are used for one last step
 MOST_CONSTANTS = 3000  # with more, all classes of a level share one: Newton's matrix is dense
-FEWEST_ROWS = 10  # per constant
-NEWTON_STEPS, CONVERGED, LONGEST = 50, 1e-5, 1.0  # the last two in nats
-
-
-class Rows(NamedTuple):
-    """Logits of noised images, and the true logit of each."""
-
-    logits: Tensor  # (n, N)
-    own: Tensor  # (n,) int64, the logit that each row belongs to
-
-
-Scored = Callable[[int], Iterator[Rows]]  # number of rows -> the rows, chunk by chunk
 
 
 @dataclass(frozen=True)
@@ -109,7 +92,8 @@ def refit_constants(
         _require_rows(num_rows, basis.shape[1] * (model.schedule.num_levels - 1))
         progress(f"fitting {basis.shape[1]} constants for each level to {num_rows} noised images")
         images = torch.arange(len(data.images))
-        shift = fit_shift(lambda num: _scored(draw, num, generator, images), num_rows, basis)
+        stored = _stored_rows(model)
+        shift = fit_shift(lambda num: _scored(draw, num, generator, images), num_rows, basis, stored)
         shift_rows(head, shift)
     bias = tuple(head.bias.double().tolist())
     return Constants(bias, by_class, weights, data.name, data.split, num_rows, seed)
@@ -140,54 +124,6 @@ def shift_rows(
         head.bias[:-1].unflatten(0, (-1, head.rows_per_level)).add_(padded.diff(dim=0).to(head.bias))
 
 
-def fit_shift(
-    score: Scored,
-    num: int,
-    basis: Tensor,  # (K, P)
-) -> Tensor:
-    """(L-1, P) constants at the maximum of the mean log posterior of `num` rows, by Newton's method.
-
-    Up to `STORED` logits are kept and iterated over; further rows are used for one last step.
-    """
-    first = next(iter(score(1)))
-    num_logits = first.logits.shape[1]
-    stored = list(score(min(num, max(1, STORED // num_logits))))
-    shift = torch.zeros((num_logits - 1) // len(basis), basis.shape[1], dtype=torch.float64)
-    for _ in range(NEWTON_STEPS):
-        step = newton_step(stored, shift, basis)
-        shift += step
-        if bool((step @ basis.T).abs().max() < CONVERGED):
-            break
-    left = num - STORED // num_logits
-    if left > 0:
-        shift += newton_step(chain(stored, score(left)), shift, basis)
-    return shift
-
-
-def newton_step(rows: Iterable[Rows], shift: Tensor, basis: Tensor) -> Tensor:
-    """The Newton step (L-1, P) at `shift`; the ratios of neighbouring levels change by at most `LONGEST`.
-
-    The gradient is `B^T (own - p)` and the curvature `B^T (diag p - p p^T) B`, summed over rows, where p are
-    the posteriors of all logits except pure noise, whose constant is fixed, and B is the basis of each level.
-    """
-    levels, size = shift.shape
-    added = torch.cat([(shift @ basis.T).flatten(), shift.new_zeros(1)])
-    count, expected = torch.zeros(2, len(added), dtype=torch.float64).unbind()
-    square = torch.zeros(levels * size, levels * size, dtype=torch.float64)
-    for logits, own in rows:
-        posterior = (logits + added.to(logits)).softmax(1)
-        count += torch.bincount(own, minlength=len(added))
-        expected += posterior.sum(0, dtype=torch.float64)
-        mean = (posterior[:, :-1].unflatten(1, (levels, len(basis))) @ basis.to(posterior)).flatten(1)
-        square += (mean.T @ mean).double()
-    gradient = (count - expected)[:-1].view(levels, len(basis)) @ basis
-    blocks = torch.einsum("tc,ci,cj->tij", expected[:-1].view(levels, len(basis)), basis, basis)
-    curvature = torch.block_diag(*blocks) - square
-    solution = torch.linalg.lstsq(curvature, gradient.flatten(), driver="gelsd").solution.view(levels, size)
-    longest = float((solution @ basis.T).diff(dim=0, append=shift.new_zeros(1, len(basis))).abs().max())
-    return solution * min(1.0, LONGEST / longest) if longest > 0 else solution
-
-
 def _fit_classes(
     draw: Draw, num: int, null_class: bool, generator: torch.Generator, progress: Progress
 ) -> Tensor:
@@ -211,8 +147,13 @@ def _fit_classes(
         def score(num: int, images: Tensor = images, asked: int = asked) -> Iterator[Rows]:
             return _scored(draw, num, generator, images, asked)
 
-        table[label, :-1] = fit_shift(score, each, common)[:, 0]
+        table[label, :-1] = fit_shift(score, each, common, _stored_rows(model))[:, 0]
     return table
+
+
+def _stored_rows(model: CDM) -> int:
+    """So many rows have `STORED` logits."""
+    return max(1, STORED // ((model.schedule.num_levels - 1) * model.joint_classes + 1))
 
 
 def _require_rows(num: int, constants: int) -> None:
