@@ -186,6 +186,41 @@ def test_the_card_tells_what_the_run_keeps_and_its_links_lead_to_files(hub, run)
     assert names["images"].shape == (16, 1, 8, 8) and names["posterior"].shape == (4, 3)
 
 
+def edit(server, change):
+    """Somebody edits the card on the hub."""
+    files = dict(held(server))
+    files["README.md"] = change(files["README.md"].decode()).encode()
+    server.repositories[REPO].commit(files)
+
+
+def test_a_licence_that_was_added_to_the_card_is_kept(hub, run):
+    call_json("push", run, REPO)
+    own = held(hub)["README.md"].decode()
+    edit(hub, lambda text: text.replace("---\n", "---\nlicense: mit\n", 1).replace("\n", "\r\n"))
+    call_json("push", run, REPO)
+    card = ModelCard(held(hub)["README.md"].decode())
+    assert card.data.license == "mit" and card.content.count("license:") == 1
+    assert card.text == ModelCard(own).text
+    edit(hub, lambda text: "---\nlicense: mit\n---\n")  # as the hub's page for a new repository writes it
+    call_json("push", run, REPO)
+    assert ModelCard(held(hub)["README.md"].decode()).data.license == "mit"
+
+
+def test_an_edited_card_is_neither_lost_nor_left_in_silence(hub, run):
+    call_json("push", run, REPO)
+    own = held(hub)["README.md"].decode()
+    edit(hub, lambda text: text.replace("## Limits", "## Our notes\n\nSeeds matter.\n\n## Limits"))
+    before = dict(held(hub))
+    refused(["push", run, REPO], "README.md was edited", "--edited-card keep or --edited-card replace")
+    assert held(hub) == before
+    kept = call_json("push", run, REPO, "--edited-card", "keep")
+    assert b"Seeds matter." in held(hub)["README.md"] and "README.md" not in kept["files"]
+    call_json("push", run, REPO, "--edited-card", "replace")
+    assert held(hub)["README.md"].decode() == own
+    edit(hub, lambda text: text.replace("---\n", "---\nlicense: [mit\n", 1))
+    refused(["push", run, REPO], "README.md was edited")
+
+
 def test_nothing_that_is_published_tells_a_path_of_this_machine(hub, run):
     call_json("push", run, REPO)
     told = [name for name, data in held(hub).items() if str(run.parent).encode() in data]

@@ -434,6 +434,9 @@ class Push(WithJson):
     optimizer: Switch = False
     """Also publish the raw weights and the optimizer state. Others can then download the folder and continue
     the training with `train --resume FOLDER`."""
+    edited_card: Literal["refuse", "keep", "replace"] = "refuse"
+    """What to do if the text of the repository's card has been edited. Added metadata, such as a licence, are
+    always kept."""
     dry_run: Path | None = None
     """Write what would be published into this folder, and upload nothing."""
 

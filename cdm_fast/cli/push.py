@@ -10,9 +10,11 @@ from cdm_fast.errors import UserError
 from cdm_fast.host import hub
 from cdm_fast.host.files import atomic_directory, saving, write_atomically
 from cdm_fast.host.optional import need
-from cdm_fast.runs.card import write_card
+from cdm_fast.runs.card import is_edited, write_card
 from cdm_fast.runs.checkpoint import read_config
 from cdm_fast.runs.hub import REPLACED, require_repository, stage_run
+
+CARD = "README.md"
 
 
 def push_command(command: arguments.Push) -> Outcome:
@@ -37,8 +39,10 @@ def push_command(command: arguments.Push) -> Outcome:
 def _prepared(command: arguments.Push, name: hub.HubName, folder: Path) -> Outcome:
     """What is published, in `folder`, and its description."""
     config = stage_run(command.run, folder, optimizer=command.optimizer)
-    card = write_card(folder, config, name.repo, name.repo.partition("/")[2])
-    write_atomically(folder / "README.md", card.encode())
+    before = hub.read_text(name, CARD) if command.dry_run is None else None
+    if not _keeps(command, name, before):
+        card = write_card(folder, config, name.repo, name.repo.partition("/")[2], before)
+        write_atomically(folder / CARD, card.encode())
     files = {
         path.relative_to(folder).as_posix(): path.stat().st_size
         for path in sorted(folder.rglob("*"))
@@ -52,7 +56,19 @@ def _prepared(command: arguments.Push, name: hub.HubName, folder: Path) -> Outco
         "folder": command.dry_run and str(command.dry_run),
     }
     summary = f"{command.run}: {len(files)} files, {sum(files.values()) / 1e6:.1f} MB for {name.repo}"
-    return Outcome(result, [summary, f"nothing was uploaded; see {command.dry_run}/README.md"])
+    return Outcome(result, [summary, f"nothing was uploaded; see {command.dry_run}/{CARD}"])
+
+
+def _keeps(command: arguments.Push, name: hub.HubName, card: str | None) -> bool:
+    """Whether the card on the hub stays as it is; UserError if it was edited and the user has not chosen."""
+    if card is None or not is_edited(card):
+        return False
+    if command.edited_card == "refuse":
+        raise UserError(
+            f"{name}: {CARD} was edited since cdm-fast push wrote it, or something else wrote it; give"
+            " --edited-card keep or --edited-card replace"
+        )
+    return command.edited_card == "keep"
 
 
 def _require_empty(folder: Path) -> None:

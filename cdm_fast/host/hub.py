@@ -59,6 +59,20 @@ def assets_folder(name: HubName, commit: str) -> Path:
         raise bad(name, f"has no place in the cache ({error_text(error)}); set HF_HOME") from None
 
 
+def read_text(name: HubName, path: str) -> str | None:
+    """A text file of a repository's newest commit that is about to be written; None if there is none yet."""
+    hub = _client("push")
+    try:
+        found = hub.hf_hub_download(name.repo, path)
+    except (hub.errors.EntryNotFoundError, hub.errors.RepositoryNotFoundError) as error:
+        if isinstance(error, hub.errors.LocalEntryNotFoundError):  # there is no network
+            raise bad(name, _told(error, hub.errors, None, writing=True)) from None
+        return None
+    except (OSError, ValueError, RuntimeError, hub.errors.HTTPError) as error:
+        raise bad(name, _told(error, hub.errors, None, writing=True)) from None
+    return Path(found).read_text(encoding="utf-8", errors="replace")
+
+
 def upload(folder: Path, name: HubName, *, private: bool, message: str, replaced: Sequence[str]) -> str:
     """Uploads a folder as one commit, creating the repository if needed; returns the URL of the commit.
 

@@ -1,7 +1,14 @@
-"""The card of a published run: README.md of its repository, made from the files that are published."""
+"""The card of a published run: README.md of its repository, made from the files that are published.
 
+Its last line has the digest of what stands between the metadata and that line, so the next push can tell
+whether somebody has edited the card since.
+"""
+
+import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from cdm_fast.config import RunConfig
 from cdm_fast.runs.build import build_model
@@ -24,15 +31,42 @@ _KINDS = {
 }
 
 
+_METADATA = re.compile(r"---\r?\n.*?^---\s*$", re.DOTALL | re.MULTILINE)
+_SEAL = re.compile(r"<!-- cdm-fast push: (\w+) -->\s*$")
+
+
 def write_card(
     folder: Path,  # as `hub.stage_run` fills it
     config: RunConfig,
     repo: str,  # OWNER/NAME
     title: str,
+    before: str | None = None,  # the card that it replaces
 ) -> str:
-    """The text of the card: metadata, description, how to load the run, training, figures, limits, files."""
-    sections = [
-        _metadata(config, folder, repo),
+    """The text of the card: metadata, description, how to load the run, training, figures, limits, files.
+
+    Metadata of `before` that a run does not tell, such as a licence, are kept.
+    """
+    text = "\n\n".join(_sections(folder, config, repo, title))
+    return f"{_metadata(config, folder, repo, before)}\n\n{text}\n\n<!-- cdm-fast push: {_digest(text)} -->\n"
+
+
+def is_edited(card: str) -> bool:
+    """Whether a card holds text that `write_card` did not write, beside its metadata, or unreadable metadata."""
+    if _added(card) is None:
+        return True
+    text = _METADATA.sub("", card, count=1) if card.startswith("---") else card
+    seal = _SEAL.search(text)
+    return bool(text.strip()) and (seal is None or _digest(text[: seal.start()]) != seal[1])
+
+
+def _digest(text: str) -> str:
+    """Of the text without blanks at the ends of lines, which editors remove."""
+    lines = (line.rstrip() for line in text.strip().splitlines())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _sections(folder: Path, config: RunConfig, repo: str, title: str) -> list[str]:
+    return [
         f"# {title}",
         _what(config),
         *([] if not (folder / "samples.png").is_file() else ["![Samples](samples.png)"]),
@@ -47,11 +81,10 @@ def write_card(
         "## Files",
         "\n".join(f"- {line}" for line in _files(folder)),
     ]
-    return "\n\n".join(sections) + "\n"
 
 
-def _metadata(config: RunConfig, folder: Path, repo: str) -> str:
-    """YAML metadata of the hub: library, task, tags, data set, and the test figures."""
+def _metadata(config: RunConfig, folder: Path, repo: str, before: str | None) -> str:
+    """YAML metadata of the hub: library, task, tags, data set, the test figures, and what `before` adds."""
     from huggingface_hub import EvalResult, ModelCardData
 
     objective = config.train.objective
@@ -91,7 +124,23 @@ def _metadata(config: RunConfig, folder: Path, repo: str) -> str:
         model_name=repo.partition("/")[2] if results else None,
         eval_results=results or None,
     )
+    for key, value in (_added(before) or {}).items():
+        if card.get(key) is None and key not in ("datasets", "model-index"):
+            card[key] = value
     return f"---\n{card.to_yaml()}\n---"
+
+
+def _added(card: str | None) -> dict[str, Any] | None:
+    """The metadata of a card; None if they cannot be read."""
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError  # type: ignore[import-untyped]
+
+    if card is None:
+        return {}
+    try:
+        return dict(ModelCard(card, ignore_metadata_errors=True).data.to_dict())
+    except (YAMLError, ValueError, TypeError):
+        return None
 
 
 def _what(config: RunConfig) -> str:
