@@ -51,7 +51,7 @@ def write_card(
 
 
 def is_edited(card: str) -> bool:
-    """Whether a card holds text that `write_card` did not write, beside its metadata, or unreadable metadata."""
+    """Whether a card has text that `write_card` did not write (besides metadata), or unreadable metadata."""
     if _added(card) is None:
         return True
     text = _METADATA.sub("", card, count=1) if card.startswith("---") else card
