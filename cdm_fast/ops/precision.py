@@ -1,5 +1,6 @@
 """The precision in which the ops accumulate, bf16 hardware, and IEEE fp32 on GPUs."""
 
+import platform
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,8 +24,9 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 def warn_of_emulation(device: torch.device, precision: str) -> None:
-    """Warns if the precision asked for is bf16 and the hardware has no instructions for it."""
-    if precision == "bf16" and not multiplies_bf16(device):
+    """Warns if the precision asked for is bf16 and a GPU or an x86 CPU has no instructions for it."""
+    known = device.type == "cuda" or device.type == "cpu" and platform.machine() == "x86_64"
+    if precision == "bf16" and known and not multiplies_bf16(device):
         warnings.warn(
             f"this {'GPU' if device.type == 'cuda' else 'CPU'} has no bf16 instructions: products in bf16 are"
             " emulated, which can take over ten times as long as fp32; leave the precision to its default",
