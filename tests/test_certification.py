@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.studies.certificates import attack_inside
 from cdm_fast import NoiseSchedule, UserError, load
+from cdm_fast.data import load_data
 from cdm_fast.data.pixels import from_brightness, noise_of_inputs, to_brightness
 from cdm_fast.evaluation.certification import (
     ABSTAIN,
@@ -157,6 +158,21 @@ def test_an_exact_noise_level_classifier_votes_as_bayes_rule_does_at_that_noise(
     assert all(a >= b for a, b in zip(report.certified_accuracy, report.certified_accuracy[1:], strict=False))
 
 
+def test_certificates_in_bf16_are_those_of_fp32_but_for_votes_near_a_boundary(tmp_path):
+    data, run = write_images(tmp_path / "images.npz"), tmp_path / "run"
+    call_json("train", "--data", data, "--out", run, *FLAGS, "--conditioning", "joint", "--device", "cpu")
+    model, images = load(run), load_data(str(data), "test")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    classifier = NoisyPixelClassifier(model, 0.25, images.num_grey_levels, images.pixels)
+    full, half = (
+        evaluate_certificates(classifier, images, images.num_classes, 0.25, draws=200, precision=precision)
+        for precision in ("fp32", "bf16")
+    )
+    assert not torch.equal(full.mean.lower_bound, half.mean.lower_bound)
+    assert float((full.mean.lower_bound - half.mean.lower_bound).abs().max()) < 0.02
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
 def test_a_denoised_classifier_sees_the_posterior_mean():
     density = classes()
     model, data = joint_model(density), draw(density, 64)
@@ -282,7 +298,14 @@ def test_classify_certifies_and_abstains_on_a_tiny_run(tmp_path):
     assert rejection["false_alarms"] == 0.05 and rejection["reference"].endswith("validation")
     header = out.read_text().splitlines()[0]
     assert "certified_radius_sigma_0.25" in header and "p_value" in header
-    for wrong in (["--denoiser", run], ["--certify", "--method", "denoising"], ["--certify", "--sigma"]):
+    half = call_json("classify", run, *flags, "--certify-precision", "bf16")["certified"]["by_sigma"]
+    assert [row["precision"] for row in half] == ["bf16", "bf16"]
+    for wrong in (
+        ["--denoiser", run],
+        ["--certify-precision", "bf16"],
+        ["--certify", "--method", "denoising"],
+        ["--certify", "--sigma"],
+    ):
         status, _, err = call("classify", run, *wrong)
         assert status == 2 and len(err.splitlines()) == 1
 

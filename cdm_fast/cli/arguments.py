@@ -280,6 +280,8 @@ class Classify(WithBatches, WithSolver, WithDevice):
     """Noise draws per image; more draws certify larger radii."""
     failure_probability: float = 0.001
     """Probability that the certified radius of an image is too large."""
+    certify_precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the networks in --certify; the certificates hold for the classifier in this precision."""
     denoiser: Path | None = None
     """Run directory whose denoiser is applied before the classifier in --certify."""
     out: Path | None = None

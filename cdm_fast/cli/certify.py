@@ -33,6 +33,8 @@ def check_certify(command: Classify, model: Denoiser, data: ImageData) -> None:
     """Raises UserError, before any work, for settings that `--certify` does not support."""
     if command.denoiser is not None and not command.certify:
         raise UserError("--denoiser belongs to --certify: add that flag")
+    if command.certify_precision != "fp32" and not command.certify:
+        raise UserError("--certify-precision belongs to --certify: add that flag")
     if not command.certify:
         return
     if fitting_method(model, command.method) in ("denoising", "ode"):
@@ -69,6 +71,7 @@ def certify_images(command: Classify, model: Denoiser, data: ImageData) -> Score
                 num_images=command.certify_images,
                 draws=command.certify_draws,
                 failure_probability=command.failure_probability,
+                precision=command.certify_precision,
                 batch_size=command.batch_size,
                 seed=command.seed,
                 progress=to_stderr,
@@ -88,8 +91,8 @@ def describe_certificates(reports: list[CertificationReport]) -> list[str]:
     first = reports[0]
     lines = [
         f"certified accuracy in % by L2 radius, white being 1 ({first.num_images} {first.split} images of"
-        f" {first.data}, {first.draws} noise draws each, failure probability {first.failure_probability:g};"
-        " in brackets: by mean posterior)",
+        f" {first.data}, {first.draws} noise draws each, {first.precision}, failure probability"
+        f" {first.failure_probability:g}; in brackets: by mean posterior)",
         "  sigma   " + " ".join(f"{radius:>13g}" for radius in first.radii) + "   abstained  images/s",
     ]
     for report in reports:

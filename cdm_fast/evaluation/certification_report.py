@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from cdm_fast.evaluation.classification import labels_for
 from cdm_fast.host.progress import Progress, silent
 from cdm_fast.model import evaluation_mode
 from cdm_fast.model.denoiser import any_parameter
+from cdm_fast.nn.working import cast_weights
 
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 
@@ -33,6 +34,7 @@ class CertificationReport:
         sigma: standard deviation of the noise, in units of white.
         level: noise level at which a CDM classifies or denoises.
         draws, selection_draws, failure_probability: as in `certify`.
+        precision: arithmetic of the networks.
         smoothed_accuracy: accuracy of the smoothed classifier; an abstention counts as wrong.
         abstained: share of images without a certificate.
         radii: L2 norms, white being 1, ascending.
@@ -48,6 +50,7 @@ class CertificationReport:
     draws: int
     selection_draws: int
     failure_probability: float
+    precision: str
     num_images: int
     data: str
     split: str
@@ -89,6 +92,7 @@ def evaluate_certificates(
     draws: int = 1000,
     selection_draws: int = 100,
     failure_probability: float = 0.001,
+    precision: Literal["fp32", "bf16"] = "fp32",
     batch_size: int = 500,
     seed: int = 0,
     progress: Progress = silent,
@@ -101,6 +105,7 @@ def evaluate_certificates(
         num_classes: K.
         radii: radii at which to report the certified accuracy.
         num_images: number of images, drawn from the data; all by default.
+        precision: arithmetic of the networks; the certificates hold for the classifier in this precision.
         The others as in `certify`.
 
     Raises:
@@ -112,17 +117,18 @@ def evaluate_certificates(
     index = choose(len(data), num_images, torch.Generator().manual_seed(seed))
     pixels = (data.images[index].float() / (data.num_grey_levels - 1)).to(any_parameter(classifier))
     began = time.perf_counter()
-    votes, mean = certify(
-        classifier,
-        pixels,
-        sigma,
-        draws=draws,
-        selection_draws=selection_draws,
-        failure_probability=failure_probability,
-        batch_size=batch_size,
-        seed=seed,
-        progress=progress,
-    )
+    with cast_weights(classifier, pixels.device, precision):
+        votes, mean = certify(
+            classifier,
+            pixels,
+            sigma,
+            draws=draws,
+            selection_draws=selection_draws,
+            failure_probability=failure_probability,
+            batch_size=batch_size,
+            seed=seed,
+            progress=progress,
+        )
     seconds = time.perf_counter() - began
     return CertificationReport(
         sigma=sigma,
@@ -130,6 +136,7 @@ def evaluate_certificates(
         draws=draws,
         selection_draws=selection_draws,
         failure_probability=failure_probability,
+        precision=precision,
         num_images=len(index),
         data=data.name,
         split=data.split,
