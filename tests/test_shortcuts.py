@@ -3,8 +3,12 @@
 import pytest
 import torch
 
+from benchmarks.studies import shortcuts
 from benchmarks.studies.shortcuts import ALIGNED, CUES, planted
-from cdm_fast.data import load_data
+from cdm_fast import NoiseSchedule, UserError
+from cdm_fast.data import ImageData, load_data
+from cdm_fast.evaluation.classification import evaluate_classes
+from cdm_fast.model.classifier import Classifier
 
 
 @pytest.mark.parametrize("cue", CUES)
@@ -54,3 +58,29 @@ def test_rare_classes_keep_a_tenth_of_their_training_images():
     assert 0.05 < int((~common).sum()) / int(common.sum()) < 0.15
     test, common = planted("imbalance", load_data("digits", "test"), seed=0)
     assert len(test) == 359 and 0.4 < float(common.double().mean()) < 0.6
+
+
+class LeansToTheCommonClass(torch.nn.Module):
+    """The same posterior for every image: the frequencies `counts`, and `evidence` for class 1."""
+
+    num_classes, input_shape = 2, (1, 2, 2)
+
+    def __init__(self, counts, evidence):
+        super().__init__()
+        self.logits = torch.nn.Parameter(counts.float().log() + torch.tensor([0.0, evidence]))
+
+    def forward(self, x, *_):
+        return self.logits.expand(len(x), 2)
+
+
+def test_equal_classes_take_the_frequencies_of_training_out_of_a_posterior(monkeypatch, tmp_path):
+    counts = torch.tensor([90.0, 10.0])
+    model = Classifier(LeansToTheCommonClass(counts, 1.0), NoiseSchedule.uniform(T=10))
+    images, labels = torch.zeros(8, 1, 2, 2, dtype=torch.uint8), torch.arange(8) % 2
+    test = ImageData(images, labels, num_grey_levels=256, num_classes=2, name="black", split="test")
+    monkeypatch.setattr(shortcuts, "load", lambda run: model)
+    monkeypatch.setattr(shortcuts, "class_counts", lambda run: counts)
+    own, equal = (shortcuts.accuracies(tmp_path, test, labels == 0, balanced) for balanced in (False, True))
+    assert (own["easy"], own["hard"]) == (1.0, 0.0) and (equal["easy"], equal["hard"]) == (0.0, 1.0)
+    with pytest.raises(UserError, match="class_prior does not go with a classifier"):
+        evaluate_classes(model, test, class_prior=torch.ones(2))

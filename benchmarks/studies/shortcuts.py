@@ -159,13 +159,13 @@ def accuracies(run: Path, test: ImageData, group: Tensor, balanced: bool) -> dic
     """Accuracy on all test images and on each group; `balanced`: as if all classes were equally likely."""
     model = load(run)
     assert test.labels is not None and test.num_classes is not None
-    prior = None
-    if balanced:
-        prior = torch.ones(test.num_classes)
-        if fitting_method(model) == "discriminative":  # its posterior holds the prior of training
-            prior = 1 / class_counts(run)
+    discriminative = fitting_method(model) == "discriminative"
+    prior = torch.ones(test.num_classes) if balanced and not discriminative else None
     report = evaluate_classes(model, test, draws=1, class_prior=prior)
-    right = (report.posterior.argmax(1) == test.labels[report.index]).double()
+    log_joint = report.log_joint
+    if balanced and discriminative:  # its posterior holds the class frequencies of training
+        log_joint = log_joint - class_counts(run).log()
+    right = (log_joint.argmax(1) == test.labels[report.index]).double()
     parts = {"all": right, "easy": right[group[report.index]], "hard": right[~group[report.index]]}
     found = {name: float(values.mean()) for name, values in parts.items()}
     return {**found, "worst_group": min(found["easy"], found["hard"]), "hard_images": len(parts["hard"])}

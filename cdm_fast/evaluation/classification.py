@@ -140,11 +140,13 @@ def evaluate_classes(
         tolerance, probes: passed to `flow_log_prob` for "ode".
         batch_size: network inputs per evaluation.
         seed: seed of all draws.
-        class_prior: (K,) up to a factor; a CDM's own prior by default, else uniform.
+        class_prior: (K,) up to a factor; a CDM's own prior by default, else uniform. Not for a `Classifier`,
+            whose posteriors already hold the class frequencies of its training.
 
     Raises:
         UserError: a model without classes, a method that the model does not support, data without labels or
-            with other classes, numbers out of range, and as in `flow_log_prob`.
+            with other classes, a class prior for a `Classifier`, numbers out of range, and as in
+            `flow_log_prob`.
 
     A network with zero weights finds every class equally likely:
 
@@ -217,6 +219,11 @@ def _check_numbers(model: Denoiser, method: ClassifyMethod, level: int, **counts
 def _log_prior(model: Denoiser, num_classes: int, class_prior: Tensor | None) -> Tensor:
     """`log p(c)` (K,) to add to class scores; 0 for a `Classifier`, whose scores are posteriors."""
     if isinstance(model, Classifier):
+        if class_prior is not None:
+            raise UserError(
+                "class_prior does not go with a classifier, whose posteriors hold the class frequencies of"
+                " its training: leave it out, and add log of new over old ones to the report's log_joint"
+            )
         return torch.zeros(num_classes, dtype=torch.float64)
     return log_class_prior(model, class_prior)
 
