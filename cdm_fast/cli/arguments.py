@@ -437,8 +437,8 @@ class Push(WithJson):
     """Also publish the raw weights and the optimizer state. Others can then download the folder and continue
     the training with `train --resume FOLDER`."""
     edited_card: Literal["refuse", "keep", "replace"] = "refuse"
-    """What to do if the text of the repository's card has been edited. Added metadata, such as a licence, are
-    always kept."""
+    """What to do if the text of the repository's card has been edited. Metadata that push does not write,
+    such as a licence, are always kept."""
     dry_run: Path | None = None
     """Write what would be published into this folder, and upload nothing."""
 

@@ -29,7 +29,7 @@ def warn_of_emulation(device: torch.device, precision: str) -> None:
     if precision == "bf16" and known and not multiplies_bf16(device):
         warnings.warn(
             f"this {'GPU' if device.type == 'cuda' else 'CPU'} has no bf16 instructions: products in bf16 are"
-            " emulated, which can take over ten times as long as fp32; leave the precision to its default",
+            " emulated, which can take many times as long as fp32; leave the precision to its default",
             stacklevel=3,
         )
 
