@@ -334,7 +334,7 @@ def _host_without_gpu(record: Record) -> Iterator[None]:
         mock.patch.object(torch.cuda, "current_device", lambda: 0),
         mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         mock.patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)),
-        mock.patch.object(torch.cuda, "is_bf16_supported", lambda *_: True),
+        mock.patch.object(torch.cuda, "is_bf16_supported", lambda *_, **__: True),
     ]
     for module in list(sys.modules.values()):  # fake tensors are no obstacle to lists of real ones
         if getattr(module, "_has_foreach_support", None) is foreach._has_foreach_support:
