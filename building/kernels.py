@@ -34,6 +34,13 @@ CXX_FLAGS = [
 NVCC_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
 
 
+def cxx_flags() -> list[str]:
+    """`CXX_FLAGS`, and no debug information, which Python's own flags ask for, unless the user's do too."""
+    of_user = (shlex.split(os.environ.get(name, "")) for name in ("CFLAGS", "CXXFLAGS"))
+    wanted = any(flag.startswith("-g") for flags in of_user for flag in flags)
+    return CXX_FLAGS if wanted else [*CXX_FLAGS, "-g0"]
+
+
 class Plan(NamedTuple):
     """What to build against, and with which CUDA toolkit, if any; `left_out` says why without one."""
 
@@ -117,7 +124,7 @@ def make_extension(chosen: Plan, cuda: bool) -> Any:
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
         depends=[_relative(path) for path in sorted((ROOT / "csrc").glob("*.*h"))],
         define_macros=[("CDM_WITH_CUDA", "1")] if cuda else [],
-        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        extra_compile_args={"cxx": cxx_flags(), "nvcc": NVCC_FLAGS},
     )
 
 

@@ -496,6 +496,22 @@ def test_a_required_build_without_nvcc_passes(build, monkeypatch):
     assert build((False,), toolkit_found=False)[2]
 
 
+@pytest.mark.parametrize(
+    "variable, value, debug",
+    [
+        ("CFLAGS", "", False),
+        ("CFLAGS", "-O2 -funroll-loops", False),
+        ("CFLAGS", "-O2 -g1", True),
+        ("CXXFLAGS", "-g", True),
+    ],
+)
+def test_the_library_has_debug_information_only_on_request(monkeypatch, variable, value, debug):
+    monkeypatch.delenv("CFLAGS", raising=False)
+    monkeypatch.delenv("CXXFLAGS", raising=False)
+    monkeypatch.setenv(variable, value)
+    assert ("-g0" not in kernels.cxx_flags()) is debug
+
+
 def test_pure_python_on_request(monkeypatch):
     monkeypatch.setenv("CDM_FAST_NO_EXT", "1")
     assert command.setup_arguments() == {}

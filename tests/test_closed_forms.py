@@ -157,9 +157,11 @@ def test_image_shapes(schedule):
     torch.testing.assert_close(model.log_prob_levels(images), model.log_prob_levels(x), **EXACT)
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 4), (2, 3, 2), (1, 1, 12), (3, 4, 1)], ids=str)
-def test_gaussian_images_that_are_not_square(schedule, shape):
-    """Both theorems, the ODE and draws of a Gaussian over images of any height and width."""
+NOT_SQUARE = [(1, 3, 4), (2, 3, 2), (1, 1, 12), (3, 4, 1)]
+
+
+@pytest.mark.parametrize("shape", NOT_SQUARE, ids=str)
+def test_theorems_of_images_that_are_not_square(schedule, shape):
     density = random_mixture(dim=12, components=1, seed=4)
     model = CDM(ExactNetwork(density, schedule), schedule, input_shape=shape)
     for level in (0, 1, 6, T + 1):
@@ -169,6 +171,13 @@ def test_gaussian_images_that_are_not_square(schedule, shape):
         torch.testing.assert_close(model.denoise(images, level), expected, **EXACT)
         exact = density.log_prob(x, schedule.a[level : level + 1], schedule.s[level : level + 1])[:, 0]
         torch.testing.assert_close(model.log_prob(images, level), exact, **EXACT)
+
+
+@pytest.mark.parametrize("shape", NOT_SQUARE, ids=str)
+def test_ode_and_draws_of_images_that_are_not_square(shape):
+    """As of rows of pixels, which are tested on every schedule."""
+    density, schedule = random_mixture(dim=12, components=1, seed=4), NoiseSchedule.uniform(T)
+    model = CDM(ExactNetwork(density, schedule), schedule, input_shape=shape)
     flow = flow_log_prob(model, images := density.sample(3, generator()).view(3, *shape), 1).log_prob
     rows = CDM(ExactNetwork(density, schedule), schedule)
     torch.testing.assert_close(flow, flow_log_prob(rows, images.flatten(1), 1).log_prob, **EXACT)
