@@ -279,7 +279,7 @@ def plain(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("classifier"), "--objective", "classifier", "--architecture", "unet")
+    return train(tmp_path_factory.mktemp("classifier"), "--objective", "classifier")
 
 
 def test_a_classifier_serves_classify_and_nothing_else(classifier, tmp_path):

@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from benchmarks.studies import likelihood_study
-from cdm_fast.config import PRESETS, Preset, RunConfig, Sampler, ScheduleConfig, check, preset
+from cdm_fast.config import PRESETS, Preset, RunConfig, Sampler, ScheduleConfig, TrainConfig, check, preset
 from cdm_fast.config.choices import CorrectedSampler
 from cdm_fast.config.json import differences, fixed_part, from_json, to_json
 from cdm_fast.errors import UserError
+from cdm_fast.model.classifier import Classifier
 from cdm_fast.model.schedule import SCHEDULES, NoiseSchedule
 from cdm_fast.runs.build import build_model, build_network, build_schedule, level_distribution
 from cdm_fast.sampling import SAMPLERS
 from cdm_fast.sampling.corrected import CORRECTED
 from cdm_fast.training.step import learning_rate
+from tests.tiny_run import CLASSES, tiny_config
 
 SECTIONS = ("data", "schedule", "network", "train", "output")
 
@@ -150,6 +152,31 @@ def test_what_a_preset_says_of_joint_heads_is_left_aside_by_others(conditioning,
     assert config.network.head_rank and config.train.class_weight
     network = replace(config.network, conditioning=conditioning)
     build_model(replace(config, network=network, train=replace(config.train, objective=objective)))
+
+
+@pytest.mark.parametrize("architecture", ["unet", "encoder", "transformer"])
+def test_an_ordinary_classifier_has_the_trunk_of_its_architecture(architecture):
+    config = tiny_config("digits", objective="classifier")
+    config = replace(config, network=replace(config.network, architecture=architecture))
+    model = build_model(config).eval()
+    levels = build_network(replace(config, train=TrainConfig(objective="cdm")))
+    assert isinstance(model, Classifier)
+    sizes = [{name: p.shape for name, p in network.named_parameters()} for network in (model.network, levels)]
+    for found in sizes:
+        del found["linear_layer.weight"], found["linear_layer.bias"]
+    assert sizes[0] == sizes[1]
+    x, head = torch.randn(3, *config.image.shape), model.network.linear_layer
+    assert head.weight.shape == (CLASSES, model.features(x).shape[1])
+    torch.testing.assert_close(model.logits(x), model.features(x) @ head.weight.t() + head.bias)
+
+
+@pytest.mark.parametrize("architecture", ["encoder", "transformer"])
+def test_a_plain_diffusion_model_needs_the_u_net(architecture):
+    config = changed("network", architecture=architecture)
+    with pytest.raises(
+        UserError, match=f"--architecture {architecture} has no way back up .* give --architecture unet"
+    ):
+        check(replace(config, train=replace(config.train, objective="ddm")))
 
 
 def test_conditioning_needs_labels():

@@ -492,6 +492,8 @@ KINDS_OF_NETWORK = [
     ("cdm", "transformer"),
     ("ddm", "unet"),
     ("classifier", "unet"),
+    ("classifier", "encoder"),
+    ("classifier", "transformer"),
 ]
 
 

@@ -6,7 +6,7 @@
 
 - joint: the preset, a CDM's class logits;
 - linf: the same with `--adversarial linf`, at the middle one of the budgets;
-- discriminative: an ordinary classifier on the same downsampling path, with the preset's steps.
+- discriminative: an ordinary classifier on the same trunk, with the preset's steps.
 
 Missing runs are trained into RUNS; rows that the file holds already are not measured again.
 """
@@ -55,7 +55,7 @@ def configured(kind: str, options: argparse.Namespace) -> RunConfig:
     base = preset(options.data)
     network = base.network
     if kind == "discriminative":
-        network = replace(network, architecture="unet", conditioning="none")
+        network = replace(network, conditioning="none")
     attacked = kind == "linf"
     train = replace(
         base.train,

@@ -1,11 +1,12 @@
 """Certified accuracy by randomized smoothing, of five classifiers: docs/measurements/certification.md.
 
     python -m benchmarks.studies.certificates digits --runs RUNS [--kinds joint noised] [--images 359]
-    python -m benchmarks.studies.certificates fashion-mnist-encoder --source DIR --runs RUNS --images 1000
+    python -m benchmarks.studies.certificates fashion-mnist-encoder --source DIR --runs RUNS --images 1000 \\
+        --steps 2500
     python -m benchmarks.studies.certificates show  # results/certificates.jsonl as a table
 
 - joint, embedding: a CDM's class logits at the level whose noise is sigma;
-- clean: an ordinary classifier on the same downsampling path, trained on clean images;
+- clean: an ordinary classifier on the same trunk, or that of `--trunk`, trained on clean images;
 - noised: the same trained under the noise of each sigma, a run for each;
 - denoised: the clean one behind the joint run's denoiser.
 
@@ -18,7 +19,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from benchmarks.studies.rows import add_row, read_rows, trained
 from cdm_fast import load
 from cdm_fast.config import RunConfig, preset
+from cdm_fast.config.choices import Architecture
 from cdm_fast.data import ImageData
 from cdm_fast.data.draws import choose
 from cdm_fast.evaluation.attack_methods import PGD_LENGTH
@@ -44,6 +46,7 @@ from cdm_fast.runs.data import run_data
 
 RESULTS = Path(__file__).parents[1] / "results" / "certificates.jsonl"
 KINDS = ("joint", "clean", "noised", "denoised", "embedding")
+OWN_RUN = ("joint", "clean", "noised", "embedding")  # the others combine the joint run with another
 SIGMAS = (0.25, 0.5, 1.0)
 ATTACKED, ATTACK_STEPS, ATTACK_DRAWS, ATTACK_FAILURE = 200, 20, 32, 1e-5
 
@@ -53,8 +56,8 @@ def configured(options: argparse.Namespace, kind: str, sigma: float = 0.0) -> Ru
     base = preset(options.data)
     discriminative = kind in ("clean", "noised")
     network = replace(base.network, conditioning="none" if discriminative else kind)
-    if discriminative:
-        network = replace(network, architecture="unet")
+    if discriminative and options.trunk:
+        network = replace(network, architecture=options.trunk)
     train = replace(
         base.train,
         objective="classifier" if discriminative else "cdm",
@@ -66,8 +69,16 @@ def configured(options: argparse.Namespace, kind: str, sigma: float = 0.0) -> Ru
 
 
 def run_of(options: argparse.Namespace, kind: str, sigma: float = 0.0) -> Path:
-    name = f"{options.data}-{kind}" + (f"-{sigma:g}" if sigma else "")
-    return trained(configured(options, kind, sigma), options.runs / name)
+    config = configured(options, kind, sigma)
+    name = f"{options.data}-{kind}-{config.network.architecture}" + (f"-{sigma:g}" if sigma else "")
+    return trained(config, options.runs / name)
+
+
+def data_of(options: argparse.Namespace, kind: str, sigma: float) -> ImageData:
+    """The test images of the run that a kind classifies with."""
+    own = kind if kind in OWN_RUN else "joint"
+    run = run_of(options, own, sigma if kind == "noised" else 0.0)
+    return run_data(read_config(run), "test")
 
 
 def base_classifier(options: argparse.Namespace, kind: str, sigma: float, data: ImageData) -> nn.Module:
@@ -134,12 +145,16 @@ def attacked(options: argparse.Namespace, sigma: float, data: ImageData) -> dict
 
 def measurements(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row for each kind and sigma that the file does not hold yet."""
-    have = {(row["data"], row["kind"], row["sigma"]) for row in read_rows(RESULTS)}
+    names = ("data", "kind", "trunk", "sigma", "steps")
+    have = [{name: row[name] for name in names} for row in read_rows(RESULTS)]
     for kind in options.kinds:
-        for sigma in SIGMAS:
-            if (options.data, kind, sigma) in have:
+        for sigma in options.sigmas:
+            config = configured(options, "clean" if kind == "denoised" else kind)
+            trunk, steps = config.network.architecture, config.train.steps
+            key = dict(zip(names, (options.data, kind, trunk, sigma, steps), strict=True))
+            if key in have:
                 continue
-            data = run_data(read_config(run_of(options, "joint")), "test")
+            data = data_of(options, kind, sigma)
             if kind == "attack":
                 values = attacked(options, sigma, data)
             else:
@@ -149,7 +164,7 @@ def measurements(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 values = evaluate_certificates(
                     classifier, data, num_classes, sigma, num_images=options.images, progress=to_stderr
                 ).to_json()
-            yield {"data": options.data, "kind": kind, "sigma": sigma, "figures": values}
+            yield {**key, "figures": values}
 
 
 def show() -> None:
@@ -163,7 +178,9 @@ def show() -> None:
             cells = (f"{100 * at[radius]:.1f}" for radius in (0.0, 0.25, 0.5, 1.0))
             error = 100 * math.sqrt(0.25 / values["num_images"])
             told = f"{' | '.join(cells)} | +- {error:.1f} at most | {values['images_per_second']:.3g}"
-        print(f"| {row['data']} | {row['kind']} | {row['sigma']:g} | {told} |")
+        print(
+            f"| {row['data']} | {row['steps']} | {row['kind']}, {row['trunk']} | {row['sigma']:g} | {told} |"
+        )
 
 
 def main() -> None:
@@ -172,7 +189,9 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--source", help="data source in place of the preset's")
     parser.add_argument("--steps", type=int, help="training steps in place of the preset's")
+    parser.add_argument("--trunk", choices=get_args(Architecture), help="of the ordinary classifiers")
     parser.add_argument("--kinds", nargs="+", choices=(*KINDS, "attack"), default=[*KINDS[:4], "attack"])
+    parser.add_argument("--sigmas", nargs="+", type=float, choices=SIGMAS, default=SIGMAS)
     parser.add_argument("--images", type=int, help="test images to certify; by default all")
     options = parser.parse_args()
     if options.data == "show":

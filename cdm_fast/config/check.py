@@ -57,10 +57,10 @@ def _check_objective(config: RunConfig) -> None:
         raise UserError(
             "--ce-weight and --mse-weight are both 0, so neither levels nor denoiser are trained; raise one"
         )
-    if network.architecture != "unet" and train.objective != "cdm":
+    if network.architecture != "unet" and train.objective == "ddm":
         raise UserError(
-            f"--architecture {network.architecture} classifies noise levels, which --objective"
-            f" {train.objective} does not; give --architecture unet"
+            f"--architecture {network.architecture} has no way back up to the pixels, which --objective"
+            " ddm needs; give --architecture unet"
         )
 
 

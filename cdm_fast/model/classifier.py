@@ -39,7 +39,7 @@ class Classifier(Denoiser):
         A distance between such features is neither FID nor KID: compare it only with figures from the same
         classifier.
         """
-        return self.network.features(x)  # type: ignore[operator]
+        return self.network.features(x, keep_residuals=False)[0]  # type: ignore[operator]
 
     def logits(self, x: Tensor) -> Tensor:
         """(B, K) logits of x (B, ...)."""

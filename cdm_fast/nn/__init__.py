@@ -2,9 +2,9 @@
 
 from cdm_fast.nn.encoder import Encoder
 from cdm_fast.nn.mlp import MLP, MLPDenoiser
-from cdm_fast.nn.network import AdjointNetwork
+from cdm_fast.nn.network import AdjointNetwork, as_classifier
 from cdm_fast.nn.transformer import Transformer
-from cdm_fast.nn.unet import UNet, UNetClassifier, UNetDenoiser
+from cdm_fast.nn.unet import UNet, UNetDenoiser
 
 __all__ = [
     "MLP",
@@ -13,6 +13,6 @@ __all__ = [
     "MLPDenoiser",
     "Transformer",
     "UNet",
-    "UNetClassifier",
     "UNetDenoiser",
+    "as_classifier",
 ]

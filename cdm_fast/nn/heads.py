@@ -72,6 +72,14 @@ class CumulativeHead(nn.Linear):
         return None
 
 
+class PlainHead(CumulativeHead):
+    """From features to one logit per class, `f = W h + b`: the head of an ordinary classifier of images."""
+
+    def cumulated(self) -> tuple[Tensor, Tensor]:
+        """The parameters themselves, `(W (K, D), b (K,))`: classes have no order to sum along."""
+        return self.weight, self.bias
+
+
 class ClassHead(CumulativeHead):
     """Base of the heads over (level, class) pairs: N joint logits, among which a label selects.
 

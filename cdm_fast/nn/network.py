@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cdm_fast.nn.heads import ClassHead, Conditioning, CumulativeHead
+from cdm_fast.nn.heads import ClassHead, Conditioning, CumulativeHead, PlainHead
 
 
 class AdjointNetwork(nn.Module):
@@ -105,3 +105,16 @@ class AdjointNetwork(nn.Module):
     def _class_head(self) -> ClassHead:
         assert isinstance(self.linear_layer, ClassHead), "needs a head over (level, class) pairs"
         return self.linear_layer
+
+
+def as_classifier(network: AdjointNetwork) -> AdjointNetwork:
+    """The network as an ordinary classifier of images: (B, ...) -> (B, K) logits of classes.
+
+    network: of K levels and without classes; its head is replaced by one that cumulates nothing, with the
+        same initial weights.
+    """
+    levels = network.linear_layer
+    network.linear_layer = PlainHead(levels.in_features, levels.out_features)
+    network.linear_layer.load_state_dict(levels.state_dict())
+    network.num_classes = levels.out_features
+    return network

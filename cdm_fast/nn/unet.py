@@ -199,35 +199,3 @@ class UNetDenoiser(UNetTrunk):
         h, _ = self.run(x, self.embedding(label, level, x.shape[0]), keep_residuals=False)
         with full_precision(h):
             return self.conv_out(h)[0]
-
-
-class UNetClassifier(UNetTrunk):
-    """The same trunk as an ordinary classifier: mean over pixels, one logit per class.
-
-    Args:
-        image_size: H = W of the images, or (H, W), as in `UNet`.
-        channels: C of the images.
-        num_classes: K.
-        trunk: `base_channels` and the other options of `UNet`, which also lists the errors.
-    """
-
-    def __init__(
-        self, image_size: ImageSize, channels: int, num_classes: int, **trunk: Unpack[TrunkOptions]
-    ) -> None:
-        shape = TrunkShape(image_size, channels, **trunk)
-        super().__init__(shape, None)
-        self.num_classes = num_classes
-        self.conv_out = ConvMeanPool(self.out_channels, 2 * shape.base_channels)
-        self.linear_layer = nn.Linear(2 * shape.base_channels, num_classes)
-
-    def features(self, x: Tensor) -> Tensor:
-        """`x` (B, C, H, W) -> pooled features (B, 2 base channels), in the parameters' precision."""
-        check_input(x, self.input_shape)
-        h, _ = self.run(x, None, keep_residuals=False)
-        return self.conv_out(h)[0]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` (B, C, H, W) -> logits (B, K), in the parameters' precision."""
-        h = self.features(x)
-        with full_precision(h):
-            return self.linear_layer(h)

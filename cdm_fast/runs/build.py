@@ -14,14 +14,14 @@ from cdm_fast.data.pixels import noise_of_inputs
 from cdm_fast.model import CDM, DDM
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.model.schedule import NoiseSchedule
-from cdm_fast.nn import Encoder, Transformer, UNet, UNetClassifier, UNetDenoiser
+from cdm_fast.nn import AdjointNetwork, Encoder, Transformer, UNet, UNetDenoiser, as_classifier
 from cdm_fast.nn.transformer import TransformerOptions
 from cdm_fast.nn.trunk import TrunkOptions
 
 # A full joint head has L K D weights; training holds eight tensors of that size: 1 GiB at 2^25.
 FULL_HEAD_WEIGHTS, DEFAULT_RANK = 2**25, 32
 
-# The networks that classify noise levels, and the settings that are their sizes.
+# The networks of each architecture, and the settings that are their sizes.
 _CLASSIFIERS: dict[Architecture, type[UNet | Encoder | Transformer]] = {
     "unet": UNet,
     "encoder": Encoder,
@@ -56,7 +56,7 @@ def level_distribution(config: ScheduleConfig, schedule: NoiseSchedule) -> Tenso
     return torch.cat([around[:1], around, around[-1:]])
 
 
-def build_network(config: RunConfig) -> UNet | Encoder | Transformer | UNetDenoiser | UNetClassifier:
+def build_network(config: RunConfig) -> AdjointNetwork | UNetDenoiser:
     """The untrained network of a run, with weights drawn from torch's global generator.
 
     Raises UserError for an inconsistent config.
@@ -70,7 +70,9 @@ def build_network(config: RunConfig) -> UNet | Encoder | Transformer | UNetDenoi
         **{name: getattr(network, name) for name in _SIZES[network.architecture]},
     }
     if config.train.objective == "classifier":
-        return UNetClassifier(**{**shape, "num_classes": config.image.num_classes})
+        return as_classifier(
+            _CLASSIFIERS[network.architecture](num_levels=config.image.num_classes or 0, **shape)
+        )
     if config.train.objective == "ddm":
         return UNetDenoiser(**shape)
     if network.conditioning == "joint":
@@ -81,7 +83,7 @@ def build_network(config: RunConfig) -> UNet | Encoder | Transformer | UNetDenoi
 def build_model(config: RunConfig) -> CDM | DDM | Classifier:
     """The untrained model of a run, on the CPU; see `build_network`."""
     network, schedule = build_network(config), build_schedule(config.schedule)
-    if isinstance(network, UNetClassifier):
+    if config.train.objective == "classifier":
         return Classifier(network, schedule, _classifier_level(config, schedule))
     if isinstance(network, UNetDenoiser):
         return DDM(network, schedule)
