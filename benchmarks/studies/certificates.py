@@ -46,7 +46,7 @@ from cdm_fast.runs.data import run_data
 
 RESULTS = Path(__file__).parents[1] / "results" / "certificates.jsonl"
 KINDS = ("joint", "clean", "noised", "denoised", "embedding")
-OWN_RUN = ("joint", "clean", "noised", "embedding")  # the others combine the joint run with another
+CLASSIFIES = {"denoised": "clean", "attack": "joint"}  # whose run classifies, for kinds without their own
 SIGMAS = (0.25, 0.5, 1.0)
 ATTACKED, ATTACK_STEPS, ATTACK_DRAWS, ATTACK_FAILURE = 200, 20, 32, 1e-5
 
@@ -76,8 +76,7 @@ def run_of(options: argparse.Namespace, kind: str, sigma: float = 0.0) -> Path:
 
 def data_of(options: argparse.Namespace, kind: str, sigma: float) -> ImageData:
     """The test images of the run that a kind classifies with."""
-    own = kind if kind in OWN_RUN else "joint"
-    run = run_of(options, own, sigma if kind == "noised" else 0.0)
+    run = run_of(options, CLASSIFIES.get(kind, kind), sigma if kind == "noised" else 0.0)
     return run_data(read_config(run), "test")
 
 
@@ -149,7 +148,7 @@ def measurements(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     have = [{name: row[name] for name in names} for row in read_rows(RESULTS)]
     for kind in options.kinds:
         for sigma in options.sigmas:
-            config = configured(options, "clean" if kind == "denoised" else kind)
+            config = configured(options, CLASSIFIES.get(kind, kind))
             trunk, steps = config.network.architecture, config.train.steps
             key = dict(zip(names, (options.data, kind, trunk, sigma, steps), strict=True))
             if key in have:

@@ -97,9 +97,10 @@ def write_final(
     A CDM also writes RUN/nll.json, a model with classes RUN/classes.json, whose accuracy and ECE are
     returned.
     """
-    to_stderr("drawing samples and scoring the test images")
     if isinstance(model, Classifier):
+        to_stderr("scoring the test images")
         return {"run": str(run), **_write_accuracy(model, run_data(config, "test"), config.output.draws, run)}
+    to_stderr("drawing samples and scoring the test images" if isinstance(model, CDM) else "drawing samples")
     write_samples(model, config, run)
     write_level_pictures(model, validation, run)
     if not isinstance(model, CDM):
