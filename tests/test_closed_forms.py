@@ -175,7 +175,7 @@ def test_theorems_of_images_that_are_not_square(schedule, shape):
 
 @pytest.mark.parametrize("shape", NOT_SQUARE, ids=str)
 def test_ode_and_draws_of_images_that_are_not_square(shape):
-    """As of rows of pixels, which are tested on every schedule."""
+    """As of rows of pixels, whose ODE tests/test_likelihood_ode.py has on every schedule."""
     density, schedule = random_mixture(dim=12, components=1, seed=4), NoiseSchedule.uniform(T)
     model = CDM(ExactNetwork(density, schedule), schedule, input_shape=shape)
     flow = flow_log_prob(model, images := density.sample(3, generator()).view(3, *shape), 1).log_prob

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.studies.rows import add_row, read_rows, trained
+from benchmarks.studies.rows import add_row, has_row, read_rows, trained
 from cdm_fast import load
 from cdm_fast.config import RunConfig, preset
 from cdm_fast.evaluation.attacks import evaluate_attack
@@ -106,9 +106,8 @@ def add_rows(options: argparse.Namespace) -> None:
         }
         run = trained(config, options.runs / name)
         seconds = load_checkpoint(run, ()).state["seconds"]
-        have = [{name: row[name] for name in (*key, "what")} for row in read_rows(RESULTS)]
         for what, figures in measurements(run, config, options.data):
-            if {**key, "what": what} not in have and (not options.only or what in options.only):
+            if not has_row(RESULTS, {**key, "what": what}) and (not options.only or what in options.only):
                 row = {**key, "what": what, "train_seconds": seconds, "figures": figures()}
                 add_row(RESULTS, row)
                 print(kind, what, row["figures"])

@@ -24,7 +24,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from benchmarks.studies.rows import add_row, read_rows, trained
+from benchmarks.studies.rows import add_row, has_row, read_rows, trained
 from cdm_fast import load
 from cdm_fast.config import RunConfig, preset
 from cdm_fast.config.choices import Architecture
@@ -74,20 +74,19 @@ def run_of(options: argparse.Namespace, kind: str, sigma: float = 0.0) -> Path:
     return trained(config, options.runs / name)
 
 
-def data_of(options: argparse.Namespace, kind: str, sigma: float) -> ImageData:
-    """The test images of the run that a kind classifies with."""
-    run = run_of(options, CLASSIFIES.get(kind, kind), sigma if kind == "noised" else 0.0)
-    return run_data(read_config(run), "test")
+def classifying_run(options: argparse.Namespace, kind: str, sigma: float) -> Path:
+    """The run that a kind classifies with."""
+    return run_of(options, CLASSIFIES.get(kind, kind), sigma if kind == "noised" else 0.0)
 
 
 def base_classifier(options: argparse.Namespace, kind: str, sigma: float, data: ImageData) -> nn.Module:
     """The classifier under noise of a kind, trained if need be."""
+    model = load(classifying_run(options, kind, sigma))
     if kind == "denoised":
-        clean = ClassLogLikelihoods(load(run_of(options, "clean")), data.num_grey_levels, data.pixels)
+        clean = ClassLogLikelihoods(model, data.num_grey_levels, data.pixels)
         denoiser = load(run_of(options, "joint"))
         return DenoisedPixelClassifier(denoiser, clean, sigma, data.num_grey_levels, data.pixels)
-    run = run_of(options, kind, sigma if kind == "noised" else 0.0)
-    return NoisyPixelClassifier(load(run), sigma, data.num_grey_levels, data.pixels)
+    return NoisyPixelClassifier(model, sigma, data.num_grey_levels, data.pixels)
 
 
 def attack_inside(
@@ -144,16 +143,19 @@ def attacked(options: argparse.Namespace, sigma: float, data: ImageData) -> dict
 
 def measurements(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row for each kind and sigma that the file does not hold yet."""
-    names = ("data", "kind", "trunk", "sigma", "steps")
-    have = [{name: row[name] for name in names} for row in read_rows(RESULTS)]
     for kind in options.kinds:
         for sigma in options.sigmas:
             config = configured(options, CLASSIFIES.get(kind, kind))
-            trunk, steps = config.network.architecture, config.train.steps
-            key = dict(zip(names, (options.data, kind, trunk, sigma, steps), strict=True))
-            if key in have:
+            key = {
+                "data": options.data,
+                "kind": kind,
+                "trunk": config.network.architecture,
+                "sigma": sigma,
+                "steps": config.train.steps,
+            }
+            if has_row(RESULTS, key):
                 continue
-            data = data_of(options, kind, sigma)
+            data = run_data(read_config(classifying_run(options, kind, sigma)), "test")
             if kind == "attack":
                 values = attacked(options, sigma, data)
             else:

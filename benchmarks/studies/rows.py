@@ -18,6 +18,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def has_row(path: Path, key: dict[str, Any]) -> bool:
+    """Whether the file holds a row with all these values."""
+    return any(key.items() <= row.items() for row in read_rows(path))
+
+
 def add_row(path: Path, row: dict[str, Any]) -> dict[str, Any]:
     """Appends a row with where it was measured: device, versions, commit. Returns what was written."""
     row = {**row, "environment": facts("cpu")}

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.studies.rows import add_row, read_rows, trained
+from benchmarks.studies.rows import add_row, has_row, read_rows, trained
 from cdm_fast import load
 from cdm_fast.config import RunConfig, preset
 from cdm_fast.data import ImageData, load_data
@@ -178,13 +178,12 @@ def class_counts(run: Path) -> Tensor:
 
 def measurements(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row for each cue, kind and seed that the file does not hold yet."""
-    key = ("data", "cue", "kind", "seed", "train_steps")
-    have = {tuple(row[name] for name in key) for row in read_rows(RESULTS)}
     for seed in options.seeds:
         for cue in options.cues:
             for kind in options.kinds:
                 steps = options.steps or STEPS[name][kind]
-                if (name, cue, kind, seed, steps) in have:
+                key = {"data": name, "cue": cue, "kind": kind, "seed": seed, "train_steps": steps}
+                if has_row(RESULTS, key):
                     continue
                 source, group = write_set(name, cue, seed, options)
                 config = configured(name, kind, seed, source, steps)
@@ -193,15 +192,7 @@ def measurements(name: str, options: argparse.Namespace) -> Iterator[dict[str, A
                 figures = {"own_prior": accuracies(run, test, group, balanced=False)}
                 if cue == "imbalance":
                     figures["equal_prior"] = accuracies(run, test, group, balanced=True)
-                yield {
-                    "data": name,
-                    "cue": cue,
-                    "kind": kind,
-                    "seed": seed,
-                    "figures": figures,
-                    "train_steps": steps,
-                    "train_seconds": load_checkpoint(run, ()).state["seconds"],
-                }
+                yield {**key, "figures": figures, "train_seconds": load_checkpoint(run, ()).state["seconds"]}
 
 
 def show() -> str:

@@ -36,6 +36,7 @@ class Classifier(Denoiser):
     def features(self, x: Tensor) -> Tensor:
         """The input of the last layer, (B, D), for `evaluation.quality` without Inception weights.
 
+        The network is an `AdjointNetwork`.
         A distance between such features is neither FID nor KID: compare it only with figures from the same
         classifier.
         """

@@ -1,4 +1,4 @@
-"""Heads: from features to one logit per level, or per (level, class) pair.
+"""Heads: from features to one logit per level, per (level, class) pair, or per class.
 
 Joint logits give the densities of all classes at all levels from one forward pass.
 
