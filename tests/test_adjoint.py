@@ -262,6 +262,8 @@ NETWORKS = {
     "transformer-oblong": transformer_of_size((12, 16)),
     "transformer-signal": transformer_of_size((1, 16)),
     "transformer-thin": transformer_of_size((4, 8), depth=1, patch_size=2),
+    "transformer-two-stems": transformer_of_size(16, stem_resolutions=2, stem_blocks=2),
+    "transformer-signal-two-stems": transformer_of_size((1, 16), stem_resolutions=3),
     "transformer-without-stem": transformer_of_size(16, stem_channels=0),
     "mlp": lambda classes=None: MLP(5, 22, hidden=16, depth=2, num_classes=classes),
 }

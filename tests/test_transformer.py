@@ -3,6 +3,8 @@
 Its adjoint, and what it shares with the other networks, is tested with theirs.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -54,7 +56,8 @@ def test_patches_in_bf16_are_those_in_fp32(channels, patch):
 
 def test_weights_fit_other_sizes_of_image():
     torch.manual_seed(0)
-    small, large = (Transformer(size, 1, 12, width=32, **SIZES) for size in (8, (12, 16)))
+    sizes = SIZES | {"stem_resolutions": 2, "stem_blocks": 2}
+    small, large = (Transformer(size, 1, 12, width=32, **sizes) for size in (8, (12, 16)))
     large.load_state_dict(small.state_dict())
     logits = large(torch.randn(2, 1, 12, 16))
     assert logits.shape == (2, 12) and bool(logits.isfinite().all())
@@ -68,6 +71,9 @@ def test_weights_fit_other_sizes_of_image():
         ({"width": 32, "stem_channels": 12}, "stem_channels 12 is not a multiple of num_groups 8"),
         ({"width": 32, "depth": 0}, "depth is 0"),
         ({"width": 32, "head_width": 6}, "head_width 6"),
+        ({"width": 32, "stem_resolutions": 3}, "patch size 2 with 3 resolutions of the stem"),
+        ({"width": 32, "stem_channels": 0, "stem_resolutions": 2}, "a stem of 2 resolutions needs channels"),
+        ({"width": 32, "stem_blocks": 0}, "stem_blocks is 0"),
         ({"width": 32, "patch_size": 3}, "image size 8 does not consist of whole patches of side 3"),
     ],
 )
@@ -125,14 +131,23 @@ def test_the_line_of_the_scaling_study_goes_through_the_best_networks():
     assert (intercept, slope) == (pytest.approx(4), pytest.approx(-0.1))
 
 
+def test_lines_of_the_scaling_study_meet_where_their_bounds_are_equal():
+    assert transformer_study.crossing((10, -0.5), (7, -0.3)) == pytest.approx(1e15)
+    assert transformer_study.crossing((10, -0.3), (7, -0.3)) == float("inf")
+    assert transformer_study.crossing((10, -0.3), (7, -0.5)) == float("inf")  # further apart with each FLOP
+
+
 def test_flops_of_a_step_are_those_of_its_products():
     """Six for each matrix: forward pass and adjoint, and for both the gradients of input and weight.
 
     Attention, the third pool and the rounding of hidden layers add some percent.
     """
+    config = transformer_study.configured("transformer 128x2", "digits")
     small, large = (
-        transformer_study.step_flops(transformer_study.configured(f"transformer {size}", "digits"))
-        for size in ("256x2", "256x4")
+        transformer_study.step_flops(
+            replace(config, network=replace(config.network, width=256, depth=depth, head_width=64))
+        )
+        for depth in (2, 4)
     )
     tokens_of_a_step, weights = 64 * 49, 2 * 12 * 256**2
     assert 1 < (large - small) / (2 * 6 * tokens_of_a_step * weights) < 1.15

@@ -2,6 +2,7 @@
 
     python -m benchmarks.studies.shortcuts digits --runs RUNS [--cues colour] [--kinds joint] [--seeds 0]
     python -m benchmarks.studies.shortcuts fashion-mnist --source DIR --runs RUNS
+    python -m benchmarks.studies.shortcuts times fashion-mnist  # seconds of a step of each kind, in turns
     python -m benchmarks.studies.shortcuts show  # results/shortcuts.jsonl as a table
 
 The images are real, the cue is added. It names the class in 95 % of the training and validation images and in
@@ -34,6 +35,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.studies.rows import add_row, has_row, read_rows, trained
+from benchmarks.support.train_steps import step_seconds
 from cdm_fast import load
 from cdm_fast.config import RunConfig, preset
 from cdm_fast.data import ImageData, load_data
@@ -46,7 +48,7 @@ SETS, KINDS = ("digits", "fashion-mnist"), ("joint", "embedding", "discriminativ
 ALIGNED = {"train": 0.95, "validation": 0.95, "test": 0.10}
 RARE_SHARE, FIRST_RARE = 0.1, 5
 CONSTANTS_ROWS = 50_000  # of the embedding
-# Steps of each kind that take about the same time.
+# Steps of each kind that take about the same time, by `times`.
 STEPS = {
     "digits": {"joint": 300, "embedding": 330, "discriminative": 760},
     "fashion-mnist": {"joint": 2000, "embedding": 2200, "discriminative": 4700},
@@ -227,7 +229,8 @@ def _mean(values: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("data", choices=(*SETS, "show"))
+    parser.add_argument("data", choices=(*SETS, "times", "show"))
+    parser.add_argument("timed", nargs="?", choices=SETS, default=SETS[0], help="of times; digits by default")
     parser.add_argument("--runs", type=Path, default=Path("runs/shortcuts"))
     parser.add_argument("--source", help="data source in place of the preset's")
     parser.add_argument("--cues", nargs="+", choices=ALL, default=ALL)
@@ -237,6 +240,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.data == "show":
         print(show())
+        return
+    if options.data == "times":
+        configs = {kind: configured(options.timed, kind, 0, Path("images"), 1) for kind in options.kinds}
+        for kind, seconds in step_seconds(configs).items():
+            print(f"{kind} {seconds:.4f} s")
         return
     for row in measurements(options.data, options):
         add_row(RESULTS, row)

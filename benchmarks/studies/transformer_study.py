@@ -7,9 +7,9 @@
     python -m benchmarks.studies.transformer_study plot      # docs/pictures/transformer_scaling.png
 
 The grid trains every size for the same number of images, and counts the FLOPs of the convolutions and matrix
-products of a training step. `equal-time` trains the presets of encoder and transformer, whose steps take
-about as long (`steps`). A run that is missing is trained into RUNS; a row that stands in the file is not
-measured again.
+products of a training step; `show` tells where the lines of best bounds of transformers and encoders meet.
+`equal-time` trains the presets of encoder and transformer, whose steps take about as long (`steps`). A run
+that is missing is trained into RUNS; a row that stands in the file is not measured again.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.studies.rows import add_row, read_rows, trained
 from benchmarks.support.pairs import flops
-from benchmarks.support.timing import seconds_per_call
+from benchmarks.support.train_steps import step_seconds
 from cdm_fast import CDM, load
 from cdm_fast.config import RunConfig, preset
 from cdm_fast.evaluation.classification import evaluate_classes
@@ -36,15 +36,20 @@ from cdm_fast.training.tuning import pick_precision
 
 RESULTS = Path(__file__).parents[1] / "results" / "transformer_study.jsonl"
 PICTURE = Path(__file__).parents[2] / "docs" / "pictures" / "transformer_scaling.png"
-WIDTHS, DEPTHS = (64, 128, 256), (2, 4, 8)
-GRID_STEPS = 2000
+WIDTHS, DEPTHS = (32, 64, 128), (2, 4, 8)
+ENCODERS = (8, 16, 32)  # base channels; 16 are the preset's
+GRID_STEPS = 1000
 BOUND_IMAGES, BOUND_EVERY = 1000, 10
-FROM_PRESET: dict[str, dict[str, Any]] = {"unet": {"architecture": "unet"}, "encoder": {}}
-NETWORKS: dict[str, dict[str, Any]] = FROM_PRESET | {
+CONVOLUTIONAL: dict[str, dict[str, Any]] = {
+    "unet": {"architecture": "unet"},
+    **{f"encoder {channels}": {"base_channels": channels} for channels in ENCODERS},
+}
+TRANSFORMERS: dict[str, dict[str, Any]] = {
     f"transformer {width}x{depth}": {"architecture": "transformer", "width": width, "depth": depth}
     for width in WIDTHS
     for depth in DEPTHS
 }
+NETWORKS = CONVOLUTIONAL | TRANSFORMERS
 # A GPU-day in FLOPs: a day, the measured bf16 product of an H200 (790 TFLOP/s), and the share of it that
 # trainings of transformers reach.
 GPU_DAY = 86_400 * 790e12 * 0.4
@@ -113,18 +118,6 @@ def run_grid(data: str, runs: Path, names: list[str]) -> None:
             print(name, row["bound"], flush=True)
 
 
-def step_seconds(presets: dict[str, RunConfig], rounds: int = 9) -> dict[str, float]:
-    """Median seconds of a training step of each preset, timed in turns."""
-    steps = {name: one_step(config) for name, config in presets.items()}
-    for step in steps.values():
-        step()
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            times[name].append(seconds_per_call(step, 1, torch.device("cpu")))
-    return {name: sorted(found)[rounds // 2] for name, found in times.items()}
-
-
 def pair_of(data: str) -> dict[str, RunConfig]:
     """The encoder's and the transformer's preset for `digits`, `fashion-mnist` or `cifar10`."""
     return {name: preset(f"{data}-{name}") for name in ("encoder", "transformer")}
@@ -159,12 +152,26 @@ def line_of_best_bounds(rows: list[dict[str, Any]]) -> tuple[float, float]:
     return mean_y - slope * mean_x, slope
 
 
+def of_family(family: str) -> list[dict[str, Any]]:
+    """The grid's rows of the networks whose names begin so."""
+    return [row for row in read_rows(RESULTS) if row["part"] == "grid" and row["name"].startswith(family)]
+
+
+def crossing(first: tuple[float, float], second: tuple[float, float]) -> float:
+    """FLOPs at which two lines, as `line_of_best_bounds` gives them, meet; inf if they never do beyond 1."""
+    (start, slope), (other_start, other_slope) = first, second
+    if slope == other_slope:
+        return math.inf
+    power = (other_start - start) / (slope - other_slope)
+    return 10.0**power if 0 <= power < 300 else math.inf
+
+
 def gpu_day() -> str:
     """What a GPU-day trains of the CIFAR-10 preset, and how far that is from the grid."""
     config = preset("cifar10-transformer")
     each = step_flops(config)
     steps = GPU_DAY / each
-    grid = [row for row in read_rows(RESULTS) if row["part"] == "grid" and "transformer" in row["name"]]
+    grid = of_family("transformer")
     lines = [
         f"A step of cifar10-transformer, {config.train.batch_size} images: {each / 1e12:.2f} TFLOP.",
         f"A GPU-day of {GPU_DAY:.2e} FLOP: {steps:,.0f} steps, {steps * config.train.batch_size / 5e4:,.0f}"
@@ -176,6 +183,14 @@ def gpu_day() -> str:
         lines.append(
             f"On Fashion-MNIST ten times the FLOPs change the best bound by {slope:+.3f} bits/dim; the"
             f" GPU-day is {math.log10(GPU_DAY / most):.1f} powers of ten beyond the grid."
+        )
+    encoders = of_family("encoder")
+    if len(grid) > 1 and len(encoders) > 1:
+        of_transformers, of_encoders = line_of_best_bounds(grid), line_of_best_bounds(encoders)
+        meet = crossing(of_transformers, of_encoders)
+        lines.append(
+            f"Slopes for ten times the FLOPs: transformers {of_transformers[1]:+.3f}, encoders"
+            f" {of_encoders[1]:+.3f} bits/dim; the lines meet at {meet:.1e} FLOP."
         )
     return "\n".join(lines)
 
@@ -209,19 +224,21 @@ def show() -> str:
 
 
 def plot() -> None:
-    """The bound against training FLOPs: a line for each width, a point for each other network."""
+    """The bound against training FLOPs: a line for each family of networks."""
     from matplotlib.figure import Figure
 
     rows = {row["name"]: row for row in read_rows(RESULTS) if row["part"] == "grid"}
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for width in WIDTHS:
-        found = [rows[name] for depth in DEPTHS if (name := f"transformer {width}x{depth}") in rows]
-        points = [(row["flops"], row["bound"][0]) for row in found]
-        axes.plot(*zip(*points, strict=True), marker="o", label=f"transformer, width {width}")
-    for name in FROM_PRESET:
-        if name in rows:
-            axes.plot(rows[name]["flops"], rows[name]["bound"][0], "s", label=name)
+    families = {
+        f"transformer, width {width}": [f"transformer {width}x{depth}" for depth in DEPTHS]
+        for width in WIDTHS
+    }
+    families["encoder"] = [f"encoder {channels}" for channels in ENCODERS]
+    families["U-Net"] = ["unet"]
+    for label, names in families.items():
+        points = [(rows[name]["flops"], rows[name]["bound"][0]) for name in names if name in rows]
+        axes.plot(*zip(*points, strict=True), marker="s" if label[0] != "t" else "o", label=label)
     axes.set(xscale="log", xlabel="training FLOPs", ylabel="bound, bits/dim")
     axes.legend()
     figure.savefig(PICTURE, dpi=150)

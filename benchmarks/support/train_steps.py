@@ -5,6 +5,7 @@ Run as a program, it measures one step's peak memory in a process of its own:
     python -m benchmarks.support.train_steps VARIANT cpu|cuda [--small]
 """
 
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.support.memory import peak_resident_mib
 from benchmarks.support.plain_unet import PlainUNet, double_backward_loss
+from benchmarks.support.timing import seconds_per_call
 from cdm_fast import CDM, DDM, NoiseSchedule, UNet, UNetDenoiser, cdm_loss, ddm_loss
 from cdm_fast.config import PRESETS, Compile, ImageShape, Precision, RunConfig
 from cdm_fast.data import ImageData
@@ -170,6 +172,19 @@ class WholeStep:
     def step(self) -> Tensor:
         """A step on the next batch; its loss."""
         return self.step_on(self.draw())
+
+
+def step_seconds(configs: dict[str, RunConfig], rounds: int = 9) -> dict[str, float]:
+    """Median seconds of a whole step of each run on the CPU, timed in turns."""
+    device = torch.device("cpu")
+    runs = {name: WholeStep(False, device, config=config) for name, config in configs.items()}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(rounds + 1):
+        for name, run in runs.items():
+            seconds = seconds_per_call(run.step, 1, device)
+            if repeat:  # the first step also builds what later ones reuse
+                times[name].append(seconds)
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def _tiny() -> RunConfig:

@@ -4,6 +4,7 @@ from cdm_fast.config.settings import RunConfig, ScheduleConfig
 from cdm_fast.config.size import (
     attended,
     attention_lengths,
+    check_stem,
     nearest_divisible,
     patch_grid,
     plain_size,
@@ -184,6 +185,8 @@ def _lower_bounds(config: RunConfig) -> list[tuple[str, int, int]]:
         ("depth", network.depth, 1),
         ("head-width", network.head_width, 4),
         ("stem-channels", network.stem_channels, 0),
+        ("stem-resolutions", network.stem_resolutions, 1),
+        ("stem-blocks", network.stem_blocks, 1),
         ("num-groups", network.num_groups, 1),
         *(("multipliers", multiplier, 1) for multiplier in network.multipliers or (0,)),
         ("steps", train.steps, 1),
@@ -225,6 +228,8 @@ def _upper_bounds(config: RunConfig) -> list[tuple[str, int, int]]:
         ("depth", network.depth, 256),
         ("head-width", network.head_width, 1024),
         ("stem-channels", network.stem_channels, 2**14),
+        ("stem-resolutions", network.stem_resolutions, 6),
+        ("stem-blocks", network.stem_blocks, 64),
         ("head-rank", network.head_rank or 0, 2**14),
         *(("multipliers", multiplier, 64) for multiplier in network.multipliers),
     ]
@@ -281,6 +286,7 @@ def _check_patches(config: RunConfig) -> None:
     """An image consists of whole patches, a token of whole heads and groups."""
     network = config.network
     patch_grid(config.image.sides, network.patch_size)
+    check_stem(network.patch_size, network.stem_channels, network.stem_resolutions)
     for flag, value, unit_flag, unit in (
         ("head-width", network.head_width, None, 4),
         ("width", network.width, None, 4),

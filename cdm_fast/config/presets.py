@@ -119,7 +119,7 @@ PRESETS["digits-encoder"] = replace(
 
 
 # The transformers train as the encoders do and about as long, which are fewer steps, at the learning rate
-# that was best in short trainings on digits. It holds for every width (docs/explanation/transformer.md); the
+# that was best in short trainings. It holds for every width (docs/measurements/transformer.md); the
 # transformer of CIFAR-10 has not been trained.
 _TRANSFORMERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "digits": (
@@ -127,8 +127,16 @@ _TRANSFORMERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"lr": 1e-3, "steps": 1500},
     ),
     "fashion-mnist": (
-        {"patch_size": 4, "width": 128, "depth": 4, "head_width": 64, "stem_channels": 16},
-        {"lr": 1e-3, "steps": 3900},
+        {
+            "patch_size": 4,
+            "width": 64,
+            "depth": 4,
+            "head_width": 32,
+            "stem_channels": 16,
+            "stem_resolutions": 2,
+            "stem_blocks": 2,
+        },
+        {"steps": 5400},
     ),
     "cifar10": (
         {"patch_size": 4, "width": 512, "depth": 9, "head_width": 64, "stem_channels": 64},

@@ -135,6 +135,11 @@ class NetworkConfig:
     stem_channels: int = 32
     """Channels of a transformer's convolutions at full resolution, up to 16384; 0 for patches of the image
     itself."""
+    stem_resolutions: int = 1
+    """Resolutions of a transformer's stem, 1..6: each after the first halves height and width and doubles the
+    channels; --patch-size is a multiple of 2 to the power of their number minus one."""
+    stem_blocks: int = 1
+    """Residual blocks of each resolution of a transformer's stem, 1..64."""
     num_groups: int = 32
     """Groups of each GroupNorm, 1 or more."""
     dropout: float = 0.1

@@ -102,6 +102,18 @@ def patch_grid(sides: Sides, patch_size: int) -> Sides:
     return rows, columns
 
 
+def check_stem(patch_size: int, channels: int, num_resolutions: int) -> None:
+    """UserError for a transformer's stem without channels, or without whole patches at its last resolution."""
+    factor = 2 ** max(num_resolutions - 1, 0)
+    if num_resolutions < 1 or patch_size % factor:
+        raise UserError(
+            f"patch size {patch_size} with {num_resolutions} resolutions of the stem: give 1 resolution or"
+            f" more, and a patch size that is a multiple of {factor}"
+        )
+    if num_resolutions > 1 and not channels:
+        raise UserError(f"a stem of {num_resolutions} resolutions needs channels; give stem channels, or 1")
+
+
 def attended(sizes: Sequence[Sides], wanted: Sequence[int | float]) -> list[bool]:
     """Whether each resolution is one of those that `wanted` names: see `NetworkConfig.attention_resolutions`.
 

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple, TypedDict, Unpack, cast
 import torch
 from torch import Tensor, nn
 
-from cdm_fast.config.size import ImageSize, Sides, patch_grid, patch_sides, sides_of
+from cdm_fast.config.size import ImageSize, Sides, check_stem, patch_grid, patch_sides, sides_of
 from cdm_fast.errors import UserError
 from cdm_fast.nn.blocks import ResnetBlock
 from cdm_fast.nn.heads import Conditioning, embedded_classes, noise_head
 from cdm_fast.nn.layers import Conv2d, Layer
 from cdm_fast.nn.network import AdjointNetwork
 from cdm_fast.nn.pool import EnergyPool
+from cdm_fast.nn.resample import Downsample
 from cdm_fast.nn.tokens import PatchEmbedding, SquaresPool, TokenPool, TransformerBlock, WidthRule
 from cdm_fast.nn.trunk import Stage, StageInputs, Trunk, check_input
 
@@ -37,6 +38,8 @@ class TransformerOptions(TypedDict, total=False):
     depth: int
     head_width: int
     stem_channels: int
+    stem_resolutions: int
+    stem_blocks: int
     dropout: float
     num_groups: int
 
@@ -54,6 +57,9 @@ class TransformerShape:
         head_width: channels of an attention head, a multiple of 4.
         stem_channels: channels of the convolutions at full resolution, a multiple of `num_groups`; 0 for
             patches of the image itself.
+        stem_resolutions: number of resolutions of the stem. Each after the first halves height and width and
+            doubles the channels; `patch_size` is a multiple of the last one's factor.
+        stem_blocks: residual blocks of each resolution of the stem.
         dropout: probability of zeroing an activation in every block, in [0, 1).
         num_groups: G of every GroupNorm.
 
@@ -68,6 +74,8 @@ class TransformerShape:
     depth: int = 9
     head_width: int = 64
     stem_channels: int = 64
+    stem_resolutions: int = 1
+    stem_blocks: int = 1
     dropout: float = 0.0
     num_groups: int = 32
 
@@ -89,6 +97,9 @@ class TransformerShape:
                 f"stem_channels {self.stem_channels} is not a multiple of num_groups {self.num_groups};"
                 " change one, or give 0"
             )
+        check_stem(self.patch_size, self.stem_channels, self.stem_resolutions)
+        if self.stem_blocks < 1:
+            raise UserError(f"stem_blocks is {self.stem_blocks}: it must be at least 1")
 
     @property
     def sides(self) -> Sides:
@@ -107,10 +118,34 @@ class TransformerShape:
         return [-(-self.depth * (i + 1) // count) for i in range(count)]
 
 
+class StemResolution(nn.Module):
+    """The convolutions of one resolution of the stem, and their pool.
+
+    Args:
+        shape: the sizes of the network.
+        index: 0 at full resolution; each further one halves height and width and doubles the channels.
+        embedding_width: E of the class embedding, or None.
+    """
+
+    def __init__(self, shape: TransformerShape, index: int, embedding_width: int | None) -> None:
+        super().__init__()
+        base, channels = shape.stem_channels, shape.stem_channels << index
+        before = channels
+        self.downsample: Downsample | None = None
+        if index:
+            before = channels // 2
+            self.downsample = Downsample(before, (shape.sides[0] > 1, shape.sides[1] > 1))
+        self.block = nn.ModuleList(
+            ResnetBlock(width, channels, shape.num_groups, shape.dropout, embedding_width)
+            for width in [before, *[channels] * (shape.stem_blocks - 1)]
+        )
+        self.pool = EnergyPool(channels, shape.num_groups, 2 * base, base)
+
+
 class Part(NamedTuple):
     """What runs up to one pool: a layer that changes the resolution, if any, and stages."""
 
-    entry: Conv2d | PatchEmbedding | None
+    entry: Conv2d | Downsample | PatchEmbedding | None
     stages: list[Stage]
     pool: EnergyPool | SquaresPool
 
@@ -128,6 +163,9 @@ class Transformer(Trunk, AdjointNetwork):
         depth: number of blocks, 9 by default.
         head_width: channels of an attention head, 64 by default.
         stem_channels: channels of the convolutions at full resolution, 64 by default; 0 for none.
+        stem_resolutions: number of resolutions of the stem, 1 by default; each after the first halves height
+            and width and doubles the channels.
+        stem_blocks: residual blocks of each resolution of the stem, 1 by default.
         dropout, num_groups: as in `UNet`.
 
     Raises:
@@ -185,9 +223,12 @@ class Transformer(Trunk, AdjointNetwork):
             return
         self.conv_in = Conv2d(shape.channels, stem, exact=True)
         self.squares = SquaresPool(stem)
-        self.stem = ResnetBlock(stem, stem, shape.num_groups, shape.dropout, self.embedding_width)
-        self.stem_pool = EnergyPool(stem, shape.num_groups, 2 * stem, stem)
-        self.patches = PatchEmbedding(stem, shape.width, patch)
+        self.stem = nn.ModuleList(
+            StemResolution(shape, index, self.embedding_width) for index in range(shape.stem_resolutions)
+        )
+        halvings = shape.stem_resolutions - 1
+        patch = max(1, patch[0] >> halvings), max(1, patch[1] >> halvings)
+        self.patches = PatchEmbedding(stem << halvings, shape.width, patch)
 
     def _parts(self) -> list[Part]:
         """From the image to the last block."""
@@ -195,7 +236,10 @@ class Transformer(Trunk, AdjointNetwork):
         parts = [Part(self.conv_in, [], self.squares)]
         entry: PatchEmbedding | None = None
         if shape.stem_channels:
-            parts.append(Part(None, [Stage([self.stem], self.recompute)], self.stem_pool))
+            for part in cast(Iterable[StemResolution], self.stem):
+                layers = cast(Iterable[Layer], part.block)
+                stages = [Stage([layer], self.recompute) for layer in layers]
+                parts.append(Part(part.downsample, stages, part.pool))
             entry = self.patches
         blocks = cast(list[Layer], list(self.blocks))
         for last, pool in zip(shape.pooled_depths, cast(Iterable[TokenPool], self.pool), strict=True):
