@@ -103,7 +103,7 @@ def patch_grid(sides: Sides, patch_size: int) -> Sides:
 
 
 def check_stem(patch_size: int, channels: int, num_resolutions: int) -> None:
-    """UserError for a transformer's stem without channels, or without whole patches at its last resolution."""
+    """UserError for a transformer's stem without channels or whole patches at its last resolution."""
     factor = 2 ** max(num_resolutions - 1, 0)
     if num_resolutions < 1 or patch_size % factor:
         raise UserError(
