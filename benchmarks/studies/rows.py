@@ -8,9 +8,12 @@ from typing import Any
 from benchmarks.support.environment import facts
 from cdm_fast.config import RunConfig
 from cdm_fast.errors import UserError
+from cdm_fast.host.allocator import keep_freed_memory
 from cdm_fast.runs.checkpoint import load_checkpoint, read_config
 from cdm_fast.training.prepare import config_to_resume
 from cdm_fast.training.train import resume, train
+
+keep_freed_memory()  # as the command line does
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

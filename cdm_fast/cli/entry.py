@@ -42,6 +42,7 @@ from cdm_fast.cli.streams import Lossy, OutputGone, open_standard_streams, writi
 from cdm_fast.config import preset
 from cdm_fast.config.json import finite
 from cdm_fast.errors import UserError
+from cdm_fast.host.allocator import keep_freed_memory
 from cdm_fast.host.processes import launched, starts_again
 
 
@@ -188,6 +189,7 @@ def _run(arguments: list[str]) -> int:
             from cdm_fast.cli.commands import run  # imports torch
 
             interruptible()
+            keep_freed_memory()
             outcome = run(command)
         with writing_result():
             print(json.dumps(finite(outcome.result)) if as_json else "\n".join(outcome.lines))
