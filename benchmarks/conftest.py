@@ -18,6 +18,7 @@ from benchmarks.support import results
 from benchmarks.support.environment import facts
 from benchmarks.support.networks import Models
 from benchmarks.support.timing import calls_per_round, comparison, seconds_per_call
+from cdm_fast.host.allocator import keep_freed_memory
 
 _lines: list[str] = []
 
@@ -32,6 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    keep_freed_memory()
     threads = config.getoption("--threads")
     if threads is not None:
         torch.set_num_threads(threads)
