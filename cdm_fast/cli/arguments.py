@@ -119,15 +119,18 @@ class Sample(WithCompile):
     """Run directory or hf:OWNER/NAME; or diffusers:PATH, another program's model."""
     num: int = 64
     """Number of images to draw."""
-    sampler: Sampler | CorrectedSampler = "ddim"
-    """Sampling algorithm. `mala` and `smc` correct the images at each level by Metropolis-adjusted moves,
-    which need log p(x)."""
+    sampler: Sampler | CorrectedSampler = "auto"
+    """Sampling algorithm. `auto` is `blind` for a CDM and `ddim` for other models. `blind` finds the noise of
+    each image by itself, where others suppose that of the step: cleaner images of a network that isn't
+    perfect. `mala` and `smc` correct the images at each level by Metropolis-adjusted moves, which need
+    log p(x)."""
     steps: int = 50
     """Number of noise levels to visit, at most T."""
     seed: int = 0
     """Seed of the noise; the same seed gives the same images."""
-    eta: float = 0.0
-    """Noise that ddim adds at each step: 0 for none, 1 for as much as ddpm."""
+    eta: float | None = None
+    """Noise that ddim and blind add at each step: 0 for none, 1 for as much as ddpm. By default 0 for ddim
+    and 1 for blind."""
     moves: int = 2
     """Moves at each level (mala and smc only)."""
     leapfrog: int = 1

@@ -4,6 +4,7 @@
 """
 
 import time
+from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from cdm_fast.plots.sheet import write_rows
 from cdm_fast.plots.training import write_acceptance
 from cdm_fast.runs.build import class_labels
 from cdm_fast.runs.checkpoint import read_config
-from cdm_fast.sampling import DDIM, SAMPLERS, MoveLog, Sampler, sample
+from cdm_fast.sampling import DDIM, SAMPLERS, Blind, MoveLog, Sampler, sample
 from cdm_fast.sampling.corrected import CORRECTED
 from cdm_fast.training.tuning import compile_network
 
@@ -39,6 +40,9 @@ def sample_command(command: arguments.Sample) -> Outcome:
     require_at_least("--batch-size", command.batch_size, 1)
     foreign = open_model(command.run, command.device) if is_foreign(command.run) else None
     config = read_config(command.run) if foreign is None else foreign.config
+    if command.sampler == "auto":
+        knows_levels = foreign is None and config.train.objective == "cdm" and command.between is None
+        command = replace(command, sampler="blind" if knows_levels else "ddim")
     name = f"samples-{command.sampler}-{command.steps}-{command.seed}.png"
     out = command.out or (command.run if foreign is None else foreign.folder) / name
     _check_classes(command, config)
@@ -167,7 +171,7 @@ def _sampler(command: arguments.Sample, log: MoveLog) -> Sampler:
     Raises UserError for an option of another sampler.
     """
     name, eta, leapfrog = command.sampler, command.eta, command.leapfrog
-    if eta and name != "ddim":
+    if eta is not None and name not in ("ddim", "blind"):
         raise UserError(f"eta is {eta}, but sampler {name!r} takes none: leave it out, or choose 'ddim'")
     if leapfrog != 1 and name not in CORRECTED:
         raise UserError(
@@ -175,7 +179,9 @@ def _sampler(command: arguments.Sample, log: MoveLog) -> Sampler:
         )
     if name in CORRECTED:
         return CORRECTED[name](command.moves, leapfrog, step_size=log.step_size or None)
-    return DDIM(eta) if name == "ddim" else SAMPLERS[name]
+    if eta is None:
+        return SAMPLERS[name]
+    return DDIM(eta) if name == "ddim" else Blind(eta)
 
 
 def _check_between(command: arguments.Sample, config: RunConfig, out: Path) -> None:

@@ -129,6 +129,8 @@ def _check_sampler(config: RunConfig) -> None:
             f"--sampling-steps is {output.sampling_steps}, more than the levels of --T {schedule.T};"
             " give fewer"
         )
+    if output.sampler == "blind" and config.train.objective != "cdm":
+        raise UserError(f"--sampler blind needs --objective cdm, not {config.train.objective}; give ddpm")
     if output.sampler == "euler_ot" and (schedule.schedule != "ot" or schedule.sigma_min):
         raise UserError(
             f"--sampler euler_ot needs --schedule ot without --sigma-min, not {schedule.schedule} with"

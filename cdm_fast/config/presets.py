@@ -43,7 +43,7 @@ PRESETS: dict[str, RunConfig] = {
             ce_weight=0.01,
             dropout_until=0.9,
         ),
-        output=OutputConfig(evaluate_every=250, num_samples=80, sampler="ddpm", sampling_steps=100),
+        output=OutputConfig(evaluate_every=250, num_samples=80, sampling_steps=100),
     ),
     "fashion-mnist": RunConfig(
         data=DataConfig(source="data/fashion-mnist"),
@@ -72,7 +72,6 @@ PRESETS: dict[str, RunConfig] = {
             evaluate_every=1000,
             draws=1,
             num_samples=80,
-            sampler="ddpm",
             sampling_steps=100,
         ),
     ),

@@ -269,8 +269,9 @@ class OutputConfig:
     """Dequantisation draws of the final likelihood."""
     num_samples: int = 64
     """Number of images in the sample grid."""
-    sampler: Sampler = "ddim"
-    """Sampler of the sample grid."""
+    sampler: Sampler = "auto"
+    """Sampler of the sample grid: `auto` is `blind` for a CDM, which finds the noise of each image by itself,
+    and `ddim` for a DDM."""
     sampling_steps: int = 50
     """Number of noise levels that this sampler visits, at most T."""
     guidance: float = 1.0

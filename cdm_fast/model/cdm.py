@@ -15,7 +15,7 @@ from cdm_fast.model.schedule import NoiseSchedule
 from cdm_fast.nn import AdjointNetwork
 from cdm_fast.nn.autograd import AutogradNetwork
 from cdm_fast.nn.embedding import check_labels
-from cdm_fast.nn.heads import Conditioning, logits_at
+from cdm_fast.nn.heads import Conditioning, Level, logits_at
 from cdm_fast.ops import denoise_epilogue, denoise_x0, level_logits, noise_level_ce
 
 # With this many classes or more, training never holds all joint logits at once
@@ -165,9 +165,12 @@ class CDM(Energy):
         return self._adjoint_network.ratio_gradient(x, level, label, guidance)
 
     def logits_and_ratio_gradient(
-        self, x: Tensor, level: Tensor, label: Tensor | None = None, guidance: float = 0.0
+        self, x: Tensor, level: Level, label: Tensor | None = None, guidance: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """`(logits(x), grad_x F(x, level) like x)` from one evaluation; `guidance` for joint logits only."""
+        """`(logits(x), grad_x F(x, level) like x)` from one evaluation; `guidance` for joint logits only.
+
+        `level` is (B,) int64, or a function of the logits that chooses it.
+        """
         return self._adjoint_network.logits_and_ratio_gradient(x, level, label, guidance)
 
     def cross_entropy_and_ratio_gradient(
@@ -209,6 +212,42 @@ class CDM(Energy):
     def _eps_hat(self, x: Tensor, level: int | Tensor, label: Tensor | None, guidance: float = 0.0) -> Tensor:
         level = self.schedule.levels(level, x)
         return denoise_epilogue(self.ratio_gradient(x, level, label, guidance), x, self.s[level].to(x.dtype))
+
+    def denoise_at_own_level(
+        self,
+        x: Tensor,
+        level: int,
+        label: Tensor | None = None,
+        guidance: float = 0.0,
+        credibility: float = 0.5,
+    ) -> tuple[Tensor, Tensor]:
+        """The credible level of each x nearest to `level`, (B,) int64, and `eps_hat` there, like `x`.
+
+        The central `credibility` of `p(t|x)` among levels 1..T, all equally likely before, is credible. Both
+        come from one evaluation, unless `guidance` is that of a class embedding.
+
+        Args:
+            x: (B, ...).
+            level: 1..T, that of every x if it is credible.
+            label: (B,) int64, or None.
+            guidance: w of `guided_denoise`, which needs a label.
+            credibility: 0..1; 0 for the median of `p(t|x)`.
+        """
+
+        def nearest(logits: Tensor) -> Tensor:
+            log_prob = self._of_levels(logits, label) - self.log_level_prior.to(logits.dtype)
+            posterior, outside = log_prob[:, 1:-1].double().softmax(1), (1 - credibility) / 2
+            first = 1 + (posterior.cumsum(1) < outside).sum(1)
+            last = self.schedule.T - (posterior.flip(1).cumsum(1) < outside).sum(1)
+            return torch.full_like(first, level).clamp(first, last)
+
+        if guidance and self.conditioning == "embedding":
+            assert label is not None
+            own = nearest(self.logits(x, label))
+            return own, self.guided_denoise(x, own, label, guidance)
+        logits, grad_x = self.logits_and_ratio_gradient(x, nearest, label, guidance)
+        own = nearest(logits)
+        return own, denoise_epilogue(grad_x, x, self.s[own].to(x.dtype))
 
     def predict_x0(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
         """`x0_hat = (x - s eps_hat) / a`, like `x`; arguments and errors as in `Denoiser.predict_x0`."""

@@ -45,14 +45,16 @@ class OfClass(Wrapper[CDM], Energy):
         self, x: Tensor, level: int | Tensor, label: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """As in `Energy`, for the fixed class. Raises UserError for a label."""
-        return self.model.log_prob_levels_and_score(x, level, self._label(x, label))
+        refuse_label(label)
+        return self.model.log_prob_levels_and_score(x, level, self.labels(x))
 
     def log_prob_levels(self, x: Tensor, *, label: Tensor | None = None) -> Tensor:
         """`log p_t(x|c)` of the fixed class in nats at every level, (B, L). Raises UserError for a label."""
-        return self.model.log_prob_levels(x, label=self._label(x, label))
-
-    def _label(self, x: Tensor, label: Tensor | None) -> Tensor:
         refuse_label(label)
+        return self.model.log_prob_levels(x, label=self.labels(x))
+
+    def labels(self, x: Tensor) -> Tensor:
+        """The class of each image of x, (B,) int64."""
         return torch.full((len(x),), self.label, device=x.device)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cdm_fast.nn.heads import ClassHead, Conditioning, CumulativeHead, PlainHead
+from cdm_fast.nn.heads import ClassHead, Conditioning, CumulativeHead, Level, PlainHead
 
 
 class AdjointNetwork(nn.Module):
@@ -50,13 +50,17 @@ class AdjointNetwork(nn.Module):
         return self.adjoint(residuals, head.cotangent(h, head.cumulated(), level, label, guidance))
 
     def logits_and_ratio_gradient(
-        self, x: Tensor, level: Tensor, label: Tensor | None = None, guidance: float = 0.0
+        self, x: Tensor, level: Level, label: Tensor | None = None, guidance: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """Logits (B, N) and `ratio_gradient` from one evaluation of the features; the same arguments."""
+        """Logits (B, N) and `ratio_gradient` from one evaluation of the features; the same arguments.
+
+        `level` may also be a function that chooses the levels by the logits.
+        """
         head = self.linear_layer
         h, residuals = self._features(x, label)
         cumulated = head.cumulated()
         logits = head.logits(h, *cumulated)
+        level = level(logits) if callable(level) else level
         cotangent = head.cotangent(h, cumulated, level, label, guidance, head.pick(logits, level))
         return logits, self.adjoint(residuals, cotangent)
 

@@ -18,6 +18,7 @@ from cdm_fast.model import Denoiser, Energy, any_parameter, evaluation_mode
 from cdm_fast.model.conditioned import Guided, GuidedEnergy
 from cdm_fast.model.schedule import NoiseSchedule, Spacing
 from cdm_fast.nn.working import cast_weights
+from cdm_fast.sampling.blind import Blind, knows_levels
 from cdm_fast.sampling.corrected import MALA, SMC
 from cdm_fast.sampling.noise import ImageNoise
 from cdm_fast.sampling.plain import DDIM, Plain, ddpm, dpm_solver_pp_2m, euler_ot, heun
@@ -29,6 +30,7 @@ SAMPLERS: dict[str, Sampler] = {
     "dpm_solver_pp_2m": Plain("dpm_solver_pp_2m", dpm_solver_pp_2m, "log_snr"),
     "heun": Plain("heun", heun, "log_snr"),
     "euler_ot": Plain("euler_ot", euler_ot),
+    "blind": Blind(),
     "mala": MALA(),
     "smc": SMC(),
 }
@@ -59,7 +61,8 @@ def sample(
     Args:
         model: a `CDM`, a `DDM`, or anything built from them: compositions, `Guided`, `Posterior`, ...
         num: number of images, 0 or more.
-        sampler: a name of `SAMPLERS`, or a sampler with options, such as `DDIM(eta=1.0)` or `MALA(moves=4)`.
+        sampler: a name of `SAMPLERS`, a sampler with options, such as `DDIM(eta=1.0)` or `MALA(moves=4)`, or
+            "auto", for which see `automatic`.
         steps: the number of steps, 1..T, with the spacing that suits the sampler; or the levels to visit,
             falling from T to 0, such as `model.schedule.grid(20, "log_snr")`.
         seed: 0..2^64 - 1.
@@ -83,7 +86,7 @@ def sample(
     9
     0
     """
-    sampler = _sampler(sampler, precision)
+    sampler = _sampler(automatic(model) if sampler == "auto" else sampler, precision)
     shape = _image_shape(model, shape)
     check_range("num", num, 0, bits=32)
     check_range("first", first, 0, bits=32)
@@ -105,6 +108,11 @@ def sample(
             label_b = None if labels is None else labels[batch]
             images.append(run(model, noise(), noise, grid, label_b, callback=callback))
     return gather_rows(torch.cat(images), num)
+
+
+def automatic(model: Denoiser) -> str:
+    """The sampler that "auto" stands for: "blind" if the model knows the noise of an image, else "ddim"."""
+    return "blind" if knows_levels(model) else "ddim"
 
 
 def _sampler(sampler: str | Sampler, precision: str) -> Sampler:

@@ -24,7 +24,7 @@ from cdm_fast.plots.training import write_calibration, write_confusion, write_le
 from cdm_fast.runs.build import class_labels
 from cdm_fast.runs.data import run_data
 from cdm_fast.runs.reports import write_report
-from cdm_fast.sampling import sample
+from cdm_fast.sampling import automatic, sample
 from cdm_fast.training.log import read_log
 from cdm_fast.training.validation import check_levels, num_rows
 
@@ -36,16 +36,17 @@ def write_samples(model: CDM | DDM, config: RunConfig, run: Path) -> None:
     output = config.output
     labels = class_labels(config, output.num_samples)
     guidance = 0.0 if labels is None else output.guidance
+    sampler = automatic(model) if output.sampler == "auto" else output.sampler
     images = sample(
         model,
         output.num_samples,
-        output.sampler,
+        sampler,
         output.sampling_steps,
         seed=0,
         label=labels,
         guidance=guidance,
     )
-    title = f"{output.sampler}, {output.sampling_steps} steps, guidance {guidance:g}"
+    title = f"{sampler}, {output.sampling_steps} steps, guidance {guidance:g}"
     shown = displayable(images, config.image.num_grey_levels, config.data.pixels)
     write_sheet(shown, labels, run / "samples.png", title)
 

@@ -1,0 +1,165 @@
+"""Samples of labelled runs beside real images, by sampler: docs/measurements/sampling.md.
+
+    python -m benchmarks.studies.sample_quality measure NAME=RUN [NAME=RUN ...] [--num 2000]
+    python -m benchmarks.studies.sample_quality show          # results/sample_quality.jsonl as a table
+    python -m benchmarks.studies.sample_quality sheet NAME=RUN [NAME=RUN ...] --out PICTURE.png
+
+Each row compares samples, as many of each class, with 10,000 training images of the run:
+
+- speckle: the mean absolute difference of neighbouring pixels, over that of as many test images; 1 is ideal;
+- agreement: how often a random forest, trained on the real images, names the class that was asked for, and
+  for test images how often it is right;
+- Frechet: the Frechet distance of the first 50 principal components;
+- variance: of these components, over that of real images.
+
+A CDM is drawn by `ddpm` and `blind`, a DDM by `ddpm`. `sheet` draws a row of each class, by `blind` for a CDM
+and by `ddpm` for a DDM.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.decomposition import PCA
+from sklearn.ensemble import RandomForestClassifier
+from torch import Tensor
+
+from benchmarks.studies.rows import add_row, has_row, read_rows
+from cdm_fast import load, sample
+from cdm_fast.data import ImageData
+from cdm_fast.data.pixels import displayable
+from cdm_fast.evaluation.quality import frechet_distance
+from cdm_fast.host.progress import to_stderr
+from cdm_fast.model import Denoiser
+from cdm_fast.runs.checkpoint import load_checkpoint, read_config
+from cdm_fast.runs.data import run_data
+from cdm_fast.sampling.blind import knows_levels
+
+RESULTS = Path(__file__).parents[1] / "results" / "sample_quality.jsonl"
+REAL, COMPONENTS, TREES, STEPS = 10_000, 50, 100, 50
+GUIDANCE = (0.0, 1.0)
+COLUMNS = 12  # images of a class on a sheet
+
+
+def unit(data: ImageData, num: int) -> Tensor:
+    """The first images of a split in [-1, 1], (num, C, H, W)."""
+    return 2 * data.images[:num].float() / (data.num_grey_levels - 1) - 1
+
+
+def total_variation(x: Tensor) -> float:
+    """Mean absolute difference of neighbouring pixels, down and across."""
+    return float(x.diff(dim=2).abs().mean() + x.diff(dim=3).abs().mean())
+
+
+class RealImages:
+    """What samples of a run are compared with.
+
+    Args:
+        run: a labelled run.
+        num: number of samples and of test images.
+    """
+
+    def __init__(self, run: Path, num: int) -> None:
+        config = read_config(run)
+        train, test = run_data(config, "train"), run_data(config, "test")
+        assert train.labels is not None and test.labels is not None
+        rows = unit(train, REAL).flatten(1).numpy()
+        self.forest = RandomForestClassifier(TREES, random_state=0).fit(rows, train.labels[:REAL].numpy())
+        self.pca = PCA(min(COMPONENTS, rows.shape[1]), random_state=0).fit(rows)
+        self.components = self._components(rows)
+        self.test, self.test_labels = unit(test, num), test.labels[:num]
+        self.grey_levels = train.num_grey_levels
+
+    def _components(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(self.pca.transform(rows)).double()
+
+    def compared(self, x: Tensor, label: Tensor) -> dict[str, float]:
+        """The figures of images x (B, C, H, W) in [-1, 1] of these classes."""
+        rows = x.flatten(1).numpy()
+        components = self._components(rows)
+        return {
+            "speckle": total_variation(x) / total_variation(self.test),
+            "agreement": float((self.forest.predict(rows) == label.numpy()).mean()),
+            "frechet": frechet_distance(components, self.components),
+            "variance": float(components.var(0).sum() / self.components.var(0).sum()),
+        }
+
+
+def drawn(model: Denoiser, num: int, classes: int, sampler: str, guidance: float) -> tuple[Tensor, Tensor]:
+    """Samples in [-1, 1] on the grid of pixels, and their classes in turn."""
+    label = torch.arange(num) % classes
+    return sample(model, num, sampler, STEPS, label=label, guidance=guidance).clamp(-1, 1), label
+
+
+def measurements(name: str, run: Path, num: int) -> Iterator[dict[str, Any]]:
+    """The rows of a run that the file lacks."""
+    model, config, real = load(run), read_config(run), RealImages(run, num)
+    assert isinstance(model, Denoiser) and config.image.num_classes is not None
+    seconds = load_checkpoint(run, ()).state["seconds"]
+    samplers = [None, "ddpm", *(["blind"] if knows_levels(model) else [])]
+    for sampler in samplers:
+        for guidance in GUIDANCE if sampler else (0.0,):
+            key = {"name": name, "sampler": sampler, "guidance": guidance, "num": num}
+            if has_row(RESULTS, key):
+                continue
+            to_stderr(f"{name}: {sampler}, guidance {guidance:g}")
+            x, label = real.test, real.test_labels
+            if sampler:
+                x, label = drawn(model, num, config.image.num_classes, sampler, guidance)
+            yield {**key, "steps": STEPS, "train_seconds": seconds, **real.compared(x, label)}
+
+
+def show() -> str:
+    """The rows as a table in Markdown."""
+    lines = ["| run | sampler | guidance | speckle | agreement, % | Frechet | variance |", "|---" * 7 + "|"]
+    for row in read_rows(RESULTS):
+        sampler = row["sampler"] or "test images"
+        figures = f"{row['speckle']:.2f} | {100 * row['agreement']:.1f} | {row['frechet']:.1f}"
+        lines.append(
+            f"| {row['name']} | {sampler} | {row['guidance']:g} | {figures} | {row['variance']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def write_sheet(runs: dict[str, Path], out: Path) -> None:
+    """A row for each class, the runs side by side under their names."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6 * len(runs), 5.3), layout="constrained")
+    for axes, (name, run) in zip(np.atleast_1d(figure.subplots(1, len(runs))), runs.items(), strict=True):
+        model, config = load(run), read_config(run)
+        assert isinstance(model, Denoiser) and config.image.num_classes is not None
+        classes = config.image.num_classes
+        sampler = "blind" if knows_levels(model) else "ddpm"
+        x, _ = drawn(model, classes * COLUMNS, classes, sampler, 1.0)
+        pixels = displayable(x, config.image.num_grey_levels, config.data.pixels)[:, 0]
+        rows = pixels.unflatten(0, (COLUMNS, classes)).permute(1, 2, 0, 3)
+        axes.imshow(rows.flatten(2).flatten(0, 1).numpy(), cmap="gray", vmin=0, vmax=255)
+        axes.set_title(name)
+        axes.set_axis_off()
+    figure.savefig(out, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("what", choices=("measure", "show", "sheet"))
+    parser.add_argument("runs", nargs="*", metavar="NAME=RUN")
+    parser.add_argument("--num", type=int, default=2000, help="samples of each row")
+    parser.add_argument("--out", type=Path, default=Path("samples.png"))
+    options = parser.parse_args()
+    runs = {name: Path(run) for name, run in (each.split("=", 1) for each in options.runs)}
+    if options.what == "show":
+        print(show())
+    elif options.what == "sheet":
+        write_sheet(runs, options.out)
+    else:
+        for name, run in runs.items():
+            for row in measurements(name, run, options.num):
+                print(add_row(RESULTS, row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
