@@ -184,8 +184,8 @@ def test_sample_npz_is_a_data_source(trained, tmp_path):
 def test_sample_goes_into_the_run_directory_by_default(trained):
     out, _ = trained
     result = call_json("sample", out, "--num", "4", "--steps", "2")
-    assert result["out"] == str(out / "samples-ddim-2-0.png")
-    assert (out / "samples-ddim-2-0.png").exists()
+    assert result["out"] == str(out / "samples-blind-2-0.png")
+    assert (out / "samples-blind-2-0.png").exists()
 
 
 def test_corrected_samples_tell_their_acceptance(trained, tmp_path):

@@ -40,7 +40,7 @@ def test_presets_are_valid_and_survive_json(name):
 
 def test_choices_on_the_command_line_are_those_that_exist():
     assert get_args(Preset) == tuple(PRESETS)
-    assert set(get_args(Sampler)) == set(SAMPLERS) - set(CORRECTED)
+    assert set(get_args(Sampler)) == {"auto", *SAMPLERS} - set(CORRECTED)
     assert set(get_args(CorrectedSampler)) == set(CORRECTED)
     assert set(get_args(ScheduleConfig.__annotations__["schedule"])) == set(SCHEDULES)
 
@@ -128,6 +128,10 @@ def test_the_papers_presets_are_the_public_configuration(name):
         (changed("network", head_rank=-1), "--head-rank is -1"),
         (changed("output", keep=0), "--keep is 0"),
         (changed("output", sampling_steps=201), "--sampling-steps is 201, more than the levels of --T 200"),
+        (
+            replace(changed("output", sampler="blind"), train=TrainConfig(objective="ddm")),
+            "--sampler blind needs --objective cdm, not ddm; give ddpm",
+        ),
         (changed("output", sampler="euler_ot"), "--sampler euler_ot needs --schedule ot"),
     ],
     ids=lambda value: None if isinstance(value, RunConfig) else value[:30],

@@ -52,7 +52,7 @@ print(sorted(path.name for path in run.iterdir()))
 # trains with class labels, so a label chooses the digit.
 
 # %%
-images = sample(model, 16, sampler="ddpm", steps=50, seed=0, label=3)
+images = sample(model, 16, sampler="blind", steps=50, seed=0, label=3)
 write_grid(images, run / "threes.png")
 print(images.shape)
 
