@@ -51,6 +51,7 @@ from cdm_fast.report.blocks import (
 )
 from cdm_fast.runs.checkpoint import load_checkpoint
 from cdm_fast.runs.reports import KEPT_LIMIT, figure_text, read_report
+from cdm_fast.sampling import automatic
 from cdm_fast.sampling.corrected import MALA
 from cdm_fast.sampling.restoration import Known, restore
 from cdm_fast.training.log import read_log
@@ -227,7 +228,9 @@ def _samples(source: Source) -> list[Block]:
     if not path.is_file():
         return [Missing("Samples", "the run keeps no samples", source.command("sample", "--out", str(path)))]
     content = read_bytes(path, KEPT_LIMIT, source.run)
-    return [Picture("Samples", png_source(content), plot=False, note=source.config.output.sampler)]
+    sampler = source.config.output.sampler
+    name = automatic(source.model) if sampler == "auto" else sampler
+    return [Picture("Samples", png_source(content), plot=False, note=name)]
 
 
 def _training(source: Source) -> list[Block]:
