@@ -8,8 +8,8 @@ from cdm_fast import CDM, DDM, MLP, MLPDenoiser, NoiseSchedule, UserError
 from cdm_fast.model.conditioned import Guided, OfClass
 from cdm_fast.sampling import DDIM, Blind, automatic, blind, sample
 
-SCHEDULE = NoiseSchedule.uniform(T=60)
-DIM = 200
+SCHEDULE = NoiseSchedule.uniform(T=40)
+DIM = 80
 
 
 def gaussian():
@@ -32,10 +32,10 @@ class Imperfect(CDM):
         return super().logits_and_ratio_gradient(x, lambda z: self._less(level(z)), label, guidance)
 
 
-def drawn(kind, sampler, num=400):
+def drawn(kind, sampler, num=200):
     density = gaussian()
     model = kind(ExactNetwork(density, SCHEDULE), SCHEDULE, input_shape=(DIM,)).double()
-    return density, sample(model, num, sampler, steps=60, seed=1, shape=(DIM,)).double()
+    return density, sample(model, num, sampler, steps=40, seed=1, shape=(DIM,)).double()
 
 
 def excess(density, x):
@@ -52,9 +52,13 @@ def test_draws_of_an_exact_model_have_the_mean_and_variance_of_the_data():
 
 
 def test_noise_that_an_imperfect_model_mistakes_is_found_at_the_next_step():
-    of_ddpm, of_blind = (abs(excess(*drawn(Imperfect, sampler))) for sampler in ("ddpm", Blind()))
-    assert of_ddpm > 0.2
-    assert of_blind < of_ddpm / 3
+    """What the imperfection does to the variance of the draws."""
+    of_ddpm, of_blind = (
+        abs(excess(*drawn(Imperfect, sampler)) - excess(*drawn(CDM, sampler)))
+        for sampler in ("ddpm", Blind())
+    )
+    assert of_ddpm > 0.1
+    assert of_blind < of_ddpm / 4
 
 
 def test_an_image_is_denoised_at_its_own_level_whatever_the_grid_says():
@@ -62,10 +66,10 @@ def test_an_image_is_denoised_at_its_own_level_whatever_the_grid_says():
     model = CDM(ExactNetwork(density, SCHEDULE), SCHEDULE).double()
     generator = torch.Generator().manual_seed(2)
     x0, eps = density.sample(8, generator), torch.randn(8, DIM, dtype=torch.float64, generator=generator)
-    x = SCHEDULE.noise(x0, torch.full((8,), 40), eps)
-    level, _ = model.denoise_at_own_level(x, 25)
-    assert bool(((level - 40).abs() <= 4).all())
-    last = blind(model, x, None, [25, 0])
+    x = SCHEDULE.noise(x0, torch.full((8,), 27), eps)
+    level, _ = model.denoise_at_own_level(x, 15)
+    assert bool(((level >= 20) & (level <= 27)).all())  # the nearest to 15 that is credible
+    last = blind(model, x, None, [15, 0])
     torch.testing.assert_close(last, model.predict_x0(x, level))
 
 
@@ -80,15 +84,12 @@ def test_the_level_is_the_nearest_that_is_credible():
     model, x = joint_model().double(), torch.randn(6, 5, dtype=torch.float64)
     posterior = model.log_prob_levels(x)[:, 1:-1].softmax(1).detach()
     for credibility in (0.0, 0.5, 0.9):
-        for level in (1, 20, 60):
+        for level in (1, 20, 40):
             own, _ = model.denoise_at_own_level(x, level, credibility=credibility)
             for p, found in zip(posterior, own.tolist(), strict=True):
-                below, above = float(p[: found - 1].sum()), float(p[found:].sum())
-                outside = (1 - credibility) / 2
-                assert below <= outside + 1e-9 or found <= level
-                assert above <= outside + 1e-9 or found >= level
-                if found != level:  # one level nearer would leave too much on the other side
-                    assert below + p[found - 1] >= outside - 1e-9 and above + p[found - 1] >= outside - 1e-9
+                tails = [(float(p[: k + 1].sum()), float(p[k:].sum())) for k in range(len(p))]
+                credible = [k + 1 for k, both in enumerate(tails) if min(both) >= (1 - credibility) / 2]
+                assert found == min(credible, key=lambda k: abs(k - level))
 
 
 @pytest.mark.parametrize("labelled", [False, True], ids=["unlabelled", "labelled"])
@@ -103,9 +104,10 @@ def test_level_and_noise_of_one_evaluation_are_those_of_two(conditioning, labell
     model = CDM(network, SCHEDULE, level_prior=torch.rand(SCHEDULE.num_levels) + 0.1).double()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_()
-    x, label = torch.randn(7, 5, dtype=torch.float64), torch.arange(7) % 3 if labelled else None
-    level, eps_hat = model.denoise_at_own_level(x, 30, label, guidance, credibility=0.0)
+            parameter.normal_(std=0.3)
+    x = torch.linspace(0.1, 10, 7, dtype=torch.float64)[:, None] * torch.randn(7, 5, dtype=torch.float64)
+    label = torch.arange(7) % 3 if labelled else None
+    level, eps_hat = model.denoise_at_own_level(x, 20, label, guidance, credibility=0.0)
     assert len(level.unique()) > 1
     expected = model.guided_denoise(x, level, label, guidance) if guidance else model.denoise(x, level, label)
     torch.testing.assert_close(eps_hat, expected)

@@ -1,9 +1,9 @@
-"""One evaluation or training step at a time in a process of its own, whose C library keeps or returns memory.
+"""Evaluations and training steps in a process of its own, whose C library keeps or returns freed memory.
 
-    python -m benchmarks.support.allocator step|log-prob|denoise kept|returned [--small]
+    python -m benchmarks.support.allocator kept|returned [--small]
 
-runs one for each line of standard input and answers with a line. `Worker` starts it: how memory is returned
-cannot be changed back within a process.
+reads names of tasks from standard input, a line each, and answers each with a line. `Worker` starts it: how
+memory is returned cannot be changed back within a process.
 """
 
 import subprocess
@@ -22,16 +22,21 @@ TASKS = ("step", "log-prob", "denoise")
 
 
 class Worker:
-    """A process that does one task when it is called."""
+    """A process that does tasks when it is told.
 
-    def __init__(self, task: str, memory: str, small: bool) -> None:
-        command = [sys.executable, "-m", __name__, task, memory, *(["--small"] if small else [])]
+    Args:
+        memory: "kept" or "returned".
+        small: a tiny network.
+    """
+
+    def __init__(self, memory: str, small: bool) -> None:
+        command = [sys.executable, "-m", __name__, memory, *(["--small"] if small else [])]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def __call__(self) -> float:
+    def do(self, task: str) -> float:
         """Does the task once; the sum of its result."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        print(file=self._process.stdin, flush=True)
+        print(task, file=self._process.stdin, flush=True)
         return float(self._process.stdout.readline())
 
     def close(self) -> None:
@@ -39,24 +44,22 @@ class Worker:
         self._process.communicate()
 
 
-def task_of(name: str, small: bool) -> Callable[[], Any]:
-    """What a worker repeats, on noise; its result is a tensor."""
+def tasks(small: bool) -> dict[str, Callable[[], Any]]:
+    """What a worker can do, on noise; results are tensors."""
     torch.manual_seed(0)
     whole = WholeStep(small, torch.device("cpu"), config=None if small else preset(PRESET))
-    if name == "step":
-        return whole.step
-    model, x = whole.state.model.eval(), torch.randn(BATCH_SIZE, *whole.shape[1:])
+    model, x = whole.state.model, torch.randn(BATCH_SIZE, *whole.shape[1:])
     level = torch.arange(BATCH_SIZE) % model.schedule.num_levels
-    return lambda: model.log_prob(x) if name == "log-prob" else model.denoise(x, level)
+    found = whole.step, lambda: model.log_prob(x), lambda: model.denoise(x, level)
+    return dict(zip(TASKS, found, strict=True))
 
 
 def main() -> None:
-    name, memory = sys.argv[1:3]
-    if memory == "kept":
+    if sys.argv[1] == "kept":
         assert keep_freed_memory()
-    task = task_of(name, "--small" in sys.argv)
-    for _ in sys.stdin:
-        print(float(task().detach().sum()), flush=True)
+    known = tasks("--small" in sys.argv)
+    for line in sys.stdin:
+        print(float(known[line.strip()]().detach().sum()), flush=True)
 
 
 if __name__ == "__main__":
