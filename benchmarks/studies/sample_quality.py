@@ -41,7 +41,7 @@ from cdm_fast.sampling.blind import knows_levels
 RESULTS = Path(__file__).parents[1] / "results" / "sample_quality.jsonl"
 REAL, COMPONENTS, TREES, STEPS = 10_000, 50, 100, 50
 GUIDANCE = (0.0, 1.0)
-COLUMNS = 12  # images of a class on a sheet
+COLUMNS = 10  # images of a class on a sheet
 
 
 def unit(data: ImageData, num: int) -> Tensor:
@@ -117,7 +117,7 @@ def show() -> str:
     lines = ["| run | sampler | guidance | speckle | agreement, % | Frechet | variance |", "|---" * 7 + "|"]
     for row in read_rows(RESULTS):
         sampler = row["sampler"] or "test images"
-        figures = f"{row['speckle']:.2f} | {100 * row['agreement']:.1f} | {row['frechet']:.1f}"
+        figures = f"{row['speckle']:.2f} | {100 * row['agreement']:.1f} | {row['frechet']:.3g}"
         lines.append(
             f"| {row['name']} | {sampler} | {row['guidance']:g} | {figures} | {row['variance']:.2f} |"
         )
@@ -140,7 +140,7 @@ def write_sheet(runs: dict[str, Path], out: Path) -> None:
         axes.imshow(rows.flatten(2).flatten(0, 1).numpy(), cmap="gray", vmin=0, vmax=255)
         axes.set_title(name)
         axes.set_axis_off()
-    figure.savefig(out, dpi=110)
+    figure.savefig(out, dpi=90)
 
 
 def main() -> None:
