@@ -12,12 +12,13 @@ from cdm_fast.host.optional import need
 ROOT = Path(__file__).parents[1]
 OPTIONAL = ("tyro", "rich", "PIL", "matplotlib", "sklearn", "scipy")
 COMMAND_LINE = ("cdm_fast.cli.entry", "cdm_fast.cli.help")
-# The estimators derive from scikit-learn's classes.
+# The estimators derive from scikit-learn's classes; samples are judged by its forest.
 STUDIES = (
     "density_tables",
     "held_out_density",
     "information_tasks",
     "outlier_tables",
+    "sample_quality",
     "table_sets",
     "two_sample_tests",
 )
