@@ -6,7 +6,7 @@ import torch
 from benchmarks.support.analytic import ExactNetwork, GaussianMixture
 from cdm_fast import CDM, DDM, MLP, MLPDenoiser, NoiseSchedule, UserError
 from cdm_fast.model.conditioned import Guided, OfClass
-from cdm_fast.sampling import DDIM, Blind, automatic, blind, sample
+from cdm_fast.sampling import DDIM, Blind, blind, sample, sampler_name
 
 SCHEDULE = NoiseSchedule.uniform(T=40)
 DIM = 80
@@ -28,8 +28,9 @@ class Imperfect(CDM):
     def ratio_gradient(self, x, level, label=None, guidance=0.0):
         return super().ratio_gradient(x, self._less(level), label, guidance)
 
-    def logits_and_ratio_gradient(self, x, level, label=None, guidance=0.0):
-        return super().logits_and_ratio_gradient(x, lambda z: self._less(level(z)), label, guidance)
+    def logits_and_gradient_at(self, x, label=None, guidance=0.0):
+        logits, gradient = super().logits_and_gradient_at(x, label, guidance)
+        return logits, lambda level: gradient(self._less(level))
 
 
 def drawn(kind, sampler, num=200):
@@ -135,8 +136,10 @@ def test_guidance_changes_the_draws():
 
 def test_auto_is_blind_where_the_model_knows_its_levels():
     model, ddm = joint_model(), DDM(MLPDenoiser(5, hidden=8, num_classes=3), SCHEDULE)
-    assert [automatic(each) for each in (model, OfClass(model, 0), Guided(model, 1.0))] == ["blind"] * 3
-    assert automatic(ddm) == automatic(Guided(ddm, 1.0)) == "ddim"
+    assert [sampler_name("auto", each) for each in (model, OfClass(model, 0), Guided(model, 1.0))] == [
+        "blind"
+    ] * 3
+    assert sampler_name("auto", ddm) == sampler_name("auto", Guided(ddm, 1.0)) == "ddim"
     torch.testing.assert_close(sample(ddm, 3, "auto", steps=5), sample(ddm, 3, DDIM(), steps=5))
     torch.testing.assert_close(sample(model, 3, "auto", steps=5), sample(model, 3, Blind(), steps=5))
 

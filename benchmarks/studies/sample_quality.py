@@ -30,7 +30,7 @@ from torch import Tensor
 from benchmarks.studies.rows import add_row, has_row, read_rows
 from cdm_fast import load, sample
 from cdm_fast.data import ImageData
-from cdm_fast.data.pixels import displayable
+from cdm_fast.data.pixels import displayable, to_points
 from cdm_fast.evaluation.quality import frechet_distance
 from cdm_fast.host.progress import to_stderr
 from cdm_fast.model import Denoiser
@@ -46,7 +46,7 @@ COLUMNS = 10  # images of a class on a sheet
 
 def unit(data: ImageData, num: int) -> Tensor:
     """The first images of a split in [-1, 1], (num, C, H, W)."""
-    return 2 * data.images[:num].float() / (data.num_grey_levels - 1) - 1
+    return to_points(data.images[:num], data.num_grey_levels)
 
 
 def total_variation(x: Tensor) -> float:
@@ -71,7 +71,6 @@ class RealImages:
         self.pca = PCA(min(COMPONENTS, rows.shape[1]), random_state=0).fit(rows)
         self.components = self._components(rows)
         self.test, self.test_labels = unit(test, num), test.labels[:num]
-        self.grey_levels = train.num_grey_levels
 
     def _components(self, rows: np.ndarray) -> Tensor:
         return torch.from_numpy(self.pca.transform(rows)).double()
@@ -89,7 +88,7 @@ class RealImages:
 
 
 def drawn(model: Denoiser, num: int, classes: int, sampler: str, guidance: float) -> tuple[Tensor, Tensor]:
-    """Samples in [-1, 1] on the grid of pixels, and their classes in turn."""
+    """Samples, clipped to [-1, 1], and their classes in turn."""
     label = torch.arange(num) % classes
     return sample(model, num, sampler, STEPS, label=label, guidance=guidance).clamp(-1, 1), label
 

@@ -15,7 +15,7 @@ from cdm_fast.model.schedule import NoiseSchedule
 from cdm_fast.nn import AdjointNetwork
 from cdm_fast.nn.autograd import AutogradNetwork
 from cdm_fast.nn.embedding import check_labels
-from cdm_fast.nn.heads import Conditioning, Level, logits_at
+from cdm_fast.nn.heads import Conditioning, logits_at
 from cdm_fast.ops import denoise_epilogue, denoise_x0, level_logits, noise_level_ce
 
 # With this many classes or more, training never holds all joint logits at once
@@ -165,13 +165,16 @@ class CDM(Energy):
         return self._adjoint_network.ratio_gradient(x, level, label, guidance)
 
     def logits_and_ratio_gradient(
-        self, x: Tensor, level: Level, label: Tensor | None = None, guidance: float = 0.0
+        self, x: Tensor, level: Tensor, label: Tensor | None = None, guidance: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """`(logits(x), grad_x F(x, level) like x)` from one evaluation; `guidance` for joint logits only.
-
-        `level` is (B,) int64, or a function of the logits that chooses it.
-        """
+        """`(logits(x), grad_x F(x, level) like x)` from one evaluation; `guidance` for joint logits only."""
         return self._adjoint_network.logits_and_ratio_gradient(x, level, label, guidance)
+
+    def logits_and_gradient_at(
+        self, x: Tensor, label: Tensor | None = None, guidance: float = 0.0
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """`logits(x)`, and `ratio_gradient` as a function of the level, from one evaluation."""
+        return self._adjoint_network.logits_and_gradient_at(x, label, guidance)
 
     def cross_entropy_and_ratio_gradient(
         self, x: Tensor, level: Tensor, label: Tensor | None = None
@@ -245,9 +248,9 @@ class CDM(Energy):
             assert label is not None
             own = nearest(self.logits(x, label))
             return own, self.guided_denoise(x, own, label, guidance)
-        logits, grad_x = self.logits_and_ratio_gradient(x, nearest, label, guidance)
+        logits, gradient = self.logits_and_gradient_at(x, label, guidance)
         own = nearest(logits)
-        return own, denoise_epilogue(grad_x, x, self.s[own].to(x.dtype))
+        return own, denoise_epilogue(gradient(own), x, self.s[own].to(x.dtype))
 
     def predict_x0(self, x: Tensor, level: int | Tensor, label: Tensor | None = None) -> Tensor:
         """`x0_hat = (x - s eps_hat) / a`, like `x`; arguments and errors as in `Denoiser.predict_x0`."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cdm_fast.nn.heads import Level, logits_at
+from cdm_fast.nn.heads import logits_at
 from cdm_fast.ops import noise_level_ce, use_backend
 
 
@@ -34,15 +34,19 @@ class AutogradNetwork:
         return self.logits_and_ratio_gradient(x, level, label, guidance)[1]
 
     def logits_and_ratio_gradient(
-        self, x: Tensor, level: Level, label: Tensor | None = None, guidance: float = 0.0
+        self, x: Tensor, level: Tensor, label: Tensor | None = None, guidance: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """As in `AdjointNetwork.logits_and_ratio_gradient`; a chosen level takes another forward pass."""
-        if callable(level):
-            level = level(self.logits(x, label))
+        """As in `AdjointNetwork.logits_and_ratio_gradient`."""
         with use_backend("reference"):
             gradient = torch.func.grad(self._noise_ratio, has_aux=True)
             grad_x, logits = gradient(x, level, label, guidance)
         return logits, grad_x
+
+    def logits_and_gradient_at(
+        self, x: Tensor, label: Tensor | None = None, guidance: float = 0.0
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """As in `AdjointNetwork.logits_and_gradient_at`, but the gradient takes another forward pass."""
+        return self.logits(x, label), lambda level: self.ratio_gradient(x, level, label, guidance)
 
     def logits_and_pullback(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
         """As in `AdjointNetwork.logits_and_pullback`; for joint logits only."""

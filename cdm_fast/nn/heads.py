@@ -6,7 +6,6 @@ Joint logits give the densities of all classes at all levels from one forward pa
 # and z_N of pure noise, which belongs to no class, at the end; R rank
 """
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -21,7 +20,6 @@ from cdm_fast.ops.head_noise_level_ce import head_noise_level_ce
 from cdm_fast.ops.low_rank_noise_level_ce import low_rank_logits, low_rank_noise_level_ce
 
 Conditioning = Literal["embedding", "joint"]
-Level = Tensor | Callable[[Tensor], Tensor]  # (B,) int64, or what chooses it by the logits
 
 
 class CumulativeHead(nn.Linear):

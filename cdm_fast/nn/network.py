@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cdm_fast.nn.heads import ClassHead, Conditioning, CumulativeHead, Level, PlainHead
+from cdm_fast.nn.heads import ClassHead, Conditioning, CumulativeHead, PlainHead
 
 
 class AdjointNetwork(nn.Module):
@@ -50,19 +50,29 @@ class AdjointNetwork(nn.Module):
         return self.adjoint(residuals, head.cotangent(h, head.cumulated(), level, label, guidance))
 
     def logits_and_ratio_gradient(
-        self, x: Tensor, level: Level, label: Tensor | None = None, guidance: float = 0.0
+        self, x: Tensor, level: Tensor, label: Tensor | None = None, guidance: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """Logits (B, N) and `ratio_gradient` from one evaluation of the features; the same arguments.
+        """Logits (B, N) and `ratio_gradient` from one evaluation of the features; the same arguments."""
+        logits, gradient = self.logits_and_gradient_at(x, label, guidance)
+        return logits, gradient(level)
 
-        `level` may also be a function that chooses the levels by the logits.
+    def logits_and_gradient_at(
+        self, x: Tensor, label: Tensor | None = None, guidance: float = 0.0
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Logits (B, N), and the `ratio_gradient` of levels (B,) as a function, from the same features.
+
+        The levels may depend on the logits.
         """
         head = self.linear_layer
         h, residuals = self._features(x, label)
         cumulated = head.cumulated()
         logits = head.logits(h, *cumulated)
-        level = level(logits) if callable(level) else level
-        cotangent = head.cotangent(h, cumulated, level, label, guidance, head.pick(logits, level))
-        return logits, self.adjoint(residuals, cotangent)
+
+        def gradient(level: Tensor) -> Tensor:
+            cotangent = head.cotangent(h, cumulated, level, label, guidance, head.pick(logits, level))
+            return self.adjoint(residuals, cotangent)
+
+        return logits, gradient
 
     def logits_and_pullback(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
         """Joint logits (B, N), and a function that pulls class weights back to the input.

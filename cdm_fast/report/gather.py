@@ -51,7 +51,7 @@ from cdm_fast.report.blocks import (
 )
 from cdm_fast.runs.checkpoint import load_checkpoint
 from cdm_fast.runs.reports import KEPT_LIMIT, figure_text, read_report
-from cdm_fast.sampling import automatic
+from cdm_fast.sampling import sampler_name
 from cdm_fast.sampling.corrected import MALA
 from cdm_fast.sampling.restoration import Known, restore
 from cdm_fast.training.log import read_log
@@ -228,8 +228,7 @@ def _samples(source: Source) -> list[Block]:
     if not path.is_file():
         return [Missing("Samples", "the run keeps no samples", source.command("sample", "--out", str(path)))]
     content = read_bytes(path, KEPT_LIMIT, source.run)
-    sampler = source.config.output.sampler
-    name = automatic(source.model) if sampler == "auto" else sampler
+    name = sampler_name(source.config.output.sampler, source.model)
     return [Picture("Samples", png_source(content), plot=False, note=name)]
 
 

@@ -6,7 +6,7 @@ from cdm_fast.sampling.corrected import MALA, SMC, MoveLog
 from cdm_fast.sampling.noise import ImageNoise
 from cdm_fast.sampling.plain import DDIM, ddim, ddpm, dpm_solver_pp_2m, euler_ot, heun
 from cdm_fast.sampling.restoration import restore
-from cdm_fast.sampling.sample import SAMPLERS, automatic, sample
+from cdm_fast.sampling.sample import SAMPLERS, sample, sampler_name
 from cdm_fast.sampling.sampler import Callback, Noise, Sampler, Step
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "SMC",
     "Sampler",
     "Step",
-    "automatic",
     "blind",
     "ddim",
     "ddpm",
@@ -33,4 +32,5 @@ __all__ = [
     "heun",
     "restore",
     "sample",
+    "sampler_name",
 ]

@@ -97,12 +97,16 @@ def blind(
 
 def knows_levels(model: Denoiser) -> bool:
     """Whether the model is a CDM, one class of it, or guided, and so tells the noise of an image."""
-    return isinstance(model.model if isinstance(model, Guided | OfClass) else model, CDM)
+    return isinstance(_unwrapped(model), CDM)
+
+
+def _unwrapped(model: Denoiser) -> Denoiser:
+    return model.model if isinstance(model, Guided | OfClass) else model
 
 
 def _cdm_of(model: Denoiser) -> tuple[CDM, float]:
     """The CDM that knows the levels, and the strength of guidance."""
-    inner = model.model if isinstance(model, Guided | OfClass) else model
+    inner = _unwrapped(model)
     if not isinstance(inner, CDM):
         raise UserError(
             f"sampler 'blind' needs a CDM, which knows the noise of its images, not {type(inner).__name__}:"

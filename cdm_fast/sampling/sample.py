@@ -62,7 +62,7 @@ def sample(
         model: a `CDM`, a `DDM`, or anything built from them: compositions, `Guided`, `Posterior`, ...
         num: number of images, 0 or more.
         sampler: a name of `SAMPLERS`, a sampler with options, such as `DDIM(eta=1.0)` or `MALA(moves=4)`, or
-            "auto", for which see `automatic`.
+            "auto", for which see `sampler_name`.
         steps: the number of steps, 1..T, with the spacing that suits the sampler; or the levels to visit,
             falling from T to 0, such as `model.schedule.grid(20, "log_snr")`.
         seed: 0..2^64 - 1.
@@ -86,7 +86,7 @@ def sample(
     9
     0
     """
-    sampler = _sampler(automatic(model) if sampler == "auto" else sampler, precision)
+    sampler = _sampler(sampler_name(sampler, model) if isinstance(sampler, str) else sampler, precision)
     shape = _image_shape(model, shape)
     check_range("num", num, 0, bits=32)
     check_range("first", first, 0, bits=32)
@@ -110,8 +110,10 @@ def sample(
     return gather_rows(torch.cat(images), num)
 
 
-def automatic(model: Denoiser) -> str:
-    """The sampler that "auto" stands for: "blind" if the model knows the noise of an image, else "ddim"."""
+def sampler_name(name: str, model: Denoiser) -> str:
+    """The name itself; for "auto" "blind" if the model knows the noise of an image, else "ddim"."""
+    if name != "auto":
+        return name
     return "blind" if knows_levels(model) else "ddim"
 
 

@@ -24,7 +24,7 @@ from cdm_fast.plots.training import write_calibration, write_confusion, write_le
 from cdm_fast.runs.build import class_labels
 from cdm_fast.runs.data import run_data
 from cdm_fast.runs.reports import write_report
-from cdm_fast.sampling import automatic, sample
+from cdm_fast.sampling import sample, sampler_name
 from cdm_fast.training.log import read_log
 from cdm_fast.training.validation import check_levels, num_rows
 
@@ -36,7 +36,7 @@ def write_samples(model: CDM | DDM, config: RunConfig, run: Path) -> None:
     output = config.output
     labels = class_labels(config, output.num_samples)
     guidance = 0.0 if labels is None else output.guidance
-    sampler = automatic(model) if output.sampler == "auto" else output.sampler
+    sampler = sampler_name(output.sampler, model)
     images = sample(
         model,
         output.num_samples,
