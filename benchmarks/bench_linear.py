@@ -1,4 +1,9 @@
-"""linear with its gradients against PyTorch's own function, in fp32, at the sizes of MLPs and of heads."""
+"""linear with its gradients against PyTorch's own function, in fp32, at the sizes of MLPs and of heads.
+
+`onednn` takes oneDNN on every processor: the ratios tell whether `onednn_pays` is right about this one.
+"""
+
+from importlib import import_module
 
 import pytest
 import torch
@@ -7,7 +12,12 @@ import torch.nn.functional as F
 from cdm_fast.ops import linear
 
 # batch, features in, features out
-SHAPES = {"mlp-256": (512, 256, 256), "mlp-512": (512, 512, 512), "head": (128, 512, 1002)}
+SHAPES = {
+    "mlp-128": (256, 128, 128),
+    "mlp-256": (512, 256, 256),
+    "mlp-512": (512, 512, 512),
+    "head": (128, 512, 1002),
+}
 
 
 def _check(got, expected):
@@ -15,8 +25,13 @@ def _check(got, expected):
         assert float((value - other).norm() / other.norm()) <= 1e-4
 
 
+@pytest.mark.parametrize("library", ["chosen", "onednn"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_linear_with_gradients(benchmark, compare, device, small, shape):
+def test_linear_with_gradients(benchmark, compare, device, small, monkeypatch, shape, library):
+    if library == "onednn":
+        if device.type != "cpu":
+            pytest.skip("oneDNN runs on the CPU")
+        monkeypatch.setattr(import_module("cdm_fast.ops.linear"), "_mkl_is_slow", lambda: True)
     batch, features_in, features_out = (4, *shape[1:]) if small else shape
     shapes = (batch, features_in), (features_out, features_in), (features_out,)
     leaves = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]

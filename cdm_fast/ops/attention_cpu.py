@@ -53,9 +53,9 @@ def _pieces() -> composed.Pieces:
 def _product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
     """See `composed.Product`.
 
-    On processors other than Intel's, large heads in fp32 use oneDNN one by one, for the reason given in
-    `cdm_fast/ops/linear.py`: 15 ms instead of 20 for attention over 1,024 tokens of 128 channels with its
-    VJP. PyTorch uses oneDNN for bf16 already.
+    On processors with AVX-512 other than Intel's, large heads in fp32 use oneDNN one by one, for the reason
+    given in `cdm_fast/ops/linear.py`: 15 ms instead of 20 for attention over 1,024 tokens of 128 channels
+    with its VJP. PyTorch uses oneDNN for bf16 already.
     """
     if not onednn_pays(a, b.mT):
         return a @ b if added is None else torch.baddbmm(added, a, b)

@@ -18,7 +18,7 @@ NAMES = ("y", "grad_x", "grad_weight", "grad_bias", "grad_grad_x", "grad_grad_we
 @pytest.fixture(autouse=True)
 def other_vendor(monkeypatch):
     """Pretends a processor on which PyTorch's own fp32 products are slow."""
-    monkeypatch.setattr(module, "_intel_processor", lambda: False)
+    monkeypatch.setattr(module, "_mkl_is_slow", lambda: True)
 
 
 class Calls(TorchDispatchMode):
@@ -105,7 +105,7 @@ def test_everything_else_is_pytorchs_own():
     with use_backend("reference"):
         assert not _used_onednn(linear, x, weight)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_intel_processor", lambda: True)
+        patch.setattr(module, "_mkl_is_slow", lambda: False)
         assert not _used_onednn(linear, x, weight)
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight).dtype == torch.bfloat16
@@ -116,3 +116,22 @@ def test_reference_works_under_torch_func():
     with use_backend("reference"):
         gradient = torch.func.grad(lambda x: linear(x, weight).sum())(x)
     torch.testing.assert_close(gradient, weight.sum(0).expand_as(x), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    ("capability", "vendor", "slow"),
+    [
+        ("AVX512", "AuthenticAMD", True),
+        ("AVX512", "GenuineIntel", False),
+        ("AVX2", "AuthenticAMD", False),
+        ("DEFAULT", "AuthenticAMD", False),
+    ],
+)
+def test_mkl_is_slow_with_avx512_of_other_vendors(monkeypatch, tmp_path, capability, vendor, slow):
+    monkeypatch.undo()
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
+    monkeypatch.setattr(module, "Path", lambda _: cpuinfo)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert module._mkl_is_slow.__wrapped__() == slow
