@@ -22,6 +22,8 @@ from cdm_fast.tables.network import new_model, start_at_gaussians
 
 # Noise of level 1 of a ratio's networks.
 RATIO_NOISE = 0.03
+# Units of the gates of squared features, and the number of columns above which a ratio's network has gates.
+GATES, FEW_COLUMNS = 16, 20
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,17 @@ def train_ratio(
     generator = torch.Generator().manual_seed(seed)
     schedule, prior = ratio_schedule(budget.num_levels)
     dim = sum(column_groups)
-    model = new_model(column_groups, schedule, budget.hidden, budget.depth, 2 * dim, 2, prior, generator)
+    model = new_model(
+        column_groups,
+        schedule,
+        budget.hidden,
+        budget.depth,
+        2 * dim,
+        2,
+        prior,
+        generator,
+        gates=GATES if dim > FEW_COLUMNS else 0,
+    )
     start_at_gaussians(model, means, covariances)
     history = train(model, ratio_loss(draw, budget.batch_size), validate, budget, generator, rows)
     return model, history

@@ -31,6 +31,9 @@ MOST_ROWS, MOST_VISITS = 2_000_000, 100
 LEVEL_0_SHARE, CONTRAST = 0.3, 0.3
 # Warm-up steps of the learning rate, and the share of `max_iter` over which it decays to 0 at the end.
 WARM_UP, FALL = 50, 0.3
+# Where validation no longer improves, training resumes from the best weights at this share of the learning
+# rate, so many times.
+CUT, CUTS = 0.2, 1
 # Validation uses weights averaged over about the last tenth of the steps.
 AVERAGE = 0.1
 # Steps between two validations, about an epoch, within these bounds.
@@ -177,10 +180,10 @@ def train(
     """Adam on `loss`; leaves the best weights in `model`, in fp64.
 
     The result is a running average of the weights. With `validate` the average is validated about once an
-    epoch, first before any step, and training ends after `n_iter_no_change` validations without an
-    improvement by `tol`; the best weights are kept, which may be the initial ones. Without `validate`, all
-    `max_iter` steps are taken. The result depends only on the arguments, not on torch's global generator or
-    grad mode.
+    epoch, first before any step. After `n_iter_no_change` validations without an improvement by `tol`
+    training resumes from the best weights at a fifth of the learning rate; the second time it ends. The best
+    weights are kept, which may be the initial ones. Without `validate`, all `max_iter` steps are taken. The
+    result depends only on the arguments, not on torch's global generator or grad mode.
     """
     with torch.inference_mode(False), torch.enable_grad():
         history = _train(model, loss, validate, budget, generator, rows)
@@ -199,9 +202,9 @@ def _train(
     history = judge.history
     judge(0)
     every = min(max(rows // budget.batch_size, FEWEST_STEPS), MOST_STEPS, budget.max_iter)
-    total = 0.0
+    total, cuts = 0.0, 0
     for step in range(1, budget.max_iter + 1):
-        optimizer.param_groups[0]["lr"] = budget.learning_rate * _rate(step, budget.max_iter)
+        optimizer.param_groups[0]["lr"] = budget.learning_rate * _rate(step, budget.max_iter) * CUT**cuts
         optimizer.zero_grad()
         value = loss(model, generator)
         value.backward()
@@ -217,8 +220,12 @@ def _train(
             judge(step)
         if budget.verbose:
             _tell(step, budget.max_iter, history)
-        if not math.isfinite(history.loss_curve[-1]) or judge.finished:
+        if not math.isfinite(history.loss_curve[-1]) or (judge.stalled and cuts == CUTS):
             break
+        if judge.stalled:
+            cuts += 1
+            judge.resume_best()
+            average.restart()
     history.n_iter = step
     if validate is None:
         history.best_iter = step
@@ -250,6 +257,12 @@ class _Average:
     @torch.no_grad()
     def update(self, step: int) -> None:
         torch._foreach_lerp_(self.mean, [p.detach() for p in self.parameters], 1 / (1 + AVERAGE * step))
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Sets the averages to the parameters."""
+        for value, parameter in zip(self.mean, self.parameters, strict=True):
+            value.copy_(parameter)
 
     def in_place(self) -> "_Average":
         """A context in which the parameters are the averages."""
@@ -295,9 +308,14 @@ class _Judge:
             self.weights = [p.detach().clone() for p in self.parameters]
 
     @property
-    def finished(self) -> bool:
+    def stalled(self) -> bool:
         """True after `n_iter_no_change` validations without improvement."""
         return self.waited >= self.budget.n_iter_no_change
+
+    def resume_best(self) -> None:
+        """Puts the best weights into the model and counts anew."""
+        self.keep_best()
+        self.waited = 0
 
     @torch.no_grad()
     def keep_best(self) -> None:

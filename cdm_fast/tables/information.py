@@ -30,6 +30,8 @@ ENOUGH_ROWS = 50
 LARGE_GAP, LARGE_GAP_SHARE = 0.1, 0.25
 # Warn if the mean of the ratio over shuffled rows, which is 1 for the true ratio, exceeds this.
 LARGEST_MEAN_RATIO = 2.0
+# Noise levels for two columns: joint and shuffled rows have the same marginals, so a few levels are enough.
+PAIR_LEVELS = 8
 
 
 class ConfidenceInterval(NamedTuple):
@@ -173,7 +175,9 @@ class MutualInformation(TableEstimator):
             kept = [fold == k for k in range(K)]
         else:
             kept = [hold_out(groups, self.test_size, rng)]
-        budget = self._budget(int(different * (1 - 1 / max(len(kept), 2))), ratio_levels(scores.shape[1]))
+        columns = scores.shape[1]
+        num_levels = PAIR_LEVELS if columns == 2 else ratio_levels(columns)
+        budget = self._budget(int(different * (1 - 1 / max(len(kept), 2))), num_levels)
         share = self.validation_fraction if self.early_stopping else 0.0
         return Parallel(n_jobs=self.n_jobs)(
             delayed(score_fold)(scores, width, groups, out, budget, self.reference, share, seed + k)

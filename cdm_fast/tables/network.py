@@ -1,7 +1,7 @@
 """The network for rows of a table: an MLP with additional features that a plain MLP is slow to learn.
 
 # B batch, d columns, G groups of columns, W hidden width, S squared features, L = T+2 noise levels, K classes
-# or components
+# or components, U units of the gates
 """
 
 import math
@@ -58,10 +58,45 @@ class EvenFeatures(Layer):
         return g_x + x * (g_size / size + (g_length / length) @ self.member.t())
 
 
+class LengthGates(Layer):
+    """`lengths (B, G) -> (B, S)`: a factor for each squared feature, `1 + W_2 silu(W_1 lengths)`.
+
+    A dependence between columns that changes with the distance from the centre, as its direction does on a
+    spiral and its strength under a common volatility, is a product of squares and functions of lengths.
+    Hidden units need more rows for it the more columns there are.
+
+    Args:
+        num_groups: G.
+        units: U.
+        num_squares: S.
+    """
+
+    def __init__(self, num_groups: int, units: int, num_squares: int) -> None:
+        super().__init__()
+        self.linear_in = Linear(num_groups, units)
+        self.act = SiLU()
+        self.linear_out = Linear(units, num_squares)
+
+    @torch.no_grad()
+    def open(self) -> None:
+        """Sets all factors to 1."""
+        self.linear_out.weight.zero_()
+        self.linear_out.bias.zero_()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+        h, residuals = self.act(self.linear_in(x)[0])
+        return 1 + self.linear_out(h)[0], residuals
+
+    def adjoint(self, residuals: Any, g: Tensor) -> Tensor:
+        h = self.act.adjoint(residuals, self.linear_out.adjoint(None, g))
+        return self.linear_in.adjoint(None, h)
+
+
 class TableMLP(AdjointNetwork):
     """A noise-level classifier of rows: learned features, squared linear features, and the columns.
 
-    With the last two it can represent any Gaussian exactly, including its mean.
+    With the last two it can represent any Gaussian exactly, including its mean. With `gates` each squared
+    feature is multiplied by a learned function of the lengths of `EvenFeatures`.
 
     Args:
         groups: see `EvenFeatures`.
@@ -70,6 +105,7 @@ class TableMLP(AdjointNetwork):
         num_squares: S, the number of squared features.
         num_classes: K for joint (level, class) logits, else None.
         components: K of a `MixtureHead`, whose components are the classes; 0 for another head.
+        gates: U of `LengthGates`; 0 for none.
     """
 
     axes: Tensor  # (K d, d), the scaled axes of the components
@@ -83,6 +119,7 @@ class TableMLP(AdjointNetwork):
         num_squares: int,
         num_classes: int | None = None,
         components: int = 0,
+        gates: int = 0,
     ) -> None:
         super().__init__()
         dim = sum(groups)
@@ -94,6 +131,7 @@ class TableMLP(AdjointNetwork):
         self.blocks = nn.ModuleList([MLPBlock(hidden) for _ in range(depth)])
         self.act_out = SiLU()
         self.square = Linear(dim, num_squares)
+        self.gates = LengthGates(len(groups), gates, num_squares) if gates else None
         self.register_buffer("axes", torch.empty(components * dim, dim))
         learned = hidden + num_squares + dim
         self.linear_layer = (
@@ -114,17 +152,28 @@ class TableMLP(AdjointNetwork):
             residuals.append(kept)
         h, act_residuals = self.act_out(h)
         root, _ = self.square(x)
+        gated = root.square()
+        gate_residuals = None
+        if self.gates is not None:
+            gate, kept = self.gates(expanded[:, -len(self.even.groups) :])
+            gated, gate_residuals = gated * gate, (gate, kept)
         of_component = x @ self.axes.t()
-        features = torch.cat([h, root.square(), x, of_component.square()], dim=1)
-        return features, (even_residuals, residuals, act_residuals, root, of_component)
+        features = torch.cat([h, gated, x, of_component.square()], dim=1)
+        return features, (even_residuals, residuals, act_residuals, root, gate_residuals, of_component)
 
     def adjoint(self, residuals: Any, g: Tensor) -> Tensor:
-        even_residuals, block_residuals, act_residuals, root, of_component = residuals
+        even_residuals, block_residuals, act_residuals, root, gate_residuals, of_component = residuals
         widths = [self.linear_in.out_features, root.shape[1], self.input_shape[0], of_component.shape[1]]
         g_learned, g_squares, g_x, g_components = g.split_with_sizes(widths, dim=1)
         h = self.act_out.adjoint(act_residuals, g_learned)
         h = run_adjoint(list(self.blocks), block_residuals, h)  # type: ignore[arg-type]
-        from_learned = self.even.adjoint(even_residuals, self.linear_in.adjoint(None, h))
+        g_expanded = self.linear_in.adjoint(None, h)
+        if self.gates is not None:
+            gate, kept = gate_residuals
+            g_lengths = self.gates.adjoint(kept, g_squares * root.square())
+            g_expanded = g_expanded + F.pad(g_lengths, (g_expanded.shape[1] - g_lengths.shape[1], 0))
+            g_squares = g_squares * gate
+        from_learned = self.even.adjoint(even_residuals, g_expanded)
         from_squares = self.square.adjoint(None, 2 * root * g_squares)
         return from_learned + from_squares + g_x + (2 * of_component * g_components) @ self.axes
 
@@ -192,6 +241,7 @@ def new_model(
     level_prior: Tensor | None,
     generator: torch.Generator,
     components: int = 0,
+    gates: int = 0,
 ) -> CDM:
     """A `CDM` with a new `TableMLP` in fp32, initialised from `generator`.
 
@@ -199,7 +249,9 @@ def new_model(
     meta device, then filled.
     """
     with torch.device("meta"):
-        network = TableMLP(groups, schedule.num_levels, hidden, depth, num_squares, num_classes, components)
+        network = TableMLP(
+            groups, schedule.num_levels, hidden, depth, num_squares, num_classes, components, gates
+        )
     network = network.to(torch.float32).to_empty(device="cpu")
     network.even.reset()
     with torch.no_grad():
@@ -208,6 +260,8 @@ def new_model(
                 bound = 1 / math.sqrt(module.in_features)
                 module.weight.uniform_(-bound, bound, generator=generator)
                 module.bias.uniform_(-bound, bound, generator=generator)
+    if network.gates is not None:
+        network.gates.open()
     return CDM(network, schedule, level_prior=level_prior)
 
 

@@ -29,6 +29,8 @@ from cdm_fast.tables.network import new_model, start_at_gaussians
 
 # Number of shuffles that represent independent rows: of the held-out rows, and of the training rows.
 SHUFFLES, OFFSET_SHUFFLES = 8, 3
+# Most shuffled rows at a validation, unless they are fewer than two shuffles.
+JUDGED = 2048
 # Number of training rows that are scored to measure overfitting.
 TRAIN_ROWS = 5000
 # Weight of the cross-entropy over levels when the density of joint rows is learned.
@@ -93,7 +95,8 @@ def _fit_shuffled(fit: Tensor, judge: Tensor, width: int, budget: Budget, seed: 
     dim = z.shape[1]
     validate = None
     if len(judge) > 1:
-        validate = class_validation(judge, torch.cat([shuffle(judge, width, rng) for _ in range(SHUFFLES)]))
+        shuffles = max(2, min(SHUFFLES, JUDGED // len(judge)))
+        validate = class_validation(judge, torch.cat([shuffle(judge, width, rng) for _ in range(shuffles)]))
     covariances = torch.stack([torch.eye(dim, dtype=torch.float64), coordinates.covariance()])
     means = torch.zeros(2, dim, dtype=torch.float64)
     model, history = train_ratio(

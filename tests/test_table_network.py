@@ -1,0 +1,133 @@
+"""The networks of tables: gates of squared features, and training that resumes from its best weights."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cdm_fast.tables.crossfit import FEW_COLUMNS, GATES, train_ratio
+from cdm_fast.tables.fit import CUT, CUTS, Budget, train
+from cdm_fast.tables.network import LengthGates, new_model, start_at_gaussians, table_network
+from tests.test_table_mixture import SCHEDULE
+
+GROUPS = [2, 3]
+DIM = sum(GROUPS)
+BUDGET = Budget(
+    hidden=8,
+    depth=1,
+    num_levels=8,
+    max_iter=2000,
+    batch_size=64,
+    learning_rate=1e-2,
+    alpha=0.0,
+    tol=1e-4,
+    n_iter_no_change=2,
+    verbose=0,
+)
+
+
+def _model(gates, groups=GROUPS):
+    generator = torch.Generator().manual_seed(0)
+    model = new_model(groups, SCHEDULE, 16, 1, 2 * sum(groups), 2, None, generator, gates=gates)
+    eye = torch.eye(sum(groups), dtype=torch.float64)
+    start_at_gaussians(model, torch.zeros(2, sum(groups), dtype=torch.float64), torch.stack([eye, 2 * eye]))
+    return model.double().eval()
+
+
+def test_gates_change_nothing_at_the_start():
+    x = torch.randn(20, DIM, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    gated, plain = _model(gates=4), _model(gates=0)
+    assert table_network(plain).gates is None
+    torch.testing.assert_close(gated.log_prob_classes(x), plain.log_prob_classes(x))
+
+
+def test_the_adjoint_of_a_gated_network_is_its_gradient():
+    model = _model(gates=4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, dtype=torch.float64))
+    x = torch.randn(7, DIM, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(model.log_prob_levels(x)[:, 3].sum(), x)
+    torch.testing.assert_close(model.score(x.detach(), 3), gradient)
+
+
+def test_the_adjoint_of_gates_is_their_gradient():
+    gates = LengthGates(2, 4, 6).double()
+    lengths = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(5, 6, dtype=torch.float64)
+    factors, residuals = gates(lengths)
+    (gradient,) = torch.autograd.grad(factors, lengths, g)
+    torch.testing.assert_close(gates.adjoint(residuals, g), gradient)
+
+
+def _rows_that_turn(num, columns, generator):
+    """Two sets of normal rows: a pair of columns is correlated, in a direction that turns with the length."""
+    z = torch.randn(num, columns, generator=generator, dtype=torch.float64)
+    angle = 2 * math.sqrt(2 / columns) * (z.square().sum(1) - columns) / 2
+    turned = torch.stack([angle.cos() * z[:, 0] - angle.sin() * z[:, 1]], dim=1)
+    partner = 0.9 * turned + math.sqrt(1 - 0.81) * torch.randn(
+        num, 1, generator=generator, dtype=torch.float64
+    )
+    alone = torch.randn(num, 1, generator=generator, dtype=torch.float64)
+    return torch.cat([z, partner], 1), torch.cat([z, alone], 1)
+
+
+@pytest.mark.parametrize("columns", [FEW_COLUMNS - 1, FEW_COLUMNS])
+def test_ratios_of_many_columns_have_gates(columns):
+    joint, apart = _rows_that_turn(200, columns, torch.Generator().manual_seed(0))
+    rows = torch.stack([apart, joint]).float()
+
+    def draw(num, generator):
+        label = torch.arange(num) % 2
+        return rows[label, torch.randint(200, (num,), generator=generator)], label
+
+    eye = torch.eye(columns + 1, dtype=torch.float64).expand(2, -1, -1)
+    means = torch.zeros(2, columns + 1, dtype=torch.float64)
+    budget = replace(BUDGET, max_iter=1)
+    model, _ = train_ratio(draw, None, means, eye, [columns, 1], budget, 200, 0)
+    gates = table_network(model).gates
+    assert gates is None if columns + 1 <= FEW_COLUMNS else gates.linear_in.out_features == GATES
+
+
+class Weight(torch.nn.Module):
+    """One parameter, whose gradient is 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(self.network.weight)
+
+    @property
+    def value(self):
+        return self.network.weight.item()
+
+
+def _trained(validate):
+    model = Weight()
+    history = train(
+        model, lambda m, _: m.network.weight.sum(), validate, BUDGET, torch.Generator(), rows=50 * 64
+    )
+    return model.value, history
+
+
+def test_training_ends_after_the_rate_was_cut_and_nothing_improved():
+    end, history = _trained(lambda model: 1.0)
+    assert history.n_iter == (CUTS + 1) * BUDGET.n_iter_no_change * 50
+    assert (end, history.best_iter) == (0.0, 0)
+
+
+def test_training_resumes_from_the_best_weights_with_smaller_steps():
+    seen = []
+
+    def validate(model):
+        seen.append(model.value)
+        return abs(model.value + 0.02)
+
+    end, history = _trained(validate)
+    best = min(range(3), key=lambda k: abs(seen[k] + 0.02))  # the weight falls past its optimum at once
+    assert seen[2] < seen[1] < -0.02 and best == 0
+    assert abs(seen[3]) < abs(seen[1]) / 2  # from the best weights again
+    assert abs(seen[4] - seen[3]) < 1.5 * CUT * abs(seen[2] - seen[1])
+    assert abs(end + 0.02) == min(abs(value + 0.02) for value in seen)
+    assert history.n_iter > 3 * 50
