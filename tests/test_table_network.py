@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cdm_fast.tables.crossfit import FEW_COLUMNS, GATES, train_ratio
-from cdm_fast.tables.fit import CUT, CUTS, Budget, train
+from cdm_fast.tables.fit import CUT, Budget, train
 from cdm_fast.tables.network import LengthGates, new_model, start_at_gaussians, table_network
 from tests.test_table_mixture import SCHEDULE
 
@@ -103,17 +103,18 @@ class Weight(torch.nn.Module):
         return self.network.weight.item()
 
 
-def _trained(validate):
+def _trained(validate, cuts):
     model = Weight()
     history = train(
-        model, lambda m, _: m.network.weight.sum(), validate, BUDGET, torch.Generator(), rows=50 * 64
+        model, lambda m, _: m.network.weight.sum(), validate, BUDGET, torch.Generator(), 50 * 64, cuts
     )
     return model.value, history
 
 
-def test_training_ends_after_the_rate_was_cut_and_nothing_improved():
-    end, history = _trained(lambda model: 1.0)
-    assert history.n_iter == (CUTS + 1) * BUDGET.n_iter_no_change * 50
+@pytest.mark.parametrize("cuts", [0, 1, 2])
+def test_training_ends_after_the_rate_was_cut_and_nothing_improved(cuts):
+    end, history = _trained(lambda model: 1.0, cuts)
+    assert history.n_iter == (cuts + 1) * BUDGET.n_iter_no_change * 50
     assert (end, history.best_iter) == (0.0, 0)
 
 
@@ -124,7 +125,7 @@ def test_training_resumes_from_the_best_weights_with_smaller_steps():
         seen.append(model.value)
         return abs(model.value + 0.02)
 
-    end, history = _trained(validate)
+    end, history = _trained(validate, 1)
     best = min(range(3), key=lambda k: abs(seen[k] + 0.02))  # the weight falls past its optimum at once
     assert seen[2] < seen[1] < -0.02 and best == 0
     assert abs(seen[3]) < abs(seen[1]) / 2  # from the best weights again

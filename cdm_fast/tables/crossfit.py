@@ -22,6 +22,9 @@ from cdm_fast.tables.network import new_model, start_at_gaussians
 
 # Noise of level 1 of a ratio's networks.
 RATIO_NOISE = 0.03
+# How often training resumes at a lower learning rate: at the full rate the first steps can make the Gaussians
+# worse.
+RATE_CUTS = 1
 # Units of the gates of squared features, and the number of columns above which a ratio's network has gates.
 GATES, FEW_COLUMNS = 16, 20
 
@@ -93,7 +96,7 @@ def train_ratio(
         gates=GATES if dim > FEW_COLUMNS else 0,
     )
     start_at_gaussians(model, means, covariances)
-    history = train(model, ratio_loss(draw, budget.batch_size), validate, budget, generator, rows)
+    history = train(model, ratio_loss(draw, budget.batch_size), validate, budget, generator, rows, RATE_CUTS)
     return model, history
 
 

@@ -60,7 +60,7 @@ class TableEstimator(BaseEstimator):
             improve.
         validation_fraction: share of a network's training rows that is held out for that.
         n_iter_no_change: validations, about one per epoch, without improvement by `tol` before training
-            resumes from the best weights at a fifth of the learning rate; the second time it ends.
+            ends. Training of a ratio resumes once, from the best weights at a fifth of the learning rate.
         tol: smallest improvement of the validation loss that counts, in nats.
         alpha: weight decay.
         cv: number of folds; every row is scored by a network that never saw it. By default chosen from the

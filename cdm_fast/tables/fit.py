@@ -31,9 +31,8 @@ MOST_ROWS, MOST_VISITS = 2_000_000, 100
 LEVEL_0_SHARE, CONTRAST = 0.3, 0.3
 # Warm-up steps of the learning rate, and the share of `max_iter` over which it decays to 0 at the end.
 WARM_UP, FALL = 50, 0.3
-# Where validation no longer improves, training resumes from the best weights at this share of the learning
-# rate, so many times.
-CUT, CUTS = 0.2, 1
+# The share of the learning rate at which training resumes from the best weights.
+CUT = 0.2
 # Validation uses weights averaged over about the last tenth of the steps.
 AVERAGE = 0.1
 # Steps between two validations, about an epoch, within these bounds.
@@ -175,24 +174,36 @@ def _level_0_log_ratio(model: CDM, z: Tensor) -> Tensor:
 
 
 def train(
-    model: CDM, loss: Loss, validate: Validate | None, budget: Budget, generator: torch.Generator, rows: int
+    model: CDM,
+    loss: Loss,
+    validate: Validate | None,
+    budget: Budget,
+    generator: torch.Generator,
+    rows: int,
+    cuts: int = 0,
 ) -> History:
     """Adam on `loss`; leaves the best weights in `model`, in fp64.
 
     The result is a running average of the weights. With `validate` the average is validated about once an
     epoch, first before any step. After `n_iter_no_change` validations without an improvement by `tol`
-    training resumes from the best weights at a fifth of the learning rate; the second time it ends. The best
-    weights are kept, which may be the initial ones. Without `validate`, all `max_iter` steps are taken. The
-    result depends only on the arguments, not on torch's global generator or grad mode.
+    training ends, but the first `cuts` times it resumes from the best weights at a fifth of the learning
+    rate. The best weights are kept, which may be the initial ones. Without `validate`, all `max_iter` steps
+    are taken. The result depends only on the arguments, not on torch's global generator or grad mode.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        history = _train(model, loss, validate, budget, generator, rows)
+        history = _train(model, loss, validate, budget, generator, rows, cuts)
     model.eval().double()
     return history
 
 
 def _train(
-    model: CDM, loss: Loss, validate: Validate | None, budget: Budget, generator: torch.Generator, rows: int
+    model: CDM,
+    loss: Loss,
+    validate: Validate | None,
+    budget: Budget,
+    generator: torch.Generator,
+    rows: int,
+    cuts: int,
 ) -> History:
     parameters = list(model.network.parameters())
     optimizer = torch.optim.AdamW(
@@ -202,9 +213,9 @@ def _train(
     history = judge.history
     judge(0)
     every = min(max(rows // budget.batch_size, FEWEST_STEPS), MOST_STEPS, budget.max_iter)
-    total, cuts = 0.0, 0
+    total, rate = 0.0, budget.learning_rate
     for step in range(1, budget.max_iter + 1):
-        optimizer.param_groups[0]["lr"] = budget.learning_rate * _rate(step, budget.max_iter) * CUT**cuts
+        optimizer.param_groups[0]["lr"] = rate * _rate(step, budget.max_iter)
         optimizer.zero_grad()
         value = loss(model, generator)
         value.backward()
@@ -220,10 +231,10 @@ def _train(
             judge(step)
         if budget.verbose:
             _tell(step, budget.max_iter, history)
-        if not math.isfinite(history.loss_curve[-1]) or (judge.stalled and cuts == CUTS):
+        if not math.isfinite(history.loss_curve[-1]) or (judge.stalled and not cuts):
             break
         if judge.stalled:
-            cuts += 1
+            cuts, rate = cuts - 1, rate * CUT
             judge.resume_best()
             average.restart()
     history.n_iter = step
