@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cdm_fast.tables.crossfit import FEW_COLUMNS, GATES, train_ratio
-from cdm_fast.tables.fit import CUT, Budget, train
+from cdm_fast.tables.fit import CUT, SEPARABLE, Budget, train
 from cdm_fast.tables.network import LengthGates, new_model, start_at_gaussians, table_network
 from tests.test_table_mixture import SCHEDULE
 
@@ -118,12 +118,17 @@ def test_training_ends_after_the_rate_was_cut_and_nothing_improved(cuts):
     assert (end, history.best_iter) == (0.0, 0)
 
 
+def test_training_does_not_resume_where_two_sets_are_almost_separable():
+    _, history = _trained(lambda model: 0.5 * SEPARABLE, 2)
+    assert history.n_iter == BUDGET.n_iter_no_change * 50
+
+
 def test_training_resumes_from_the_best_weights_with_smaller_steps():
     seen = []
 
     def validate(model):
         seen.append(model.value)
-        return abs(model.value + 0.02)
+        return 1 + abs(model.value + 0.02)
 
     end, history = _trained(validate, 1)
     best = min(range(3), key=lambda k: abs(seen[k] + 0.02))  # the weight falls past its optimum at once

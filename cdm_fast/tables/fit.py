@@ -31,8 +31,9 @@ MOST_ROWS, MOST_VISITS = 2_000_000, 100
 LEVEL_0_SHARE, CONTRAST = 0.3, 0.3
 # Warm-up steps of the learning rate, and the share of `max_iter` over which it decays to 0 at the end.
 WARM_UP, FALL = 50, 0.3
-# The share of the learning rate at which training resumes from the best weights.
-CUT = 0.2
+# The share of the learning rate at which training resumes from the best weights, and the validation loss, in
+# nats, below which it does not: two sets are then almost separable, and larger ratios always lower the loss.
+CUT, SEPARABLE = 0.2, 0.1
 # Validation uses weights averaged over about the last tenth of the steps.
 AVERAGE = 0.1
 # Steps between two validations, about an epoch, within these bounds.
@@ -187,8 +188,9 @@ def train(
     The result is a running average of the weights. With `validate` the average is validated about once an
     epoch, first before any step. After `n_iter_no_change` validations without an improvement by `tol`
     training ends, but the first `cuts` times it resumes from the best weights at a fifth of the learning
-    rate. The best weights are kept, which may be the initial ones. Without `validate`, all `max_iter` steps
-    are taken. The result depends only on the arguments, not on torch's global generator or grad mode.
+    rate, unless the loss is below `SEPARABLE`. The best weights are kept, which may be the initial ones.
+    Without `validate`, all `max_iter` steps are taken. The result depends only on the arguments, not on
+    torch's global generator or grad mode.
     """
     with torch.inference_mode(False), torch.enable_grad():
         history = _train(model, loss, validate, budget, generator, rows, cuts)
@@ -231,7 +233,8 @@ def _train(
             judge(step)
         if budget.verbose:
             _tell(step, budget.max_iter, history)
-        if not math.isfinite(history.loss_curve[-1]) or (judge.stalled and not cuts):
+        over = judge.stalled and (not cuts or judge.lowest < SEPARABLE)
+        if over or not math.isfinite(history.loss_curve[-1]):
             break
         if judge.stalled:
             cuts, rate = cuts - 1, rate * CUT
