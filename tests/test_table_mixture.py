@@ -41,18 +41,24 @@ def test_the_start_is_the_mixture_at_every_level(exact):
         torch.testing.assert_close(model.score(x, level), score, atol=1e-3, rtol=1e-4)
 
 
-def test_the_adjoint_is_the_gradient_after_the_correction_has_changed(exact):
-    _, _, model = exact
+def assert_gradient_after_change(model, dim):
+    """Changes all parameters at random and compares the score of rows (7, dim), returned, with autograd's."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, dtype=torch.float64))
-    x = torch.randn(7, DIM, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(7, dim, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(model.log_prob_levels(x)[:, 3].sum(), x)
     torch.testing.assert_close(model.score(x.detach(), 3), gradient)
-    ratio = model.log_prob_levels(x.detach()) - model.log_prob_levels(x.detach())[:, -1:]
-    correction = table_network(model).correction(x.detach())
+    return x.detach()
+
+
+def test_the_adjoint_is_the_gradient_after_the_correction_has_changed(exact):
+    _, _, model = exact
+    x = assert_gradient_after_change(model, DIM)
+    ratio = model.log_prob_levels(x) - model.log_prob_levels(x)[:, -1:]
+    correction = table_network(model).correction(x)
     start_at_mixture(model.float(), exact[1])
-    before = model.double().log_prob_levels(x.detach())
+    before = model.double().log_prob_levels(x)
     torch.testing.assert_close(ratio - correction, before - before[:, -1:], atol=1e-4, rtol=1e-4)
 
 

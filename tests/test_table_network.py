@@ -1,6 +1,5 @@
 """The networks of tables: gates of squared features, and training that resumes from its best weights."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from cdm_fast.tables.crossfit import FEW_COLUMNS, GATES, train_ratio
 from cdm_fast.tables.fit import CUT, SEPARABLE, Budget, train
 from cdm_fast.tables.network import LengthGates, new_model, start_at_gaussians, table_network
-from tests.test_table_mixture import SCHEDULE
+from tests.test_table_mixture import SCHEDULE, assert_gradient_after_change
 
 GROUPS = [2, 3]
 DIM = sum(GROUPS)
@@ -27,11 +26,11 @@ BUDGET = Budget(
 )
 
 
-def _model(gates, groups=GROUPS):
+def _model(gates):
     generator = torch.Generator().manual_seed(0)
-    model = new_model(groups, SCHEDULE, 16, 1, 2 * sum(groups), 2, None, generator, gates=gates)
-    eye = torch.eye(sum(groups), dtype=torch.float64)
-    start_at_gaussians(model, torch.zeros(2, sum(groups), dtype=torch.float64), torch.stack([eye, 2 * eye]))
+    model = new_model(GROUPS, SCHEDULE, 16, 1, 2 * DIM, 2, None, generator, gates=gates)
+    eye = torch.eye(DIM, dtype=torch.float64)
+    start_at_gaussians(model, torch.zeros(2, DIM, dtype=torch.float64), torch.stack([eye, 2 * eye]))
     return model.double().eval()
 
 
@@ -43,13 +42,7 @@ def test_gates_change_nothing_at_the_start():
 
 
 def test_the_adjoint_of_a_gated_network_is_its_gradient():
-    model = _model(gates=4)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, dtype=torch.float64))
-    x = torch.randn(7, DIM, dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(model.log_prob_levels(x)[:, 3].sum(), x)
-    torch.testing.assert_close(model.score(x.detach(), 3), gradient)
+    assert_gradient_after_change(_model(gates=4), DIM)
 
 
 def test_the_adjoint_of_gates_is_their_gradient():
@@ -61,22 +54,9 @@ def test_the_adjoint_of_gates_is_their_gradient():
     torch.testing.assert_close(gates.adjoint(residuals, g), gradient)
 
 
-def _rows_that_turn(num, columns, generator):
-    """Two sets of normal rows: a pair of columns is correlated, in a direction that turns with the length."""
-    z = torch.randn(num, columns, generator=generator, dtype=torch.float64)
-    angle = 2 * math.sqrt(2 / columns) * (z.square().sum(1) - columns) / 2
-    turned = torch.stack([angle.cos() * z[:, 0] - angle.sin() * z[:, 1]], dim=1)
-    partner = 0.9 * turned + math.sqrt(1 - 0.81) * torch.randn(
-        num, 1, generator=generator, dtype=torch.float64
-    )
-    alone = torch.randn(num, 1, generator=generator, dtype=torch.float64)
-    return torch.cat([z, partner], 1), torch.cat([z, alone], 1)
-
-
 @pytest.mark.parametrize("columns", [FEW_COLUMNS - 1, FEW_COLUMNS])
 def test_ratios_of_many_columns_have_gates(columns):
-    joint, apart = _rows_that_turn(200, columns, torch.Generator().manual_seed(0))
-    rows = torch.stack([apart, joint]).float()
+    rows = torch.randn(2, 200, columns + 1, generator=torch.Generator().manual_seed(0))
 
     def draw(num, generator):
         label = torch.arange(num) % 2

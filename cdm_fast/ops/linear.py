@@ -2,8 +2,8 @@
 
 For fp32 on a CPU PyTorch uses MKL, which runs at half speed on processors with AVX-512 other than Intel's: it
 uses AVX2 there. oneDNN, which PyTorch also contains and uses for convolutions, does not have this problem, so
-large fp32 products use it there. On processors that have AVX2 alone MKL is up to twice as fast as oneDNN; on
-Intel's own the two are equally fast, and MKL multiplies batches of matrices without copies.
+large fp32 products use it there. On processors that have AVX2 alone MKL is up to 1.9 times as fast as oneDNN;
+on Intel's own the two are equally fast, and MKL multiplies batches of matrices without copies.
 All other devices and dtypes, small products, compiled graphs and the reference backend use PyTorch's own
 function.
 

@@ -174,6 +174,8 @@ def _level_0_log_ratio(model: CDM, z: Tensor) -> Tensor:
     return logits[:, 1] - logits[:, 0]
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train(
     model: CDM,
     loss: Loss,
@@ -192,21 +194,6 @@ def train(
     Without `validate`, all `max_iter` steps are taken. The result depends only on the arguments, not on
     torch's global generator or grad mode.
     """
-    with torch.inference_mode(False), torch.enable_grad():
-        history = _train(model, loss, validate, budget, generator, rows, cuts)
-    model.eval().double()
-    return history
-
-
-def _train(
-    model: CDM,
-    loss: Loss,
-    validate: Validate | None,
-    budget: Budget,
-    generator: torch.Generator,
-    rows: int,
-    cuts: int,
-) -> History:
     parameters = list(model.network.parameters())
     optimizer = torch.optim.AdamW(
         parameters, lr=budget.learning_rate, betas=(0.9, 0.99), weight_decay=budget.alpha, fused=True
@@ -246,6 +233,7 @@ def _train(
         average.copy_to(parameters)
     else:
         judge.keep_best()
+    model.eval().double()
     return history
 
 
