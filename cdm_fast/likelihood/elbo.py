@@ -3,9 +3,12 @@
 The chain goes from pure noise down the levels with one Gaussian per step; each step costs
 `KL(q(x_prev | x_t, x_0) || p(x_prev | x_t))` (DDPM, arXiv 2006.11239, eq. 5). The mean of p is the mean of
 q with x0_hat in place of x_0; its variance is the optimal variance for the denoiser's error at that level
-(arXiv 2201.06503), measured on one half of the images and used for the other half.
+(arXiv 2201.06503). The error depends on the pixel: a pixel of a black background is known but for its
+dequantisation, one of a texture is not (arXiv 2206.07309 has a variance for each pixel). Here pixels
+are grouped by their x0_hat, which p may depend on, and each group has its variance, measured on one half
+of the images and used for the other half.
 
-# n images, d values of one image, m levels
+# n images, d values of one image, m levels, K groups of values
 """
 
 import math
@@ -19,6 +22,10 @@ from cdm_fast.errors import UserError, require_at_least
 from cdm_fast.host.device import upload
 from cdm_fast.host.distributed import gather_rows, rank_range
 from cdm_fast.model import Denoiser, evaluation_mode
+
+MAX_GROUPS = 256
+VALUES = 500  # fewest values, of one half of the images, from which a group's variance is measured
+SHRINKAGE = 10.0  # number of values that the mean over all groups counts as in each group
 
 
 @dataclass(frozen=True)
@@ -81,19 +88,17 @@ def variational_bound(
         raise UserError(f"levels of the variational bound lie in 1 to T = {T}, not {used[:1]} to {used[-1:]}")
     generator = torch.Generator().manual_seed(seed)
     rows = [slice(i % every, None, every) if i else slice(None) for i in range(len(used))]
-    dim, errors = x[0].numel(), []
+    errors = []
     for t, chosen in zip(used, rows, strict=True):
         given = None if label is None else label[chosen]
-        mine = _squared_error(model, x[chosen], given, t, generator, batch_size)
-        errors.append(gather_rows(mine.cpu(), len(x[chosen])))
-    mse = [_mean_of_other_half(error) / dim for error in errors]
+        errors.append(_grouped_errors(model, x[chosen], given, t, generator, batch_size))
 
+    dim = x[0].numel()
     a, s = model.schedule.a[used].tolist(), model.schedule.s[used].tolist()
     square = x.double().flatten(1).square().sum(1).cpu()
     prior = 0.5 * (dim * (s[-1] ** 2 - 1 - 2 * math.log(s[-1])) + a[-1] ** 2 * square)
-    scale = s[0] / a[0]  # x0_hat - x_0 = scale (eps - eps_hat)
-    reconstruction = 0.5 * (dim * (2 * math.pi * scale**2 * mse[0]).log() + errors[0] / mse[0])
-    steps = [_step_cost(dim, errors[i], mse[i], a[i], s[i], a[i - 1], s[i - 1]) for i in range(1, len(used))]
+    reconstruction = _reconstruction(errors[0], s[0] / a[0])  # x0_hat - x_0 = s/a (eps - eps_hat)
+    steps = [_step_cost(errors[i], a[i], s[i], a[i - 1], s[i - 1]) for i in range(1, len(used))]
     means = [step.mean() for step in steps]
     for_all = [mean.expand(len(x)).clone() for mean in means]
     for total, chosen, step, mean in zip(for_all, rows[1:], steps, means, strict=True):
@@ -104,50 +109,81 @@ def variational_bound(
         levels=used,
         steps=[float(mean) for mean in means],
         reconstruction=float(reconstruction.mean()),
-        mse=[float(error.mean()) / dim for error in errors],
+        mse=[float(error.sums.sum() / error.counts.sum()) for error in errors],
     )
 
 
-def _squared_error(
+@dataclass(frozen=True)
+class _Errors:
+    """Squared errors `(eps_hat - eps)^2` of n images at one level, in K groups of values.
+
+    sums: (n, K) float64, the sum over each image's values of each group.
+    counts: (n, K) float64, how many these are; they sum to d.
+    """
+
+    sums: Tensor
+    counts: Tensor
+
+    def of_other_half(self) -> Tensor:
+        """(n, K) mean error of each group over the other half of the images: odd ones for even ones."""
+        mean = torch.empty_like(self.sums)
+        for half in (0, 1):
+            sums, counts = self.sums[1 - half :: 2].sum(0), self.counts[1 - half :: 2].sum(0)
+            overall = sums.sum() / counts.sum()
+            mean[half::2] = (sums + SHRINKAGE * overall) / (counts + SHRINKAGE)
+        return mean
+
+
+def _grouped_errors(
     model: Denoiser,
-    x: Tensor,
+    x: Tensor,  # (n, ...)
     label: Tensor | None,
     t: int,
     generator: torch.Generator,
     batch_size: int,
-) -> Tensor:
-    """`|eps_hat - eps|^2` at level t, float64, for this process's share of the images (n, ...)."""
+) -> _Errors:
+    """The errors of all images at level t; each process evaluates its share of the images."""
     noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
-    errors = [torch.empty(0, dtype=torch.float64, device=x.device)]  # for a process without images
     mine = rank_range(len(x))
-    x, noise = x[mine.start : mine.stop], noise[mine.start : mine.stop]
-    label = None if label is None else upload(label[mine.start : mine.stop], x.device)
-    for first in range(0, len(x), batch_size):
-        rows = slice(first, first + batch_size)
-        eps = upload(noise[rows], x.device)
-        x_t = model.schedule.noise(x[rows], t, eps)
-        residual = model.denoise(x_t, t, None if label is None else label[rows]) - eps
-        errors.append(residual.double().square().flatten(1).sum(1))
-    return torch.cat(errors)
+    x0_hat, error = x.new_empty(2, len(mine), x[0].numel(), device="cpu")
+    for first in range(0, len(mine), batch_size):
+        here = slice(first, first + batch_size)
+        rows = mine[here]
+        part = slice(rows.start, rows.stop)
+        eps = upload(noise[part], x.device)
+        x_t = model.schedule.noise(x[part], t, eps)
+        given = None if label is None else upload(label[part], x.device)
+        eps_hat = model.denoise(x_t, t, given)
+        x0_hat[here] = ((x_t - model.schedule.s[t] * eps_hat) / model.schedule.a[t]).flatten(1).cpu()
+        error[here] = (eps_hat - eps).square().flatten(1).cpu()
+
+    edges = _edges(gather_rows(x0_hat, len(x)))
+    sums = torch.zeros(len(mine), len(edges) + 1, dtype=torch.float64)
+    counts = torch.zeros_like(sums)
+    for first in range(0, len(mine), batch_size):
+        here = slice(first, first + batch_size)
+        group = torch.bucketize(x0_hat[here], edges)
+        sums[here].scatter_add_(1, group, error[here].double())
+        counts[here].scatter_add_(1, group, torch.ones_like(group, dtype=torch.float64))
+    return _Errors(gather_rows(sums, len(x)), gather_rows(counts, len(x)))
 
 
-def _mean_of_other_half(error: Tensor) -> Tensor:
-    """Mean error (n,) over the other half of the images: over odd ones for even ones, and vice versa."""
-    means = torch.empty_like(error)
-    means[0::2], means[1::2] = error[1::2].mean(), error[0::2].mean()
-    return means
+def _edges(x0_hat: Tensor) -> Tensor:
+    """(K-1,) ascending limits of K groups that hold about as many of the values x0_hat (n, d) each."""
+    groups = min(max(x0_hat.numel() // (2 * VALUES), 1), MAX_GROUPS)
+    every = max(x0_hat.numel() // (MAX_GROUPS * 4 * VALUES), 1)  # enough images for the quantiles
+    ordered = x0_hat[::every].flatten().sort().values
+    return ordered[torch.arange(1, groups) * len(ordered) // groups]
 
 
-def _step_cost(
-    dim: int,
-    error: Tensor,  # (n,) |eps_hat - eps|^2 at level t
-    mse: Tensor,  # (n,) per value, from other images
-    a: float,
-    s: float,
-    a_prev: float,
-    s_prev: float,
-) -> Tensor:  # (n,) nats
-    """`KL(q || p)` of the two Gaussians of x_prev.
+def _reconstruction(error: _Errors, scale: float) -> Tensor:
+    """(n,) nats: `-log p(x_0 | x_t)` of Gaussians around x0_hat, at distance `scale |eps_hat - eps|`."""
+    mse = error.of_other_half()
+    return 0.5 * (error.counts * (2 * math.pi * scale**2 * mse).log() + error.sums / mse).sum(1)
+
+
+def _step_cost(error: _Errors, a: float, s: float, a_prev: float, s_prev: float) -> Tensor:
+    """(n,) nats: `KL(q || p)` of the two Gaussians of x_prev, for errors at the level of (a, s).
 
     With `v = s^2 - (a/a_prev)^2 s_prev^2` the variance of q is `v s_prev^2 / s^2` (DDPM eq. 7), the distance
     between the means is `a_prev v / (s a) |eps_hat - eps|`, and the variance of p is the variance of q plus
@@ -156,5 +192,6 @@ def _step_cost(
     v = s**2 - (a / a_prev * s_prev) ** 2
     variance = v * (s_prev / s) ** 2
     distance = (a_prev * v / (s * a)) ** 2
-    wider = 1 + distance * mse / variance  # p's variance over q's
-    return 0.5 * (dim * (wider.log() + 1 / wider - 1) + distance * error / (variance * wider))
+    wider = 1 + distance * error.of_other_half() / variance  # p's variance over q's
+    cost = error.counts * (wider.log() + 1 / wider - 1) + distance * error.sums / (variance * wider)
+    return 0.5 * cost.sum(1)
