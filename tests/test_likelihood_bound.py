@@ -64,6 +64,9 @@ def test_values_of_unlike_certainty_cost_no_more_than_they_must():
     mean, v = torch.tensor([-0.9, 0.5, 4.0]), torch.tensor([1e-4, 0.04, 0.5])
     density = GaussianMixture.gaussian(mean, v.diag())
     bound, truth = bound_and_truth(density, schedule, num=10_000)
+    x = density.sample(10_000, torch.Generator().manual_seed(0))
+    single = variational_bound(ExactDenoiser(density, schedule), x, groups=1)
+    assert float((single.nats - bound.nats).mean()) == pytest.approx(0.42, abs=0.03)
     a, s = schedule.a[-2], schedule.s[-2]
     marginal = a**2 * v + s**2
     gap = 0.5 * float((marginal - 1 - marginal.log() + a**2 * mean**2).sum())  # of the prior alone
@@ -102,3 +105,9 @@ def test_bad_requests_are_named(num, levels, told):
     model = ExactDenoiser(MIXTURE, NoiseSchedule.uniform(10))
     with pytest.raises(UserError, match=told):
         variational_bound(model, torch.zeros(num, 2).double(), levels=levels)
+
+
+def test_there_is_at_least_one_group():
+    model = ExactDenoiser(MIXTURE, NoiseSchedule.uniform(10))
+    with pytest.raises(UserError, match="groups is 0"):
+        variational_bound(model, torch.zeros(4, 2).double(), groups=0)

@@ -23,7 +23,7 @@ from cdm_fast.host.device import upload
 from cdm_fast.host.distributed import gather_rows, rank_range
 from cdm_fast.model import Denoiser, evaluation_mode
 
-MAX_GROUPS = 256
+GROUPS = 256
 VALUES = 500  # fewest values, of one half of the images, from which a group's variance is measured
 SHRINKAGE = 10.0  # number of values that the mean over all groups counts as in each group
 
@@ -59,6 +59,7 @@ def variational_bound(
     batch_size: int = 256,
     label: Tensor | None = None,
     every: int = 1,
+    groups: int = GROUPS,
 ) -> VariationalBound:
     """The bound on `-log p_0` of every image of `x`; see `VariationalBound`.
 
@@ -72,13 +73,16 @@ def variational_bound(
             on all; n is at least 2 `every`. The bound of an image is then the mean cost of the other levels,
             plus `every` times what its own levels cost more. Its mean over images is as unbiased as before,
             for 1/`every` of the evaluations; single images differ by more.
+        groups: the largest number of groups of values that have a variance of their own at each level; few
+            values have fewer. 1 is the bound of one variance for all, which is looser.
 
     Raises:
-        UserError: too few images, or a level outside 1..T.
+        UserError: too few images, a level outside 1..T, or `every` or `groups` below 1.
     """
     T = model.schedule.T
     used = sorted(set(levels if levels is not None else range(1, T + 1)))
     require_at_least("every", every, 1)
+    require_at_least("groups", groups, 1)
     if len(x) < 2 * every:
         raise UserError(
             f"{len(x)} image{'s' * (len(x) > 1)}: the variational bound fits its variances on other images;"
@@ -91,7 +95,7 @@ def variational_bound(
     errors = []
     for t, chosen in zip(used, rows, strict=True):
         given = None if label is None else label[chosen]
-        errors.append(_grouped_errors(model, x[chosen], given, t, generator, batch_size))
+        errors.append(_grouped_errors(model, x[chosen], given, t, generator, batch_size, groups))
 
     dim = x[0].numel()
     a, s = model.schedule.a[used].tolist(), model.schedule.s[used].tolist()
@@ -141,6 +145,7 @@ def _grouped_errors(
     t: int,
     generator: torch.Generator,
     batch_size: int,
+    most_groups: int,
 ) -> _Errors:
     """The errors of all images at level t; each process evaluates its share of the images."""
     noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
@@ -157,7 +162,7 @@ def _grouped_errors(
         x0_hat[here] = ((x_t - model.schedule.s[t] * eps_hat) / model.schedule.a[t]).flatten(1).cpu()
         error[here] = (eps_hat - eps).square().flatten(1).cpu()
 
-    edges = _edges(gather_rows(x0_hat, len(x)))
+    edges = _edges(gather_rows(x0_hat, len(x)), most_groups)
     sums = torch.zeros(len(mine), len(edges) + 1, dtype=torch.float64)
     counts = torch.zeros_like(sums)
     for first in range(0, len(mine), batch_size):
@@ -168,10 +173,10 @@ def _grouped_errors(
     return _Errors(gather_rows(sums, len(x)), gather_rows(counts, len(x)))
 
 
-def _edges(x0_hat: Tensor) -> Tensor:
+def _edges(x0_hat: Tensor, most_groups: int) -> Tensor:
     """(K-1,) ascending limits of K groups that hold about as many of the values x0_hat (n, d) each."""
-    groups = min(max(x0_hat.numel() // (2 * VALUES), 1), MAX_GROUPS)
-    every = max(x0_hat.numel() // (MAX_GROUPS * 4 * VALUES), 1)  # enough images for the quantiles
+    groups = min(max(x0_hat.numel() // (2 * VALUES), 1), most_groups)
+    every = max(x0_hat.numel() // (groups * 4 * VALUES), 1)  # enough images for the quantiles
     ordered = x0_hat[::every].flatten().sort().values
     return ordered[torch.arange(1, groups) * len(ordered) // groups]
 
