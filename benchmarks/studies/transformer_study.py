@@ -39,7 +39,9 @@ PICTURE = Path(__file__).parents[2] / "docs" / "pictures" / "transformer_scaling
 WIDTHS, DEPTHS = (32, 64, 128), (2, 4, 8)
 ENCODERS = (8, 16, 32)  # base channels; 16 are the preset's
 GRID_STEPS = 1000
+GRID_RATE = 2e-3  # for every network; the encoder's preset had it when the first rows were made
 BOUND_IMAGES, BOUND_EVERY = 1000, 10
+BOUND_GROUPS = 1  # one variance a level, as in the first rows
 CONVOLUTIONAL: dict[str, dict[str, Any]] = {
     "unet": {"architecture": "unet"},
     **{f"encoder {channels}": {"base_channels": channels} for channels in ENCODERS},
@@ -63,7 +65,7 @@ def configured(name: str, data: str, steps: int = GRID_STEPS) -> RunConfig:
         base,
         data=replace(base.data, source=data),
         network=replace(base.network, **NETWORKS[name]),
-        train=replace(base.train, steps=steps),
+        train=replace(base.train, steps=steps, lr=GRID_RATE),
     )
 
 
@@ -96,7 +98,7 @@ def measured(run: Path) -> dict[str, Any]:
     model, config = load(run), read_config(run)
     assert isinstance(model, CDM)
     test = run_data(config, "test")
-    bound = evaluate_elbo(model, test, BOUND_IMAGES, every=BOUND_EVERY)
+    bound = evaluate_elbo(model, test, BOUND_IMAGES, every=BOUND_EVERY, groups=BOUND_GROUPS)
     single = evaluate(model, test, draws=1)
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

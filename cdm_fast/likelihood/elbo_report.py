@@ -16,7 +16,7 @@ from cdm_fast.data import ImageData, bits_of_interval
 from cdm_fast.data.draws import choose_images
 from cdm_fast.errors import UserError, require_at_least
 from cdm_fast.host.progress import Progress, silent
-from cdm_fast.likelihood.elbo import variational_bound
+from cdm_fast.likelihood.elbo import GROUPS, variational_bound
 from cdm_fast.likelihood.given import labels_given
 from cdm_fast.likelihood.units import bits_per_dim, nats_per_bit_per_dim, require_denoiser
 from cdm_fast.model import Denoiser, evaluation_mode
@@ -66,6 +66,7 @@ def evaluate_elbo(
     progress: Progress = silent,
     given: Given = "none",
     every: int = 1,
+    groups: int = GROUPS,
 ) -> ElboReport:
     """bits/dim of `num_images` images of `data` by `variational_bound`: an upper bound on their code length.
 
@@ -75,11 +76,12 @@ def evaluate_elbo(
         seed: seed of the choice of images, dequantisation and noise.
         given: "label" or "none"; see `ElboReport`.
         every: measure a level on every so many images only, as in `variational_bound`.
+        groups: the largest number of groups of values with a variance of their own, as there.
 
     Raises:
-        UserError: a classifier, fewer than 2 `every` images, batch_size below 1, as in `labels_given`; and
-            for given "all", since averaging over noise inside the logarithm of a sum over classes gives no
-            bound.
+        UserError: a classifier, fewer than 2 `every` images, batch_size or groups below 1, as in
+            `labels_given`; and for given "all", since averaging over noise inside the logarithm of a sum over
+            classes gives no bound.
 
     >>> from cdm_fast import DDM, NoiseSchedule
     >>> class StandardNormal(DDM):
@@ -112,6 +114,7 @@ def evaluate_elbo(
         batch_size=batch_size,
         label=None if labels is None else labels[index],
         every=every,
+        groups=groups,
     )
     unit = nats_per_bit_per_dim(data)
     per_image = bits_per_dim(-bound.nats, data)
