@@ -1,6 +1,6 @@
 """Samples of labelled runs beside real images, by sampler: docs/measurements/sampling.md.
 
-    python -m benchmarks.studies.sample_quality measure NAME=RUN [NAME=RUN ...] [--num 2000]
+    python -m benchmarks.studies.sample_quality measure NAME=RUN [NAME=RUN ...]
     python -m benchmarks.studies.sample_quality show          # results/sample_quality.jsonl as a table
     python -m benchmarks.studies.sample_quality sheet NAME=RUN [NAME=RUN ...] --out PICTURE.png
 
@@ -17,7 +17,7 @@ and by `ddpm` for a DDM.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from cdm_fast.sampling.blind import knows_levels
 RESULTS = Path(__file__).parents[1] / "results" / "sample_quality.jsonl"
 REAL, COMPONENTS, TREES, STEPS = 10_000, 50, 100, 50
 GUIDANCE = (0.0, 1.0)
+SAMPLERS = ("ddpm", "blind")
 COLUMNS = 10  # images of a class on a sheet
 
 
@@ -93,14 +94,16 @@ def drawn(model: Denoiser, num: int, classes: int, sampler: str, guidance: float
     return sample(model, num, sampler, STEPS, label=label, guidance=guidance).clamp(-1, 1), label
 
 
-def measurements(name: str, run: Path, num: int) -> Iterator[dict[str, Any]]:
-    """The rows of a run that the file lacks."""
+def measurements(
+    name: str, run: Path, num: int, samplers: Sequence[str], guidances: Sequence[float]
+) -> Iterator[dict[str, Any]]:
+    """The rows of a run that the file lacks, of these samplers and strengths of guidance."""
     model, config, real = load(run), read_config(run), RealImages(run, num)
     assert isinstance(model, Denoiser) and config.image.num_classes is not None
     seconds = load_checkpoint(run, ()).state["seconds"]
-    samplers = [None, "ddpm", *(["blind"] if knows_levels(model) else [])]
-    for sampler in samplers:
-        for guidance in GUIDANCE if sampler else (0.0,):
+    known = SAMPLERS if knows_levels(model) else SAMPLERS[:1]
+    for sampler in (None, *(each for each in samplers if each in known)):
+        for guidance in guidances if sampler else (0.0,):
             key = {"name": name, "sampler": sampler, "guidance": guidance, "num": num}
             if has_row(RESULTS, key):
                 continue
@@ -147,6 +150,8 @@ def main() -> None:
     parser.add_argument("what", choices=("measure", "show", "sheet"))
     parser.add_argument("runs", nargs="*", metavar="NAME=RUN")
     parser.add_argument("--num", type=int, default=2000, help="samples of each row")
+    parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=SAMPLERS)
+    parser.add_argument("--guidance", nargs="+", type=float, default=GUIDANCE)
     parser.add_argument("--out", type=Path, default=Path("samples.png"))
     options = parser.parse_args()
     runs = {name: Path(run) for name, run in (each.split("=", 1) for each in options.runs)}
@@ -156,7 +161,7 @@ def main() -> None:
         write_sheet(runs, options.out)
     else:
         for name, run in runs.items():
-            for row in measurements(name, run, options.num):
+            for row in measurements(name, run, options.num, options.samplers, options.guidance):
                 print(add_row(RESULTS, row), flush=True)
 
 
