@@ -92,17 +92,20 @@ def variational_bound(
         raise UserError(f"levels of the variational bound lie in 1 to T = {T}, not {used[:1]} to {used[-1:]}")
     generator = torch.Generator().manual_seed(seed)
     rows = [slice(i % every, None, every) if i else slice(None) for i in range(len(used))]
-    errors = []
-    for t, chosen in zip(used, rows, strict=True):
-        given = None if label is None else label[chosen]
-        errors.append(_grouped_errors(model, x[chosen], given, t, generator, batch_size, groups))
-
     dim = x[0].numel()
     a, s = model.schedule.a[used].tolist(), model.schedule.s[used].tolist()
     square = x.double().flatten(1).square().sum(1).cpu()
     prior = 0.5 * (dim * (s[-1] ** 2 - 1 - 2 * math.log(s[-1])) + a[-1] ** 2 * square)
-    reconstruction = _reconstruction(errors[0], s[0] / a[0])  # x0_hat - x_0 = s/a (eps - eps_hat)
-    steps = [_step_cost(errors[i], a[i], s[i], a[i - 1], s[i - 1]) for i in range(1, len(used))]
+    costs, mse = [], []  # of each level; the groups of a level take too much memory to keep
+    for i, (t, chosen) in enumerate(zip(used, rows, strict=True)):
+        given = None if label is None else label[chosen]
+        error = _grouped_errors(model, x[chosen], given, t, generator, batch_size, groups)
+        mse.append(float(error.sums.sum() / error.counts.sum()))
+        if i:
+            costs.append(_step_cost(error, a[i], s[i], a[i - 1], s[i - 1]))
+        else:
+            costs.append(_reconstruction(error, s[0] / a[0]))  # x0_hat - x_0 = s/a (eps - eps_hat)
+    reconstruction, *steps = costs
     means = [step.mean() for step in steps]
     for_all = [mean.expand(len(x)).clone() for mean in means]
     for total, chosen, step, mean in zip(for_all, rows[1:], steps, means, strict=True):
@@ -113,7 +116,7 @@ def variational_bound(
         levels=used,
         steps=[float(mean) for mean in means],
         reconstruction=float(reconstruction.mean()),
-        mse=[float(error.sums.sum() / error.counts.sum()) for error in errors],
+        mse=mse,
     )
 
 
