@@ -87,8 +87,13 @@ def test_processes_attack_the_images_that_one_attacks(tmp_path, config):
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_processes_with_a_transformer_take_the_steps_of_one(tmp_path, config, parallel):
-    config = replace(config, network=replace(config.network, architecture="transformer"))
+@pytest.mark.parametrize(
+    "network",
+    [{"architecture": "transformer"}, {"conditioning": "joint", "head_rank": 0, "base_components": 2}],
+    ids=["transformer", "base"],
+)
+def test_processes_with_other_networks_take_the_steps_of_one(tmp_path, config, network, parallel):
+    config = replace(config, network=replace(config.network, **network))
     with one_thread():
         alone = workers.steps_taken(config, None, 3)
     found = workers.start(2, workers.joint_steps, tmp_path, config, parallel, 3)

@@ -28,6 +28,7 @@ from cdm_fast.runs.build import build_model
 from cdm_fast.sampling import sample
 from cdm_fast.training import finish, loop
 from cdm_fast.training import train as training
+from cdm_fast.training.base import begin_from_base
 from cdm_fast.training.ema import Ema
 from cdm_fast.training.parallel import wrap
 from cdm_fast.training.state import TrainingState, new_state
@@ -122,6 +123,7 @@ def joint_bad_step(config: RunConfig, parallel: str) -> dict[str, Any]:
 
 def _state(config: RunConfig, dtype: torch.dtype, parallel: Any) -> tuple[TrainingState, dict[str, Any]]:
     state, loss = new_state(config, CPU), make_loss(config.train)
+    begin_from_base(config, state, load_data(config.data.source))
     if dtype != torch.float32:
         state.model.to(dtype)
         state.ema = Ema(state.model, config.train.ema_decay)

@@ -58,6 +58,11 @@ def _check_objective(config: RunConfig) -> None:
         raise UserError(
             "--ce-weight and --mse-weight are both 0, so neither levels nor denoiser are trained; raise one"
         )
+    if network.base_components and train.objective != "cdm":
+        raise UserError(
+            f"--base-components {network.base_components} needs the logits of --objective cdm, not"
+            f" {train.objective}; give 0"
+        )
     if network.architecture != "unet" and train.objective == "ddm":
         raise UserError(
             f"--architecture {network.architecture} has no way back up to the pixels, which --objective"
@@ -190,6 +195,8 @@ def _lower_bounds(config: RunConfig) -> list[tuple[str, int, int]]:
         ("stem-resolutions", network.stem_resolutions, 1),
         ("stem-blocks", network.stem_blocks, 1),
         ("num-groups", network.num_groups, 1),
+        ("base-components", network.base_components, 0),
+        ("base-rank", network.base_rank, 1),
         *(("multipliers", multiplier, 1) for multiplier in network.multipliers or (0,)),
         ("steps", train.steps, 1),
         ("batch-size", train.batch_size, 1),
@@ -233,6 +240,8 @@ def _upper_bounds(config: RunConfig) -> list[tuple[str, int, int]]:
         ("stem-resolutions", network.stem_resolutions, 6),
         ("stem-blocks", network.stem_blocks, 64),
         ("head-rank", network.head_rank or 0, 2**14),
+        ("base-components", network.base_components, 1024),
+        ("base-rank", network.base_rank, 4096),
         *(("multipliers", multiplier, 64) for multiplier in network.multipliers),
     ]
 

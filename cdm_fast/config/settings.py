@@ -150,6 +150,12 @@ class NetworkConfig:
     head_rank: int | None = None
     """Rank of the joint head over classes, up to 16384; 0 for full rank. By default full rank up to 2^25
     weights, 32 above (--conditioning joint only)."""
+    base_components: int = 0
+    """Gaussians of the base, 0..1024, for each class with --conditioning joint: a mixture that is fitted to
+    the training images before the first step, and to whose densities at every noise level the network adds
+    its own; 0 for no base."""
+    base_rank: int = 64
+    """Principal directions of each Gaussian of the base, 1..4096."""
 
 
 @dataclass(frozen=True)

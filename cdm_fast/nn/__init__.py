@@ -1,5 +1,6 @@
 """Networks whose input gradient is a forward computation, and plain denoisers to compare them with."""
 
+from cdm_fast.nn.base import MixtureBase
 from cdm_fast.nn.encoder import Encoder
 from cdm_fast.nn.mlp import MLP, MLPDenoiser
 from cdm_fast.nn.network import AdjointNetwork, as_classifier
@@ -11,6 +12,7 @@ __all__ = [
     "AdjointNetwork",
     "Encoder",
     "MLPDenoiser",
+    "MixtureBase",
     "Transformer",
     "UNet",
     "UNetDenoiser",

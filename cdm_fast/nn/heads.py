@@ -44,6 +44,12 @@ class CumulativeHead(nn.Linear):
         return self.logits(h, *self.cumulated())
 
     @torch.no_grad()
+    def start_at_zero(self) -> None:
+        """Makes all logits zero, with weights that still learn."""
+        self.weight.zero_()
+        self.bias.zero_()
+
+    @torch.no_grad()
     def shift(self, by: Tensor) -> None:
         """Adds `by` (L,) to the logits, through the bias."""
         self.bias.add_(by.diff(prepend=by.new_zeros(1)).to(self.bias))
@@ -260,6 +266,14 @@ class LowRankHead(ClassHead):
         with full_precision(h):
             joint = low_rank_logits(basis[:, :-1].unflatten(1, (-1, self.rows_per_level)), self.classes)
         return torch.cat([joint.flatten(1), basis[:, -1:]], dim=1)
+
+    @torch.no_grad()
+    def start_at_zero(self) -> None:
+        """Zeroes what all classes share; the class vectors are zero, and the rows that they weigh learn."""
+        self.classes.zero_()
+        self.bias.zero_()
+        self.weight[-1:].zero_()
+        self.weight[:-1].unflatten(0, (-1, self.rows_per_level))[:, self.common_rows] = 0
 
     def shift_each(self, by: Tensor) -> None:
         """Not possible: classes share the rows of a level. Raises UserError."""

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cdm_fast.nn.heads import ClassHead, Conditioning, CumulativeHead, PlainHead
+from cdm_fast.nn.base import MixtureBase
+from cdm_fast.nn.heads import ClassHead, Conditioning, CumulativeHead, PlainHead, class_weights
+from cdm_fast.ops import noise_level_ce
 
 
 class AdjointNetwork(nn.Module):
@@ -16,12 +18,24 @@ class AdjointNetwork(nn.Module):
 
     Subclasses provide `features`, `adjoint`, `linear_layer` (the head) and `input_shape`. With a `ClassHead`
     the label does not enter the trunk; it selects among the logits.
+
+    `network.base = MixtureBase(...)` adds the logits of a base to those of the head. `features` and `adjoint`
+    are those of the network alone.
     """
 
     linear_layer: CumulativeHead
     input_shape: tuple[int, ...]
     num_classes: int | None
     conditioning: Conditioning
+
+    @property
+    def base(self) -> MixtureBase | None:
+        """The base to whose logits those of the head are added, if there is one."""
+        return self._modules.get("base")  # type: ignore[return-value]
+
+    @base.setter
+    def base(self, base: MixtureBase | None) -> None:
+        self.add_module("base", base)
 
     def features(
         self, x: Tensor, label: Tensor | None = None, keep_residuals: bool = True
@@ -35,7 +49,8 @@ class AdjointNetwork(nn.Module):
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
         """Logits (B, N): `f(x)[t] = log p(t | x)`, or jointly `log p(t, c | x)`, up to one constant per x."""
-        return self.linear_layer(self.features(x, label, keep_residuals=False)[0])
+        logits = self.linear_layer(self.features(x, label, keep_residuals=False)[0])
+        return logits if self.base is None else logits + self.base.logits(self.base.read(x))
 
     def ratio_gradient(
         self, x: Tensor, level: Tensor, label: Tensor | None = None, guidance: float = 0.0
@@ -47,7 +62,16 @@ class AdjointNetwork(nn.Module):
         """
         head = self.linear_layer
         h, residuals = self._features(x, label)
-        return self.adjoint(residuals, head.cotangent(h, head.cumulated(), level, label, guidance))
+        cumulated, base = head.cumulated(), self.base
+        if base is None:
+            return self.adjoint(residuals, head.cotangent(h, cumulated, level, label, guidance))
+        read = base.read(x)
+        at_level = None
+        if isinstance(head, ClassHead):
+            at_level = head.at_level(h, cumulated, level) + base.at_level(read, level)
+        cotangent = head.cotangent(h, cumulated, level, label, guidance, at_level)
+        weights = _class_weights(at_level, label, guidance)
+        return _plus(self.adjoint(residuals, cotangent), base.gradient(read, level, weights))
 
     def logits_and_ratio_gradient(
         self, x: Tensor, level: Tensor, label: Tensor | None = None, guidance: float = 0.0
@@ -63,14 +87,23 @@ class AdjointNetwork(nn.Module):
 
         The levels may depend on the logits.
         """
-        head = self.linear_layer
+        head, base = self.linear_layer, self.base
         h, residuals = self._features(x, label)
         cumulated = head.cumulated()
         logits = head.logits(h, *cumulated)
+        read = None
+        if base is not None:
+            read = base.read(x)
+            logits = logits + base.logits(read)
 
         def gradient(level: Tensor) -> Tensor:
-            cotangent = head.cotangent(h, cumulated, level, label, guidance, head.pick(logits, level))
-            return self.adjoint(residuals, cotangent)
+            at_level = head.pick(logits, level)
+            cotangent = head.cotangent(h, cumulated, level, label, guidance, at_level)
+            of_network = self.adjoint(residuals, cotangent)
+            if base is None or read is None:
+                return of_network
+            weights = _class_weights(at_level, label, guidance)
+            return _plus(of_network, base.gradient(read, level, weights))
 
         return logits, gradient
 
@@ -80,23 +113,36 @@ class AdjointNetwork(nn.Module):
         `pull(level (B,), weight (B, K))` is `grad_x sum_c weight[c] (z_N - z[level, c])`, like `x`, from the
         same features; the weights may depend on the logits. For heads over classes only.
         """
-        head = self._class_head()
+        head, base = self._class_head(), self.base
         h, residuals = self.features(x)
         weight, bias = head.cumulated()
+        logits = head.logits(h, weight, bias)
 
         def pull(level: Tensor, class_weight: Tensor) -> Tensor:
             return self.adjoint(residuals, head.weighted_cotangent(weight, level, class_weight.to(weight)))
 
-        return head.logits(h, weight, bias), pull
+        if base is None:
+            return logits, pull
+        read = base.read(x)
+
+        def pull_with_base(level: Tensor, class_weight: Tensor) -> Tensor:
+            return _plus(pull(level, class_weight), base.gradient(read, level, class_weight))
+
+        return logits + base.logits(read), pull_with_base
 
     def cross_entropy_and_ratio_gradient(
         self, x: Tensor, level: Tensor, label: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The cross-entropy (B,) in nats, the logits (B, K) of each input's own level, and `ratio_gradient`.
 
-        Never holds all joint logits at once, which matters for many classes. For heads over classes only.
+        Without a base it never holds all joint logits at once, which matters for many classes. For heads over
+        classes only.
         """
         head = self._class_head()
+        if self.base is not None:
+            logits, gradient = self.logits_and_gradient_at(x, label)
+            loss = noise_level_ce(logits, level, label, head.num_classes).loss
+            return loss, head.pick(logits, level), gradient(level)
         h, residuals = self.features(x)
         cumulated = head.cumulated()
         loss = head.cross_entropy(h, cumulated, level, label)
@@ -109,8 +155,9 @@ class AdjointNetwork(nn.Module):
 
         For heads over classes only.
         """
-        head = self._class_head()
-        return head.at_level(self.features(x, keep_residuals=False)[0], head.cumulated(), level)
+        head, base = self._class_head(), self.base
+        at_level = head.at_level(self.features(x, keep_residuals=False)[0], head.cumulated(), level)
+        return at_level if base is None else at_level + base.at_level(base.read(x), level)
 
     def _features(self, x: Tensor, label: Tensor | None) -> tuple[Tensor, Any]:
         """`features` of `x`, and of the label if it enters the trunk."""
@@ -119,6 +166,16 @@ class AdjointNetwork(nn.Module):
     def _class_head(self) -> ClassHead:
         assert isinstance(self.linear_layer, ClassHead), "needs a head over (level, class) pairs"
         return self.linear_layer
+
+
+def _class_weights(at_level: Tensor | None, label: Tensor | None, guidance: float) -> Tensor | None:
+    """`class_weights`, or None for a head over levels."""
+    return None if at_level is None else class_weights(at_level, label, guidance)
+
+
+def _plus(gradient: Tensor, of_base: Tensor) -> Tensor:
+    """The gradient of the network, like x, plus that of the base (B, d), in the former's layout and dtype."""
+    return gradient + of_base.view(gradient.shape).to(gradient.dtype)
 
 
 def as_classifier(network: AdjointNetwork) -> AdjointNetwork:

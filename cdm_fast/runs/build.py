@@ -3,6 +3,7 @@
 Legend: L = T+2 noise levels, K classes.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from cdm_fast.model import CDM, DDM
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.model.schedule import NoiseSchedule
 from cdm_fast.nn import AdjointNetwork, Encoder, Transformer, UNet, UNetDenoiser, as_classifier
+from cdm_fast.nn.base import MixtureBase
 from cdm_fast.nn.transformer import TransformerOptions
 from cdm_fast.nn.trunk import TrunkOptions
 
@@ -77,7 +79,25 @@ def build_network(config: RunConfig) -> AdjointNetwork | UNetDenoiser:
         return UNetDenoiser(**shape)
     if network.conditioning == "joint":
         shape |= {"conditioning": "joint", "head_rank": head_rank(config)}
-    return _CLASSIFIERS[network.architecture](num_levels=config.schedule.T + 2, **shape)
+    built = _CLASSIFIERS[network.architecture](num_levels=config.schedule.T + 2, **shape)
+    if network.base_components:
+        built.base = build_base(config)
+    return built
+
+
+def build_base(config: RunConfig) -> MixtureBase:
+    """The base of a run's network, before it is fitted."""
+    network = config.network
+    with torch.device("cpu"):  # the amplitudes are numbers even where the weights are only shapes
+        schedule = build_schedule(config.schedule)
+    return MixtureBase(
+        schedule.a,
+        schedule.s,
+        math.prod(config.image.shape),
+        network.base_components,
+        network.base_rank,
+        (config.image.num_classes or 1) if network.conditioning == "joint" else 1,
+    )
 
 
 def build_model(config: RunConfig) -> CDM | DDM | Classifier:

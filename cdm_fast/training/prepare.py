@@ -22,6 +22,7 @@ from cdm_fast.host.progress import to_stderr
 from cdm_fast.runs.build import head_rank
 from cdm_fast.runs.checkpoint import load_checkpoint, prepare_to_resume, read_config, write_config
 from cdm_fast.runs.data import in_place, run_data
+from cdm_fast.training.base import begin_from_base
 from cdm_fast.training.finetune import begin_from_run
 from cdm_fast.training.state import TrainingState, from_checkpoint, new_state, require_trained_here
 from cdm_fast.training.tuning import pick_precision
@@ -53,6 +54,7 @@ def prepare_new(config: RunConfig, device: torch.device) -> Prepared:
     config = broadcast_from_main(resolve(config, data, device))
     validation = run_data(config, "validation").take(slice(config.output.evaluate_images))
     state = new_state(config, device)
+    begin_from_base(config, state, data)
     begin_from_run(config, state)
     state.data = data_digest(data)
     to_stderr(data.describe())

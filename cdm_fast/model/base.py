@@ -1,0 +1,167 @@
+"""Fits the base of a network, a mixture of Gaussians, to training data.
+
+# n rows, d values of each, K classes, M Gaussians of each, R directions
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cdm_fast.errors import UserError
+from cdm_fast.model.cdm import CDM
+from cdm_fast.model.schedule import NoiseSchedule
+from cdm_fast.nn import AdjointNetwork
+from cdm_fast.nn.base import FADE, MixtureBase
+
+# Principal components in which rows are grouped.
+GROUPED = 30
+# Each Gaussian's variances are shrunk towards the mean variance within groups, by as much as so many rows.
+PRIOR_ROWS = 10
+# The share of each class's rows that set the temper, at so many levels; and the values tried.
+HELD_OUT, MOST_HELD_OUT, TEMPERED_LEVELS = 0.1, 1000, 12
+TEMPERS = tuple(2.0 ** (step / 2) for step in range(-12, 17))
+
+
+def fit_base(model: CDM, x0: Tensor, label: Tensor | None = None, noise: float = 0.0, seed: int = 0) -> None:
+    """Fits `model.network.base` to data, and starts the head at zero: the model is its base.
+
+    The groups of a class are those of k-means in its first principal components; each has the Gaussian of
+    probabilistic PCA (Tipping and Bishop, 1999). A tenth of the rows, at most 1000, decide how certain the
+    base is of the classes. Changes the model in place.
+
+    Args:
+        model: with a network that has a base, before training.
+        x0: (n, ...) clean data.
+        label: (n,) int64, for joint logits.
+        noise: variance that is added to each value, such as that of dequantisation.
+        seed: of k-means.
+
+    Raises:
+        UserError: a network without a base, or fewer than two rows for each Gaussian.
+
+    >>> from cdm_fast import MLP, NoiseSchedule
+    >>> schedule = NoiseSchedule.uniform(T=10)
+    >>> network = MLP(2, schedule.num_levels, hidden=8)
+    >>> network.base = MixtureBase(schedule.a, schedule.s, dim=2, components=1, rank=1)
+    >>> model = CDM(network, schedule)
+    >>> fit_base(model, 3 + torch.randn(1000, 2, generator=torch.Generator().manual_seed(0)))
+    >>> x = torch.full((1, 2), 3 * float(schedule.a[10]))  # the mean of the noised data
+    >>> round(model.predict_x0(x, level=10).mean().item())
+    3
+    """
+    base = model.network.base if isinstance(model.network, AdjointNetwork) else None
+    if base is None:
+        raise UserError("the network has no base: give it one, network.base = MixtureBase(...)")
+    base.set(**_fitted(model.schedule, base, _classes(base, x0.flatten(1).cpu(), label), noise, seed))
+    start_at_base(model)
+
+
+@torch.no_grad()
+def start_at_base(model: CDM) -> None:
+    """Makes the logits of the head those of the model's p(t) alone, so that the model is its base."""
+    assert isinstance(model.network, AdjointNetwork)
+    model.network.linear_layer.start_at_zero()
+    prior = model.log_level_prior.double()
+    model.network.linear_layer.shift(prior - prior[-1])
+
+
+def _classes(base: MixtureBase, rows: Tensor, label: Tensor | None) -> list[Tensor]:
+    """The rows of each class of the base; UserError for too few."""
+    components = len(base.means) // base.num_classes
+    classes = [rows]
+    if base.num_classes > 1:
+        if label is None:
+            raise UserError("a base of classes is fitted to labelled data: give labels")
+        classes = [rows[label.cpu() == c] for c in range(base.num_classes)]
+    for number, own in enumerate(classes):
+        if len(own) < 2 * components:
+            of = f" of each class, and class {number} has" if len(classes) > 1 else ", not"
+            raise UserError(
+                f"a base of {components} Gaussians needs at least {2 * components} training images{of}"
+                f" {len(own)}; give fewer --base-components, or 0"
+            )
+    return classes
+
+
+def _fitted(
+    schedule: NoiseSchedule, base: MixtureBase, classes: list[Tensor], noise: float, seed: int
+) -> dict[str, Tensor]:
+    """The tensors of `MixtureBase.set`; changes the base."""
+    components, rank = len(base.means) // base.num_classes, base.variances.shape[1]
+    share = min(HELD_OUT, MOST_HELD_OUT / sum(map(len, classes)))
+    held_out = [rows[: int(share * len(rows))] for rows in classes]
+    fitted = _mixture(classes, components, rank, noise, seed)
+    if len(classes) == 1 or not any(map(len, held_out)):
+        return fitted
+    others = [rows[len(held) :] for rows, held in zip(classes, held_out, strict=True)]
+    base.set(**_mixture(others, components, rank, noise, seed))
+    return {**fitted, "temper": torch.tensor(_temper(schedule, base, held_out, seed))}
+
+
+def _mixture(classes: list[Tensor], components: int, rank: int, noise: float, seed: int) -> dict[str, Tensor]:
+    """M Gaussians for each class of rows (n_c, d), by k-means and probabilistic PCA."""
+    groups = [group for rows in classes for group in _grouped(rows, components, seed)]
+    within = sum(float((rows - rows.mean(0)).square().sum()) for rows in groups)
+    total = sum(map(len, groups))
+    prior = within / (total * classes[0].shape[1]) + noise
+    parts = [_gaussian(rows, rank, prior, noise, seed) for rows in groups]
+    weights = torch.tensor([math.log(len(rows) / total) for rows in groups])
+    return {name: torch.stack([part[name] for part in parts]) for name in parts[0]} | {"log_weights": weights}
+
+
+def _grouped(rows: Tensor, components: int, seed: int) -> list[Tensor]:
+    """The rows in `components` groups, by k-means in their first principal components."""
+    from sklearn.cluster import KMeans
+    from sklearn.decomposition import PCA
+
+    if components == 1:
+        return [rows]
+    coordinates = PCA(min(GROUPED, *rows.shape), svd_solver="randomized", random_state=seed).fit_transform(
+        rows.numpy()
+    )
+    group = KMeans(components, n_init=3, random_state=seed).fit_predict(coordinates)
+    return [rows[torch.from_numpy(group == g)] for g in range(components)]
+
+
+def _gaussian(rows: Tensor, rank: int, prior: float, noise: float, seed: int) -> dict[str, Tensor]:
+    """Mean, principal directions and variances of rows (n, d), with `noise` added to each variance."""
+    from sklearn.decomposition import PCA
+
+    n, d = rows.shape
+    mean, kept = rows.mean(0), min(rank, n // 4, d - 1)
+    directions, variances = rows.new_zeros(rank, d), rows.new_zeros(rank)
+    centred = rows - mean
+    total = float(centred.square().sum()) / n
+    if kept and total:
+        fitted = PCA(kept, svd_solver="randomized", random_state=seed).fit(centred.numpy())
+        directions[:kept] = torch.from_numpy(fitted.components_)
+        variances[:kept] = torch.from_numpy(fitted.explained_variance_) * ((n - 1) / n)
+    rest = (total - float(variances.sum())) / max(d - kept, 1)
+    measured = torch.cat([variances, variances.new_tensor([max(rest, 0.0)])]) + noise
+    shrunk = (n * measured + PRIOR_ROWS * prior) / (n + PRIOR_ROWS)
+    shrunk[kept:] = shrunk[-1]
+    return {"means": mean, "directions": directions, "variances": shrunk[:-1], "rest": shrunk[-1]}
+
+
+@torch.no_grad()
+def _temper(schedule: NoiseSchedule, base: MixtureBase, held_out: list[Tensor], seed: int) -> float:
+    """The temper with the least cross-entropy over the classes of held-out rows, one tensor for each.
+
+    Summed over levels at which the base follows the mixture.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x0 = torch.cat(held_out).to(base.means)
+    label = torch.repeat_interleave(
+        torch.arange(len(held_out)), torch.tensor([len(rows) for rows in held_out])
+    )
+    losses = torch.zeros(len(TEMPERS), dtype=torch.float64)
+    followed = range(int((schedule.sigma < FADE).sum()), schedule.T + 1)
+    for level in followed[:: -(-len(followed) // TEMPERED_LEVELS)]:
+        noised = schedule.noise(x0, level, generator=generator)
+        of_class = base.of_class(base.read(noised), schedule.levels(level, noised)).double().cpu()
+        variance = float(schedule.sigma[level]) ** 2
+        for number, temper in enumerate(TEMPERS):
+            losses[number] += F.cross_entropy(variance / (variance + temper) * of_class, label)
+    return TEMPERS[int(losses.argmin())]
