@@ -1,7 +1,8 @@
 """Samples of labelled runs beside real images, by sampler: docs/measurements/sampling.md.
 
-    python -m benchmarks.studies.sample_quality measure NAME=RUN [NAME=RUN ...]
+    python -m benchmarks.studies.sample_quality measure NAME=RUN [NAME=RUN ...] [--classifier RUN]
     python -m benchmarks.studies.sample_quality show          # results/sample_quality.jsonl as a table
+    python -m benchmarks.studies.sample_quality errors NAME=RUN [NAME=RUN ...]  # of the denoisers, by level
     python -m benchmarks.studies.sample_quality sheet NAME=RUN [NAME=RUN ...] --out PICTURE.png
 
 Each row compares samples, as many of each class, with 10,000 training images of the run:
@@ -10,14 +11,17 @@ Each row compares samples, as many of each class, with 10,000 training images of
 - agreement: how often a random forest, trained on the real images, names the class that was asked for, and
   for test images how often it is right;
 - Frechet: the Frechet distance of the first 50 principal components;
-- variance: of these components, over that of real images.
+- variance: of these components, over that of real images;
+- with `--classifier`, a run of `train --objective classifier` on the same data: how often it names the class
+  that was asked for, and the Frechet distance of its features. A mixture of Gaussians can do well in
+  principal components by itself, and not in these.
 
 A CDM is drawn by `ddpm` and `blind`, a DDM by `ddpm`. `sheet` draws a row of each class, by `blind` for a CDM
 and by `ddpm` for a DDM.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,7 @@ from cdm_fast.data.pixels import displayable, to_points
 from cdm_fast.evaluation.quality import frechet_distance
 from cdm_fast.host.progress import to_stderr
 from cdm_fast.model import Denoiser
+from cdm_fast.model.classifier import Classifier
 from cdm_fast.runs.checkpoint import load_checkpoint, read_config
 from cdm_fast.runs.data import run_data
 from cdm_fast.sampling.blind import knows_levels
@@ -61,9 +66,10 @@ class RealImages:
     Args:
         run: a labelled run.
         num: number of samples and of test images.
+        classifier: a run of a classifier, or None.
     """
 
-    def __init__(self, run: Path, num: int) -> None:
+    def __init__(self, run: Path, num: int, classifier: Path | None = None) -> None:
         config = read_config(run)
         train, test = run_data(config, "train"), run_data(config, "test")
         assert train.labels is not None and test.labels is not None
@@ -72,6 +78,16 @@ class RealImages:
         self.pca = PCA(min(COMPONENTS, rows.shape[1]), random_state=0).fit(rows)
         self.components = self._components(rows)
         self.test, self.test_labels = unit(test, num), test.labels[:num]
+        self.classifier = None
+        if classifier is not None:
+            self.classifier = load(classifier)
+            assert isinstance(self.classifier, Classifier)
+            self.features = self._in_batches(self.classifier.features, unit(train, REAL)).double()
+
+    @staticmethod
+    @torch.no_grad()
+    def _in_batches(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return torch.cat([function(part) for part in x.split(500)])
 
     def _components(self, rows: np.ndarray) -> Tensor:
         return torch.from_numpy(self.pca.transform(rows)).double()
@@ -80,7 +96,16 @@ class RealImages:
         """The figures of images x (B, C, H, W) in [-1, 1] of these classes."""
         rows = x.flatten(1).numpy()
         components = self._components(rows)
+        by_classifier = {}
+        if self.classifier is not None:
+            named = self._in_batches(self.classifier.logits, x).argmax(1)
+            features = self._in_batches(self.classifier.features, x).double()
+            by_classifier = {
+                "named": float((named == label).double().mean()),
+                "feature_frechet": frechet_distance(features, self.features),
+            }
         return {
+            **by_classifier,
             "speckle": total_variation(x) / total_variation(self.test),
             "agreement": float((self.forest.predict(rows) == label.numpy()).mean()),
             "frechet": frechet_distance(components, self.components),
@@ -95,16 +120,23 @@ def drawn(model: Denoiser, num: int, classes: int, sampler: str, guidance: float
 
 
 def measurements(
-    name: str, run: Path, num: int, samplers: Sequence[str], guidances: Sequence[float]
+    name: str,
+    run: Path,
+    num: int,
+    samplers: Sequence[str],
+    guidances: Sequence[float],
+    classifier: Path | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The rows of a run that the file lacks, of these samplers and strengths of guidance."""
-    model, config, real = load(run), read_config(run), RealImages(run, num)
+    model, config, real = load(run), read_config(run), RealImages(run, num, classifier)
     assert isinstance(model, Denoiser) and config.image.num_classes is not None
     seconds = load_checkpoint(run, ()).state["seconds"]
     known = SAMPLERS if knows_levels(model) else SAMPLERS[:1]
     for sampler in (None, *(each for each in samplers if each in known)):
         for guidance in guidances if sampler else (0.0,):
             key = {"name": name, "sampler": sampler, "guidance": guidance, "num": num}
+            if classifier is not None:
+                key["classifier"] = True
             if has_row(RESULTS, key):
                 continue
             to_stderr(f"{name}: {sampler}, guidance {guidance:g}")
@@ -116,14 +148,35 @@ def measurements(
 
 def show() -> str:
     """The rows as a table in Markdown."""
-    lines = ["| run | sampler | guidance | speckle | agreement, % | Frechet | variance |", "|---" * 7 + "|"]
+    titles = ("run", "sampler", "guidance", "speckle", "agreement, %", "Frechet", "variance", "named, %")
+    lines = ["| " + " | ".join((*titles, "Frechet of features")) + " |", "|---" * 9 + "|"]
     for row in read_rows(RESULTS):
         sampler = row["sampler"] or "test images"
         figures = f"{row['speckle']:.2f} | {100 * row['agreement']:.1f} | {row['frechet']:.3g}"
-        lines.append(
-            f"| {row['name']} | {sampler} | {row['guidance']:g} | {figures} | {row['variance']:.2f} |"
-        )
+        named = f"{100 * row['named']:.1f} | {row['feature_frechet']:.3g}" if "named" in row else " | "
+        figures = f"{figures} | {row['variance']:.2f} | {named}"
+        lines.append(f"| {row['name']} | {sampler} | {row['guidance']:g} | {figures} |")
     return "\n".join(lines)
+
+
+def denoising_errors(runs: dict[str, Path]) -> str:
+    """Mean squared error of eps_hat by level, of 256 test images given their classes, in Markdown."""
+    columns: dict[int, list[str]] = {}
+    for run in runs.values():
+        model, test = load(run), run_data(read_config(run), "test")
+        assert isinstance(model, Denoiser) and test.labels is not None
+        x0, label, schedule = unit(test, 256), test.labels[:256], model.schedule
+        for share in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+            level = round(share * (schedule.T + 1))
+            eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(level))
+            x = schedule.noise(x0, level, eps)
+            with torch.no_grad():
+                eps_hat = torch.cat(
+                    [model.denoise(x[i : i + 128], level, label[i : i + 128]) for i in (0, 128)]
+                )
+            columns.setdefault(level, []).append(f"{(eps_hat - eps).square().mean():.4f}")
+    lines = ["| level | " + " | ".join(runs) + " |", "|---" * (len(runs) + 1) + "|"]
+    return "\n".join([*lines, *(f"| {level} | {' | '.join(row)} |" for level, row in columns.items())])
 
 
 def write_sheet(runs: dict[str, Path], out: Path) -> None:
@@ -147,21 +200,25 @@ def write_sheet(runs: dict[str, Path], out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=("measure", "show", "sheet"))
+    parser.add_argument("what", choices=("measure", "show", "errors", "sheet"))
     parser.add_argument("runs", nargs="*", metavar="NAME=RUN")
     parser.add_argument("--num", type=int, default=2000, help="samples of each row")
     parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=SAMPLERS)
     parser.add_argument("--guidance", nargs="+", type=float, default=GUIDANCE)
+    parser.add_argument("--classifier", type=Path, metavar="RUN", help="run of a classifier")
     parser.add_argument("--out", type=Path, default=Path("samples.png"))
     options = parser.parse_args()
     runs = {name: Path(run) for name, run in (each.split("=", 1) for each in options.runs)}
     if options.what == "show":
         print(show())
+    elif options.what == "errors":
+        print(denoising_errors(runs))
     elif options.what == "sheet":
         write_sheet(runs, options.out)
     else:
         for name, run in runs.items():
-            for row in measurements(name, run, options.num, options.samplers, options.guidance):
+            of_run = (options.num, options.samplers, options.guidance, options.classifier)
+            for row in measurements(name, run, *of_run):
                 print(add_row(RESULTS, row), flush=True)
 
 

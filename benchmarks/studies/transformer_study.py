@@ -22,17 +22,13 @@ import torch
 
 from benchmarks.studies.rows import add_row, read_rows, trained
 from benchmarks.support.pairs import flops
-from benchmarks.support.train_steps import step_seconds
+from benchmarks.support.train_steps import one_step, step_seconds
 from cdm_fast import CDM, load
 from cdm_fast.config import RunConfig, preset
 from cdm_fast.evaluation.classification import evaluate_classes
 from cdm_fast.likelihood import evaluate, evaluate_elbo
-from cdm_fast.model.losses import Noised
-from cdm_fast.runs.build import build_model
 from cdm_fast.runs.checkpoint import load_checkpoint, read_config
 from cdm_fast.runs.data import run_data
-from cdm_fast.training.step import accumulate_gradient, make_loss
-from cdm_fast.training.tuning import pick_precision
 
 RESULTS = Path(__file__).parents[1] / "results" / "transformer_study.jsonl"
 PICTURE = Path(__file__).parents[2] / "docs" / "pictures" / "transformer_scaling.png"
@@ -59,32 +55,19 @@ GPU_DAY = 86_400 * 790e12 * 0.4
 
 def configured(name: str, data: str, steps: int = GRID_STEPS) -> RunConfig:
     """The transformer's or the encoder's preset with the network called `name`, for so many steps."""
-    kind = "transformer" if name.startswith("transformer") else "encoder"
-    base = preset(f"fashion-mnist-{kind}")
+    own = trunk_alone("fashion-mnist", "transformer" if name.startswith("transformer") else "encoder")
     return replace(
-        base,
-        data=replace(base.data, source=data),
-        network=replace(base.network, **NETWORKS[name]),
-        train=replace(base.train, steps=steps, lr=GRID_RATE),
+        own,
+        data=replace(own.data, source=data),
+        network=replace(own.network, **NETWORKS[name]),
+        train=replace(own.train, steps=steps, lr=GRID_RATE),
     )
 
 
-def one_step(config: RunConfig, batch_size: int | None = None) -> Any:
-    """A call that computes loss and gradient of one batch of noise."""
-    torch.manual_seed(0)
-    model = build_model(config).to(memory_format=torch.channels_last)
-    precision, size = pick_precision(config, torch.device("cpu")), batch_size or config.train.batch_size
-    x = torch.randn(size, *config.image.shape).contiguous(memory_format=torch.channels_last)
-    level = torch.arange(size) % model.schedule.num_levels
-    classes = None if config.network.conditioning == "none" else config.image.num_classes
-    label = None if classes is None else level % classes
-    batch, loss = Noised(x, torch.randn_like(x), level, label), make_loss(config.train)
-
-    def step() -> torch.Tensor:
-        model.zero_grad()
-        return accumulate_gradient(model, batch, loss, precision=precision)
-
-    return step
+def trunk_alone(data: str, kind: str) -> RunConfig:
+    """The preset of an encoder or a transformer without a base, which would hide what the trunks learn."""
+    own = preset(f"{data}-{kind}")
+    return replace(own, network=replace(own.network, base_components=0))
 
 
 def step_flops(config: RunConfig) -> float:
@@ -122,7 +105,7 @@ def run_grid(data: str, runs: Path, names: list[str]) -> None:
 
 def pair_of(data: str) -> dict[str, RunConfig]:
     """The encoder's and the transformer's preset for `digits`, `fashion-mnist` or `cifar10`."""
-    return {name: preset(f"{data}-{name}") for name in ("encoder", "transformer")}
+    return {name: trunk_alone(data, name) for name in ("encoder", "transformer")}
 
 
 def run_equal_time(data: str, runs: Path, names: list[str]) -> None:

@@ -22,8 +22,9 @@ from cdm_fast import CDM, DDM, NoiseSchedule, UNet, UNetDenoiser, cdm_loss, ddm_
 from cdm_fast.config import PRESETS, Compile, ImageShape, Precision, RunConfig
 from cdm_fast.data import ImageData
 from cdm_fast.model.losses import Noised
+from cdm_fast.runs.build import build_model
 from cdm_fast.training.state import new_state
-from cdm_fast.training.step import draw_batch, make_loss, training_step
+from cdm_fast.training.step import accumulate_gradient, draw_batch, make_loss, training_step
 from cdm_fast.training.tuning import compiled, pick_precision
 
 CIFAR10 = (32, 3, 1002, 128, (1, 2, 2, 2), 2, (16,))  # the paper's network, 33.4 M parameters
@@ -51,6 +52,24 @@ class Batch:
         x_t = schedule.noise(self.x0, self.level, self.eps)
         self.x0, self.eps, self.level = (x.to(device) for x in (self.x0, self.eps, self.level))
         self.x_t, self.s_t = x_t.to(device), s_t.to(device)
+
+
+def one_step(config: RunConfig, batch_size: int | None = None) -> Callable[[], Tensor]:
+    """A call that computes loss and gradient of a run for one batch of noise, on the CPU."""
+    torch.manual_seed(0)
+    model = build_model(config).to(memory_format=torch.channels_last)
+    precision, size = pick_precision(config, torch.device("cpu")), batch_size or config.train.batch_size
+    x = torch.randn(size, *config.image.shape).contiguous(memory_format=torch.channels_last)
+    level = torch.arange(size) % model.schedule.num_levels
+    classes = None if config.network.conditioning == "none" else config.image.num_classes
+    label = None if classes is None else level % classes
+    batch, loss = Noised(x, torch.randn_like(x), level, label), make_loss(config.train)
+
+    def step() -> torch.Tensor:
+        model.zero_grad()
+        return accumulate_gradient(model, batch, loss, precision=precision)
+
+    return step
 
 
 class Steps:

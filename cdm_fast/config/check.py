@@ -1,5 +1,7 @@
 """Checks of the settings: bounds and combinations, with messages that say what to change."""
 
+import math
+
 from cdm_fast.config.settings import RunConfig, ScheduleConfig
 from cdm_fast.config.size import (
     attended,
@@ -13,6 +15,8 @@ from cdm_fast.config.size import (
 )
 from cdm_fast.errors import UserError, require_at_least
 
+MOST_COEFFICIENTS = 2**26  # of a base, in all levels: 256 MiB
+
 
 def check(config: RunConfig) -> None:
     """Raises UserError, naming the flag and its value, for the first invalid setting."""
@@ -21,6 +25,7 @@ def check(config: RunConfig) -> None:
     _check_labels(config)
     _check_adversarial(config)
     _check_schedule(config.schedule)
+    _check_base(config)
     _check_sampler(config)
     _check_keep_best(config)
     if config.network.architecture == "transformer":
@@ -57,11 +62,6 @@ def _check_objective(config: RunConfig) -> None:
     if train.objective == "cdm" and train.ce_weight == train.mse_weight == 0:
         raise UserError(
             "--ce-weight and --mse-weight are both 0, so neither levels nor denoiser are trained; raise one"
-        )
-    if network.base_components and train.objective != "cdm":
-        raise UserError(
-            f"--base-components {network.base_components} needs the logits of --objective cdm, not"
-            f" {train.objective}; give 0"
         )
     if network.architecture != "unet" and train.objective == "ddm":
         raise UserError(
@@ -158,6 +158,19 @@ def _check_schedule(schedule: ScheduleConfig) -> None:
     if schedule.sigma_min and schedule.schedule != "ot":
         raise UserError(
             f"--sigma-min {schedule.sigma_min} goes with --schedule ot, not {schedule.schedule}; leave it out"
+        )
+
+
+def _check_base(config: RunConfig) -> None:
+    """The coefficients of the base, some for each level and Gaussian, must fit into memory."""
+    network, image = config.network, config.image
+    classes = (image.num_classes or 1) if network.conditioning == "joint" else 1
+    gaussians, rank = network.base_components * classes, min(network.base_rank, math.prod(image.shape))
+    values = (config.schedule.T + 2) * gaussians * (2 * rank + 3)
+    if values > MOST_COEFFICIENTS:
+        raise UserError(
+            f"the base of {gaussians} Gaussians would have {values:,} coefficients, more than"
+            f" {MOST_COEFFICIENTS:,}: give fewer --base-components, or a smaller --base-rank or --T"
         )
 
 

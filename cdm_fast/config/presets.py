@@ -117,10 +117,12 @@ PRESETS["digits-encoder"] = replace(
 )
 
 
-# Twice the U-Net's learning rate, by docs/measurements/likelihood.md and sampling.md.
+# Twice the U-Net's learning rate, and a base, by docs/measurements/likelihood.md and sampling.md. 6000 steps
+# take as long as 6500 without a base.
 PRESETS["fashion-mnist-encoder"] = replace(
     PRESETS["fashion-mnist-encoder"],
-    train=replace(PRESETS["fashion-mnist-encoder"].train, lr=4e-3),
+    network=replace(PRESETS["fashion-mnist-encoder"].network, base_components=3, base_rank=64),
+    train=replace(PRESETS["fashion-mnist-encoder"].train, lr=4e-3, steps=6000),
 )
 
 
@@ -153,7 +155,7 @@ for _name, (_sizes, _training) in _TRANSFORMERS.items():
     _encoder = PRESETS[f"{_name}-encoder"]
     PRESETS[f"{_name}-transformer"] = replace(
         _encoder,
-        network=replace(_encoder.network, architecture="transformer", **_sizes),
+        network=replace(_encoder.network, architecture="transformer", base_components=0, **_sizes),
         train=replace(_encoder.train, **_training),
     )
 

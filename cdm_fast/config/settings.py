@@ -153,7 +153,7 @@ class NetworkConfig:
     base_components: int = 0
     """Gaussians of the base, 0..1024, for each class with --conditioning joint: a mixture that is fitted to
     the training images before the first step, and to whose densities at every noise level the network adds
-    its own; 0 for no base."""
+    its own; 0 for no base (--objective cdm only)."""
     base_rank: int = 64
     """Principal directions of each Gaussian of the base, 1..4096."""
 

@@ -25,7 +25,7 @@ def begin_from_base(config: RunConfig, state: TrainingState, data: ImageData) ->
 
     The first process fits it for all. Raises UserError for too few images of a class.
     """
-    if not config.network.base_components:
+    if not config.network.base_components or config.train.objective != "cdm":
         return
     noise = (2 / data.num_grey_levels) ** 2 / 12  # the variance of dequantisation
     if is_main():

@@ -1,0 +1,19 @@
+"""A training step of the Fashion-MNIST encoder with its base against one without."""
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.support.cases import both_finite
+from benchmarks.support.train_steps import one_step
+from cdm_fast.config import preset
+
+
+def test_step_against_no_base(benchmark, compare, small, device):
+    if device.type != "cpu":
+        pytest.skip("one_step is for the CPU")
+    config = preset("fashion-mnist-encoder")
+    without = replace(config, network=replace(config.network, base_components=0))
+    batch = 4 if small else config.train.batch_size
+    compare(benchmark, one_step(config, batch), one_step(without, batch), both_finite, rounds=9)
+    benchmark.extra_info["shape"] = [batch, *config.image.shape]
