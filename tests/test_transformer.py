@@ -131,10 +131,9 @@ def test_the_line_of_the_scaling_study_goes_through_the_best_networks():
     assert (intercept, slope) == (pytest.approx(4), pytest.approx(-0.1))
 
 
-def test_lines_of_the_scaling_study_meet_where_their_bounds_are_equal():
-    assert transformer_study.crossing((10, -0.5), (7, -0.3)) == pytest.approx(1e15)
-    assert transformer_study.crossing((10, -0.3), (7, -0.3)) == float("inf")
-    assert transformer_study.crossing((10, -0.3), (7, -0.5)) == float("inf")  # further apart with each FLOP
+def test_the_line_of_the_scaling_study_reaches_a_bound_where_it_falls_to_it():
+    assert transformer_study.flops_to_reach(4, (10, -0.5)) == pytest.approx(1e12)
+    assert transformer_study.flops_to_reach(4, (10, 0.5)) == float("inf")
 
 
 def test_flops_of_a_step_are_those_of_its_products():

@@ -7,7 +7,8 @@
     python -m benchmarks.studies.transformer_study plot      # docs/pictures/transformer_scaling.png
 
 The grid trains every size for the same number of images, and counts the FLOPs of the convolutions and matrix
-products of a training step; `show` tells where the lines of best bounds of transformers and encoders meet.
+products of a training step; `show` tells where the encoders' line of best bounds reaches that of the
+transformers.
 `equal-time` trains the presets of encoder and transformer, whose steps take about as long (`steps`). A run
 that is missing is trained into RUNS; a row that stands in the file is not measured again.
 """
@@ -142,13 +143,10 @@ def of_family(family: str) -> list[dict[str, Any]]:
     return [row for row in read_rows(RESULTS) if row["part"] == "grid" and row["name"].startswith(family)]
 
 
-def crossing(first: tuple[float, float], second: tuple[float, float]) -> float:
-    """FLOPs at which two lines, as `line_of_best_bounds` gives them, meet; inf if they never do beyond 1."""
-    (start, slope), (other_start, other_slope) = first, second
-    if slope == other_slope:
-        return math.inf
-    power = (other_start - start) / (slope - other_slope)
-    return 10.0**power if 0 <= power < 300 else math.inf
+def flops_to_reach(bound: float, line: tuple[float, float]) -> float:
+    """FLOPs at which a line of `line_of_best_bounds` reaches a bound; inf if it does not fall."""
+    start, slope = line
+    return 10.0 ** ((bound - start) / slope) if slope < 0 else math.inf
 
 
 def gpu_day() -> str:
@@ -162,21 +160,18 @@ def gpu_day() -> str:
         f"A GPU-day of {GPU_DAY:.2e} FLOP: {steps:,.0f} steps, {steps * config.train.batch_size / 5e4:,.0f}"
         " passes over CIFAR-10.",
     ]
-    if len(grid) > 1:
-        _, slope = line_of_best_bounds(grid)
-        most = max(row["flops"] for row in grid)
-        lines.append(
-            f"On Fashion-MNIST ten times the FLOPs change the best bound by {slope:+.3f} bits/dim; the"
-            f" GPU-day is {math.log10(GPU_DAY / most):.1f} powers of ten beyond the grid."
-        )
     encoders = of_family("encoder")
-    if len(grid) > 1 and len(encoders) > 1:
-        of_transformers, of_encoders = line_of_best_bounds(grid), line_of_best_bounds(encoders)
-        meet = crossing(of_transformers, of_encoders)
-        lines.append(
-            f"Slopes for ten times the FLOPs: transformers {of_transformers[1]:+.3f}, encoders"
-            f" {of_encoders[1]:+.3f} bits/dim; the lines meet at {meet:.1e} FLOP."
-        )
+    if grid and len(encoders) > 1:
+        least, most = (pick(grid, key=lambda row: row["flops"])["flops"] for pick in (min, max))
+        best, worst = (pick(grid, key=lambda row: row["bound"][0])["bound"][0] for pick in (min, max))
+        line = line_of_best_bounds(encoders)
+        lines += [
+            f"On Fashion-MNIST transformers of {least / 1e12:.0f} to {most / 1e12:.0f} TFLOP have bounds of"
+            f" {best:.3f} to {worst:.3f};"
+            f" the GPU-day is {math.log10(GPU_DAY / most):.1f} powers of ten beyond.",
+            f"Ten times the FLOPs change the encoders' best bound by {line[1]:+.3f} bits/dim; it reaches"
+            f" {best:.3f} at {flops_to_reach(best, line):.1e} FLOP.",
+        ]
     return "\n".join(lines)
 
 
