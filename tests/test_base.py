@@ -10,6 +10,7 @@ from torch import nn
 from benchmarks.support.analytic import GaussianMixture
 from cdm_fast import CDM, MLP, NoiseSchedule, UserError, cdm_loss, load, use_backend
 from cdm_fast.config import RunConfig
+from cdm_fast.data import ImageData
 from cdm_fast.model import cdm
 from cdm_fast.nn.base import FADE, MixtureBase
 from cdm_fast.runs.build import build_model
@@ -173,23 +174,21 @@ def images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("base") / "images.npz", count=240)
 
 
-def begun(images, conditioning="joint", **network):
-    """The model of a run before its first step, and its config and images."""
-    config = tiny_config(images)
-    network = replace(
-        config.network, **{"conditioning": conditioning, "base_components": 2, "base_rank": 6, **network}
-    )
-    config = replace(config, network=network)
-    data = run_data(config, "train")
+def begun(config, data):
+    """The state of a run before its first step, and its config with everything resolved."""
     config = resolve(config, data, torch.device("cpu"))
     state = new_state(config, torch.device("cpu"))
     begin_from_base(config, state, data)
-    return state, config, data
+    return state, config
 
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_run_begins_at_its_base_and_denoises_better_than_without(images, rank):
-    state, config, data = begun(images, head_rank=rank)
+    config = tiny_config(images)
+    network = replace(config.network, conditioning="joint", head_rank=rank, base_components=2, base_rank=6)
+    config = replace(config, network=network)
+    data = run_data(config, "train")
+    state, config = begun(config, data)
     label = data.labels[:64]
     x0 = (data.images[:64].float() + 0.5) * (2 / data.num_grey_levels) - 1
     for model in (state.model.eval(), state.ema.model):
@@ -216,10 +215,7 @@ def test_the_fit_recovers_gaussians():
     )
     config = tiny_config("unused")
     network = replace(config.network, conditioning="joint", base_components=2, base_rank=3)
-    config = replace(config, network=network)
-    config = resolve(config, data, torch.device("cpu"))
-    state = new_state(config, torch.device("cpu"))
-    begin_from_base(config, state, data)
+    state, _ = begun(replace(config, network=network), data)
     base = state.model.network.base
     unit = 2 / 256
     tight = base.means[2:].mean(1).sort().values
@@ -233,8 +229,6 @@ def test_the_fit_recovers_gaussians():
 
 
 def load_images(pixels):
-    from cdm_fast.data import ImageData
-
     images = torch.from_numpy(pixels).to(torch.uint8)[:, None]
     return ImageData(images, None, 256, None, "made", "train")
 

@@ -59,6 +59,7 @@ class MixtureBase(nn.Module):
     log_weights: Tensor  # (G,)
     temper: Tensor  # (), a variance
     amplitudes: Tensor  # (2, L) float64
+    _rows: Tensor  # (G (R+1), d), directions and mean of each Gaussian
     _table: Tensor  # (L, G, 2R+3), the coefficients of `Read.terms` in Q
     _sharpness: Tensor  # (L,), k_t
 
@@ -73,6 +74,7 @@ class MixtureBase(nn.Module):
         self.register_buffer("rest", torch.ones(num))
         self.register_buffer("log_weights", torch.full((num,), -math.log(num)))
         self.register_buffer("temper", torch.ones(()))
+        self.register_buffer("_rows", torch.zeros(num * (rank + 1), dim), persistent=False)
         self.register_buffer("_table", torch.zeros(len(a), num, 2 * rank + 3), persistent=False)
         self.register_buffer("_sharpness", torch.zeros(len(a)), persistent=False)
         self.amplitudes = torch.stack([a, s]).double()
@@ -90,9 +92,10 @@ class MixtureBase(nn.Module):
         self._tabulate()
 
     def _tabulate(self) -> None:
-        """Computes the coefficients in fp64."""
+        """Computes what evaluations read, the coefficients in fp64."""
         if self.means.device.type == "meta":
             return
+        self._rows = torch.cat([self.directions, self.means[:, None]], 1).flatten(0, 1)
         a, s = (table[:, None].to(self.means.device) for table in self.amplitudes)  # (L, 1)
         means, directions, variances, rest = (
             tensor.double() for tensor in (self.means, self.directions, self.variances, self.rest)
@@ -123,9 +126,8 @@ class MixtureBase(nn.Module):
         """`x` (B, ...) as the base reads it."""
         with full_precision(x):
             x = x.flatten(1).to(self.means.dtype)
-            rows = self._rows()
-            along = (x @ rows.flatten(0, 1).t()).unflatten(1, rows.shape[:2])
-            length = x.square().sum(1)[:, None, None].expand(-1, len(rows), 1)
+            along = (x @ self._rows.t()).unflatten(1, (len(self.means), -1))
+            length = x.square().sum(1)[:, None, None].expand(-1, len(self.means), 1)
             terms = [along[:, :, :-1].square(), along, length, torch.ones_like(length)]
             return Read(x, along, torch.cat(terms, 2))
 
@@ -172,11 +174,7 @@ class MixtureBase(nn.Module):
             quadratic = 2 * table[:, :, :rank] * read.along[:, :, :-1]
             slope = torch.cat([slope[:, :, :-1] + quadratic, slope[:, :, -1:]], 2)
             of_length = 2 * (share * table[:, :, -2]).sum(1, keepdim=True)
-            return -((share[:, :, None] * slope).flatten(1) @ self._rows().flatten(0, 1) + of_length * read.x)
-
-    def _rows(self) -> Tensor:
-        """(G, R+1, d): directions and mean of each Gaussian."""
-        return torch.cat([self.directions, self.means[:, None]], 1)
+            return -((share[:, :, None] * slope).flatten(1) @ self._rows + of_length * read.x)
 
     def _parts(self, read: Read, level: Tensor) -> Tensor:
         """Q[level], (B, G)."""

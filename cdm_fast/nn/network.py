@@ -118,17 +118,19 @@ class AdjointNetwork(nn.Module):
         weight, bias = head.cumulated()
         logits = head.logits(h, weight, bias)
 
+        read = None
+        if base is not None:
+            read = base.read(x)
+            logits = logits + base.logits(read)
+
         def pull(level: Tensor, class_weight: Tensor) -> Tensor:
-            return self.adjoint(residuals, head.weighted_cotangent(weight, level, class_weight.to(weight)))
+            cotangent = head.weighted_cotangent(weight, level, class_weight.to(weight))
+            of_network = self.adjoint(residuals, cotangent)
+            if base is None or read is None:
+                return of_network
+            return _plus(of_network, base.gradient(read, level, class_weight))
 
-        if base is None:
-            return logits, pull
-        read = base.read(x)
-
-        def pull_with_base(level: Tensor, class_weight: Tensor) -> Tensor:
-            return _plus(pull(level, class_weight), base.gradient(read, level, class_weight))
-
-        return logits + base.logits(read), pull_with_base
+        return logits, pull
 
     def cross_entropy_and_ratio_gradient(
         self, x: Tensor, level: Tensor, label: Tensor | None = None

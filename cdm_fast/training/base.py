@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cdm_fast.config import RunConfig
 from cdm_fast.data import ImageData
-from cdm_fast.data.pixels import to_points
+from cdm_fast.data.pixels import dequantize
 from cdm_fast.host.distributed import broadcast_from_main
 from cdm_fast.host.processes import is_main
 from cdm_fast.host.progress import to_stderr
@@ -23,9 +23,10 @@ MOST_VALUES = 2**27  # of the images that are read: half a gigabyte
 def begin_from_base(config: RunConfig, state: TrainingState, data: ImageData) -> None:
     """Fits the base, if the config has one, for the state's model and its average.
 
-    The first process fits it for all. Raises UserError for too few images of a class.
+    A fine-tuned run takes the base of the run that it begins from. The first process fits it for all.
+    Raises UserError for too few images of a class.
     """
-    if not config.network.base_components or config.train.objective != "cdm":
+    if not config.network.base_components or config.train.objective != "cdm" or config.train.finetune:
         return
     noise = (2 / data.num_grey_levels) ** 2 / 12  # the variance of dequantisation
     if is_main():
@@ -54,7 +55,6 @@ def _rows(config: RunConfig, data: ImageData) -> tuple[Tensor, Tensor | None]:
     images, levels = data.images[chosen].cpu(), data.num_grey_levels
     if config.data.flip:
         images[::2] = images[::2].flip(-1)
-    # Points, or the centres of the intervals.
-    points = config.data.pixels == "points"
-    rows = to_points(images, levels) if points else (images.float() + 0.5) * (2 / levels) - 1
+    # The points of the grey levels, or the centres of their intervals.
+    rows = dequantize(images, levels, torch.full(images.shape, 0.5), config.data.pixels)
     return rows.flatten(1), None if data.labels is None else data.labels[chosen].cpu()
