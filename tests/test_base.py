@@ -10,13 +10,15 @@ from torch import nn
 from benchmarks.support.analytic import GaussianMixture
 from cdm_fast import CDM, MLP, NoiseSchedule, UserError, cdm_loss, load, use_backend
 from cdm_fast.config import RunConfig
-from cdm_fast.data import ImageData
+from cdm_fast.data import ImageData, batch_indices
 from cdm_fast.model import cdm
+from cdm_fast.model.base import fit_base
 from cdm_fast.nn.base import FADE, MixtureBase
 from cdm_fast.runs.build import build_model
 from cdm_fast.runs.checkpoint import load_checkpoint
 from cdm_fast.runs.data import run_data
 from cdm_fast.training.base import begin_from_base
+from cdm_fast.training.folds import set_base, step_indices
 from cdm_fast.training.prepare import resolve
 from cdm_fast.training.state import new_state
 from tests.accuracy import relative_error
@@ -226,6 +228,90 @@ def test_the_fit_recovers_gaussians():
     assert ((second - 20).abs().min(1).values < 1.5).all()
     torch.testing.assert_close(base.log_weights.exp()[2:], torch.tensor([0.25, 0.25]), rtol=0, atol=0.02)
     torch.testing.assert_close(base.log_weights.exp().sum(), torch.tensor(1.0))
+
+
+def test_each_fold_is_fitted_without_its_rows():
+    generator = torch.Generator().manual_seed(0)
+    label = torch.arange(300) // 100
+    x0 = label[:, None] + torch.rand(300, D, generator=generator)
+
+    def fitted(rows: torch.Tensor, label: torch.Tensor, folds: int = 0) -> MixtureBase:
+        model = with_base("joint").float()
+        fit_base(model, rows, label, folds=folds)
+        return model.network.base
+
+    base = fitted(x0, label, folds=3)
+    whole = base.tables()
+    x = torch.randn(8, D)
+    expected = base.logits(base.read(x))
+    for fold in range(3):
+        kept = torch.arange(300) % 3 != fold
+        alone = fitted(x0[kept], label[kept])
+        alone.set(temper=base.temper)
+        base.use_fold(fold)
+        assert not torch.equal(base.tables().coefficients, whole.coefficients)
+        for own, other in zip(base.tables(), alone.tables(), strict=True):
+            torch.testing.assert_close(own, other)
+        torch.testing.assert_close(base.logits(base.read(x)), alone.logits(alone.read(x)))
+    base.load_state_dict(base.state_dict())  # the state dict is of the base that was fitted to all rows
+    torch.testing.assert_close(base.logits(base.read(x)), expected)
+
+
+def test_a_class_with_few_rows_is_in_the_base_of_every_fold():
+    model = with_base("joint").float()
+    label = torch.tensor([0] * 40 + [1] * 40 + [2] * 4)
+    fit_base(model, torch.randn(84, D), label, folds=3)
+    assert all(torch.isfinite(table).all() for fold in model.network.base.folds for table in fold)
+
+
+def test_a_fold_tells_no_more_about_its_rows_than_about_others():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(480, D, generator=generator)
+    model = with_base("none").float()
+    fit_base(model, rows[:240], folds=4)
+    base, level = model.network.base, 8
+
+    def mean_logit(x: torch.Tensor) -> float:
+        noised = SCHEDULE.noise(x, level, generator=torch.Generator().manual_seed(1))
+        return float(base.logits(base.read(noised))[:, level].mean())
+
+    own, new = mean_logit(rows[:240]), mean_logit(rows[240:])
+    folds = []
+    for fold in range(4):
+        base.use_fold(fold)
+        folds.append((mean_logit(rows[:240][fold::4]), mean_logit(rows[240:])))
+    of_fold, of_others = np.mean(folds, axis=0)
+    assert own - new > 0.02 and abs(of_fold - of_others) < 0.5 * (own - new)
+
+
+def test_the_images_of_a_step_are_those_of_one_fold(images):
+    config = tiny_config(images)
+    assert torch.equal(step_indices(45, config, 3), batch_indices(45, config.train.batch_size, 0, 3))
+    network = replace(config.network, base_components=2, base_rank=6)
+    config = replace(config, network=network)
+    steps = [step_indices(45, config, step) for step in range(40)]
+    of_fold = [torch.cat(steps[fold::4]).unique().tolist() for fold in range(4)]
+    assert sorted(sum(of_fold, [])) == list(range(45))
+    assert max(map(len, of_fold)) - min(map(len, of_fold)) == 1
+
+
+def test_a_step_is_taken_beside_the_base_without_its_images(images):
+    config = tiny_config(images)
+    network = replace(config.network, conditioning="joint", base_components=2, base_rank=6)
+    data = run_data(config, "train")
+    seen = step_indices(len(data), replace(config, network=network), 1)
+    other = data.images.clone()
+    other[seen] = data.num_grey_levels - 1 - other[seen]
+    states = []
+    for pixels in (data.images, other):
+        state, _ = begun(replace(config, network=network), replace(data, images=pixels))
+        set_base(state.model, 1)
+        states.append(state)
+    one, two = (state.model.network.base.tables() for state in states)
+    for name in ("rows", "coefficients"):
+        assert torch.equal(getattr(one, name), getattr(two, name))
+    one, two = (state.ema.model.network.base.tables() for state in states)
+    assert not torch.equal(one.coefficients, two.coefficients)
 
 
 def load_images(pixels):

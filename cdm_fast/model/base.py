@@ -3,6 +3,7 @@
 # n rows, d values of each, K classes, M Gaussians of each, R directions
 """
 
+import copy
 import math
 
 import torch
@@ -24,7 +25,9 @@ HELD_OUT, MOST_HELD_OUT, TEMPERED_LEVELS = 0.1, 1000, 12
 TEMPERS = tuple(2.0 ** (step / 2) for step in range(-12, 17))
 
 
-def fit_base(model: CDM, x0: Tensor, label: Tensor | None = None, noise: float = 0.0, seed: int = 0) -> None:
+def fit_base(
+    model: CDM, x0: Tensor, label: Tensor | None = None, noise: float = 0.0, seed: int = 0, folds: int = 0
+) -> None:
     """Fits `model.network.base` to data, and starts the head at zero: the model is its base.
 
     The groups of a class are those of k-means in its first principal components; each has the Gaussian of
@@ -37,6 +40,7 @@ def fit_base(model: CDM, x0: Tensor, label: Tensor | None = None, noise: float =
         label: (n,) int64, for joint logits.
         noise: variance that is added to each value, such as that of dequantisation.
         seed: of k-means.
+        folds: K, a number of further bases; see `fit_folds`.
 
     Raises:
         UserError: a network without a base, or fewer than two rows for each Gaussian.
@@ -51,11 +55,40 @@ def fit_base(model: CDM, x0: Tensor, label: Tensor | None = None, noise: float =
     >>> round(model.predict_x0(x, level=10).mean().item())
     3
     """
+    base = base_of(model)
+    base.set(**_fitted(model.schedule, base, _classes(base, x0.flatten(1).cpu(), label), noise, seed))
+    fit_folds(model, x0, label, noise, seed, folds)
+    start_at_base(model)
+
+
+def fit_folds(
+    model: CDM, x0: Tensor, label: Tensor | None = None, noise: float = 0.0, seed: int = 0, folds: int = 0
+) -> None:
+    """Fits `model.network.base.folds`: the k-th without the rows k, k + folds, k + 2 folds, ... of x0.
+
+    A base tells more about the rows that it was fitted to than about others, and a network that is trained
+    beside it on the same rows learns to rely on it too much. So each row should be trained on beside the base
+    that was fitted without it (cross-fitting: Wolpert, 1992). A class that would have too few rows keeps all.
+
+    Arguments and errors as for `fit_base`, whose temper the folds share.
+    """
+    base, rows = base_of(model), x0.flatten(1).cpu()
+    number = torch.arange(len(rows))
+    fitted = []
+    for fold in range(folds):
+        other = copy.deepcopy(base)
+        kept = _classes(base, rows, label, number % folds != fold)
+        other.set(**_mixture(kept, *_sizes(base), noise, seed))
+        fitted.append(other.tables())
+    base.folds = tuple(fitted)
+
+
+def base_of(model: CDM) -> MixtureBase:
+    """The base of a model; UserError if its network has none."""
     base = model.network.base if isinstance(model.network, AdjointNetwork) else None
     if base is None:
         raise UserError("the network has no base: give it one, network.base = MixtureBase(...)")
-    base.set(**_fitted(model.schedule, base, _classes(base, x0.flatten(1).cpu(), label), noise, seed))
-    start_at_base(model)
+    return base
 
 
 @torch.no_grad()
@@ -67,29 +100,38 @@ def start_at_base(model: CDM) -> None:
     model.network.linear_layer.shift(prior - prior[-1])
 
 
-def _classes(base: MixtureBase, rows: Tensor, label: Tensor | None) -> list[Tensor]:
-    """The rows of each class of the base; UserError for too few."""
-    components = len(base.means) // base.num_classes
-    classes = [rows]
+def _sizes(base: MixtureBase) -> tuple[int, int]:
+    """(M, R)."""
+    return len(base.means) // base.num_classes, base.variances.shape[1]
+
+
+def _classes(
+    base: MixtureBase, rows: Tensor, label: Tensor | None, kept: Tensor | None = None
+) -> list[Tensor]:
+    """The rows of each class of the base; of those that are `kept`, if enough are; UserError for too few."""
+    fewest = 2 * _sizes(base)[0]
+    members = [torch.ones(len(rows), dtype=torch.bool)]
     if base.num_classes > 1:
         if label is None:
             raise UserError("a base of classes is fitted to labelled data: give labels")
-        classes = [rows[label.cpu() == c] for c in range(base.num_classes)]
-    for number, own in enumerate(classes):
-        if len(own) < 2 * components:
-            of = f" of each class, and class {number} has" if len(classes) > 1 else ", not"
+        members = [label.cpu() == c for c in range(base.num_classes)]
+    for number, own in enumerate(members):
+        if own.sum() < fewest:
+            of = f" of each class, and class {number} has" if len(members) > 1 else ", not"
             raise UserError(
-                f"a base of {components} Gaussians needs at least {2 * components} training images{of}"
-                f" {len(own)}; give fewer --base-components, or 0"
+                f"a base of {fewest // 2} Gaussians needs at least {fewest} training images{of}"
+                f" {own.sum()}; give fewer --base-components, or 0"
             )
-    return classes
+    if kept is not None:
+        members = [own & kept if (own & kept).sum() >= fewest else own for own in members]
+    return [rows[own] for own in members]
 
 
 def _fitted(
     schedule: NoiseSchedule, base: MixtureBase, classes: list[Tensor], noise: float, seed: int
 ) -> dict[str, Tensor]:
     """The tensors of `MixtureBase.set`; changes the base."""
-    components, rank = len(base.means) // base.num_classes, base.variances.shape[1]
+    components, rank = _sizes(base)
     share = min(HELD_OUT, MOST_HELD_OUT / sum(map(len, classes)))
     held_out = [rows[: int(share * len(rows))] for rows in classes]
     fitted = _mixture(classes, components, rank, noise, seed)

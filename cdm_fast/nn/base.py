@@ -27,6 +27,14 @@ class Read(NamedTuple):
     terms: Tensor  # (B, G, 2R+3): squares and products along the directions, with the mean, |x|^2, and 1
 
 
+class Tables(NamedTuple):
+    """What evaluations read of a base."""
+
+    rows: Tensor  # (G (R+1), d), directions and mean of each Gaussian
+    coefficients: Tensor  # (L, G, 2R+3), those of `Read.terms` in Q
+    sharpness: Tensor  # (L,), k_t
+
+
 class MixtureBase(nn.Module):
     """Logits of levels and classes under a mixture of Gaussians, to which a network adds its own.
 
@@ -44,6 +52,10 @@ class MixtureBase(nn.Module):
 
     It has no trainable weights. Until `set` it is N(0, I). Probabilistic PCA: Tipping and Bishop, 1999.
 
+    `folds` are the tables of further bases, each fitted without a part of the training data. After `use_fold`
+    evaluations read those of one of them, until `set`, `load_state_dict` or another `use_fold`. They are not
+    in the state dict.
+
     Args:
         a, s: (L,) amplitudes of signal and noise.
         dim: d.
@@ -59,9 +71,11 @@ class MixtureBase(nn.Module):
     log_weights: Tensor  # (G,)
     temper: Tensor  # (), a variance
     amplitudes: Tensor  # (2, L) float64
-    _rows: Tensor  # (G (R+1), d), directions and mean of each Gaussian
-    _table: Tensor  # (L, G, 2R+3), the coefficients of `Read.terms` in Q
-    _sharpness: Tensor  # (L,), k_t
+    folds: tuple[Tables, ...]
+    # See `Tables`:
+    _rows: Tensor
+    _table: Tensor
+    _sharpness: Tensor
 
     def __init__(
         self, a: Tensor, s: Tensor, dim: int, components: int, rank: int, num_classes: int = 1
@@ -78,6 +92,7 @@ class MixtureBase(nn.Module):
         self.register_buffer("_table", torch.zeros(len(a), num, 2 * rank + 3), persistent=False)
         self.register_buffer("_sharpness", torch.zeros(len(a)), persistent=False)
         self.amplitudes = torch.stack([a, s]).double()
+        self.folds = ()
         self._tabulate()
 
     @torch.no_grad()
@@ -86,6 +101,16 @@ class MixtureBase(nn.Module):
         for name, value in tensors.items():
             getattr(self, name).copy_(value)
         self._tabulate()
+
+    def tables(self) -> Tables:
+        """A copy of the tables that evaluations read."""
+        return Tables(self._rows.clone(), self._table.clone(), self._sharpness.clone())
+
+    @torch.no_grad()
+    def use_fold(self, fold: int) -> None:
+        """Lets evaluations read the tables of `folds[fold]`."""
+        for own, value in zip((self._rows, self._table, self._sharpness), self.folds[fold], strict=True):
+            own.copy_(value)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -117,7 +142,9 @@ class MixtureBase(nn.Module):
         fade = fourth / (fourth + FADE**4)
         steps = fade[:, :, None] * torch.cat(terms, 2).diff(dim=0).neg()
         table = steps.flip(0).cumsum(0).flip(0)
-        self._table = torch.cat([table, torch.zeros_like(table[:1])]).to(self.means)
+        table = torch.cat([table, torch.zeros_like(table[:1])])
+        table[:, :, -1] += self.log_weights.double()
+        self._table = table.to(self.means)
         variance = (s / a)[:-1, 0].square()
         sharpness = variance / (variance + self.temper.double())
         self._sharpness = torch.cat([sharpness, torch.ones_like(sharpness[:1])]).to(self.means)
@@ -135,7 +162,6 @@ class MixtureBase(nn.Module):
         """Logits in nats, (B, L), or (B, (L-1) K + 1) for several classes."""
         with full_precision(read.x):
             parts = torch.bmm(read.terms.transpose(0, 1), self._table.permute(1, 2, 0))  # (G, B, L)
-            parts = parts + self.log_weights[:, None, None]
             of_class = parts.unflatten(0, (self.num_classes, -1)).logsumexp(1)  # (K, B, L)
             marginal = of_class.logsumexp(0)
             if self.num_classes == 1:
@@ -178,7 +204,7 @@ class MixtureBase(nn.Module):
 
     def _parts(self, read: Read, level: Tensor) -> Tensor:
         """Q[level], (B, G)."""
-        return (self._table[level] * read.terms).sum(2) + self.log_weights
+        return (self._table[level] * read.terms).sum(2)
 
     def _of_class(self, parts: Tensor) -> Tensor:
         """(..., G) -> (..., K): the log of the sum over the Gaussians of each class."""

@@ -3,6 +3,8 @@
 # n images, d values of an image
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,46 +15,50 @@ from cdm_fast.host.distributed import broadcast_from_main
 from cdm_fast.host.processes import is_main
 from cdm_fast.host.progress import to_stderr
 from cdm_fast.model import CDM
-from cdm_fast.model.base import fit_base, start_at_base
-from cdm_fast.nn import AdjointNetwork, MixtureBase
+from cdm_fast.model.base import base_of, fit_base, fit_folds, start_at_base
+from cdm_fast.training.folds import num_folds, random_order
 from cdm_fast.training.state import TrainingState
 
 MOST_VALUES = 2**27  # of the images that are read: half a gigabyte
 
 
 def begin_from_base(config: RunConfig, state: TrainingState, data: ImageData) -> None:
-    """Fits the base, if the config has one, for the state's model and its average.
+    """Fits the base, if the config has one to fit, for the state's model and its average.
 
-    A fine-tuned run takes the base of the run that it begins from. The first process fits it for all.
-    Raises UserError for too few images of a class.
+    The first process fits it for all. Raises UserError for too few images of a class.
     """
-    if not config.network.base_components or config.train.objective != "cdm" or config.train.finetune:
-        return
-    noise = (2 / data.num_grey_levels) ** 2 / 12  # the variance of dequantisation
+    if num_folds(config):
+        _fit(config, state, data, fit_base)
+
+
+def restore_folds(config: RunConfig, state: TrainingState, data: ImageData) -> None:
+    """Fits the folds of the base again, which no checkpoint holds."""
+    if num_folds(config):
+        _fit(config, state, data, fit_folds)
+
+
+def _fit(config: RunConfig, state: TrainingState, data: ImageData, fit: Callable[..., None]) -> None:
+    """Calls `fit_base` or `fit_folds`."""
+    assert isinstance(state.model, CDM)
+    base = base_of(state.model)
     if is_main():
-        assert isinstance(state.model, CDM)
         rows, label = _rows(config, data)
         to_stderr(f"fitting the base to {len(rows):,} images")
-        fit_base(state.model, rows, label, noise, config.train.seed)
-    fitted = broadcast_from_main(_base_of(state.model).state_dict())
-    for model in (state.model, state.ema.model):
-        assert isinstance(model, CDM)
-        _base_of(model).set(**fitted)
-        start_at_base(model)
-
-
-def _base_of(model: torch.nn.Module) -> MixtureBase:
-    assert isinstance(model, CDM) and isinstance(model.network, AdjointNetwork)
-    base = model.network.base
-    assert base is not None
-    return base
+        noise = (2 / data.num_grey_levels) ** 2 / 12  # the variance of dequantisation
+        fit(state.model, rows, label, noise, config.train.seed, num_folds(config))
+    base.folds, fitted = broadcast_from_main((base.folds, base.state_dict()))
+    if fit is fit_base:
+        for model in (state.model, state.ema.model):
+            assert isinstance(model, CDM)
+            base_of(model).set(**fitted)
+            start_at_base(model)
 
 
 def _rows(config: RunConfig, data: ImageData) -> tuple[Tensor, Tensor | None]:
     """Training images in random order, (n, d), as the model sees them without noise; and their labels."""
-    generator = torch.Generator().manual_seed(config.train.seed)
-    chosen = torch.randperm(len(data), generator=generator)[: MOST_VALUES // data.images[0].numel()]
-    images, levels = data.images[chosen].cpu(), data.num_grey_levels
+    levels = data.num_grey_levels
+    chosen = random_order(len(data), config.train.seed)[: MOST_VALUES // data.images[0].numel()]
+    images = data.images[chosen].cpu()
     if config.data.flip:
         images[::2] = images[::2].flip(-1)
     # The points of the grey levels, or the centres of their intervals.

@@ -17,6 +17,7 @@ from cdm_fast.model.classifier import Classifier
 from cdm_fast.runs.checkpoint import Checkpoint
 from cdm_fast.training.best import BestCheckpoint
 from cdm_fast.training.display import Display
+from cdm_fast.training.folds import set_base
 from cdm_fast.training.log import Sink
 from cdm_fast.training.report import update_loss_curves, write_level_checks, write_samples
 from cdm_fast.training.saver import Saver
@@ -127,6 +128,7 @@ def take_step(
     train = config.train
     seed_step(train.seed, state.step)
     set_dropout(state.model, config, state.step)
+    set_base(state.model, state.step)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(train, state.step)
     result = training_step(

@@ -22,7 +22,7 @@ from cdm_fast.host.progress import to_stderr
 from cdm_fast.runs.build import head_rank
 from cdm_fast.runs.checkpoint import load_checkpoint, prepare_to_resume, read_config, write_config
 from cdm_fast.runs.data import in_place, run_data
-from cdm_fast.training.base import begin_from_base
+from cdm_fast.training.base import begin_from_base, restore_folds
 from cdm_fast.training.finetune import begin_from_run
 from cdm_fast.training.state import TrainingState, from_checkpoint, new_state, require_trained_here
 from cdm_fast.training.tuning import pick_precision
@@ -97,6 +97,7 @@ def prepare_resumed(run: Path, config: RunConfig, stored: RunConfig, device: tor
         raise UserError(f"{config.data.source} has changed since {run} began; restore those images")
     if broadcast_from_main(state.step) != state.step:
         raise UserError(f"{run} differs between machines; put it on a file system that all of them share")
+    restore_folds(config, state, data)
     if is_main():
         prepare_to_resume(run, state.step)
     if config != stored:

@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from cdm_fast.config import RunConfig
-from cdm_fast.data import ImageData, batch_indices
+from cdm_fast.data import ImageData
 from cdm_fast.errors import UserError
 from cdm_fast.host.device import pick_device
 from cdm_fast.host.files import write_atomically
 from cdm_fast.model.losses import Noised
 from cdm_fast.runs.checkpoint import load_checkpoint, read_config
 from cdm_fast.runs.data import evaluation_data
+from cdm_fast.training.base import restore_folds
 from cdm_fast.training.feed import on_device
+from cdm_fast.training.folds import set_base, step_indices
 from cdm_fast.training.loop import take_step
 from cdm_fast.training.prepare import preserved_rng
 from cdm_fast.training.state import TrainingState, from_checkpoint
@@ -69,12 +71,13 @@ def replay(run: str | Path, step: int, *, device: str = "auto", out: Path | None
     with preserved_rng(chosen):
         data = on_device(evaluation_data(Path(run), config, "train"), chosen)
         state = from_checkpoint(load_checkpoint(run, at_most=step), config, chosen, str(run))
+        restore_folds(config, state, data)
         from_step, loss_function = state.step, make_loss(config.train)
         while state.step < step:
             take_step(state, data, config, loss_function)
         found, batch = _gradient(state, data, config, loss_function)
         losses = _losses_alone(state, batch, config, loss_function)
-    index = batch_indices(len(data.images), config.train.batch_size, config.train.seed, step)
+    index = step_indices(len(data.images), config, step)
     if out is not None:
         _write_batch(out, batch, index, losses)
     facts = {"run": str(run), "seed": config.train.seed, "step": step, "from_step": from_step}
@@ -87,6 +90,7 @@ def _gradient(
     """Loss and gradient of the state's next step, without taking it, and its batch."""
     train = config.train
     seed_step(train.seed, state.step)
+    set_base(state.model, state.step)
     batch = draw_batch(data, state.model, config, state.step)
     state.optimizer.zero_grad()
     loss, ce, mse = accumulate_gradient(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cdm_fast.config import RunConfig, TrainConfig
-from cdm_fast.data import ImageData, batch_indices
+from cdm_fast.data import ImageData
 from cdm_fast.data.deform import deform_some
 from cdm_fast.data.pixels import to_points
 from cdm_fast.host.device import upload
@@ -39,6 +39,7 @@ from cdm_fast.ops.precision import ieee_fp32
 from cdm_fast.training.adversarial import adversarial_weight, perturbed
 from cdm_fast.training.ema import Ema
 from cdm_fast.training.feed import images_of
+from cdm_fast.training.folds import step_indices
 from cdm_fast.training.levels import draw_levels
 
 LossFunction = Callable[..., LossTerms]  # (model, batch)
@@ -194,7 +195,7 @@ def draw_batch(data: ImageData, model: CDM | DDM | Classifier, config: RunConfig
     generator = torch.Generator(device).manual_seed(derived_seed(train.seed, step, "batch"))
 
     def indices(step: int) -> Tensor:
-        return batch_indices(len(data.images), train.batch_size, train.seed, step)
+        return step_indices(len(data.images), config, step)
 
     on_host = indices(step)
     level = draw_levels(model, train.batch_size, train, generator)
