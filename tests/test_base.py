@@ -1,5 +1,8 @@
 """The base beneath a network: closed forms, gradients against autograd, the fit, runs that have one."""
 
+import copy
+import json
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -18,8 +21,9 @@ from cdm_fast.runs.build import build_model
 from cdm_fast.runs.checkpoint import load_checkpoint
 from cdm_fast.runs.data import run_data
 from cdm_fast.training.base import begin_from_base
-from cdm_fast.training.folds import set_base, step_indices
+from cdm_fast.training.folds import step_indices, use_base_of_step
 from cdm_fast.training.prepare import resolve
+from cdm_fast.training.replay import replay
 from cdm_fast.training.state import new_state
 from tests.accuracy import relative_error
 from tests.opaque import Opaque
@@ -253,14 +257,18 @@ def test_each_fold_is_fitted_without_its_rows():
         for own, other in zip(base.tables(), alone.tables(), strict=True):
             torch.testing.assert_close(own, other)
         torch.testing.assert_close(base.logits(base.read(x)), alone.logits(alone.read(x)))
-    base.load_state_dict(base.state_dict())  # the state dict is of the base that was fitted to all rows
-    torch.testing.assert_close(base.logits(base.read(x)), expected)
+    again = with_base("joint").float().network.base
+    again.load_state_dict(base.state_dict())  # that of the base that was fitted to all rows
+    base.use_fold(None)
+    for own in (base, again):
+        torch.testing.assert_close(own.logits(own.read(x)), expected)
 
 
 def test_a_class_with_few_rows_is_in_the_base_of_every_fold():
     model = with_base("joint").float()
     label = torch.tensor([0] * 40 + [1] * 40 + [2] * 4)
-    fit_base(model, torch.randn(84, D), label, folds=3)
+    with pytest.warns(UserWarning, match="too few training images outside a fold, in class 2"):
+        fit_base(model, torch.randn(84, D), label, folds=3)
     assert all(torch.isfinite(table).all() for fold in model.network.base.folds for table in fold)
 
 
@@ -305,13 +313,68 @@ def test_a_step_is_taken_beside_the_base_without_its_images(images):
     states = []
     for pixels in (data.images, other):
         state, _ = begun(replace(config, network=network), replace(data, images=pixels))
-        set_base(state.model, 1)
+        use_base_of_step(state.model, 1)
         states.append(state)
     one, two = (state.model.network.base.tables() for state in states)
     for name in ("rows", "coefficients"):
         assert torch.equal(getattr(one, name), getattr(two, name))
     one, two = (state.ema.model.network.base.tables() for state in states)
     assert not torch.equal(one.coefficients, two.coefficients)
+
+
+def test_half_of_each_fold_is_mirrored(images):
+    config = tiny_config(images)
+    network = replace(config.network, base_components=1, base_rank=2)
+    ramp = torch.arange(8, dtype=torch.uint8).expand(160, 1, 8, 8)
+    data = ImageData(ramp.clone(), None, 17, None, "made", "train")
+    config = replace(config, network=network, data=replace(config.data, flip=True))
+    state, _ = begun(config, data)
+    base = state.model.network.base
+    mean = [tables.rows[2].view(8, 8)[0] for tables in (base.tables(), *base.folds)]
+    for row in mean:
+        torch.testing.assert_close(row, row.flip(0), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_fewer_images_than_folds(images, count):
+    config = tiny_config(images)
+    network = replace(config.network, base_components=1, base_rank=2)
+    config = replace(config, network=network)
+    data = run_data(config, "train")
+    data = replace(data, images=data.images[:count], labels=data.labels[:count])
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        state, config = begun(config, data)
+    assert len(state.model.network.base.folds) == min(count, 4)
+    seen = torch.cat([step_indices(count, config, step) for step in range(8)])
+    assert sorted(seen.unique().tolist()) == list(range(count))
+
+
+def test_equal_rows_and_large_seeds():
+    model = with_base("joint").float()
+    x0 = torch.cat([torch.zeros(40, D), torch.randn(80, D)])
+    fit_base(model, x0, torch.arange(120) // 40, seed=2**63)
+    assert all(torch.isfinite(value).all() for value in model.network.base.state_dict().values())
+    with pytest.raises(UserError, match="folds is 1; give 2 or more"):
+        fit_base(model, x0, torch.arange(120) // 40, folds=1)
+
+
+def test_folds_follow_the_base():
+    model = with_base("joint").float()
+    fit_base(model, torch.randn(90, D), torch.arange(90) // 30, folds=2)
+    base = model.double().network.base
+    assert all(table.dtype == torch.float64 for tables in base.folds for table in tables)
+    assert all(table.is_meta for tables in copy.deepcopy(base).to("meta").folds for table in tables)
+
+
+def test_replay_uses_the_base_without_the_images_of_the_step(images, tmp_path):
+    flags = [*FLAGS, *BASE, "--conditioning", "joint", "--device", "cpu", "--data", images]
+    flags += ["--dropout", "0.2", "--dropout-until", "0.5", "--log-every", "1", "--save-every", "1"]
+    call_json("train", *flags, "--out", tmp_path / "run", "--keep", "9")
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["loss"] for row in log if "loss" in row}
+    for step in (3, 4):
+        again = replay(tmp_path / "run", step, device="cpu")["loss"]
+        assert again == pytest.approx(losses[step + 1], rel=1e-6)
 
 
 def load_images(pixels):

@@ -34,7 +34,7 @@ from cdm_fast.training.parallel import wrap
 from cdm_fast.training.state import TrainingState, new_state
 from cdm_fast.training.step import (
     StepResult,
-    derived_seed,
+    begin_step,
     draw_batch,
     make_loss,
     make_optimizer,
@@ -138,7 +138,7 @@ def _step(
     config: RunConfig, state: TrainingState, loss: dict[str, Any], step: int, spoilt: bool = False
 ) -> StepResult:
     train, dtype = config.train, state.model.a.dtype
-    torch.manual_seed(derived_seed(train.seed, step, "dropout"))
+    begin_step(state.model, config, step)
     batch = draw_batch(load_data(config.data.source), state.model, config, step)
     if spoilt and this_process().rank == this_process().count - 1:
         batch = _spoilt(batch)

@@ -1,6 +1,7 @@
 """`MutualInformation` with its defaults on the tasks of the package benchmark-mi, whose values are known.
 
     python -m benchmarks.studies.information_tasks run --samples DIR --rows 1000
+    python -m benchmarks.studies.information_tasks independent --columns 1 --rows 1000 --seeds 6
     python -m benchmarks.studies.information_tasks show
 
 benchmark-mi 0.1.3 needs an old jax (0.4.20), so its samples are made in an environment of their own:
@@ -13,6 +14,7 @@ benchmark-mi 0.1.3 needs an old jax (0.4.20), so its samples are made in an envi
 Each task appends one JSON line to `--out`; those that are there already are not repeated, nor are tasks whose
 samples have the very ranks of another's: increasing maps change nothing (`ranks`). Beside it stands
 the estimate of Kraskov, Stögbauer and Grassberger (2004, eq. 8) with 5 neighbours on the same normal scores.
+`independent` fits normal columns of X and as many of Y that have nothing to do with them, once for each seed.
 `show` prints a row for each task as Markdown, and a summary.
 """
 
@@ -26,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.studies.rows import add_row, read_rows
+from benchmarks.studies.rows import add_row, has_row, read_rows
 from cdm_fast import MutualInformation
 from cdm_fast.tables.columns import normal_scores
 from cdm_fast.tables.experts import Neighbours
@@ -72,17 +74,28 @@ def neighbours_alone(x: np.ndarray, y: np.ndarray) -> float:
     return float(Neighbours(scores, x.shape[1])(scores, own=True).mean())
 
 
+def independent(columns: int, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Normal columns of X and of Y without any dependence."""
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(rows, columns)), rng.normal(size=(rows, columns))
+
+
 def show(results: list[dict[str, Any]]) -> str:
-    """A table for each number of rows, in Markdown."""
+    """A table for each number of rows, and one of independent columns, in Markdown."""
     lines = []
-    for rows in sorted({row["rows"] for row in results}):
-        some = sorted((row for row in results if row["rows"] == rows), key=lambda row: row["task"])
+    tasks = [row for row in results if row["truth"]]
+    for rows in sorted({row["rows"] for row in tasks}):
+        some = sorted((row for row in tasks if row["rows"] == rows), key=lambda row: row["task"])
         lines += [
             f"{rows} rows, {len(some)} tasks:",
             "",
             "| task | nats | estimate | interval | warned | KSG | CPU s |",
         ]
         lines += ["|" + "---|" * 7, *(_line(row) for row in some), "", _summary(some), ""]
+    alone = [row for row in results if not row["truth"]]
+    if alone:
+        lines += ["| columns | rows | seed | estimate | interval | warned | CPU s |", "|" + "---|" * 7]
+        lines += [_line_of_independent(row) for row in alone]
     return "\n".join(lines)
 
 
@@ -96,6 +109,13 @@ def _line(row: dict[str, Any]) -> str:
     warned = "yes" if row["warnings"] else ""
     figures = f"{row['truth']:.2f} | {row['estimate']:.2f} | {interval} | {warned} | {row['ksg']:.2f}"
     return f"| {row['task']} | {figures} | {row['cpu_seconds']:.0f} |"
+
+
+def _line_of_independent(row: dict[str, Any]) -> str:
+    columns = row["task"].removeprefix("independent-").replace("-", " x ")
+    interval = f"{row['low']:.4f} .. {row['high']:.4f}{'' if holds(row) else ' (misses)'}"
+    figures = f"{row['estimate']:.4f} | {interval} | {'yes' if row['warnings'] else ''}"
+    return f"| {columns} | {row['rows']} | {row['seed']} | {figures} | {row['cpu_seconds']:.0f} |"
 
 
 def _summary(some: list[dict[str, Any]]) -> str:
@@ -114,11 +134,13 @@ def _summary(some: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=("run", "show"))
+    parser.add_argument("what", choices=("run", "independent", "show"))
     parser.add_argument("--samples", type=Path)
     parser.add_argument("--tasks", nargs="+", help="names of some of the tasks; all by default")
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--columns", type=int, default=1, help="of X, and of Y, for `independent`")
+    parser.add_argument("--seeds", type=int, default=1, help="number of draws for `independent`")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/information.jsonl"))
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -134,6 +156,12 @@ def main() -> None:
             same = {"rows": args.rows, "seed": args.seed, "ranks": ranks(x, y)}
             found = next((row for row in done if same.items() <= row.items()), None) or measured(x, y)
             add_row(args.out, {**found, **task, **same, "truth": truth})
+    if args.what == "independent":
+        for seed in range(args.seeds):
+            task = {"task": f"independent-{args.columns}-{args.columns}", "rows": args.rows, "seed": seed}
+            if not has_row(args.out, task):
+                x, y = independent(args.columns, args.rows, seed)
+                add_row(args.out, {**measured(x, y), **task, "truth": 0.0})
     print(show(read_rows(args.out)))
 
 

@@ -20,9 +20,10 @@ from cdm_fast.config import RunConfig, preset
 from cdm_fast.host.device import pick_device
 from cdm_fast.host.optional import need
 from cdm_fast.runs.data import run_data
+from cdm_fast.training.base import begin_from_base
 from cdm_fast.training.prepare import resolve
 from cdm_fast.training.state import new_state
-from cdm_fast.training.step import derived_seed, draw_batch, learning_rate, make_loss, training_step
+from cdm_fast.training.step import begin_step, draw_batch, learning_rate, make_loss, training_step
 
 RUNS = {"fp32": ("fp32", 0), "bf16": ("bf16", 0), "fp32, another seed": ("fp32", 1)}
 
@@ -31,11 +32,12 @@ def losses(config: RunConfig, steps: int, device: torch.device) -> list[float]:
     """The loss of each of the first `steps` steps."""
     data = run_data(config, "train")
     config = resolve(config, data, device)
-    data = replace(data, images=data.images.to(device), labels=None)
     state, loss_function, train = new_state(config, device), make_loss(config.train), config.train
+    begin_from_base(config, state, data)
+    data = replace(data, images=data.images.to(device), labels=None)
     results = []
     for step in range(steps):
-        torch.manual_seed(derived_seed(train.seed, step, "dropout"))
+        begin_step(state.model, config, step)
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(train, step)
         batch = draw_batch(data, state.model, config, step)

@@ -3,6 +3,7 @@
     python -m benchmarks.studies.sample_quality measure NAME=RUN [NAME=RUN ...] [--classifier RUN]
     python -m benchmarks.studies.sample_quality show          # results/sample_quality.jsonl as a table
     python -m benchmarks.studies.sample_quality errors NAME=RUN [NAME=RUN ...]  # of the denoisers, by level
+    python -m benchmarks.studies.sample_quality base NAME=RUN [NAME=RUN ...]    # the classes by bases alone
     python -m benchmarks.studies.sample_quality sheet NAME=RUN [NAME=RUN ...] --out PICTURE.png
 
 Each row compares samples, as many of each class, with 10,000 training images of the run:
@@ -27,17 +28,19 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from sklearn.decomposition import PCA
 from sklearn.ensemble import RandomForestClassifier
 from torch import Tensor
 
 from benchmarks.studies.rows import add_row, has_row, read_rows
-from cdm_fast import load, sample
+from cdm_fast import CDM, load, sample
 from cdm_fast.data import ImageData
 from cdm_fast.data.pixels import displayable, to_points
 from cdm_fast.evaluation.quality import frechet_distance
 from cdm_fast.host.progress import to_stderr
 from cdm_fast.model import Denoiser
+from cdm_fast.model.base import base_of
 from cdm_fast.model.classifier import Classifier
 from cdm_fast.runs.checkpoint import load_checkpoint, read_config
 from cdm_fast.runs.data import run_data
@@ -47,6 +50,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "sample_quality.jsonl"
 REAL, COMPONENTS, TREES, STEPS = 10_000, 50, 100, 50
 GUIDANCE = (0.0, 1.0)
 SAMPLERS = ("ddpm", "blind")
+NAMED = 5000  # images of each split that the bases name
 COLUMNS = 10  # images of a class on a sheet
 
 
@@ -179,6 +183,30 @@ def denoising_errors(runs: dict[str, Path]) -> str:
     return "\n".join([*lines, *(f"| {level} | {' | '.join(row)} |" for level, row in columns.items())])
 
 
+@torch.no_grad()
+def base_classes(runs: dict[str, Path]) -> str:
+    """How well the bases name the classes of noised images that they were fitted to, and of others."""
+    titles = ("run", "level", "training images, %", "nats", "test images, %", "nats")
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    for name, run in runs.items():
+        model, config = load(run), read_config(run)
+        assert isinstance(model, CDM)
+        base = base_of(model)
+        for level in (200, 300, 400):
+            row = [name, str(level)]
+            for split in ("train", "test"):
+                data = run_data(config, split)
+                assert data.labels is not None
+                label = data.labels[:NAMED]
+                generator = torch.Generator().manual_seed(level)
+                x = model.schedule.noise(unit(data, NAMED), level, generator=generator)
+                logits = base.at_level(base.read(x), model.schedule.levels(level, x))
+                right = (logits.argmax(1) == label).double().mean()
+                row += [f"{100 * right:.1f}", f"{F.cross_entropy(logits, label):.3f}"]
+            lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
 def write_sheet(runs: dict[str, Path], out: Path) -> None:
     """A row for each class, the runs side by side under their names."""
     from matplotlib.figure import Figure
@@ -200,7 +228,7 @@ def write_sheet(runs: dict[str, Path], out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=("measure", "show", "errors", "sheet"))
+    parser.add_argument("what", choices=("measure", "show", "errors", "base", "sheet"))
     parser.add_argument("runs", nargs="*", metavar="NAME=RUN")
     parser.add_argument("--num", type=int, default=2000, help="samples of each row")
     parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=SAMPLERS)
@@ -213,6 +241,8 @@ def main() -> None:
         print(show())
     elif options.what == "errors":
         print(denoising_errors(runs))
+    elif options.what == "base":
+        print(base_classes(runs))
     elif options.what == "sheet":
         write_sheet(runs, options.out)
     else:

@@ -15,7 +15,7 @@ from cdm_fast.config.size import (
 )
 from cdm_fast.errors import UserError, require_at_least
 
-MOST_COEFFICIENTS = 2**26  # of a base, in all levels: 256 MiB
+MOST_COEFFICIENTS = 2**26  # of a base, in all levels: 256 MiB, and as much for each fold in training
 
 
 def check(config: RunConfig) -> None:

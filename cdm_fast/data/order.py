@@ -16,7 +16,7 @@ from cdm_fast.errors import UserError
 
 Indices = NDArray[np.int64]
 
-_EPOCHS, _SPLITS = 0, 1  # purposes of a permutation; the same seed gives independent ones
+_EPOCHS, _SPLITS, _ORDER = 0, 1, 2  # purposes of a permutation; the same seed gives independent ones
 _TEST, _VALIDATION = 0, 1
 
 
@@ -27,6 +27,14 @@ def permutation(count: int, seed: int, purpose: int, number: int) -> Indices:
     key = np.array([seed, number], np.uint64)  # a list would pass through float64 and merge large seeds
     words = np.random.Philox(key=key, counter=[0, 0, 0, purpose]).random_raw(count)
     return np.argsort(words, kind="stable").astype(np.int64, copy=False)
+
+
+@lru_cache(maxsize=1)
+def random_order(count: int, seed: int) -> Indices:
+    """0..count-1 in a random order that is not that of any epoch or split, (count,) int64, read-only."""
+    order = permutation(count, seed, _ORDER, 0)
+    order.setflags(write=False)
+    return order
 
 
 @lru_cache(maxsize=4)

@@ -5,12 +5,13 @@
 
 import copy
 import math
+import warnings
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cdm_fast.errors import UserError
+from cdm_fast.errors import UserError, require_at_least
 from cdm_fast.model.cdm import CDM
 from cdm_fast.model.schedule import NoiseSchedule
 from cdm_fast.nn import AdjointNetwork
@@ -36,11 +37,11 @@ def fit_base(
 
     Args:
         model: with a network that has a base, before training.
-        x0: (n, ...) clean data.
+        x0: (n, ...) clean data, in random order.
         label: (n,) int64, for joint logits.
         noise: variance that is added to each value, such as that of dequantisation.
         seed: of k-means.
-        folds: K, a number of further bases; see `fit_folds`.
+        folds: a number of further bases, see `fit_folds`; 0 for none.
 
     Raises:
         UserError: a network without a base, or fewer than two rows for each Gaussian.
@@ -57,30 +58,38 @@ def fit_base(
     """
     base = base_of(model)
     base.set(**_fitted(model.schedule, base, _classes(base, x0.flatten(1).cpu(), label), noise, seed))
-    fit_folds(model, x0, label, noise, seed, folds)
+    base.folds = ()
+    if folds:
+        fit_folds(model, x0, label, noise, seed, folds)
     start_at_base(model)
 
 
-def fit_folds(
-    model: CDM, x0: Tensor, label: Tensor | None = None, noise: float = 0.0, seed: int = 0, folds: int = 0
-) -> None:
-    """Fits `model.network.base.folds`: the k-th without the rows k, k + folds, k + 2 folds, ... of x0.
+@torch.inference_mode(False)
+def fit_folds(model: CDM, x0: Tensor, label: Tensor | None, noise: float, seed: int, folds: int) -> None:
+    """Fits `model.network.base.folds`: the one with number f without the rows f, f + folds, ... of x0.
 
     A base tells more about the rows that it was fitted to than about others, and a network that is trained
-    beside it on the same rows learns to rely on it too much. So each row should be trained on beside the base
-    that was fitted without it (cross-fitting: Wolpert, 1992). A class that would have too few rows keeps all.
+    beside it on the same rows learns to rely on it too much. So the network should learn from each row beside
+    the base that was fitted without it (cross-fitting; stacked generalization: Wolpert, 1992):
 
-    Arguments and errors as for `fit_base`, whose temper the folds share.
+        for step, rows in enumerate(batches):  # of step s: rows f, f + folds, ..., with f = s % folds
+            model.network.base.use_fold(step % folds)
+            ...
+        model.network.base.use_fold(None)
+
+    Arguments and errors as for `fit_base`, whose temper the folds share; folds: at least 2. Warns of a class
+    that has too few rows for its Gaussians outside a fold: all of its rows are then in every base.
     """
+    require_at_least("folds", folds, 2)
     base, rows = base_of(model), x0.flatten(1).cpu()
-    number = torch.arange(len(rows))
-    fitted = []
+    base.folds = ()
+    number, other = torch.arange(len(rows)), copy.deepcopy(base)
+    tables = []
     for fold in range(folds):
-        other = copy.deepcopy(base)
         kept = _classes(base, rows, label, number % folds != fold)
         other.set(**_mixture(kept, *_sizes(base), noise, seed))
-        fitted.append(other.tables())
-    base.folds = tuple(fitted)
+        tables.append(other.tables())
+    base.folds = tuple(tables)
 
 
 def base_of(model: CDM) -> MixtureBase:
@@ -108,7 +117,7 @@ def _sizes(base: MixtureBase) -> tuple[int, int]:
 def _classes(
     base: MixtureBase, rows: Tensor, label: Tensor | None, kept: Tensor | None = None
 ) -> list[Tensor]:
-    """The rows of each class of the base; of those that are `kept`, if enough are; UserError for too few."""
+    """The rows of each class of the base, only those that are `kept` if enough are; UserError for too few."""
     fewest = 2 * _sizes(base)[0]
     members = [torch.ones(len(rows), dtype=torch.bool)]
     if base.num_classes > 1:
@@ -122,9 +131,17 @@ def _classes(
                 f"a base of {fewest // 2} Gaussians needs at least {fewest} training images{of}"
                 f" {own.sum()}; give fewer --base-components, or 0"
             )
-    if kept is not None:
-        members = [own & kept if (own & kept).sum() >= fewest else own for own in members]
-    return [rows[own] for own in members]
+    if kept is None:
+        return [rows[own] for own in members]
+    enough = [bool((own & kept).sum() >= fewest) for own in members]
+    if not all(enough):
+        few = ", ".join(str(number) for number, each in enumerate(enough) if not each)
+        warnings.warn(
+            f"too few training images outside a fold, in class {few}: the network is trained beside a base"
+            " that has seen all of them",
+            stacklevel=3,
+        )
+    return [rows[own & kept if each else own] for own, each in zip(members, enough, strict=True)]
 
 
 def _fitted(
@@ -144,6 +161,7 @@ def _fitted(
 
 def _mixture(classes: list[Tensor], components: int, rank: int, noise: float, seed: int) -> dict[str, Tensor]:
     """M Gaussians for each class of rows (n_c, d), by k-means and probabilistic PCA."""
+    seed %= 2**32  # scikit-learn has no larger ones
     groups = [group for rows in classes for group in _grouped(rows, components, seed)]
     within = sum(float((rows - rows.mean(0)).square().sum()) for rows in groups)
     total = sum(map(len, groups))
@@ -157,14 +175,17 @@ def _grouped(rows: Tensor, components: int, seed: int) -> list[Tensor]:
     """The rows in `components` groups, by k-means in their first principal components."""
     from sklearn.cluster import KMeans
     from sklearn.decomposition import PCA
+    from sklearn.exceptions import ConvergenceWarning
 
     if components == 1:
         return [rows]
     coordinates = PCA(min(GROUPED, *rows.shape), svd_solver="randomized", random_state=seed).fit_transform(
         rows.numpy()
     )
-    group = KMeans(components, n_init=3, random_state=seed).fit_predict(coordinates)
-    return [rows[torch.from_numpy(group == g)] for g in range(components)]
+    with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):  # of equal rows
+        group = KMeans(components, n_init=3, random_state=seed).fit_predict(coordinates)
+    groups = [rows[torch.from_numpy(group == g)] for g in range(components)]
+    return [own if len(own) else rows for own in groups]
 
 
 def _gaussian(rows: Tensor, rank: int, prior: float, noise: float, seed: int) -> dict[str, Tensor]:

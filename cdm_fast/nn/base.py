@@ -7,6 +7,7 @@ With a base it learns only the remainder.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -52,9 +53,8 @@ class MixtureBase(nn.Module):
 
     It has no trainable weights. Until `set` it is N(0, I). Probabilistic PCA: Tipping and Bishop, 1999.
 
-    `folds` are the tables of further bases, each fitted without a part of the training data. After `use_fold`
-    evaluations read those of one of them, until `set`, `load_state_dict` or another `use_fold`. They are not
-    in the state dict.
+    `folds` are the tables of further bases, each fitted without a part of the training data. Evaluations read
+    those of one of them from `use_fold(number)` to `use_fold(None)`. They are not in the state dict.
 
     Args:
         a, s: (L,) amplitudes of signal and noise.
@@ -107,10 +107,17 @@ class MixtureBase(nn.Module):
         return Tables(self._rows.clone(), self._table.clone(), self._sharpness.clone())
 
     @torch.no_grad()
-    def use_fold(self, fold: int) -> None:
-        """Lets evaluations read the tables of `folds[fold]`."""
-        for own, value in zip((self._rows, self._table, self._sharpness), self.folds[fold], strict=True):
+    def use_fold(self, number: int | None) -> None:
+        """Lets evaluations read the tables of `folds[number]`; None for those of the base itself."""
+        if number is None:
+            return self._tabulate()
+        for own, value in zip((self._rows, self._table, self._sharpness), self.folds[number], strict=True):
             own.copy_(value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MixtureBase":
+        super()._apply(fn, recurse)
+        self.folds = tuple(Tables(*map(fn, tables)) for tables in self.folds)
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

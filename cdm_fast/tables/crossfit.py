@@ -79,8 +79,12 @@ def train_ratio(
     budget: Budget,
     rows: int,
     seed: int,
+    input_scale: float = 1.0,
 ) -> tuple[CDM, History]:
-    """A network for two classes that starts as Gaussians with these moments and learns the remainder."""
+    """A network for two classes that starts as Gaussians with these moments and learns the remainder.
+
+    input_scale: see `new_model`.
+    """
     generator = torch.Generator().manual_seed(seed)
     schedule, prior = ratio_schedule(budget.num_levels)
     dim = sum(column_groups)
@@ -94,6 +98,7 @@ def train_ratio(
         prior,
         generator,
         gates=GATES if dim > FEW_COLUMNS else 0,
+        input_scale=input_scale,
     )
     start_at_gaussians(model, means, covariances)
     history = train(model, ratio_loss(draw, budget.batch_size), validate, budget, generator, rows, RATE_CUTS)

@@ -242,8 +242,13 @@ def new_model(
     generator: torch.Generator,
     components: int = 0,
     gates: int = 0,
+    input_scale: float = 1.0,
 ) -> CDM:
     """A `CDM` with a new `TableMLP` in fp32, initialised from `generator`.
+
+    input_scale: a factor of the initial weights and biases in front of the blocks. The larger it is, the
+    finer the structure that training finds first (spectral bias: Rahaman et al., 2019; Tancik et al., 2020),
+    and the more it overfits.
 
     The result does not depend on torch's default dtype, device and generator: the network is built on the
     meta device, then filled.
@@ -260,6 +265,8 @@ def new_model(
                 bound = 1 / math.sqrt(module.in_features)
                 module.weight.uniform_(-bound, bound, generator=generator)
                 module.bias.uniform_(-bound, bound, generator=generator)
+        for parameter in network.linear_in.parameters():
+            parameter.mul_(input_scale)
     if network.gates is not None:
         network.gates.open()
     return CDM(network, schedule, level_prior=level_prior)

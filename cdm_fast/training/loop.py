@@ -17,18 +17,16 @@ from cdm_fast.model.classifier import Classifier
 from cdm_fast.runs.checkpoint import Checkpoint
 from cdm_fast.training.best import BestCheckpoint
 from cdm_fast.training.display import Display
-from cdm_fast.training.folds import set_base
 from cdm_fast.training.log import Sink
 from cdm_fast.training.report import update_loss_curves, write_level_checks, write_samples
 from cdm_fast.training.saver import Saver
 from cdm_fast.training.state import TrainingState, to_checkpoint
 from cdm_fast.training.step import (
     LossFunction,
+    begin_step,
     draw_batch,
     learning_rate,
     make_loss,
-    seed_step,
-    set_dropout,
     training_step,
 )
 from cdm_fast.training.stop import Stopper
@@ -126,9 +124,7 @@ def take_step(
         wrapped: the model wrapped by DDP or FSDP2, in a run of several processes.
     """
     train = config.train
-    seed_step(train.seed, state.step)
-    set_dropout(state.model, config, state.step)
-    set_base(state.model, state.step)
+    begin_step(state.model, config, state.step)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(train, state.step)
     result = training_step(

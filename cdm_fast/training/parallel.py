@@ -90,7 +90,8 @@ def wrap(state: TrainingState, config: RunConfig, parallel: Parallel) -> Wrapped
     # For 1x1 kernels, whose strides along an axis of one pixel are arbitrary.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     with warnings.catch_warnings():
-        # Buffers are constant. torch 2.13 deprecates `broadcast_buffers`, for which 2.10 has no substitute.
+        # Buffers are the same in every process. torch 2.13 deprecates `broadcast_buffers`, for which 2.10 has
+        # no substitute.
         warnings.simplefilter("ignore", FutureWarning)
         return Wrapped(
             DistributedDataParallel(_Loss(state.model), broadcast_buffers=False, gradient_as_bucket_view=True)

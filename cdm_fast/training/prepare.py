@@ -97,7 +97,8 @@ def prepare_resumed(run: Path, config: RunConfig, stored: RunConfig, device: tor
         raise UserError(f"{config.data.source} has changed since {run} began; restore those images")
     if broadcast_from_main(state.step) != state.step:
         raise UserError(f"{run} differs between machines; put it on a file system that all of them share")
-    restore_folds(config, state, data)
+    if state.step < config.train.steps:
+        restore_folds(config, state, data)
     if is_main():
         prepare_to_resume(run, state.step)
     if config != stored:

@@ -25,17 +25,17 @@ from cdm_fast.runs.checkpoint import load_checkpoint, read_config
 from cdm_fast.runs.data import evaluation_data
 from cdm_fast.training.base import restore_folds
 from cdm_fast.training.feed import on_device
-from cdm_fast.training.folds import set_base, step_indices
+from cdm_fast.training.folds import step_indices
 from cdm_fast.training.loop import take_step
 from cdm_fast.training.prepare import preserved_rng
 from cdm_fast.training.state import TrainingState, from_checkpoint
 from cdm_fast.training.step import (
     LossFunction,
     accumulate_gradient,
+    begin_step,
     draw_batch,
     make_loss,
     parts_of,
-    seed_step,
 )
 
 _WORST = 5  # number of parameters and images that are listed
@@ -89,8 +89,7 @@ def _gradient(
 ) -> tuple[dict[str, Any], Noised]:
     """Loss and gradient of the state's next step, without taking it, and its batch."""
     train = config.train
-    seed_step(train.seed, state.step)
-    set_base(state.model, state.step)
+    begin_step(state.model, config, state.step)
     batch = draw_batch(data, state.model, config, state.step)
     state.optimizer.zero_grad()
     loss, ce, mse = accumulate_gradient(

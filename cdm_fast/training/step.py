@@ -39,7 +39,7 @@ from cdm_fast.ops.precision import ieee_fp32
 from cdm_fast.training.adversarial import adversarial_weight, perturbed
 from cdm_fast.training.ema import Ema
 from cdm_fast.training.feed import images_of
-from cdm_fast.training.folds import step_indices
+from cdm_fast.training.folds import step_indices, use_base_of_step
 from cdm_fast.training.levels import draw_levels
 
 LossFunction = Callable[..., LossTerms]  # (model, batch)
@@ -138,6 +138,13 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     if config.decay == "cosine":
         rate *= (1 + math.cos(math.pi * min(step / config.steps, 1.0))) / 2
     return rate
+
+
+def begin_step(model: CDM | DDM | Classifier, config: RunConfig, step: int) -> None:
+    """Sets what is particular to a step (from 0): random numbers, dropout, and the base of its images."""
+    seed_step(config.train.seed, step)
+    set_dropout(model, config, step)
+    use_base_of_step(model, step)
 
 
 def set_dropout(model: CDM | DDM | Classifier, config: RunConfig, step: int) -> None:
