@@ -366,6 +366,17 @@ def test_folds_follow_the_base():
     assert all(table.is_meta for tables in copy.deepcopy(base).to("meta").folds for table in tables)
 
 
+def test_a_run_with_a_base_is_not_tuned_to_other_classes(images, tmp_path):
+    flags = [*FLAGS, *BASE, "--conditioning", "joint", "--device", "cpu", "--data", images]
+    call_json("train", *flags, "--out", tmp_path / "run")
+    with np.load(images) as members:
+        few = members["labels"] < 2
+        np.savez(tmp_path / "two.npz", images=members["images"][few], labels=members["labels"][few])
+    tuned = ["--finetune", tmp_path / "run", "--data", tmp_path / "two.npz", "--out", tmp_path / "tuned"]
+    status, _, error = call("train", *tuned, "--device", "cpu")
+    assert status == 2 and f"has a base of {CLASSES} classes, and the data have 2" in error
+
+
 def test_replay_uses_the_base_without_the_images_of_the_step(images, tmp_path):
     flags = [*FLAGS, *BASE, "--conditioning", "joint", "--device", "cpu", "--data", images]
     flags += ["--dropout", "0.2", "--dropout-until", "0.5", "--log-every", "1", "--save-every", "1"]

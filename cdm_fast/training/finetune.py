@@ -16,7 +16,7 @@ from cdm_fast.runs.checkpoint import load_checkpoint, read_config
 from cdm_fast.runs.weights import restore_weights
 from cdm_fast.training.state import TrainingState
 
-_NETWORK = "network."
+_NETWORK, _BASE = "network.", "network.base."
 
 
 def begin_from_run(config: RunConfig, state: TrainingState) -> None:
@@ -66,6 +66,11 @@ def _fitted(
         if theirs is not None and theirs.shape != own.shape and before and now and before != now:
             theirs = _other_classes(name, theirs, source, before, now)
         if theirs is None or theirs.shape != own.shape:
+            if theirs is not None and name.startswith(_BASE) and before != now:
+                raise UserError(
+                    f"--finetune {run} has a base of {before} classes, and the data have {now}: give"
+                    " images of the same classes, or begin from a run without a base"
+                )
             shape = "absent" if theirs is None else tuple(theirs.shape)
             raise UserError(
                 f"--finetune {run}: {name} is {shape} there and {tuple(own.shape)} here: give images of"
