@@ -177,8 +177,8 @@ def _grouped(rows: Tensor, components: int, seed: int) -> list[Tensor]:
     from sklearn.decomposition import PCA
     from sklearn.exceptions import ConvergenceWarning
 
-    if components == 1:
-        return [rows]
+    if components == 1 or bool((rows == rows[0]).all()):
+        return [rows] * components
     coordinates = PCA(min(GROUPED, *rows.shape), svd_solver="randomized", random_state=seed).fit_transform(
         rows.numpy()
     )
