@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.support.analytic import random_mixture
+from benchmarks.support.analytic import GaussianMixture, random_mixture
 from cdm_fast.errors import UserError
 from cdm_fast.model.constants import fit_constants
 from cdm_fast.model.schedule import even_in_log_noise
@@ -128,6 +128,20 @@ def test_a_narrow_mode_is_learned_from_few_rows_and_the_density_integrates_to_on
     assert np.trapezoid(np.exp(density.score_samples(grid[:, None])), grid) == pytest.approx(1, abs=0.03)
     drawn = density.sample(2000, random_state=1)[:, 0]
     assert np.mean(np.abs(drawn) < 0.1) == pytest.approx(0.75, abs=0.08)
+
+
+def test_the_mixture_of_many_rows_is_as_good_as_their_number_allows():
+    """Eight overlapping Gaussians, 47 parameters: the mean squared log ratio is about 47/n."""
+    truth, num = random_mixture(2, 8, seed=0), 20_000
+    rows = truth.sample(num + 5000, torch.Generator().manual_seed(0))
+    rows, test = rows.split([num, 5000])
+    mean, scale = rows.mean(0), rows.std(0)
+    found = fit_mixture((rows - mean) / scale, 8, seed=0)
+    one, zero = torch.ones(1).double(), torch.zeros(1).double()
+    got = GaussianMixture(found.log_weights.exp(), found.means, found.covariances)
+    log_prob = got.log_prob((test - mean) / scale, one, zero)[:, 0] - scale.log().sum()
+    error = log_prob - truth.log_prob(test, one, zero)[:, 0]
+    assert float(error.mean()) > -0.004 and float(error.square().mean()) < 3 * 47 / num
 
 
 def test_one_component_on_request_and_bad_numbers_are_refused():

@@ -15,8 +15,12 @@ from torch import Tensor
 from cdm_fast.tables.columns import Array
 
 MOST_COMPONENTS = 10
-# Most rows to which mixtures are fitted: each of those that are compared, and the chosen one.
-COMPARED_ROWS, MOST_ROWS = 5000, 50_000
+# Most rows to which mixtures are fitted: each of those that are compared, and the chosen one, which may have
+# more of few columns.
+COMPARED_ROWS, MOST_ROWS, MOST_VALUES = 5000, 50_000, 800_000
+# EM ends when a step improves the mean log-density by less than this, in nats. The chosen mixture is fitted
+# until a step brings less than RELATIVE_TOLERANCE / n, well below the sampling error of its parameters.
+TOLERANCE, RELATIVE_TOLERANCE, MOST_ITERATIONS = 1e-3, 0.1, 1000
 # Added to the variances, in units of the standardised rows.
 LEAST_VARIANCE = 1e-4
 
@@ -52,7 +56,8 @@ def fit_mixture(z: Tensor, num_components: int, seed: int) -> Mixture:
     """
     if num_components == 1:
         return standard_normal(z.shape[1])
-    fitted = _fitted(z[:MOST_ROWS], num_components, seed)
+    z = z[: max(MOST_ROWS, MOST_VALUES // z.shape[1])]
+    fitted = _fitted(z, num_components, seed, min(TOLERANCE, RELATIVE_TOLERANCE / len(z)), MOST_ITERATIONS)
     weights, means, covariances = (
         torch.from_numpy(part).double() for part in (fitted.weights_, fitted.means_, fitted.covariances_)
     )
@@ -85,8 +90,12 @@ def choose_components(z: Tensor, held_out: Array, seed: int) -> int:
     return min(possible, key=lambda K: _fitted(z, K, seed).bic(z.numpy()))
 
 
-def _fitted(z: Tensor, num_components: int, seed: int) -> GaussianMixture:
-    mixture = GaussianMixture(num_components, reg_covar=LEAST_VARIANCE, random_state=seed)
+def _fitted(
+    z: Tensor, num_components: int, seed: int, tolerance: float = TOLERANCE, iterations: int = 100
+) -> GaussianMixture:
+    mixture = GaussianMixture(
+        num_components, reg_covar=LEAST_VARIANCE, random_state=seed, tol=tolerance, max_iter=iterations
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         return mixture.fit(z.numpy())
