@@ -116,7 +116,9 @@ def accumulate_gradient(
     returned numbers are those of this rank's rows.
     """
     device = batch.x_t.device.type
-    totals = torch.zeros(3, device=batch.x_t.device)
+    totals = torch.zeros(
+        3, device=batch.x_t.device, dtype=torch.promote_types(batch.x_t.dtype, torch.float32)
+    )
     # DDP needs the parameters themselves, and a compiled graph casts by itself.
     lends = precision == "bf16" and this_process().count == 1 and not is_compiled(loss_function)
     for number, part in enumerate(parts_of(batch, parts), 1):
