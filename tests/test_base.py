@@ -360,7 +360,9 @@ def test_equal_rows_and_large_seeds():
 
 def test_folds_follow_the_base():
     model = with_base("joint").float()
-    fit_base(model, torch.randn(90, D), torch.arange(90) // 30, folds=2)
+    with torch.inference_mode():
+        fit_base(model, torch.randn(90, D), torch.arange(90) // 30, folds=2)
+    model.network.base.use_fold(1)
     base = model.double().network.base
     assert all(table.dtype == torch.float64 for tables in base.folds for table in tables)
     assert all(table.is_meta for tables in copy.deepcopy(base).to("meta").folds for table in tables)

@@ -104,18 +104,21 @@ def holds(row: dict[str, Any]) -> bool:
     return row["low"] <= row["truth"] <= row["high"]
 
 
+def _figures(row: dict[str, Any], digits: int) -> str:
+    """The estimate, its interval and whether a warning came with it."""
+    estimate, low, high = (f"{row[name]:.{digits}f}" for name in ("estimate", "low", "high"))
+    interval = f"{low} .. {high}{'' if holds(row) else ' (misses)'}"
+    return f"{estimate} | {interval} | {'yes' if row['warnings'] else ''}"
+
+
 def _line(row: dict[str, Any]) -> str:
-    interval = f"{row['low']:.2f} .. {row['high']:.2f}{'' if holds(row) else ' (misses)'}"
-    warned = "yes" if row["warnings"] else ""
-    figures = f"{row['truth']:.2f} | {row['estimate']:.2f} | {interval} | {warned} | {row['ksg']:.2f}"
+    figures = f"{row['truth']:.2f} | {_figures(row, 2)} | {row['ksg']:.2f}"
     return f"| {row['task']} | {figures} | {row['cpu_seconds']:.0f} |"
 
 
 def _line_of_independent(row: dict[str, Any]) -> str:
     columns = row["task"].removeprefix("independent-").replace("-", " x ")
-    interval = f"{row['low']:.4f} .. {row['high']:.4f}{'' if holds(row) else ' (misses)'}"
-    figures = f"{row['estimate']:.4f} | {interval} | {'yes' if row['warnings'] else ''}"
-    return f"| {columns} | {row['rows']} | {row['seed']} | {figures} | {row['cpu_seconds']:.0f} |"
+    return f"| {columns} | {row['rows']} | {row['seed']} | {_figures(row, 4)} | {row['cpu_seconds']:.0f} |"
 
 
 def _summary(some: list[dict[str, Any]]) -> str:

@@ -8,7 +8,7 @@ import math
 import warnings
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cdm_fast.errors import UserError, require_at_least
@@ -26,6 +26,7 @@ HELD_OUT, MOST_HELD_OUT, TEMPERED_LEVELS = 0.1, 1000, 12
 TEMPERS = tuple(2.0 ** (step / 2) for step in range(-12, 17))
 
 
+@torch.inference_mode(False)
 def fit_base(
     model: CDM, x0: Tensor, label: Tensor | None = None, noise: float = 0.0, seed: int = 0, folds: int = 0
 ) -> None:
@@ -92,9 +93,14 @@ def fit_folds(model: CDM, x0: Tensor, label: Tensor | None, noise: float, seed: 
     base.folds = tuple(tables)
 
 
+def find_base(network: nn.Module) -> MixtureBase | None:
+    """The base of a network, if it has one."""
+    return network.base if isinstance(network, AdjointNetwork) else None
+
+
 def base_of(model: CDM) -> MixtureBase:
     """The base of a model; UserError if its network has none."""
-    base = model.network.base if isinstance(model.network, AdjointNetwork) else None
+    base = find_base(model.network)
     if base is None:
         raise UserError("the network has no base: give it one, network.base = MixtureBase(...)")
     return base

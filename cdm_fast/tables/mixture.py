@@ -18,10 +18,10 @@ MOST_COMPONENTS = 10
 # Most rows to which mixtures are fitted: each of those that are compared, and the chosen one, which may have
 # more of few columns.
 COMPARED_ROWS, MOST_ROWS, MOST_VALUES = 5000, 50_000, 800_000
-# EM ends when a step improves the mean log-density by less than TOLERANCE, in nats. With more rows than are
-# compared, the chosen mixture is fitted until a step brings less than RELATIVE_TOLERANCE / n, well below the
-# sampling error of its parameters; with few rows the early end keeps it from overfitting.
-TOLERANCE, RELATIVE_TOLERANCE, MOST_ITERATIONS = 1e-3, 0.1, 1000
+# EM ends when a step improves the mean log-density by less than 1e-3 nats, scikit-learn's default. With more
+# rows than are compared, the chosen mixture is fitted until a step brings less than RELATIVE_TOLERANCE / n,
+# far below the sampling error of its parameters; with few rows the early end keeps it from overfitting.
+RELATIVE_TOLERANCE, MOST_ITERATIONS = 0.1, 1000
 # Added to the variances, in units of the standardised rows.
 LEAST_VARIANCE = 1e-4
 
@@ -58,8 +58,8 @@ def fit_mixture(z: Tensor, num_components: int, seed: int) -> Mixture:
     if num_components == 1:
         return standard_normal(z.shape[1])
     z = z[: max(MOST_ROWS, MOST_VALUES // z.shape[1])]
-    tolerance = TOLERANCE if len(z) <= COMPARED_ROWS else RELATIVE_TOLERANCE / len(z)
-    fitted = _fitted(z, num_components, seed, tolerance, MOST_ITERATIONS)
+    longer = {"tol": RELATIVE_TOLERANCE / len(z), "max_iter": MOST_ITERATIONS}
+    fitted = _fitted(z, num_components, seed, **(longer if len(z) > COMPARED_ROWS else {}))
     weights, means, covariances = (
         torch.from_numpy(part).double() for part in (fitted.weights_, fitted.means_, fitted.covariances_)
     )
@@ -92,12 +92,8 @@ def choose_components(z: Tensor, held_out: Array, seed: int) -> int:
     return min(possible, key=lambda K: _fitted(z, K, seed).bic(z.numpy()))
 
 
-def _fitted(
-    z: Tensor, num_components: int, seed: int, tolerance: float = TOLERANCE, iterations: int = 100
-) -> GaussianMixture:
-    mixture = GaussianMixture(
-        num_components, reg_covar=LEAST_VARIANCE, random_state=seed, tol=tolerance, max_iter=iterations
-    )
+def _fitted(z: Tensor, num_components: int, seed: int, **options: float) -> GaussianMixture:
+    mixture = GaussianMixture(num_components, reg_covar=LEAST_VARIANCE, random_state=seed, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         return mixture.fit(z.numpy())

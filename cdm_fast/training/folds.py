@@ -13,8 +13,8 @@ from cdm_fast.config import RunConfig
 from cdm_fast.data import batch_indices
 from cdm_fast.data.order import random_order
 from cdm_fast.model import CDM, DDM
+from cdm_fast.model.base import find_base
 from cdm_fast.model.classifier import Classifier
-from cdm_fast.nn import AdjointNetwork
 
 FOLDS = 4
 
@@ -41,6 +41,6 @@ def step_indices(num: int, config: RunConfig, step: int) -> Tensor:
 
 def use_base_of_step(model: CDM | DDM | Classifier, step: int) -> None:
     """Lets the network's base, if it has folds, be that of the images of a step (from 0)."""
-    base = model.network.base if isinstance(model.network, AdjointNetwork) else None
+    base = find_base(model.network)
     if base is not None and base.folds:
         base.use_fold(step % len(base.folds))
