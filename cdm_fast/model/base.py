@@ -71,7 +71,7 @@ def fit_folds(model: CDM, x0: Tensor, label: Tensor | None, noise: float, seed: 
 
     A base tells more about the rows that it was fitted to than about others, and a network that is trained
     beside it on the same rows learns to rely on it too much. So the network should learn from each row beside
-    the base that was fitted without it (cross-fitting; stacked generalization: Wolpert, 1992):
+    the base that was fitted without it (cross-fitting; stacked generalization: Wolpert, 1992)::
 
         for step, rows in enumerate(batches):  # of step s: rows f, f + folds, ..., with f = s % folds
             model.network.base.use_fold(step % folds)
