@@ -240,6 +240,7 @@ _OF_HALF = {
     ),
     "rms_norm": lambda ops: ops.cdm_fast.rms_norm(_HALF[0], torch.ones(3), 1e-5),
     "swiglu": lambda ops: ops.cdm_fast.swiglu(_HALF[0], None, 0.0),
+    "from_noise_down": lambda ops: ops.cdm_fast.from_noise_down(_HALF[0, 0], 1, 1, False),
     "attention": lambda ops: ops.cdm_fast_cpp.attention_softmax(_HALF[0], torch.zeros(4, 3), 1.0),
 }
 

@@ -9,7 +9,16 @@ import torch
 from cdm_fast.cli import doctor
 from cdm_fast.ops import backend
 
-OPS = {"attention", "denoise", "group_norm_silu", "noise_level_ce", "noising", "rms_norm", "swiglu"}
+OPS = {
+    "attention",
+    "denoise",
+    "from_noise_down",
+    "group_norm_silu",
+    "noise_level_ce",
+    "noising",
+    "rms_norm",
+    "swiglu",
+}
 
 
 def test_the_report_is_json_and_names_versions_and_devices():

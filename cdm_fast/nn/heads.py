@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cdm_fast.errors import UserError
 from cdm_fast.nn.embedding import check_labels
 from cdm_fast.nn.layers import full_precision
-from cdm_fast.ops import head_cotangent, linear
+from cdm_fast.ops import from_noise_down, head_cotangent, linear
 from cdm_fast.ops.head_noise_level_ce import head_noise_level_ce
 from cdm_fast.ops.low_rank_noise_level_ce import low_rank_logits, low_rank_noise_level_ce
 
@@ -90,22 +90,23 @@ class ClassHead(CumulativeHead):
     """Base of the heads over (level, class) pairs: N joint logits, among which a label selects.
 
     Subclasses define how the logits of a level follow from its rows of the weight: `rows_per_level`,
-    `_from_noise_down`, `_per_class` and `_row_weights`.
+    `common_rows`, `_per_class` and `_row_weights`.
     """
 
     takes_label = True
-    common_rows: slice  # the rows of a level whose sum enters every class's logit once
+    common_rows: int  # of a level's rows the first, whose sum enters every class's logit once
     num_classes: int  # K
     rows_per_level: int
 
     def cumulated(self) -> tuple[Tensor, Tensor]:
         """`(W_c, b_c)`, with one row per row of the weight."""
-        return self._from_noise_down(self.weight), self._from_noise_down(self.bias)
+        sizes = self.rows_per_level, self.common_rows
+        return from_noise_down(self.weight, *sizes), from_noise_down(self.bias, *sizes)
 
     @torch.no_grad()
     def shift(self, by: Tensor) -> None:
         """Adds `by` (L,) to the logits of every level, for all its classes, through the bias."""
-        self.bias[:-1].unflatten(0, (-1, self.rows_per_level))[:, self.common_rows] += by.diff()[:, None]
+        self.bias[:-1].unflatten(0, (-1, self.rows_per_level))[:, : self.common_rows] += by.diff()[:, None]
         self.bias[-1] += by[-1]
 
     def cotangent(
@@ -171,10 +172,6 @@ class ClassHead(CumulativeHead):
         """`-log p(level, label | h)` in nats, without holding all logits at once: for many classes."""
         raise NotImplementedError
 
-    def _from_noise_down(self, rows: Tensor) -> Tensor:
-        """The cumulated rows: each level's rows plus those of all noisier levels."""
-        raise NotImplementedError
-
     def _per_class(self, picked: Tensor) -> Tensor:
         """(B, K): the logits of the classes, from the outputs of one level's rows."""
         raise NotImplementedError
@@ -199,13 +196,11 @@ class JointHead(ClassHead):
         UserError: fewer than one class.
     """
 
-    common_rows = slice(None)
-
     def __init__(self, in_features: int, num_levels: int, num_classes: int) -> None:
         if num_classes < 1:
             raise UserError(f"num_classes is {num_classes}: it must be at least 1")
         super().__init__(in_features, (num_levels - 1) * num_classes + 1)
-        self.num_classes = self.rows_per_level = num_classes
+        self.num_classes = self.rows_per_level = self.common_rows = num_classes
         with torch.no_grad():
             for parameter in (self.weight, self.bias):
                 each = parameter[:-1].unflatten(0, (num_levels - 1, num_classes))
@@ -222,10 +217,6 @@ class JointHead(ClassHead):
         self, h: Tensor, cumulated: tuple[Tensor, Tensor], level: Tensor, label: Tensor | None = None
     ) -> Tensor:
         return head_noise_level_ce(h, *cumulated, level, label, self.num_classes).loss
-
-    def _from_noise_down(self, rows: Tensor) -> Tensor:
-        noise = rows[-1:]
-        return torch.cat([noise - _sums_from_noise(rows, self.num_classes).flatten(0, 1), noise])
 
     def _per_class(self, picked: Tensor) -> Tensor:
         return picked
@@ -251,7 +242,7 @@ class LowRankHead(ClassHead):
         UserError: fewer than one class, or a rank below 1.
     """
 
-    common_rows = slice(1)
+    common_rows = 1
 
     def __init__(self, in_features: int, num_levels: int, num_classes: int, rank: int) -> None:
         if rank < 1 or num_classes < 1:
@@ -273,7 +264,7 @@ class LowRankHead(ClassHead):
         self.classes.zero_()
         self.bias.zero_()
         self.weight[-1:].zero_()
-        self.weight[:-1].unflatten(0, (-1, self.rows_per_level))[:, self.common_rows] = 0
+        self.weight[:-1].unflatten(0, (-1, self.rows_per_level))[:, : self.common_rows] = 0
 
     def shift_each(self, by: Tensor) -> None:
         """Not possible: classes share the rows of a level. Raises UserError."""
@@ -285,21 +276,11 @@ class LowRankHead(ClassHead):
         with full_precision(h):
             return low_rank_noise_level_ce(F.linear(h, *cumulated), self.classes, level, label)
 
-    def _from_noise_down(self, rows: Tensor) -> Tensor:
-        noise, down = rows[-1:], _sums_from_noise(rows, self.rows_per_level)
-        return torch.cat([torch.cat([noise - down[:, :1], -down[:, 1:]], dim=1).flatten(0, 1), noise])
-
     def _per_class(self, picked: Tensor) -> Tensor:
         return low_rank_logits(picked, self.classes)
 
     def _row_weights(self, class_weight: Tensor) -> Tensor:
         return torch.cat([class_weight.sum(1, keepdim=True), class_weight @ self.classes], dim=1)
-
-
-def _sums_from_noise(rows: Tensor, rows_per_level: int) -> Tensor:
-    """(L-1, rows per level, ...): the rows of each level plus those of all noisier levels below T+1."""
-    steps = rows[:-1].unflatten(0, (-1, rows_per_level))
-    return steps.flip(0).cumsum(0).flip(0)
 
 
 def logits_at(logits: Tensor, level: Tensor, num_classes: int) -> Tensor:

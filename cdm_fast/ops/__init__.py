@@ -3,6 +3,7 @@
 from cdm_fast.ops.attention import attention, attention_vjp
 from cdm_fast.ops.backend import set_backend, use_attention_method, use_backend
 from cdm_fast.ops.denoise import denoise_epilogue, denoise_loss, denoise_x0, head_cotangent
+from cdm_fast.ops.from_noise_down import from_noise_down
 from cdm_fast.ops.group_norm_silu import group_norm_silu, group_norm_silu_vjp
 from cdm_fast.ops.head_noise_level_ce import head_noise_level_ce
 from cdm_fast.ops.linear import linear
@@ -17,6 +18,7 @@ __all__ = [
     "denoise_epilogue",
     "denoise_loss",
     "denoise_x0",
+    "from_noise_down",
     "group_norm_silu",
     "group_norm_silu_vjp",
     "head_cotangent",

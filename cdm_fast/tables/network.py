@@ -203,7 +203,7 @@ class MixtureHead(JointHead):
 
     def __init__(self, in_features: int, num_levels: int, num_components: int, dim: int) -> None:
         CumulativeHead.__init__(self, in_features, num_levels)
-        self.num_classes = self.rows_per_level = num_components
+        self.num_classes = self.rows_per_level = self.common_rows = num_components
         shape = num_levels - 1, num_components
         self.register_buffer("component_weight", torch.empty(*shape, in_features + num_components * dim))
         self.register_buffer("component_bias", torch.empty(shape))
