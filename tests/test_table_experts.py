@@ -102,6 +102,21 @@ def test_rows_far_apart_move_no_offset():
     assert abs(offset(numerator, denominator - 20)) < 0.3
 
 
+def test_few_misjudged_rows_hardly_calibrate():
+    """N(24, 48) and N(-24, 48) are right as they are, and three rows of 10,000 lie on the wrong side.
+
+    Regression alone moves the mean by 0.37 nats (root mean square).
+    """
+    rng = np.random.default_rng(0)
+    moved = []
+    for _ in range(8):
+        numerator, denominator, unseen = (
+            mean + np.sqrt(48) * rng.normal(size=10_000) for mean in (24, -24, 24)
+        )
+        moved.append((calibrate(numerator, denominator)(unseen) - unseen).mean())
+    assert np.sqrt(np.mean(np.square(moved))) < 0.15
+
+
 def test_weights_count_as_copies():
     numerator, denominator = logits(200)
     weight = 1.0 + np.arange(200) % 3

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 NEWTON_STEPS = 50
+# With fewer misjudged rows for each parameter than this, the regression counts only in part.
+ENOUGH_MISJUDGED = 25
 # Largest absolute value of the constant, in nats.
 LARGEST_OFFSET = 50.0
 
@@ -42,6 +44,11 @@ def calibrate(
     The regulariser has the weight of one row and pulls towards the first expert unchanged and the others left
     out. It decides if the sets are perfectly separable and the loss has no minimum. An expert whose alpha
     would be negative is left out: it carries no information, or has the wrong sign.
+
+    Only rows near the border between the sets tell about the parameters (a logistic regression wants at least
+    ten of the rarer outcome for each: Peduzzi et al., 1996), and the values are extrapolated from there to
+    rows far from it. Where the first expert misjudges fewer than `ENOUGH_MISJUDGED` rows per parameter, the
+    result is a weighted mean of the regression and of the first expert unchanged.
     """
     sets = [np.atleast_2d(numerator), np.atleast_2d(denominator)]
     x = np.concatenate(sets, axis=1)
@@ -66,6 +73,9 @@ def calibrate(
         active &= ~negative
     if not theta[:-1].any():  # nothing was learned
         return Calibration((0.0,) * len(x), 0.0)
+    rows = 2 * min(part.shape[1] for part in sets)
+    misjudged = rows * float(weight @ np.abs(label - 0.5 * (1 + np.tanh(x[0] / 2))))
+    theta = start + min(1.0, misjudged / (ENOUGH_MISJUDGED * len(theta))) * (theta - start)
     return Calibration(tuple(float(a) for a in theta[:-1]), float(theta[-1]))
 
 
