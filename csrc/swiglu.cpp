@@ -33,3 +33,7 @@ struct Launch {
 }  // namespace
 
 CDM_IMPLEMENT_SWIGLU(CPU, Launch)
+
+STABLE_TORCH_LIBRARY_IMPL(cdm_fast, CPU, m) {
+    m.impl("swiglu_vjp_plus", TORCH_BOX(&cdm::SwigluOps<Launch>::vjp_plus));
+}

@@ -13,6 +13,7 @@ struct Swiglu {
     void* y;               // (tokens, H)
     const void* g;         // (tokens, H)
     const void* v;         // (tokens, 2 H)
+    const void* plus;      // (tokens, 2 H): added to the VJP, by the CPU kernels
     void* grad_h;          // (tokens, 2 H)
     void* grad_g;          // (tokens, H)
     const int64_t* seed;   // (3): seed, offset, number of the first image; null: no dropout

@@ -27,9 +27,19 @@ struct SwigluOps {
     }
 
     static Tensor vjp(const Tensor& g, const Tensor& h, const OptionalTensor& seed, double dropout) {
+        return vjp_plus(g, h, std::nullopt, seed, dropout);
+    }
+
+    // The VJP plus a tensor. The CUDA kernel adds none, so the op has no CUDA implementation.
+    static Tensor vjp_plus(const Tensor& g, const Tensor& h, const OptionalTensor& plus,
+                           const OptionalTensor& seed, double dropout) {
         const Tensor grad_h = torch::stable::empty_like(h);
         Swiglu a = common(h, seed, dropout);
         check_dense({&g});
+        if (plus) {
+            check_dense({&*plus});
+            a.plus = plus->data_ptr();
+        }
         a.g = g.data_ptr();
         a.grad_h = grad_h.data_ptr();
         Launch::run(a, h.scalar_type(), h);

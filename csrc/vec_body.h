@@ -86,15 +86,21 @@ CDM_INLINE __m512i odd_words() {
 CDM_INLINE void store(float* p, VecF v) { __builtin_memcpy(p, &v, sizeof(v)); }
 CDM_INLINE void store(double* p, VecD v) { __builtin_memcpy(p, &v, sizeof(v)); }
 
-// Rounds to nearest, ties to even; a NaN stays a (quiet) NaN.
-CDM_INLINE void store(cdm::bf16* p, VecF v) {
 #if CDM_AVX512
+// bf16 in the upper halves of words, whose lower halves are arbitrary.
+CDM_INLINE __m512i rounded_to_bf16(VecF v) {
     const __m512i bits = bit_cast<__m512i>(v), below_half = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
     const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
     const __m512i rounded = _mm512_mask_sub_epi32(below_half, odd, below_half, _mm512_set1_epi32(-1));
     const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    const __m512i kept = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
-    const __m512i high = _mm512_permutexvar_epi16(odd_words(), kept);
+    return _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
+}
+#endif
+
+// Rounds to nearest, ties to even; a NaN stays a (quiet) NaN.
+CDM_INLINE void store(cdm::bf16* p, VecF v) {
+#if CDM_AVX512
+    const __m512i high = _mm512_permutexvar_epi16(odd_words(), rounded_to_bf16(v));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(high));
 #else
     const VecU bits = bit_cast<VecU>(v);
@@ -104,6 +110,35 @@ CDM_INLINE void store(cdm::bf16* p, VecF v) {
     __builtin_memcpy(p, &half, sizeof(half));
 #endif
 }
+
+// Two vectors at once. Of bf16, the even elements go to the first and the odd ones to the second, which takes
+// half the instructions of two loads; of other types, the first half and the second.
+template <class T>
+CDM_INLINE void load_pair(const T* p, typename Math<T>::Vec& first, typename Math<T>::Vec& second) {
+    first = load(p);
+    second = load(p + lanes_of<T>());
+}
+
+template <class T>
+CDM_INLINE void store_pair(T* p, typename Math<T>::Vec first, typename Math<T>::Vec second) {
+    store(p, first);
+    store(p + lanes_of<T>(), second);
+}
+
+#if CDM_AVX512
+
+CDM_INLINE void load_pair(const cdm::bf16* p, VecF& even, VecF& odd) {
+    const __m512i both = _mm512_loadu_si512(p);
+    even = bit_cast<VecF>(_mm512_slli_epi32(both, 16));
+    odd = bit_cast<VecF>(_mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000u))));
+}
+
+CDM_INLINE void store_pair(cdm::bf16* p, VecF even, VecF odd) {
+    const __m512i low = _mm512_srli_epi32(rounded_to_bf16(even), 16);
+    _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaau, low, rounded_to_bf16(odd)));
+}
+
+#endif
 
 // The first `lanes` elements; the rest of the vector is 0 (load) or left alone in memory (store).
 #if CDM_AVX512

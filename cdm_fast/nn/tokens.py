@@ -27,7 +27,7 @@ from cdm_fast.nn.layers import (
     tokens,
 )
 from cdm_fast.nn.pool import EnergyPool
-from cdm_fast.ops import attention, attention_vjp, rms_norm, rms_norm_vjp, swiglu, swiglu_vjp
+from cdm_fast.ops import attention, attention_vjp, rms_norm, rms_norm_vjp, swiglu_vjp, swiglu_with_input
 
 ROTARY_BASE = 100.0  # wavelengths from 2 pi to nearly 200 pi tokens: images have tens of tokens a side
 
@@ -257,7 +257,8 @@ class GatedMLP(Layer):
         """`x` (B, N, D); `scale` (B, D) of the norm; `seed` of the dropout mask, or None for no dropout."""
         normed, norm_residuals = self.norm(x, scale)
         h, _ = self.linear_1(normed)
-        y, _ = self.linear_2(swiglu(h, dropout=self._rate(seed), seed=seed))
+        gated, h = swiglu_with_input(h, dropout=self._rate(seed), seed=seed)
+        y, _ = self.linear_2(gated)
         return torch.add(x, y, alpha=self.multiplier), (norm_residuals, h, seed)
 
     def adjoint(self, residuals: Residuals, g: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from cdm_fast.ops.linear import linear
 from cdm_fast.ops.noise_level_ce import level_logits, noise_level_ce
 from cdm_fast.ops.noising import noising
 from cdm_fast.ops.rms_norm import rms_norm, rms_norm_vjp
-from cdm_fast.ops.swiglu import swiglu, swiglu_vjp
+from cdm_fast.ops.swiglu import swiglu, swiglu_vjp, swiglu_with_input
 
 __all__ = [
     "attention",
@@ -32,6 +32,7 @@ __all__ = [
     "set_backend",
     "swiglu",
     "swiglu_vjp",
+    "swiglu_with_input",
     "use_attention_method",
     "use_backend",
 ]

@@ -80,6 +80,25 @@ def swiglu(
     return overload("swiglu", backend)(h.contiguous(), _seed(dropout, seed), dropout)
 
 
+def swiglu_with_input(
+    h: Tensor,  # (B, N, 2 H)
+    *,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # (B, N, H), (B, N, 2 H)
+    """`swiglu(h, ...)`, and h for its other uses: by `swiglu_vjp` in a network's adjoint.
+
+    Where h is used twice, autograd adds two gradients in a pass of its own. Those of the second result are
+    added by the kernel that computes the gradient of the first (C++; elsewhere h itself is returned).
+    Arguments and errors as for `swiglu`.
+    """
+    _check(h, dropout, seed)
+    in_kernel = _backend.resolve("swiglu", h) == "cpp" and torch.is_grad_enabled() and h.requires_grad
+    if not in_kernel or torch.compiler.is_compiling():  # inductor fuses the addition itself
+        return swiglu(h, dropout=dropout, seed=seed), h
+    return _WithInput.apply(h.contiguous(), _seed(dropout, seed), dropout)
+
+
 def swiglu_vjp(
     g: Tensor,  # (B, N, H)
     h: Tensor,  # (B, N, 2 H)
@@ -169,6 +188,27 @@ def _differentiate_vjp(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
     return *backward(v.contiguous(), *ctx.saved_tensors, ctx.dropout), None, None
 
 
+class _WithInput(torch.autograd.Function):
+    """`swiglu_with_input` on the C++ kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, seed: Tensor | None, dropout: float) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(h, seed)
+        ctx.dropout = dropout
+        ctx.set_materialize_grads(False)
+        return overload("swiglu", "cpp")(h, seed, dropout), h.view_as(h)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, plus: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if grad_y is None:
+            return plus, None, None
+        h, seed = ctx.saved_tensors
+        if plus is None:
+            return overload("swiglu_vjp", "cpp")(grad_y.contiguous(), h, seed, ctx.dropout), None, None
+        op = overload("swiglu_vjp_plus", "cpp")
+        return op(grad_y.contiguous(), h, plus.contiguous(), seed, ctx.dropout), None, None
+
+
 define(
     "swiglu",
     "(Tensor h, Tensor? seed, float dropout) -> Tensor",
@@ -184,6 +224,11 @@ define(
     triton=_triton_vjp,
     save=_save_vjp,
     backward=_differentiate_vjp,
+)
+define(
+    "swiglu_vjp_plus",
+    "(Tensor g, Tensor h, Tensor? plus, Tensor? seed, float dropout) -> Tensor",
+    fake=lambda g, h, plus, seed, dropout: torch.empty_like(h),
 )
 define(
     "swiglu_vjp_backward",

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from cdm_fast.ops import swiglu, swiglu_vjp, use_backend
+from cdm_fast.ops import swiglu, swiglu_vjp, swiglu_with_input, use_backend
 from cdm_fast.ops.philox import Stream, philox_words
 from tests.accuracy import TOLERANCE, assert_kernel_accurate, relative_error
 
@@ -132,6 +132,45 @@ def test_gradcheck(backend, options):
     assert gradcheck(lambda g, h: swiglu_vjp(g, h, **options), (g, h))
 
 
+def _of_both_uses(inputs, **options):
+    """y, the VJP, and the gradients of both together, added by `swiglu_with_input`, for g and h."""
+    h, g, v, grad_y = inputs
+    h, g = (tensor.detach().requires_grad_() for tensor in (h, g))
+    y, again = swiglu_with_input(h, **options)
+    vjp = swiglu_vjp(g, again, **options)
+    of_both = torch.autograd.grad((y, vjp), (g, h), (grad_y, v))
+    return [tensor.detach() for tensor in (y, vjp, *of_both)]
+
+
+@pytest.mark.parametrize("options", DROPOUT.values(), ids=DROPOUT.keys())
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("shape", CASES.values(), ids=CASES.keys())
+def test_gradients_of_two_uses_are_added(native, poison_empty, shape, dtype, options):
+    inputs = _inputs(shape, dtype)
+    with use_backend(native):
+        got = _of_both_uses(inputs, **options)
+    with use_backend("reference"):
+        plain = _of_both_uses(inputs, **options)
+        truth = _of_both_uses([tensor.double() for tensor in inputs], **options)
+    for name, ours, theirs, exact in zip(("y", "vjp", "g", "h"), got, plain, truth, strict=True):
+        if dtype == torch.float64:
+            torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-10)
+        else:
+            assert_kernel_accurate(ours, theirs, exact, name)
+
+
+def test_one_use_has_its_own_gradient(backend):
+    h, g, v, grad_y = _inputs((2, 3, 5), torch.float64)
+    h = h.requires_grad_()
+    y, again = swiglu_with_input(h)
+    (of_y,) = torch.autograd.grad(y, h, grad_y, retain_graph=True)
+    torch.testing.assert_close(of_y, swiglu_vjp(grad_y, h.detach()))
+    (of_input,) = torch.autograd.grad(again, h, v)
+    assert torch.equal(of_input, v)
+    plain_y, plain_h = swiglu_with_input(h.detach())
+    assert torch.equal(plain_y, y) and not plain_h.requires_grad
+
+
 def test_large_gates_are_neither_nan_nor_wrong(backend):
     h = torch.tensor([[[-200.0, -90.0, 90.0, 200.0, 1.0, 1.0, 1.0, 1.0]]])
     torch.testing.assert_close(swiglu(h), torch.tensor([[[0.0, 0.0, 90.0, 200.0]]]), rtol=1e-6, atol=1e-30)
@@ -175,6 +214,13 @@ def test_opcheck(native, dropout):
         torch.library.opcheck(ops.swiglu_vjp.default, (g, h, seed, dropout))
         plain = (v, g.detach(), h.detach(), seed, dropout)
         torch.library.opcheck(ops.swiglu_vjp_backward.default, plain)
+
+
+@pytest.mark.cpu
+def test_opcheck_of_the_sum(native):
+    h, g, v, _ = _inputs((2, 5, 7), torch.float32)
+    for plus in (v, None):
+        torch.library.opcheck(torch.ops.cdm_fast.swiglu_vjp_plus.default, (g, h, plus, None, 0.0))
 
 
 BAD_INPUT = {
