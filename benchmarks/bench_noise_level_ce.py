@@ -56,6 +56,26 @@ def test_joint_logits(benchmark, compare, small, device):
     benchmark.extra_info.update(shape=list(logits.shape), dtype="fp32")
 
 
+def test_product_of_gradient(benchmark, compare, small, device):
+    """The gradient of a head's weight from that of trained logits, whose shares reach down to e^-130."""
+    batch, num_levels, features = (16, 52, 16) if small else (512, 409, 416)
+    logits = (-130 * torch.rand(batch, num_levels, device=device)).requires_grad_()
+    level = logits.detach().argmax(1)
+    h, cotangent = torch.randn(batch, features, device=device), torch.full((batch,), 1 / batch, device=device)
+
+    def of(loss):
+        (gradient,) = torch.autograd.grad(loss, logits, cotangent)
+        return (gradient.T @ h,)
+
+    compare(
+        benchmark,
+        lambda: of(noise_level_ce(logits, level).loss),
+        lambda: of(F.cross_entropy(logits, level, reduction="none")),
+        _check,
+    )
+    benchmark.extra_info.update(shape=[batch, num_levels, features], dtype="fp32")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_joint_posterior(benchmark, compare, small, device, dtype):
     batch, num_levels, num_classes = (16, 52, 10) if small else (128, 1002, 10)

@@ -37,6 +37,8 @@ from cdm_fast.ops.registry import define, overload
 # Number of logits held at a time, unless one level of a batch has more. On a CPU 2^18 to 2^21 are equally
 # fast; on a GPU each block costs a dozen launches.
 BLOCK_ELEMENTS = 1 << 20
+# Smaller shares of a softmax, below 1e-30, have no gradient in fp32, as in csrc/noise_level_ce_body.h.
+LOWEST_LOG_SHARE = -69.0
 
 
 def head_noise_level_ce_reference(
@@ -133,11 +135,18 @@ def _backward_blocks(
             true, place, inside = _true_logits(z, level - first_level, label, num_classes)
             # Shares of a level with all logits -inf are NaN; no image here has such a level.
             share = torch.where(inside[:, None], _class_shares(true, label) * grad_true[:, None], 0)
-            grad_z = z.sub_(log_total[:, None]).exp_().mul_(grad_loss[:, None])
+            grad_z = _shares(z.sub_(log_total[:, None])).mul_(grad_loss[:, None])
             grad_z.unflatten(1, (-1, num_classes)).scatter_add_(1, place, share[:, None])
             grad_h.addmm_(grad_z, _wide(weight_c[rows]))
             grad_weight[rows], grad_bias[rows] = grad_z.T @ features, grad_z.sum(0)
         return grad_h.to(dtype), grad_weight, grad_bias
+
+
+def _shares(log_share: Tensor) -> Tensor:
+    """The exponential, in place; below `LOWEST_LOG_SHARE` 0 in fp32, as subnormals slow products down."""
+    if log_share.dtype == torch.float32:
+        F.threshold(log_share, LOWEST_LOG_SHARE, -torch.inf, inplace=True)
+    return log_share.exp_()
 
 
 def _noise_logit(h: Tensor, weight_c: Tensor, bias_c: Tensor) -> tuple[Tensor, Tensor]:
