@@ -85,7 +85,7 @@ struct SwigluToken {
         return result;
     }
 
-    // Calls f(tensor, index, member of Inputs) for what a call reads, h(...) likewise for what it writes.
+    // Call f(tensor, index of the first element, member) for what a call reads and for what it writes.
     template <class F>
     CDM_INLINE void for_inputs(int64_t at, F f) const {
         const int64_t narrow = token * a.hidden + at, wide = 2 * token * a.hidden + at;

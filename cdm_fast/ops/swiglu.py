@@ -203,10 +203,9 @@ class _WithInput(torch.autograd.Function):
         if grad_y is None:
             return plus, None, None
         h, seed = ctx.saved_tensors
-        if plus is None:
-            return overload("swiglu_vjp", "cpp")(grad_y.contiguous(), h, seed, ctx.dropout), None, None
+        plus = None if plus is None else plus.contiguous()
         op = overload("swiglu_vjp_plus", "cpp")
-        return op(grad_y.contiguous(), h, plus.contiguous(), seed, ctx.dropout), None, None
+        return op(grad_y.contiguous(), h, plus, seed, ctx.dropout), None, None
 
 
 define(

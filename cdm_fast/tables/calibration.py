@@ -74,7 +74,7 @@ def calibrate(
     if not theta[:-1].any():  # nothing was learned
         return Calibration((0.0,) * len(x), 0.0)
     rows = 2 * min(part.shape[1] for part in sets)
-    misjudged = rows * float(weight @ np.abs(label - 0.5 * (1 + np.tanh(x[0] / 2))))
+    misjudged = rows * float(weight @ np.abs(label - _probability(x[0])))
     theta = start + min(1.0, misjudged / (ENOUGH_MISJUDGED * len(theta))) * (theta - start)
     return Calibration(tuple(float(a) for a in theta[:-1]), float(theta[-1]))
 
@@ -96,6 +96,11 @@ def offset(numerator: Array, denominator: Array) -> float:
     return (low + high) / 2
 
 
+def _probability(logit: Array) -> Array:
+    """The logistic function."""
+    return 0.5 * (1 + np.tanh(logit / 2))
+
+
 def _halved(rows: int, weights: Array | None) -> Array:
     """(rows,) weights that sum to 1/2."""
     return np.full(rows, 0.5 / rows) if weights is None else 0.5 * weights / weights.sum()
@@ -115,7 +120,7 @@ def _minimise(
     theta = start
     lowest = loss(theta)
     for _ in range(NEWTON_STEPS):
-        probability = 0.5 * (1 + np.tanh(design @ theta / 2))
+        probability = _probability(design @ theta)
         gradient = design.T @ (weight * (label - probability)) - pull * (theta - start)
         curvature = (design * (weight * probability * (1 - probability))[:, None]).T @ design + np.diag(pull)
         step = np.linalg.solve(curvature, gradient)

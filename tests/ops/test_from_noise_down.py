@@ -27,7 +27,7 @@ def _rows(levels, rows_per_level, width, dtype=torch.float64):
 
 
 def _with_derivatives(rows, *sizes):
-    """The cumulated rows, and the gradient of a quadratic form of them and its derivative."""
+    """The cumulated rows, and the gradient of a weighted sum of them."""
     rows = rows.detach().requires_grad_()
     cumulated = from_noise_down(rows, *sizes)
     weight = torch.linspace(-1, 1, cumulated.numel(), dtype=torch.float64).view_as(cumulated).to(rows.dtype)
