@@ -8,8 +8,15 @@ import torch
 import cdm_fast.ops  # noqa: F401  (defines the ops)
 from cdm_fast import _C
 
-# On GPUs these run on Triton or compose other ops.
-WITHOUT_CUDA = {"attention", "attention_vjp", "attention_vjp_backward", "level_logits"}
+# On GPUs these run on Triton, compose other ops, or are plain PyTorch.
+WITHOUT_CUDA = {
+    "attention",
+    "attention_vjp",
+    "attention_vjp_backward",
+    "from_noise_down",
+    "level_logits",
+    "swiglu_vjp_plus",
+}
 
 names = {
     name.removeprefix("cdm_fast::")
