@@ -13,7 +13,7 @@ import torch
 from cdm_fast.config import NetworkConfig, TrainConfig
 from cdm_fast.data import load_data
 from cdm_fast.errors import DiskError, UserError
-from cdm_fast.model.losses import noised_cdm_loss
+from cdm_fast.model.losses import draw_other_classes, noised_cdm_loss
 from cdm_fast.runs.build import build_model
 from cdm_fast.runs.checkpoint import load_checkpoint, read_config
 from cdm_fast.runs.load import load
@@ -105,6 +105,40 @@ def test_class_weight_adds_the_cross_entropy_of_classes(config, rank):
     weighted = make_loss(replace(config.train, class_weight=0.5))(model, batch).loss
     assert expected > 0.1
     assert float((weighted - plain).detach()) == pytest.approx(0.5 * expected, rel=1e-3)
+
+
+def test_class_weight_of_an_embedding_compares_two_classes(config):
+    network = replace(config.network, conditioning="embedding", dropout=0.0)
+    config = replace(config, network=network, train=replace(config.train, class_weight=0.5))
+    data = load_data(config.data.source)
+    model = new_state(resolve(config, data, CPU), CPU).model
+    for parameter in model.network.linear_layer.parameters():
+        torch.nn.init.normal_(parameter)
+    batch = draw_batch(data, model, config, 0)
+    log_prior, expected = model.log_class_prior, 0.0
+    for x, level, label, other in zip(batch.x_t, batch.level, batch.label, batch.other, strict=True):
+        assert label == other == -1 or 0 <= other < model.num_classes and other != label
+        if label >= 0 and level <= config.schedule.T:
+            ratio = [
+                float(model.log_prob_levels(x[None], label=c[None]).detach()[0, level] + log_prior[c])
+                for c in (label, other)
+            ]
+            expected += math.log1p(math.exp(ratio[1] - ratio[0])) / len(batch.x_t)
+    plain = make_loss(replace(config.train, class_weight=0.0))(model, batch).loss
+    weighted = make_loss(config.train)(model, batch).loss
+    assert expected > 0.1
+    assert float((weighted - plain).detach()) == pytest.approx(0.5 * expected, rel=1e-3)
+    assert (draw_batch(data, model, config, 1).other != batch.other).any()
+
+
+def test_other_classes_are_equally_likely():
+    label = torch.arange(4).repeat(6000)
+    other = draw_other_classes(label, 4, torch.Generator().manual_seed(0))
+    counts = torch.zeros(4, 4).index_put_((label, other), torch.ones(()), accumulate=True)
+    assert (counts.diagonal() == 0).all()
+    apart = counts[~torch.eye(4, dtype=torch.bool)]
+    assert (apart - 2000).abs().max() < 5 * (6000 * 2 / 9) ** 0.5
+    assert draw_other_classes(torch.tensor([-1, 1]), 2).tolist() == [-1, 0]
 
 
 def test_parts_add_up_to_the_whole_batch(config):

@@ -177,22 +177,34 @@ class CDM(Energy):
         return self._adjoint_network.logits_and_gradient_at(x, label, guidance)
 
     def cross_entropy_and_ratio_gradient(
-        self, x: Tensor, level: Tensor, label: Tensor | None = None
+        self, x: Tensor, level: Tensor, label: Tensor | None = None, other: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The terms of the training loss from one evaluation: cross-entropy, logits of the level, and
-        gradient.
+        """The terms of the training loss: cross-entropy, logits of classes at the level, and gradient.
 
         Returns `-log p(level, label | x)` (B,) in nats, `z[level]` (B, K) and `grad_x F(x, level)` like `x`.
-        The second is None if the logits do not depend on classes, and is meaningless at pure noise.
+        The second is None if the logits do not depend on classes, and is meaningless at pure noise. Of a
+        class embedding, given `other` (B,) int64, it is `log p_t(x|c) + log p(c)` up to a constant for each
+        x, for c = `label` and c = `other`, (B, 2). That takes a second evaluation; all else takes one.
         """
         classes = self.joint_classes
         if classes >= MANY_CLASSES:
             return self._adjoint_network.cross_entropy_and_ratio_gradient(x, level, label)
         logits, grad_x = self.logits_and_ratio_gradient(x, level, label)
         if classes == 1:
-            return noise_level_ce(logits, level).loss, None, grad_x
+            of_two = None
+            if label is not None and other is not None:
+                of_label = self._at_level_given(self._of_levels(logits, label), level, label)
+                of_other = self._at_level_given(self.level_logits(x, other), level, other)
+                of_two = torch.stack([of_label, of_other], 1)
+            return noise_level_ce(logits, level).loss, of_two, grad_x
         at_level = logits_at(logits, level, classes)
         return noise_level_ce(logits, level, label, classes).loss, at_level, grad_x
+
+    def _at_level_given(self, logits: Tensor, level: Tensor, label: Tensor) -> Tensor:
+        """`log p_t(x|c) + log p(c)` up to a constant for each x, (B,), from the level logits given c."""
+        assert self.log_class_prior is not None
+        ratio = logits.gather(1, level[:, None])[:, 0] - logits[:, -1]
+        return ratio + self.log_class_prior[label].to(logits.dtype)
 
     def class_logits(self, x: Tensor, level: Tensor) -> Tensor:
         """`log p(c | x_t = x)` up to one constant per x, (B, K), in training; for joint logits only.

@@ -26,13 +26,15 @@ class LossTerms(NamedTuple):
 
 
 class Noised(NamedTuple):
-    """A batch of noised inputs, with their noise, levels and labels; and attacked clean images, if any."""
+    """A batch of noised inputs, with their noise, levels and labels; attacked clean images and other classes,
+    if any."""
 
     x_t: Tensor  # (B, ...)
     eps: Tensor  # like x_t
     level: Tensor  # (B,) int64
     label: Tensor | None = None  # (B,) int64, -1 for none
     attacked: Tensor | None = None  # like x_t, at level 0
+    other: Tensor | None = None  # (B,) int64, a class that is not the label, see `draw_other_classes`
 
 
 def cdm_loss(
@@ -52,7 +54,9 @@ def cdm_loss(
     undetermined, hence no likelihood. With joint logits the cross-entropy is over (level, class) pairs, or
     over levels alone for an input without a label, and the squared error is computed with the denoiser of the
     label, or of the marginal. The cross-entropy is then `-log p(t | x_t) - log p(c | x_t, t)`, and
-    `class_weight` times the second term is added. The true densities minimise each term.
+    `class_weight` times the second term is added. A class embedding has the logits of one class at a time;
+    its second term is the cross-entropy over the class of the input and one other, drawn at random (negative
+    sampling), and takes another evaluation of the logits. The true densities minimise each term.
 
     Args:
         model: the CDM.
@@ -61,8 +65,8 @@ def cdm_loss(
         eps: N(0, I) noise; drawn by default.
         label: class of each input; -1 stands for no class.
         ce_weight, mse_weight: weights of the two terms; a weight of 0 omits the term.
-        generator: draws the levels and the noise; PyTorch's global generator by default.
-        class_weight: additional weight of the cross-entropy over classes; joint logits only.
+        generator: draws levels, noise and other classes; PyTorch's global generator by default.
+        class_weight: additional weight of the cross-entropy over classes.
 
     Returns:
         The loss, the mean squared error per value and the cross-entropy in nats, scalars.
@@ -78,6 +82,8 @@ def cdm_loss(
     if level is None:
         level = model.draw_levels(len(x0), generator)
     batch = _noised(model, x0, level, eps, label, generator)
+    if class_weight and label is not None and compares_two_classes(model):
+        batch = batch._replace(other=draw_other_classes(label, model.num_classes or 0, generator))
     return noised_cdm_loss(model, batch, ce_weight, mse_weight, class_weight)
 
 
@@ -93,13 +99,14 @@ def noised_cdm_loss(
 
     Adds `adversarial_weight` times the cross-entropy over the classes of `batch.attacked`, if there are any.
     """
-    x_t, eps, level, label, attacked = batch
-    cross_entropy, at_level, grad_x = model.cross_entropy_and_ratio_gradient(x_t, level, label)
+    x_t, eps, level, label, attacked, other = batch
+    cross_entropy, at_level, grad_x = model.cross_entropy_and_ratio_gradient(x_t, level, label, other)
     ce = cross_entropy.mean()
     mse = denoise_loss(grad_x, x_t, model.s[level].to(x_t.dtype), eps).sum() / x_t.numel()
     loss = ce_weight * ce + mse_weight * mse
     if class_weight and at_level is not None and label is not None:
-        loss = loss + class_weight * _class_cross_entropy(at_level, level, label, model.schedule.T)
+        own = label if other is None else label.clamp(max=0)  # the first of two, -1 stays
+        loss = loss + class_weight * _class_cross_entropy(at_level, level, own, model.schedule.T)
     if attacked is not None and label is not None:
         clean = torch.zeros_like(level)
         of_attacked = model.class_logits(attacked, clean)
@@ -136,7 +143,7 @@ def ddm_loss(
 
 def noised_ddm_loss(model: DDM, batch: Noised) -> LossTerms:
     """`ddm_loss` of a batch that has been noised already."""
-    x_t, eps, level, label, _ = batch
+    x_t, eps, level, label, *_ = batch
     mse = (model.denoise(x_t, level, label) - eps).square().mean()
     return LossTerms(mse, mse, None)
 
@@ -151,6 +158,21 @@ def noised_classifier_loss(model: Classifier, batch: Noised, adversarial_weight:
     if batch.attacked is not None:
         loss = loss + adversarial_weight * F.cross_entropy(model.logits(batch.attacked), batch.label)
     return LossTerms(loss, torch.zeros_like(ce), ce)
+
+
+def compares_two_classes(model: CDM) -> bool:
+    """Whether `class_weight` needs another class for each input: a class embedding of several classes."""
+    return model.conditioning == "embedding" and (model.num_classes or 0) > 1
+
+
+def draw_other_classes(
+    label: Tensor,  # (B,) int64, -1 for none
+    num_classes: int,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """(B,) int64: for each label one of the other classes, all equally likely; -1 for -1."""
+    step = torch.randint(1, num_classes, label.shape, generator=generator, device=label.device)
+    return torch.where(label >= 0, (label + step) % num_classes, label)
 
 
 def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:

@@ -51,8 +51,8 @@ def replay(run: str | Path, step: int, *, device: str = "auto", out: Path | None
         run: the run directory.
         step: the step, counted from 0.
         device: as in `train`.
-        out: an .npz to write the batch to: x_t and eps (B, ...) float32, level, label and index (B,) int64,
-            loss (B,) float32.
+        out: an .npz to write the batch to: x_t and eps (B, ...) float32, level, label, index and other (the
+            class that a class embedding compares with the label) (B,) int64, loss (B,) float32.
 
     Returns JSON values: run, seed, step; from_step: step of the checkpoint; loss, ce (nats; 0 for a DDM), mse
     and grad_norm of the whole batch, as in training; finite: true if training takes the step; parameters:
@@ -150,8 +150,9 @@ def _write_batch(out: Path, batch: Noised, index: Tensor, losses: Tensor) -> Non
         "index": index.numpy(),
         "loss": losses.numpy(),
     }
-    if batch.label is not None:
-        arrays["label"] = batch.label.cpu().numpy()
+    for name in ("label", "other"):
+        if (classes := getattr(batch, name)) is not None:
+            arrays[name] = classes.cpu().numpy()
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     write_atomically(out, buffer.getvalue())

@@ -27,6 +27,8 @@ from cdm_fast.model.classifier import Classifier
 from cdm_fast.model.losses import (
     LossTerms,
     Noised,
+    compares_two_classes,
+    draw_other_classes,
     draw_seed,
     noised_cdm_loss,
     noised_classifier_loss,
@@ -222,10 +224,13 @@ def draw_batch(data: ImageData, model: CDM | DDM | Classifier, config: RunConfig
         flip=config.data.flip,
     )
     label = _draw_labels(data, config, index, generator)
+    other = _draw_others(model, config, label, step)
     x_t, eps, level = (rank_rows(drawn, train.accumulate) for drawn in (x_t, eps, level))
     if train.channels_last:
         x_t, eps = (x.contiguous(memory_format=torch.channels_last) for x in (x_t, eps))
-    label = label if label is None else rank_rows(label, train.accumulate)
+    label, other = (
+        drawn if drawn is None else rank_rows(drawn, train.accumulate) for drawn in (label, other)
+    )
     attacked = None
     if train.adversarial != "none" and label is not None:
         generator = torch.Generator(device).manual_seed(derived_seed(train.seed, step, "adversarial"))
@@ -233,7 +238,18 @@ def draw_batch(data: ImageData, model: CDM | DDM | Classifier, config: RunConfig
         if train.channels_last:
             clean = clean.contiguous(memory_format=torch.channels_last)
         attacked = perturbed(model, clean, label, config, generator)
-    return Noised(x_t, eps, level, label, attacked)
+    return Noised(x_t, eps, level, label, attacked, other)
+
+
+def _draw_others(
+    model: CDM | DDM | Classifier, config: RunConfig, label: Tensor | None, step: int
+) -> Tensor | None:
+    """(B,) another class for each label where `--class-weight` compares two; by draws of their own."""
+    weight, seed = config.train.class_weight, config.train.seed
+    if not weight or label is None or not isinstance(model, CDM) or not compares_two_classes(model):
+        return None
+    generator = torch.Generator(label.device).manual_seed(derived_seed(seed, step, "other classes"))
+    return draw_other_classes(label, model.num_classes or 0, generator)
 
 
 def _deformed(images: Tensor, config: RunConfig, num_grey_levels: int, step: int) -> Tensor:
