@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from cdm_fast import CDM, MLP, NoiseSchedule, Transformer, UNet, cdm_loss
+from cdm_fast.model.losses import Noised, noised_cdm_loss
 from tests.accuracy import TOLERANCE, relative_error
 from tests.opaque import Opaque
 
@@ -55,6 +56,20 @@ def test_training_loss_is_one_graph(model):
         lambda x0, level, eps: cdm_loss(model, x0, level, eps).loss, fullgraph=True, backend="aot_eager"
     )
     assert relative_error(gradients(model, compiled(x0, level, eps)), expected) < TOLERANCE[torch.float32]
+
+
+def test_training_loss_that_compares_two_classes_is_one_graph():
+    torch.compiler.reset()
+    model = CDM(MLP(6, SCHEDULE.num_levels, hidden=16, depth=1, num_classes=3), SCHEDULE)
+    label, other = torch.tensor([0, -1, 2, 1]), torch.tensor([1, -1, 0, 2])
+
+    def loss(x_t, eps, level):
+        return noised_cdm_loss(model, Noised(x_t, eps, level, label, other=other), class_weight=0.3).loss
+
+    batch = torch.randn(4, 6), torch.randn(4, 6), torch.tensor([0, 3, 10, 11])
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected = gradients(model, loss(*batch))
+    assert relative_error(gradients(model, compiled(*batch)), expected) < TOLERANCE[torch.float32]
 
 
 @torch.no_grad()

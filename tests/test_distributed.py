@@ -35,7 +35,13 @@ LOSSES = 50
 def config(tmp_path_factory):
     """Everything that could tell processes apart: dropout, flips, classes, parts, clipping, attention."""
     images = write_images(tmp_path_factory.mktemp("data") / "images.npz")
-    settings = {"accumulate": 2, "clip_norm": 0.5, "optimizer": "adamw", "weight_decay": 0.01}
+    settings = {
+        "accumulate": 2,
+        "clip_norm": 0.5,
+        "optimizer": "adamw",
+        "weight_decay": 0.01,
+        "class_weight": 0.3,
+    }
     config = tiny_config(images, **settings)
     network = replace(config.network, conditioning="embedding", dropout=0.3, attention_resolutions=(8,))
     return replace(config, data=replace(config.data, flip=True), network=network)
