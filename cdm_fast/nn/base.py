@@ -72,9 +72,9 @@ class MixtureBase(nn.Module):
     temper: Tensor  # (), a variance
     amplitudes: Tensor  # (2, L) float64
     folds: tuple[Tables, ...]
-    # See `Tables`:
+    # Those of `Tables`:
     _rows: Tensor
-    _table: Tensor
+    _coefficients: Tensor
     _sharpness: Tensor
 
     def __init__(
@@ -89,7 +89,7 @@ class MixtureBase(nn.Module):
         self.register_buffer("log_weights", torch.full((num,), -math.log(num)))
         self.register_buffer("temper", torch.ones(()))
         self.register_buffer("_rows", torch.zeros(num * (rank + 1), dim), persistent=False)
-        self.register_buffer("_table", torch.zeros(len(a), num, 2 * rank + 3), persistent=False)
+        self.register_buffer("_coefficients", torch.zeros(len(a), num, 2 * rank + 3), persistent=False)
         self.register_buffer("_sharpness", torch.zeros(len(a)), persistent=False)
         self.amplitudes = torch.stack([a, s]).double()
         self.folds = ()
@@ -104,14 +104,16 @@ class MixtureBase(nn.Module):
 
     def tables(self) -> Tables:
         """A copy of the tables that evaluations read."""
-        return Tables(self._rows.clone(), self._table.clone(), self._sharpness.clone())
+        return Tables(self._rows.clone(), self._coefficients.clone(), self._sharpness.clone())
 
     @torch.no_grad()
     def use_fold(self, number: int | None) -> None:
         """Lets evaluations read the tables of `folds[number]`; None for those of the base itself."""
         if number is None:
             return self._tabulate()
-        for own, value in zip((self._rows, self._table, self._sharpness), self.folds[number], strict=True):
+        for own, value in zip(
+            (self._rows, self._coefficients, self._sharpness), self.folds[number], strict=True
+        ):
             own.copy_(value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MixtureBase":
@@ -151,7 +153,7 @@ class MixtureBase(nn.Module):
         table = steps.flip(0).cumsum(0).flip(0)
         table = torch.cat([table, torch.zeros_like(table[:1])])
         table[:, :, -1] += self.log_weights.double()
-        self._table = table.to(self.means)
+        self._coefficients = table.to(self.means)
         variance = (s / a)[:-1, 0].square()
         sharpness = variance / (variance + self.temper.double())
         self._sharpness = torch.cat([sharpness, torch.ones_like(sharpness[:1])]).to(self.means)
@@ -168,7 +170,7 @@ class MixtureBase(nn.Module):
     def logits(self, read: Read) -> Tensor:
         """Logits in nats, (B, L), or (B, (L-1) K + 1) for several classes."""
         with full_precision(read.x):
-            parts = torch.bmm(read.terms.transpose(0, 1), self._table.permute(1, 2, 0))  # (G, B, L)
+            parts = torch.bmm(read.terms.transpose(0, 1), self._coefficients.permute(1, 2, 0))  # (G, B, L)
             of_class = parts.unflatten(0, (self.num_classes, -1)).logsumexp(1)  # (K, B, L)
             marginal = of_class.logsumexp(0)
             if self.num_classes == 1:
@@ -202,7 +204,7 @@ class MixtureBase(nn.Module):
                 share = total * share + sharpness * (class_weight.to(share) - total * tempered)
             share = share[:, :, None] * parts.unflatten(1, (self.num_classes, -1)).softmax(2)
             share = share.flatten(1)
-            table, rank = self._table[level], self.variances.shape[1]  # (B, G, 2R+3)
+            table, rank = self._coefficients[level], self.variances.shape[1]  # (B, G, 2R+3)
             slope = table[:, :, rank:-2]
             quadratic = 2 * table[:, :, :rank] * read.along[:, :, :-1]
             slope = torch.cat([slope[:, :, :-1] + quadratic, slope[:, :, -1:]], 2)
@@ -211,7 +213,7 @@ class MixtureBase(nn.Module):
 
     def _parts(self, read: Read, level: Tensor) -> Tensor:
         """Q[level], (B, G)."""
-        return (self._table[level] * read.terms).sum(2)
+        return (self._coefficients[level] * read.terms).sum(2)
 
     def _of_class(self, parts: Tensor) -> Tensor:
         """(..., G) -> (..., K): the log of the sum over the Gaussians of each class."""
