@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from cdm_fast import CDM, MLP, NoiseSchedule
 from cdm_fast.config import NetworkConfig, TrainConfig
 from cdm_fast.data import load_data
 from cdm_fast.errors import DiskError, UserError
-from cdm_fast.model.losses import draw_other_classes, noised_cdm_loss
+from cdm_fast.model.losses import Noised, draw_other_classes, noised_cdm_loss
 from cdm_fast.runs.build import build_model
 from cdm_fast.runs.checkpoint import load_checkpoint, read_config
 from cdm_fast.runs.load import load
@@ -32,6 +33,7 @@ from cdm_fast.training.step import (
 from cdm_fast.training.stop import Stopper
 from cdm_fast.training.train import resume, train
 from tests.accuracy import TOLERANCE, relative_error
+from tests.opaque import Opaque
 from tests.tiny_run import GREY_LEVELS, tiny_config, write_images
 
 CPU = torch.device("cpu")
@@ -131,14 +133,43 @@ def test_class_weight_of_an_embedding_compares_two_classes(config):
     assert (draw_batch(data, model, config, 1).other != batch.other).any()
 
 
+def embedding_of(num_classes):
+    schedule = NoiseSchedule.uniform(T=10)
+    torch.manual_seed(0)
+    return CDM(MLP(3, schedule.num_levels, hidden=8, num_classes=num_classes).double(), schedule)
+
+
 def test_other_classes_are_equally_likely():
     label = torch.arange(4).repeat(6000)
-    other = draw_other_classes(label, 4, torch.Generator().manual_seed(0))
+    other = draw_other_classes(embedding_of(4), label, 0.1, torch.Generator().manual_seed(0))
     counts = torch.zeros(4, 4).index_put_((label, other), torch.ones(()), accumulate=True)
     assert (counts.diagonal() == 0).all()
     apart = counts[~torch.eye(4, dtype=torch.bool)]
     assert (apart - 2000).abs().max() < 5 * (6000 * 2 / 9) ** 0.5
-    assert draw_other_classes(torch.tensor([-1, 1]), 2).tolist() == [-1, 0]
+    assert draw_other_classes(embedding_of(2), torch.tensor([-1, 1]), 0.1).tolist() == [-1, 0]
+    assert draw_other_classes(embedding_of(1), torch.zeros(2).long(), 0.1) is None
+    assert draw_other_classes(embedding_of(2), torch.zeros(2).long(), 0.0) is None
+
+
+def test_two_classes_are_compared_alike_without_an_adjoint():
+    model, level = embedding_of(3), torch.tensor([0, 3, 10, 11])
+    general = CDM(OpaqueOfClasses(model.network), model.schedule, class_prior=torch.tensor([1.0, 2.0, 3.0]))
+    model = CDM(model.network, model.schedule, class_prior=torch.tensor([1.0, 2.0, 3.0]))
+    label, other = torch.tensor([2, -1, 0, 1]), torch.tensor([1, -1, 2, 2])
+    batch = Noised(torch.randn(4, 3).double(), torch.randn(4, 3).double(), level, label, other=other)
+    found = []
+    for each in (model, general):
+        loss = noised_cdm_loss(each, batch, class_weight=0.5).loss
+        parameters = list(model.network.parameters())
+        found.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
+    assert relative_error(found[0], found[1]) < 1e-9
+
+
+class OpaqueOfClasses(Opaque):
+    """Takes a label."""
+
+    def forward(self, x, label=None):
+        return self.network(x, label)
 
 
 def test_parts_add_up_to_the_whole_batch(config):

@@ -67,7 +67,12 @@ def configured(data: str, kind: str, seed: int, options: argparse.Namespace) -> 
         base,
         data=replace(base.data, split_seed=seed, source=options.source or base.data.source),
         network=replace(base.network, conditioning=conditioning, architecture=options.architecture),
-        train=replace(base.train, objective=objective, steps=options.steps or base.train.steps),
+        train=replace(
+            base.train,
+            objective=objective,
+            steps=options.steps or base.train.steps,
+            class_weight=0.0 if kind == "embedding" else base.train.class_weight,
+        ),
     )
 
 

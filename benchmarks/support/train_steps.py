@@ -21,7 +21,7 @@ from benchmarks.support.timing import seconds_per_call
 from cdm_fast import CDM, DDM, NoiseSchedule, UNet, UNetDenoiser, cdm_loss, ddm_loss
 from cdm_fast.config import PRESETS, Compile, ImageShape, Precision, RunConfig
 from cdm_fast.data import ImageData
-from cdm_fast.model.losses import Noised, compares_two_classes, draw_other_classes
+from cdm_fast.model.losses import Noised, draw_other_classes
 from cdm_fast.runs.build import build_model
 from cdm_fast.training.state import new_state
 from cdm_fast.training.step import accumulate_gradient, draw_batch, make_loss, training_step
@@ -63,9 +63,8 @@ def one_step(config: RunConfig, batch_size: int | None = None) -> Callable[[], T
     level = torch.arange(size) % model.schedule.num_levels
     classes = None if config.network.conditioning == "none" else config.image.num_classes
     label = None if classes is None else level % classes
-    batch, loss = Noised(x, torch.randn_like(x), level, label), make_loss(config.train)
-    if config.train.class_weight and label is not None and compares_two_classes(model):
-        batch = batch._replace(other=draw_other_classes(label, classes))
+    other = draw_other_classes(model, label, config.train.class_weight)
+    batch, loss = Noised(x, torch.randn_like(x), level, label, other=other), make_loss(config.train)
 
     def step() -> torch.Tensor:
         model.zero_grad()

@@ -204,8 +204,8 @@ class TrainConfig:
     mse_weight: float = 1.0
     """Weight of the denoising error (cdm only)."""
     class_weight: float = 0.0
-    """Weight of an additional cross-entropy over classes at the level of the input (--conditioning joint); of
-    an embedding over its class and one other, drawn at random, which takes half as long again."""
+    """Weight of an additional cross-entropy over classes at the level of the input; with --conditioning
+    embedding over the class of the image and one other, drawn at random, which takes a second evaluation."""
     classifier_noise: float = 0.0
     """Standard deviation of the Gaussian noise under which a classifier is trained, for pixels from 0 (black)
     to 1 (white), rounded to the nearest level of the schedule (--objective classifier only)."""

@@ -17,6 +17,7 @@ from cdm_fast.nn.autograd import AutogradNetwork
 from cdm_fast.nn.embedding import check_labels
 from cdm_fast.nn.heads import Conditioning, logits_at
 from cdm_fast.ops import denoise_epilogue, denoise_x0, level_logits, noise_level_ce
+from cdm_fast.ops.precision import compute_dtype
 
 # With this many classes or more, training never holds all joint logits at once
 # (`ops/head_noise_level_ce.py`).
@@ -182,9 +183,9 @@ class CDM(Energy):
         """The terms of the training loss: cross-entropy, logits of classes at the level, and gradient.
 
         Returns `-log p(level, label | x)` (B,) in nats, `z[level]` (B, K) and `grad_x F(x, level)` like `x`.
-        The second is None if the logits do not depend on classes, and is meaningless at pure noise. Of a
-        class embedding, given `other` (B,) int64, it is `log p_t(x|c) + log p(c)` up to a constant for each
-        x, for c = `label` and c = `other`, (B, 2). That takes a second evaluation; all else takes one.
+        The second is meaningless at pure noise, and None unless the logits are joint. Of a class embedding,
+        given `other` (B,) int64, it is `log p_t(x|c) + log p(c)` up to a constant for each x, for c = `label`
+        and c = `other`, (B, 2). That takes a second evaluation; all else takes one.
         """
         classes = self.joint_classes
         if classes >= MANY_CLASSES:
@@ -193,9 +194,8 @@ class CDM(Energy):
         if classes == 1:
             of_two = None
             if label is not None and other is not None:
-                of_label = self._at_level_given(self._of_levels(logits, label), level, label)
-                of_other = self._at_level_given(self.level_logits(x, other), level, other)
-                of_two = torch.stack([of_label, of_other], 1)
+                of_other = self._at_level_given(self.logits(x, other), level, other)
+                of_two = torch.stack([self._at_level_given(logits, level, label), of_other], 1)
             return noise_level_ce(logits, level).loss, of_two, grad_x
         at_level = logits_at(logits, level, classes)
         return noise_level_ce(logits, level, label, classes).loss, at_level, grad_x
@@ -203,6 +203,7 @@ class CDM(Energy):
     def _at_level_given(self, logits: Tensor, level: Tensor, label: Tensor) -> Tensor:
         """`log p_t(x|c) + log p(c)` up to a constant for each x, (B,), from the level logits given c."""
         assert self.log_class_prior is not None
+        logits = logits.to(compute_dtype(logits.dtype))
         ratio = logits.gather(1, level[:, None])[:, 0] - logits[:, -1]
         return ratio + self.log_class_prior[label].to(logits.dtype)
 

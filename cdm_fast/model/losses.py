@@ -34,7 +34,7 @@ class Noised(NamedTuple):
     level: Tensor  # (B,) int64
     label: Tensor | None = None  # (B,) int64, -1 for none
     attacked: Tensor | None = None  # like x_t, at level 0
-    other: Tensor | None = None  # (B,) int64, a class that is not the label, see `draw_other_classes`
+    other: Tensor | None = None  # (B,) int64, another class for each label, see `draw_other_classes`
 
 
 def cdm_loss(
@@ -54,9 +54,10 @@ def cdm_loss(
     undetermined, hence no likelihood. With joint logits the cross-entropy is over (level, class) pairs, or
     over levels alone for an input without a label, and the squared error is computed with the denoiser of the
     label, or of the marginal. The cross-entropy is then `-log p(t | x_t) - log p(c | x_t, t)`, and
-    `class_weight` times the second term is added. A class embedding has the logits of one class at a time;
-    its second term is the cross-entropy over the class of the input and one other, drawn at random (negative
-    sampling), and takes another evaluation of the logits. The true densities minimise each term.
+    `class_weight` times the second term is added. A class embedding has the logits of one class at a time.
+    Its `class_weight` multiplies the cross-entropy over the class of the input and one other, drawn at random
+    (negative sampling), which takes another evaluation of the logits, with dropout masks of its own. The true
+    densities minimise each term.
 
     Args:
         model: the CDM.
@@ -82,8 +83,7 @@ def cdm_loss(
     if level is None:
         level = model.draw_levels(len(x0), generator)
     batch = _noised(model, x0, level, eps, label, generator)
-    if class_weight and label is not None and compares_two_classes(model):
-        batch = batch._replace(other=draw_other_classes(label, model.num_classes or 0, generator))
+    batch = batch._replace(other=draw_other_classes(model, label, class_weight, generator))
     return noised_cdm_loss(model, batch, ce_weight, mse_weight, class_weight)
 
 
@@ -95,7 +95,7 @@ def noised_cdm_loss(
     class_weight: float = 0.0,
     adversarial_weight: float = 0.0,
 ) -> LossTerms:
-    """`cdm_loss` of a batch that has been noised already.
+    """`cdm_loss` of a batch that has been noised already, with the other classes of `draw_other_classes`.
 
     Adds `adversarial_weight` times the cross-entropy over the classes of `batch.attacked`, if there are any.
     """
@@ -105,7 +105,7 @@ def noised_cdm_loss(
     mse = denoise_loss(grad_x, x_t, model.s[level].to(x_t.dtype), eps).sum() / x_t.numel()
     loss = ce_weight * ce + mse_weight * mse
     if class_weight and at_level is not None and label is not None:
-        own = label if other is None else label.clamp(max=0)  # the first of two, -1 stays
+        own = label if model.conditioning == "joint" else label.clamp(max=0)  # the first of two; -1 stays
         loss = loss + class_weight * _class_cross_entropy(at_level, level, own, model.schedule.T)
     if attacked is not None and label is not None:
         clean = torch.zeros_like(level)
@@ -160,19 +160,24 @@ def noised_classifier_loss(model: Classifier, batch: Noised, adversarial_weight:
     return LossTerms(loss, torch.zeros_like(ce), ce)
 
 
-def compares_two_classes(model: CDM) -> bool:
-    """Whether `class_weight` needs another class for each input: a class embedding of several classes."""
-    return model.conditioning == "embedding" and (model.num_classes or 0) > 1
-
-
 def draw_other_classes(
-    label: Tensor,  # (B,) int64, -1 for none
-    num_classes: int,
+    model: Denoiser | Classifier,
+    label: Tensor | None,  # (B,) int64, -1 for none
+    class_weight: float,
     generator: torch.Generator | None = None,
-) -> Tensor:
-    """(B,) int64: for each label one of the other classes, all equally likely; -1 for -1."""
-    step = torch.randint(1, num_classes, label.shape, generator=generator, device=label.device)
-    return torch.where(label >= 0, (label + step) % num_classes, label)
+) -> Tensor | None:
+    """(B,) int64: for each label one of the other classes, all equally likely; -1 for -1.
+
+    None where the loss compares no classes in pairs: without `class_weight` or labels, or if the model is not
+    a CDM with an embedding of several classes.
+    """
+    if not class_weight or label is None or not isinstance(model, CDM) or model.conditioning == "joint":
+        return None
+    classes = model.num_classes or 1
+    if classes == 1:
+        return None
+    step = torch.randint(1, classes, label.shape, generator=generator, device=label.device)
+    return torch.where(label >= 0, (label + step) % classes, label)
 
 
 def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:

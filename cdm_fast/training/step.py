@@ -27,7 +27,6 @@ from cdm_fast.model.classifier import Classifier
 from cdm_fast.model.losses import (
     LossTerms,
     Noised,
-    compares_two_classes,
     draw_other_classes,
     draw_seed,
     noised_cdm_loss,
@@ -244,12 +243,11 @@ def draw_batch(data: ImageData, model: CDM | DDM | Classifier, config: RunConfig
 def _draw_others(
     model: CDM | DDM | Classifier, config: RunConfig, label: Tensor | None, step: int
 ) -> Tensor | None:
-    """(B,) another class for each label where `--class-weight` compares two; by draws of their own."""
-    weight, seed = config.train.class_weight, config.train.seed
-    if not weight or label is None or not isinstance(model, CDM) or not compares_two_classes(model):
-        return None
-    generator = torch.Generator(label.device).manual_seed(derived_seed(seed, step, "other classes"))
-    return draw_other_classes(label, model.num_classes or 0, generator)
+    """`draw_other_classes` of a step, by draws of their own."""
+    generator = torch.Generator(model.a.device).manual_seed(
+        derived_seed(config.train.seed, step, "other classes")
+    )
+    return draw_other_classes(model, label, config.train.class_weight, generator)
 
 
 def _deformed(images: Tensor, config: RunConfig, num_grey_levels: int, step: int) -> Tensor:
