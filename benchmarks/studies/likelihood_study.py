@@ -6,6 +6,7 @@
     python -m benchmarks.studies.likelihood_study dropout RUN  # ratio check of a run with and without its
         dropout
     python -m benchmarks.studies.likelihood_study bound RUN  # by fewer levels, and with one variance at each
+    python -m benchmarks.studies.likelihood_study flow RUN 65 105  # noise along the ODE of these test images
 
 Every configuration appends one JSON line to `--out`. Choices look at the validation images; the test images
 are there for the last line. `--log-z` adds the cheap setting of log Z, which takes longest.
@@ -28,6 +29,7 @@ from cdm_fast.config import RunConfig, preset
 from cdm_fast.config.size import ImageSize
 from cdm_fast.data import ImageData
 from cdm_fast.data.draws import choose_images, draw_images
+from cdm_fast.data.pixels import dequantize
 from cdm_fast.likelihood import evaluate, evaluate_elbo, measure_log_z, ratio_check
 from cdm_fast.likelihood.elbo import GROUPS, variational_bound
 from cdm_fast.likelihood.units import bits_per_dim, nats_per_bit_per_dim
@@ -270,6 +272,40 @@ REGULARISED: dict[str, Any] = {"weight_decay": 0.3, "dropout_until": 0.7}
 DEFORMED = {**REGULARISED, "deform": 0.5, "deform_until": 0.7}
 
 
+@torch.no_grad()
+def noise_along_the_flow(run: Path, numbers: list[int]) -> str:
+    """The noise that a network sees in test images on their way to noise by the ODE, a table in Markdown.
+
+    Heun's method from level 1 on, one step a level. The mean of `p(t | x)` over t, and the mean square of
+    eps_hat; both belong to inputs with the noise of their level if they agree with it and are near 1.
+    """
+    model, config = load(run), read_config(run)
+    assert isinstance(model, CDM)
+    data, generator = run_data(config, "test"), torch.Generator().manual_seed(0)
+    x = dequantize(data.images[numbers], data.num_grey_levels, generator, data.pixels)
+    schedule, T = model.schedule, model.schedule.T
+    a, s = schedule.a.to(x), schedule.s.to(x)
+    r = (a.square() + s.square()).sqrt()
+    zeta, log_snr, every = s / r, 2 * (a / s).log(), torch.arange(schedule.num_levels)
+
+    def rate(u: Tensor, level: int) -> Tensor:
+        return zeta[level] / 2 * (zeta[level] * u - model.denoise(r[level] * u, level))
+
+    u = schedule.noise(x, 1, generator=generator) / r[1]
+    names = " | ".join(f"image {number}" for number in numbers)
+    lines = [f"| level | {names} |", "|---" * (len(numbers) + 1) + "|"]
+    for level in range(1, T):
+        if level % (T // 8) == 0:
+            seen = (model.log_posterior(r[level] * u).exp() * every).sum(1)
+            power = model.denoise(r[level] * u, level).square().flatten(1).mean(1)
+            cells = [f"{t:.0f}, {p:.2f}" for t, p in zip(seen.tolist(), power.tolist(), strict=True)]
+            lines.append(f"| {level} | {' | '.join(cells)} |")
+        step = log_snr[level + 1] - log_snr[level]
+        first = rate(u, level)
+        u = u + step * (first + rate(u + step * first, level + 1)) / 2
+    return "\n".join(lines)
+
+
 def even(T: int = 200, split_seed: int = 0, **train: Any) -> Variant:
     """The joint head for 2500 steps, with levels even in log-SNR and stratified."""
     return variant(
@@ -357,8 +393,10 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=("run", "show", "dropout", "bound"))
-    parser.add_argument("names", nargs="*", help="configurations, all by default; or a run directory")
+    parser.add_argument("what", choices=("run", "show", "dropout", "bound", "flow"))
+    parser.add_argument(
+        "names", nargs="*", help="configurations, all by default; or a run directory and images"
+    )
     parser.add_argument("--log-z", action="store_true")
     parser.add_argument("--runs", type=Path, help="keep the trained models as run directories in this folder")
     parser.add_argument("--threads", type=int, default=1)
@@ -368,6 +406,9 @@ def main() -> None:
     if arguments.what in ("dropout", "bound"):
         table = ratios_under_dropout if arguments.what == "dropout" else bound_by_levels
         print(table(Path(arguments.names[0])))
+        return
+    if arguments.what == "flow":
+        print(noise_along_the_flow(Path(arguments.names[0]), list(map(int, arguments.names[1:]))))
         return
     unknown = sorted(set(arguments.names) - VARIANTS.keys())
     if unknown:
