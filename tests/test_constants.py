@@ -8,7 +8,14 @@ import torch
 
 from cdm_fast import CDM, UserError
 from cdm_fast.data import ImageData
-from cdm_fast.model.constants import Rows, fit_shift, newton_step
+from cdm_fast.model.constants import (
+    Compared,
+    Rows,
+    compare_classes,
+    error_root,
+    fit_shift,
+    newton_step,
+)
 from cdm_fast.nn.heads import CumulativeHead, JointHead, LowRankHead, noise_head
 from cdm_fast.runs.constants import put_constants
 from cdm_fast.runs.load import load
@@ -116,7 +123,7 @@ def test_the_equations_hold_after_the_fit(head):
 
     basis, h = class_basis(head, Model), torch.randn(4000, 5, generator=GENERATOR)
     own = torch.distributions.Categorical(logits=0.3 * head(h).detach()).sample()
-    shift = fit_shift(lambda num: iter([Rows(head(h).detach()[:num], own[:num])]), 4000, basis, 4000)
+    shift = fit_shift(lambda num: iter([Rows(head(h).detach()[:num], own[:num])]), 4000, basis, 4000).shift
     before = head(h).detach()
     shift_rows(head, shift)
     added = torch.cat([(shift @ basis.T).flatten(), torch.zeros(1)])
@@ -137,10 +144,49 @@ def test_a_newton_step_is_that_of_autograd():
     start = 0.1 * torch.randn(8, dtype=torch.float64, generator=GENERATOR)
     gradient = torch.func.grad(loss)(start)
     step = -torch.linalg.solve(torch.func.hessian(loss)(start), gradient).view(4, 2)
-    found = newton_step([Rows(logits, own)], start.view(4, 2), basis)
+    found, curvature = newton_step([Rows(logits, own)], start.view(4, 2), basis)
     scale = float(found.norm() / step.norm())  # the step is shortened if it is long
     torch.testing.assert_close(found, scale * step)
+    torch.testing.assert_close(curvature, torch.func.hessian(loss)(start))
     assert 0 < scale <= 1 + 1e-9
+
+
+def test_the_errors_of_a_fit_are_those_of_fits_to_other_rows():
+    """Levels of a Gaussian in 30 dimensions, which hardly overlap, so that the errors add up."""
+    sigma, num, dim = torch.tensor([1.0, 1.3, 1.7, 2.2, 2.9], dtype=torch.float64), 500, 30
+    one = torch.ones(1, 1, dtype=torch.float64)
+
+    def fit():
+        own = torch.arange(num) % 5
+        x = sigma[own, None] * torch.randn(num, dim, dtype=torch.float64, generator=GENERATOR)
+        square = x.square().sum(1, keepdim=True)
+        logits = -0.5 * (square / sigma**2 + dim * (sigma**2).log())
+        return fit_shift(lambda _: iter([Rows(logits, own)]), num, one, num)
+
+    fits = [fit() for _ in range(400)]
+    found = torch.cat([each.shift for each in fits], 1)  # (4, 400), zero but for errors
+    expected = sum(error_root(each, num) @ error_root(each, num).T for each in fits[:50]) / 50
+    assert expected[0, 0] > 2 * expected[3, 3] > 0
+    scale = expected.diagonal().sqrt()
+    assert ((found @ found.T / 400 - expected) / scale.outer(scale)).abs().max() < 0.25
+    root = error_root(fits[0], num)
+    torch.testing.assert_close(error_root(fits[0], 4 * num), root / 2)
+
+
+def test_compared_classes_are_at_the_maximum():
+    shift, root = torch.randn(3, 6, generator=GENERATOR).double(), torch.randn(3, 6, 6, generator=GENERATOR)
+    root = root.double() + 2 * torch.eye(6)
+    level, own = torch.arange(600) % 6, torch.randint(3, (600,), generator=GENERATOR)
+    score = 2 * torch.randn(600, 3, generator=GENERATOR)
+    found = compare_classes(shift, root, Compared(score, level, own)).requires_grad_()
+    joined = score + found[:, level].T
+    error = torch.linalg.solve(root, (found - shift)[:, :, None])
+    loss = torch.nn.functional.cross_entropy(joined, own, reduction="sum") + error.square().sum() / 2
+    (gradient,) = torch.autograd.grad(loss, found)
+    assert gradient.abs().max() < 1e-2 and (found - shift).abs().max() > 0.1
+    with torch.inference_mode():
+        again = compare_classes(shift.clone(), root.clone(), Compared(score, level, own))
+    torch.testing.assert_close(again, found.detach())
 
 
 def test_many_pairs_share_the_constant_of_their_level(monkeypatch):

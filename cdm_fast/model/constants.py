@@ -8,11 +8,13 @@ logit, summed over the rows, equal the number of rows that belong to it. These a
 # n rows, L = T+2 noise levels, K classes, N = (L-1) K + 1 logits, P constants per level
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cdm_fast.model.cdm import CDM
@@ -29,11 +31,27 @@ class Rows(NamedTuple):
     own: Tensor  # (n,) int64, the logit that each row belongs to
 
 
+class Compared(NamedTuple):
+    """Noised rows of levels t <= T, evaluated given every class."""
+
+    score: Tensor  # (n, K) nats, `log p_t(x|c) + log p(c)` at the row's level, up to a constant for each row
+    level: Tensor  # (n,) int64
+    own: Tensor  # (n,) int64, the row's class
+
+
+class Fit(NamedTuple):
+    """Constants at the maximum of the log posterior of rows."""
+
+    shift: Tensor  # (L-1, P) float64, nats
+    stored: list[Rows]  # those of the rows that are kept
+
+
 Scored = Callable[[int], Iterator[Rows]]  # number of rows -> the rows, chunk by chunk
 
 # Rows whose logits are stored, rows evaluated at a time, and the fewest rows per logit.
 STORED_ROWS, CHUNK, FEWEST_ROWS = 100_000, 4096, 10
 NEWTON_STEPS, CONVERGED, LONGEST = 50, 1e-6, 1.0  # the last two in nats
+LBFGS_STEPS = 500
 
 
 @torch.no_grad()
@@ -55,7 +73,7 @@ def fit_constants(model: CDM, draw: Draw, num: int, generator: torch.Generator) 
     if num < FEWEST_ROWS * head.out_features:
         return
     each = torch.ones(1, 1, dtype=torch.float64)
-    shift = fit_shift(lambda n: _scored(model, draw, n, generator), num, each, STORED_ROWS)
+    shift = fit_shift(lambda n: _scored(model, draw, n, generator), num, each, STORED_ROWS).shift
     constants = torch.cat([shift[:, 0], shift.new_zeros(1)])
     if len(constants) == model.schedule.num_levels:
         head.shift(constants)
@@ -68,8 +86,8 @@ def fit_shift(
     num: int,
     basis: Tensor,  # (K, P); (1, 1) for a constant of each logit
     stored_rows: int,
-) -> Tensor:
-    """(L-1, P) float64, constants at the maximum of the mean log posterior of `num` rows, by Newton's method.
+) -> Fit:
+    """The constants at the maximum of the log posterior of `num` rows, by Newton's method.
 
     The logits of up to `stored_rows` rows are kept and iterated over until convergence; further rows are
     evaluated once, for one last step over all rows, which from so close a start reaches the maximum.
@@ -79,17 +97,77 @@ def fit_shift(
     levels = (stored[0].logits.shape[1] - 1) // len(basis)
     shift = torch.zeros(levels, basis.shape[1], dtype=torch.float64)
     for _ in range(NEWTON_STEPS):
-        step = newton_step(stored, shift, basis)
+        step, _ = newton_step(stored, shift, basis)
         shift += step
         if bool((step @ basis.T).abs().max() < CONVERGED):
             break
     if num > first:
-        shift += newton_step(chain(stored, score(num - first)), shift, basis)
-    return shift
+        step, _ = newton_step(chain(stored, score(num - first)), shift, basis)
+        shift += step
+    return Fit(shift, stored)
 
 
-def newton_step(rows: Iterable[Rows], shift: Tensor, basis: Tensor) -> Tensor:
-    """The Newton step (L-1, P) at `shift`; the ratios of neighbouring levels change by at most `LONGEST`.
+def error_root(fit: Fit, num: int) -> Tensor:
+    """(L-1, L-1) S, where `S S^T` is the covariance of the constants of a fit to `num` rows with P = 1.
+
+    The covariance is `C^-1 J C^-1` with the curvature C and the covariance J of the gradient, whose rows were
+    drawn at fixed numbers for each level (MBAR, see above).
+    """
+    levels = len(fit.shift)
+    _, curvature = newton_step(fit.stored, fit.shift, torch.ones(1, 1, dtype=torch.float64))
+    added = torch.cat([fit.shift[:, 0], fit.shift.new_zeros(1)])
+    square, total = torch.zeros(2, levels + 1, levels, dtype=torch.float64).unbind()
+    square, count = square[1:], torch.zeros(levels + 1, dtype=torch.float64)
+    for logits, own in fit.stored:
+        posterior = (logits.double() + added).softmax(1)[:, :-1]
+        square += posterior.T @ posterior
+        total.index_add_(0, own, posterior)
+        count += torch.bincount(own, minlength=levels + 1)
+    gradient = square - (total.T / count.clamp(min=1)) @ total
+    value, direction = torch.linalg.eigh(gradient)
+    root = direction * value.clamp(min=0).sqrt()
+    return torch.linalg.solve(curvature, root) * math.sqrt(float(count.sum()) / num)
+
+
+def compare_classes(
+    shift: Tensor,  # (K, L-1) float64
+    errors: Tensor,  # (K, L-1, L-1) float64
+    rows: Compared,
+) -> Tensor:  # (K, L-1) float64
+    """The constants of K classes, each fitted by itself, moved until rows are divided rightly among them.
+
+    The errors of a class's own fit add up over the levels, to nats between small and large noise where they
+    hardly overlap, and different ones in each class. So the log posterior of the classes given the level,
+    summed over `rows`, is maximised together with the log density of the fits' errors, by L-BFGS.
+
+    Args:
+        shift: the constants of each class.
+        errors: `error_root` of each class.
+        rows: of all these classes, without these constants.
+    """
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        joined = score + moved()[:, rows.level].T
+        total = F.cross_entropy(joined, rows.own, reduction="sum") + free.square().sum() / 2
+        total.backward()
+        return total
+
+    def moved() -> Tensor:
+        return start + (root @ free[:, :, None])[:, :, 0]
+
+    with torch.inference_mode(False), torch.enable_grad():
+        start, root, score = shift.clone(), errors.clone(), rows.score.double().clone()
+        free = torch.zeros_like(start, requires_grad=True)
+        optimizer = torch.optim.LBFGS([free], max_iter=LBFGS_STEPS, line_search_fn="strong_wolfe")
+        optimizer.step(loss)
+        return moved().detach()
+
+
+def newton_step(rows: Iterable[Rows], shift: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """The Newton step (L-1, P) at `shift`, and the curvature there.
+
+    The ratios of neighbouring levels change by at most `LONGEST`.
 
     The gradient is `B^T (own - p)` and the curvature `B^T (diag p - p p^T) B`, summed over rows, where p are
     the posteriors of all logits except pure noise, whose constant is fixed, and B is the basis of each level.
@@ -109,7 +187,7 @@ def newton_step(rows: Iterable[Rows], shift: Tensor, basis: Tensor) -> Tensor:
     curvature = torch.block_diag(*blocks) - square
     solution = torch.linalg.lstsq(curvature, gradient.flatten(), driver="gelsd").solution.view(levels, size)
     longest = float((solution @ basis.T).diff(dim=0, append=shift.new_zeros(1, len(basis))).abs().max())
-    return solution * min(1.0, LONGEST / longest) if longest > 0 else solution
+    return solution * min(1.0, LONGEST / longest) if longest > 0 else solution, curvature
 
 
 def _scored(model: CDM, draw: Draw, num: int, generator: torch.Generator) -> Iterator[Rows]:

@@ -17,7 +17,7 @@ from cdm_fast.data.pixels import dequantize
 from cdm_fast.errors import UserError
 from cdm_fast.host.progress import Progress, silent
 from cdm_fast.model import CDM, evaluation_mode
-from cdm_fast.model.constants import FEWEST_ROWS, Rows, fit_shift
+from cdm_fast.model.constants import FEWEST_ROWS, Compared, Rows, compare_classes, error_root, fit_shift
 from cdm_fast.model.denoiser import like_network
 from cdm_fast.nn.heads import CumulativeHead, JointHead, LowRankHead
 from cdm_fast.runs.calibration import fingerprint, require_head
@@ -67,7 +67,8 @@ def refit_constants(
 
     A head over levels gets one constant per level. A joint head gets one for every (level, class) pair (for a
     low-rank head as far as its class vectors allow), or one per level if there are more than `MOST_CONSTANTS`
-    pairs. A class embedding gets one per level for each class, fitted to rows of that class.
+    pairs. A class embedding gets one per level for each class, fitted to rows of that class, and to the
+    classes of as many rows as one class has, evaluated given every class.
 
     Args:
         model: a model without calibration or refitted constants.
@@ -93,8 +94,8 @@ def refit_constants(
         progress(f"fitting {basis.shape[1]} constants for each level to {num_rows} noised images")
         images = torch.arange(len(data.images))
         stored = _stored_rows(model)
-        shift = fit_shift(lambda num: _scored(draw, num, generator, images), num_rows, basis, stored)
-        shift_rows(head, shift)
+        fit = fit_shift(lambda num: _scored(draw, num, generator, images), num_rows, basis, stored)
+        shift_rows(head, fit.shift)
     bias = tuple(head.bias.double().tolist())
     return Constants(bias, by_class, weights, data.name, data.split, num_rows, seed)
 
@@ -127,7 +128,7 @@ def shift_rows(
 def _fit_classes(
     draw: Draw, num: int, null_class: bool, generator: torch.Generator, progress: Progress
 ) -> Tensor:
-    """(K+1, L) constants of a class embedding, each class fitted to its own images, the null class to all."""
+    """(K+1, L) constants of a class embedding: classes by their own images and by comparison, null by all."""
     model, labels = draw.model, draw.data.labels
     classes, levels = model.num_classes or 0, model.schedule.num_levels
     if labels is None:
@@ -137,6 +138,7 @@ def _fit_classes(
     table, each = torch.zeros(classes + 1, levels, dtype=torch.float64), num // classes
     _require_rows(each, levels - 1)
     common = torch.ones(1, 1, dtype=torch.float64)
+    errors: dict[int, Tensor] = {}
     for label in range(classes + null_class):
         images = torch.arange(len(labels)) if label == classes else (labels == label).nonzero()[:, 0]
         if not len(images):
@@ -147,8 +149,35 @@ def _fit_classes(
         def score(num: int, images: Tensor = images, asked: int = asked) -> Iterator[Rows]:
             return _scored(draw, num, generator, images, asked)
 
-        table[label, :-1] = fit_shift(score, each, common, _stored_rows(model))[:, 0]
+        fit = fit_shift(score, each, common, _stored_rows(model))
+        table[label, :-1] = fit.shift[:, 0]
+        if label < classes:
+            errors[label] = error_root(fit, each)
+    present = sorted(errors)
+    progress(f"comparing {len(present)} classes on {each} noised images")
+    rows = _compared(draw, each, generator, present)
+    root = torch.stack([errors[label] for label in present])
+    table[present, :-1] = compare_classes(table[present, :-1], root, rows)
     return table
+
+
+def _compared(draw: Draw, num: int, generator: torch.Generator, classes: list[int]) -> Compared:
+    """`num` new rows but those of pure noise, evaluated given each of `classes`, which have all images."""
+    model, labels = draw.model, draw.data.labels
+    assert labels is not None and model.log_class_prior is not None
+    log_prior, images, parts = model.log_class_prior.cpu(), torch.arange(len(labels)), []
+    number = torch.full((max(classes) + 1,), -1)
+    number[classes] = torch.arange(len(classes))
+    for first in range(0, num, CHUNK):
+        x, level, index = draw(min(CHUNK, num - first), generator, images)
+        kept = level <= model.schedule.T
+        x, level, index = x[kept], level[kept], index[kept]
+        score = []
+        for label in classes:
+            logits = model.logits(x, torch.full((len(x),), label, device=x.device)).float().cpu()
+            score.append(logits.gather(1, level[:, None])[:, 0] - logits[:, -1] + log_prior[label])
+        parts.append(Compared(torch.stack(score, 1), level, number[labels[index].cpu()]))
+    return Compared(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def _stored_rows(model: CDM) -> int:
