@@ -1,5 +1,6 @@
 """The networks of tables: gates of squared features, and training that resumes from its best weights."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from cdm_fast import MutualInformation
 from cdm_fast.tables import pairs
 from cdm_fast.tables.crossfit import FEW_COLUMNS, GATES, train_ratio
-from cdm_fast.tables.fit import CUT, SEPARABLE, Budget, train
+from cdm_fast.tables.fit import CUT, SEPARABLE, Budget, ClassValidation, train
 from cdm_fast.tables.network import LengthGates, new_model, start_at_gaussians, table_network
 from tests.test_table_mixture import SCHEDULE, assert_gradient_after_change
 
@@ -130,6 +131,22 @@ def test_training_ends_after_the_rate_was_cut_and_nothing_improved(cuts):
 def test_training_does_not_resume_where_two_sets_are_almost_separable():
     _, history = _trained(lambda model: 0.5 * SEPARABLE, 2)
     assert history.n_iter == BUDGET.n_iter_no_change * 50
+
+
+@pytest.mark.parametrize(
+    ("initial", "later", "kept"), [(0.01, 0.005, 0), (0.01, 0.002, 50), (0.5, 0.499, 50), (0.5, 0.51, 0)]
+)
+def test_almost_separable_sets_want_a_lower_loss_than_chance_brings(initial, later, kept):
+    """200 validation rows: the standard error of a loss of 0.01 is 0.007."""
+
+    class Told(ClassValidation):
+        def __call__(self, model):
+            return later if model.value else initial
+
+    rows = torch.zeros(100, 1)
+    end, history = _trained(Told(rows, rows), 0)
+    assert history.best_iter == kept and bool(end) == bool(kept)
+    assert Told(rows, rows).margin(0.01) == pytest.approx(math.sqrt(0.01 / 200))
 
 
 def test_training_resumes_from_the_best_weights_with_smaller_steps():

@@ -151,22 +151,30 @@ def level_validation(rows: Tensor, generator: torch.Generator, num: int = 4096) 
     return validate
 
 
-def class_validation(
-    numerator: Tensor,
-    denominator: Tensor,
-    numerator_weights: Array | None = None,
-    denominator_weights: Array | None = None,
-) -> Validate:
+@dataclass(frozen=True)
+class ClassValidation:
     """Logistic loss of the class at level 0, in nats, with equal total weight for both sets (m, d)."""
 
+    numerator: Tensor
+    denominator: Tensor
+    numerator_weights: Array | None = None
+    denominator_weights: Array | None = None
+
     @torch.no_grad()
-    def validate(model: CDM) -> float:
-        first, second = (_level_0_log_ratio(model, z.float()) for z in (numerator, denominator))
-        missed = np.average(F.softplus(-first).numpy(), weights=numerator_weights)
-        mistaken = np.average(F.softplus(second).numpy(), weights=denominator_weights)
+    def __call__(self, model: CDM) -> float:
+        first, second = (_level_0_log_ratio(model, z.float()) for z in (self.numerator, self.denominator))
+        missed = np.average(F.softplus(-first).numpy(), weights=self.numerator_weights)
+        mistaken = np.average(F.softplus(second).numpy(), weights=self.denominator_weights)
         return float(missed + mistaken) / 2
 
-    return validate
+    def margin(self, loss: float) -> float:
+        """What an initial loss must be lowered by: for almost separable sets its standard error, else 0.
+
+        Such a loss is that of few rows, of about one nat each, and the lowest of many validations is a matter
+        of chance.
+        """
+        rows = 2 * min(len(self.numerator), len(self.denominator))
+        return math.sqrt(loss / rows) if loss < SEPARABLE else 0.0
 
 
 def _level_0_log_ratio(model: CDM, z: Tensor) -> Tensor:
@@ -190,7 +198,8 @@ def train(
     The result is a running average of the weights. With `validate` the average is validated about once an
     epoch, first before any step. After `n_iter_no_change` validations without an improvement by `tol`
     training ends, but the first `cuts` times it resumes from the best weights at a fifth of the learning
-    rate, unless the loss is below `SEPARABLE`. The best weights are kept, which may be the initial ones.
+    rate, unless the loss is below `SEPARABLE`. The best weights are kept, which may be the initial ones, also
+    if the others are better by less than `ClassValidation.margin`.
     Without `validate`, all `max_iter` steps are taken. The result depends only on the arguments, not on
     torch's global generator or grad mode.
     """
@@ -293,7 +302,7 @@ class _Judge:
         self.model, self.validate, self.budget = model, validate, budget
         self.parameters = list(model.network.parameters())
         self.history, self.waited = History(), 0
-        self.lowest = self.milestone = math.inf
+        self.lowest = self.milestone = self.ceiling = math.inf
         self.weights: list[Tensor] = []
 
     def __call__(self, step: int) -> None:
@@ -304,7 +313,9 @@ class _Judge:
         self.history.validation_scores.append(-loss)
         self.waited = 0 if loss < self.milestone - self.budget.tol else self.waited + 1
         self.milestone = loss if self.waited == 0 else self.milestone
-        if loss < self.lowest or not self.weights:
+        if loss < min(self.lowest, self.ceiling) or not self.weights:
+            if not self.weights and isinstance(self.validate, ClassValidation):
+                self.ceiling = loss - self.validate.margin(loss)
             self.lowest = min(self.lowest, loss)  # the first may be NaN, which leaves it as it is
             self.history.best_iter = step
             self.weights = [p.detach().clone() for p in self.parameters]

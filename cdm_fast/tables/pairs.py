@@ -18,7 +18,7 @@ from cdm_fast.tables.crossfit import RATIO_NOISE, RatioNetwork, canonical, train
 from cdm_fast.tables.experts import experts
 from cdm_fast.tables.fit import (
     Budget,
-    class_validation,
+    ClassValidation,
     density_loss,
     level_validation,
     refit_constants,
@@ -99,7 +99,7 @@ def _fit_shuffled(fit: Tensor, judge: Tensor, width: int, budget: Budget, seed: 
     validate = None
     if len(judge) > 1:
         shuffles = max(2, min(SHUFFLES, JUDGED // len(judge)))
-        validate = class_validation(judge, torch.cat([shuffle(judge, width, rng) for _ in range(shuffles)]))
+        validate = ClassValidation(judge, torch.cat([shuffle(judge, width, rng) for _ in range(shuffles)]))
     covariances = torch.stack([torch.eye(dim, dtype=torch.float64), coordinates.covariance()])
     means = torch.zeros(2, dim, dtype=torch.float64)
     model, history = train_ratio(

@@ -26,7 +26,7 @@ from cdm_fast.tables.calibration import Calibration, calibrate
 from cdm_fast.tables.columns import Array, Columns, measure, without_far_rows
 from cdm_fast.tables.crossfit import RatioNetwork, ratio_levels, shrunk_moments, train_ratio
 from cdm_fast.tables.estimator import TableEstimator, fold_count, row_weights
-from cdm_fast.tables.fit import Budget, class_validation
+from cdm_fast.tables.fit import Budget, ClassValidation
 from cdm_fast.tables.folds import Index, chooser, folds, groups_of_copies, hold_out
 
 # A class with fewer distinct rows than this is not split.
@@ -260,7 +260,7 @@ def _fit_fold(
     validate = None
     if validation.any():
         (denominator, numerator), judges = of_class(judged)
-        validate = class_validation(numerator, denominator, judges[1], judges[0])
+        validate = ClassValidation(numerator, denominator, judges[1], judges[0])
     draw = _balanced(tables, table_weights, columns)
     model, history = train_ratio(draw, validate, means, covariances, [z.shape[1]], budget, len(fit), seed)
     network = RatioNetwork(model, torch.eye(z.shape[1], dtype=torch.float64), history)
