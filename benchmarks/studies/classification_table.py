@@ -71,6 +71,7 @@ def configured(data: str, kind: str, seed: int, options: argparse.Namespace) -> 
             base.train,
             objective=objective,
             steps=options.steps or base.train.steps,
+            # The rows of class embeddings are of trainings that compare no classes.
             class_weight=0.0 if kind == "embedding" else base.train.class_weight,
         ),
     )

@@ -100,7 +100,7 @@ def ode_errors(
 
 
 def run_information(dim: int, seed: int, reference: str, mapped: str) -> dict:
-    """Mutual information of pairs of normals with `rho = sqrt(1 - exp(-4 I/d))` by default, nats."""
+    """Mutual information in nats, default settings: pairs of normals, `rho = sqrt(1 - exp(-4 I/d))`."""
     rng, pairs = np.random.default_rng(seed), dim // 2
     rho = math.sqrt(1 - math.exp(-4 * NATS[dim] / dim))
     x = rng.normal(size=(PAIRED_ROWS, pairs))

@@ -144,6 +144,7 @@ def configured(name: str, kind: str, seed: int, source: Path, steps: int) -> Run
         objective="classifier" if discriminative else "cdm",
         steps=steps,
         seed=seed,
+        # The rows of class embeddings are of trainings that compare no classes.
         class_weight=0.0 if kind == "embedding" else base.train.class_weight,
     )
     rows = CONSTANTS_ROWS if kind == "embedding" else 0

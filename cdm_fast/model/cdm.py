@@ -194,14 +194,17 @@ class CDM(Energy):
         if classes == 1:
             of_two = None
             if label is not None and other is not None:
-                of_other = self._at_level_given(self.logits(x, other), level, other)
-                of_two = torch.stack([self._at_level_given(logits, level, label), of_other], 1)
+                of_other = self.at_level_given(self.logits(x, other), level, other)
+                of_two = torch.stack([self.at_level_given(logits, level, label), of_other], 1)
             return noise_level_ce(logits, level).loss, of_two, grad_x
         at_level = logits_at(logits, level, classes)
         return noise_level_ce(logits, level, label, classes).loss, at_level, grad_x
 
-    def _at_level_given(self, logits: Tensor, level: Tensor, label: Tensor) -> Tensor:
-        """`log p_t(x|c) + log p(c)` up to a constant for each x, (B,), from the level logits given c."""
+    def at_level_given(self, logits: Tensor, level: Tensor, label: Tensor) -> Tensor:
+        """`log p_t(x|c) + log p(c)` up to a constant for each x, (B,), from the level logits given c.
+
+        `level` and `label` (B,) int64, for a model with classes.
+        """
         assert self.log_class_prior is not None
         logits = logits.to(compute_dtype(logits.dtype))
         ratio = logits.gather(1, level[:, None])[:, 0] - logits[:, -1]

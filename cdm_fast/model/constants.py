@@ -97,13 +97,12 @@ def fit_shift(
     levels = (stored[0].logits.shape[1] - 1) // len(basis)
     shift = torch.zeros(levels, basis.shape[1], dtype=torch.float64)
     for _ in range(NEWTON_STEPS):
-        step, _ = newton_step(stored, shift, basis)
+        step = newton_step(stored, shift, basis)
         shift += step
         if bool((step @ basis.T).abs().max() < CONVERGED):
             break
     if num > first:
-        step, _ = newton_step(chain(stored, score(num - first)), shift, basis)
-        shift += step
+        shift += newton_step(chain(stored, score(num - first)), shift, basis)
     return Fit(shift, stored)
 
 
@@ -113,16 +112,16 @@ def error_root(fit: Fit, num: int) -> Tensor:
     The covariance is `C^-1 J C^-1` with the curvature C and the covariance J of the gradient, whose rows were
     drawn at fixed numbers for each level (MBAR, see above).
     """
-    levels = len(fit.shift)
-    _, curvature = newton_step(fit.stored, fit.shift, torch.ones(1, 1, dtype=torch.float64))
-    added = torch.cat([fit.shift[:, 0], fit.shift.new_zeros(1)])
-    square, total = torch.zeros(2, levels + 1, levels, dtype=torch.float64).unbind()
-    square, count = square[1:], torch.zeros(levels + 1, dtype=torch.float64)
+    levels, added = len(fit.shift), torch.cat([fit.shift[:, 0], fit.shift.new_zeros(1)])
+    square = torch.zeros(levels, levels, dtype=torch.float64)
+    total = torch.zeros(levels + 1, levels, dtype=torch.float64)  # of the rows of each level
+    count = torch.zeros(levels + 1, dtype=torch.float64)
     for logits, own in fit.stored:
         posterior = (logits.double() + added).softmax(1)[:, :-1]
         square += posterior.T @ posterior
         total.index_add_(0, own, posterior)
         count += torch.bincount(own, minlength=levels + 1)
+    curvature = torch.diag(total.sum(0)) - square
     gradient = square - (total.T / count.clamp(min=1)) @ total
     value, direction = torch.linalg.eigh(gradient)
     root = direction * value.clamp(min=0).sqrt()
@@ -164,10 +163,8 @@ def compare_classes(
         return moved().detach()
 
 
-def newton_step(rows: Iterable[Rows], shift: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """The Newton step (L-1, P) at `shift`, and the curvature there.
-
-    The ratios of neighbouring levels change by at most `LONGEST`.
+def newton_step(rows: Iterable[Rows], shift: Tensor, basis: Tensor) -> Tensor:
+    """The Newton step (L-1, P) at `shift`; the ratios of neighbouring levels change by at most `LONGEST`.
 
     The gradient is `B^T (own - p)` and the curvature `B^T (diag p - p p^T) B`, summed over rows, where p are
     the posteriors of all logits except pure noise, whose constant is fixed, and B is the basis of each level.
@@ -187,7 +184,7 @@ def newton_step(rows: Iterable[Rows], shift: Tensor, basis: Tensor) -> tuple[Ten
     curvature = torch.block_diag(*blocks) - square
     solution = torch.linalg.lstsq(curvature, gradient.flatten(), driver="gelsd").solution.view(levels, size)
     longest = float((solution @ basis.T).diff(dim=0, append=shift.new_zeros(1, len(basis))).abs().max())
-    return solution * min(1.0, LONGEST / longest) if longest > 0 else solution, curvature
+    return solution * min(1.0, LONGEST / longest) if longest > 0 else solution
 
 
 def _scored(model: CDM, draw: Draw, num: int, generator: torch.Generator) -> Iterator[Rows]:

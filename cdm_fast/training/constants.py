@@ -162,21 +162,18 @@ def _fit_classes(
 
 
 def _compared(draw: Draw, num: int, generator: torch.Generator, classes: list[int]) -> Compared:
-    """`num` new rows but those of pure noise, evaluated given each of `classes`, which have all images."""
+    """`num` new rows but those of pure noise, evaluated given each of `classes`, those that have images."""
     model, labels = draw.model, draw.data.labels
-    assert labels is not None and model.log_class_prior is not None
-    log_prior, images, parts = model.log_class_prior.cpu(), torch.arange(len(labels)), []
-    number = torch.full((max(classes) + 1,), -1)
-    number[classes] = torch.arange(len(classes))
+    assert labels is not None
+    images, parts = torch.arange(len(labels)), []
     for first in range(0, num, CHUNK):
         x, level, index = draw(min(CHUNK, num - first), generator, images)
         kept = level <= model.schedule.T
         x, level, index = x[kept], level[kept], index[kept]
-        score = []
-        for label in classes:
-            logits = model.logits(x, torch.full((len(x),), label, device=x.device)).float().cpu()
-            score.append(logits.gather(1, level[:, None])[:, 0] - logits[:, -1] + log_prior[label])
-        parts.append(Compared(torch.stack(score, 1), level, number[labels[index].cpu()]))
+        given = [torch.full((len(x),), label, device=x.device) for label in classes]
+        score = [model.at_level_given(model.logits(x, c), level.to(x.device), c).float().cpu() for c in given]
+        own = torch.searchsorted(torch.tensor(classes), labels[index].cpu())
+        parts.append(Compared(torch.stack(score, 1), level, own))
     return Compared(*map(torch.cat, zip(*parts, strict=True)))
 
 
